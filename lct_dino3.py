@@ -1,0 +1,4706 @@
+#!/usr/bin/env python3
+"""Turn folders of crops, one folder a class, into a recogniser: embedder, prototypes and a report.
+
+    python lct_dino3.py --data_root DATA --out_dir RUN --gpus 2     train; the same command continues an interrupted run
+    python lct_dino3.py scan --data_root DATA --out_dir RUN         data health and split preview, trains nothing
+    python lct_dino3.py demo                                        draw a small data set and train on it
+
+A timm backbone (DINOv3 ViT-L by default), an MLP head and an L2 norm are trained with ArcFace; production matches objects
+by cosine against the per-class centroids and reference embeddings of `prototypes.npz`.
+
+Sections (numbers 06 and 16 are kept free for masks and pre-labelling):
+    01  IMPORTS & CONSTANTS
+    02  CONFIG & CLI
+    03  RUN DIRECTORY & LOGGING
+    04  RUNTIME
+    05  DATASET SCAN
+    07  AUGMENTATION
+    08  LOADERS
+    09  MODEL
+    10  ARCFACE
+    11  OPTIMIZER & SCHEDULE
+    12  METRICS
+    13  TRAIN STATE & CHECKPOINTS
+    14  TRAINING
+    15  PROTOTYPES
+    17  REPORT
+    18  DEMO
+    19  COMMANDS & MAIN
+"""
+# ======================================================================================================================
+# 01  IMPORTS & CONSTANTS
+# ======================================================================================================================
+# Only the standard library: numpy, torch and the rest are imported after section 02, where the command line has been read.
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import inspect
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the library otherwise calls home when it is imported
+
+SCRIPT_NAME = "lct_dino3.py"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
+MAX_FILE_BYTES = 500_000_000
+TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
+PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
+SPLIT_NAMES = ("train", "val", "test")
+THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
+THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
+HEAD_WIDTH = 512  # hidden units of the embedding head
+GRAD_CLIP_NORM = 5.0
+BACKBONE_WEIGHT_DECAY = 0.05
+HEAD_WEIGHT_DECAY = 1e-4
+EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
+LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
+DEMO_IMAGES_PER_CLASS = 60
+KNN_CHOICES = (1, 3, 5, 10)
+TARGET_PRECISION = 0.95  # of the answers that a threshold lets pass
+MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
+MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
+FINITE_CHECK_STEPS = 50  # a check waits for the device
+CHECKPOINT_FORMAT = 2
+PROTOTYPES_FORMAT = 2
+DEMO_FLAGS = ("--data_root", "demo/data", "--out_dir", "demo/run", "--group_regex", r"^(shot\d+)_", "--no-pretrained",
+              "--no-freeze_backbone", "--model_id", "resnet10t", "--img_size", "64", "--epochs", "10", "--lr", "5e-3", "--batch", "32")
+RUN_MARKERS = ("config.json", "data_report.json", ".lock")  # one of them in out_dir: it is ours
+DATA_TREE = """expected:  data_root/
+               hammer/            one folder a class, with images in it
+                   0001.jpg
+               pliers/
+                   cropped/       or in a folder `cropped`
+                       0001.jpg"""
+WEIGHTS_WAYS_OUT = ("give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
+                    " from random weights with --no-pretrained")
+EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
+
+
+# ======================================================================================================================
+# 02  CONFIG & CLI
+# ======================================================================================================================
+# One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
+class UserError(Exception):
+    """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
+
+    def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
+
+
+class Diverged(Exception):
+    """The loss is no longer finite. Exit code 3."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(signal.Signals(signal_number).name)
+
+
+COMMANDS = {
+    "train": "scan, split, train, evaluate, export prototypes, report (default)",
+    "scan": "data health and split preview only; writes data_report.json",
+    "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
+}
+
+
+def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
+    """Declare one option: `low`, `high` inclusive bounds, `choices`, `flag`, `fixed` = must not change at resume."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
+
+    command: str = "train"
+    data_root: Path | None = _option(None, "folder with one folder of crops a class", "data", metavar="DIR")
+    out_dir: Path | None = _option(None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR")
+    class_map: Path | None = _option(None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}", "data",
+                                     metavar="FILE")
+    exclude: tuple[str, ...] = _option((), "leave out files whose path or name matches one of these", "data", metavar="GLOB",
+                                       nargs="+")
+    min_per_class: int = _option(3, "usable images that every class needs", "data", low=1)
+    near_dup_bits: int = _option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
+
+    val_split: float = _option(0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True)
+    test_split: float = _option(0.1, "share of the images for the final test; 0 = no test", "split", low=0.0, high=0.9, fixed=True)
+    group_regex: str | None = _option(None, "one capture group on the file name: what it captures stays in one split", "split",
+                                      metavar="REGEX", fixed=True)
+    seed: int = _option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
+
+    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
+    pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
+    backbone_weights: Path | None = _option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
+    pool: str | None = _option(None, "pooling of the backbone, as timm names it (default: token for ViTs)", "model",
+                               metavar="NAME", fixed=True)
+    mean: tuple[float, ...] = _option((), "three channel means in 0..1 (default: those of the timm config)", "model",
+                                      nargs=3, metavar=("R", "G", "B"), low=0.0, high=1.0, fixed=True)
+    std: tuple[float, ...] = _option((), "three channel deviations (default: those of the timm config)", "model",
+                                     nargs=3, metavar=("R", "G", "B"), low=1e-3, high=1.0, fixed=True)
+    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True)
+    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True)
+    freeze_backbone: bool = _option(True, "train only the head; --no-freeze_backbone fine-tunes everything", "model", fixed=True)
+    arc_scale: float = _option(30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True)
+    arc_margin: float = _option(0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True)
+
+    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000)
+    batch: int = _option(64, "images a step, over all GPUs together", "training", low=2, high=65_536, fixed=True)
+    lr: float = _option(1e-3, "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)", "training",
+                        low=1e-8, high=10.0, fixed=True)
+    arc_lr: float | None = _option(None, "peak learning rate of the ArcFace class weights (default: 10 lr)", "training",
+                                   low=1e-8, high=100.0, fixed=True)
+    balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
+    samples_per_class: int = _option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
+    best_metric: str = _option("acc", "figure on val that chooses the best checkpoint", "training", fixed=True,
+                               choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
+    max_refs_per_class: int | None = _option(None, "references a class kept in prototypes.npz (default: all)", "training", low=1)
+
+    gpus: int | None = _option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
+    workers: int = _option(4, "processes that read images, capped at the cores there are", "machine", low=0, high=256)
+    precision: str = _option("auto", "auto is bf16 or fp16 on a GPU, fp32 on the CPU", "machine",
+                             choices=("auto", "fp32", "bf16", "fp16"), fixed=True)
+
+    resume: str | None = _option(None, "continue from this checkpoint; without PATH from the last one in out_dir", "run",
+                                 metavar="PATH", nargs="?", const="last")
+    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run")
+    save_every: int = _option(5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0)
+    preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
+    debug: bool = _option(False, "show tracebacks", "run")
+
+    use_clearml: bool = _option(False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking")
+    clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
+    clearml_task_name: str | None = _option(None, "task in ClearML (default: the name of out_dir)", "tracking", metavar="NAME")
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the options as JSON values: paths become strings, tuples lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def option_fields() -> list[dataclasses.Field]:
+    """Return the fields of `Config` that are flags."""
+    return [field for field in dataclasses.fields(Config) if field.metadata]
+
+
+def field_kind(field: dataclasses.Field) -> type:
+    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
+    name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
+    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool}[name]
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One line an option: wide columns, and `--[no-]flag` for a pair of booleans."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38, width=150)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are a UserError."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message.replace("argument ", "", 1), "command line", f"python {SCRIPT_NAME} --help lists all options")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Generate the parser from `Config`: one group a section of the help, one line an option."""
+    parser = _Parser(
+        prog=f"python {SCRIPT_NAME}", allow_abbrev=False,
+        usage=f"python {SCRIPT_NAME} [COMMAND] --data_root DIR --out_dir DIR [options]",
+        description="Turn folders of crops, one folder a class, into a recogniser.",
+        epilog="commands:\n" + "".join(f"  {name:<7}{text}\n" for name, text in COMMANDS.items()),
+        formatter_class=_HelpFormatter)
+    parser.add_argument("command", nargs="?", default="train", metavar="COMMAND", help=" | ".join(COMMANDS) + ", see below")
+    for group_name in dict.fromkeys(field.metadata["group"] for field in option_fields()):
+        group = parser.add_argument_group(group_name)
+        for field in option_fields():
+            if field.metadata["group"] == group_name:
+                group.add_argument(f"--{field.name}", default=field.default, **_argparse_settings(field))
+    return parser
+
+
+def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
+    meta, kind = field.metadata, field_kind(field)
+    settings: dict[str, Any] = {key: meta[key] for key in ("metavar", "choices", "nargs", "const") if key in meta}
+    shown = ("on" if field.default else "off") if kind is bool else field.default
+    settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
+    if kind is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
+    if "metavar" not in settings and "choices" not in settings:
+        settings["metavar"] = "N" if kind is int else "X"
+    return settings | {"type": kind}
+
+
+def parse_command_line(argv: Sequence[str]) -> Config:
+    """Turn argv into a checked `Config`. `--help` prints and exits.
+
+    Raises:
+        UserError: unknown flag or command, wrong type, value out of range, or options that contradict each other.
+    """
+    parser = build_parser()
+    values, unknown = parser.parse_known_args(argv)
+    if values.command == "demo":  # its settings stand before what the user types, which therefore wins
+        values, unknown = parser.parse_known_args([*DEMO_FLAGS, *argv])
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
+    if values.command not in COMMANDS:
+        raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
+    config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()})
+    check_ranges(config)
+    return config
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a remedy that names up to three of the known words close to `word`, else one that lists them all."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"python {SCRIPT_NAME} --help lists what there is"
+
+
+def check_ranges(config: Config) -> None:
+    """Check each value against the bounds of its option, and the options against each other.
+
+    Raises:
+        UserError: naming the flag, its value and what is allowed.
+    """
+    for field in option_fields():
+        value, low, high = getattr(config, field.name), field.metadata.get("low"), field.metadata.get("high")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{number} is not a finite number", f"--{field.name}", "give a plain number")
+            if number is not None and (low is not None and number < low or high is not None and number > high):
+                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise UserError(f"{number} is out of range", f"--{field.name}", f"give a value {allowed}")
+    if config.val_split + config.test_split > 0.9 + 1e-9:
+        raise UserError("val_split and test_split leave less than a tenth for training", "--val_split, --test_split", "lower them")
+    if config.val_split <= 0:
+        raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
+    if bool(config.mean) != bool(config.std):
+        raise UserError("mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5")
+
+
+def check_paths(config: Config) -> None:
+    """Check everything that can be known of the named files and folders without reading images; writes nothing.
+
+    Raises:
+        UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
+    """
+    for name in ("data_root", "out_dir"):
+        if getattr(config, name) is None:
+            raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} --data_root DATA --out_dir RUN")
+    if not config.data_root.is_dir():
+        what = "is a file, not a folder" if config.data_root.exists() else "does not exist"
+        raise UserError(what, f"--data_root {config.data_root}", DATA_TREE)
+    for name in ("class_map", "backbone_weights"):
+        path = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise UserError("is not a file" if path.exists() else "does not exist", f"--{name} {path}", "check the path")
+    _check_out_dir(config)
+    if config.group_regex is not None:
+        _check_regex(config.group_regex)
+
+
+def _check_out_dir(config: Config) -> None:
+    out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
+    if out_dir == data_root or data_root in out_dir.parents:
+        raise UserError("lies inside data_root, where it would be taken for a class", f"--out_dir {config.out_dir}",
+                        "choose a folder outside the data")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError("is a file, not a folder", f"--out_dir {config.out_dir}", "choose another path")
+    existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not a folder that can be written to", f"--out_dir {config.out_dir}",
+                        "choose a folder of your own")
+    if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
+        raise UserError("is neither empty nor a run of this script", f"--out_dir {config.out_dir}", "choose a new folder")
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise UserError(f"is no regular expression: {error}", f"--group_regex {pattern}", r"for example '^(shot\d+)_'") from error
+    if groups != 1:
+        raise UserError(f"has {groups} capture groups, not one", f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
+
+
+# --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
+# half-way down the file, and the heavy imports follow. When the file is imported, nothing is read.
+if __name__ == "__main__":
+    try:
+        COMMAND_LINE = parse_command_line(sys.argv[1:])
+    except UserError as _error:
+        sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFilter, ImageOps  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402, N812
+from torch.utils.data import DataLoader, Dataset, Sampler  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+# ======================================================================================================================
+# 03  RUN DIRECTORY & LOGGING
+# ======================================================================================================================
+# Everything that is written to out_dir goes through `atomic_file` or the two logs. Also the ClearML sink: the only
+# section that may touch the network (besides fetching weights). Raises UserError for a directory in use.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented UTF-8 JSON, atomically."""
+    write_bytes(path, (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+
+def to_json(value: Any) -> Any:
+    """Turn numpy and path values into plain JSON ones; NaN and infinity, which JSON lacks, into None."""
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [to_json(item) for item in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+class RunDirectory:
+    """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the tracker."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tracker: Tracker | None = None
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_directory(path)
+        self._log = open(path / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._events = open(path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+
+    def log(self, text: str = "") -> None:
+        """Print a line, and append it with the time to train.log."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self._write_log(text)
+
+    def _write_log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log.write("".join(f"{stamp}  {line}\n" for line in text.splitlines() or [""]))
+        self._log.flush()
+
+    def event(self, name: str, **values: Any) -> None:
+        """Append one JSON object to metrics.jsonl and hand it to the tracker."""
+        record = to_json({"event": name, "time": round(time.time(), 3), **values})
+        self._events.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._events.flush()
+        if self.tracker is not None:
+            self.tracker.event(record)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all records of metrics.jsonl."""
+        return read_events(self.path)
+
+    def forget_epochs_after(self, epoch: int) -> None:
+        """Drop the epoch records beyond `epoch`: a run that died between record and checkpoint does them again."""
+        kept = [r for r in self.events() if r["event"] not in ("epoch_end", "best_update") or r["epoch"] <= epoch]
+        self._events.close()
+        write_bytes(self.path / "metrics.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept).encode())
+        self._events = open(self.path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Record how the run ended, whatever the way."""
+        status = "completed" if error is None else "interrupted" if isinstance(error, Interrupted) else "failed"
+        if isinstance(error, Interrupted):
+            self.event("interrupted", signal=str(error))
+        elif error is not None:
+            status = "diverged" if isinstance(error, Diverged) else status
+            self._write_log(f"{type(error).__name__}: {error}")
+        self.event("run_end", status=status)
+        self.close(status)
+
+    def close(self, status: str) -> None:
+        """Close tracker, logs and lock; the status is what ClearML shows."""
+        if self.tracker is not None:
+            self.tracker.close(status)
+        for file in (self._events, self._log, self._lock):
+            file.close()
+
+
+def read_events(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl; a last line cut off by a power failure is left out."""
+    path = out_dir / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def _lock_directory(path: Path) -> Any:
+    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"is in use by {holder}", f"--out_dir {path}", "wait for it, stop it, or choose another folder") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+    return lock
+
+
+def move_aside(path: Path) -> Path:
+    """Rename an old run's folder to `<name>.old-<date>`, and return the new path."""
+    _lock_directory(path).close()  # refuse while another process works in it
+    target = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    path.rename(target)
+    return target
+
+
+class Tracker:
+    """ClearML sink. It can neither stop nor stall a run: no answer within 3 s or any error, and it goes on offline or stops."""
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        os.environ["CLEARML_CACHE_DIR"] = str((config.out_dir / "clearml").resolve())  # where an offline session is kept
+        os.environ.setdefault("CLEARML_LOG_LEVEL", "ERROR")
+        self._warn, self._task = warn, None
+        self._call(self._start, config)
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Report the scalars of an event: epoch figures as curves, final figures as single values."""
+        self._call(self._report, record)
+
+    def artifact(self, path: Path) -> None:
+        """Attach a file of the run."""
+        self._call(lambda: self._task.upload_artifact(path.stem, artifact_object=str(path), wait_on_upload=False))
+
+    def confusion(self, matrix: np.ndarray, class_names: Sequence[str]) -> None:
+        """Report the (C, C) confusion matrix of the test, rows true and columns predicted."""
+        self._call(lambda: self._task.get_logger().report_confusion_matrix(
+            "test", "confusion", matrix.tolist(), xaxis="predicted", yaxis="true", xlabels=list(class_names),
+            ylabels=list(class_names), iteration=0))
+
+    def close(self, status: str) -> None:
+        """Finish the task as completed, stopped or failed."""
+        if self._task is not None and status != "completed":
+            self._call(lambda: self._task.mark_stopped() if status == "interrupted" else self._task.mark_failed(status_message=status))
+        self._call(lambda: self._task.close())
+        self._task = None
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+        if self._task is None and function != self._start:
+            return
+        try:
+            function(*args)
+        except Exception as error:  # whatever ClearML raises: training is worth more than its record
+            self._warn(f"ClearML: {type(error).__name__}: {printable(str(error))[:200]}; recording to ClearML stops here")
+            self._task = None
+
+    def _start(self, config: Config) -> None:
+        try:
+            from clearml import Task
+        except ImportError:
+            self._warn("ClearML is not installed (pip install clearml): the run is recorded in out_dir only")
+            return
+        reason = _why_no_clearml_server()
+        if reason:
+            self._warn(f"ClearML: {reason}; recording offline into {config.out_dir / 'clearml'}")
+            Task.set_offline(True)
+        self._task = Task.init(
+            project_name=config.clearml_project, task_name=config.clearml_task_name or config.out_dir.resolve().name,
+            reuse_last_task_id=False, auto_connect_arg_parser=False, auto_connect_frameworks=False,
+            auto_resource_monitoring=False, auto_connect_streams=False)
+        self._task.connect({key: str(value) for key, value in config.as_plain().items()}, name="options")
+
+    def _report(self, record: dict[str, Any]) -> None:
+        logger = self._task.get_logger()
+        if record["event"] == "epoch_end":
+            for split in ("train", "val"):
+                for key, value in record[split].items():
+                    if value is not None:
+                        logger.report_scalar(key, split, value, iteration=record["epoch"])
+                for class_name, figures in record[f"{split}_per_class"].items():
+                    for key, value in figures.items():
+                        if value is not None:
+                            logger.report_scalar(f"{split} {key} by class", class_name, value, iteration=record["epoch"])
+        elif record["event"] == "test_end":
+            for matcher in ("arcface", "prototypes"):
+                for key, value in record[matcher].items():
+                    if isinstance(value, float):
+                        logger.report_single_value(f"test {matcher} {key}", value)
+
+
+def _why_no_clearml_server() -> str:
+    """Return why no ClearML server can be used, or '' when one answers within 3 s."""
+    import socket
+    from urllib.parse import urlsplit
+
+    from clearml.backend_api.session import Session
+    from clearml.backend_api.session.defs import ENV_ACCESS_KEY, ENV_OFFLINE_MODE
+    from clearml.config import config_obj
+
+    if ENV_OFFLINE_MODE.get():
+        return "offline mode is asked for"
+    if not (ENV_ACCESS_KEY.get() or config_obj.get("api.credentials.access_key", None)):
+        return "no server is configured (run clearml-init)"
+    host = urlsplit(Session.get_api_server_host())
+    port = host.port or (443 if host.scheme == "https" else 80)
+    try:
+        with socket.create_connection((host.hostname, port), timeout=3) as connection:
+            if host.scheme != "https":  # a host that accepts and never answers would block Task.init for minutes
+                connection.sendall(f"GET /debug.ping HTTP/1.0\r\nHost: {host.hostname}\r\n\r\n".encode())
+                if not connection.recv(1):
+                    return f"{host.hostname}:{port} closes the connection"
+    except OSError as error:
+        return f"{host.hostname}:{port} does not answer ({error})"
+    return ""
+
+
+# ======================================================================================================================
+# 04  RUNTIME
+# ======================================================================================================================
+# Device, precision, seeds, single device or DataParallel. The rest of the file does not ask which it is.
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how numbers are computed."""
+
+    device: torch.device
+    num_gpus: int
+    dtype: torch.dtype  # of the autocast region; float32 = no autocast
+
+    def autocast(self) -> Any:
+        """Return the mixed-precision context; does nothing in float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module spread over the GPUs. State dicts are always taken from the module itself, not from this."""
+        return nn.DataParallel(module, device_ids=list(range(self.num_gpus))) if self.num_gpus > 1 else module
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Return the gradient scaler; it is a no-op unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def describe(self) -> str:
+        """Return one phrase for the log."""
+        name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
+        return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def make_runtime(config: Config) -> Runtime:
+    """Choose the device and the precision.
+
+    Raises:
+        UserError: more GPUs than there are, or a precision that the device cannot do.
+    """
+    available = torch.cuda.device_count()
+    num_gpus = min(available, 1) if config.gpus is None else config.gpus
+    if num_gpus > available:
+        raise UserError(f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)")
+    if config.precision == "fp16" and not num_gpus:
+        raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    automatic = "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return Runtime(torch.device("cuda" if num_gpus else "cpu"), num_gpus, names.get(config.precision, names[automatic]))
+
+
+def seed_torch(*words: int) -> None:
+    """Seed torch's generators with a hash of the words, so that seeds 1, 2 and epochs 2, 1 do not meet."""
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
+    """Return a progress bar; silent when stderr is not a terminal."""
+    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+
+# ======================================================================================================================
+# 05  DATASET SCAN
+# ======================================================================================================================
+# Finds, decodes and checks the images, merges classes, groups what belongs together, and splits. data_root is only read.
+# Raises UserError for data that cannot be trained on; a bad image is quarantined by name and reason.
+class ImageError(Exception):
+    """An image that cannot be used; the text is the reason."""
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Read an image file as upright 8-bit RGB, uint8 (H, W, 3).
+
+    Raises:
+        ImageError: with the reason, whatever is wrong with the file.
+    """
+    return decode_image(_read_file(path))[0]
+
+
+def _read_file(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
+    if not data:
+        raise ImageError("the file is empty")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"the file is larger than {MAX_FILE_BYTES // 1_000_000} MB")
+    return data
+
+
+def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
+    """Decode the bytes of an image file.
+
+    Returns:
+        The upright image, uint8 (H, W, 3); the mode that Pillow found, e.g. `CMYK`; the EXIF orientation, 1 to 8.
+
+    Raises:
+        ImageError: with the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
+            mode, orientation = image.mode, image.getexif().get(0x0112, 1)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image)), mode, orientation if orientation in range(1, 9) else 1
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
+        reason = "is no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ImageError(printable(reason or type(error).__name__)[:200]) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion clips them to white
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ImageError("has values that are not finite")
+        sixteen_bit = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        factor = 1 / 257 if sixteen_bit else 255.0 if image.mode == "F" and values.max(initial=0) <= 1 else 1.0
+        gray = np.clip(np.rint(values * factor), 0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
+    return np.array(image.convert("RGB"))
+
+
+class PathTable:
+    """Immutable list of paths in two flat arrays: a list of a million str costs every forked worker 200 MB, this nothing."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        encoded = [path.encode("utf-8") for path in paths]
+        self.offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(item) for item in encoded], out=self.offsets[1:])
+        self.data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.data[self.offsets[index]:self.offsets[index + 1]].tobytes().decode("utf-8")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The usable images of a data set, ordered by class and path: record i is `paths[i]` with `labels[i]`."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: PathTable  # relative to root, with '/'
+    labels: np.ndarray  # (N,) int32 into class_names
+    groups: np.ndarray  # (N,) int32: images of one group never straddle splits
+    splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the ascending record numbers of a split, int64 (n,)."""
+        return np.flatnonzero(self.splits == SPLIT_NAMES.index(split))
+
+
+@dataclass
+class Listing:
+    """What the folders hold, before any image is opened."""
+
+    paths: list[str]  # relative to data_root, with '/'
+    folders: list[str]  # class folder of each path, NFC
+    stats: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
+    problems: list[tuple[str, str]]  # path, reason
+    all_folders: list[str]  # every class folder, also the empty ones
+
+
+def list_images(data_root: Path) -> Listing:
+    """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
+
+    One `os.scandir` a class; hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
+    """
+    listing = Listing([], [], np.zeros((0, 2), np.int64), [], [])
+    stats: list[tuple[int, int]] = []
+    for folder in sorted(_visible(data_root), key=lambda entry: entry.name):
+        if not folder.is_dir():
+            continue
+        if printable(folder.name) != folder.name:
+            listing.problems.append((folder.name, "the folder's name is not UTF-8, or has control characters"))
+            continue
+        cropped = Path(folder.path, "cropped")
+        prefix = f"{folder.name}/cropped" if cropped.is_dir() else folder.name
+        class_name = unicodedata.normalize("NFC", folder.name)
+        listing.all_folders.append(class_name)
+        for entry in sorted(_visible(data_root / prefix), key=lambda entry: entry.name):
+            if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            path = f"{prefix}/{entry.name}"
+            problem = _entry_problem(entry)
+            if problem:
+                listing.problems.append((path, problem))
+                continue
+            status = entry.stat()
+            stats.append((status.st_size, status.st_mtime_ns))
+            listing.paths.append(path)
+            listing.folders.append(class_name)
+    listing.stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
+    return listing
+
+
+def _visible(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _entry_problem(entry: os.DirEntry) -> str:
+    """Return why an entry cannot be used, or ''."""
+    if printable(entry.name) != entry.name:
+        return "the file's name is not UTF-8, or has control characters"
+    try:
+        return "" if entry.is_file() else "is not a regular file"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+
+
+def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
+    """Return the class name of every folder; None leaves the folder out.
+
+    Args:
+        path: YAML file `new name: [old names]`, `null: [names to leave out]`; None changes nothing.
+        folders: all class folders there are.
+
+    Raises:
+        UserError: no such mapping, a folder that does not exist, or one that is named twice.
+    """
+    class_of: dict[str, str | None] = {folder: folder for folder in folders}
+    if path is None:
+        return class_of
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is no valid YAML: {printable(str(error))[:200]}", f"--class_map {path}", "see README") from error
+    if not isinstance(mapping, dict):
+        raise UserError("holds no mapping", f"--class_map {path}", "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]")
+    seen: set[str] = set()
+    for new_name, old_names in mapping.items():
+        for old in [old_names] if isinstance(old_names, (str, int)) else old_names or []:
+            old_name = unicodedata.normalize("NFC", str(old))
+            if old_name not in class_of:
+                raise UserError(f"names {old_name}, and data_root has no such folder", f"--class_map {path}", did_you_mean(old_name, folders))
+            if old_name in seen:
+                raise UserError(f"names {old_name} twice", f"--class_map {path}", "give each folder to one class")
+            seen.add(old_name)
+            class_of[old_name] = None if new_name is None else unicodedata.normalize("NFC", str(new_name))
+    return class_of
+
+
+# What one look at an image leaves behind; kept for every file in out_dir/scan_cache.npz.
+HEALTH_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("mode", "<U6"), ("orientation", "u1"), ("phash", "<u8"),
+                         ("digest", "<u8"), ("thumb", "u1", (THUMB_SIDE * THUMB_SIDE * 3,)), ("broken", "?")])
+
+
+def check_image(path: Path) -> tuple[np.ndarray, str]:
+    """Decode one image and describe it.
+
+    Returns:
+        A HEALTH_DTYPE scalar and the reason why the image is broken ('' when it is fine).
+    """
+    health = np.zeros((), dtype=HEALTH_DTYPE)
+    try:
+        data = _read_file(path)
+        image, mode, orientation = decode_image(data)
+    except ImageError as error:
+        health["broken"] = True
+        return health, str(error)
+    small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+    thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
+    health["height"], health["width"] = image.shape[:2]
+    health["mode"], health["orientation"], health["phash"] = mode, orientation, _perceptual_hash(small)
+    health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
+    return health, ""
+
+
+def _perceptual_hash(small: np.ndarray) -> int:
+    """Return the 64-bit pHash of a (32, 32, 3) image: signs of the lowest DCT frequencies of its luma about their median."""
+    from scipy.fft import dctn
+
+    luma = small @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+    low = dctn(luma, norm="ortho")[:8, :8].ravel()
+    bits = low > np.median(low[1:])  # the first coefficient is the brightness
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@dataclass(frozen=True)
+class ImageHealth:
+    """HEALTH_DTYPE row and reason for every path of a listing, in its order."""
+
+    rows: np.ndarray
+    reasons: dict[str, str]  # path -> why it is broken
+
+
+def check_images(data_root: Path, listing: Listing, cache_path: Path) -> ImageHealth:
+    """Look at every image once, in parallel; files whose size and time are those in the cache are not opened again."""
+    rows = np.zeros(len(listing.paths), dtype=HEALTH_DTYPE)
+    reasons: dict[str, str] = {}
+    known = _load_scan_cache(cache_path, data_root)
+    todo = []
+    for index, path in enumerate(listing.paths):
+        cached = known.get((path, *listing.stats[index].tolist()))
+        if cached is None:
+            todo.append(index)
+            continue
+        rows[index], reason = cached
+        if reason:
+            reasons[path] = reason
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
+        results = pool.map(lambda index: check_image(data_root / listing.paths[index]), todo)
+        for index, (row, reason) in zip(todo, progress(results, len(todo), "checking images", "image"), strict=True):
+            rows[index] = row
+            if reason:
+                reasons[listing.paths[index]] = reason
+    return ImageHealth(rows, reasons)
+
+
+def save_scan_cache(cache_path: Path, data_root: Path, listing: Listing, health: ImageHealth) -> None:
+    """Write what the scan learned, keyed by path, size and time of each file."""
+    table = PathTable(listing.paths)
+    with atomic_file(cache_path) as file:
+        np.savez(file, root=np.array(str(data_root.resolve())), offsets=table.offsets, data=table.data, stats=listing.stats,
+                 rows=health.rows, reasons=np.array(json.dumps(health.reasons)))
+
+
+def _load_scan_cache(cache_path: Path, data_root: Path) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
+    """Return {(path, size, mtime_ns): (health row, reason)}; {} when there is no cache of this data_root and format."""
+    try:
+        with np.load(cache_path, allow_pickle=False) as cache:
+            if str(cache["root"]) != str(data_root.resolve()) or cache["rows"].dtype != HEALTH_DTYPE:
+                return {}
+            offsets, data, stats, rows = cache["offsets"].tolist(), cache["data"].tobytes(), cache["stats"].tolist(), cache["rows"]
+            reasons = json.loads(str(cache["reasons"]))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError):  # absent, or not ours: looking again is always right
+        return {}
+    paths = [data[start:stop].decode("utf-8") for start, stop in zip(offsets, offsets[1:], strict=False)]
+    return {(path, *stat): (row, reasons.get(path, "")) for path, stat, row in zip(paths, stats, rows, strict=True)}
+
+
+def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
+    """Return the pairs (P, 2) of images whose hashes differ in at most `max_bits` bits and whose thumbnails agree.
+
+    By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
+    equal slice are compared; images with the same hash are compared through the first of them.
+
+    Args:
+        phashes: uint64 (N,).
+        thumbs: uint8 (N, K).
+        max_bits: Hamming distance allowed.
+    """
+    order = np.argsort(phashes, kind="stable")
+    same = np.flatnonzero(phashes[order][1:] == phashes[order][:-1])
+    pairs = [np.stack([order[same], order[same + 1]], axis=1)]
+    unique, first = np.unique(phashes, return_index=True)
+    borders = np.linspace(0, 64, max_bits + 2).astype(int)
+    for low, high in zip(borders[:-1], borders[1:], strict=True):
+        slices = (unique >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        pairs += [first[found] for found in _pairs_in_equal_slices(unique, slices, max_bits)]
+    candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+    difference = np.abs(thumbs[candidates[:, 0]].astype(np.int16) - thumbs[candidates[:, 1]]).mean(axis=1)
+    return candidates[difference <= THUMB_TOLERANCE]
+
+
+def _pairs_in_equal_slices(hashes: np.ndarray, slices: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
+    order = np.argsort(slices, kind="stable")
+    left = np.arange(len(order) - 1) if len(order) else np.zeros(0, np.int64)
+    step = 1
+    while len(left):  # compare each image with the next, the second next ... as long as both stand in one bucket
+        left = left[left + step < len(order)]
+        left = left[slices[order[left]] == slices[order[left + step]]]
+        distance = np.bitwise_count(hashes[order[left]] ^ hashes[order[left + step]])
+        close = left[distance <= max_bits]
+        yield np.stack([order[close], order[close + step]], axis=1)
+        step += 1
+
+
+def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
+    """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_matrix((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items))
+    return connected_components(edges, directed=False)[1].astype(np.int32)
+
+
+def chain_equal(keys: np.ndarray) -> np.ndarray:
+    """Return edges (P, 2) that link the items with equal keys, each to the next."""
+    order = np.argsort(keys, kind="stable")
+    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    return np.stack([order[equal], order[equal + 1]], axis=1)
+
+
+def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
+    """Return an integer key (N,) a path: files for which the regex captures the same text share it, all others stand alone.
+
+    Raises:
+        UserError: the regex matches no file name at all.
+    """
+    keys = np.arange(len(paths))
+    if pattern is None:
+        return keys
+    compiled, first_with = re.compile(pattern), {}
+    for index, path in enumerate(paths):
+        match = compiled.search(path.rsplit("/", 1)[-1])
+        if match and match.group(1) is not None:
+            keys[index] = first_with.setdefault(match.group(1), index)
+    if not first_with:
+        example = paths[0].rsplit("/", 1)[-1] if paths else ""
+        raise UserError(f"matches no file name, for instance not {example}", f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
+    return keys
+
+
+def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Split whole groups so that every class is shared out as closely to `shares` as its groups allow.
+
+    Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
+    the class counts of the splits and their targets; single images then fill what is left of each target. At last, classes that
+    have enough groups but none in some split get one moved there.
+
+    Args:
+        labels, groups: int (N,).
+        shares: of train, val and test, summing to one; a share of zero leaves that split empty.
+        seed: of the order in which equal groups come.
+
+    Returns:
+        int8 (N,), index into SPLIT_NAMES.
+    """
+    from scipy.sparse import csr_matrix
+
+    numbers, groups = np.unique(groups, return_inverse=True)
+    num_groups, num_classes = len(numbers), int(labels.max()) + 1
+    counts = csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
+    sizes = np.asarray(counts.sum(axis=1)).ravel()
+    targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
+    order = np.random.default_rng((seed, 0)).permutation(num_groups)
+    several = order[sizes[order] > 1]
+    place = np.full(num_groups, -1, dtype=np.int8)
+    have = np.zeros_like(targets)
+    for group in several[np.argsort(-sizes[several], kind="stable")]:
+        classes, added = _group_counts(counts, group)
+        place[group] = np.argmin(_chi_square_increase(targets[classes], have[classes], added))
+        have[classes, place[group]] += added
+    singles = order[sizes[order] == 1]
+    single_labels = counts.indices[counts.indptr[singles]]
+    for label in np.unique(single_labels):
+        mine = singles[single_labels == label]
+        portions = _largest_remainder(np.maximum(targets[label] - have[label], 0), len(mine), targets[label])
+        place[mine] = np.repeat(np.arange(3), portions)
+    _give_every_class_its_splits(counts, place, np.asarray(shares) > 0)
+    return place[groups]
+
+
+def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
+    span = slice(counts.indptr[group], counts.indptr[group + 1])
+    return counts.indices[span], counts.data[span]
+
+
+def _chi_square_increase(targets: np.ndarray, have: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Return by how much sum (have - target)^2 / target grows in each split when `added` (k,) images go there; inf where 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        growth = (added[:, None] ** 2 - 2 * added[:, None] * (targets - have)) / targets
+    return np.where(targets > 0, growth, np.inf).sum(axis=0)
+
+
+def _largest_remainder(need: np.ndarray, total: int, fallback: np.ndarray) -> np.ndarray:
+    """Return integers (3,) that sum to `total` in the proportions of `need` (of `fallback` where nothing is needed)."""
+    weights = need if need.sum() > 0 else fallback
+    quota = weights / weights.sum() * total
+    portions = np.floor(quota).astype(int)
+    portions[np.argsort(-(quota - portions), kind="stable")[: total - portions.sum()]] += 1
+    return portions
+
+
+def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndarray) -> None:
+    """Move groups, in place, until each class has a group in train, then val, then test, as far as its groups go."""
+    by_class = counts.tocsc()
+    present = np.stack([counts[place == split].getnnz(axis=0) for split in range(3)], axis=1)  # groups by class and split
+    wanted = np.flatnonzero(active)
+    for _ in range(3):  # a move may take from another class what it needs; the next round mends that
+        for label, split in np.argwhere(present == 0):
+            members = by_class.indices[by_class.indptr[label]:by_class.indptr[label + 1]]
+            donors = [g for g in members if present[label, place[g]] > 1 or place[g] > split]  # few groups: train first
+            if split not in wanted[: len(members)] or present[label, split] or not donors:
+                continue
+            group = min(donors, key=lambda g: _move_cost(counts, present, place, g))
+            classes, _ = _group_counts(counts, group)
+            present[classes, place[group]] -= 1
+            present[classes, split] += 1
+            place[group] = split
+
+
+def _move_cost(counts: Any, present: np.ndarray, place: np.ndarray, group: int) -> tuple[int, float, int]:
+    """Order of choice: take nothing from a class that has only this group there, then from the larger split, then the smallest."""
+    classes, added = _group_counts(counts, group)
+    return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
+
+
+def count_leaks(records: Records, shares: Sequence[float], seed: int) -> int:
+    """Return how many val and test images would share a group with a training image under a split that ignores groups."""
+    naive = assign_splits(records.labels, np.arange(len(records.labels)), shares, seed)
+    in_train = np.zeros(int(records.groups.max()) + 1, dtype=bool)
+    in_train[records.groups[naive == 0]] = True
+    return int(in_train[records.groups[naive != 0]].sum())
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a scan found: the records to train on, the text of data_report.json, and what the cache keeps."""
+
+    records: Records
+    report: dict[str, Any]
+    fingerprint: str  # hash of the paths and contents of all usable images
+    listing: Listing
+    health: ImageHealth
+
+
+def scan_dataset(config: Config) -> Scan:
+    """List, check, merge, group and split the data; read data_root and the cache in out_dir, write nothing.
+
+    Raises:
+        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
+    """
+    listing = list_images(config.data_root)
+    if not listing.all_folders:
+        raise UserError("holds no class folders", f"--data_root {config.data_root}", DATA_TREE)
+    class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
+    listing, excluded = _leave_out(listing, class_of, config.exclude)
+    if not listing.paths:
+        raise UserError("holds no images", f"--data_root {config.data_root}", DATA_TREE)
+    health = check_images(config.data_root, listing, config.out_dir / "scan_cache.npz")
+    usable = np.flatnonzero(~health.rows["broken"])
+    if not len(usable):
+        path, reason = next(iter(health.reasons.items()))
+        raise UserError(f"all {len(listing.paths)} images are broken (the first: {path}: {reason})", f"--data_root {config.data_root}",
+                        "check that the files are whole")
+    names = tuple(sorted({name for name in class_of.values() if name is not None}))
+    number = {name: index for index, name in enumerate(names)}
+    order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
+    paths = [listing.paths[i] for i in order]
+    labels = np.array([number[class_of[listing.folders[i]]] for i in order], dtype=np.int32)
+    duplicates = find_duplicates(health.rows[order], config.near_dup_bits)
+    edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
+    groups = connect(len(paths), edges)
+    shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
+    records = Records(config.data_root, names, PathTable(paths), labels, groups, assign_splits(labels, groups, shares, config.seed))
+    report = {"data_root": config.data_root.resolve(), "num_images": len(listing.paths) + len(listing.problems),
+              "num_usable": len(paths), "excluded": excluded, "class_map": _changed_names(class_of),
+              **describe_health(listing, health, class_of), **describe_duplicates(records, duplicates),
+              "leaks_prevented": count_leaks(records, shares, config.seed)}
+    report["warnings"] += find_warnings(records, config)
+    fingerprint = hashlib.sha256("\n".join(paths).encode() + health.rows["digest"][order].tobytes()).hexdigest()[:16]
+    return Scan(records, report | {"classes": count_classes(records, listing, health, class_of)}, fingerprint, listing, health)
+
+
+def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequence[str]) -> tuple[Listing, int]:
+    """Return the listing without dropped classes and excluded files, and how many files --exclude left out."""
+    kept, excluded = [], 0
+    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
+        name = path.rsplit("/", 1)[-1]
+        if any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob) for glob in globs):
+            excluded += 1
+        elif class_of[folder] is not None:
+            kept.append(index)
+    return dataclasses.replace(listing, paths=[listing.paths[i] for i in kept], folders=[listing.folders[i] for i in kept],
+                               stats=listing.stats[kept]), excluded
+
+
+def _changed_names(class_of: dict[str, str | None]) -> dict[str, str | None]:
+    return {folder: name for folder, name in class_of.items() if folder != name}
+
+
+def find_duplicates(health: np.ndarray, near_dup_bits: int) -> dict[str, np.ndarray]:
+    """Return the pairs (P, 2) of exact duplicates (the same bytes) and of near-duplicates."""
+    return {"exact": chain_equal(health["digest"]),
+            "near": find_near_duplicates(health["phash"], health["thumb"], near_dup_bits)}
+
+
+def describe_health(listing: Listing, health: ImageHealth, class_of: dict[str, str | None]) -> dict[str, Any]:
+    """Return the parts of the data report that speak of single images: quarantine, sizes, modes, orientation."""
+    rows = health.rows[~health.rows["broken"]]
+    quarantined = [{"path": printable(path), "reason": reason} for path, reason in [*listing.problems, *health.reasons.items()]]
+    sizes = {f"{side}_{name}": int(function(rows[side])) for side in ("width", "height")
+             for name, function in (("min", np.min), ("median", np.median), ("max", np.max))}
+    folders = Counter(listing.all_folders)
+    warnings_found = [f"{count} folders are all named {name} once their Unicode is normalised: one class" for name, count
+                      in folders.items() if count > 1]
+    tiny = int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum())
+    if tiny:
+        warnings_found.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
+    return {"quarantined": sorted(quarantined, key=lambda item: item["path"]), "sizes": sizes, "warnings": warnings_found,
+            "modes": dict(Counter(rows["mode"].tolist()).most_common()), "exif_rotated": int((rows["orientation"] > 1).sum())}
+
+
+def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the sets of duplicates by path, and those whose images lie in different classes."""
+    def sets_of(pairs: np.ndarray) -> list[list[int]]:
+        components = connect(len(records.labels), pairs)
+        order = np.argsort(components, kind="stable")
+        runs = np.split(order, np.flatnonzero(np.diff(components[order])) + 1)
+        return [run.tolist() for run in runs if len(run) > 1]
+
+    every = sets_of(np.concatenate(list(duplicates.values())))
+    named = {kind: [[records.paths[i] for i in members] for members in sets_of(pairs)] for kind, pairs in duplicates.items()}
+    conflicts = [[records.paths[i] for i in members] for members in every if len(set(records.labels[members].tolist())) > 1]
+    return {"duplicates": named, "label_conflicts": conflicts}
+
+
+def find_warnings(records: Records, config: Config) -> list[str]:
+    """Return one sentence a class that has too few groups for all its splits."""
+    wanted = [name for name, share in (("train", 1), ("val", config.val_split), ("test", config.test_split)) if share > 0]
+    found = []
+    for label, class_name in enumerate(records.class_names):
+        mine = records.labels == label
+        lacking = [name for name in wanted if mine.any() and not (mine & (records.splits == SPLIT_NAMES.index(name))).any()]
+        if lacking:
+            groups = len(np.unique(records.groups[mine]))
+            found.append(f"{class_name}: {int(mine.sum())} images in {groups} group{'s' * (groups != 1)}, so none in {' and '.join(lacking)}"
+                         f" (its figures there are missing)")
+    return found
+
+
+def count_classes(records: Records, listing: Listing, health: ImageHealth, class_of: dict[str, str | None]) -> dict[str, dict[str, int]]:
+    """Return per class: usable and quarantined images, groups, and images in each split."""
+    broken = Counter(class_of[folder] for path, folder in zip(listing.paths, listing.folders, strict=True) if path in health.reasons)
+    broken.update(class_of.get(unicodedata.normalize("NFC", path.split("/")[0])) for path, _ in listing.problems)
+    table = {}
+    for label, class_name in enumerate(records.class_names):
+        mine = records.labels == label
+        in_split = np.bincount(records.splits[mine], minlength=3)
+        table[class_name] = {"usable": int(mine.sum()), "quarantined": broken[class_name], "groups": len(np.unique(records.groups[mine])),
+                             **{name: int(count) for name, count in zip(SPLIT_NAMES, in_split, strict=True)}}
+    return table
+
+
+def check_trainable(scan: Scan, config: Config) -> None:
+    """Refuse data that cannot be trained on.
+
+    Raises:
+        UserError: fewer than two classes, classes below --min_per_class (all are listed), or an empty split.
+    """
+    where = f"--data_root {config.data_root}"
+    if len(scan.records.class_names) < 2:
+        raise UserError(f"has one class only ({scan.records.class_names[0]}); a recogniser needs two", where, "add another class")
+    poor = {name: row for name, row in scan.report["classes"].items() if row["usable"] < config.min_per_class}
+    if poor:
+        lines = [f"{name}: {row['usable']} usable" + (f", {row['quarantined']} broken" if row["quarantined"] else "") for name, row in poor.items()]
+        raise UserError(f"{len(poor)} of {len(scan.records.class_names)} classes have fewer than {config.min_per_class} usable images:\n    "
+                        + "\n    ".join(lines), where, "add images, lower --min_per_class, or leave the classes out with --class_map")
+    for split, share in (("train", 1.0), ("val", config.val_split), ("test", config.test_split)):
+        if share > 0 and not len(scan.records.rows(split)):
+            raise UserError(f"{len(scan.records.labels)} images in {len(np.unique(scan.records.groups))} groups leave none for {split}", where,
+                            f"add images, or change --val_split, --test_split{', --group_regex' if config.group_regex else ''}")
+
+
+def format_class_table(report: dict[str, Any]) -> str:
+    """Return the per-class table of a data report as aligned text."""
+    columns = ("usable", "quarantined", "groups", *SPLIT_NAMES)
+    width = max(5, *(len(name) for name in report["classes"]))
+    lines = [f"{'class':<{width}}" + "".join(f"{column:>13}" for column in columns)]
+    lines += [f"{name:<{width}}" + "".join(f"{row[column]:>13,}" for column in columns) for name, row in report["classes"].items()]
+    totals = [sum(row[column] for row in report["classes"].values()) for column in columns]
+    return "\n".join([*lines, f"{'all':<{width}}" + "".join(f"{total:>13,}" for total in totals)])
+
+
+def format_findings(report: dict[str, Any]) -> str:
+    """Return what a scan found wrong, a line each; long lists are cut, data_report.json has them whole."""
+    lines = [f"{report['num_usable']:,} of {report['num_images']:,} images usable"]
+    lines += [f"  quarantined: {item['path']}: {item['reason']}" for item in report["quarantined"][:10]]
+    if len(report["quarantined"]) > 10:
+        lines.append(f"  ... and {len(report['quarantined']) - 10} more in data_report.json")
+    if report["excluded"]:
+        lines.append(f"--exclude left out {report['excluded']:,} files")
+    if report["class_map"]:
+        lines.append("--class_map: " + ", ".join(f"{old} -> {new or '(left out)'}" for old, new in report["class_map"].items()))
+    exact, near = (sum(len(group) - 1 for group in report["duplicates"][kind]) for kind in ("exact", "near"))
+    if exact or near:
+        lines.append(f"duplicates: {exact} exact, {near} near; each set stays in one split")
+    if report["label_conflicts"]:
+        lines.append(f"{len(report['label_conflicts'])} sets of duplicates lie in different classes, e.g. " + " = ".join(report["label_conflicts"][0][:3]))
+    if report["leaks_prevented"]:
+        lines.append(f"a split that ignores groups would have leaked {report['leaks_prevented']} val and test images into training")
+    return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
+
+
+def write_splits(path: Path, records: Records, seed: int) -> None:
+    """Write splits.json: for train, val and test the paths of each class, relative to data_root."""
+    table: dict[str, Any] = {"seed": seed, "classes": list(records.class_names)}
+    for split in SPLIT_NAMES:
+        table[split] = {name: [] for name in records.class_names}
+        for row in records.rows(split).tolist():
+            table[split][records.class_names[records.labels[row]]].append(records.paths[row])
+    write_json(path, table)
+
+
+def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
+    """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
+
+    The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
+    them fails then, and costs that image), and new ones stay out of this run.
+
+    Raises:
+        UserError: splits.json has other classes.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if table["classes"] != list(records.class_names):
+        gone, new = set(table["classes"]) - set(records.class_names), set(records.class_names) - set(table["classes"])
+        raise UserError(f"the run was started with other classes: now missing {sorted(gone) or 'none'}, now added {sorted(new) or 'none'}",
+                        str(path.parent), "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite")
+    rows = sorted((table["classes"].index(name), item, SPLIT_NAMES.index(split))
+                  for split in SPLIT_NAMES for name, items in table[split].items() for item in items)
+    group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
+    kept = {item for _, item, _ in rows}
+    notes = []
+    if gone := [item for _, item, _ in rows if item not in group_of]:
+        notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
+    if new := [item for item in group_of if item not in kept]:
+        notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
+    groups = [group_of.get(item, len(group_of) + index) for index, (_, item, _) in enumerate(rows)]
+    return dataclasses.replace(
+        records, paths=PathTable([item for _, item, _ in rows]), labels=np.array([label for label, _, _ in rows], dtype=np.int32),
+        groups=np.array(groups, dtype=np.int32), splits=np.array([split for _, _, split in rows], dtype=np.int8)), notes
+
+
+# ======================================================================================================================
+# 07  AUGMENTATION
+# ======================================================================================================================
+# (image, seed) -> uint8 image. Nothing global: the randomness of a sample is a function of its seed alone.
+Transform = Callable[[np.ndarray, int], np.ndarray]  # (uint8 (H, W, 3), seed) -> uint8 (img_size, img_size, 3)
+
+
+def build_transform(img_size: int, augment: bool) -> Transform:
+    """Return the function that makes a crop a square model input: gray letterbox, in training followed by augmentation."""
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(0)  # loader workers are the parallelism
+    fit = [A.LongestMaxSize(img_size, area_for_downscale="image"),
+           A.PadIfNeeded(img_size, img_size, border_mode=cv2.BORDER_CONSTANT, fill=PADDING_GRAY)]
+    pipeline = A.Compose(fit + (_augmentations(A, cv2) if augment else []))
+
+    def transform(image: np.ndarray, seed: int) -> np.ndarray:
+        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return np.ascontiguousarray(pipeline(image=image)["image"])
+
+    return transform
+
+
+def _augmentations(A: Any, cv2: Any) -> list[Any]:  # noqa: N803  the library's own short name
+    """Views, lights and cameras of a workbench: tools lie in any direction, crops are loose, pictures are compressed."""
+    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": PADDING_GRAY}
+    return [
+        A.HorizontalFlip(p=0.5),
+        A.Affine(rotate=(-180, 180), p=0.5, **gray),
+        A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.5, **gray),
+        A.Perspective(scale=(0.02, 0.08), p=0.25, **gray),
+        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.5),
+        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.4),
+        A.RandomGamma(gamma_limit=(75, 130), p=0.25),
+        A.CLAHE(clip_limit=(1.0, 3.0), p=0.1),
+        A.GaussNoise(std_range=(0.01, 0.05), p=0.2),
+        A.MotionBlur(blur_limit=(3, 7), p=0.1),
+        A.ImageCompression(quality_range=(50, 95), p=0.2),
+        A.CoarseDropout(num_holes_range=(1, 4), hole_height_range=(0.05, 0.18), hole_width_range=(0.05, 0.18), fill=PADDING_GRAY, p=0.25),
+    ]
+
+
+# ======================================================================================================================
+# 08  LOADERS
+# ======================================================================================================================
+# Samples, their order, and batches of uint8 images. A picture that cannot be read is left out of its batch and named.
+class Batch(NamedTuple):
+    """What a loader yields."""
+
+    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory
+    labels: torch.Tensor  # int64 (B,)
+    rows: torch.Tensor  # int64 (B,) record numbers
+    failures: list[tuple[int, str]]  # record number and reason of the images that could not be read
+
+
+class CropDataset(Dataset):
+    """Crops by (row, seed): a sample knows its randomness, so workers have none of their own."""
+
+    def __init__(self, records: Records, transform: Transform) -> None:
+        self.records, self.transform = records, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, int, str]:
+        row, seed = key
+        try:
+            image = load_image(self.records.root / self.records.paths[row])
+        except ImageError as error:
+            return None, row, str(error)
+        return self.transform(image, seed), row, ""
+
+    def collate(self, samples: list[tuple[np.ndarray | None, int, str]]) -> Batch:
+        """Stack the samples that could be read."""
+        failures = [(row, reason) for image, row, reason in samples if image is None]
+        rows = np.array([row for image, row, _ in samples if image is not None], dtype=np.int64)
+        images = np.stack([image for image, _, _ in samples if image is not None]) if len(rows) else np.zeros((0, 1, 1, 3), np.uint8)
+        labels = torch.from_numpy(self.records.labels[rows].astype(np.int64))
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), labels, torch.from_numpy(rows), failures)
+
+
+class EpochSampler(Sampler):
+    """Batches of (row, seed) for one epoch; `epoch` is set by the training loop, all else follows from it.
+
+    Plain: every training image once. Balanced: `per_class` images of every class, continuing each epoch where the last one
+    stopped in an endless sequence of shuffles of the class.
+    """
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
+        self.rows, self.labels, self.epoch = rows, labels, 0
+        self.seed, self.batch = config.seed, config.batch
+        self.per_class = config.samples_per_class if config.balanced_per_class else None
+
+    def __len__(self) -> int:
+        samples = len(self.rows) if self.per_class is None else self.per_class * len(np.unique(self.labels[self.rows]))
+        return len(batch_borders(samples, self.batch)) - 1
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows = self.rows if self.per_class is None else self._balanced_rows()
+        rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
+        seen: Counter[int] = Counter()
+        keys = []
+        for row in rows.tolist():
+            keys.append((row, sample_seed(self.seed, self.epoch, row, seen[row])))
+            seen[row] += 1
+        borders = batch_borders(len(keys), self.batch)
+        for start, stop in zip(borders[:-1], borders[1:], strict=True):
+            yield keys[start:stop]
+
+    def _balanced_rows(self) -> np.ndarray:
+        chosen = []
+        for label in np.unique(self.labels[self.rows]).tolist():
+            mine = self.rows[self.labels[self.rows] == label]
+            draws = self.epoch * self.per_class + np.arange(self.per_class)
+            rounds = draws // len(mine)
+            shuffles = {turn: np.random.default_rng((self.seed, 2, label, turn)).permutation(mine) for turn in np.unique(rounds).tolist()}
+            chosen.append(np.array([shuffles[turn][draw % len(mine)] for turn, draw in zip(rounds.tolist(), draws.tolist(), strict=True)]))
+        return np.concatenate(chosen)
+
+
+def sample_seed(seed: int, epoch: int, row: int, repetition: int = 0) -> int:
+    """Return the seed of a sample's augmentation; `repetition` tells apart the showings of one image in one epoch."""
+    return int(np.random.SeedSequence((seed, 3, epoch, row, repetition)).generate_state(1, np.uint64)[0])
+
+
+def batch_borders(num_samples: int, batch: int) -> list[int]:
+    """Return where batches start and end; a last batch of one joins the one before, for BatchNorm cannot train on it."""
+    borders = [*range(0, num_samples, batch), num_samples]
+    if len(borders) > 2 and borders[-1] - borders[-2] == 1:
+        del borders[-2]
+    return borders
+
+
+def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Runtime) -> DataLoader:
+    """Return a loader over batches of (row, seed); the number of workers does not change what it yields."""
+    workers = min(config.workers, os.cpu_count() or 1)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate, num_workers=workers, worker_init_fn=_start_worker,
+                      persistent_workers=workers > 0, pin_memory=runtime.num_gpus > 0)
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the main one decides
+    torch.set_num_threads(1)
+
+
+def eval_batches(rows: np.ndarray, batch: int) -> list[list[tuple[int, int]]]:
+    """Return batches of (row, 0) in order."""
+    return [[(row, 0) for row in rows[start:start + batch].tolist()] for start in range(0, len(rows), batch)]
+
+
+# ======================================================================================================================
+# 09  MODEL
+# ======================================================================================================================
+# Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
+class Backbone(nn.Module):
+    """A timm model without classifier that takes uint8 images and normalises them on the device."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model, self.frozen, self.dtype = model, False, torch.float32
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def freeze(self) -> None:
+        """Keep the backbone in eval mode and out of autograd from now on."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode, which a frozen backbone ignores."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
+        # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), \
+                torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            features = self.model((images.float() - self.mean) / self.std)
+        return features.float()
+
+
+class Head(nn.Module):
+    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
+
+    def __init__(self, feature_dim: int, emb_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(feature_dim, HEAD_WIDTH)
+        self.norm = nn.BatchNorm1d(HEAD_WIDTH)
+        self.output = nn.Linear(HEAD_WIDTH, emb_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the raw embedding."""
+        hidden = self.hidden(features)
+        if self.training and len(hidden) == 1:  # a GPU's share of the last batch may be one image: no statistics in that
+            hidden = F.batch_norm(hidden, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
+        else:
+            hidden = self.norm(hidden)
+        return self.output(F.relu(hidden))
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What makes a backbone the one it is; stored with checkpoints and prototypes."""
+
+    model_id: str
+    weights: str  # where they come from, in words
+    weights_hash: str  # SHA-256 over names and values, first 16 digits
+    feature_dim: int
+    img_size: int
+    pool: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
+    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed.
+
+    Raises:
+        UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
+    """
+    settings, feature_dim = probe_model(config)
+    import timm
+
+    seed_torch(config.seed, 0)
+    if config.backbone_weights is not None:
+        model, source = timm.create_model(config.model_id, pretrained=False, **settings), str(config.backbone_weights)
+        load_backbone_weights(model, config.backbone_weights, log)
+    elif config.pretrained:
+        model, source = _fetch_pretrained(config, settings, log), "timm"
+    else:
+        model, source = timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
+    cfg = model.pretrained_cfg
+    mean, std = tuple(config.mean or cfg["mean"]), tuple(config.std or cfg["std"])
+    pool = str(settings.get("global_pool") or getattr(getattr(model, "global_pool", None), "pool_type", None) or "default")
+    info = BackboneInfo(config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area")
+    return Backbone(model.to(memory_format=torch.channels_last), mean, std), info
+
+
+def probe_model(config: Config) -> tuple[dict[str, Any], int]:
+    """Return timm's keyword arguments for the model, and its feature_dim, found on the meta device: no weights, no memory.
+
+    Raises:
+        UserError: unknown model, or a size or pooling that it cannot do.
+    """
+    import timm
+
+    model_id = config.model_id
+    base = model_id.removeprefix("hf-hub:").split(".")[0]
+    if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
+        raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
+    settings: dict[str, Any] = {"num_classes": 0}
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(model_id, pretrained=False, **settings)
+            if "img_size" in inspect.signature(type(model).__init__).parameters:
+                settings["img_size"] = config.img_size
+            if config.pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = config.pool or "token"
+            model = timm.create_model(model_id, pretrained=False, **settings).eval()
+            shape = model(torch.empty(1, 3, config.img_size, config.img_size)).shape
+    except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
+        if config.debug:
+            raise
+        raise UserError(f"timm cannot build it: {printable(str(error))[:300]}",
+                        f"--model_id {model_id} --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else ""),
+                        "try another size or pooling") from error
+    if len(shape) != 2:
+        raise UserError(f"gives features of shape {tuple(shape)}, not one vector", f"--model_id {model_id}", "choose a --pool such as avg")
+    return settings, shape[1]
+
+
+def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
+    import huggingface_hub.constants as hub_constants
+    import timm
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not timm.models.get_pretrained_cfg(config.model_id):
+        raise UserError("timm names no weights for it", f"--model_id {config.model_id}", WEIGHTS_WAYS_OUT)
+    was_offline = hub_constants.HF_HUB_OFFLINE
+    try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+        hub_constants.HF_HUB_OFFLINE = True
+        return timm.create_model(config.model_id, pretrained=True, **settings)
+    except Exception:  # noqa: S110  not in the cache, then
+        log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
+    finally:
+        hub_constants.HF_HUB_OFFLINE = was_offline
+    try:
+        return timm.create_model(config.model_id, pretrained=True, **settings)
+    except Exception as error:  # hub, network and file errors of several libraries
+        raise UserError(f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}", f"--model_id {config.model_id}",
+                        WEIGHTS_WAYS_OUT) from error
+
+
+def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], None]) -> None:
+    """Fill a timm model from a .pth or .safetensors file; a classifier in the file is dropped and said so.
+
+    Raises:
+        UserError: unreadable file, or keys or shapes that do not fit, naming them.
+    """
+    from timm.models._helpers import load_state_dict
+
+    try:
+        weights = load_state_dict(str(path), weights_only=True)
+        filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        weights = filter_function(weights, model) if filter_function else weights
+    except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
+        raise UserError(f"cannot be read as weights: {printable(str(error))[:200]}", f"--backbone_weights {path}",
+                        "give a state dict saved by torch.save or safetensors") from error
+    weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in names))]
+    if dropped:
+        log(f"--backbone_weights: the classifier in the file is not used ({', '.join(dropped)})")
+    weights = {key: value for key, value in weights.items() if key not in dropped}
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    foreign = [key for key in weights if key not in own]
+    unfit = [f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in own
+             if key in weights and weights[key].shape != own[key].shape]
+    problems = [f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
+                for what, keys in (("keys missing", missing), ("foreign keys", foreign), ("wrong shapes", unfit)) if keys]
+    if problems:
+        raise UserError("does not fit the model: " + "; ".join(problems), f"--backbone_weights {path}", "check --model_id")
+    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return 16 hex digits over the names, types, shapes and bytes of a module's state dict."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# ======================================================================================================================
+# 10  ARCFACE
+# ======================================================================================================================
+# Additive angular margin, in float32. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3. Touches nothing.
+class ArcFace(nn.Module):
+    """Class directions on the unit sphere, and logits with the angular margin for the true class."""
+
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, emb_dim)))
+        self.margin, self.scale = margin, scale
+
+    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
+        return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (logits with margin, cosine without), both (B, C). Evaluation uses scale * cosine and never the margin."""
+        cosine = self.cosine(embeddings)
+        return self.scale * add_angular_margin(cosine, labels, self.margin), cosine
+
+
+def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
+    """Replace cos(theta) of the true class by cos(theta + m), finite in value and gradient at cos = +-1.
+
+    cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it falling.
+    d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
+
+    Args:
+        cosine: (B, C) in [-1, 1].
+        labels: (B,) true classes.
+        margin: radians, 0 <= margin < pi / 2.
+    """
+    target = cosine.gather(1, labels[:, None])
+    sine_squared = 1.0 - target * target
+    is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
+    sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
+    shifted = target * math.cos(margin) - sine * math.sin(margin)
+    past_pi = target < math.cos(math.pi - margin)
+    shifted = torch.where(past_pi, target - margin * math.sin(margin), shifted)
+    return cosine.scatter(1, labels[:, None], shifted)
+
+
+class Recognizer(nn.Module):
+    """Backbone, head and ArcFace in one module, so that every wrapper sees all parameters and a (B, C) output."""
+
+    def __init__(self, backbone: Backbone, head: Head, arcface: ArcFace) -> None:
+        super().__init__()
+        self.backbone, self.head, self.arcface = backbone, head, arcface
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
+        return F.normalize(self.head(features))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (logits with margin, cosine without), both (B, C), of images uint8 (B, 3, H, W)."""
+        return self.arcface(self.embed(self.backbone(images)), labels)
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return the state dict without a frozen backbone, which its identity stands for."""
+        return {key: value for key, value in self.state_dict().items() if not (self.backbone.frozen and key.startswith("backbone."))}
+
+    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what `trained_state` returned; every key must fit."""
+        own = self.trained_state()
+        if own.keys() != state.keys():
+            raise KeyError(f"keys differ: {sorted(own.keys() ^ state.keys())[:4]}")
+        self.load_state_dict(state, strict=False)
+
+
+def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
+    """Put a new head and class directions, random from the seed, on a backbone."""
+    seed_torch(config.seed, 1)
+    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale))
+    if config.freeze_backbone:
+        model.backbone.freeze()
+    return model
+
+
+# ======================================================================================================================
+# 11  OPTIMIZER & SCHEDULE
+# ======================================================================================================================
+# Parameter groups, and the learning rate as a function of the step: nothing to save, nothing to drift.
+def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW over head, class directions and, unless it is frozen, backbone; each group knows its peak lr."""
+    groups = [{"params": list(model.head.parameters()), "peak_lr": config.lr, "weight_decay": HEAD_WEIGHT_DECAY},
+              {"params": list(model.arcface.parameters()), "peak_lr": config.arc_lr or 10 * config.lr, "weight_decay": HEAD_WEIGHT_DECAY}]
+    if not config.freeze_backbone:
+        groups.append({"params": list(model.backbone.parameters()), "peak_lr": max(0.2 * config.lr, 5e-5),
+                       "weight_decay": BACKBONE_WEIGHT_DECAY})
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def lr_factor(step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up over the first 5 %, then a half cosine to 0."""
+    warmup_steps = max(1, total_steps // 20)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the lr of every group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+# ======================================================================================================================
+# 12  METRICS
+# ======================================================================================================================
+# Pure functions of scores and labels.
+def compute_metrics(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> tuple[dict[str, float], dict[str, dict]]:
+    """Score a classification.
+
+    Args:
+        scores: (N, C), the largest of a row is the answer; columns must be comparable over rows (log-probabilities).
+        labels: int (N,) true classes.
+
+    Returns:
+        acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
+        images in `labels` has None for what is undefined, and is left out of the means; its images never are.
+    """
+    num_classes = len(class_names)
+    confusion = confusion_matrix(labels, scores.argmax(axis=1), num_classes)
+    hits, support, answers = np.diag(confusion).astype(float), confusion.sum(axis=1), confusion.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recall = hits / support
+        precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
+        f1 = np.where(support > 0, 2 * hits / (support + answers), np.nan)
+    auc = one_vs_rest_auc(scores, labels) if scores.size <= MAX_SCORE_ENTRIES else np.full(num_classes, np.nan)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
+    per_class = {name: {key: none_if_nan(column[i]) for key, column in columns.items()} | {"support": int(support[i])}
+                 for i, name in enumerate(class_names)}
+    return {"acc": none_if_nan(hits.sum() / len(labels) if len(labels) else np.nan), "f1_macro": mean_or_none(f1),
+            "auc_macro": mean_or_none(auc)}, per_class
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return counts int64 (C, C), rows true and columns predicted."""
+    return np.bincount(labels.astype(np.int64) * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
+
+    Mann-Whitney: AUC = (sum of the positives' ranks - n_pos (n_pos + 1) / 2) / (n_pos n_neg), ties get their mean rank.
+    """
+    from scipy.stats import rankdata
+
+    num_samples, num_classes = scores.shape
+    positives = np.bincount(labels, minlength=num_classes).astype(float)
+    area = np.full(num_classes, np.nan)
+    for label in np.flatnonzero((positives > 0) & (positives < num_samples)):
+        rank_sum = rankdata(scores[:, label])[labels == label].sum()
+        area[label] = (rank_sum - positives[label] * (positives[label] + 1) / 2) / (positives[label] * (num_samples - positives[label]))
+    return area
+
+
+def none_if_nan(value: float) -> float | None:
+    """Return a float, or None for NaN, which JSON lacks."""
+    return None if math.isnan(value) else float(value)
+
+
+def mean_or_none(values: np.ndarray) -> float | None:
+    """Return the mean of the values that are not NaN, None if there is none."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log-probabilities (N, C) in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def cross_entropy(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean negative log-probability of the true classes."""
+    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+
+
+# ======================================================================================================================
+# 13  TRAIN STATE & CHECKPOINTS
+# ======================================================================================================================
+# Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
+# Raises UserError for a checkpoint that cannot be read or belongs to another run.
+@dataclass
+class TrainState:
+    """All that changes while training; what is not here is a function of (config, data, epoch, step)."""
+
+    model: Recognizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimizer steps
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, value, loss of the best epoch so far
+    baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
+
+
+def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo | None) -> dict[str, Any]:
+    """Return what must be equal for a checkpoint to fit: classes, every option that changes the result, and the backbone."""
+    plain = config.as_plain()
+    options = {field.name: plain[field.name] for field in option_fields() if field.metadata.get("fixed")}
+    backbone = {} if info is None else {"feature_dim": info.feature_dim, "head_width": HEAD_WIDTH, "backbone_hash": info.weights_hash,
+                                        "used_pool": info.pool, "used_mean": list(info.mean), "used_std": list(info.std)}
+    return {"class_names": list(class_names), **options, **backbone}
+
+
+def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
+    """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it."""
+    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, "epoch": state.epoch, "step": state.step, "best": state.best,
+               "baseline": state.baseline, "model": state.model.trained_state(), "optimizer": state.optimizer.state_dict(),
+               "scaler": state.scaler.state_dict()}
+    with atomic_file(path) as file:
+        torch.save(payload, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, never executing anything in it.
+
+    Raises:
+        UserError: missing, unreadable, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out to start afresh")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+        raise UserError(f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}", str(path),
+                        "resume from an older one with --resume PATH") from error
+    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT:
+        raise UserError("is not a checkpoint of this script and version", str(path), "resume from another one with --resume PATH")
+    return payload
+
+
+def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
+    """Put a checkpoint that `check_identity` has accepted into the state."""
+    state.model.load_trained_state(payload["model"])
+    state.optimizer.load_state_dict(payload["optimizer"])
+    state.scaler.load_state_dict(payload["scaler"])
+    state.epoch, state.step, state.best, state.baseline = payload["epoch"], payload["step"], payload["best"], payload["baseline"]
+
+
+def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other classes, model, shapes or options; only what `current` has is compared.
+
+    Raises:
+        UserError: listing each difference as old -> new.
+    """
+    lines = []
+    for key, new in current.items():
+        old = saved.get(key)
+        if key == "class_names" and old != new:
+            lines.append(f"classes: {len(old)} -> {len(new)}; missing {sorted(set(old) - set(new)) or 'none'}, added {sorted(set(new) - set(old)) or 'none'}")
+        elif old != new:
+            lines.append(f"{key}: {old} -> {new}")
+    if lines:
+        raise UserError("belongs to a run with other settings:\n    " + "\n    ".join(sorted(lines)), str(path),
+                        "use the settings of that run, choose a new --out_dir, or start afresh with --overwrite")
+
+
+def find_resume_path(config: Config) -> Path | None:
+    """Return the checkpoint to continue from, None for a fresh start.
+
+    Raises:
+        UserError: --resume was given and there is nothing to resume.
+    """
+    last = config.out_dir / "checkpoint_last.pth"
+    if config.overwrite:
+        if config.resume is not None:
+            raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
+        return None
+    if config.resume not in (None, "last"):
+        path = Path(config.resume)
+        return path / "checkpoint_last.pth" if path.is_dir() else path
+    if config.resume == "last" and not last.is_file():
+        raise UserError(f"there is no {last.name} in {config.out_dir}", "--resume", "leave --resume out to start afresh")
+    return last if last.is_file() else None
+
+
+# ======================================================================================================================
+# 14  PROTOTYPES
+# ======================================================================================================================
+# Gallery of reference embeddings: built, matched, calibrated on val, written. Pure but for `save_gallery`.
+@dataclass(frozen=True)
+class Gallery:
+    """What production matches against; format 2 of prototypes.npz."""
+
+    class_names: tuple[str, ...]
+    centroids: np.ndarray  # (C, D) float32 unit norm
+    stacks: np.ndarray  # (N, D) float32 unit norm, grouped by class
+    stack_labels: np.ndarray  # (N,) int64
+    stack_paths: tuple[str, ...]
+    thresholds: np.ndarray  # (C,) float32, score below which the answer is `unknown`
+    matcher: str  # centroid or knn
+    knn_k: int
+    temperature: float
+
+    def scores(self, queries: np.ndarray) -> np.ndarray:
+        """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
+        if self.matcher == "centroid":
+            return queries @ self.centroids.T
+        return knn_scores(queries, self.stacks, self.stack_labels, len(self.class_names), self.knn_k)
+
+
+def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
+    sums = np.zeros((num_classes, embeddings.shape[1]))
+    np.add.at(sums, labels, embeddings)
+    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def knn_scores(queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray, num_classes: int, k: int) -> np.ndarray:
+    """Return for each query and class the mean cosine of the k references of that class nearest to it, float32 (Q, C).
+
+    k = 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
+    """
+    borders = np.searchsorted(stack_labels, np.arange(num_classes + 1))
+    scores = np.full((len(queries), num_classes), -1.0, dtype=np.float32)
+    for start in range(0, len(queries), 1024):  # bounds the (queries x references) matrix
+        cosine = queries[start:start + 1024] @ stacks.T
+        for label, (low, high) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            if high > low:
+                kept = min(k, high - low)
+                nearest = np.partition(cosine[:, low:high], high - low - kept, axis=1)[:, -kept:]
+                scores[start:start + 1024, label] = nearest.mean(axis=1)
+    return scores
+
+
+def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
+    """Return the ascending positions of at most `limit` references that cover a class best.
+
+    The class is cut into `limit` k-means clusters, and each is stood for by the real reference nearest to its centre: the usual
+    views are all there, and a single mislabelled picture is not, as it would be if the farthest points were taken.
+    """
+    if len(embeddings) <= limit:
+        return np.arange(len(embeddings))
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters: duplicates, and then fewer references do
+        centres = KMeans(limit, n_init=1, random_state=0).fit(embeddings).cluster_centers_
+    chosen: list[int] = []
+    for similarity in centres @ embeddings.T:
+        chosen.append(next(i for i in np.argsort(-similarity, kind="stable").tolist() if i not in chosen))
+    return np.sort(chosen)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of some records."""
+
+    rows: np.ndarray  # (n,) int64 record numbers
+    labels: np.ndarray  # (n,) int64
+    values: np.ndarray  # (n, D) float32 unit norm
+
+
+def build_gallery(records: Records, references: Embedded, val: Embedded, max_refs_per_class: int | None) -> Gallery:
+    """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val."""
+    num_classes = len(records.class_names)
+    order = np.argsort(references.labels, kind="stable")
+    labels, values, rows = references.labels[order], references.values[order], references.rows[order]
+    centroids = class_centroids(values, labels, num_classes)
+    if max_refs_per_class is not None:
+        members = [np.flatnonzero(labels == label) for label in range(num_classes)]
+        kept = np.concatenate([own[choose_references(values[own], max_refs_per_class)] for own in members])
+        labels, values, rows = labels[kept], values[kept], rows[kept]
+    gallery = Gallery(records.class_names, centroids, values, labels, tuple(records.paths[row] for row in rows.tolist()),
+                      np.zeros(num_classes, np.float32), "centroid", KNN_CHOICES[0], 1.0)
+    candidates = [gallery, *(dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES)]
+    all_scores = [candidate.scores(val.values) for candidate in candidates]
+    winner = int(np.argmax([(scores.argmax(axis=1) == val.labels).mean() for scores in all_scores]))  # a tie: the simpler
+    return dataclasses.replace(candidates[winner], temperature=fit_temperature(all_scores[winner], val.labels),
+                               thresholds=fit_thresholds(all_scores[winner], val.labels)[0])
+
+
+def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return T for which softmax(scores / T) has the least cross-entropy (Guo et al., arXiv:1706.04599)."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(lambda log_t: cross_entropy(log_softmax(scores / math.exp(log_t)), labels),
+                            bounds=(math.log(0.005), math.log(2.0)), method="bounded")
+    return math.exp(found.x)
+
+
+def fit_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return per class the least score above which TARGET_PRECISION of its answers are right, and whether it is the pooled one.
+
+    A class with fewer than MIN_CALIBRATION_SAMPLES answers gets the threshold of all answers pooled.
+
+    Args:
+        scores: (N, C) of val.
+        labels: (N,).
+
+    Returns:
+        thresholds float32 (C,), is_pooled bool (C,).
+    """
+    answers, best = scores.argmax(axis=1), scores.max(axis=1)
+    is_right = answers == labels
+    thresholds = np.full(scores.shape[1], _precision_threshold(best, is_right), dtype=np.float32)
+    is_pooled = np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES
+    for label in np.flatnonzero(~is_pooled):
+        mine = answers == label
+        thresholds[label] = _precision_threshold(best[mine], is_right[mine])
+    return thresholds, is_pooled
+
+
+def _precision_threshold(scores: np.ndarray, is_right: np.ndarray) -> float:
+    order = np.argsort(-scores, kind="stable")
+    precision = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
+    enough = np.flatnonzero(precision >= TARGET_PRECISION)
+    if not len(enough):
+        return float(np.nextafter(np.float32(scores.max(initial=-1.0)), np.float32(2.0)))  # above all that was seen
+    return float(scores[order[enough[-1]]])
+
+
+def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
+    """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
+    meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature, "knn_k": gallery.knn_k}
+    numbers = {name: index for index, name in enumerate(gallery.class_names)}
+    with atomic_file(path) as file:
+        np.savez(file, centroids=gallery.centroids, stacks=gallery.stacks, stack_labels=gallery.stack_labels,
+                 stack_paths=np.array(gallery.stack_paths, dtype=np.str_), id2cls=np.array(gallery.class_names, dtype=np.str_),
+                 cls2id=np.array(json.dumps(numbers, ensure_ascii=False)), thresholds=gallery.thresholds,
+                 matcher=np.array(gallery.matcher), meta=np.array(json.dumps(to_json(meta), ensure_ascii=False)))
+
+
+# ======================================================================================================================
+# 15  TRAINING
+# ======================================================================================================================
+# The loop: `fit` > `train_epoch` > `train_step`; features, evaluation and the frozen baseline. Raises Diverged.
+@dataclass(frozen=True)
+class Job:
+    """What stays the same while a run trains."""
+
+    config: Config
+    records: Records
+    runtime: Runtime
+    run: RunDirectory
+    info: BackboneInfo
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)  # images that failed after the scan, each named once
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run."""
+        return make_identity(self.config, self.records.class_names, self.info)
+
+    def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
+        """Name the images that could not be read, each once."""
+        for row, reason in failures:
+            if row not in self.unreadable:
+                self.unreadable[row] = reason
+                self.run.log(f"warning: {self.records.paths[row]} cannot be read any more and is left out: {reason}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Backbone outputs of some records."""
+
+    rows: np.ndarray  # (n,) int64
+    values: torch.Tensor  # (n, feature_dim) float32 on the CPU
+
+
+class FeatureBank:
+    """Features of whole splits without augmentation. A frozen backbone sees each image once; otherwise they are made anew."""
+
+    def __init__(self, job: Job, backbone: Backbone) -> None:
+        self._job, self._backbone, self._kept = job, backbone, {}
+        self._dataset = CropDataset(job.records, build_transform(job.config.img_size, augment=False))
+
+    def get(self, split: str, per_class: int | None = None) -> Features:
+        """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
+        if split in self._kept:
+            return self._kept[split]
+        rows = self._job.records.rows(split)
+        if self._backbone.frozen:
+            return self._kept.setdefault(split, self._extract(rows, split))
+        return self._extract(first_of_each_class(rows, self._job.records.labels, per_class), split)
+
+    def _extract(self, rows: np.ndarray, split: str) -> Features:
+        job = self._job
+        network = job.runtime.wrap(self._backbone.eval())
+        loader = make_loader(self._dataset, eval_batches(rows, job.config.batch), job.config, job.runtime)
+        kept_rows, values = [], []
+        with torch.inference_mode():
+            for batch in progress(loader, len(loader), f"embedding {split}"):
+                job.note_failures(batch.failures)
+                if len(batch.rows):
+                    kept_rows.append(batch.rows.numpy())
+                    values.append(network(batch.images.to(job.runtime.device, non_blocking=True)).cpu())
+        if not values:
+            raise UserError(f"none of the {len(rows)} {split} images can be read any more", str(job.records.root), "restore the images")
+        return Features(np.concatenate(kept_rows), torch.cat(values).clone())
+
+
+def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
+    """Return the rows without those beyond the first `per_class` of their class (None: all)."""
+    if per_class is None:
+        return rows
+    order = np.argsort(labels[rows], kind="stable")
+    sorted_labels = labels[rows][order]
+    rank = np.arange(len(rows)) - np.searchsorted(sorted_labels, sorted_labels)
+    return rows[np.sort(order[rank < per_class])]
+
+
+def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
+    """Return the embeddings of features, by the head in eval mode."""
+    model.eval()
+    with torch.inference_mode():
+        parts = [model.embed(part.to(job.runtime.device)).cpu() for part in features.values.split(4096)]
+    return Embedded(features.rows, job.records.labels[features.rows].astype(np.int64), torch.cat(parts).numpy())
+
+
+def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
+    """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
+    config, records = job.config, job.records
+    dataset = CropDataset(records, build_transform(config.img_size, augment=True))
+    sampler = EpochSampler(records.rows("train"), records.labels, config)
+    loader = make_loader(dataset, sampler, config, job.runtime)
+    while state.epoch < config.epochs:
+        started = time.monotonic()
+        sampler.epoch = state.epoch
+        train, train_per_class = train_epoch(job, state, loader)
+        state.epoch += 1
+        val, val_per_class = evaluate_val(job, state.model, bank)
+        record = {"epoch": state.epoch, "lr": state.optimizer.param_groups[0]["lr"], "train": train, "val": val,
+                  "seconds": round(time.monotonic() - started, 2)}
+        job.run.log(format_epoch(record, config.epochs))
+        job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
+        save_epoch(job, state, update_best(job, state, val))
+
+
+def train_epoch(job: Job, state: TrainState, loader: DataLoader) -> tuple[dict, dict]:
+    """Show every sample of an epoch once; return the figures of what the model answered on the way, without margin."""
+    network = job.runtime.wrap(state.model.train())
+    total_steps = len(loader) * job.config.epochs
+    losses, cosines, labels = [], [], []
+    for batch in progress(loader, len(loader), f"epoch {state.epoch + 1}/{job.config.epochs}"):
+        job.note_failures(batch.failures)
+        if not len(batch.labels):
+            continue
+        set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
+        loss, cosine = train_step(job.runtime, network, state, batch)
+        losses.append(loss)
+        cosines.append(cosine)
+        labels.append(batch.labels)
+        if len(losses) % FINITE_CHECK_STEPS == 0:
+            check_finite(losses, state, job.run.path)
+    check_finite(losses, state, job.run.path)
+    if not losses:
+        raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
+    sizes = torch.tensor([len(part) for part in labels], dtype=torch.float64)
+    mean_loss = float((torch.stack(losses).double().cpu() * sizes).sum() / sizes.sum())
+    log_probabilities = log_softmax(job.config.arc_scale * torch.cat(cosines).cpu().numpy())
+    figures, per_class = compute_metrics(log_probabilities, torch.cat(labels).numpy(), job.records.class_names)
+    return {"loss": mean_loss, **figures}, per_class
+
+
+def train_step(runtime: Runtime, network: nn.Module, state: TrainState, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do one optimizer step; return its loss () and the cosines (B, C), both still on the device."""
+    images = batch.images.to(runtime.device, non_blocking=True)
+    labels = batch.labels.to(runtime.device, non_blocking=True)
+    logits, cosine = network(images, labels)
+    loss = F.cross_entropy(logits, labels)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), GRAD_CLIP_NORM)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    return loss.detach(), cosine.detach()
+
+
+def check_finite(losses: list[torch.Tensor], state: TrainState, run_path: Path) -> None:
+    """Look at the losses since the start of the epoch; waits for the device.
+
+    Raises:
+        Diverged: naming the first step whose loss is not finite and the last good checkpoint.
+    """
+    is_finite = torch.isfinite(torch.stack(losses)).cpu() if losses else torch.ones(1)
+    if not is_finite.all():
+        step = state.step - len(losses) + int((~is_finite).nonzero()[0]) + 1
+        last = run_path / "checkpoint_last.pth"
+        kept = f"the last good checkpoint is {last} (epoch {state.epoch})" if last.exists() else "there is no checkpoint yet"
+        raise Diverged(f"the loss is not finite at step {step} (epoch {state.epoch + 1}); {kept}; lower --lr")
+
+
+def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict]:
+    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1."""
+    val = embed(job, model, bank.get("val"))
+    references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
+    figures, per_class = score_arcface(job, model, val)
+    return figures | score_matching(references, val, len(job.records.class_names)), per_class
+
+
+def score_arcface(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
+    """Return loss and figures of the classifier that training used, without margin."""
+    with torch.inference_mode():
+        cosine = model.arcface.cosine(torch.from_numpy(queries.values).to(job.runtime.device)).cpu().numpy()
+    log_probabilities = log_softmax(job.config.arc_scale * cosine)
+    figures, per_class = compute_metrics(log_probabilities, queries.labels, job.records.class_names)
+    return {"loss": cross_entropy(log_probabilities, queries.labels), **figures}, per_class
+
+
+def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
+    """Return the share of queries whose nearest centroid, and whose nearest reference, is of their class."""
+    centroid_answers = (queries.values @ class_centroids(references.values, references.labels, num_classes).T).argmax(axis=1)
+    return {"proto_acc": float((centroid_answers == queries.labels).mean()), "recall_at_1": recall_at_1(references, queries)}
+
+
+def recall_at_1(references: Embedded, queries: Embedded) -> float:
+    """Return the share of queries whose nearest reference is of their class."""
+    hits = 0
+    for start in range(0, len(queries.labels), 1024):
+        nearest = (queries.values[start:start + 1024] @ references.values.T).argmax(axis=1)
+        hits += int((references.labels[nearest] == queries.labels[start:start + 1024]).sum())
+    return hits / len(queries.labels)
+
+
+def update_best(job: Job, state: TrainState, val: dict[str, float | None]) -> bool:
+    """Compare the epoch with the best so far by --best_metric, ties by loss; return whether it is the new best."""
+    name = job.config.best_metric
+    sign = -1.0 if name == "loss" else 1.0
+    value = -math.inf if val[name] is None else sign * val[name]
+    if state.best and (value, -val["loss"]) <= (sign * state.best["value"], -state.best["loss"]):
+        return False
+    state.best = {"epoch": state.epoch, "metric": f"val_{name}", "value": sign * value, "loss": val["loss"]}
+    job.run.event("best_update", **state.best)
+    return True
+
+
+def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
+    """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
+    if is_best:
+        save_checkpoint(job.run.path / "checkpoint_best.pth", state, job.identity)
+    if job.config.save_every and state.epoch % job.config.save_every == 0:
+        save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
+    save_checkpoint(job.run.path / "checkpoint_last.pth", state, job.identity)
+
+
+def format_epoch(record: dict[str, Any], epochs: int) -> str:
+    """Return the epoch's aligned line for train.log."""
+    def figures(split: str) -> str:
+        shown = {"loss": "loss", "acc": "acc", "f1_macro": "F1", "auc_macro": "AUC", "proto_acc": "proto", "recall_at_1": "R@1"}
+        values = ((name, record[split].get(key, -1)) for key, name in shown.items())
+        return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values if value != -1)
+
+    return f"epoch {record['epoch']:>3}/{epochs}  train {figures('train')}  |  val {figures('val')}  |  {record['seconds']:.1f} s"
+
+
+def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
+    """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
+
+    Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features.
+    """
+    references = unit_features(job, bank.get("train"))
+    classifier = _fit_logistic_regression(job, bank.get("train"))
+    figures = {}
+    for split in ("val", "test"):
+        if not len(job.records.rows(split)):
+            continue
+        features = bank.get(split)
+        queries = unit_features(job, features)
+        matching = score_matching(references, queries, len(job.records.class_names))
+        figures[split] = {"centroid_acc": matching["proto_acc"], "nn1_acc": matching["recall_at_1"],
+                          "logreg_acc": float((classifier.predict(features.values.numpy()) == queries.labels).mean())}
+    return figures
+
+
+def unit_features(job: Job, features: Features) -> Embedded:
+    """Return the features themselves as unit embeddings."""
+    return Embedded(features.rows, job.records.labels[features.rows].astype(np.int64), F.normalize(features.values).numpy())
+
+
+def _fit_logistic_regression(job: Job, features: Features) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    labels = job.records.labels[features.rows]
+    chosen = np.sort(np.random.default_rng((job.config.seed, 4)).permutation(len(labels))[:LOGREG_MAX_IMAGES])
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
+        return classifier.fit(features.values.numpy()[chosen], labels[chosen])
+
+
+def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
+    """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
+    names = {"centroid_acc": "nearest centroid", "nn1_acc": "nearest neighbour", "logreg_acc": "logistic regression"}
+    key = max(baseline, key=lambda name: baseline[name])
+    gain = accuracy - baseline[key]
+    noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + baseline[key] * (1 - baseline[key])) / num_images)
+    word = "helped" if gain > 0 else "hurt" if gain < 0 else "changed nothing"
+    verdict = f"training {word}" + (f" by {abs(100 * gain):.1f} points" if gain else "")
+    verdict += f": prototype matching {accuracy:.3f}, {names[key]} on the frozen backbone {baseline[key]:.3f}"
+    if abs(gain) <= noise:
+        verdict += f" (within the noise of {num_images} images, +-{100 * noise:.1f})"
+    return {"baseline": {"name": names[key], "acc": baseline[key]}, "verdict": verdict}
+
+
+# ======================================================================================================================
+# 17  REPORT
+# ======================================================================================================================
+# Owns report.html: one page that opens offline, whose bytes are a function of its input (no clock, no random state).
+# Reads images through `load_image`, writes one file through `write_atomic`. Raises ValueError on rows that do not fit.
+# Text from the data counts as hostile: autoescape, an escaped JSON island, and a CSP that runs our one script only.
+
+MAP_MAX_POINTS = 1_500  # t-SNE of 1,500 x 128 takes seconds, and more dots only cover each other
+MAP_THUMB_PX = 48  # a multiple of 16: JPEG chroma blocks then never bleed into the neighbouring cell of the sprite
+MAP_SPRITE_COLUMNS = 40
+MAP_WIDTH, MAP_HEIGHT = 1000, 660  # SVG user units
+ERROR_THUMB_PX = 96
+MAX_ERRORS = 48
+MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below them has all
+MAX_LISTED = 200
+MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
+SMALL_SUPPORT = 10  # below, one image moves recall by more than ten points
+CALIBRATION_BINS = 10
+SPLITS = ("train", "val", "test")
+# Relative SVG paths: split is told by shape, so that it survives a print in black and white.
+MAP_SHAPES = {
+    "train": "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "val": "m-3.7-3.7h7.4v7.4h-7.4z",
+    "test": "m0-5.6l5.2 9.2h-10.4z",
+}
+# Matplotlib only knows fixed colours; these stand-ins are swapped for CSS variables, so that charts follow dark mode.
+CHART_INKS = {
+    "ink": "#0b0b01",
+    "line": "#0b0b02",
+    "train": "#0b0b03",
+    "val": "#0b0b04",
+    "proto": "#0b0b05",
+    "frozen": "#0b0b06",
+    "muted": "#0b0b07",
+}
+BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "class mean"}
+# Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
+TEN_COLORS = "#4c78c8 #e0812b #3f9e5b #cf4b4b #8d6bc0 #a0705a #d573b5 #7f868f #a8a32c #2ba5b5".split()
+GOLDEN_ANGLE = 137.508
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything the page shows; arrays are already on the CPU. N images, T of them test, C classes."""
+
+    config: dict[str, Any]  # parsed config.json
+    events: list[dict[str, Any]]  # parsed metrics.jsonl
+    data_report: dict[str, Any]  # parsed data_report.json; any key may be absent
+    class_names: tuple[str, ...]  # (C,)
+    data_root: Path
+    embeddings: np.ndarray  # (N, D) float32 unit norm: train, val and test
+    labels: np.ndarray  # (N,) int
+    split_names: np.ndarray  # (N,) str: train / val / test
+    paths: list[str]  # (N,) relative to data_root
+    test_predictions: np.ndarray  # (T,) int, prototype matching, rows with split test in order
+    test_cosines: np.ndarray  # (T, C) float32 cosine to the centroids
+    nearest_paths: list[list[str]]  # (T, 2) nearest training reference of [the true class, the predicted class]
+    temperature: float  # probability = softmax(cosine / temperature)
+    load_image: Callable[[Path], np.ndarray]  # RGB uint8 (H, W, 3), EXIF applied; OSError/ValueError when unreadable
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """The figures of a run, picked from its events; a resumed run repeats epochs and the last one counts."""
+
+    epochs: list[dict[str, Any]]  # epoch_end events, by epoch
+    best_update: dict[str, Any] | None
+    best_epoch: dict[str, Any] | None  # epoch_end event of the best epoch; of the last one if no best was named
+    baseline: dict[str, Any] | None  # baseline_end event
+    test: dict[str, Any] | None  # test_end event
+    status: str
+
+
+@dataclass(frozen=True)
+class _TestRows:
+    """The test images in order. T rows, C classes."""
+
+    rows: np.ndarray  # (T,) int, position among all N images
+    labels: np.ndarray  # (T,) int
+    predictions: np.ndarray  # (T,) int
+    probabilities: np.ndarray  # (T, C) float64
+    confidences: np.ndarray  # (T,) float64, probability of the predicted class
+
+
+def write_report(report: ReportInput, path: Path, write_atomic: Callable[[Path, bytes], None]) -> None:
+    """Write the whole run as one self-contained page.
+
+    Raises ValueError if the rows do not match each other.
+    """
+    page = render_report(report)
+    # A file name may carry bytes that are no Unicode (lone surrogates): shown escaped, never a crash.
+    write_atomic(path, page.encode("utf-8", "backslashreplace"))
+
+
+def render_report(report: ReportInput) -> str:
+    """Return the page as text."""
+    import jinja2
+    from markupsafe import Markup
+
+    _check_rows(report)
+    figures = _collect_figures(report.events)
+    test = _collect_test_rows(report)
+    points = _map_points(report, test)
+    calibration = _calibration_view(test)
+    strict = jinja2.StrictUndefined  # a name that the template misspells is a bug, not an empty cell
+    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(num=_format_number, count=_format_count, duration=_format_duration)
+    return environment.from_string(_REPORT_HTML).render(
+        css=Markup(_REPORT_CSS),
+        script=Markup(_REPORT_JS),
+        script_hash=base64.b64encode(hashlib.sha256(_REPORT_JS.encode()).digest()).decode(),
+        island=Markup(_island_json(report, figures, calibration, points)),
+        colors=_class_colors(len(report.class_names)),
+        class_names=report.class_names,
+        figures=figures,
+        header=_header_view(report, figures, test),
+        facts=_run_facts(report, figures),
+        options=sorted(report.config["options"].items()),
+        curves=_curve_views(figures),
+        classes=_class_rows(report, figures),
+        small_support=SMALL_SUPPORT,
+        scored="test" if figures.test else "val",
+        confusion=_confusion_view(test, report.class_names),
+        map=_map_view(report, points),
+        errors=_error_views(report, test),
+        calibration=calibration,
+        data=_data_view(report),
+    )
+
+
+def _check_rows(report: ReportInput) -> None:
+    num_test = int((report.split_names == "test").sum())
+    per_image = {len(report.embeddings), len(report.labels), len(report.split_names), len(report.paths)}
+    per_test_image = {num_test, len(report.test_predictions), len(report.test_cosines), len(report.nearest_paths)}
+    if len(per_image) > 1 or len(per_test_image) > 1:
+        raise ValueError(f"report rows do not match: images {sorted(per_image)}, test images {sorted(per_test_image)}")
+
+
+def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
+    last = {event["event"]: event for event in events}  # a later event replaces an earlier one of its kind
+    by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
+    epochs = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    best_update = last.get("best_update")
+    best_epoch = by_epoch.get(best_update["epoch"]) if best_update else None
+    return _Figures(
+        epochs=epochs,
+        best_update=best_update,
+        best_epoch=best_epoch or (epochs[-1] if epochs else None),
+        baseline=last.get("baseline_end"),
+        test=last.get("test_end"),
+        status=str(last["run_end"].get("status", "ended")) if "run_end" in last else "not finished",
+    )
+
+
+def _collect_test_rows(report: ReportInput) -> _TestRows:
+    rows = np.flatnonzero(report.split_names == "test")
+    predictions = np.asarray(report.test_predictions, dtype=np.int64)
+    scaled = np.asarray(report.test_cosines, dtype=np.float64) / report.temperature
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True)) if len(rows) else scaled
+    probabilities = powers / powers.sum(axis=1, keepdims=True) if len(rows) else powers
+    return _TestRows(
+        rows=rows,
+        labels=np.asarray(report.labels, dtype=np.int64)[rows],
+        predictions=predictions,
+        probabilities=probabilities,
+        confidences=probabilities[np.arange(len(rows)), predictions],
+    )
+
+
+# --- text and pictures
+
+
+def _format_number(value: float | None) -> str:
+    """Three decimals; a dash where there is no figure, as for an absent class."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _format_count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _format_duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _format_time(value: Any) -> str:
+    """Return a day and minute from seconds since 1970 or from an ISO text."""
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, tz=timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return str(value)[:16].replace("T", " ")
+
+
+def _shorten(text: str, limit: int) -> str:
+    """Cut the middle: the names of similar classes often differ at their ends."""
+    return text if len(text) <= limit else f"{text[: limit * 3 // 5]}…{text[-(limit * 2 // 5 - 1) :]}"
+
+
+def _short_names(class_names: tuple[str, ...], limit: int) -> list[str]:
+    """Shorten names so that they stay apart: where cuts look the same, what all of those names share is dropped."""
+    short = [_shorten(name, limit) for name in class_names]
+    for text in {text for text in short if short.count(text) > 1}:
+        labels = [label for label, other in enumerate(short) if other == text]
+        names = [class_names[label] for label in labels]
+        start = len(os.path.commonprefix(names))
+        # No further than the shortest remainder, or start and end would overlap.
+        end = min(len(os.path.commonprefix([name[::-1] for name in names])), min(map(len, names)) - start)
+        for label, name in zip(labels, names, strict=True):
+            short[label] = f"…{_shorten(name[start : len(name) - end], limit - 2)}…"
+    return short
+
+
+def _text_width(text: str, font_size: float) -> float:
+    """Estimate the width of a text in pixels; CJK and other wide scripts take a full em."""
+    return font_size * sum(1.05 if ord(character) > 0x2E80 else 0.62 for character in text)
+
+
+def _class_colors(num_classes: int) -> list[str]:
+    if num_classes <= len(TEN_COLORS):
+        return list(TEN_COLORS[:num_classes])
+    tones = ((62, 50), (48, 40), (58, 63))  # saturation and lightness alternate: 40 hues alone are too close
+    return [f"hsl({i * GOLDEN_ANGLE % 360:.0f} {tones[i % 3][0]}% {tones[i % 3][1]}%)" for i in range(num_classes)]
+
+
+def _load_thumbnail(report: ReportInput, path: str, size: int) -> Image.Image | None:
+    """Return the image with its longer side at most `size`, or None when there is none to show."""
+    if not path:
+        return None
+    try:
+        image = Image.fromarray(report.load_image(report.data_root / path))
+    except (OSError, ValueError):  # deleted or damaged since training: the page shows a gray box
+        return None
+    image.thumbnail((size, size))
+    return image
+
+
+def _jpeg_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _picture(report: ReportInput, path: str) -> dict[str, str | None]:
+    image = _load_thumbnail(report, path, ERROR_THUMB_PX)
+    return {"path": path, "uri": _jpeg_uri(image) if image else None}
+
+
+def _island_json(
+    report: ReportInput, figures: _Figures, calibration: dict[str, Any], points: list[dict[str, Any]]
+) -> str:
+    """Return the figures of the page as JSON that is safe inside a script element."""
+    keep = ("epoch", "lr", "seconds", "train", "val")
+    best, test = figures.best_update or {}, figures.test
+    island = {
+        "status": figures.status,
+        "classes": report.class_names,
+        "epochs": [{key: epoch.get(key) for key in keep} for epoch in figures.epochs],
+        "best": {key: best.get(key) for key in ("epoch", "metric", "value")} if best else None,
+        "best_val": figures.best_epoch["val"] if figures.best_epoch else None,
+        "baseline": {name: figures.baseline.get(name) for name in ("val", "test")} if figures.baseline else None,
+        "test": {key: value for key, value in test.items() if key not in ("event", "time")} if test else None,
+        "calibration": {"ece": calibration["ece"], "bins": calibration["bins"]},
+        "points": [[point["label"], point["split"], point["predicted"], point["path"]] for point in points],
+    }
+    text = json.dumps(_without_nan(island), allow_nan=False)  # ASCII only, so U+2028 and surrogates are escaped too
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace NaN and infinity by null: they are no JSON, and a browser refuses the whole island."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- header
+
+
+def _header_view(report: ReportInput, figures: _Figures, test: _TestRows) -> dict[str, Any]:
+    missing = "not tested yet" if len(test.rows) else "no test split, no verdict"
+    verdict = str(figures.test.get("verdict") or "tested, without a verdict") if figures.test else missing
+    tones = {"training helped": "good", "training hurt": "bad"}
+    return {
+        "verdict": verdict[:1].upper() + verdict[1:],
+        "tone": next((tone for start, tone in tones.items() if verdict.startswith(start)), "plain"),
+        "note": _verdict_note(figures, len(test.rows)),
+        "tiles": _tiles(report, figures, len(test.rows)),
+        "bars": _comparison_bars(figures),
+    }
+
+
+def _verdict_note(figures: _Figures, num_test: int) -> str:
+    """Say how far the test figure can be trusted."""
+    if not figures.test:
+        return "The figures below are of the val split, which also chose the best epoch: expect less on new data."
+    low, high = _wilson_interval(figures.test["prototypes"]["acc"], num_test)
+    note = f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)"
+    baseline = (figures.test.get("baseline") or {}).get("acc")
+    if baseline is None:
+        return note + "."
+    inside = low <= baseline <= high
+    verdict = "inside it: the difference may be chance" if inside else "outside it"
+    return f"{note}; the frozen baseline, {baseline:.3f}, lies {verdict}."
+
+
+def _wilson_interval(accuracy: float | None, count: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927); unlike the normal one it holds near 0 and 1."""
+    if accuracy is None or count == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    center = (accuracy + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z / (1 + z * z / count) * math.sqrt(accuracy * (1 - accuracy) / count + z * z / (4 * count * count))
+    return max(0.0, center - spread), min(1.0, center + spread)
+
+
+def _tiles(report: ReportInput, figures: _Figures, num_test: int) -> list[dict[str, str]]:
+    """Return the key figures as (label, value, note): of the test split, or of the best epoch on val."""
+    if figures.test:
+        scores, split = figures.test["prototypes"], "test"
+        arcface = figures.test["arcface"]["acc"]
+        tiles = [("Accuracy", _format_number(scores["acc"]), f"prototypes, {num_test:,} test images")]
+    else:
+        scores, split = (figures.best_epoch or {"val": {}})["val"], "val"
+        arcface = scores.get("acc")
+        tiles = [("Accuracy", _format_number(scores.get("proto_acc")), "prototypes, val at the best epoch")]
+    by = "prototypes" if split == "test" else "ArcFace"
+    best = figures.best_update
+    tiles += [
+        ("Macro F1", _format_number(scores.get("f1_macro")), f"{by}, {split}"),
+        ("Macro ROC AUC", _format_number(scores.get("auc_macro")), f"{by}, {split}"),
+        ("Recall@1", _format_number(scores.get("recall_at_1")), f"nearest reference, {split}"),
+        ("ArcFace accuracy", _format_number(arcface), f"classifier, {split}"),
+        ("Best epoch", _format_count(best["epoch"]) if best else "–", _best_note(figures)),
+        ("Images", _format_count(len(report.labels)), _split_note(report)),
+        ("Classes", _format_count(len(report.class_names)), _imbalance_note(report)),
+    ]
+    return [{"label": label, "value": value, "note": note} for label, value, note in tiles]
+
+
+def _best_note(figures: _Figures) -> str:
+    best = figures.best_update
+    return f"of {len(figures.epochs):,}; {best['metric']} {_format_number(best['value'])}" if best else "none was named"
+
+
+def _split_note(report: ReportInput) -> str:
+    counts = {split: int((report.split_names == split).sum()) for split in SPLITS}
+    return ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+
+
+def _imbalance_note(report: ReportInput) -> str:
+    counts = np.bincount(report.labels, minlength=len(report.class_names))
+    return f"{counts.min():,} to {counts.max():,} images each" if len(counts) else "none"
+
+
+def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
+    """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
+    if figures.test:
+        split, trained = "test", (figures.test["prototypes"]["acc"], figures.test["arcface"]["acc"])
+    else:
+        split, scores = "val", (figures.best_epoch or {"val": {}})["val"]
+        trained = (scores.get("proto_acc"), scores.get("acc"))
+    frozen = (figures.baseline or {}).get(split) or {}
+    bars = [("trained, prototypes", trained[0], "trained"), ("trained, ArcFace", trained[1], "trained")]
+    bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
+    return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
+
+
+def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
+    options = report.config["options"]
+    seconds = sum(epoch.get("seconds") or 0.0 for epoch in figures.epochs)
+    facts = [
+        ("Model", options.get("model_id")),
+        ("Backbone", {True: "frozen", False: "fine-tuned"}.get(options.get("freeze_backbone"))),
+        ("Embedding", options.get("emb_dim")),
+        ("Image size", options.get("img_size")),
+        ("Data", options.get("data_root")),
+        ("Epochs", f"{len(figures.epochs)} of {options.get('epochs')}, {_format_duration(seconds)}"),
+        ("Seed", options.get("seed")),
+        ("Device", report.config.get("device")),
+        ("Started", _format_time(report.events[0]["time"]) if report.events else None),
+        ("Status", figures.status),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report.config.get("versions", {}).items())),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+# --- charts
+
+
+def _curve_views(figures: _Figures) -> dict[str, Any]:
+    """Return the four charts as SVG, with the shared legend that the page draws in HTML."""
+    from markupsafe import Markup
+
+    baseline_name, baseline = _val_baseline(figures)
+    best = figures.best_update["epoch"] if figures.best_update else None
+    titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
+    charts = []
+    for key, title in titles.items() if figures.epochs else ():
+        lines = {"train": _series(figures, "train", key), "val": _series(figures, "val", key)}
+        if key == "acc":
+            lines["proto"] = _series(figures, "val", "proto_acc")
+        svg = _curve_svg(lines, best, baseline if key == "acc" else None)
+        charts.append({"title": title, "svg": Markup(svg)})
+    return {"charts": charts, "baseline": baseline_name, "best": best}
+
+
+def _series(figures: _Figures, split: str, key: str) -> list[tuple[int, float]]:
+    values = [(epoch["epoch"], epoch[split].get(key)) for epoch in figures.epochs]
+    return [(epoch, math.nan if value is None else value) for epoch, value in values]  # NaN leaves a gap in the line
+
+
+def _val_baseline(figures: _Figures) -> tuple[str | None, float | None]:
+    """Return the frozen baseline of the accuracy chart: the one of the verdict, else the strongest on val."""
+    frozen = (figures.baseline or {}).get("val") or {}
+    scores = {name: frozen.get(f"{name}_acc") for name in BASELINE_NAMES}
+    scores = {name: score for name, score in scores.items() if score is not None}
+    if not scores:
+        return None, None
+    named = ((figures.test or {}).get("baseline") or {}).get("name")
+    name = named if named in scores else max(scores, key=scores.__getitem__)
+    return BASELINE_NAMES[name], scores[name]
+
+
+def _curve_svg(lines: dict[str, list[tuple[int, float]]], best: int | None, baseline: float | None) -> str:
+    def draw(figure: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        _style_axes(axes)
+        for ink, series in lines.items():
+            # Dots make a single epoch visible, and a figure between two absent ones; on long runs they only clutter.
+            marker = {"marker": "o", "markersize": 3.6} if len(series) <= 40 else {}
+            axes.plot(*zip(*series, strict=True), color=CHART_INKS[ink], linewidth=1.8, **marker)
+        if baseline is not None:
+            axes.axhline(baseline, color=CHART_INKS["frozen"], linewidth=1.4, linestyle=(0, (5, 3)))
+        if best is not None:
+            axes.axvline(best, color=CHART_INKS["muted"], linewidth=1.0, linestyle=(0, (1, 2)))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        axes.margins(x=0.03 if len(lines["val"]) > 1 else 0.5, y=0.08)
+        axes.set_xlabel("epoch", fontsize=9)
+        if all(math.isnan(value) for series in lines.values() for _, value in series):
+            axes.text(0.5, 0.5, "no figures", transform=axes.transAxes, ha="center", color=CHART_INKS["muted"])
+            axes.set_yticks([])
+
+    return _draw_svg(draw, (4.9, 2.7))
+
+
+def _style_axes(axes: Any) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(CHART_INKS["line"])
+    axes.grid(axis="y", color=CHART_INKS["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=CHART_INKS["muted"])
+    axes.xaxis.label.set_color(CHART_INKS["muted"])
+    axes.yaxis.label.set_color(CHART_INKS["muted"])
+
+
+def _draw_svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """Draw on a figure of `size` inches and return SVG for inlining: no ids that vary, no prolog, colours from CSS."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    # "none" leaves text as text: the reader's own font, selectable, and a third of the bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lct_dino3", "text.color": CHART_INKS["ink"]}):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_visible(False)
+        draw(figure)
+        for axes in figure.axes:
+            axes.patch.set_visible(False)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Its <style> would apply to the whole page, and its namespaces are implied in HTML.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
+    for name, color in CHART_INKS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return svg
+
+
+def _calibration_view(test: _TestRows) -> dict[str, Any]:
+    """Return reliability over ten bins of confidence and the expected calibration error (arXiv:1706.04599, eq. 3)."""
+    from markupsafe import Markup
+
+    bins = np.minimum((test.confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    correct = test.predictions == test.labels
+    rows: list[dict[str, Any]] = []
+    for index in range(CALIBRATION_BINS):
+        members = bins == index
+        count = int(members.sum())
+        rows.append({
+            "low": index / CALIBRATION_BINS,
+            "high": (index + 1) / CALIBRATION_BINS,
+            "count": count,
+            "confidence": float(test.confidences[members].mean()) if count else None,
+            "accuracy": float(correct[members].mean()) if count else None,
+        })
+    if not len(test.rows):
+        return {"ece": None, "bins": [], "svg": None, "mean": None, "accuracy": None}
+    gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows if row["count"]]
+    return {
+        "ece": sum(gaps) / len(test.rows),
+        "bins": rows,
+        "svg": Markup(_reliability_svg(rows)),
+        "mean": float(test.confidences.mean()),
+        "accuracy": float(correct.mean()),
+    }
+
+
+def _reliability_svg(rows: list[dict[str, Any]]) -> str:
+    def draw(figure: Any) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        _style_axes(upper)
+        _style_axes(lower)
+        middles = [(row["low"] + row["high"]) / 2 for row in rows]
+        width = 0.86 / CALIBRATION_BINS
+        upper.bar(middles, [row["accuracy"] or 0.0 for row in rows], width=width, color=CHART_INKS["val"])
+        upper.plot([0, 1], [0, 1], color=CHART_INKS["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
+        filled = [row for row in rows if row["count"]]
+        # The bar alone hides where in its bin the confidence lies; the dot's height over the diagonal is the gap.
+        marks = ([row["confidence"] for row in filled], [row["accuracy"] for row in filled])
+        upper.plot(*marks, "o", color=CHART_INKS["ink"], markersize=4)
+        upper.set(xlim=(0, 1), ylim=(0, 1.04), ylabel="share correct")
+        lower.bar(middles, [row["count"] for row in rows], width=width, color=CHART_INKS["line"])
+        for middle, row in zip(middles, rows, strict=True):
+            offset = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+            lower.annotate(f"{row['count']:,}", (middle, row["count"]), fontsize=8, **offset)
+        lower.margins(y=0.35)
+        lower.grid(visible=False)
+        lower.set_yticks([])
+        lower.set(xlabel="probability of the predicted class", ylabel="images")
+
+    return _draw_svg(draw, (5.4, 4.2))
+
+
+# --- classes
+
+
+def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
+    """Return one row a class: counts by split, and scores of the test split or else of val at the best epoch."""
+    per_class = figures.test["per_class"] if figures.test else (figures.best_epoch or {}).get("val_per_class", {})
+    scored = "test" if figures.test else "val"
+    num_classes = len(report.class_names)
+    counts = {split: np.bincount(report.labels[report.split_names == split], minlength=num_classes) for split in SPLITS}
+    rows = []
+    for label, name in enumerate(report.class_names):
+        scores = per_class.get(name) or {}
+        row = {split: int(counts[split][label]) for split in SPLITS}
+        row |= {key: scores.get(key) for key in ("precision", "recall", "f1", "auc")}
+        rows.append({"label": label, "name": name, "is_small": row[scored] < SMALL_SUPPORT, **row})
+    return rows
+
+
+def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return geometry of the heat map and the most confused pairs; None without a test split."""
+    if not len(test.rows):
+        return None
+    num_classes = len(class_names)
+    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(matrix, (test.labels, test.predictions), 1)
+    totals = matrix.sum(axis=1)
+    found = [
+        {"true": int(i), "predicted": int(j), "count": int(matrix[i, j]), "total": int(totals[i])}
+        for i, j in zip(*np.nonzero(matrix), strict=True)
+    ]
+    for cell in found:
+        cell["share"] = cell["count"] / cell["total"]
+    pairs = sorted((cell for cell in found if cell["true"] != cell["predicted"]), key=lambda cell: -cell["count"])
+    is_drawn = num_classes <= MAX_MATRIX_CLASSES
+    return {
+        "cells": found if is_drawn else [],
+        "geometry": _matrix_geometry(class_names) if is_drawn else None,
+        "pairs": pairs[: 12 if is_drawn else 50],
+        "num_pairs": len(pairs),
+        "max_pair": pairs[0]["count"] if pairs else 0,
+    }
+
+
+def _matrix_geometry(class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Return sizes in pixels such that no name is cut by the frame or lies on its neighbour."""
+    num_classes = len(class_names)
+    cell = next((size for limit, size in ((8, 46), (14, 36), (20, 30), (40, 20)) if num_classes <= limit), 15)
+    font = min(13, cell * 0.72)
+    names = _short_names(class_names, 30)
+    name_width = max(_text_width(name, font) for name in names)
+    left = name_width + 12
+    top = name_width * math.sin(math.radians(60)) + 22
+    side = cell * num_classes
+    slant = name_width * math.cos(math.radians(60))  # the last column's name leans out to the right
+    return {
+        "cell": cell, "font": round(font, 1), "names": names, "side": side, "left": round(left), "top": round(top),
+        "width": round(left + side + slant + 16), "height": round(top + side + 26), "has_counts": cell >= 20,
+    }  # fmt: skip
+
+
+# --- embedding map
+
+
+def _map_points(report: ReportInput, test: _TestRows) -> list[dict[str, Any]]:
+    """Return the images of the map with their place in it; test images are drawn last, on top."""
+    chosen = _choose_map_rows(report)
+    if not len(chosen):
+        return []
+    predicted = np.full(len(report.labels), -1)
+    predicted[test.rows] = test.predictions
+    places = _project(report.embeddings[chosen])
+    low, high = places.min(axis=0), places.max(axis=0)
+    margin = 22.0
+    room = np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * margin
+    scaled = margin + (places - low) / np.maximum(high - low, 1e-12) * room
+    order = np.argsort([SPLITS.index(split) for split in report.split_names[chosen]], kind="stable")
+    points: list[dict[str, Any]] = []
+    for row, (left, top) in zip(chosen[order], scaled[order], strict=True):
+        label, guess = int(report.labels[row]), int(predicted[row])
+        points.append({
+            "index": len(points), "x": round(float(left), 1), "y": round(float(top), 1), "label": label,
+            "split": str(report.split_names[row]), "path": report.paths[row],
+            "predicted": guess if guess >= 0 else None, "is_error": guess >= 0 and guess != label,
+        })  # fmt: skip
+    return points
+
+
+def _choose_map_rows(report: ReportInput) -> np.ndarray:
+    """Return at most MAP_MAX_POINTS rows: even steps through the rows sorted by class and split keep their shares."""
+    order = np.lexsort((report.split_names, report.labels))
+    if len(order) <= MAP_MAX_POINTS:
+        return np.sort(order)
+    steps = np.linspace(0, len(order) - 1, MAP_MAX_POINTS).astype(int)
+    return np.sort(order[steps])
+
+
+def _project(embeddings: np.ndarray) -> np.ndarray:
+    """Place embeddings (N, D) in the plane (N, 2): t-SNE, or PCA where t-SNE has too little to work on."""
+    centered = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
+    is_collapsed = float(centered.std()) < 1e-6  # t-SNE divides by the spread of its PCA start
+    if len(embeddings) < 10 or embeddings.shape[1] < 2 or is_collapsed:
+        left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
+        places = (left * sizes)[:, :2]
+        return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(30.0, (len(embeddings) - 1) / 3)
+    # One thread: the order in which OpenMP adds up is not fixed, and t-SNE blows a last bit up into another map.
+    with threadpool_limits(limits=1):
+        return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
+
+
+def _map_view(report: ReportInput, points: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = np.bincount(report.labels, minlength=len(report.class_names))
+    return {
+        "points": points,
+        "sprite": _map_sprite(report, points) if points else None,
+        "columns": MAP_SPRITE_COLUMNS,
+        "thumb": MAP_THUMB_PX,
+        "labels": _place_labels(report.class_names, points),
+        "shapes": MAP_SHAPES,
+        "width": MAP_WIDTH,
+        "height": MAP_HEIGHT,
+        "counts": [int(count) for count in counts],
+        "num_images": len(report.labels),
+        "num_errors": sum(point["is_error"] for point in points),
+        "splits": [split for split in SPLITS if (report.split_names == split).any()],
+    }
+
+
+def _map_sprite(report: ReportInput, points: list[dict[str, Any]]) -> str:
+    """Return all thumbnails as one JPEG grid: a third of the bytes of single files, which are mostly headers."""
+    num_rows = math.ceil(len(points) / MAP_SPRITE_COLUMNS)
+    num_columns = min(len(points), MAP_SPRITE_COLUMNS)
+    sprite = Image.new("RGB", (num_columns * MAP_THUMB_PX, num_rows * MAP_THUMB_PX), (226, 228, 232))
+    for index, point in enumerate(points):
+        image = _load_thumbnail(report, point["path"], MAP_THUMB_PX)
+        image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
+        row, column = divmod(index, MAP_SPRITE_COLUMNS)
+        left = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
+        sprite.paste(image, (left, row * MAP_THUMB_PX + (MAP_THUMB_PX - image.height) // 2))
+    return _jpeg_uri(sprite)
+
+
+def _place_labels(class_names: tuple[str, ...], points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put class names beside their points; a name with no free place is left to the legend."""
+    places: dict[int, list[tuple[float, float]]] = {}
+    for point in points:
+        places.setdefault(point["label"], []).append((point["x"], point["y"]))
+    labels: list[dict[str, Any]] = []
+    names = _short_names(class_names, 24)
+    for label in sorted(places, key=lambda key: (-len(places[key]), key)):
+        half = _text_width(names[label], 13) / 2
+        spots = np.array(places[label])
+        left = float(np.clip(np.median(spots[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
+        # Above or below nine tenths of the points, so that strays do not carry the name away; else in their middle.
+        above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95))
+        for top in (above - 10, below + 20, middle, middle - 18, middle + 18):
+            is_free = all(abs(o["x"] - left) > o["half"] + half or abs(o["y"] - top) > 16 for o in labels)
+            if is_free and 14 < top < MAP_HEIGHT - 8:
+                place = {"x": round(left, 1), "y": round(float(top), 1), "half": half}
+                labels.append({"label": label, "text": names[label], **place})
+                break
+    return labels
+
+
+# --- errors and data
+
+
+def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
+    """Return the test images that are wrong, surest first, next to what misled the matcher and what it missed."""
+    wrong = np.flatnonzero(test.predictions != test.labels)
+    order = wrong[np.argsort(-test.confidences[wrong], kind="stable")]
+    cards = []
+    for row in order[:MAX_ERRORS]:
+        label, predicted = int(test.labels[row]), int(test.predictions[row])
+        true_path, predicted_path = report.nearest_paths[row]
+        cards.append({
+            "image": _picture(report, report.paths[test.rows[row]]),
+            "predicted": _error_side(report, test, (int(row), predicted), predicted_path),
+            "true": _error_side(report, test, (int(row), label), true_path),
+        })  # fmt: skip
+    return {"cards": cards, "num_errors": len(wrong), "num_test": len(test.rows)}
+
+
+def _error_side(report: ReportInput, test: _TestRows, place: tuple[int, int], reference: str) -> dict[str, Any]:
+    row, label = place
+    return {
+        "label": label,
+        "probability": float(test.probabilities[row, label]),
+        "cosine": float(report.test_cosines[row, label]),
+        "reference": _picture(report, reference),
+    }
+
+
+def _data_view(report: ReportInput) -> dict[str, Any]:
+    """Return what the scan found; every key of data_report.json may be absent."""
+    data = report.data_report
+    duplicates = data.get("duplicates") or {}
+    quarantined = [(item.get("path", "?"), item.get("reason", "?")) for item in data.get("quarantined") or []]
+    conflicts = data.get("label_conflicts") or []
+    return {
+        "num_images": data.get("num_images"),
+        "num_usable": data.get("num_usable"),
+        "leaks": data.get("leaks_prevented"),
+        "exif": data.get("exif_rotated"),
+        "warnings": data.get("warnings") or [],
+        "sizes": data.get("sizes") or {},
+        "modes": sorted((data.get("modes") or {}).items(), key=lambda item: (-item[1], item[0])),
+        "conflicts": [[_picture(report, path) for path in group[:4]] for group in conflicts[:MAX_CONFLICT_GROUPS]],
+        "lists": [
+            _cut_list("Quarantined files", [f"{path} — {reason}" for path, reason in quarantined]),
+            _cut_list("Label conflicts: one picture under several classes", _join_groups(conflicts)),
+            _cut_list("Groups of exact duplicates", _join_groups(duplicates.get("exact") or [])),
+            _cut_list("Groups of near duplicates", _join_groups(duplicates.get("near") or [])),
+        ],
+    }
+
+
+def _join_groups(groups: list[list[str]]) -> list[str]:
+    return ["   =   ".join(group) for group in groups]
+
+
+def _cut_list(title: str, items: list[str]) -> dict[str, Any]:
+    num_more = max(0, len(items) - MAX_LISTED)
+    return {"title": title, "count": len(items), "items": items[:MAX_LISTED], "num_more": num_more}
+
+
+_REPORT_CSS = """
+:root { color-scheme: light dark;
+  --page: #f6f6f4; --card: #ffffff; --ink: #1d2126; --muted: #626a75; --line: #e2e3e6; --soft: #eff1f4;
+  --accent: #2d66c9; --good: #17774a; --bad: #bb3529; --warn: #8f5a00; --on-strong: #ffffff;
+  --train: #8b95a3; --val: #2d66c9; --proto: #8a4fbf; --frozen: #d07a1c; --right: #2d66c9; --wrong: #cf4b2a; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #131518; --card: #1b1e23; --ink: #e7e9ec; --muted: #9aa3af; --line: #2f343c; --soft: #242931;
+  --accent: #7eabff; --good: #56c993; --bad: #ff8577; --warn: #e5ae52; --on-strong: #10131a;
+  --train: #8d97a5; --val: #7eabff; --proto: #c295f0; --frozen: #f0a04b; --right: #7eabff; --wrong: #ff8d6b; } }
+* { box-sizing: border-box; }
+html { scroll-padding-top: 3.6rem; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto,
+  "Noto Sans", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+main, nav ul, header.hero { max-width: 1180px; margin: 0 auto; padding: 0 1.25rem; }
+h1, h2, h3 { line-height: 1.2; font-weight: 650; letter-spacing: -.012em; }
+h2 { font-size: 1.35rem; margin: 0 0 .35rem; }
+h3 { font-size: .95rem; margin: 0 0 .5rem; }
+p { margin: 0 0 .8rem; max-width: 75ch; }
+.lead, .note { color: var(--muted); }
+.note { font-size: .875rem; }
+.name { unicode-bidi: isolate; overflow-wrap: anywhere; }
+code, .path { font-family: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", monospace; font-size: .8em; }
+.path { overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
+nav { position: sticky; top: 0; z-index: 5; background: color-mix(in srgb, var(--page) 90%, transparent);
+  backdrop-filter: blur(8px); border-bottom: 1px solid var(--line); }
+nav ul { display: flex; gap: .2rem 1.25rem; list-style: none; overflow-x: auto; padding-top: .7rem;
+  padding-bottom: .7rem; }
+nav a { color: var(--muted); text-decoration: none; font-size: .9rem; white-space: nowrap; }
+nav a:hover, nav a:focus-visible { color: var(--accent); }
+.hero { padding-top: 2.6rem !important; }
+.eyebrow { color: var(--muted); font-size: .9rem; margin: 0 0 .5rem; overflow-wrap: anywhere; max-width: none; }
+h1 { font-size: clamp(1.6rem, 3.6vw, 2.45rem); margin: 0 0 .6rem; max-width: 38ch; overflow-wrap: anywhere;
+  text-wrap: balance; }
+h1.good { color: var(--good); } h1.bad { color: var(--bad); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.4rem 1.5rem 1.5rem;
+  margin: 1.1rem 0; }
+.overview { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.1rem;
+  margin: 1.5rem 0 1.1rem; }
+.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1px; background: var(--line);
+  border: 1px solid var(--line); border-radius: 14px; overflow: hidden; }
+.tile { background: var(--card); padding: .95rem 1rem; min-width: 0; }
+.tile b { display: block; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.25; }
+.tile span { display: block; font-size: .84rem; }
+.tile small { display: block; color: var(--muted); font-size: .76rem; line-height: 1.35; }
+.compare { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1rem 1.2rem; }
+.bar-row { display: grid; grid-template-columns: minmax(0, 13.2em) minmax(0, 1fr) 3.4em; gap: .7rem;
+  align-items: center;
+  font-size: .86rem; padding: .22rem 0; }
+.bar { display: block; height: .8rem; border-radius: 3px; background: var(--soft); overflow: hidden; }
+.bar i { display: block; height: 100%; width: var(--w); background: var(--accent); border-radius: 3px; }
+.bar i.frozen { background: var(--frozen); } .bar i.wrong { background: var(--wrong); }
+.right { text-align: right; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: .6rem 1.5rem;
+  margin: .8rem 0 0; }
+.facts div { min-width: 0; } .facts dt { color: var(--muted); font-size: .78rem; } .facts dd { margin: 0;
+  font-size: .89rem; overflow-wrap: anywhere; }
+.facts .wide { grid-column: 1 / -1; }
+.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .86rem; color: var(--muted);
+  margin: .2rem 0 .9rem; padding: 0; list-style: none; }
+.keys i { display: inline-block; width: 1.5em; height: 0; border-top: 3px solid var(--k); vertical-align: middle;
+  margin-right: .45em; }
+.keys i.dash { border-top-style: dashed; } .keys i.dot { border-top-style: dotted; border-top-width: 2px; }
+.keys i.box { height: .85em; width: .85em; border: 0; border-radius: 3px; background: var(--k); }
+.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.4rem 2rem; }
+.chart svg { display: block; width: 100%; height: auto; }
+.chart svg * { stroke-linejoin: round; }
+.chart text { font-family: inherit !important; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+table.wide { width: 100%; }
+th { text-align: left; font-weight: 600; color: var(--muted); font-size: .8rem; vertical-align: bottom;
+  padding: .3rem .6rem; white-space: nowrap; }
+td { padding: .34rem .6rem; border-top: 1px solid var(--line); vertical-align: middle; }
+th.n, td.n { text-align: right; white-space: nowrap; }
+th button { all: unset; cursor: pointer; } th button:focus-visible,
+  .chip:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th button::after { content: "\\2195"; opacity: .35; margin-left: .3em; }
+th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
+  th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
+#classes td:first-child { min-width: 11em; } td.score { min-width: 7.4em; } td.score div { display: flex;
+  align-items: center; gap: .6em; }
+td.score .bar { flex: 1; height: .5rem; min-width: 3em; }
+tr.small td.score { opacity: .62; }
+.badge { font-size: .7rem; color: var(--warn); border: 1px solid currentColor; border-radius: 99px; padding: 0 .5em;
+  white-space: nowrap; margin-left: .4em; }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 50%; background: var(--c);
+  margin-right: .5em; flex: none; }
+.split { display: grid; grid-template-columns: minmax(0, 1fr) minmax(260px, 340px); gap: 1.6rem; align-items: start; }
+.split > *, .stack > * { min-width: 0; }
+.matrix svg { display: block; font-size: 13px; }
+.matrix text { fill: var(--ink); } .matrix .axis { fill: var(--muted); font-size: 12px; }
+.matrix .diagonal { fill: var(--right); } .matrix .off { fill: var(--wrong); }
+.matrix .strong { fill: var(--on-strong); } .matrix text.n { pointer-events: none; text-anchor: middle;
+  dominant-baseline: central; }
+.matrix .grid { stroke: var(--line); fill: none; } .matrix rect:hover { stroke: var(--ink); stroke-width: 1.5; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .7rem 1.6rem;
+  margin: 0 0 .8rem; padding: 0;
+  list-style: none; font-size: .88rem; line-height: 1.35; }
+.pairs li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .25rem .8rem;
+  align-content: space-between; }
+.pairs .bar { grid-column: 1 / -1; height: .35rem; }
+.map { position: relative; } .map svg { display: block; width: 100%; height: auto; background: var(--soft);
+  border-radius: 10px; }
+.map canvas { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
+.pt { fill: var(--c); fill-opacity: .8; stroke: var(--card); stroke-width: .7; cursor: pointer; }
+.pt:hover { stroke: var(--ink); stroke-width: 2; fill-opacity: 1; }
+.ring { fill: none; stroke: var(--bad); stroke-width: 2; pointer-events: none; }
+.map text { font-size: 13px; font-weight: 600; fill: var(--ink); text-anchor: middle; pointer-events: none;
+  paint-order: stroke; stroke: var(--soft); stroke-width: 4px; stroke-linejoin: round; }
+.dim { opacity: .07; } .off-split, [hidden] { display: none !important; }
+.chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .9rem 0 0; }
+.chip { all: unset; cursor: pointer; display: inline-flex; align-items: center; max-width: 100%;
+  border: 1px solid var(--line); border-radius: 99px;
+  padding: .1rem .7rem; font-size: .82rem; } .chip:hover { border-color: var(--muted); }
+.chip[aria-pressed=true] { background: var(--ink); color: var(--card); border-color: var(--ink); }
+.chip .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 26em; }
+  .chip small { opacity: .65; margin-left: .45em; }
+.tools { margin: 0 0 .8rem; } .tools svg { width: 14px; height: 14px; margin-right: .4em; overflow: visible; }
+  .tools path { fill: currentColor; }
+.tools circle { fill: none; stroke: var(--bad); stroke-width: 2; }
+#tip { position: fixed; z-index: 9; pointer-events: none; display: flex; gap: .7rem; width: max-content;
+  max-width: min(22rem, 90vw); background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; padding: .6rem; font-size: .82rem;
+  box-shadow: 0 6px 24px rgb(0 0 0 / .22); }
+#tip .pic { width: 96px; height: 96px; flex: none; border-radius: 6px; background-color: #808080; }
+  #tip .txt { min-width: 0; } #tip .class { font-weight: 600; } #tip .error { color: var(--bad); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; }
+.card { border: 1px solid var(--line); border-radius: 12px; padding: .8rem; break-inside: avoid; min-width: 0; }
+.card .trio { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
+.card figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35; } .card figcaption { margin-top: .35rem;
+  overflow-wrap: anywhere; }
+.card .who { color: var(--muted); font-size: .72rem; margin-bottom: .25rem; } .card .wrong { color: var(--bad); }
+  .card .true { color: var(--good); }
+.frame { aspect-ratio: 1; border-radius: 8px; background: var(--soft); display: grid; place-items: center;
+  overflow: hidden; color: var(--muted); font-size: .72rem; }
+.frame img { width: 100%; height: 100%; object-fit: contain; display: block; }
+.card .path { margin: .55rem 0 0; color: var(--muted); font-size: .7rem; line-height: 1.3; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: .6rem; }
+.strip figure { margin: 0; min-width: 0; } .strip .path { font-size: .68rem; line-height: 1.3; display: block;
+  margin-top: .25rem; }
+details { border-top: 1px solid var(--line); padding: .55rem 0; }
+  details:last-of-type { border-bottom: 1px solid var(--line); }
+summary { cursor: pointer; font-size: .92rem; } summary b { font-weight: 600; } summary span { color: var(--muted); }
+details ol, ul.plain { margin: .6rem 0; padding-left: 2.2rem; font-size: .85rem; } details li { margin: .15rem 0; }
+.stack > * + * { margin-top: 1.2rem; }
+.ok { color: var(--good); } .alert { color: var(--warn); }
+footer { color: var(--muted); font-size: .8rem; padding: .5rem 0 3rem; }
+@media (max-width: 900px) { .overview, .split, .charts { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 560px) { section { padding: 1.1rem 1rem; border-radius: 12px; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .cards { grid-template-columns: minmax(0, 1fr); } .bar-row { grid-template-columns: minmax(0, 9.5em) minmax(0,
+  1fr) 3.2em; } td, th { padding-left: .35rem; padding-right: .35rem; } }
+@media print { nav, #tip, .chips, .tools { display: none !important; } body { background: none; font-size: 11pt; }
+  section { border: 0; padding: 0; margin: 1.6rem 0; }
+  h2, h3 { break-after: avoid; } tr, .tile, .chart { break-inside: avoid; } .scroll { overflow: visible; }
+  .bar i, .pt, .swatch, .matrix rect, .tile { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+
+_REPORT_JS = """
+"use strict";
+const data = JSON.parse(document.getElementById("report-data").textContent);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+for (const button of all("th button")) button.addEventListener("click", () => {
+  const head = button.parentElement, body = head.closest("table").tBodies[0], isText = head.dataset.kind === "text";
+  const current = head.getAttribute("aria-sort");
+  const down = current ? current === "ascending" : !isText;  // best figures first
+  const key = row => row.cells[head.cellIndex].dataset.v;
+  const compare = (a, b) => {
+    const [p, q] = [key(a), key(b)];
+    if (p === "" || q === "") return (p === "") - (q === "");  // no figure: last, whichever way
+    const order = isText ? p.localeCompare(q, undefined, {numeric: true}) : p - q;
+    return down ? -order : order;
+  };
+  all("th", head.parentElement).forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  body.append(...[...body.rows].sort(compare));
+});
+
+const map = document.querySelector(".map");
+if (map) {
+  const drawing = map.querySelector("svg"), canvas = map.querySelector("canvas"), points = all(".pt", map);
+  const sprite = document.getElementById("sprite"), columns = +sprite.dataset.columns, cell = +sprite.dataset.thumb;
+  const tip = document.getElementById("tip");
+  const state = {label: null, hidden: new Set(), errors: false, pictures: false};
+  all("title", drawing).forEach(title => title.remove());  // the browser's own tooltip would cover ours
+
+  const isError = (label, predicted) => predicted !== null && predicted !== label;
+  const shown = i => {
+    const [label, split, predicted] = data.points[i];
+    if (state.hidden.has(split)) return "off";
+    const isOther = state.label !== null && label !== state.label;
+    return isOther || (state.errors && !isError(label, predicted)) ? "dim" : "";
+  };
+  const paint = () => {
+    const context = canvas.getContext("2d"), scale = canvas.width / +drawing.dataset.width, size = 27 * scale;
+    const red = getComputedStyle(document.body).getPropertyValue("--bad");
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    if (!state.pictures) return;
+    points.forEach((point, i) => {
+      const kind = shown(i);
+      if (kind === "off") return;
+      const [label, , predicted] = data.points[i], wrong = isError(label, predicted);
+      const left = point.dataset.x * scale - size / 2, top = point.dataset.y * scale - size / 2;
+      context.globalAlpha = kind ? 0.06 : 1;
+      const [column, row] = [i % columns, Math.floor(i / columns)];
+      context.drawImage(sprite, column * cell, row * cell, cell, cell, left, top, size, size);
+      context.lineWidth = (wrong ? 4 : 1.5) * scale;
+      context.strokeStyle = wrong ? red : getComputedStyle(point).getPropertyValue("--c");
+      context.strokeRect(left, top, size, size);
+    });
+  };
+  const update = () => {
+    points.forEach((point, i) => {
+      const kind = shown(i);
+      point.classList.toggle("off-split", kind === "off");
+      point.classList.toggle("dim", kind === "dim");
+    });
+    for (const ring of all(".ring", map)) {
+      const kind = shown(+ring.dataset.i);
+      ring.classList.toggle("off-split", kind === "off" || state.pictures);
+      ring.classList.toggle("dim", kind === "dim");
+    }
+    for (const text of all("text", map)) {
+      const isOther = state.label !== null && +text.dataset.label !== state.label;
+      text.classList.toggle("off-split", state.pictures || isOther);
+    }
+    for (const chip of all("#map .chips [data-label]"))
+      chip.setAttribute("aria-pressed", +chip.dataset.label === state.label);
+    paint();
+  };
+  document.getElementById("map").addEventListener("click", event => {
+    const chip = event.target.closest(".chip");
+    if (!chip) return;
+    const isOn = chip.getAttribute("aria-pressed") !== "true";
+    chip.setAttribute("aria-pressed", isOn);
+    if (chip.dataset.label) state.label = isOn ? +chip.dataset.label : null;
+    if (chip.dataset.split) state.hidden[isOn ? "delete" : "add"](chip.dataset.split);
+    if (chip.dataset.flag) state[chip.dataset.flag] = isOn;
+    update();
+  });
+  document.addEventListener("keydown", event => { if (event.key === "Escape") { state.label = null; update(); } });
+  const line = (text, kind) => {
+    const div = document.createElement("div");
+    div.textContent = text;  // never innerHTML: names come from the data
+    div.className = kind;
+    return div;
+  };
+  drawing.addEventListener("pointerover", event => {
+    const point = event.target.closest(".pt");
+    tip.hidden = !point;
+    if (!point) return;
+    const i = +point.dataset.i, [label, split, predicted, path] = data.points[i];
+    const pic = tip.querySelector(".pic").style;
+    pic.backgroundImage = `url(${sprite.src})`;
+    pic.backgroundSize = `${sprite.naturalWidth * 96 / cell}px`;
+    pic.backgroundPosition = `${-96 * (i % columns)}px ${-96 * Math.floor(i / columns)}px`;
+    const lines = [line(data.classes[label], "name class"), line(split, "note")];
+    if (predicted === label) lines.push(line("recognised", "note"));
+    if (isError(label, predicted)) lines.push(line("taken for " + data.classes[predicted], "error name"));
+    tip.querySelector(".txt").replaceChildren(...lines, line(path, "path note"));
+  });
+  drawing.addEventListener("pointermove", event => {
+    const isLow = event.clientY + 20 + tip.offsetHeight > innerHeight;
+    const top = isLow ? Math.max(4, event.clientY - tip.offsetHeight - 14) : event.clientY + 20;
+    tip.style.left = Math.max(4, Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = top + "px";
+  });
+  drawing.addEventListener("pointerleave", () => { tip.hidden = true; });
+  all("#map .tools, #map .chips").forEach(tools => { tools.hidden = false; });
+}
+"""
+
+_REPORT_HTML = """
+{% macro class_name(label) %}<span class="name">{{ class_names[label] }}</span>{% endmacro %}
+{% macro bar(value, kind="") %}<span class="bar"><i class="{{ kind }}" style="--w: {{ "%.1f" | format(100 * (value or
+  0)) }}%"></i></span>{% endmacro %}
+{% macro picture(item) %}
+<div class="frame">{% if item.uri %}<img src="{{ item.uri }}" alt="{{ item.path }}" title="{{ item.path }}"
+  loading="lazy">{% else %}no image{% endif %}</div>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}';
+   base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ header.verdict }} · training report</title>
+<link rel="icon" href="data:,">
+<style>{{ css }}{% for color in colors %}.c{{ loop.index0 }} { --c: {{ color }}; }
+{% endfor %}</style>
+</head>
+<body>
+<header class="hero" id="top">
+  <p class="eyebrow">Training report &nbsp;·&nbsp; {{ class_names | length | count }} classes, {{ map.num_images
+    | count }} images
+    {%- if figures.status != "completed" %} &nbsp;·&nbsp; <strong class="alert">run {{ figures.status
+      }}</strong>{% endif %}</p>
+  <h1 class="{{ header.tone }}">{{ header.verdict }}</h1>
+  <p class="lead">{{ header.note }}</p>
+</header>
+<nav aria-label="Contents"><ul>
+  <li><a href="#top">Summary</a></li><li><a href="#run">Run</a></li><li><a href="#curves">Curves</a></li><li><a
+    href="#classes">Classes</a></li>
+  <li><a href="#confusion">Confusion</a></li><li><a href="#map">Map</a></li><li><a href="#errors">Errors</a></li>
+  <li><a href="#calibration">Calibration</a></li><li><a href="#data">Data</a></li>
+</ul></nav>
+<main>
+<div class="overview">
+  <div class="tiles">{% for tile in header.tiles %}
+    <div class="tile"><span>{{ tile.label }}</span><b>{{ tile.value }}</b><small>{{ tile.note
+      }}</small></div>{% endfor %}
+  </div>
+  <div class="compare">
+    <h3>Accuracy on {{ scored }}, trained and frozen</h3>
+    {% for item in header.bars %}
+    <div class="bar-row"><span>{{ item.name }}</span>{{ bar(item.value, item.kind) }}<span class="right">{{ item.value
+      | num }}</span></div>
+    {% else %}<p class="note">No figures.</p>{% endfor %}
+    {% if not figures.baseline %}<p class="note">The frozen backbone was not measured in this run.</p>{% endif %}
+  </div>
+</div>
+<section id="run"><h2>Run</h2>
+  <dl class="facts">{% for name, value in facts %}
+    <div{% if value | length > 60 %} class="wide"{% endif %}><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}
+  </dl>
+  <details style="margin-top: 1rem"><summary><b>All options</b> <span>{{ options | length }}</span></summary>
+    <table>{% for name, value in options %}<tr><td><code>{{ name }}</code></td><td class="path">{{ value
+      }}</td></tr>{% endfor %}</table>
+  </details>
+</section>
+
+<section id="curves"><h2>Curves</h2>
+  {% if curves.charts %}
+  <ul class="keys"><li><i style="--k: var(--train)"></i>train</li><li><i style="--k: var(--val)"></i>val, ArcFace</li>
+    <li><i style="--k: var(--proto)"></i>val, prototypes</li>
+    {% if curves.baseline %}<li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline
+      }}</li>{% endif %}
+    {% if curves.best is not none %}<li><i class="dot" style="--k: var(--muted)"></i>best epoch, {{ curves.best
+      }}</li>{% endif %}</ul>
+  <div class="charts">{% for chart in curves.charts %}<div class="chart"><h3>{{ chart.title }}</h3>{{ chart.svg
+    }}</div>{% endfor %}</div>
+  <p class="note" style="margin-top: 1rem">Train figures come from the augmented images of the epoch while the model
+    learns from them, val figures from clean images after it.</p>
+  {% else %}<p class="lead">No epoch was finished.</p>{% endif %}
+</section>
+
+<section id="classes"><h2>Classes</h2>
+  <p class="lead">{% if scored == "test" %}Scores of the test split, by prototype matching.{% else %}No test split:
+    scores of the validation split at the best epoch, by the ArcFace classifier.{% endif %}
+    Click a heading to sort.</p>
+  <div class="scroll"><table class="wide"><thead><tr><th data-kind="text"
+    aria-sort="ascending"><button>Class</button></th>
+    {% for head in ("Train", "Val", "Test") %}<th class="n"><button>{{ head }}</button></th>{% endfor %}
+    {% for head in ("Precision", "Recall", "F1", "AUC") %}<th><button>{{ head }}</button></th>{% endfor
+      %}</tr></thead>
+  <tbody>{% for row in classes %}
+  <tr{% if row.is_small %} class="small"{% endif %}><td data-v="{{ row.name }}"><span class="swatch c{{ row.label
+    }}"></span>{{ class_name(row.label) }}
+    {%- if row.is_small %}<span class="badge" title="fewer than {{ small_support }} {{ scored
+      }} images: one image moves recall by more than {{ 100 // small_support }} points">few</span>{% endif %}</td>
+    {% for split in ("train", "val", "test") %}<td class="n" data-v="{{ row[split] }}">{{ row[split] | count
+      }}</td>{% endfor %}
+    {% for key in ("precision", "recall", "f1", "auc") %}<td class="score" data-v="{{ "" if row[key] is none else
+      row[key] }}"><div><span>{{ row[key] | num }}</span>{% if row[key] is not none %}{{ bar(row[key]) }}{% endif
+      %}</div></td>{% endfor %}
+  </tr>{% endfor %}
+  </tbody></table></div>
+  {% if classes | selectattr("is_small") | list %}<p class="note" style="margin-top: .8rem"><span class="badge"
+    style="margin: 0">few</span>
+    fewer than {{ small_support }} {{ scored }} images: read these scores with care.</p>{% endif %}
+</section>
+
+<section id="confusion"><h2>Confusion</h2>
+  {% if confusion %}
+  <p class="lead">Test images by prototype matching. A row is a true class and sums to one; colour is its share.</p>
+  <ul class="keys"><li><i class="box" style="--k: var(--right)"></i>right</li><li><i class="box"
+    style="--k: var(--wrong)"></i>wrong</li></ul>
+  <div class="{{ "split" if confusion.geometry and confusion.geometry.width < 790 else "stack" }}">
+  {% if confusion.geometry %}{% set g = confusion.geometry %}
+  <div class="scroll matrix"><svg width="{{ g.width }}" height="{{ g.height }}" viewBox="0 0 {{ g.width }} {{ g.height
+    }}" role="img" aria-label="Confusion matrix">
+    <text class="axis" x="{{ g.left - 8 }}" y="{{ g.top - 6 }}" text-anchor="end">true ↓ &#8194;predicted →</text>
+    {% for name in g.names %}{% set middle = (loop.index0 + 0.5) * g.cell %}
+    <text x="{{ g.left - 8 }}" y="{{ g.top + middle }}" text-anchor="end" dominant-baseline="central"
+      font-size="{{ g.font }}">{{ name }}<title>{{ class_names[loop.index0] }}</title></text>
+    <text transform="translate({{ g.left + middle + g.font * 0.3 }} {{ g.top - 7 }}) rotate(-60)" font-size="{{ g.font
+      }}">{{ name }}<title>{{ class_names[loop.index0] }}</title></text>
+    <path class="grid" d="M{{ g.left }} {{ g.top + loop.index0 * g.cell }}h{{ g.side }}M{{ g.left + loop.index0 *
+      g.cell }} {{ g.top }}v{{ g.side }}"/>{% endfor %}
+    <path class="grid" d="M{{ g.left }} {{ g.top + g.side }}h{{ g.side }}v-{{ g.side }}"/>
+    {% for cell in confusion.cells %}{% set is_right = cell.true == cell.predicted %}
+    <rect class="{{ "diagonal" if is_right else "off" }}" x="{{ g.left + cell.predicted * g.cell + 0.5 }}" y="{{ g.top
+      + cell.true * g.cell + 0.5 }}" width="{{ g.cell - 1 }}" height="{{ g.cell - 1 }}" fill-opacity="{{ "%.2f"
+      | format(0.12 + 0.83 * cell.share) }}"><title>{{ class_names[cell.true] }} → {{ class_names[cell.predicted]
+      }}: {{ cell.count | count }} of {{ cell.total | count }} ({{ "%.1f" | format(100 * cell.share) }}
+      %)</title></rect>
+    {% if g.has_counts %}<text class="n{% if cell.share > 0.5 %} strong{% endif %}" x="{{ g.left + (cell.predicted +
+      0.5) * g.cell }}" y="{{ g.top + (cell.true + 0.5) * g.cell }}" font-size="{{ [g.font, 12] | min
+      }}">{{ cell.count }}</text>{% endif %}{% endfor %}
+  </svg></div>
+  {% else %}<p class="note">{{ class_names | length | count }} classes are too many for a readable matrix.</p>{% endif
+    %}
+  <div><h3>Most confused pairs</h3>
+    {% if confusion.pairs %}
+    <ul class="pairs">{% for pair in confusion.pairs %}
+      <li><span>{{ class_name(pair.true) }} <span class="note">taken for</span> {{ class_name(pair.predicted)
+        }}</span>
+        <span class="right">{{ pair.count | count }} <span class="note">of {{ pair.total | count
+          }}</span></span>{{ bar(pair.count / confusion.max_pair, "wrong") }}</li>{% endfor %}</ul>
+    {% if confusion.num_pairs > confusion.pairs | length %}<p class="note">and {{ (confusion.num_pairs -
+      confusion.pairs | length) | count }} more pairs</p>{% endif %}
+    {% else %}<p class="ok">No two classes were confused.</p>{% endif %}
+  </div></div>
+  {% else %}<p class="lead">No test split: there is nothing to count.</p>{% endif %}
+</section>
+
+<section id="map"><h2>Embedding map</h2>
+  {% if map.points %}
+  <p class="lead">Near points look alike to the model; distances between far groups mean little.
+    {% if map.points | length < map.num_images %}{{ map.points | length | count }} of {{ map.num_images | count }}
+      images, the same share of every class and split.{% endif %}
+    {% if map.num_errors %}Rings mark the {{ map.num_errors | count }} wrong test image{{ "" if map.num_errors == 1
+      else "s" }}.{% endif %}</p>
+  <div class="chips tools" hidden>{% for split in map.splits %}<button class="chip" aria-pressed="true"
+    data-split="{{ split }}"><svg viewBox="-7 -7 14 14"><path d="M0 0{{ map.shapes[split] }}"/></svg>{{ split
+    }}</button>{% endfor %}
+    {% if map.num_errors %}<button class="chip" aria-pressed="false" data-flag="errors"><svg
+      viewBox="-7 -7 14 14"><circle r="6"/></svg>only errors</button>{% endif %}
+    <button class="chip" aria-pressed="false" data-flag="pictures">pictures</button></div>
+  <div class="map"><svg viewBox="0 0 {{ map.width }} {{ map.height }}" data-width="{{ map.width }}" role="img"
+    aria-label="Map of the embeddings">
+    {% for point in map.points %}<path class="pt c{{ point.label }}" data-i="{{ loop.index0 }}" data-x="{{ point.x }}"
+      data-y="{{ point.y }}" d="M{{ point.x }} {{ point.y }}{{ map.shapes[point.split]
+      }}"><title>{{ class_names[point.label] }}, {{ point.split }}: {{ point.path }}</title></path>
+    {% endfor %}
+    {% for point in map.points if point.is_error %}<circle class="ring" data-i="{{ point.index }}" cx="{{ point.x }}"
+      cy="{{ point.y }}" r="8.5"/>
+    {% endfor %}
+    {% for label in map.labels %}<text data-label="{{ label.label }}" x="{{ label.x }}" y="{{ label.y
+      }}">{{ label.text }}</text>
+    {% endfor %}</svg><canvas width="{{ 2 * map.width }}" height="{{ 2 * map.height }}"></canvas></div>
+  <img id="sprite" src="{{ map.sprite }}" data-columns="{{ map.columns }}" data-thumb="{{ map.thumb }}" alt="" hidden>
+  <div id="tip" hidden><div class="pic"></div><div class="txt"></div></div>
+  <div class="chips" hidden>{% for name in class_names %}<button class="chip" aria-pressed="false"
+    data-label="{{ loop.index0 }}" title="{{ name }}"><span class="swatch c{{ loop.index0 }}"></span><span
+    class="name">{{ name }}</span><small>{{ map.counts[loop.index0] | count }}</small></button>{% endfor %}</div>
+  {% else %}<p class="lead">There are no embeddings to show.</p>{% endif %}
+</section>
+
+<section id="errors"><h2>Worst errors</h2>
+  {% if errors.cards %}
+  <p class="lead">{{ errors.num_errors | count }} of {{ errors.num_test | count }} test images are wrong; {% if
+    errors.num_errors > errors.cards | length %}the {{ errors.cards | length }} surest{% else %}the surest{% endif
+    %} come first, each beside its
+    nearest training image of the predicted and of the true class. A wrong label in the data shows here first.</p>
+  <div class="cards">{% for card in errors.cards %}
+  <article class="card"><div class="trio">
+    <figure><div class="who">test image</div>{{ picture(card.image) }}<figcaption class="note">no. {{ loop.index
+      }}</figcaption></figure>
+    {% for kind in ("predicted", "true") %}{% set side = card[kind] %}
+    <figure><div class="who">{{ kind }}</div>{{ picture(side.reference) }}<figcaption class="{{ "wrong" if kind ==
+      "predicted" else "true" }}"><strong>{{ class_name(side.label) }}</strong><br>p {{ side.probability | num
+      }}<br>cos {{ side.cosine | num }}</figcaption></figure>{% endfor %}
+  </div><p class="path">{{ card.image.path }}</p></article>{% endfor %}</div>
+  {% elif errors.num_test %}<p class="ok">Not one of {{ errors.num_test | count }} test images is wrong.</p>
+  {% else %}<p class="lead">No test split: no image was held out to be wrong about.</p>{% endif %}
+</section>
+
+<section id="calibration"><h2>Calibration</h2>
+  {% if calibration.svg %}
+  <div class="charts"><div class="chart">{{ calibration.svg }}</div><div>
+    <p style="font-size: 1.6rem; font-weight: 650; margin: 0">{{ calibration.ece | num }}</p><p class="note">expected
+      calibration error, {{ calibration.bins | length }} bins</p>
+    <p>On average the model claims {{ calibration.mean | num }} and is right {{ calibration.accuracy | num }} of the
+      time:
+      {% if calibration.mean - calibration.accuracy > 0.02 %}it is too sure.{% elif calibration.accuracy -
+        calibration.mean > 0.02 %}it is too modest.{% else %}on the whole it knows how often it is right.{% endif
+        %}</p>
+    <p class="note">Bars on the dashed line would be perfect. A dot stands at the mean probability of its bin; bins
+      with few images swing by chance.</p>
+  </div></div>
+  {% else %}<p class="lead">No test split: probabilities cannot be checked.</p>{% endif %}
+</section>
+
+<section id="data"><h2>Data</h2>
+  <dl class="facts">
+    <div><dt>Images found</dt><dd>{{ data.num_images | count }}</dd></div><div><dt>Usable</dt><dd>{{ data.num_usable
+      | count }}</dd></div>
+    {% for list in data.lists %}<div><dt>{{ list.title.split(":")[0] }}</dt><dd>{{ list.count | count
+      }}</dd></div>{% endfor %}
+    <div><dt>Leaks between splits prevented</dt><dd>{{ data.leaks | count }}</dd></div><div><dt>Turned by
+      EXIF</dt><dd>{{ data.exif | count }}</dd></div>
+    {% if data.sizes %}<div><dt>Width min / median / max</dt><dd>{{ data.sizes.get("width_min") | count }} /
+      {{ data.sizes.get("width_median") | count }} / {{ data.sizes.get("width_max") | count }} px</dd></div>
+    <div><dt>Height min / median / max</dt><dd>{{ data.sizes.get("height_min") | count }} /
+      {{ data.sizes.get("height_median") | count }} / {{ data.sizes.get("height_max") | count }} px</dd></div>{% endif
+      %}
+    {% if data.modes %}<div><dt>Colour modes</dt><dd>{% for mode, number in data.modes %}{{ mode }} {{ number | count
+      }}{{ "" if loop.last else ", " }}{% endfor %}</dd></div>{% endif %}
+  </dl>
+  {% if data.warnings %}<h3 class="alert" style="margin-top: 1.3rem">Warnings</h3><ul class="plain">{% for warning in
+    data.warnings[:200] %}<li>{{ warning }}</li>{% endfor %}</ul>
+  {% if data.warnings | length > 200 %}<p class="note">and {{ (data.warnings | length - 200) | count }}
+    more</p>{% endif %}{% endif %}
+  {% if data.conflicts %}<h3 style="margin-top: 1.3rem">Label conflicts, the first {{ data.conflicts
+    | length }}</h3>
+  <div class="cards" style="margin-bottom: 1rem">{% for group in data.conflicts %}<div
+    class="card strip">{% for item in group %}<figure>{{ picture(item) }}<span class="path">{{ item.path
+    }}</span></figure>{% endfor %}</div>{% endfor %}</div>{% endif %}
+  <div style="margin-top: 1rem">{% for list in data.lists if list.count %}<details><summary><b>{{ list.title }}</b>
+    <span>{{ list.count | count }}</span></summary>
+    <ol>{% for item in list["items"] %}<li class="path">{{ item }}</li>{% endfor %}</ol>{% if list.num_more %}<p
+      class="note">and {{ list.num_more | count }} more, see data_report.json</p>{% endif %}</details>{% endfor
+      %}</div>
+  {% if not data.warnings and not data.lists | selectattr("count") | list %}<p class="ok"
+    style="margin: 1rem 0 0">Nothing was found wrong with the data.</p>{% endif %}
+</section>
+<footer>Made by lct_dino3.py. Self-contained: it loads nothing, works offline and can be sent as it is. Figures also
+  in metrics.jsonl.</footer>
+</main>
+<script type="application/json" id="report-data">{{ island }}</script>
+<script>{{ script }}</script>
+</body>
+</html>
+"""
+
+
+# ======================================================================================================================
+# 18  DEMO
+# ======================================================================================================================
+# Owns: a drawn data set of eleven hand tools with exact masks, so that every command can be tried without data.
+# Touches: files below the root it is given. Raises: nothing of its own.
+
+DEMO_CLASSES = ("adjustable_wrench", "combination_wrench", "file", "hammer", "hex_key", "oil_can",
+                "pliers", "ratchet", "screwdriver", "side_cutter", "speed_brace")
+
+_SUPERSAMPLE = 2  # tools and benches are drawn this much larger and box-filtered down: PIL polygons have no antialiasing
+_BENCH_PX = 420  # side of a drawn piece of bench (supersampled px): holds the longest crop (140 px) turned by a few degrees
+_TEXTURE_PX = 512  # side of a cached texture, from which benches are cut at any angle
+_TEXTURE_VARIANTS = 3
+_STOCK_SHARE = 0.85  # the rest was bought elsewhere, in any colour
+_TEXTURES = ("wood", "foam", "metal", "cloth", "mat", "concrete")
+
+_PLASTICS = ((196, 34, 32), (226, 98, 22), (236, 186, 28), (28, 82, 172), (26, 128, 74), (38, 38, 42),
+             (70, 74, 82), (20, 142, 160), (150, 30, 60))
+_METALS = ((206, 210, 216), (178, 182, 188), (152, 155, 160), (124, 126, 130), (84, 86, 92), (190, 184, 170))
+_WOODS = ((196, 148, 92), (168, 116, 66), (214, 174, 120), (140, 86, 48))
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """The colours a workshop mostly buys for one class: two or three suppliers, as in a real tool crib."""
+    grips: tuple[tuple[int, int, int], ...]  # RGB
+    metals: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Material:
+    colour: tuple[float, float, float]  # RGB, 0..255
+    gloss: float  # strength of highlights, 0 = chalk, 1 = chrome
+    bevel: float  # width of the rounded edge, in tool lengths; half the part's width makes a rod, 0 a flat mark
+
+
+@dataclass(frozen=True)
+class _Part:
+    outline: np.ndarray  # (N, 2), tool lengths, x along the tool
+    material: _Material
+    holes: tuple[np.ndarray, ...] = ()  # cut out of this part only; may reach over its outline to make a jaw
+
+
+@dataclass(frozen=True)
+class _Pose:
+    matrix: np.ndarray  # (2, 2), rotation with slight foreshortening and mirroring
+    light: float  # direction the light comes from, radians in image axes
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What the frames of one shot share."""
+    bench: Image.Image  # RGB, _BENCH_PX square, with clutter
+    angle: float  # radians, of the tool
+    mirror: int  # 1 or -1
+    light: float
+    longest_px: int  # longest side of the crop
+    recess: tuple[int, int, int] | None  # colour below the foam of a shadow board, None on an open bench
+    shadow: tuple[float, float, float]  # length in crop px, blur in crop px, opacity
+    gain: np.ndarray  # (3,), exposure and colour temperature
+
+
+# Shapes: all in tool lengths, x along the tool.
+
+def _circle(centre: tuple[float, float], radius: float, corners: int = 30, phase: float = 0.0) -> np.ndarray:
+    angles = phase + np.arange(corners) * (2 * math.pi / corners)
+    return np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], axis=1)
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], dtype=np.float64)
+
+
+def _smooth(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 2, closed: bool = True) -> np.ndarray:
+    """Round corners by Chaikin's corner cutting; an open line keeps its two ends."""
+    points = np.asarray(points, dtype=np.float64)
+    for _ in range(rounds):
+        following = np.roll(points, -1, axis=0) if closed else points[1:]
+        current = points if closed else points[:-1]
+        cut = np.stack([0.75 * current + 0.25 * following, 0.25 * current + 0.75 * following], axis=1).reshape(-1, 2)
+        points = cut if closed else np.concatenate([points[:1], cut[1:-1], points[-1:]])
+    return points
+
+
+def _profile(*stations: tuple[float, float]) -> np.ndarray:
+    """Return the outline of a turned piece: (x, half width) stations mirrored at the axis."""
+    upper = np.array(stations, dtype=np.float64)
+    return np.concatenate([upper, upper[::-1] * (1, -1)])
+
+
+def _tube(path: Sequence[tuple[float, float]] | np.ndarray, *half_widths: float) -> np.ndarray:
+    """Return the outline of a band along a path; half widths are spread evenly over its length."""
+    path = np.asarray(path, dtype=np.float64)
+    direction = np.gradient(path, axis=0)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True) + 1e-9
+    length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))])
+    width = np.interp(length / length[-1], np.linspace(0, 1, len(half_widths)), half_widths)
+    offset = np.stack([-direction[:, 1], direction[:, 0]], axis=1) * width[:, None]
+    return np.concatenate([path + offset, (path - offset)[::-1]])
+
+
+def _turn(points: np.ndarray, angle: float) -> np.ndarray:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return points @ np.array([(cos, sin), (-sin, cos)])
+
+
+def _stripes(x_range: tuple[float, float], count: int, reach: float, slant: float, width: float) -> list[np.ndarray]:
+    """Return `count` cross lines from -reach to +reach: file teeth, knurls, grip ribs."""
+    return [np.array([(x - slant - width, -reach), (x - slant + width, -reach), (x + slant + width, reach),
+                      (x + slant - width, reach)]) for x in np.linspace(*x_range, count)]
+
+
+# Materials.
+
+def _pick(rng: np.random.Generator, colours: Sequence[tuple[int, int, int]]) -> tuple[float, float, float]:
+    colour = np.array(colours[rng.integers(len(colours))], dtype=np.float64) * rng.uniform(0.82, 1.12)
+    return tuple(np.clip(colour + rng.normal(0, 7, 3), 8, 250).tolist())
+
+
+def _shade(material: _Material, factor: float) -> _Material:
+    return _Material(tuple(channel * factor for channel in material.colour), material.gloss, material.bevel)
+
+
+def _mark(material: _Material, factor: float) -> _Material:
+    """Return what is stamped, cut or printed into a surface: flat, in a darker or lighter tone."""
+    return _Material(tuple(channel * factor for channel in material.colour), 0.0, 0.0)
+
+
+def _choose(rng: np.random.Generator, bought: Sequence[tuple[int, int, int]], others: Sequence[tuple[int, int, int]]) -> tuple[float, float, float]:
+    return _pick(rng, bought if rng.random() < _STOCK_SHARE else others)
+
+
+def _metal(rng: np.random.Generator, bevel: float, stock: _Stock) -> _Material:
+    return _Material(_choose(rng, stock.metals, _METALS), rng.uniform(0.45, 1.0), bevel)
+
+
+def _grip(rng: np.random.Generator, bevel: float, stock: _Stock) -> _Material:
+    return _Material(_choose(rng, stock.grips, (*_PLASTICS, *_WOODS)), rng.uniform(0.2, 0.6), bevel)
+
+
+# Tools: one function per class; every call is another make and size of it.
+
+def _make_adjustable_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal = _metal(rng, 0.018, stock)
+    neck, tail, reach = rng.uniform(0.034, 0.044), rng.uniform(0.046, 0.062), rng.uniform(0.105, 0.135)
+    gap, tilt = rng.uniform(0.035, 0.11), rng.uniform(0.2, 0.4)
+    handle = _smooth(_profile((-0.5, tail * 0.6), (-0.47, tail), (-0.3, tail * 0.95), (0.1, neck), (0.24, neck * 1.3)))
+    head = _turn(_smooth([(-0.1, -0.05), (-0.02, -reach), (0.1, -reach * 1.08), (0.24, -reach * 0.8), (0.25, -gap / 2),
+                          (0.08, -gap / 2), (0.06, reach * 0.75), (-0.04, reach * 0.85), (-0.1, 0.05)], 1), tilt)
+    jaw = _turn(np.array([(0.03, gap / 2), (0.25, gap / 2), (0.245, gap / 2 + 0.035), (0.16, gap / 2 + 0.085),
+                          (0.03, gap / 2 + 0.095)]), tilt)
+    at = (0.3, 0.0)
+    worm = [_turn(box, tilt) + at for box in (_box(-0.055, 0.0, 0.02, 0.062),)]
+    ridges = [_turn(line + (0, 0.031), tilt) + at for line in _stripes((-0.045, 0.01), 5, 0.028, 0.004, 0.003)]
+    parts = [_Part(handle, metal, (_circle((-0.455, 0), tail * 0.4),) if rng.random() < 0.8 else ()),
+             _Part(jaw + at, _shade(metal, 0.9)), _Part(head + at, metal)]
+    if rng.random() < 0.4:
+        parts.append(_Part(_smooth(_profile((-0.5, tail * 0.7), (-0.47, tail * 1.2), (-0.3, tail * 1.15), (-0.05, neck * 1.3))),
+                           _grip(rng, 0.03, stock)))
+    else:
+        parts.append(_Part(_smooth(_profile((-0.38, tail * 0.45), (0.12, neck * 0.45))), _shade(metal, 0.84)))
+    return parts + [_Part(box, _mark(metal, 0.45)) for box in worm] + [_Part(line, _mark(metal, 1.05)) for line in ridges]
+
+
+def _make_combination_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal = _metal(rng, 0.018, stock)
+    shaft, ring, jaw = rng.uniform(0.026, 0.04), rng.uniform(0.062, 0.088), rng.uniform(0.078, 0.105)
+    gap, tilt = jaw * rng.uniform(0.45, 0.6), rng.choice([-1, 1]) * rng.uniform(0.2, 0.32)
+    left, right = (-0.5 + ring, 0.0), (0.5 - jaw, 0.0)
+    notch = _turn(np.array([(-jaw * 0.25, 0), (-jaw * 0.05, -gap), (jaw * 1.5, -gap), (jaw * 1.5, gap), (-jaw * 0.05, gap)]), tilt)
+    open_end = _turn(_smooth(np.array([(-1.1, -0.45), (-0.3, -1.05), (0.6, -1.08), (1.05, -0.75), (1.0, 0.75), (0.6, 1.0),
+                                       (-0.3, 1.05), (-1.1, 0.45)]) * jaw), tilt)
+    ring_hole = _circle(left, ring * rng.uniform(0.58, 0.68), int(rng.choice([6, 12])), rng.uniform(0, 1))
+    body = _profile((left[0] + ring * 0.8, shaft * 1.15), (-0.25, shaft), (0.2, shaft * 1.05), (right[0] - jaw * 0.3, shaft * 1.5))
+    parts = [_Part(body, metal), _Part(open_end + right, metal, (notch + right,)), _Part(_circle(left, ring), metal, (ring_hole,))]
+    if rng.random() < 0.75:  # the recessed panel with the size stamped in
+        parts.append(_Part(_smooth(_profile((-0.22, shaft * 0.5), (0.2, shaft * 0.55))), _shade(metal, rng.uniform(0.7, 0.88))))
+        parts += [_Part(_box(x, -shaft * 0.25, x + 0.012, shaft * 0.25), _mark(metal, 0.5)) for x in (-0.03, 0.0, 0.02)]
+    return parts
+
+
+def _make_file(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal, handle = _metal(rng, 0.012, stock), _grip(rng, 0.04, stock)
+    width, start, tip = rng.uniform(0.038, 0.06), rng.uniform(-0.2, -0.12), rng.uniform(0.25, 1.0)
+    metal = _shade(metal, 0.82)  # steel full of teeth looks darker than polished steel
+    blade = _profile((start, width * 0.45), (start + 0.05, width), (0.2, width), (0.47, width * tip), (0.5, width * tip * 0.85))
+    reach, slant = width * 0.86, rng.uniform(0.012, 0.03)
+    end = 0.46 if tip > 0.7 else 0.24
+    count = int(rng.integers(16, 24))
+    teeth = _stripes((start + 0.08, end), count, reach, slant, 0.0032)
+    if rng.random() < 0.6:
+        teeth += _stripes((start + 0.08, end), count, reach, -slant, 0.0028)
+    bulge = rng.uniform(0.042, 0.058)
+    grip = _smooth(_profile((-0.5, bulge * 0.5), (-0.48, bulge), (-0.4, bulge * 1.05), (-0.3, bulge * 0.8), (start - 0.03, bulge * 0.62),
+                            (start + 0.005, bulge * 0.55)))
+    ferrule = _profile((start - 0.035, bulge * 0.64), (start + 0.012, bulge * 0.56))
+    return [_Part(blade, metal), *(_Part(line, _mark(metal, 0.66)) for line in teeth), _Part(grip, handle),
+            _Part(ferrule, _metal(rng, 0.02, stock))]
+
+
+def _make_hammer(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal, handle = _metal(rng, 0.03, stock), _grip(rng, 0.025, stock)
+    width, head_x, thick = rng.uniform(0.024, 0.034), 0.44, rng.uniform(0.046, 0.066)
+    face, peen, kind = rng.uniform(0.12, 0.17), rng.uniform(0.14, 0.2), rng.integers(3)
+    stick = _smooth(_profile((-0.5, width * 0.9), (-0.47, width * 1.35), (-0.3, width * 1.25), (0.0, width), (0.47, width * 0.9)))
+    head = [(thick * 0.9, -0.05), (thick * 0.75, -face * 0.6), (thick * 1.1, -face * 0.7), (thick * 1.1, -face)]
+    if kind == 0:  # cross peen: a wedge
+        tail = [(thick * 0.9, 0.05), (thick * 0.35, peen), (-thick * 0.1, peen)]
+    elif kind == 1:  # claw, bent back towards the handle
+        tail = [(thick * 0.9, 0.05), (thick * 0.5, peen * 0.7), (-thick * 0.9, peen * 1.15), (-thick * 1.1, peen * 1.08),
+                (-thick * 0.3, peen * 0.6)]
+    else:  # ball peen
+        tail = [(thick * 0.8, 0.05), (thick * 0.5, peen * 0.45), (-thick * 0.5, peen * 0.45)]
+    outline = np.array([*head[::-1], *tail, (-thick * 0.9, 0.05), (-thick * 0.9, -0.05), (-thick * 0.75, -face * 0.6),
+                        (-thick * 1.1, -face * 0.7), (-thick * 1.1, -face)])
+    parts = [_Part(stick, handle)]
+    if rng.random() < 0.3:  # rubber pulled over the end
+        parts.append(_Part(_smooth(_profile((-0.5, width), (-0.47, width * 1.5), (-0.3, width * 1.4), (-0.12, width * 1.15))),
+                           _grip(rng, 0.025, stock)))
+    parts.append(_Part(_smooth(outline, 1) + (head_x, 0), metal))
+    if kind == 2:
+        parts.append(_Part(_circle((head_x, peen * 0.62), thick * 0.75), metal))
+    parts.append(_Part(_smooth(_box(head_x - thick * 0.5, -0.02, head_x + thick * 0.5, 0.02), 1), _shade(handle, 0.8)))
+    return parts
+
+
+def _make_hex_key(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    width, short = rng.uniform(0.016, 0.034), rng.uniform(0.2, 0.42)
+    metal = _metal(rng, width * 0.7, stock)
+    if rng.random() < 0.15:
+        metal = _Material(_pick(rng, _PLASTICS), 0.6, width * 0.7)  # colour-coded sets are powder coated
+    bend = rng.uniform(0.05, 0.09)
+    path = np.concatenate([[(-0.5, 0.0), (0.0, 0.0)], _smooth([(0.5 - bend, 0.0), (0.5, 0.0), (0.5, bend)], 3, closed=False), [(0.5, short)]])
+    parts = [_Part(_tube(path, width), metal)]
+    facet = _shade(_Material(metal.colour, 0.9, width * 0.3), 1.25)
+    parts.append(_Part(_tube(path - (0, 0.0), width * 0.3), facet))
+    if rng.random() < 0.4:  # ball end
+        parts += [_Part(_circle((-0.5, 0), width * 1.15, 16), metal), _Part(_box(-0.475, -width * 1.1, -0.462, width * 1.1), _mark(metal, 0.5))]
+    if rng.random() < 0.3:  # plastic sleeve on the long arm
+        parts.append(_Part(_smooth(_box(rng.uniform(-0.3, -0.15), -width * 1.5, 0.3, width * 1.5), 1), _grip(rng, width, stock)))
+    return parts
+
+
+def _make_oil_can(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    paint = _metal(rng, 0.07, stock) if rng.random() < 0.2 else _Material(_grip(rng, 0.07, stock).colour, 0.7, 0.07)
+    steel = _metal(rng, 0.012, stock)
+    base, top, high = rng.uniform(0.15, 0.19), rng.uniform(0.09, 0.14), rng.uniform(0.24, 0.34)
+    if rng.random() < 0.5:  # straight can with a cone on it
+        body = _smooth([(-base, 0), (base, 0), (base, high * 0.75), (top * 0.35, high * 1.1), (-top * 0.35, high * 1.1), (-base, high * 0.75)], 1)
+    else:  # bell
+        body = _smooth([(-base * 1.1, 0), (base * 1.1, 0), (base, high * 0.35), (top * 0.45, high), (-top * 0.45, high), (-base, high * 0.35)], 2)
+    lean, rise = rng.uniform(0.2, 0.42), rng.uniform(0.3, 0.42)
+    spout = _smooth([(0, high * 0.9), (0, high + rise * 0.5), (lean * 0.25, high + rise * 0.85), (lean, high + rise)], 3, closed=False)
+    handle = _smooth([(-top * 0.3, high), (-base - 0.12, high * 0.98), (-base - 0.13, high * 0.45), (-base * 0.9, high * 0.2)], 3, closed=False)
+    lever = _smooth([(0.0, high * 1.12), (-base, high * 1.28), (-base - 0.1, high * 1.1)], 2, closed=False)
+    parts = [_Part(_tube(handle, 0.016), steel), _Part(_tube(spout, 0.024, 0.016, 0.009), steel), _Part(body, paint),
+             _Part(_box(-base * 1.08, -0.012, base * 1.08, 0.022), _shade(paint, 0.75)),
+             _Part(_smooth(_box(-top * 0.5, high * 0.94, top * 0.5, high * 1.14), 1), _shade(steel, 0.9))]
+    if rng.random() < 0.6:
+        parts.append(_Part(_tube(lever, 0.014), _shade(steel, 0.85)))
+    if rng.random() < 0.6:  # label
+        parts.append(_Part(_box(-base * 0.7, high * 0.22, base * 0.7, high * 0.58), _Material(_pick(rng, ((232, 226, 205), *_PLASTICS)), 0.2, 0.004)))
+    return [_Part(part.outline * (1, -1), part.material) for part in parts]
+
+
+def _pincer(rng: np.random.Generator, stock: _Stock, jaw: np.ndarray, opening: float, length: float) -> list[_Part]:
+    """Return two mirrored arms that cross at the origin; `jaw` is the upper jaw on the +x side."""
+    metal, sleeve = _metal(rng, 0.02, stock), _grip(rng, 0.026, stock)
+    spread, width = rng.uniform(0.1, 0.17), rng.uniform(0.028, 0.038)
+    curve = _smooth([(0.03, -0.012), (-0.08, 0.05), (-length * 0.45, spread), (-length * 0.8, spread * 0.95), (-length, spread * rng.uniform(0.7, 1.15))],
+                    3, closed=False)
+    grip_from = len(curve) // 4
+    second = _Material(_shade(sleeve, 0.5).colour, 0.4, 0.015) if rng.random() < 0.4 else None
+    bare = rng.random() < 0.12
+    parts = []
+    for side in (-1, 1):
+        mirror = np.array((1, side))
+        arm = [_Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), _Part(_smooth(jaw * (1, -1), 1), metal)]
+        if not bare:
+            arm.append(_Part(_smooth(_tube(curve[grip_from:], width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve))
+        if second and not bare:
+            arm.append(_Part(_tube(curve[grip_from + 3:-3], width * 0.35), second))
+        parts += [_Part(_turn(part.outline * mirror, -side * opening), part.material) for part in arm]
+    pivot = rng.uniform(0.032, 0.042)
+    return [*parts, _Part(_circle((0, 0), pivot * 1.45), metal), _Part(_circle((0, 0), pivot), _shade(metal, 0.75)),
+            _Part(_circle((0, 0), pivot * 0.6), _shade(metal, 1.1))]
+
+
+def _make_pliers(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    long, tip, root = rng.uniform(0.25, 0.36), rng.uniform(0.018, 0.042), rng.uniform(0.07, 0.085)
+    jaw = np.array([(-0.05, 0.0), (0.02, root), (0.1, root * 0.95), (long, tip), (long, 0.002), (0.17, 0.002), (0.13, 0.022), (0.075, 0.022),
+                    (0.05, 0.0)])
+    parts = _pincer(rng, stock, jaw, rng.uniform(0.0, 0.22), rng.uniform(0.5, 0.62))
+    teeth = [_Part(line, _Material((50, 50, 54), 0.2, 0.004)) for line in _stripes((0.19, long - 0.015), 7, 0.012, 0.0, 0.003)]
+    return parts + teeth if rng.random() < 0.5 else parts
+
+
+def _make_side_cutter(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    long, root = rng.uniform(0.13, 0.19), rng.uniform(0.085, 0.115)
+    jaw = np.array([(-0.06, 0.0), (-0.03, root * 0.8), (0.05, root), (long * 0.75, root * 0.62), (long, 0.012), (long, 0.0), (0.03, 0.0)])
+    parts = _pincer(rng, stock, jaw, rng.uniform(0.0, 0.24), rng.uniform(0.5, 0.65))
+    bright = _Material((222, 226, 230), 0.8, 0.006)  # the ground cutting edge
+    return parts + [_Part(np.array([(0.045, 0.0), (0.06, side * 0.03), (long * 0.97, side * 0.012), (long, 0.0)]), bright) for side in (-1, 1)]
+
+
+def _make_ratchet(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal, head = _metal(rng, 0.02, stock), rng.uniform(0.068, 0.092)
+    neck, grip, start = rng.uniform(0.02, 0.03), rng.uniform(0.032, 0.046), rng.uniform(-0.2, -0.05)
+    centre = (0.5 - head, 0.0)
+    pear = _smooth([(centre[0] - head * 2.1, -neck), (centre[0] - head * 0.9, -head * 0.75), (centre[0], -head * 1.15), (0.51, -head * 0.75),
+                    (0.51, head * 0.75), (centre[0], head * 1.15), (centre[0] - head * 0.9, head * 0.75), (centre[0] - head * 2.1, neck)], 3)
+    parts = [_Part(_profile((start - 0.02, neck * 1.1), (centre[0], neck)), metal), _Part(pear, metal),
+             _Part(_circle(centre, head * 0.72), _shade(metal, 0.72)), _Part(_circle(centre, head * 0.62), _shade(metal, 1.02))]
+    if rng.random() < 0.5:  # seen from the drive side, else from the lever side
+        square = _circle(centre, head * 0.42, 4, rng.uniform(0, 1.5))
+        parts += [_Part(square, _mark(metal, 0.55)), _Part(_circle(centre, head * 0.16, 12), _shade(metal, 1.15))]
+    else:
+        lever = _turn(_smooth(_box(-head * 0.2, -head * 0.22, head * 0.75, head * 0.22)), rng.uniform(-0.6, 0.6) + math.pi)
+        parts.append(_Part(lever + centre, _Material((42, 42, 46), 0.5, 0.012)))
+    handle = _smooth(_profile((-0.5, grip * 0.7), (-0.48, grip), (-0.36, grip * 0.92), (start - 0.05, grip), (start, neck * 1.2)))
+    if rng.random() < 0.5:
+        return [*parts, _Part(handle, _grip(rng, 0.03, stock)), _Part(_smooth(_profile((-0.44, grip * 0.4), (start - 0.08, grip * 0.4))), _grip(rng, 0.02, stock))]
+    knurl = [_Part(line, _mark(metal, 0.68)) for line in _stripes((-0.46, start - 0.07), 16, grip * 0.86, 0.008, 0.003)]
+    return [*parts, _Part(handle, metal), *knurl]
+
+
+def _make_screwdriver(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    handle, metal = _grip(rng, 0.045, stock), _metal(rng, 0.014, stock)
+    end, bulge, shaft = rng.uniform(-0.18, 0.02), rng.uniform(0.048, 0.074), rng.uniform(0.014, 0.022)
+    grip = _smooth(_profile((-0.5, bulge * 0.55), (-0.485, bulge * 0.95), (-0.4, bulge), (-0.25, bulge * 0.94), (end - 0.09, bulge * 0.85),
+                            (end - 0.05, bulge * 0.55), (end - 0.02, bulge * 0.75), (end, bulge * 0.6)))
+    flutes = [_Part(_tube([(-0.46, y * bulge), (end - 0.1, y * bulge * 0.92)], 0.005), _mark(handle, 0.65)) for y in (-0.6, -0.1, 0.45)]
+    if rng.random() < 0.5:  # flat blade
+        tip = _profile((0.38, shaft), (0.43, shaft * 1.75), (0.5, shaft * rng.uniform(1.3, 1.75)))
+    else:  # cross tip
+        tip = _profile((0.4, shaft * 1.05), (0.45, shaft * 1.05), (0.49, shaft * 0.45), (0.5, shaft * 0.3))
+    parts = [_Part(_profile((end - 0.02, shaft), (0.42, shaft)), metal), _Part(tip, _shade(metal, rng.uniform(0.55, 1.0))), _Part(grip, handle), *flutes]
+    if rng.random() < 0.6:  # two-component handle: another colour at the butt
+        parts.append(_Part(_smooth(_profile((-0.5, bulge * 0.58), (-0.485, bulge * 0.98), (-0.42, bulge * 1.01)), 1), _grip(rng, 0.03, stock)))
+    return parts
+
+
+def _make_speed_brace(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    width, throw = rng.uniform(0.014, 0.02), rng.uniform(0.13, 0.21)
+    metal, knob = _metal(rng, width, stock), _grip(rng, 0.035, stock)
+    left, right = rng.uniform(-0.26, -0.18), rng.uniform(0.08, 0.18)
+    slope = rng.uniform(0.02, 0.07)
+    path = [(-0.42, 0), (left - slope, 0), (left + slope, throw), (right - slope, throw), (right + slope, 0), (0.42, 0)]
+    bar = _smooth([point for a, b in zip(path, path[1:]) for point in (a, tuple(np.add(a, b) / 2))] + [path[-1]], 2, closed=False)
+    radius = rng.uniform(0.036, 0.05)
+    handle = _smooth(_profile((-0.5, radius * 0.6), (-0.49, radius), (-0.45, radius), (-0.4, radius * 0.6), (-0.37, radius * 0.45)))
+    socket = rng.uniform(0.026, 0.038)
+    middle = _profile((left + slope + 0.05, width * 1.9), (right - slope - 0.05, width * 1.9)) + (0, throw)
+    parts = [_Part(_tube(bar, width), metal), _Part(handle, knob), _Part(_profile((0.37, width), (0.4, socket), (0.5, socket)), _shade(metal, 0.9)),
+             _Part(_box(0.455, -socket, 0.463, socket), _mark(metal, 0.5))]
+    if rng.random() < 0.75:  # the sleeve that turns in the hand
+        parts.append(_Part(_smooth(middle, 1), knob if rng.random() < 0.6 else _shade(metal, 0.8)))
+    return parts
+
+
+_TOOL_MAKERS: dict[str, Callable[[np.random.Generator, _Stock], list[_Part]]] = {
+    "adjustable_wrench": _make_adjustable_wrench, "combination_wrench": _make_combination_wrench, "file": _make_file,
+    "hammer": _make_hammer, "hex_key": _make_hex_key, "oil_can": _make_oil_can, "pliers": _make_pliers,
+    "ratchet": _make_ratchet, "screwdriver": _make_screwdriver, "side_cutter": _make_side_cutter,
+    "speed_brace": _make_speed_brace}
+
+
+_CHROME, _SATIN, _DARK, _BRASS = (206, 210, 216), (165, 168, 172), (74, 76, 82), (190, 168, 110)
+_STOCK = {
+    "adjustable_wrench": _Stock(((28, 82, 172),), (_SATIN,)),
+    "combination_wrench": _Stock(((70, 74, 82),), (_CHROME,)),
+    "file": _Stock(((226, 98, 22), (214, 174, 120)), (_DARK, (124, 126, 130))),
+    "hammer": _Stock(((196, 148, 92), (168, 116, 66)), (_DARK,)),
+    "hex_key": _Stock(((38, 38, 42),), ((52, 54, 60),)),
+    "oil_can": _Stock(((26, 128, 74), (20, 142, 160)), (_BRASS,)),
+    "pliers": _Stock(((196, 34, 32),), (_SATIN,)),
+    "ratchet": _Stock(((38, 38, 42), (70, 74, 82)), (_CHROME,)),
+    "screwdriver": _Stock(((236, 186, 28), (226, 98, 22)), (_CHROME,)),
+    "side_cutter": _Stock(((28, 82, 172), (20, 142, 160)), (_SATIN,)),
+    "speed_brace": _Stock(((150, 30, 60), (140, 86, 48)), (_SATIN, _DARK)),
+}
+
+
+def _make_tool(rng: np.random.Generator, class_name: str) -> list[_Part]:
+    return _TOOL_MAKERS[class_name](rng, _STOCK[class_name])
+
+
+# Rendering.
+
+def _value_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
+    """Return smooth noise in -1..1 with about `cells` (rows, columns) bumps; few rows or columns make it streaky."""
+    grid = Image.fromarray(rng.uniform(-1, 1, cells).astype(np.float32))
+    return np.asarray(grid.resize(shape[::-1], Image.Resampling.BICUBIC))
+
+
+@functools.cache
+def _wear() -> np.ndarray:
+    """Return the blotches and fine grain of used surfaces, (H, W) around 1."""
+    rng = np.random.default_rng(0)
+    shape = (_TEXTURE_PX, _TEXTURE_PX)
+    noise = 0.09 * _value_noise(rng, shape, (24, 24)) + 0.06 * _value_noise(rng, shape, (90, 90)) + 0.05 * rng.normal(0, 1, shape)
+    return (1 + noise).astype(np.float32)
+
+
+def _fill(canvas: Image.Image, part: _Part, place: Callable[[np.ndarray], np.ndarray]) -> None:
+    draw = ImageDraw.Draw(canvas)
+    draw.polygon(list(map(tuple, place(part.outline))), fill=255)
+    for hole in part.holes:
+        draw.polygon(list(map(tuple, place(hole))), fill=0)
+
+
+def _light_part(mask: Image.Image, material: _Material, bevel_px: float, light: float) -> np.ndarray:
+    """Return the lit colours (H, W, 3) of one part: its blurred silhouette serves as a height map."""
+    if not material.bevel:
+        return np.full((mask.height, mask.width, 3), material.colour, np.float32) * 0.86
+    height = np.asarray(mask.filter(ImageFilter.GaussianBlur(max(0.8, bevel_px))), dtype=np.float32) / 255
+    slope_rows, slope_columns = np.zeros_like(height), np.zeros_like(height)
+    slope_rows[1:-1] = height[2:] - height[:-2]
+    slope_columns[:, 1:-1] = height[:, 2:] - height[:, :-2]
+    # a silhouette blurred by r has a slope of about 0.4 / r at its edge: scaled so that the edge faces sideways
+    facing = -(slope_columns * math.cos(light) + slope_rows * math.sin(light)) * (max(0.8, bevel_px) * 1.2)
+    facing = np.clip(facing, -1, 1)
+    lit = 0.86 + 0.62 * facing
+    highlight = 150 * material.gloss * np.clip(facing - 0.25, 0, 1) ** 1.5
+    return lit[..., None] * np.array(material.colour, dtype=np.float32) + highlight[..., None]
+
+
+def _render(parts: Sequence[_Part], pose: _Pose, longest_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return float colours (H, W, 3) and the hard mask (H, W) uint8 of a tool, tight around it, at the size asked for."""
+    everything = np.concatenate([part.outline for part in parts]) @ pose.matrix.T
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    scale = (longest_px - 1) / (high - low).max()
+    width, height = (int(side) for side in np.ceil((high - low) * scale) + 1)
+
+    def place(points: np.ndarray) -> np.ndarray:
+        return (points @ pose.matrix.T - low) * scale
+
+    colours, mask = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.uint8)
+    for part in parts:
+        # drawn in a padded window around the part: most parts are small
+        points = place(part.outline)
+        pad = 3 + int(2 * part.material.bevel * scale)
+        left, top = np.floor(points.min(axis=0)).astype(int) - pad
+        right, bottom = np.ceil(points.max(axis=0)).astype(int) + pad + 1
+        window = Image.new("L", (int(right - left), int(bottom - top)))
+        _fill(window, part, lambda outline, origin=(left, top): place(outline) - origin)
+        lit = _light_part(window, part.material, float(part.material.bevel * scale), pose.light)
+        rows, columns = slice(max(0, top), min(height, bottom)), slice(max(0, left), min(width, right))
+        inner = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
+        covered = np.asarray(window)[inner] > 0
+        colours[rows, columns][covered] = lit[inner][covered]
+        mask[rows, columns][covered] = 255
+    return colours, mask
+
+
+def _add_sheen(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
+    """Vary the brightness over a tool: reflections of the room in long waves, blotches of use in short ones."""
+    height, width = colours.shape[:2]
+    row, column = rng.integers(0, _TEXTURE_PX - np.array([height, width]) + 1)
+    wear = _wear()[row:row + height, column:column + width]
+    direction, waves, phase = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 2.0), rng.uniform(0, 2 * math.pi)
+    along = np.add.outer(np.arange(height) * math.sin(direction), np.arange(width) * math.cos(direction)) / max(height, width)
+    sheen = 1 + 0.13 * np.sin(2 * math.pi * waves * along + phase)
+    return colours * (wear * sheen.astype(np.float32))[..., None]
+
+
+def _make_pose(angle: float, mirror: int, squeeze: float, light: float) -> _Pose:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _Pose(np.array([(cos, -sin), (sin, cos)]) @ np.diag([1.0, mirror * squeeze]), light)
+
+
+def draw_tool(rng: np.random.Generator, class_name: str, size: int) -> Image.Image:
+    """Draw one tool in a random make and pose: RGBA, tight, longest side `size` px (<= 256), alpha antialiased."""
+    parts = _make_tool(rng, class_name)
+    pose = _make_pose(rng.uniform(0, 2 * math.pi), int(rng.choice([-1, 1])), rng.uniform(0.92, 1.08), rng.uniform(0, 2 * math.pi))
+    colours, mask = _render(parts, pose, size * _SUPERSAMPLE)
+    rgba = np.dstack([np.clip(_add_sheen(rng, colours), 0, 255).astype(np.uint8), mask])
+    return Image.fromarray(rgba, "RGBA").resize([max(1, side // _SUPERSAMPLE) for side in rgba.shape[1::-1]], Image.Resampling.BOX)
+
+
+# Benches: cached textures, cut out at any angle, with clutter on them.
+
+def _texture_wood(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    grain = 0.10 * _value_noise(rng, shape, (130, 4)) + 0.06 * _value_noise(rng, shape, (256, 12)) + 0.08 * _value_noise(rng, shape, (9, 3))
+    value = 1 + grain + 0.025 * rng.normal(0, 1, shape)
+    boards = np.cumsum(rng.integers(70, 150, 7))
+    for number, row in enumerate(boards[boards < shape[0]]):
+        value[row:] *= 1.09 if number % 2 else 0.92
+        value[row:row + 3] *= 0.55
+    return value[..., None] * np.array(_WOODS[variant])
+
+
+def _texture_foam(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    colour = np.array([(44, 46, 50), (30, 60, 110), (66, 68, 72)])[variant]
+    value = 1 + 0.12 * _value_noise(rng, shape, (200, 200)) + 0.10 * rng.normal(0, 1, shape)
+    return value[..., None] * colour
+
+
+def _texture_metal(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    colour = np.array([(158, 162, 166), (112, 118, 122), (96, 128, 124)])[variant]
+    value = 1 + 0.07 * _value_noise(rng, shape, (400, 5)) + 0.10 * _value_noise(rng, shape, (5, 5)) + 0.03 * rng.normal(0, 1, shape)
+    return value[..., None] * colour
+
+
+def _texture_cloth(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    colour = np.array([(70, 92, 140), (176, 168, 152), (150, 60, 50)])[variant]
+    rows, columns = np.indices(shape)
+    weave = 0.07 * (np.sin(rows * 1.5) * np.sign(np.sin(columns * 0.75)) + np.sin(columns * 1.5))
+    folds = 0.20 * _value_noise(rng, shape, (5, 7)) + 0.08 * _value_noise(rng, shape, (16, 14))
+    return (1 + weave + folds + 0.04 * rng.normal(0, 1, shape))[..., None] * colour
+
+
+def _texture_mat(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    colour = np.array([(34, 98, 84), (44, 70, 118), (58, 60, 66)])[variant]
+    value = 1 + 0.05 * _value_noise(rng, shape, (7, 7)) + 0.05 * rng.normal(0, 1, shape)
+    step = int(rng.integers(44, 70))
+    value[::step] *= 1.5
+    value[:, ::step] *= 1.5
+    return value[..., None] * colour
+
+
+def _texture_concrete(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
+    colour = np.array([(150, 146, 138), (120, 122, 124), (196, 190, 178)])[variant]
+    value = 1 + 0.12 * _value_noise(rng, shape, (6, 6)) + 0.07 * _value_noise(rng, shape, (60, 60)) + 0.05 * rng.normal(0, 1, shape)
+    return value[..., None] * colour
+
+
+@functools.cache
+def _texture(kind: str, variant: int) -> Image.Image:
+    rng = np.random.default_rng((_TEXTURES.index(kind), variant))
+    paint = {"wood": _texture_wood, "foam": _texture_foam, "metal": _texture_metal, "cloth": _texture_cloth,
+             "mat": _texture_mat, "concrete": _texture_concrete}[kind]
+    return Image.fromarray(np.clip(paint(rng, (_TEXTURE_PX, _TEXTURE_PX), variant), 0, 255).astype(np.uint8))
+
+
+def _view(picture: Image.Image, size: tuple[int, int], centre: tuple[float, float], turn: float, zoom: float) -> Image.Image:
+    """Cut a turned rectangle of `size` out of a picture around `centre`."""
+    cos, sin = math.cos(turn) / zoom, math.sin(turn) / zoom
+    half_width, half_height = size[0] / 2, size[1] / 2
+    coefficients = (cos, -sin, centre[0] - cos * half_width + sin * half_height, sin, cos, centre[1] - sin * half_width - cos * half_height)
+    return picture.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+
+
+def _draw_scratches(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
+    for _ in range(int(rng.integers(0, 9))):
+        start, angle, length = rng.uniform(0, _BENCH_PX, 2), rng.uniform(0, 2 * math.pi), rng.uniform(20, 160)
+        tone = int(rng.choice([30, 60, 200, 235]))
+        end = start + length * np.array([math.cos(angle), math.sin(angle)])
+        draw.line([*start.tolist(), *end.tolist()], fill=(tone, tone, tone, int(rng.integers(50, 130))), width=int(rng.integers(1, 3)))
+
+
+def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
+    """Draw a screw head, nut or washer with its shadow."""
+    at, radius = rng.uniform(0, _BENCH_PX, 2), rng.uniform(8, 17)
+    tone, corners = int(rng.integers(95, 215)), int(rng.choice([6, 24, 24]))
+    phase = rng.uniform(0, 1)
+
+    def disc(share: float, colour: tuple[int, int, int, int], shift: float = 0.0) -> None:
+        outline = _circle((at[0] + shift, at[1] + shift), radius * share, corners if share > 0.6 else 24, phase)
+        draw.polygon(list(map(tuple, outline)), fill=colour)
+
+    disc(1.1, (10, 10, 10, 110), 3.0)
+    disc(1.0, (int(tone * 0.7),) * 3 + (255,))
+    disc(0.88, (tone, tone, int(tone * rng.uniform(0.75, 1.0)), 255), -0.6)
+    if rng.random() < 0.5:
+        disc(0.5, (28, 28, 30, 255))
+    else:
+        bar = np.array([math.cos(phase), math.sin(phase)]) * radius * 0.7
+        for end in (bar, bar[::-1] * (-1, 1)):
+            draw.line([*(at - end).tolist(), *(at + end).tolist()], fill=(40, 40, 42, 255), width=3)
+
+
+def _draw_neighbour(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
+    """Draw a piece of something else that lies there: a tray edge, tape, a paper, a cable."""
+    angle = rng.uniform(0, 2 * math.pi)
+    away, middle = np.array([math.cos(angle), math.sin(angle)]), np.full(2, _BENCH_PX / 2)
+    along = np.array([-away[1], away[0]])
+    colour = tuple(int(channel) for channel in _pick(rng, (*_PLASTICS, *_METALS, (225, 222, 210))))
+    if rng.random() < 0.4:  # a cable
+        bow = rng.uniform(-60, 60)
+        path = _smooth([tuple(middle + away * (rng.uniform(30, 150) + bow * (step % 2)) + along * (step - 2) * 140) for step in range(5)], 3, closed=False)
+        for share, tone in ((1.0, 0.5), (0.6, 1.0), (0.2, 1.35)):
+            draw.line([tuple(point) for point in path], fill=tuple(min(255, int(channel * tone)) for channel in colour) + (255,),
+                      width=int(13 * share) + 1, joint="curve")
+        return
+    near, depth, half = rng.uniform(50, 150), rng.uniform(30, 160), rng.uniform(60, 260)
+    shift = along * rng.uniform(-120, 120)
+    corners = [middle + shift + away * (near + far * depth) + along * side * half for far, side in ((0, -1), (0, 1), (1, 1), (1, -1))]
+    draw.polygon([tuple(corner + 5) for corner in corners], fill=(8, 8, 8, 100))
+    draw.polygon([tuple(corner) for corner in corners], fill=colour + (255,), outline=tuple(int(channel * 0.6) for channel in colour) + (255,))
+
+
+def _make_bench(rng: np.random.Generator) -> tuple[Image.Image, bool]:
+    """Return a piece of bench with clutter, and whether it is foam (where tools lie in recesses)."""
+    kind = _TEXTURES[rng.integers(len(_TEXTURES))]
+    texture = _texture(kind, int(rng.integers(_TEXTURE_VARIANTS)))
+    # cut at 1.6x so that a turned square stays inside the texture
+    bench = _view(texture, (_BENCH_PX, _BENCH_PX), (_TEXTURE_PX / 2 + rng.uniform(-40, 40), _TEXTURE_PX / 2 + rng.uniform(-40, 40)),
+                  rng.uniform(0, 2 * math.pi), rng.uniform(1.6, 2.0))
+    draw = ImageDraw.Draw(bench, "RGBA")
+    _draw_scratches(rng, draw)
+    if kind != "foam":
+        for _ in range(int(rng.integers(0, 3))):
+            _draw_neighbour(rng, draw)
+        for _ in range(int(rng.integers(0, 8))):
+            _draw_fastener(rng, draw)
+    return bench, kind == "foam"
+
+
+def _make_scene(rng: np.random.Generator) -> _Scene:
+    bench, is_foam = _make_bench(rng)
+    recess = None
+    if is_foam and rng.random() < 0.7:
+        recess = ((214, 176, 30), (176, 40, 34), (24, 24, 26), (60, 120, 170))[rng.integers(4)]
+    warmth = rng.normal(0, 0.07)
+    gain = rng.uniform(0.72, 1.22) * np.array([1 + warmth, 1.0, 1 - warmth])
+    shadow = (rng.uniform(1.0, 5.0), rng.uniform(1.0, 3.5), rng.uniform(0.35, 0.75))
+    return _Scene(bench, rng.uniform(0, 2 * math.pi), int(rng.choice([-1, 1])), rng.uniform(0, 2 * math.pi),
+                  int(rng.integers(96, 141)), recess, shadow, gain)
+
+
+def _lay_down(bench: Image.Image, mask: Image.Image, scene: _Scene) -> Image.Image:
+    """Cast the shadow of a tool on the bench, after cutting its recess if it lies in foam."""
+    if scene.recess is not None:
+        wide = mask.filter(ImageFilter.GaussianBlur(5)).point(lambda value: 255 if value > 30 else 0)
+        bench.paste(tuple(int(channel * 0.45) for channel in scene.recess), (0, 0), wide)
+        bench.paste(scene.recess, (2, 2), wide)
+    length, softness, opacity = (_SUPERSAMPLE * scene.shadow[0], _SUPERSAMPLE * scene.shadow[1], scene.shadow[2])
+    cast = Image.new("L", mask.size)
+    cast.paste(mask, (round(-length * math.cos(scene.light)), round(-length * math.sin(scene.light))))
+    cast = cast.filter(ImageFilter.GaussianBlur(softness)).point(lambda value: int(value * opacity))
+    bench.paste((6, 6, 10), (0, 0), cast)
+    return bench
+
+
+def _expose(rng: np.random.Generator, image: np.ndarray, scene: _Scene) -> np.ndarray:
+    """Apply uneven light, vignette, exposure, colour temperature, blur and sensor noise; uint8 in and out."""
+    height, width = image.shape[:2]
+    rows, columns = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
+    falloff = rng.uniform(0.0, 0.28) * (columns * math.cos(scene.light) + rows * math.sin(scene.light))
+    vignette = rng.uniform(0.0, 0.22) * (rows ** 2 + columns ** 2) / 2
+    lit = image * ((1 + falloff - vignette)[..., None] * scene.gain * rng.uniform(0.95, 1.05))
+    lit = Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(max(0.0, rng.uniform(-0.5, 0.8))))
+    noisy = np.asarray(lit, dtype=np.float32) + rng.normal(0, rng.uniform(1, 6), image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def _draw_frame(rng: np.random.Generator, parts: Sequence[_Part], scene: _Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Photograph a tool as a detector would crop it: image (H, W, 3) and mask (H, W), uint8."""
+    margins = rng.uniform(0.012, 0.06, 4) * scene.longest_px  # left, top, right, bottom, crop px
+    inner = int((scene.longest_px - margins.reshape(2, 2).sum(axis=0).max()) * rng.uniform(0.95, 1.0))
+    pose = _make_pose(scene.angle + rng.normal(0, 0.07), scene.mirror, rng.uniform(0.93, 1.07), scene.light)
+    colours, tool_mask = _render(parts, pose, inner * _SUPERSAMPLE)
+    left, top, right, bottom = (_SUPERSAMPLE * round(float(margin)) for margin in margins)
+    # whole crop pixels: an odd supersampled side would shift the mask by half a pixel
+    size = tuple(-(-side // _SUPERSAMPLE) * _SUPERSAMPLE for side in (left + tool_mask.shape[1] + right, top + tool_mask.shape[0] + bottom))
+    mask = Image.new("L", size)
+    mask.paste(Image.fromarray(tool_mask), (left, top))
+    centre = (_BENCH_PX / 2 + rng.normal(0, 6), _BENCH_PX / 2 + rng.normal(0, 6))
+    photo = _lay_down(_view(scene.bench, size, centre, rng.normal(0, 0.07), rng.uniform(1.0, 1.06)), mask, scene)
+    tool = Image.fromarray(np.clip(_add_sheen(rng, colours), 0, 255).astype(np.uint8))
+    photo.paste(tool, (left, top), Image.fromarray(tool_mask))
+    image = _expose(rng, np.asarray(photo.reduce(_SUPERSAMPLE), dtype=np.float32), scene)
+    return image, np.where(np.asarray(mask.reduce(_SUPERSAMPLE)) > 127, 255, 0).astype(np.uint8)
+
+
+# Files: most are plain; a few are odd but good, a few are broken, as in every real folder.
+
+def _encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _encode_rotated(image: Image.Image) -> bytes:
+    """Store the picture lying on its side with EXIF orientation 6, as phones do."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return _encode(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=92, exif=exif)
+
+
+def _encode_gray16(image: Image.Image) -> bytes:
+    return _encode(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
+
+
+def _encode_damaged_png(image: Image.Image) -> bytes:
+    data = bytearray(_encode(image, "PNG"))
+    middle = len(data) // 2
+    data[middle:middle + 64] = bytes(64)
+    return bytes(data)
+
+
+def _encode_truncated(image: Image.Image) -> bytes:
+    data = _encode(image, "JPEG", quality=92)
+    return data[:len(data) // 2]
+
+
+_PLAIN = (".jpg", lambda image: _encode(image, "JPEG", quality=92))
+_PLAIN_PNG = (".png", lambda image: _encode(image, "PNG", compress_level=3))
+# (class, how many files from the end) -> suffix, encoder; the last files, so that small demos have them too
+_ODD_FILES: dict[tuple[str, int], tuple[str, Callable[[Image.Image], bytes]]] = {
+    ("adjustable_wrench", 1): (".jpg", lambda image: _encode(image.convert("L"), "JPEG", quality=92)),
+    ("combination_wrench", 1): (".jpg", lambda image: _encode(image.convert("CMYK"), "JPEG", quality=92)),
+    ("file", 1): (".png", lambda image: _encode(image.quantize(64), "PNG")),
+    ("hammer", 1): (".png", _encode_gray16),
+    ("hex_key", 1): (".jpg", _encode_rotated),
+    ("oil_can", 1): (".JPG", _PLAIN[1]),
+}
+# extra files beyond images_per_class: they can never be trained on
+_BROKEN_FILES: dict[str, tuple[str, Callable[[Image.Image], bytes]]] = {
+    "ratchet": (".jpg", _encode_truncated),
+    "screwdriver": (".jpg", lambda image: b""),
+    "side_cutter": (".jpg", lambda image: b"This is not a picture: it was saved from a web page by mistake.\n"),
+    "speed_brace": (".png", _encode_damaged_png),
+}
+_DUPLICATED_CLASS = "pliers"  # gets a byte-for-byte copy of its first file under another shot number
+
+
+def _plan_shots(images_per_class: int, first_shot: int) -> list[tuple[int, int]]:
+    """Return (shot, frame) for one class: every third shot has two or three frames of the same tool and scene."""
+    frames, shot = [], 0
+    while len(frames) < images_per_class:
+        count = 1 if shot % 3 else 2 + (shot // 3) % 2
+        frames += [(first_shot + shot, frame) for frame in range(min(count, images_per_class - len(frames)))]
+        shot += 1
+    return frames
+
+
+def _write_sample(folder: Path, stem: str, drawn: tuple[np.ndarray, np.ndarray], codec: tuple[str, Callable[[Image.Image], bytes]]) -> None:
+    image, mask = drawn
+    suffix, encode = codec
+    (folder / "cropped" / f"{stem}{suffix}").write_bytes(encode(Image.fromarray(image)))
+    (folder / "masks" / f"{stem}_mask.png").write_bytes(_encode(Image.fromarray(mask), "PNG", compress_level=3))
+    cutout = Image.fromarray(np.dstack([image, mask]))
+    (folder / "cutouts" / f"{stem}.png").write_bytes(_encode(cutout, "PNG", compress_level=3))
+
+
+def _draw_class(folder: Path, class_name: str, frames: list[tuple[int, int]], seed: int) -> None:
+    class_index, parts, scene = DEMO_CLASSES.index(class_name), [], None
+    for position, (shot, frame) in enumerate(frames):
+        if frame == 0:
+            shot_rng = np.random.default_rng((seed, class_index, shot))
+            parts, scene = _make_tool(shot_rng, class_name), _make_scene(shot_rng)
+        drawn = _draw_frame(np.random.default_rng((seed, class_index, shot, frame)), parts, scene)
+        is_extra = class_name in _BROKEN_FILES and position == len(frames) - 1
+        plain = _PLAIN_PNG if position % 9 == 4 else _PLAIN
+        codec = _BROKEN_FILES[class_name] if is_extra else _ODD_FILES.get((class_name, len(frames) - position), plain)
+        _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
+        if class_name == _DUPLICATED_CLASS and position == 0:
+            _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
+
+
+def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
+    """Draw `images_per_class` good images of every class, a duplicate and four broken files into the layout that training reads.
+
+    Same arguments, same bytes. Shot numbers are unique over all classes, so `--group_regex '^(shot\\d+)_'` keeps the
+    frames of one physical tool and scene together.
+    """
+    shots_per_class = len({shot for shot, _ in _plan_shots(images_per_class, 0)}) + 2  # + the duplicate or broken one
+    for class_index, class_name in enumerate(DEMO_CLASSES):
+        folder = root / class_name
+        for name in ("cropped", "masks", "cutouts"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        frames = _plan_shots(images_per_class, 1 + class_index * shots_per_class)
+        if class_name in _BROKEN_FILES:
+            frames.append((frames[-1][0] + 1, 0))
+        _draw_class(folder, class_name, frames, seed)
+    (root / DEMO_CLASSES[0] / "cropped" / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+
+
+# ======================================================================================================================
+# 19  COMMANDS & MAIN
+# ======================================================================================================================
+# One recipe a command, and the way out: exit codes, signals, messages.
+def run_scan(config: Config) -> None:
+    """Check the data and preview the split; write data_report.json, train nothing."""
+    check_paths(config)
+    scan = scan_dataset(config)
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    save_scan_cache(config.out_dir / "scan_cache.npz", config.data_root, scan.listing, scan.health)
+    write_json(config.out_dir / "data_report.json", scan.report)
+    print(format_class_table(scan.report), format_findings(scan.report), f"written: {config.out_dir / 'data_report.json'}", sep="\n")
+    check_trainable(scan, config)
+
+
+def run_demo(config: Config) -> None:
+    """Draw the demo data unless it is there, and train on it."""
+    if not config.data_root.exists():
+        print(f"drawing eleven hand tools into {config.data_root}")
+        unfinished = config.data_root.with_name(f".{config.data_root.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        draw_demo_dataset(unfinished, DEMO_IMAGES_PER_CLASS, config.seed)
+        unfinished.rename(config.data_root)
+    command = " ".join(f"'{word}'" if re.search(r"[^\w./-]", word) else word for word in DEMO_FLAGS)
+    print(f"the same as: python {SCRIPT_NAME} train {command}")
+    run_train(config)
+
+
+def run_train(config: Config) -> None:
+    """Scan, split, train, export prototypes, test, report; or continue where an interrupted run stopped."""
+    check_paths(config)
+    runtime = make_runtime(config)
+    resume_path = find_resume_path(config)
+    checkpoint = load_checkpoint(resume_path) if resume_path else None
+    scan = scan_dataset(config)
+    check_trainable(scan, config)
+    records, notes = scan.records, []
+    if checkpoint:
+        records, notes = reuse_splits(resume_path.with_name("splits.json"), records)
+        check_identity(resume_path, checkpoint["identity"], make_identity(config, records.class_names, None))
+        if is_finished(config, checkpoint):
+            print(f"the run in {config.out_dir} is finished: {config.epochs} epochs, see {config.out_dir / 'report.html'}\n"
+                  "to train on, give more --epochs; to start afresh, --overwrite")
+            return
+    backbone, info = build_backbone(config, lambda text: print(text, flush=True))
+    if checkpoint:
+        check_identity(resume_path, checkpoint["identity"], make_identity(config, records.class_names, info))
+    if config.overwrite and config.out_dir.exists():
+        print(f"the old run is moved to {move_aside(config.out_dir)}")
+    with RunDirectory(config.out_dir) as run:
+        job = Job(config, records, runtime, run, info)
+        open_run(job, scan, notes)
+        bank, state = start_training(job, backbone, checkpoint)
+        fit(job, state, bank)
+        finish_run(job, state, bank)
+
+
+def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
+    """Say whether nothing is left to do: all epochs are trained, and the last thing recorded is a completed run."""
+    events = read_events(config.out_dir)
+    return checkpoint["epoch"] >= config.epochs and bool(events) and events[-1].get("status") == "completed"
+
+
+def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
+    """Write what is known before training: options, splits, data report, the script itself; start the tracker."""
+    config, run = job.config, job.run
+    save_scan_cache(run.path / "scan_cache.npz", config.data_root, scan.listing, scan.health)
+    write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
+    write_json(run.path / "config.json", describe_run(job, scan.fingerprint))
+    if job.records is scan.records:  # not resumed
+        write_splits(run.path / "splits.json", job.records, config.seed)
+        write_json(run.path / "data_report.json", scan.report)
+    if config.use_clearml:
+        run.tracker = Tracker(config, run.log)
+    run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
+    run.log("\n".join([format_class_table(scan.report), format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
+    run.log(f"model: {job.info.model_id} ({job.info.weights}), {'frozen' if config.freeze_backbone else 'fine-tuned'}, on {job.runtime.describe()}")
+    if config.preview:
+        write_preview(job)
+
+
+def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
+    """Return the content of config.json."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
+    return {"options": job.config.as_plain(), "model": dataclasses.asdict(job.info),
+            "optimizer": {"type": "AdamW", "head_weight_decay": HEAD_WEIGHT_DECAY, "backbone_weight_decay": BACKBONE_WEIGHT_DECAY,
+                          "grad_clip_norm": GRAD_CLIP_NORM},
+            "schedule": "linear warm-up over 5 % of the steps, then half a cosine to 0",
+            "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
+            "data": {"fingerprint": fingerprint, "images": len(job.records.paths), "classes": list(job.records.class_names)},
+            "device": job.runtime.describe(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
+
+
+def write_preview(job: Job) -> None:
+    """Write preview.jpg: the first 64 augmented crops of the first epoch, 8 by 8."""
+    sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
+    dataset = CropDataset(job.records, build_transform(job.config.img_size, augment=True))
+    keys = [key for keys in sampler for key in keys][:64]
+    crops = [image for image, _, _ in map(dataset.__getitem__, keys) if image is not None]
+    side = job.config.img_size
+    sheet = Image.new("RGB", (8 * side, -(-len(crops) // 8) * side))
+    for index, crop in enumerate(crops):
+        sheet.paste(Image.fromarray(crop), (index % 8 * side, index // 8 * side))
+    with atomic_file(job.run.path / "preview.jpg") as file:
+        sheet.save(file, "JPEG", quality=90)
+    job.run.log(f"preview: {job.run.path / 'preview.jpg'}")
+
+
+def start_training(job: Job, backbone: Backbone, checkpoint: dict[str, Any] | None) -> tuple[FeatureBank, TrainState]:
+    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
+    config, run = job.config, job.run
+    model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
+    backbone.dtype = job.runtime.dtype
+    state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
+    bank = FeatureBank(job, model.backbone)
+    if checkpoint:
+        restore_state(state, checkpoint)
+        run.forget_epochs_after(state.epoch)
+        run.event("resumed", epoch=state.epoch, step=state.step)
+        run.log(f"resumed after epoch {state.epoch} of {config.epochs}")
+        return bank, state
+    run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
+    state.baseline = measure_baseline(job, bank)
+    run.event("baseline_end", **state.baseline)
+    for split, figures in state.baseline.items():
+        run.log(f"frozen backbone on {split}: " + ", ".join(f"{name.removesuffix('_acc')} {value:.3f}" for name, value in figures.items()))
+    return bank, state
+
+
+def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
+    """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
+    run, records, model = job.run, job.records, state.model
+    model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
+    run.event("proto_start", epoch=state.best["epoch"])
+    embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
+    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config.max_refs_per_class)
+    save_gallery(run.path / "prototypes.npz", gallery, describe_gallery(job, model))
+    run.event("proto_end", refs=len(gallery.stack_labels), matcher=gallery.matcher, knn_k=gallery.knn_k, temperature=gallery.temperature)
+    run.log(f"prototypes: {len(gallery.stack_labels):,} references, matcher {gallery.matcher}" + f" (k = {gallery.knn_k})" * (gallery.matcher == "knn"))
+    if "test" in embedded:
+        test_run(job, model, gallery, embedded["test"], state.baseline["test"])
+    write_report(gather_report(job, gallery, embedded), run.path / "report.html", write_bytes)
+    if run.tracker is not None:
+        for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
+            run.tracker.artifact(run.path / name)
+    run.log(f"finished: {run.path / 'prototypes.npz'}, {run.path / 'report.html'}")
+
+
+def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
+    """Return the meta of prototypes.npz: what a query must have in common with the gallery."""
+    info, config = job.info, job.config
+    options_hash = hashlib.sha256(json.dumps(config.as_plain(), sort_keys=True).encode()).hexdigest()[:16]
+    return {"model_id": info.model_id, "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
+            "emb_dim": config.emb_dim, "img_size": info.img_size, "mean": info.mean, "std": info.std, "interpolation": info.interpolation,
+            "pool": info.pool, "crop_mode": "bbox", "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "config_hash": options_hash}
+
+
+def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
+    """Score the test split by the ArcFace classifier and by the gallery, and record the verdict."""
+    names = job.records.class_names
+    scores = gallery.scores(test.values)
+    figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
+    stacks = Embedded(np.zeros(0, np.int64), gallery.stack_labels, gallery.stacks)
+    figures["recall_at_1"] = recall_at_1(stacks, test)
+    arcface = score_arcface(job, model, test)[0]
+    judgement = judge_training(baseline, figures["acc"], len(test.labels))
+    job.run.event("test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=len(test.labels), **judgement)
+    shown = (("acc", figures["acc"]), ("macro F1", figures["f1_macro"]), ("AUC", figures["auc_macro"]), ("Recall@1", figures["recall_at_1"]))
+    job.run.log("test by prototypes: " + ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown)
+                + f"; by ArcFace: acc {arcface['acc']:.3f}; {len(test.labels)} images, best epoch's weights")
+    job.run.log(judgement["verdict"])
+    if job.run.tracker is not None:
+        job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
+
+
+def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
+    """Collect what the page shows from the run's files and the final embeddings."""
+    run, paths = job.run, job.records.paths
+    rows = np.concatenate([part.rows for part in embedded.values()])
+    test = embedded.get("test", Embedded(rows[:0], rows[:0], embedded["train"].values[:0]))
+    scores = gallery.scores(test.values)
+    predictions = scores.argmax(axis=1)
+    nearest = nearest_references(gallery, test.values)
+    return ReportInput(
+        config=json.loads((run.path / "config.json").read_text(encoding="utf-8")), events=run.events(),
+        data_report=json.loads((run.path / "data_report.json").read_text(encoding="utf-8")), class_names=job.records.class_names,
+        data_root=job.records.root, embeddings=np.concatenate([part.values for part in embedded.values()]),
+        labels=np.concatenate([part.labels for part in embedded.values()]),
+        split_names=np.concatenate([np.full(len(part.rows), split) for split, part in embedded.items()]),
+        paths=[paths[row] for row in rows.tolist()], test_predictions=predictions, test_cosines=scores,
+        nearest_paths=[[gallery.stack_paths[nearest[i, label]] for label in pair] for i, pair in
+                       enumerate(zip(test.labels.tolist(), predictions.tolist(), strict=True))],
+        temperature=gallery.temperature, load_image=load_image)
+
+
+def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
+    """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
+    borders = np.searchsorted(gallery.stack_labels, np.arange(len(gallery.class_names) + 1))
+    nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
+    for label, (low, high) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        if high > low:
+            nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
+    return nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_interrupted)
+    warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
+    config = Config()
+    try:
+        config = COMMAND_LINE if argv is None else parse_command_line(argv)
+        {"train": run_train, "scan": run_scan, "demo": run_demo}[config.command](config)
+        return EXIT_OK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_DIVERGED
+    except Interrupted as error:
+        print(f"interrupted ({error}); the same command continues after the last finished epoch", file=sys.stderr)
+        code = 128 + error.signal_number
+    if config.debug:
+        traceback.print_exc()
+    return code
+
+
+def _raise_interrupted(signal_number: int, _: Any) -> None:
+    raise Interrupted(signal_number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
