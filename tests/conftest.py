@@ -1,0 +1,106 @@
+"""Small data drawn in milliseconds, and ways to call the script: in this process, or as a user does."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPT = REPO / "lct_dino3.py"
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# The smallest real training job: a test that expects a refusal ends soon also when the refusal does not come.
+TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
+sys.path.insert(0, str(REPO))
+
+
+def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
+    """Draw one picture of class `kind`: its own colour and number of corners; place, size, angle and background vary."""
+    rng = np.random.default_rng((kind, *seed))
+    background = Image.fromarray(rng.integers(40, 216, (5, 5, 3), dtype=np.uint8))
+    image = background.resize((side, side), Image.Resampling.BICUBIC)
+    colour = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(kind * 0.381966 % 1, 1.0, 1.0))
+    centre, radius, turn = rng.uniform(0.35, 0.65, 2) * side, rng.uniform(0.25, 0.38) * side, rng.uniform(0, math.tau)
+    corners = 3 + kind % 4
+    angles = turn + np.arange(2 * corners) * math.pi / corners
+    reach = radius * np.tile([1.0, 0.45], corners)  # a star: outer and inner corners in turn
+    points = centre[:, None] + reach * np.stack([np.cos(angles), np.sin(angles)])
+    ImageDraw.Draw(image).polygon(list(zip(*points.tolist(), strict=True)), fill=colour, outline=(0, 0, 0))
+    return image
+
+
+def make_dataset(root: Path, classes: dict[str, int], seed: int = 0, side: int = 56, suffix: str = ".png") -> Path:
+    """Draw `classes` {name: number of images} into `root/<name>/0000.png`...; the same arguments, the same bytes."""
+    for kind, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            draw_image(kind, seed, index, side=side).save(root / name / f"{index:04d}{suffix}")
+    return root
+
+
+def image_bytes(image: Image.Image, file_format: str, **options: object) -> bytes:
+    """Return an image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Return what lies in a folder: names with the bytes and times of files, to assert that nothing was touched."""
+    entries = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else path.stat().st_mode
+        for path in entries
+    }
+
+
+def run_cli(
+    *args: object, cwd: Path | None = None, env: dict[str, str] | None = None, python: tuple[str, ...] = (), timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run the script as a user does; `python` are flags of the interpreter."""
+    return subprocess.run(
+        [sys.executable, *python, str(SCRIPT), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture
+def call_main() -> Iterator[Callable[..., int]]:
+    """Return a function that runs `main` in this process, without leaving its signal handlers behind."""
+    import lct_dino3 as lct
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with warnings.catch_warnings():
+        yield lambda *args: lct.main([str(arg) for arg in args])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight images. Shared by all tests: read only."""
+    return make_dataset(tmp_path_factory.mktemp("small") / "data", {"hammer": 8, "pliers": 8, "wrench": 8})
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real inputs, which lie beside the repository on the machines of this project only."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("shared/data is not on this machine")
+    return SHARED_DATA

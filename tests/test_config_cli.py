@@ -1,0 +1,180 @@
+"""Section 02: the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import lct_dino3 as lct
+import pytest
+from conftest import TINY_RUN, run_cli
+
+HEAVY = ("torch", "numpy", "PIL", "scipy", "timm", "albumentations", "cv2", "sklearn", "clearml")
+
+
+def refusal(*argv: object) -> str:
+    with pytest.raises(lct.UserError) as caught:
+        lct.parse_command_line([str(word) for word in argv])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--epoch", "3"], ["trian"], ["--epochs", "many"]])
+def test_help_and_usage_errors_answer_before_heavy_imports(argv):
+    done = run_cli(*argv, python=("-X", "importtime"))
+    imported = set(re.findall(r"^import time:.*\| +(\w+)", done.stderr, flags=re.MULTILINE))
+    assert "argparse" in imported  # the measurement works
+    assert not imported & set(HEAVY)
+    assert done.returncode == (0 if argv == ["--help"] else 2)
+
+
+def test_help_lists_every_option_once_on_one_line_with_its_default():
+    text = run_cli("--help").stdout
+    for field in lct.option_fields():
+        lines = [line for line in text.splitlines() if re.match(rf"  --(\[no-\])?{field.name}\b", line)]
+        assert len(lines) == 1, field.name
+        assert field.metadata["help"] in lines[0], f"--{field.name} takes two lines"
+        if field.default not in (None, ()):
+            shown = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+            assert f"[{shown}]" in lines[0], field.name
+    assert all(name in text.split("commands:")[1] for name in lct.COMMANDS)
+
+
+def test_every_option_describes_itself():
+    for field in dataclasses.fields(lct.Config)[1:]:  # `command` is no flag
+        assert field.metadata["help"] and field.metadata["group"], field.name
+        assert lct.field_kind(field) in (int, float, str, bool, lct.Path), field.name
+
+
+def test_defaults_are_those_of_the_design():
+    config = lct.parse_command_line([])
+    design = {
+        "command": "train", "model_id": "vit_large_patch16_dinov3.lvd1689m", "emb_dim": 128, "epochs": 15, "batch": 64,
+        "lr": 1e-3, "img_size": 224, "workers": 4, "seed": 42, "val_split": 0.2, "test_split": 0.1, "save_every": 5,
+        "max_refs_per_class": None, "gpus": None, "min_per_class": 3, "samples_per_class": 300, "freeze_backbone": True,
+        "clearml_project": "DINOv3-Embeddings", "arc_scale": 30.0, "arc_margin": 0.30, "best_metric": "acc",
+        "balanced_per_class": False, "use_clearml": False,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in design} == design
+
+
+def test_values_arrive_with_their_types():
+    config = lct.parse_command_line(
+        "scan --data_root a --exclude *.bmp x* --mean 0.1 0.2 0.3 --std 1 1 1 --no-freeze_backbone --gpus 0 --resume".split()
+    )
+    assert (config.command, config.data_root, config.exclude) == ("scan", lct.Path("a"), ("*.bmp", "x*"))
+    assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert (config.freeze_backbone, config.gpus, config.resume) == (False, 0, "last")
+    assert config.as_plain()["data_root"] == "a" and config.as_plain()["mean"] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--data-root", "x"], "--data_root"),
+        (["--dataroot=x"], "--data_root"),
+        (["scan", "--min_per_clas", "3"], "--min_per_class"),
+        (["--freeze-backbone"], "--freeze_backbone"),
+        (["trian"], "train"),
+        (["sacn"], "scan"),
+    ],
+)
+def test_typos_get_the_closest_name(argv, hint):
+    text = refusal(*argv)
+    assert "did you mean" in text and hint in text.split("did you mean")[1]
+
+
+def test_a_word_like_nothing_points_to_the_help():
+    assert "--help" in refusal("--qqqqqqqq")
+
+
+@pytest.mark.parametrize(
+    "flag, values",
+    [
+        ("epochs", "1.5"),
+        ("epochs", "0"),
+        ("epochs", "-3"),
+        ("batch", "1"),
+        ("lr", "fast"),
+        ("lr", "nan"),
+        ("lr", "inf"),
+        ("lr", "0"),
+        ("lr", "-1"),
+        ("val_split", "1.5"),
+        ("val_split", "-0.1"),
+        ("val_split", "nan"),
+        ("val_split", "0"),
+        ("test_split", "1"),
+        ("img_size", "4"),
+        ("img_size", "100000"),
+        ("emb_dim", "1"),
+        ("seed", "-1"),
+        ("seed", "99999999999"),
+        ("gpus", "-1"),
+        ("workers", "-1"),
+        ("save_every", "-1"),
+        ("min_per_class", "0"),
+        ("max_refs_per_class", "0"),
+        ("samples_per_class", "0"),
+        ("near_dup_bits", "65"),
+        ("arc_margin", "3"),
+        ("arc_scale", "0"),
+        ("precision", "fp8"),
+        ("best_metric", "accuracy"),
+        ("mean", "0.5 0.5"),
+        ("std", "0 0.5 0.5"),
+        ("exclude", ""),
+    ],
+)
+def test_absurd_values_are_refused_by_name(flag, values):
+    text = refusal(f"--{flag}", *values.split())
+    assert f"--{flag}" in text and text.count("\n") <= 1
+
+
+def test_splits_that_leave_nothing_to_train_on_are_refused():
+    assert "--val_split, --test_split" in refusal("--val_split", 0.5, "--test_split", 0.5)
+    assert lct.parse_command_line("--val_split 0.5 --test_split 0.4".split()).test_split == 0.4
+
+
+@pytest.mark.parametrize("flag", ["mean", "std"])
+def test_mean_and_std_come_together(flag):
+    assert "--mean, --std" in refusal(f"--{flag}", 0.5, 0.5, 0.5)
+
+
+def test_what_the_user_types_wins_over_the_settings_of_the_demo():
+    assert lct.parse_command_line(["demo", "--epochs", "3"]).epochs == 3
+    assert lct.parse_command_line(["--epochs", "3", "demo", "--out_dir", "x"]).out_dir == lct.Path("x")
+    assert lct.parse_command_line(["demo"]).model_id != lct.Config.model_id
+
+
+@pytest.mark.parametrize(
+    "pattern, complaint",
+    [(r"^src\d+_", "0 capture groups"), (r"^(a)(b)", "2 capture groups"), ("(", "no regular expression")],
+)
+def test_group_regex_needs_exactly_one_group(tmp_path, small_data, pattern, complaint):
+    argv = ["--data_root", str(small_data), "--out_dir", str(tmp_path / "run"), "--group_regex", pattern]
+    with pytest.raises(lct.UserError, match=complaint):
+        lct.check_paths(lct.parse_command_line(argv))
+
+
+@pytest.mark.parametrize("missing", ["data_root", "out_dir"])
+def test_data_root_and_out_dir_are_asked_for(tmp_path, small_data, missing):
+    argv = {"data_root": str(small_data), "out_dir": str(tmp_path / "run")}
+    del argv[missing]
+    with pytest.raises(lct.UserError, match=f"--{missing}: is missing"):
+        lct.check_paths(lct.Config(**{name: lct.Path(value) for name, value in argv.items()}))
+
+
+@pytest.mark.parametrize("argv", [["--epoch", "3"], ["trian"], ["--lr", "nan"], ["--precision", "fp8"]])
+def test_usage_errors_take_two_lines_of_stderr_and_exit_2(argv):
+    done = run_cli(*argv)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and 1 <= len(done.stderr.splitlines()) <= 2
+
+
+def test_only_debug_shows_the_traceback(tmp_path):
+    argv = ["--data_root", tmp_path / "nowhere", "--out_dir", tmp_path / "run", *TINY_RUN]
+    quiet, loud = run_cli(*argv), run_cli(*argv, "--debug")
+    assert quiet.returncode == loud.returncode == 2
+    assert "Traceback" not in quiet.stderr and str(tmp_path / "nowhere") in quiet.stderr
+    assert "Traceback" in loud.stderr and "UserError" in loud.stderr

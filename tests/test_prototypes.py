@@ -1,0 +1,147 @@
+"""Section 14: centroids, matching, references, calibration, and the file that production reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lct_dino3 as lct
+
+
+def draw_embeddings(
+    per_class: int, num_classes: int, seed: int = 0, spread: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(num_classes, 16))
+    labels = np.repeat(np.arange(num_classes), per_class)
+    values = centres[labels] + spread * rng.normal(size=(len(labels), 16))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def make_embedded(per_class: int, seed: int, num_classes: int = 4, spread: float = 0.5) -> lct.Embedded:
+    values, labels = draw_embeddings(per_class, num_classes, seed, spread)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    return lct.Embedded(np.arange(len(labels)), labels[shuffled], values[shuffled])
+
+
+def make_records(num: int, num_classes: int = 4) -> lct.Records:
+    zeros = np.zeros(num, np.int32)
+    names = tuple(f"class {i}" for i in range(num_classes))
+    return lct.Records(Path(), names, lct.PathTable([f"p/{i}.jpg" for i in range(num)]), zeros, zeros, zeros)
+
+
+def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
+    values, labels = draw_embeddings(10, 3)
+    centroids = lct.class_centroids(values, labels, 4)
+    expected = values[labels == 1].mean(axis=0)
+    np.testing.assert_allclose(centroids[1], expected / np.linalg.norm(expected), atol=1e-6)
+    assert centroids.dtype == np.float32 and (centroids[3] == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_knn_scores_equal_a_loop(k: int) -> None:
+    values, labels = draw_embeddings(7, 3)
+    queries, _ = draw_embeddings(5, 3, seed=1)
+    scores = lct.knn_scores(queries, values, labels, 4, k)
+    for row, query in enumerate(queries):
+        for label in range(3):
+            best = np.sort(values[labels == label] @ query)[::-1][:k]
+            assert scores[row, label] == pytest.approx(best.mean(), abs=1e-5)
+    assert (scores[:, 3] == -1).all()
+
+
+def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
+    rng = np.random.default_rng(0)
+    views = np.eye(8)[:3].repeat(20, axis=0) + 0.05 * rng.normal(size=(60, 8))
+    outlier = -np.ones((1, 8))
+    values = np.concatenate([views, outlier])
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    chosen = lct.choose_references(values, 4)
+    assert {int(i) // 20 for i in chosen if i < 60} == {0, 1, 2}
+    assert np.array_equal(chosen, lct.choose_references(values, 4))
+    assert np.array_equal(lct.choose_references(values, 100), np.arange(61))
+
+
+def test_references_of_identical_pictures_are_still_distinct() -> None:
+    assert len(set(lct.choose_references(np.tile(np.float32([1, 0]), (9, 1)), 4).tolist())) == 4
+
+
+def test_gallery_takes_its_references_by_class_and_its_centroids_from_all() -> None:
+    references, val = make_embedded(20, 1), make_embedded(20, 2)
+    full = lct.build_gallery(make_records(80), references, val, None)
+    small = lct.build_gallery(make_records(80), references, val, 5)
+    assert len(full.stack_labels) == 80 and np.bincount(small.stack_labels).tolist() == [5, 5, 5, 5]
+    assert (np.diff(small.stack_labels) >= 0).all()
+    np.testing.assert_array_equal(full.centroids, small.centroids)
+    for path, label, value in zip(small.stack_paths, small.stack_labels, small.stacks, strict=True):
+        row = int(path.removeprefix("p/").removesuffix(".jpg"))
+        assert references.labels[row] == label
+        np.testing.assert_array_equal(references.values[row], value)
+
+
+def test_the_matcher_that_wins_on_val_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    ring = lambda n: np.stack([np.cos(a := rng.uniform(0, 2 * np.pi, n)), np.sin(a), np.zeros(n)], 1)  # noqa: E731
+
+    def part(n: int) -> lct.Embedded:  # class 0 all around the equator: its mean is nowhere; class 1 at the pole
+        values = np.concatenate([ring(n), np.tile([[0.3, 0.0, 0.95]], (n, 1))]).astype(np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        return lct.Embedded(np.arange(2 * n), np.repeat([0, 1], n), values)
+
+    gallery = lct.build_gallery(make_records(80, 2), part(40), part(40), None)
+    assert gallery.matcher == "knn"
+    easy = lct.build_gallery(make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), None)
+    assert easy.matcher == "centroid", "a tie goes to the simpler"
+
+
+def test_threshold_is_the_least_score_with_the_target_precision() -> None:
+    rng = np.random.default_rng(3)
+    best = rng.uniform(0, 1, 400)
+    is_right = rng.uniform(0, 1, 400) < best
+    scores = np.stack([best, np.full(400, -1.0)], axis=1)
+    thresholds, is_pooled = lct.fit_thresholds(scores, np.where(is_right, 0, 1))
+    passing = best >= thresholds[0] - 1e-6
+    assert is_right[passing].mean() >= lct.TARGET_PRECISION
+    lower = np.sort(best[best < thresholds[0] - 1e-6])
+    assert all(is_right[best >= score].mean() < lct.TARGET_PRECISION for score in lower)
+    assert is_pooled.tolist() == [False, True] and thresholds[1] == thresholds[0]
+
+
+def test_a_class_that_is_never_right_answers_unknown() -> None:
+    scores = np.stack([np.linspace(0.2, 0.9, 30), np.zeros(30)], axis=1).astype(np.float32)
+    thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int))
+    assert thresholds[0] > scores.max()
+
+
+def test_temperature_makes_the_probabilities_honest() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 5))
+    probabilities = np.exp(lct.log_softmax(logits))
+    labels = np.array([rng.choice(5, p=row / row.sum()) for row in probabilities])
+    assert lct.fit_temperature(0.1 * logits, labels) == pytest.approx(0.1, rel=0.1)
+
+
+def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), 7)
+    lct.save_gallery(tmp_path / "prototypes.npz", gallery, {"model_id": "m", "mean": (0.5, 0.5, 0.5), "emb_dim": 16})
+    with np.load(tmp_path / "prototypes.npz", allow_pickle=False) as file:
+        content = {name: file[name] for name in file.files}
+    assert set(content) == {
+        "centroids",
+        "stacks",
+        "stack_labels",
+        "stack_paths",
+        "id2cls",
+        "cls2id",
+        "thresholds",
+        "matcher",
+        "meta",
+    }
+    assert content["centroids"].shape == (4, 16) and content["centroids"].dtype == np.float32
+    assert content["stacks"].shape == (28, 16) and content["stack_labels"].dtype == np.int64
+    np.testing.assert_allclose(np.linalg.norm(content["stacks"], axis=1), 1, atol=1e-5)
+    assert json.loads(str(content["cls2id"])) == {name: i for i, name in enumerate(content["id2cls"].tolist())}
+    assert content["thresholds"].shape == (4,) and str(content["matcher"]) in ("centroid", "knn")
+    meta = json.loads(str(content["meta"]))
+    assert meta["format"] == 2 and meta["mean"] == [0.5, 0.5, 0.5] and meta["temperature"] > 0
