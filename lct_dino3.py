@@ -746,23 +746,23 @@ class Tracker:
         logger = self._task.get_logger()
         if record["event"] == "epoch_end":
             for title, series, value in _epoch_scalars(record):
+                logger.report_scalar(title, series, value, iteration=record["epoch"])
+        if record["event"] == "test_end":
+            figures = [
+                (f"test {way} {key}", value) for way in ("arcface", "prototypes") for key, value in record[way].items()
+            ]
+            for title, value in figures:
                 if value is not None:
-                    logger.report_scalar(title, series, value, iteration=record["epoch"])
-        elif record["event"] == "test_end":
-            for matcher in ("arcface", "prototypes"):
-                for key, value in record[matcher].items():
-                    if value is not None:
-                        logger.report_single_value(f"test {matcher} {key}", value)
+                    logger.report_single_value(title, value)
 
 
-def _epoch_scalars(record: dict[str, Any]) -> Iterator[tuple[str, str, float | None]]:
-    """Yield (title, series, value) of every figure of an epoch: macro by split, and by class."""
+def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (title, series, value) of every figure of an epoch that is defined: macro by split, and by class."""
+    scalars = [(key, split, value) for split in ("train", "val") for key, value in record[split].items()]
     for split in ("train", "val"):
-        for key, value in record[split].items():
-            yield key, split, value
         for class_name, figures in record[f"{split}_per_class"].items():
-            for key, value in figures.items():
-                yield f"{split} {key} by class", class_name, value
+            scalars += [(f"{split} {key} by class", class_name, value) for key, value in figures.items()]
+    return [scalar for scalar in scalars if scalar[2] is not None]
 
 
 def _why_no_clearml_server() -> str:
@@ -1972,6 +1972,9 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
             if config.pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = config.pool or "token"
             model = timm.create_model(model_id, pretrained=False, **settings).eval()
+            patch_side = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+            if config.img_size % patch_side:  # timm would silently leave out the rest at the border
+                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {patch_side} px")
             shape = model(torch.empty(1, 3, config.img_size, config.img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
         if config.debug:

@@ -1,6 +1,7 @@
 """The structure of the single file: sections, their order, the size of functions, and what importing it does."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 
 
+@functools.cache
 def list_sections() -> list[tuple[int, str, int]]:
     """Return (number, name, first line) of every section."""
     return [(int(m[1]), m[2], SOURCE.count("\n", 0, m.start()) + 1) for m in BANNER.finditer(SOURCE)]

@@ -1,0 +1,141 @@
+"""Section 09: any timm model, weights from files, and refusal of what does not fit."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import lct_dino3 as lct
+
+TINY = "test_resnet"
+
+
+def make_config(**options: object) -> lct.Config:
+    return lct.Config(**{"model_id": TINY, "pretrained": False, "img_size": 32, **options})
+
+
+def build(**options: object) -> tuple[lct.Backbone, lct.BackboneInfo]:
+    return lct.build_backbone(make_config(**options), lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "pool"),
+    [
+        ("vit_tiny_patch16_224", "token"),
+        ("vit_small_patch16_dinov3", "token"),
+        (TINY, "avg"),
+        ("mobilenetv3_small_050", "avg"),
+    ],
+)
+def test_vits_pool_the_class_token_and_others_their_default(model_id: str, pool: str) -> None:
+    backbone, info = build(model_id=model_id, img_size=64)
+    features = backbone.eval()(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
+    assert features.shape == (2, info.feature_dim) and features.dtype == torch.float32
+    assert info.pool == pool
+
+
+def test_pool_overrides() -> None:
+    assert build(model_id="vit_tiny_patch16_224", pool="avg")[1].pool == "avg"
+
+
+def test_the_default_model_is_known_and_takes_the_default_size() -> None:
+    settings, feature_dim = lct.probe_model(lct.Config())
+    assert settings == {"num_classes": 0, "img_size": 224, "global_pool": "token"} and feature_dim == 1024
+
+
+def test_images_are_normalised_on_the_device() -> None:
+    backbone, info = build(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    assert info.mean == (0.1, 0.2, 0.3)
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = (images / 255 - torch.tensor(info.mean).view(1, 3, 1, 1)) / torch.tensor(info.std).view(1, 3, 1, 1)
+    torch.testing.assert_close(backbone.eval()(images), backbone.model(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_random_weights_are_a_function_of_the_seed() -> None:
+    torch.rand(7)
+    first = build(seed=1)[1].weights_hash
+    torch.rand(3)
+    assert build(seed=1)[1].weights_hash == first != build(seed=2)[1].weights_hash
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file_without_and_with_classifier(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(5)
+    donor = timm.create_model(TINY, num_classes=10)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in donor.state_dict().items()}}, path)
+    else:
+        safetensors.torch.save_file(donor.state_dict(), path)
+    said: list[str] = []
+    backbone, info = lct.build_backbone(make_config(backbone_weights=path), said.append)
+    assert torch.equal(backbone.model.state_dict()["conv1.0.weight"], donor.state_dict()["conv1.0.weight"])
+    assert "classifier" in said[0] and "fc.weight" in said[0]
+    assert info.weights == str(path) and info.weights_hash != build()[1].weights_hash
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state = timm.create_model(TINY, num_classes=0).state_dict()
+    lost = next(iter(state))
+    state["invented.weight"] = state.pop(lost)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(lct.UserError) as caught:
+        build(backbone_weights=tmp_path / "other.pth")
+    assert lost in str(caught.value) and "invented.weight" in str(caught.value)
+    state = timm.create_model(TINY, num_classes=0).state_dict()
+    state[lost] = torch.zeros(1, 2, 3)
+    torch.save(state, tmp_path / "shape.pth")
+    with pytest.raises(lct.UserError, match=r"\(1, 2, 3\) instead of"):
+        build(backbone_weights=tmp_path / "shape.pth")
+
+
+def test_weights_are_never_executed(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.write_text, (tmp_path / "owned", "x"))
+
+    torch.save({"state_dict": {"conv1.weight": Hostile()}}, tmp_path / "hostile.pth")
+    with pytest.raises(lct.UserError, match="cannot be read as weights"):
+        build(backbone_weights=tmp_path / "hostile.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_unknown_models_and_sizes_are_refused_with_help() -> None:
+    with pytest.raises(lct.UserError, match="vit_large_patch16_dinov3"):
+        build(model_id="vit_large_patch16_dino3")
+    with pytest.raises(lct.UserError, match="img_size 33"):
+        build(model_id="vit_tiny_patch16_224", img_size=33)
+    with pytest.raises(lct.UserError, match="--pool"):
+        build(model_id="vit_tiny_patch16_224", pool="no_such_pool", img_size=32)
+
+
+def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as on a machine without network
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(lct.UserError) as caught:
+        build(model_id="vit_tiny_patch16_224", pretrained=True, img_size=224)
+    assert all(way in str(caught.value) for way in ("--backbone_weights", "cache", "--no-pretrained"))
+
+
+def test_one_image_on_a_replica_does_not_crash_the_head() -> None:
+    head = lct.Head(6, 4).train()
+    assert head(torch.randn(1, 6)).shape == (1, 4)
+    assert head.norm.num_batches_tracked == 0
+    head(torch.randn(2, 6))
+    assert head.norm.num_batches_tracked == 1
+
+
+def test_bf16_autocast_returns_float32_features() -> None:
+    backbone, _ = build()
+    images = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
+    exact = backbone.eval()(images)
+    backbone.dtype = torch.bfloat16
+    rounded = backbone(images)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert torch.cosine_similarity(rounded, exact).min() > 0.99

@@ -1,0 +1,536 @@
+"""Section 05, first half: finding, decoding and checking images, duplicates, class map, cache."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import json
+import os
+import shutil
+import struct
+import unicodedata
+import zlib
+from pathlib import Path
+
+import lct_dino3 as lct
+import numpy as np
+import pytest
+from conftest import draw_image, image_bytes, make_dataset, snapshot
+from PIL import Image
+
+GRAY = lct.PADDING_GRAY
+
+
+def list_names(root: Path) -> list[str]:
+    return lct.list_images(root).paths
+
+
+def scan(root: Path, out_dir: Path, **options: object) -> lct.Scan:
+    return lct.scan_dataset(lct.Config(data_root=root, out_dir=out_dir, **options))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """An upright picture without any symmetry, uint8 (24, 36, 3)."""
+    return np.random.default_rng(3).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+
+
+# --- what is found
+
+
+def test_cropped_folder_wins_and_other_folders_are_not_entered(tmp_path):
+    for name in ("a/1.png", "b/cropped/2.png", "b/ignored.png", "c/masks/3_mask.png", "c/4.png", "loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_names(tmp_path) == ["a/1.png", "b/cropped/2.png", "c/4.png"]
+
+
+def test_suffixes_count_in_any_case_and_only_those_of_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    wanted = ["1.JPG", "2.jpeg", "3.Png", "4.BMP", "5.webp", "6.TIF", "7.tiff", "8.tar.jpg"]
+    for name in [*wanted, "notes.txt", "jpg", "9.gif", "10.jpg.part"]:
+        (tmp_path / "a" / name).touch()
+    assert list_names(tmp_path) == [f"a/{name}" for name in wanted]
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path):
+    for name in ("a/1.png", "a/.2.png", "a/._1.png", ".b/3.png", "c/.cropped/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_names(tmp_path) == ["a/1.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ключ на 10",
+        'it\'s a "hammer"',
+        "a, b; c=d [e] {f} *?",
+        "锤子",
+        "🔨",
+        pytest.param("10\u00a0мм", id="no-break space"),
+        pytest.param("スパナ\u300010", id="ideographic space"),
+        pytest.param("پیچ\u200cگوشتی", id="zero-width non-joiner, Persian"),
+    ],
+)
+def test_class_names_are_any_unicode(tmp_path, name):
+    make_dataset(tmp_path / "data", {name: 3, "b": 3})
+    found = scan(tmp_path / "data", tmp_path / "run")
+    assert set(found.records.class_names) == {name, "b"} and len(found.records.paths) == 6
+    assert found.report["classes"][name]["usable"] == 3 and not found.report["quarantined"]
+
+
+def test_a_decomposed_folder_name_gives_the_composed_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "клей é") for form in ("NFC", "NFD"))
+    make_dataset(tmp_path / "data", {decomposed: 3, "b": 3})
+    found = scan(tmp_path / "data", tmp_path / "run").records
+    assert composed in found.class_names and decomposed not in found.class_names
+    assert all((tmp_path / "data" / found.paths[i]).is_file() for i in range(6))  # the path keeps the name on the disk
+
+
+def test_two_spellings_of_one_name_become_one_class_with_a_warning(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    make_dataset(tmp_path / "data", {decomposed: 3, composed: 3, "b": 3})
+    found = scan(tmp_path / "data", tmp_path / "run")
+    assert found.report["classes"][composed]["usable"] == 6
+    assert any(composed in text for text in found.report["warnings"])
+
+
+def test_undecodable_names_are_named_problems(tmp_path):
+    make_dataset(tmp_path / "data", {"a": 3, "b": 3})
+    Path(os.fsdecode(os.fsencode(tmp_path / "data/a") + b"/caf\xe9.png")).write_bytes(b"x")
+    os.mkdir(os.fsencode(tmp_path / "data") + b"/cl\xe9")
+    found = scan(tmp_path / "data", tmp_path / "run")
+    problems = {item["path"]: item["reason"] for item in found.report["quarantined"]}
+    assert len(problems) == 2 and all("UTF-8" in reason for reason in problems.values())
+    assert json.loads(json.dumps(lct.to_json(found.report)).encode())  # what is written is valid UTF-8
+    assert found.report["classes"]["a"]["quarantined"] == 1
+
+
+def test_things_named_like_images_are_problems_and_nothing_hangs(tmp_path):
+    make_dataset(tmp_path / "data", {"a": 3, "b": 3})
+    (tmp_path / "data/a/folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "data/a/pipe.jpg")
+    (tmp_path / "data/b/gone.jpg").symlink_to("nowhere")
+    found = scan(tmp_path / "data", tmp_path / "run")
+    problems = {item["path"]: item["reason"] for item in found.report["quarantined"]}
+    assert set(problems) == {"a/folder.jpg", "a/pipe.jpg", "b/gone.jpg"} and all(problems.values())
+    assert found.report["num_usable"] == 6 and found.report["num_images"] == 9
+    assert found.report["classes"]["a"]["quarantined"] == 2
+
+
+def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
+    try:
+        names = [f"{index * 7919 % 10_000:05d}.jpg" for index in range(10_000)]  # made in another order than sorted
+        for label in range(10):
+            folder = tmp_path / f"class{9 - label}"
+            folder.mkdir()
+            (folder / names[0]).write_bytes(b"x" * label)
+            for name in names[1:]:
+                os.link(folder / names[0], folder / name)
+        listing = lct.list_images(tmp_path)
+        assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(10_000)]
+        assert listing.folders == [path.split("/")[0] for path in listing.paths]
+        assert listing.stats[:, 0].tolist() == [9 - label for label in range(10) for _ in range(10_000)]
+        assert not listing.problems
+    finally:
+        shutil.rmtree(tmp_path)  # pytest keeps temporary folders for a while
+
+
+# --- how it is decoded
+
+
+def stored_for(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """Return the pixels that a file holds so that `orientation` (EXIF 2.3, tag 0x0112) makes them upright."""
+    transposed = upright.swapaxes(0, 1)
+    return np.ascontiguousarray({
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: transposed, 6: transposed[::-1], 7: transposed[::-1, ::-1], 8: transposed[:, ::-1],
+    }[orientation])  # fmt: skip
+
+
+@pytest.mark.parametrize("file_format, options", [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_exif_orientations_come_out_upright(picture, file_format, options):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = image_bytes(Image.fromarray(stored_for(picture, orientation)), file_format, exif=exif, **options)
+        image, mode, found = lct.decode_image(data)
+        assert np.array_equal(image, picture), orientation
+        assert (mode, found) == ("RGB", orientation)
+
+
+def test_exif_orientation_of_a_jpeg_and_a_senseless_one(picture):
+    smooth = np.asarray(Image.fromarray(picture[:3, :4]).resize((64, 48), Image.Resampling.BICUBIC))
+    for orientation in (6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = image_bytes(Image.fromarray(stored_for(smooth, orientation)), "JPEG", quality=95, exif=exif)
+        assert np.abs(lct.decode_image(data)[0].astype(int) - smooth).mean() < 4
+    exif[0x0112] = 77
+    image, _, orientation = lct.decode_image(image_bytes(Image.fromarray(picture), "PNG", exif=exif))
+    assert np.array_equal(image, picture) and orientation == 1
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bit_gray_keeps_its_values(file_format):
+    values = np.linspace(0, 65_535, 40 * 50).astype(np.uint16).reshape(40, 50)
+    image = lct.decode_image(image_bytes(Image.fromarray(values), file_format))[0]
+    assert np.abs(image - values[:, :, None] / 257).max() <= 1
+    dark = lct.decode_image(image_bytes(Image.fromarray(values // 300), file_format))[0]
+    assert dark.max() <= 1  # 218 of 65,535 is black, not light gray
+
+
+def test_sixteen_bit_colour_keeps_its_values(tmp_path):
+    import cv2
+
+    values = np.random.default_rng(0).integers(0, 65_536, (20, 30, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), values[:, :, ::-1])
+    assert np.abs(lct.load_image(tmp_path / "a.png") - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("top, factor", [(1.0, 255.0), (255.0, 1.0), (65_535.0, 1 / 257)])
+def test_float_tiff_is_scaled_by_its_range(top, factor):
+    values = np.linspace(0, top, 40 * 50, dtype=np.float32).reshape(40, 50)
+    image = lct.decode_image(image_bytes(Image.fromarray(values), "TIFF"))[0]
+    assert np.abs(image - values[:, :, None] * factor).max() <= 1
+
+
+def test_float_tiff_with_nan_is_broken():
+    with pytest.raises(lct.ImageError, match="not finite"):
+        lct.decode_image(image_bytes(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
+
+
+def test_gray_palette_and_bilevel_images_become_rgb(picture):
+    few = picture // 128 * 255  # eight colours
+    for name, image in {
+        "L": Image.fromarray(picture[:, :, 0]),
+        "1": Image.fromarray(few[:, :, 0]).convert("1", dither=Image.Dither.NONE),
+        "P": Image.fromarray(few).quantize(8, dither=Image.Dither.NONE),
+    }.items():
+        expected = few if name == "P" else np.repeat((picture if name == "L" else few)[:, :, :1], 3, axis=2)
+        found, mode, _ = lct.decode_image(image_bytes(image, "PNG"))
+        assert np.array_equal(found, expected) and mode == name
+
+
+def test_cmyk_becomes_the_colours_it_means():
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
+    picture = np.repeat(np.repeat(colours.reshape(2, 3, 3), 16, axis=0), 16, axis=1)
+    for file_format, options in (("TIFF", {}), ("JPEG", {"quality": 95})):
+        data = image_bytes(Image.fromarray(picture).convert("CMYK"), file_format, **options)
+        image, mode, _ = lct.decode_image(data)
+        assert mode == "CMYK" and np.abs(image.astype(int) - picture).mean() < 4
+
+
+def over_gray(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Composite over PADDING_GRAY in float64, the reference."""
+    share = alpha[:, :, None] / 255
+    return colours * share + GRAY * (1 - share)
+
+
+@pytest.mark.parametrize("file_format, options", [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})])
+def test_rgba_is_laid_over_gray(picture, file_format, options):
+    alpha = np.random.default_rng(1).choice([0, 60, 128, 255], picture.shape[:2]).astype(np.uint8)
+    data = image_bytes(Image.fromarray(np.dstack([picture, alpha])), file_format, **options)
+    image, mode, _ = lct.decode_image(data)
+    assert mode == "RGBA" and np.abs(image - over_gray(picture, alpha)).max() <= 1
+    assert (image[alpha == 0] == GRAY).all()
+
+
+def test_gray_with_alpha_and_transparent_colours_are_laid_over_gray(picture):
+    gray, alpha = picture[:, :, :1], np.where(picture[:, :, 1] > 127, 255, 0).astype(np.uint8)
+    image = lct.decode_image(image_bytes(Image.fromarray(np.dstack([gray, alpha])), "PNG"))[0]
+    assert np.abs(image - over_gray(np.repeat(gray, 3, axis=2), alpha)).max() <= 1
+    few = picture // 128 * 255
+    palette = Image.fromarray(few).quantize(8, dither=Image.Dither.NONE)
+    index = np.asarray(palette)
+    image = lct.decode_image(image_bytes(palette, "PNG", transparency=2))[0]
+    assert (image[index == 2] == GRAY).all() and np.array_equal(image[index != 2], few[index != 2])
+    image = lct.decode_image(image_bytes(Image.fromarray(few), "PNG", transparency=(255, 0, 255)))[0]
+    is_key = (few == (255, 0, 255)).all(axis=2)
+    assert is_key.any() and (image[is_key] == GRAY).all() and np.array_equal(image[~is_key], few[~is_key])
+
+
+# --- what is broken
+
+JPEG = image_bytes(draw_image(0, 0, side=64), "JPEG")
+BROKEN = {
+    "half.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "empty.jpg": (b"", "empty"),
+    "text.jpg": (b"this is not a picture\n" * 20, "no JPEG, PNG, BMP, WebP or TIFF"),
+    "vector.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n", "no JPEG"),
+    "animation.jpg": (image_bytes(draw_image(0, 0), "GIF"), "no JPEG"),
+    "half.png": (image_bytes(draw_image(0, 0), "PNG")[:900], "truncated"),
+    "huge.png": (png_header(11_000, 11_000), "megapixels"),
+    "bomb.png": (png_header(100_000, 100_000), "pixels"),
+}
+
+
+def test_broken_images_are_quarantined_with_reason_and_left_alone(tmp_path):
+    make_dataset(tmp_path / "data", {"a": 4, "b": 4})
+    for name, (data, _) in BROKEN.items():
+        (tmp_path / "data/a" / name).write_bytes(data)
+    before = snapshot(tmp_path / "data")
+    found = scan(tmp_path / "data", tmp_path / "run")
+    reasons = {item["path"]: item["reason"] for item in found.report["quarantined"]}
+    assert set(reasons) == {f"a/{name}" for name in BROKEN}
+    for name, (_, reason) in BROKEN.items():
+        assert reason in reasons[f"a/{name}"], name
+    assert found.report["classes"]["a"] | {"groups": 0} == found.report["classes"]["a"] | {"usable": 4, "quarantined": 8, "groups": 0}
+    assert not any(Path(found.records.paths[i]).name in BROKEN for i in range(8))
+    assert snapshot(tmp_path / "data") == before
+    assert not (tmp_path / "run").exists()  # scan_dataset itself writes nothing
+
+
+def test_a_header_that_claims_too_much_is_refused_before_decoding(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(lct.ImageError, match="11000 x 11000 px is more than 100 megapixels"):
+        lct.decode_image(png_header(11_000, 11_000))
+
+
+def test_the_report_tells_sizes_modes_and_orientation(tmp_path):
+    make_dataset(tmp_path / "data", {"a": 3, "b": 3}, side=40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((30, 90, 3), np.uint8)).save(tmp_path / "data/a/turned.png", exif=exif)
+    draw_image(4, 1, side=8).convert("L").save(tmp_path / "data/b/tiny.png")
+    report = scan(tmp_path / "data", tmp_path / "run").report
+    assert report["sizes"] == {
+        "width_min": 8, "width_median": 40, "width_max": 40, "height_min": 8, "height_median": 40, "height_max": 90,
+    }  # fmt: skip
+    assert report["modes"] == {"RGB": 7, "L": 1} and report["exif_rotated"] == 1
+    assert any(text.startswith("1 images have a side shorter than") for text in report["warnings"])
+
+
+# --- scan cache
+
+
+@pytest.fixture
+def scanned(tmp_path, call_main, capsys):
+    """A data set that `scan` has seen, with a broken image in it, and a function that scans it again."""
+    root, out_dir = make_dataset(tmp_path / "data", {"a": 4, "b": 4}), tmp_path / "run"
+    (root / "a/bad.png").write_bytes(b"no picture")
+    assert call_main("scan", "--data_root", root, "--out_dir", out_dir) == 0
+    capsys.readouterr()
+    return root, out_dir, lambda: scan(root, out_dir).report
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the files that `check_image` is called with from here on."""
+    names, real = [], lct.check_image
+    monkeypatch.setattr(lct, "check_image", lambda path: (names.append(path.name), real(path))[1])
+    return names
+
+
+def test_scan_writes_report_and_cache_and_prints_a_table(scanned, call_main, capsys):
+    root, out_dir, _ = scanned
+    assert {path.name for path in out_dir.iterdir()} == {"data_report.json", "scan_cache.npz"}
+    assert call_main("scan", "--data_root", root, "--out_dir", out_dir) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["class", "usable", "quarantined", "groups", "train", "val", "test"]
+    assert lines[1].split()[:3] == ["a", "4", "1"] and lines[3].split()[:3] == ["all", "8", "1"]
+    assert any("a/bad.png" in line and "no JPEG" in line for line in lines)
+
+
+def test_a_second_scan_opens_nothing_and_finds_the_same(scanned, opened):
+    _, out_dir, again = scanned
+    assert lct.to_json(again()) == json.loads((out_dir / "data_report.json").read_text(encoding="utf-8"))
+    assert opened == []
+
+
+def test_changed_touched_and_new_files_are_looked_at_again(scanned, opened):
+    root, _, again = scanned
+    draw_image(0, 99).save(root / "a/bad.png")  # mended
+    os.utime(root / "a/0000.png", ns=(1, 1))
+    (root / "b/new.png").write_bytes(b"")
+    (root / "b/0001.png").unlink()
+    report = again()
+    assert sorted(opened) == ["0000.png", "bad.png", "new.png"]
+    assert [item["path"] for item in report["quarantined"]] == ["b/new.png"]
+    assert report["num_usable"] == 8
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "flipped byte", "other archive", "folder"])
+def test_a_damaged_cache_is_ignored(scanned, opened, damage):
+    _, out_dir, again = scanned
+    path = out_dir / "scan_cache.npz"
+    good, expected = path.read_bytes(), again()
+    other = io.BytesIO()
+    np.savez(other, rows=np.zeros(3))
+    middle = good.index(b"rows.npy") + 400
+    flipped = good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :]
+    damaged = {"text": b"hello", "empty": b"", "truncated": good[: len(good) // 2], "flipped byte": flipped}
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(damaged.get(damage, other.getvalue()))
+    assert again() == expected
+    assert len(opened) == 9
+
+
+def test_the_cache_of_another_data_root_is_not_used(scanned, opened, tmp_path):
+    root, out_dir, _ = scanned
+    shutil.copytree(root, tmp_path / "copy")
+    scan(tmp_path / "copy", out_dir)
+    assert len(opened) == 9
+
+
+# --- class map, exclude
+
+
+def test_class_map_merges_renames_and_drops(tmp_path):
+    make_dataset(tmp_path / "data", {"saw": 3, "backsaw": 4, "hand": 3, "é": 3, "kept": 3})
+    decomposed = unicodedata.normalize("NFD", "é")
+    (tmp_path / "map.yaml").write_text(f"пила: [saw, backsaw]\nnull: [hand]\ne2: {decomposed}\n", encoding="utf-8")
+    found = scan(tmp_path / "data", tmp_path / "run", class_map=tmp_path / "map.yaml")
+    assert found.records.class_names == ("e2", "kept", "пила")
+    assert np.bincount(found.records.labels).tolist() == [3, 3, 7]
+    assert found.report["class_map"] == {"saw": "пила", "backsaw": "пила", "hand": None, "é": "e2"}
+    assert "hand -> (left out)" in lct.format_findings(found.report)
+    assert not any(found.records.paths[i].startswith("hand/") for i in range(13))
+
+
+def test_broken_images_of_merged_folders_count_for_the_new_class(tmp_path):
+    make_dataset(tmp_path / "data", {"saw": 3, "backsaw": 4, "hand": 3})
+    for folder in ("saw", "backsaw", "hand"):
+        (tmp_path / "data" / folder / "bad.png").write_bytes(b"")
+    (tmp_path / "map.yaml").write_text("saws: [saw, backsaw]\n")
+    classes = scan(tmp_path / "data", tmp_path / "run", class_map=tmp_path / "map.yaml").report["classes"]
+    assert {name: row["quarantined"] for name, row in classes.items()} == {"hand": 1, "saws": 2}
+
+
+def test_exclude_leaves_out_by_path_or_name(tmp_path):
+    make_dataset(tmp_path / "data", {"a": 4, "b": 4})
+    report = scan(tmp_path / "data", tmp_path / "run", exclude=("0000.*", "b/0003*", "0001")).report
+    assert report["excluded"] == 3
+    assert {name: row["usable"] for name, row in report["classes"].items()} == {"a": 3, "b": 2}
+
+
+# --- duplicates
+
+
+def test_copies_are_found_and_different_pictures_are_not(tmp_path):
+    root = make_dataset(tmp_path / "data", {"a": 12, "b": 12}, side=96)
+    original = Image.open(root / "a/0003.png")
+    brighter = np.clip(np.asarray(original).astype(int) + 2, 0, 255).astype(np.uint8)
+    original.save(root / "a/jpeg.jpg", quality=70)
+    original.resize((70, 70), Image.Resampling.LANCZOS).save(root / "a/small.png")
+    Image.fromarray(brighter).save(root / "a/brighter.png")
+    shutil.copy(root / "a/0003.png", root / "b/same.png")  # in another class: a label conflict
+    shutil.copy(root / "b/0005.png", root / "b/copy.png")
+    found = scan(root, tmp_path / "run")
+    family = {"a/0003.png", "a/jpeg.jpg", "a/small.png", "a/brighter.png", "b/same.png"}
+    report, records = found.report, found.records
+    assert [set(group) for group in report["duplicates"]["near"]] == [family, {"b/0005.png", "b/copy.png"}]
+    assert [set(group) for group in report["duplicates"]["exact"]] == [
+        {"a/0003.png", "b/same.png"}, {"b/0005.png", "b/copy.png"},
+    ]  # fmt: skip
+    assert [set(group) for group in report["label_conflicts"]] == [family]
+    groups = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
+    assert len({groups[path] for path in family}) == 1 and len(set(groups.values())) == 24
+
+
+def same_components(num_items: int, pairs: np.ndarray, expected: np.ndarray) -> bool:
+    return np.array_equal(lct.connect(num_items, pairs), lct.connect(num_items, expected.reshape(-1, 2)))
+
+
+def brute_force_pairs(hashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
+    return np.array([
+        (i, j) for i, j in itertools.combinations(range(len(hashes)), 2)
+        if int(hashes[i] ^ hashes[j]).bit_count() <= max_bits
+        and np.abs(thumbs[i].astype(int) - thumbs[j]).mean() <= lct.THUMB_TOLERANCE
+    ], dtype=np.int64)  # fmt: skip
+
+
+def plant_hashes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random hashes, and as many again that differ from one of them in 0 to 18 bits; some share whole slices."""
+    hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
+    hashes[: count // 3] &= np.uint64(0xFFFFFFFF00000000)
+    flipped = []
+    for index in rng.permutation(count):
+        bits = rng.choice(64, rng.integers(0, 19), replace=False)
+        flipped.append(int(hashes[index]) ^ sum(1 << int(bit) for bit in bits))
+    return rng.permutation(np.concatenate([hashes, np.array(flipped, dtype=np.uint64)]))
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 4, 7, 16])
+def test_near_duplicates_equal_brute_force(max_bits):
+    rng = np.random.default_rng(max_bits)
+    hashes = plant_hashes(rng, 150)
+    thumbs = np.full((len(hashes), 12), 100, dtype=np.uint8)
+    expected = brute_force_pairs(hashes, thumbs, max_bits)
+    found = lct.find_near_duplicates(hashes, thumbs, max_bits)
+    assert len(expected) > 3 and same_components(len(hashes), found, expected)
+    assert {tuple(pair) for pair in found.tolist()} <= {tuple(pair) for pair in expected.tolist()}
+
+
+@pytest.mark.parametrize("max_bits", [0, 4])
+def test_near_duplicates_equal_brute_force_where_thumbnails_disagree(max_bits):
+    """Images of equal or close hash in several colours: a copy of a colour must find its own colour."""
+    rng = np.random.default_rng(max_bits + 100)
+    hashes = np.repeat(plant_hashes(rng, 30), 5)
+    thumbs = np.repeat(rng.choice([20, 120, 220], len(hashes)).astype(np.uint8)[:, None], 12, axis=1)
+    found = lct.find_near_duplicates(hashes, thumbs, max_bits)
+    assert same_components(len(hashes), found, brute_force_pairs(hashes, thumbs, max_bits))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_near_duplicates_of_almost_nothing(count):
+    thumbs = np.zeros((count, 12), np.uint8)
+    assert len(lct.find_near_duplicates(np.zeros(count, np.uint64), thumbs, 4)) == count - 1
+
+
+# --- paths of a million records
+
+
+def test_path_table_returns_what_it_was_given():
+    paths = ["a/1.png", "", "ключ на 10/ё.jpg", "锤子/🔨.png", "x" * 300]
+    table = lct.PathTable(paths)
+    assert len(table) == 5 and [table[i] for i in range(5)] == paths and list(table) == paths
+    assert table[np.int64(2)] == paths[2]
+    for index in (5, -1):
+        with pytest.raises(IndexError):
+            table[index]
+    assert len(lct.PathTable([])) == 0
+
+
+def private_mb() -> float:
+    """Return the memory of this process that it shares with no other, MB."""
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
+def test_a_million_records_cost_a_forked_worker_less_than_20_mb():
+    count = 1_000_000
+    paths = lct.PathTable([f"class{i % 97:03d}/cropped/image_{i:07d}.jpg" for i in range(count)])
+    zeros = np.arange(count, dtype=np.int32) % 97
+    records = lct.Records(Path("data"), tuple(map(str, range(97))), paths, zeros, zeros, zeros.astype(np.int8))
+    dataset = lct.CropDataset(records, lambda image, seed: image)
+    gc.collect()
+    gc.freeze()  # pytest's own objects are not what is measured
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = private_mb()
+        total = 0
+        for i in range(count):
+            total += len(dataset.records.paths[i]) + int(dataset.records.labels[i])
+        os.write(writer, f"{private_mb() - before} {total}".encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    gc.unfreeze()
+    growth, total = os.read(reader, 100).decode().split()
+    os.close(reader)
+    assert int(total) == sum(len(f"class{i:03d}/cropped/image_0000000.jpg") for i in range(1)) * count + int(zeros.sum())
+    assert float(growth) < 20
