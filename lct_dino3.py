@@ -84,7 +84,6 @@ BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
-DEMO_IMAGES_PER_CLASS = 60
 KNN_CHOICES = (1, 3, 5, 10)
 TARGET_PRECISION = 0.95  # of the answers that a threshold lets pass
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
@@ -92,25 +91,25 @@ MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for RO
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 CHECKPOINT_FORMAT = 2
 PROTOTYPES_FORMAT = 2
+DEMO_IMAGES_PER_CLASS = 100
+# A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several.
 DEMO_FLAGS = (
-    "--data_root",
-    "demo/data",
-    "--out_dir",
-    "demo/run",
-    "--group_regex",
-    r"^(shot\d+)_",
-    "--no-pretrained",
-    "--no-freeze_backbone",
-    "--model_id",
-    "resnet10t",
-    "--img_size",
-    "64",
-    "--epochs",
-    "10",
-    "--lr",
-    "5e-3",
-    "--batch",
-    "32",
+    *("--data_root", "demo/data", "--out_dir", "demo/run", "--group_regex", r"^(shot\d+)_"),
+    *("--model_id", "test_resnet", "--no-pretrained", "--no-freeze_backbone", "--img_size", "64"),
+    *(
+        "--epochs",
+        "24",
+        "--batch",
+        "32",
+        "--lr",
+        "0.01",
+        "--arc_lr",
+        "0.01",
+        "--arc_margin",
+        "0.1",
+        "--save_every",
+        "0",
+    ),
 )
 RUN_MARKERS = ("config.json", "data_report.json", ".lock")  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
@@ -4412,7 +4411,7 @@ def _make_adjustable_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Pa
     )
     at = (0.3, 0.0)
     worm = _turn(_box(-0.055, 0.0, 0.02, 0.062), tilt) + at
-    ridges = [_turn((*line, 0, 0.031), tilt) + at for line in _stripes((-0.045, 0.01), 5, 0.028, 0.004, 0.003)]
+    ridges = [_turn(line + (0, 0.031), tilt) + at for line in _stripes((-0.045, 0.01), 5, 0.028, 0.004, 0.003)]
     parts = [_Part(handle, metal), _Part(jaw + at, _shade(metal, 0.9)), _Part(head + at, metal)]
     sleeve = _smooth(_profile((-0.5, tail * 0.7), (-0.47, tail * 1.2), (-0.3, tail * 1.15), (-0.05, neck * 1.3)))
     parts.append(_Part(sleeve, _grip(rng, 0.03, stock)))
@@ -4534,7 +4533,7 @@ def _make_hammer(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
                 _grip(rng, 0.025, stock),
             )
         )
-    parts.append(_Part((*_smooth(outline, 1), head_x, 0), metal))
+    parts.append(_Part(_smooth(outline, 1) + (head_x, 0), metal))
     if kind == 2:
         parts.append(_Part(_circle((head_x, peen * 0.62), thick * 0.75), metal))
     parts.append(_Part(_smooth(_box(head_x - thick * 0.5, -0.02, head_x + thick * 0.5, 0.02), 1), _shade(handle, 0.8)))
@@ -4801,7 +4800,7 @@ def _make_speed_brace(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
         _profile((-0.5, radius * 0.6), (-0.49, radius), (-0.45, radius), (-0.4, radius * 0.6), (-0.37, radius * 0.45))
     )
     socket = rng.uniform(0.026, 0.038)
-    middle = (*_profile((left + slope + 0.05, width * 1.9), (right - slope - 0.05, width * 1.9)), 0, throw)
+    middle = _profile((left + slope + 0.05, width * 1.9), (right - slope - 0.05, width * 1.9)) + (0, throw)
     parts = [
         _Part(_tube(bar, width), metal),
         _Part(handle, knob),
