@@ -58,6 +58,7 @@ import time
 import traceback
 import unicodedata
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the library otherwise calls home when it is imported
+# OpenMP's threads otherwise spin while they wait, on the cores that the loader workers need: on two busy cores the same forward
+# took 6 times as long (tests/benchmarks/cpu.py). Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SCRIPT_NAME = "lct_dino3.py"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -111,7 +115,7 @@ DEMO_FLAGS = (
         "0",
     ),
 )
-RUN_MARKERS = ("config.json", "data_report.json", ".lock")  # one of them in out_dir: it is ours
+RUN_MARKERS = ("metrics.jsonl", "data_report.json")  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
                    0001.jpg
@@ -254,8 +258,9 @@ class Config:
     )
     best_metric: str = _option(
         "acc",
-        "figure on val that chooses the best checkpoint",
+        "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
         "training",
+        metavar="NAME",
         fixed=True,
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
     )
@@ -430,6 +435,8 @@ def check_paths(config: Config) -> None:
     for name in ("data_root", "out_dir"):
         if getattr(config, name) is None:
             raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} --data_root DATA --out_dir RUN")
+    for name in ("data_root", "out_dir", "class_map", "backbone_weights"):
+        _check_reachable(name, getattr(config, name))
     if not config.data_root.is_dir():
         what = "is a file, not a folder" if config.data_root.exists() else "does not exist"
         raise UserError(what, f"--data_root {config.data_root}", DATA_TREE)
@@ -444,6 +451,14 @@ def check_paths(config: Config) -> None:
         _check_regex(config.group_regex)
 
 
+def _check_reachable(name: str, path: Path | None) -> None:
+    try:
+        if path is not None:
+            path.exists()
+    except OSError as error:  # no permission on a parent, a name that is too long
+        raise UserError(str(error.strerror), f"--{name} {path}", "check the path") from error
+
+
 def _check_out_dir(config: Config) -> None:
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
     if out_dir == data_root or data_root in out_dir.parents:
@@ -452,6 +467,9 @@ def _check_out_dir(config: Config) -> None:
             f"--out_dir {config.out_dir}",
             "choose a folder outside the data",
         )
+    if out_dir in data_root.parents:
+        what = "holds data_root, which --overwrite would move aside with it"
+        raise UserError(what, f"--out_dir {config.out_dir}", "choose another folder")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError("is a file, not a folder", f"--out_dir {config.out_dir}", "choose another path")
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
@@ -483,6 +501,7 @@ def _check_regex(pattern: str) -> None:
 # --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
 # half-way down the file, and the heavy imports follow. When the file is imported, nothing is read.
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         COMMAND_LINE = parse_command_line(sys.argv[1:])
     except UserError as _error:
@@ -560,13 +579,25 @@ def printable(text: str) -> str:
     return escaped.encode("utf-8", "backslashreplace").decode()
 
 
+def create_out_dir(path: Path) -> None:
+    """Create out_dir; that this can fail is only seen by trying, whatever the permission bits say.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be created: {error.strerror}", f"--out_dir {path}", "choose another") from error
+
+
 class RunDirectory:
     """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the tracker."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tracker: Tracker | None = None
-        path.mkdir(parents=True, exist_ok=True)
+        create_out_dir(path)
         self._lock = _lock_directory(path)
         self._log = open(path / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self._events = open(path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -989,7 +1020,7 @@ def list_images(data_root: Path) -> Listing:
     for folder in sorted(_visible(data_root), key=lambda entry: entry.name):
         if not folder.is_dir():
             continue
-        if printable(folder.name) != folder.name:
+        if not _is_plain(folder.name):
             listing.problems.append((folder.name, "the folder's name is not UTF-8, or has control characters"))
             continue
         cropped = Path(folder.path, "cropped")
@@ -1017,9 +1048,14 @@ def _visible(folder: Path) -> list[os.DirEntry]:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
+def _is_plain(name: str) -> bool:
+    """Say whether a name has neither undecodable bytes nor control characters; odd spaces and emoji are fine."""
+    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
+
+
 def _entry_problem(entry: os.DirEntry) -> str:
     """Return why an entry cannot be used, or ''."""
-    if printable(entry.name) != entry.name:
+    if not _is_plain(entry.name):
         return "the file's name is not UTF-8, or has control characters"
     try:
         return "" if entry.is_file() else "is not a regular file"
@@ -1043,7 +1079,7 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     import yaml
 
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mapping = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"is no valid YAML: {printable(str(error))[:200]}", f"--class_map {path}", "see README"
@@ -1056,7 +1092,11 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         )
     seen: set[str] = set()
     for new_name, old_names in mapping.items():
-        for old in [old_names] if isinstance(old_names, (str, int)) else old_names or []:
+        new_name = None if new_name in ("null", "~", "") else new_name
+        old_names = [old_names] if isinstance(old_names, str) and old_names else old_names or []
+        if not isinstance(old_names, list) or not all(isinstance(old, str) for old in old_names):
+            raise UserError(f"gives {new_name} no list of folders", f"--class_map {path}", "write  new: [old, ...]")
+        for old in old_names:
             old_name = unicodedata.normalize("NFC", str(old))
             if old_name not in class_of:
                 raise UserError(
@@ -1183,6 +1223,7 @@ def _load_scan_cache(cache_path: Path, data_root: Path) -> dict[tuple[str, int, 
         KeyError,
         EOFError,
         RuntimeError,
+        zipfile.BadZipFile,
     ):  # absent, or not ours: looking again is always right
         return {}
     paths = [data[start:stop].decode("utf-8") for start, stop in itertools.pairwise(offsets)]
@@ -1193,17 +1234,15 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
     """Return the pairs (P, 2) of images whose hashes differ in at most `max_bits` bits and whose thumbnails agree.
 
     By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
-    equal slice are compared; images with the same hash are compared through the first of them.
+    equal slice are compared; images with the same hash and look are compared through the first of them.
 
     Args:
         phashes: uint64 (N,).
         thumbs: uint8 (N, K).
         max_bits: Hamming distance allowed.
     """
-    order = np.argsort(phashes, kind="stable")
-    same = np.flatnonzero(phashes[order][1:] == phashes[order][:-1])
-    pairs = [np.stack([order[same], order[same + 1]], axis=1)]
-    unique, first = np.unique(phashes, return_index=True)
+    pairs, first = _pairs_of_equal_hashes(phashes, thumbs)
+    unique = phashes[first]
     borders = np.linspace(0, 64, max_bits + 2).astype(int)
     for low, high in itertools.pairwise(borders):
         slices = (unique >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
@@ -1211,6 +1250,20 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
     candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
     difference = np.abs(thumbs[candidates[:, 0]].astype(np.int16) - thumbs[candidates[:, 1]]).mean(axis=1)
     return candidates[difference <= THUMB_TOLERANCE]
+
+
+def _pairs_of_equal_hashes(phashes: np.ndarray, thumbs: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return pairs that link images of one hash that look alike, and one image (k,) to stand for each such set."""
+    pairs, representatives = [], [np.zeros(0, np.int64)]
+    left = np.argsort(phashes, kind="stable")
+    while len(left):  # of each hash, the first image left stands for all that look like it
+        starts = np.flatnonzero(np.r_[True, phashes[left][1:] != phashes[left][:-1]])
+        first = np.repeat(left[starts], np.diff(np.r_[starts, len(left)]))
+        alike = np.abs(thumbs[left].astype(np.int16) - thumbs[first]).mean(axis=1) <= THUMB_TOLERANCE
+        pairs.append(np.stack([first, left], axis=1)[alike & (first != left)])
+        representatives.append(left[starts])
+        left = left[~alike]
+    return pairs, np.concatenate(representatives)
 
 
 def _pairs_in_equal_slices(hashes: np.ndarray, slices: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
@@ -1221,7 +1274,7 @@ def _pairs_in_equal_slices(hashes: np.ndarray, slices: np.ndarray, max_bits: int
         left = left[left + step < len(order)]
         left = left[slices[order[left]] == slices[order[left + step]]]
         distance = np.bitwise_count(hashes[order[left]] ^ hashes[order[left + step]])
-        close = left[distance <= max_bits]
+        close = left[(distance <= max_bits) & (distance > 0)]  # of one hash: known to be unlike
         yield np.stack([order[close], order[close + step]], axis=1)
         step += 1
 
@@ -1345,6 +1398,30 @@ def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndar
             present[classes, place[group]] -= 1
             present[classes, split] += 1
             place[group] = split
+    _disentangle(counts, place, present, wanted)
+
+
+def _disentangle(counts: Any, place: np.ndarray, present: np.ndarray, wanted: np.ndarray) -> None:
+    """Random walk, in place, for the rare case that single moves get stuck: classes that share their few groups.
+
+    A move that leaves more of the group's classes without a split than before is taken one time in ten only.
+    """
+    rng = np.random.default_rng(0)
+    by_class = counts.tocsc()
+    able = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
+    for _ in range(2000):
+        lacking = [(label, split) for label in able for split in wanted if not present[label, split]]
+        if not lacking:
+            return
+        label, split = lacking[rng.integers(len(lacking))]
+        group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
+        classes, _ = _group_counts(counts, group)
+        moved = present.copy()
+        moved[classes, place[group]] -= 1
+        moved[classes, split] += 1
+        mine = np.ix_(np.intersect1d(classes, able), wanted)
+        if (moved[mine] == 0).sum() <= (present[mine] == 0).sum() + (rng.random() < 0.1):
+            present[:], place[group] = moved, split
 
 
 def _move_cost(counts: Any, present: np.ndarray, place: np.ndarray, group: int) -> tuple[int, float, int]:
@@ -1382,7 +1459,10 @@ def scan_dataset(config: Config) -> Scan:
     if not listing.all_folders:
         raise UserError("holds no class folders", f"--data_root {config.data_root}", DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
+    found = len(listing.paths)
     listing, excluded = _leave_out(listing, class_of, config.exclude)
+    if found and not listing.paths:
+        raise UserError(f"leave none of {found} images", "--class_map, --exclude", "leave out less")
     if not listing.paths:
         raise UserError("holds no images", f"--data_root {config.data_root}", DATA_TREE)
     health = check_images(config.data_root, listing, config.out_dir / "scan_cache.npz")
@@ -1638,17 +1718,21 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     Raises:
         UserError: splits.json has other classes.
     """
-    table = json.loads(path.read_text(encoding="utf-8"))
-    if table["classes"] != list(records.class_names):
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        class_names, parts = table["classes"], [(split, table[split].items()) for split in SPLIT_NAMES]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", str(path), "start afresh with --overwrite") from error
+    if class_names != list(records.class_names):
         raise UserError(
-            f"the run was started with other classes: {describe_change(table['classes'], records.class_names)}",
+            f"the run was started with other classes: {describe_change(class_names, records.class_names)}",
             str(path.parent),
             "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite",
         )
     rows = sorted(
-        (table["classes"].index(name), item, SPLIT_NAMES.index(split))
-        for split in SPLIT_NAMES
-        for name, items in table[split].items()
+        (class_names.index(name), item, SPLIT_NAMES.index(split))
+        for split, classes in parts
+        for name, items in classes
         for item in items
     )
     group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
@@ -5323,7 +5407,7 @@ def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
     scan = scan_dataset(config)
-    config.out_dir.mkdir(parents=True, exist_ok=True)
+    create_out_dir(config.out_dir)
     save_scan_cache(config.out_dir / "scan_cache.npz", config.data_root, scan.listing, scan.health)
     write_json(config.out_dir / "data_report.json", scan.report)
     print(
@@ -5355,6 +5439,7 @@ def run_train(config: Config) -> None:
     runtime = make_runtime(config)
     resume_path = find_resume_path(config)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
+    probe_model(config)  # a mistyped model should not cost a scan
     scan = scan_dataset(config)
     check_trainable(scan, config)
     records, notes = scan.records, []
@@ -5601,16 +5686,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"train": run_train, "scan": run_scan, "demo": run_demo}[config.command](config)
         return EXIT_OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER
+        code, failure, message = EXIT_USER, error, f"error: {error}"
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_DIVERGED
+        code, failure, message = EXIT_DIVERGED, error, f"error: {error}"
     except Interrupted as error:
-        print(f"interrupted ({error}); the same command continues after the last finished epoch", file=sys.stderr)
-        code = 128 + error.signal_number
+        message = f"interrupted ({error}); the same command continues after the last finished epoch"
+        code, failure = 128 + error.signal_number, error
+    print(message, file=sys.stderr)
     if config.debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)
     return code
 
 

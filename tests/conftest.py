@@ -20,13 +20,13 @@ from PIL import Image, ImageDraw
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "lct_dino3.py"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-# The smallest real training job: a test that expects a refusal ends soon also when the refusal does not come.
+# The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
 TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
-    """Draw one picture of class `kind`: its own colour and number of corners; place, size, angle and background vary."""
+    """Draw one picture of class `kind`: its own colour and number of corners; all else varies with the seed."""
     rng = np.random.default_rng((kind, *seed))
     background = Image.fromarray(rng.integers(40, 216, (5, 5, 3), dtype=np.uint8))
     image = background.resize((side, side), Image.Resampling.BICUBIC)
@@ -60,13 +60,13 @@ def snapshot(folder: Path) -> dict[str, object]:
     """Return what lies in a folder: names with the bytes and times of files, to assert that nothing was touched."""
     entries = sorted(folder.rglob("*")) if folder.is_dir() else []
     return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else path.stat().st_mode
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in entries
     }
 
 
 def run_cli(
-    *args: object, cwd: Path | None = None, env: dict[str, str] | None = None, python: tuple[str, ...] = (), timeout: float = 240
+    *args: object, cwd: Path | None = None, env: dict | None = None, python: tuple[str, ...] = (), timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """Run the script as a user does; `python` are flags of the interpreter."""
     return subprocess.run(

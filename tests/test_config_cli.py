@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import lct_dino3 as lct
 import pytest
 from conftest import TINY_RUN, run_cli
+
+import lct_dino3 as lct
 
 HEAVY = ("torch", "numpy", "PIL", "scipy", "timm", "albumentations", "cv2", "sklearn", "clearml")
 
@@ -58,9 +59,10 @@ def test_defaults_are_those_of_the_design():
 
 
 def test_values_arrive_with_their_types():
-    config = lct.parse_command_line(
-        "scan --data_root a --exclude *.bmp x* --mean 0.1 0.2 0.3 --std 1 1 1 --no-freeze_backbone --gpus 0 --resume".split()
+    words = (
+        "scan --data_root a --exclude *.bmp x* --mean 0.1 0.2 0.3 --std 1 1 1 --no-freeze_backbone --gpus 0 --resume"
     )
+    config = lct.parse_command_line(words.split())
     assert (config.command, config.data_root, config.exclude) == ("scan", lct.Path("a"), ("*.bmp", "x*"))
     assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert (config.freeze_backbone, config.gpus, config.resume) == (False, 0, "last")

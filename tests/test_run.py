@@ -1,0 +1,396 @@
+"""Sections 13, 15 and 19: whole runs on small data - what they leave behind, and how they end and go on."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, run_cli, snapshot
+
+import lct_dino3 as lct
+
+SETTINGS = "--model_id test_resnet --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16".split()
+Main = Callable[..., int]
+
+
+def train(call_main: Main, data: Path, out_dir: Path, *flags: object) -> int:
+    return call_main("--data_root", data, "--out_dir", out_dir, *SETTINGS, *flags)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = load_state(first)["model"], load_state(second)["model"]
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def epoch_records(out_dir: Path) -> list[dict[str, Any]]:
+    times = ("time", "seconds")
+    return [
+        {k: v for k, v in r.items() if k not in times} for r in lct.read_events(out_dir) if r["event"] == "epoch_end"
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_dataset(tmp_path_factory.mktemp("run") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
+    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four epochs, made as a user does."""
+    out_dir = tmp_path_factory.mktemp("finished") / "run"
+    flags = ("--epochs", 4, "--save_every", 2, "--preview")
+    done = run_cli("--data_root", data, "--out_dir", out_dir, *SETTINGS, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stdout and "Traceback" not in done.stderr and "%|" not in done.stderr
+    return out_dir
+
+
+def test_a_run_leaves_what_the_contract_lists(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    checkpoints = {f"checkpoint_{name}.pth" for name in ("last", "best", "ep002", "ep004")}
+    logs = {"train.log", "metrics.jsonl", "config.json", "splits.json", "data_report.json"}
+    assert names == checkpoints | logs | {
+        "prototypes.npz",
+        "report.html",
+        "lct_dino3.py",
+        "preview.jpg",
+        "scan_cache.npz",
+        ".lock",
+    }
+    assert (run / "lct_dino3.py").read_bytes() == Path(lct.__file__).read_bytes()
+    assert len(re.findall(r"epoch +\d/4 .*train loss.*val loss", (run / "train.log").read_text("utf-8"))) == 4
+
+
+def test_metrics_hold_every_event_in_order_and_are_strict_json(run: Path, data: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    names = [event["event"] for event in events if event["event"] != "best_update"]
+    assert names == ["run_start", "baseline_end", *["epoch_end"] * 4, "proto_start", "proto_end", "test_end", "run_end"]
+    epoch = next(event for event in events if event["event"] == "epoch_end")
+    assert {"loss", "acc", "f1_macro", "auc_macro"} == set(epoch["train"])
+    assert {"loss", "acc", "f1_macro", "auc_macro", "proto_acc", "recall_at_1"} == set(epoch["val"])
+    for part in ("train_per_class", "val_per_class"):
+        assert set(epoch[part]) == {"молоток", "side cutter", "wrench"}
+        assert set(epoch[part]["wrench"]) == {"precision", "recall", "f1", "auc", "support"}
+    assert events[-1]["status"] == "completed"
+
+
+def test_the_split_is_whole_and_the_broken_image_is_named(run: Path, data: Path) -> None:
+    splits = json.loads((run / "splits.json").read_text("utf-8"))
+    listed = [path for split in lct.SPLIT_NAMES for paths in splits[split].values() for path in paths]
+    assert len(listed) == len(set(listed)) == 42 and all((data / path).is_file() for path in listed)
+    report = json.loads((run / "data_report.json").read_text("utf-8"))
+    assert [item["path"] for item in report["quarantined"]] == ["wrench/broken.jpg"]
+    assert report["classes"]["wrench"]["quarantined"] == 1 and (data / "wrench" / "broken.jpg").exists()
+
+
+def test_a_frozen_backbone_is_not_in_the_checkpoint(run: Path) -> None:
+    checkpoint = load_state(run / "checkpoint_last.pth")
+    assert not [key for key in checkpoint["model"] if key.startswith("backbone")]
+    assert not [key for key in checkpoint["model"] if "module." in key or "_orig_mod" in key]
+    assert checkpoint["epoch"] == 4 and len(checkpoint["identity"]["backbone_hash"]) == 16
+
+
+def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
+    """Embed images with the best checkpoint, apart from the code that the run used."""
+    options = json.loads((run / "config.json").read_text("utf-8"))["options"]
+    config = lct.Config(model_id=options["model_id"], pretrained=False, img_size=32, emb_dim=16, seed=options["seed"])
+    backbone, info = lct.build_backbone(config, print)
+    model = lct.build_recognizer(config, 3, backbone, info)
+    model.load_trained_state(load_state(run / "checkpoint_best.pth")["model"])
+    fit_square = lct.build_transform(32, augment=False)
+    images = np.stack([fit_square(lct.load_image(data / path), 0) for path in paths])
+    with torch.no_grad():
+        return model.eval().embed(model.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))).numpy()
+
+
+def test_prototypes_are_the_training_images_seen_by_the_best_checkpoint(run: Path, data: Path) -> None:
+    splits = json.loads((run / "splits.json").read_text("utf-8"))
+    with np.load(run / "prototypes.npz", allow_pickle=False) as file:
+        content = {name: file[name] for name in file.files}
+    paths = content["stack_paths"].tolist()
+    assert sorted(paths) == sorted(path for own in splits["train"].values() for path in own)
+    assert [path.split("/")[0] for path in paths] == content["id2cls"][content["stack_labels"]].tolist()
+    embeddings = rebuild_embeddings(run, data, paths)
+    np.testing.assert_allclose(content["stacks"], embeddings, atol=1e-5)
+    for label in range(3):
+        mean = embeddings[content["stack_labels"] == label].mean(axis=0)
+        np.testing.assert_allclose(content["centroids"][label], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_the_test_figures_are_those_of_the_exported_gallery(run: Path, data: Path) -> None:
+    """What is measured is what is deployed: numpy and prototypes.npz alone give the accuracy that the run reports."""
+    splits = json.loads((run / "splits.json").read_text("utf-8"))
+    names = splits["classes"]
+    pairs = [(path, names.index(name)) for name, paths in splits["test"].items() for path in paths]
+    queries = rebuild_embeddings(run, data, [path for path, _ in pairs])
+    labels = np.array([label for _, label in pairs])
+    with np.load(run / "prototypes.npz") as file:
+        meta, cosine = json.loads(str(file["meta"])), queries @ file["stacks"].T
+        scores = queries @ file["centroids"].T
+        if str(file["matcher"]) == "knn":
+            by_class = [np.sort(cosine[:, file["stack_labels"] == label])[:, -meta["knn_k"] :] for label in range(3)]
+            scores = np.stack([best.mean(axis=1) for best in by_class], axis=1)
+        nearest = file["stack_labels"][cosine.argmax(axis=1)]
+    test = next(event for event in lct.read_events(run) if event["event"] == "test_end")
+    assert test["prototypes"]["acc"] == pytest.approx((scores.argmax(axis=1) == labels).mean())
+    assert test["prototypes"]["recall_at_1"] == pytest.approx((nearest == labels).mean())
+
+
+def test_running_again_says_finished_and_changes_nothing(run: Path, data: Path, call_main: Main, capsys: Any) -> None:
+    before = snapshot(run)
+    assert train(call_main, data, run, "--epochs", 4, "--save_every", 2, "--preview") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("freeze", ["--freeze_backbone", "--no-freeze_backbone"])
+def test_four_epochs_are_two_and_an_interrupt_and_two(
+    freeze: str, data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert train(call_main, data, tmp_path / "straight", "--epochs", 4, freeze) == 0
+    format_epoch = lct.format_epoch
+
+    def press_ctrl_c(record: dict, epochs: int) -> str:
+        if record["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return format_epoch(record, epochs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lct, "format_epoch", press_ctrl_c)
+        assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 130
+    assert "interrupted" in [event["event"] for event in lct.read_events(tmp_path / "broken")]
+    assert load_state(tmp_path / "broken" / "checkpoint_last.pth")["epoch"] == 2
+    assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 0
+    assert "resumed after epoch 2" in capsys.readouterr().out
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        assert_same_weights(tmp_path / "straight" / name, tmp_path / "broken" / name)
+    assert epoch_records(tmp_path / "straight") == epoch_records(tmp_path / "broken")
+    with np.load(tmp_path / "straight/prototypes.npz") as a, np.load(tmp_path / "broken/prototypes.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files if name != "meta")
+
+
+def test_sigterm_from_outside_ends_with_143_and_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+    import time
+
+    command = [
+        sys.executable,
+        lct.__file__,
+        "--data_root",
+        data,
+        "--out_dir",
+        tmp_path / "run",
+        *SETTINGS,
+        "--epochs",
+        4000,
+    ]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not epoch_records(tmp_path / "run") and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "continues" in error and "Traceback" not in error
+    assert lct.read_events(tmp_path / "run")[-1]["status"] == "interrupted"
+    assert load_state(tmp_path / "run" / "checkpoint_last.pth")["epoch"] >= 1
+
+
+def test_a_run_killed_between_record_and_checkpoint_counts_the_epoch_once(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = lct.save_checkpoint
+
+    def die_at_epoch_two(path: Path, state: lct.TrainState, identity: dict) -> None:
+        if state.epoch == 2:
+            raise OSError("the machine is gone")
+        save(path, state, identity)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(lct, "save_checkpoint", die_at_epoch_two)
+        train(call_main, data, tmp_path / "run", "--epochs", 2)
+    assert train(call_main, data, tmp_path / "run", "--epochs", 2) == 0
+    assert [record["epoch"] for record in epoch_records(tmp_path / "run")] == [1, 2]
+
+
+def test_workers_do_not_change_the_weights(data: Path, tmp_path: Path, call_main: Main) -> None:
+    for workers in (0, 2):
+        assert train(call_main, data, tmp_path / f"w{workers}", "--epochs", 2, "--workers", workers) == 0
+    assert_same_weights(tmp_path / "w0" / "checkpoint_last.pth", tmp_path / "w2" / "checkpoint_last.pth")
+    assert epoch_records(tmp_path / "w0") == epoch_records(tmp_path / "w2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--emb_dim", 24), "emb_dim: 16 -> 24"), (("--model_id", "test_vit"), "model_id: test_resnet -> test_vit"),
+     (("--seed", 7), "seed: 42 -> 7"), (("--batch", 4, "--lr", 0.1), "batch: 8 -> 4")],
+)  # fmt: skip
+def test_resuming_with_other_settings_says_what_differs(
+    run: Path, data: Path, call_main: Main, capsys: Any, flags: tuple, named: str
+) -> None:
+    before = snapshot(run)
+    assert train(call_main, data, run, "--epochs", 6, *flags) == 2
+    assert named in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_resuming_with_other_classes_names_them(run: Path, tmp_path: Path, call_main: Main, capsys: Any) -> None:
+    other = make_dataset(tmp_path / "data", {"молоток": 14, "spanner": 11, "wrench": 17})
+    assert train(call_main, other, run, "--epochs", 6) == 2
+    error = capsys.readouterr().err
+    assert "gone: side cutter" in error and "new: spanner" in error
+
+
+def test_other_weights_behind_the_same_name_are_noticed(
+    data: Path, tmp_path: Path, call_main: Main, capsys: Any
+) -> None:
+    import timm
+
+    for name in ("first", "second"):
+        torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / f"{name}.pth")
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--backbone_weights", tmp_path / "first.pth") == 0
+    assert train(call_main, data, tmp_path / "run", "--epochs", 2, "--backbone_weights", tmp_path / "second.pth") == 2
+    assert "backbone_hash" in capsys.readouterr().err
+
+
+def test_more_epochs_continue_a_finished_run(data: Path, tmp_path: Path, call_main: Main) -> None:
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1) == 0
+    assert train(call_main, data, tmp_path / "run", "--epochs", 3) == 0
+    assert [record["epoch"] for record in epoch_records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_overwrite_moves_the_old_run_aside(data: Path, tmp_path: Path, call_main: Main) -> None:
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1) == 0
+    before = (tmp_path / "run" / "checkpoint_last.pth").read_bytes()
+    assert train(call_main, data, tmp_path / "run", "--epochs", 2, "--overwrite", "--seed", 1) == 0
+    (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.old-"))
+    assert (old / "checkpoint_last.pth").read_bytes() == before
+    assert len(epoch_records(tmp_path / "run")) == 2
+
+
+def test_a_directory_in_use_is_refused(data: Path, tmp_path: Path, call_main: Main, capsys: Any) -> None:
+    with lct.RunDirectory(tmp_path / "run"):
+        assert train(call_main, data, tmp_path / "run", "--epochs", 1) == 2
+        assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--overwrite") == 2
+    assert capsys.readouterr().err.count(f"in use by process {os.getpid()}") == 2
+
+
+def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    steps_per_epoch = len(lct.batch_borders(29, 8)) - 1
+    monkeypatch.setattr(lct, "lr_factor", lambda step, total: float("nan") if step == steps_per_epoch + 1 else 1.0)
+    assert train(call_main, data, tmp_path / "run", "--epochs", 3) == 3
+    error = capsys.readouterr().err
+    assert f"step {steps_per_epoch + 3}" in error and "checkpoint_last.pth (epoch 1)" in error
+    checkpoint = load_state(tmp_path / "run" / "checkpoint_last.pth")
+    assert checkpoint["epoch"] == 1 and all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+    assert lct.read_events(tmp_path / "run")[-1]["status"] == "diverged"
+
+
+def test_an_image_that_vanishes_during_the_run_costs_that_image(
+    tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "data", {"a": 12, "b": 12})
+    open_run = lct.open_run
+
+    def lose_an_image(job: lct.Job, *rest: Any) -> None:
+        open_run(job, *rest)
+        for split in lct.SPLIT_NAMES:
+            (root / job.records.paths[int(job.records.rows(split)[0])]).unlink()
+
+    monkeypatch.setattr(lct, "open_run", lose_an_image)
+    assert train(call_main, root, tmp_path / "run", "--epochs", 2) == 0
+    log = (tmp_path / "run" / "train.log").read_text("utf-8")
+    assert log.count("cannot be read any more") == 3
+    assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
+
+
+def test_without_a_test_split_there_is_no_test(data: Path, tmp_path: Path, call_main: Main) -> None:
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--test_split", 0) == 0
+    events = [event["event"] for event in lct.read_events(tmp_path / "run")]
+    assert "test_end" not in events and events[-1] == "run_end" and (tmp_path / "run" / "report.html").exists()
+
+
+def test_two_classes_balanced_and_few_references(tmp_path: Path, call_main: Main) -> None:
+    root = make_dataset(tmp_path / "data", {"few": 6, "many": 30})
+    flags = ("--epochs", 2, "--balanced_per_class", "--samples_per_class", 9, "--max_refs_per_class", 3)
+    assert train(call_main, root, tmp_path / "run", *flags) == 0
+    support = epoch_records(tmp_path / "run")[0]["train_per_class"]
+    assert {name: row["support"] for name, row in support.items()} == {"few": 9, "many": 9}
+    with np.load(tmp_path / "run" / "prototypes.npz") as file:
+        assert np.bincount(file["stack_labels"]).tolist() == [3, 3]
+
+
+def test_class_map_and_exclude_hold_for_the_prototypes(data: Path, tmp_path: Path, call_main: Main) -> None:
+    (tmp_path / "map.yaml").write_text("striking: [молоток]\nturning: [wrench]\nnull: [side cutter]\n", "utf-8")
+    flags = ("--epochs", 1, "--class_map", tmp_path / "map.yaml", "--exclude", "0000.*")
+    assert train(call_main, data, tmp_path / "run", *flags) == 0
+    with np.load(tmp_path / "run" / "prototypes.npz") as file:
+        assert file["id2cls"].tolist() == ["striking", "turning"]
+        assert not [path for path in file["stack_paths"].tolist() if "side" in path or "0000" in path]
+    assert "молоток -> striking" in (tmp_path / "run" / "train.log").read_text("utf-8")
+
+
+def test_the_best_epoch_is_the_one_with_the_best_figure_and_ties_go_to_the_lower_loss(run: Path) -> None:
+    records = epoch_records(run)
+    best = min(records, key=lambda record: (-record["val"]["acc"], record["val"]["loss"]))
+    assert load_state(run / "checkpoint_best.pth")["epoch"] == best["epoch"]
+
+
+def test_a_foreign_checkpoint_is_refused_and_never_executed(
+    data: Path, tmp_path: Path, call_main: Main, capsys: Any
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"model": Hostile()}, tmp_path / "hostile.pth")
+    torch.save({"epoch": 3}, tmp_path / "foreign.pth")
+    for name in ("hostile.pth", "foreign.pth"):
+        assert train(call_main, data, tmp_path / "run", "--resume", tmp_path / name) == 2
+        assert name in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "run").exists()
+
+
+def test_verdict_compares_with_the_best_baseline() -> None:
+    baseline = {"centroid_acc": 0.5, "nn1_acc": 0.6, "logreg_acc": 0.7}
+    helped = lct.judge_training(baseline, 0.9, 1000)
+    assert helped["baseline"] == {"name": "logistic regression", "acc": 0.7}
+    assert helped["verdict"].startswith("training helped by 20.0 points") and "noise" not in helped["verdict"]
+    assert lct.judge_training(baseline, 0.65, 50)["verdict"].startswith("training hurt by 5.0 points")
+    assert "within the noise of 50 images" in lct.judge_training(baseline, 0.65, 50)["verdict"]
+
+
+def test_training_on_real_crops_beats_matching_with_the_frozen_backbone(
+    shared_data: Path, tmp_path: Path, call_main: Main
+) -> None:
+    flags = [
+        "--model_id",
+        "mobilenetv2_035",
+        "--backbone_weights",
+        shared_data / "weights" / "mobilenetv2_035.timm.pth",
+    ]
+    flags += ["--group_regex", r"^(src\d+)_", "--img_size", 96, "--epochs", 8, "--workers", 2, "--gpus", 0]
+    assert call_main("--data_root", shared_data / "tools17", "--out_dir", tmp_path / "run", *flags) == 0
+    events = {event["event"]: event for event in lct.read_events(tmp_path / "run")}
+    baseline, trained = events["baseline_end"]["test"], events["test_end"]["prototypes"]
+    assert trained["acc"] > max(baseline["centroid_acc"], baseline["nn1_acc"]) + 0.03
+    assert trained["recall_at_1"] > baseline["nn1_acc"]
