@@ -729,14 +729,11 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Finish the task as completed, stopped or failed."""
-        if self._task is not None and status != "completed":
-            self._call(
-                lambda: (
-                    self._task.mark_stopped()
-                    if status == "interrupted"
-                    else self._task.mark_failed(status_message=status)
-                )
-            )
+        self._call(lambda: self._task.flush(wait_for_uploads=True))  # marking stopped would drop what is still queued
+        if status == "interrupted":
+            self._call(lambda: self._task.mark_stopped())
+        elif status != "completed":
+            self._call(lambda: self._task.mark_failed(status_message=status))
         self._call(lambda: self._task.close())
         self._task = None
 
@@ -754,6 +751,7 @@ class Tracker:
     def _start(self, config: Config) -> None:
         try:
             from clearml import Task
+            from clearml.config import config_obj
         except ImportError:
             self._warn("ClearML is not installed (pip install clearml): the run is recorded in out_dir only")
             return
@@ -761,6 +759,8 @@ class Tracker:
         if reason:
             self._warn(f"ClearML: {reason}; recording offline into {config.out_dir / 'clearml'}")
             Task.set_offline(True)
+        # Its reporter would be a process forked from this one, threads, CUDA and all, that can outlive us and hold our pipes.
+        config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
         self._task = Task.init(
             project_name=config.clearml_project,
             task_name=config.clearml_task_name or config.out_dir.resolve().name,
@@ -5482,6 +5482,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         write_json(run.path / "data_report.json", scan.report)
     if config.use_clearml:
         run.tracker = Tracker(config, run.log)
+        catch_signals()  # ClearML has put its own handlers in place of ours
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     run.log(
         "\n".join(
@@ -5677,8 +5678,7 @@ def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_interrupted)
+    catch_signals()
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     config = Config()
     try:
@@ -5698,8 +5698,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _raise_interrupted(signal_number: int, _: Any) -> None:
-    raise Interrupted(signal_number)
+def catch_signals() -> None:
+    """Turn Ctrl-C and the wish of a scheduler to end us into an exception, so that the run is closed properly."""
+
+    def interrupt(signal_number: int, _: Any) -> None:
+        raise Interrupted(signal_number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 if __name__ == "__main__":
