@@ -874,7 +874,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next batch instead of returning it to the system and faulting it in again.
 
     Activations of a few MB are allocated with mmap otherwise, and half of the time of a small model on the CPU goes into page
-    faults: mobilenetv2_035 at 160 px embeds 2.2 times as many images/s with this (tests/benchmarks/allocator.py).
+    faults: mobilenetv2_035 at 160 px embeds 2.2 times as many images/s with this (tests/benchmarks/cpu.py).
     """
     import ctypes
 

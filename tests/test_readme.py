@@ -1,7 +1,10 @@
 """README: its commands and tables are those of the script."""
 
 import re
+import tempfile
 from pathlib import Path
+
+import numpy as np
 
 import lct_dino3 as lct
 
@@ -37,3 +40,24 @@ def test_every_output_and_exit_code_is_explained() -> None:
         assert name in README, name
     for code in (0, 1, 2, 3, 130, 143):
         assert re.search(rf"\| {code} \|", README), code
+
+
+def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
+    """The snippet runs as written, and agrees with the matcher that the run measured."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 6)
+    stacks = rng.normal(size=(18, 8)) + 2 * np.eye(3, 8)[labels]
+    stacks = (stacks / np.linalg.norm(stacks, axis=1, keepdims=True)).astype(np.float32)
+    for matcher in ("centroid", "knn"):
+        centroids = lct.class_centroids(stacks, labels, 3)
+        thresholds = np.float32([0.5, 0.6, 0.7])
+        gallery = lct.Gallery(("a", "b", "c"), centroids, stacks, labels, ("p",) * 18, thresholds, matcher, 3, 0.1)
+        with tempfile.TemporaryDirectory() as folder:
+            lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})
+            for query in np.concatenate([stacks, -stacks[:3]]):
+                scope = {"query": query}
+                exec(code.replace("RUN/", f"{folder}/"), scope)
+                scores = gallery.scores(query[None])[0]
+                expected = "abc"[scores.argmax()] if scores.max() >= thresholds[scores.argmax()] else "unknown"
+                assert scope["name"] == expected
