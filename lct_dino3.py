@@ -48,6 +48,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -1016,8 +1017,8 @@ def list_images(data_root: Path) -> Listing:
     One `os.scandir` a class; hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
     """
     listing = Listing([], [], np.zeros((0, 2), np.int64), [], [])
-    stats: list[tuple[int, int]] = []
-    for folder in sorted(_visible(data_root), key=lambda entry: entry.name):
+    stats: list[int] = []
+    for folder in sorted(_visible(data_root), key=operator.attrgetter("name")):
         if not folder.is_dir():
             continue
         if not _is_plain(folder.name):
@@ -1027,17 +1028,17 @@ def list_images(data_root: Path) -> Listing:
         prefix = f"{folder.name}/cropped" if cropped.is_dir() else folder.name
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
-        for entry in sorted(_visible(data_root / prefix), key=lambda entry: entry.name):
-            if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+        for entry in sorted(_visible(data_root / prefix), key=operator.attrgetter("name")):
+            name = entry.name
+            if not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
-            path = f"{prefix}/{entry.name}"
             problem = _entry_problem(entry)
             if problem:
-                listing.problems.append((path, problem))
+                listing.problems.append((f"{prefix}/{name}", problem))
                 continue
             status = entry.stat()
-            stats.append((status.st_size, status.st_mtime_ns))
-            listing.paths.append(path)
+            stats += (status.st_size, status.st_mtime_ns)  # flat: a tuple a file would keep the garbage collector busy
+            listing.paths.append(f"{prefix}/{name}")
             listing.folders.append(class_name)
     listing.stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
     return listing
@@ -1050,7 +1051,7 @@ def _visible(folder: Path) -> list[os.DirEntry]:
 
 def _is_plain(name: str) -> bool:
     """Say whether a name has neither undecodable bytes nor control characters; odd spaces and emoji are fine."""
-    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
+    return name.isprintable() or not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
 
 
 def _entry_problem(entry: os.DirEntry) -> str:
@@ -2985,7 +2986,7 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
     verdict = f"training {word}" + (f" by {abs(100 * gain):.1f} points" if gain else "")
     verdict += f": prototype matching {accuracy:.3f}, {names[key]} on the frozen backbone {baseline[key]:.3f}"
     if abs(gain) <= noise:
-        verdict += f" (within the noise of {num_images} images, +-{100 * noise:.1f})"
+        verdict += f" (within the noise of {num_images} images, ±{100 * noise:.1f})"
     return {"baseline": {"name": names[key], "acc": baseline[key]}, "verdict": verdict}
 
 
