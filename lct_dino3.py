@@ -52,6 +52,7 @@ import operator
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -116,6 +117,8 @@ DEMO_FLAGS = (
         "0",
     ),
 )
+CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
+COMPANION_FOLDERS = ("masks", "cutouts")  # beside the images of a class
 RUN_MARKERS = ("metrics.jsonl", "data_report.json")  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
@@ -179,7 +182,13 @@ class Config:
         None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}", "data", metavar="FILE"
     )
     exclude: tuple[str, ...] = _option(
-        (), "leave out files whose path or name matches one of these", "data", metavar="GLOB", nargs="+"
+        (),
+        "leave out files whose path or name matches one of these; may be repeated",
+        "data",
+        metavar="GLOB",
+        nargs="+",
+        action="extend",
+        fixed=True,
     )
     min_per_class: int = _option(3, "usable images that every class needs", "data", low=1)
     near_dup_bits: int = _option(
@@ -315,6 +324,20 @@ def option_fields() -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(Config) if field.metadata]
 
 
+def format_flags(config: Config) -> list[str]:
+    """Return the words of a command line that gives the options in which `config` differs from the defaults."""
+    words: list[str] = []
+    for field in option_fields():
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        if field_kind(field) is bool:
+            words.append(f"--{'' if value else 'no-'}{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
     name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
@@ -359,20 +382,29 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_name)
         for field in option_fields():
             if field.metadata["group"] == group_name:
-                group.add_argument(f"--{field.name}", default=field.default, **_argparse_settings(field))
+                default = list(field.default) if isinstance(field.default, tuple) else field.default
+                group.add_argument(f"--{field.name}", default=default, **_argparse_settings(field))
     return parser
 
 
 def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
     meta, kind = field.metadata, field_kind(field)
-    settings: dict[str, Any] = {key: meta[key] for key in ("metavar", "choices", "nargs", "const") if key in meta}
+    settings: dict[str, Any] = {
+        key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta
+    }
     shown = ("on" if field.default else "off") if kind is bool else field.default
     settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
     if kind is bool:
         return settings | {"action": argparse.BooleanOptionalAction}
     if "metavar" not in settings and "choices" not in settings:
         settings["metavar"] = "N" if kind is int else "X"
-    return settings | {"type": kind}
+    return settings | {"type": _parse_path if kind is Path else kind}
+
+
+def _parse_path(text: str) -> Path:
+    if not text:  # an unset variable of the shell; Path("") would be the current folder
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:
@@ -415,6 +447,9 @@ def check_ranges(config: Config) -> None:
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise UserError(f"{number} is out of range", f"--{field.name}", f"give a value {allowed}")
+    for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
+        for word in set(words) & COMMANDS.keys():
+            raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
     if config.val_split + config.test_split > 0.9 + 1e-9:
         raise UserError(
             "val_split and test_split leave less than a tenth for training", "--val_split, --test_split", "lower them"
@@ -468,6 +503,9 @@ def _check_out_dir(config: Config) -> None:
             f"--out_dir {config.out_dir}",
             "choose a folder outside the data",
         )
+    if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
+        what = "is the current folder, which --overwrite would move aside"
+        raise UserError(what, f"--out_dir {config.out_dir}", "start from another folder")
     if out_dir in data_root.parents:
         what = "holds data_root, which --overwrite would move aside with it"
         raise UserError(what, f"--out_dir {config.out_dir}", "choose another folder")
@@ -505,6 +543,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         COMMAND_LINE = parse_command_line(sys.argv[1:])
+        if (
+            COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug
+        ):  # demo draws its data first; --debug wants a traceback
+            check_paths(COMMAND_LINE)
     except UserError as _error:
         sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
@@ -599,7 +641,9 @@ class RunDirectory:
         self.path = path
         self.tracker: Tracker | None = None
         create_out_dir(path)
-        self._lock = _lock_directory(path)
+        self._lock = lock_directory(path)
+        for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
         self._log = open(path / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self._events = open(path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
@@ -667,7 +711,12 @@ def read_events(out_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lock_directory(path: Path) -> Any:
+def lock_directory(path: Path) -> Any:
+    """Take the lock of a run's folder and return it, to be closed when done.
+
+    Raises:
+        UserError: naming the process that holds it.
+    """
     lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -678,6 +727,7 @@ def _lock_directory(path: Path) -> Any:
         raise UserError(
             f"is in use by {holder}", f"--out_dir {path}", "wait for it, stop it, or choose another folder"
         ) from None
+    os.register_at_fork(after_in_child=lock.close)  # else loader workers that outlive a killed run would hold it
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}")
     lock.flush()
@@ -686,7 +736,7 @@ def _lock_directory(path: Path) -> Any:
 
 def move_aside(path: Path) -> Path:
     """Rename an old run's folder to `<name>.old-<date>`, and return the new path."""
-    _lock_directory(path).close()  # refuse while another process works in it
+    lock_directory(path).close()  # refuse while another process works in it
     target = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     while target.exists():
         target = target.with_name(target.name + "_")
@@ -834,10 +884,6 @@ class Runtime:
     num_gpus: int
     dtype: torch.dtype  # of the autocast region; float32 = no autocast
 
-    def autocast(self) -> Any:
-        """Return the mixed-precision context; does nothing in float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module spread over the GPUs. State dicts are always taken from the module itself, not from this."""
         return nn.DataParallel(module, device_ids=list(range(self.num_gpus))) if self.num_gpus > 1 else module
@@ -867,7 +913,9 @@ def make_runtime(config: Config) -> Runtime:
     if config.precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    automatic = "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    automatic = (
+        "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    )
     return Runtime(torch.device("cuda" if num_gpus else "cpu"), num_gpus, names.get(config.precision, names[automatic]))
 
 
@@ -883,6 +931,11 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use, which on a shared machine are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_torch(*words: int) -> None:
@@ -902,7 +955,7 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
 # ======================================================================================================================
 # Finds, decodes and checks the images, merges classes, groups what belongs together, and splits. data_root is only read.
 # Raises UserError for data that cannot be trained on; a bad image is quarantined by name and reason.
-class ImageError(Exception):
+class ImageError(ValueError):
     """An image that cannot be used; the text is the reason."""
 
 
@@ -1009,6 +1062,7 @@ class Listing:
     stats: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # what is no image, by suffix; folders by "/"
 
 
 def list_images(data_root: Path) -> Listing:
@@ -1031,6 +1085,8 @@ def list_images(data_root: Path) -> Listing:
         for entry in sorted(_visible(data_root / prefix), key=operator.attrgetter("name")):
             name = entry.name
             if not name.lower().endswith(IMAGE_SUFFIXES):
+                if name not in COMPANION_FOLDERS:
+                    listing.ignored["/" if entry.is_dir() else Path(name).suffix.lower() or name] += 1
                 continue
             problem = _entry_problem(entry)
             if problem:
@@ -1075,41 +1131,41 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         UserError: no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    if path is None:
-        return class_of
+    where, seen = f"--class_map {path}", set()
+    for new_name, old_names in _parse_class_map(path) if path is not None else ():
+        for old_name in old_names:
+            if old_name not in class_of:
+                what = f"names {old_name}, and data_root has no such folder"
+                raise UserError(what, where, did_you_mean(old_name, folders))
+            if old_name in seen:
+                raise UserError(f"names {old_name} twice", where, "give each folder to one class")
+            seen.add(old_name)
+            class_of[old_name] = new_name
+    return class_of
+
+
+def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
     import yaml
 
-    try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"is no valid YAML: {printable(str(error))[:200]}", f"--class_map {path}", "see README"
-        ) from error
-    if not isinstance(mapping, dict):
-        raise UserError(
-            "holds no mapping",
-            f"--class_map {path}",
-            "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]",
-        )
-    seen: set[str] = set()
-    for new_name, old_names in mapping.items():
-        new_name = None if new_name in ("null", "~", "") else new_name
-        old_names = [old_names] if isinstance(old_names, str) and old_names else old_names or []
-        if not isinstance(old_names, list) or not all(isinstance(old, str) for old in old_names):
-            raise UserError(f"gives {new_name} no list of folders", f"--class_map {path}", "write  new: [old, ...]")
-        for old in old_names:
-            old_name = unicodedata.normalize("NFC", str(old))
-            if old_name not in class_of:
-                raise UserError(
-                    f"names {old_name}, and data_root has no such folder",
-                    f"--class_map {path}",
-                    did_you_mean(old_name, folders),
-                )
-            if old_name in seen:
-                raise UserError(f"names {old_name} twice", f"--class_map {path}", "give each folder to one class")
-            seen.add(old_name)
-            class_of[old_name] = None if new_name is None else unicodedata.normalize("NFC", str(new_name))
-    return class_of
+    where = f"--class_map {path}"
+    try:  # nodes, not values: YAML would read the class `no` as False and `010` as 8, and drop a repeated key in silence
+        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        reason = getattr(error, "problem", None) or "it is not UTF-8"
+        raise UserError(f"is no valid YAML: {reason} in line {line}", where, CLASS_MAP_EXAMPLE) from error
+    entries: list[tuple[str | None, list[str]]] = []
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value] if value.value else []
+        if not all(isinstance(node, yaml.ScalarNode) for node in (key, *items)):
+            raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
+        new_name, *old_names = (unicodedata.normalize("NFC", node.value) for node in (key, *items))
+        entries.append((None if new_name in ("null", "~", "") else new_name, old_names))
+    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
+    if repeated or not entries:
+        what = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
+        raise UserError(what, where, CLASS_MAP_EXAMPLE)
+    return entries
 
 
 # What one look at an image leaves behind; kept for every file in out_dir/scan_cache.npz.
@@ -1181,12 +1237,16 @@ def check_images(data_root: Path, listing: Listing, cache_path: Path) -> ImageHe
         rows[index], reason = cached
         if reason:
             reasons[path] = reason
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
-        results = pool.map(lambda index: check_image(data_root / listing.paths[index]), todo)
-        for index, (row, reason) in zip(todo, progress(results, len(todo), "checking images", "image"), strict=True):
-            rows[index] = row
-            if reason:
-                reasons[listing.paths[index]] = reason
+    cores = count_cores()
+    with ThreadPoolExecutor(cores) as pool, progress((), len(todo), "checking images", "image") as bar:
+        for start in range(0, len(todo), 32 * cores):  # in portions: Ctrl-C waits for what has been handed to the pool
+            portion = todo[start : start + 32 * cores]
+            results = pool.map(lambda index: check_image(data_root / listing.paths[index]), portion)
+            for index, (row, reason) in zip(portion, results, strict=True):
+                rows[index] = row
+                if reason:
+                    reasons[listing.paths[index]] = reason
+                bar.update()
     return ImageHealth(rows, reasons)
 
 
@@ -1465,7 +1525,8 @@ def scan_dataset(config: Config) -> Scan:
     if found and not listing.paths:
         raise UserError(f"leave none of {found} images", "--class_map, --exclude", "leave out less")
     if not listing.paths:
-        raise UserError("holds no images", f"--data_root {config.data_root}", DATA_TREE)
+        instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
+        raise UserError(f"holds no images{instead}", f"--data_root {config.data_root}", DATA_TREE)
     health = check_images(config.data_root, listing, config.out_dir / "scan_cache.npz")
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -1491,12 +1552,13 @@ def scan_dataset(config: Config) -> Scan:
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
         "num_usable": len(paths),
-        "excluded": excluded,
+        "excluded": dict(excluded),
         "class_map": _changed_names(class_of),
         **describe_health(listing, health, class_of),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": count_leaks(records, shares, config.seed),
     }
+    report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     report["warnings"] += find_warnings(records, config)
     fingerprint = hashlib.sha256("\n".join(paths).encode() + health.rows["digest"][order].tobytes()).hexdigest()[:16]
     return Scan(
@@ -1504,21 +1566,29 @@ def scan_dataset(config: Config) -> Scan:
     )
 
 
-def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequence[str]) -> tuple[Listing, int]:
-    """Return the listing without dropped classes and excluded files, and how many files --exclude left out."""
-    kept, excluded = [], 0
+def describe_ignored(ignored: Counter[str]) -> str:
+    """Return in words what a listing passed over: other types of files, and folders inside a class."""
+    folders, files = ignored["/"], sum(count for kind, count in ignored.items() if kind != "/")
+    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind != "/")
+    parts = [f"{files} files of other types ({kinds})"] * (files > 0)
+    return " and ".join(parts + [f"{folders} folders inside class folders"] * (folders > 0))
+
+
+def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequence[str]) -> tuple[Listing, Counter[str]]:
+    """Return the listing without dropped classes and excluded files, and how many files each glob matches."""
+    kept, matched = [], Counter({glob: 0 for glob in globs})
     for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
         name = path.rsplit("/", 1)[-1]
-        if any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob) for glob in globs):
-            excluded += 1
-        elif class_of[folder] is not None:
+        hits = [glob for glob in globs if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob)]
+        matched.update(hits)
+        if not hits and class_of[folder] is not None:
             kept.append(index)
     return dataclasses.replace(
         listing,
         paths=[listing.paths[i] for i in kept],
         folders=[listing.folders[i] for i in kept],
         stats=listing.stats[kept],
-    ), excluded
+    ), matched
 
 
 def _changed_names(class_of: dict[str, str | None]) -> dict[str, str | None]:
@@ -1550,6 +1620,8 @@ def describe_health(listing: Listing, health: ImageHealth, class_of: dict[str, s
         for name, count in folders.items()
         if count > 1
     ]
+    if listing.ignored:
+        warnings_found.append(f"passed over: {describe_ignored(listing.ignored)}")
     tiny = int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum())
     if tiny:
         warnings_found.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
@@ -1673,8 +1745,7 @@ def format_findings(report: dict[str, Any]) -> str:
     lines += [f"  quarantined: {item['path']}: {item['reason']}" for item in report["quarantined"][:10]]
     if len(report["quarantined"]) > 10:
         lines.append(f"  ... and {len(report['quarantined']) - 10} more in data_report.json")
-    if report["excluded"]:
-        lines.append(f"--exclude left out {report['excluded']:,} files")
+    lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
     if report["class_map"]:
         lines.append(
             "--class_map: " + ", ".join(f"{old} -> {new or '(left out)'}" for old, new in report["class_map"].items())
@@ -1772,12 +1843,16 @@ def build_transform(img_size: int, augment: bool) -> Transform:
     ]
     pipeline = A.Compose(letterbox + (_augmentations(A, cv2) if augment else []))
 
-    def transform(image: np.ndarray, seed: int) -> np.ndarray:
-        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        return np.ascontiguousarray(pipeline(image=image)["image"])
+    return functools.partial(
+        apply_transform, pipeline
+    )  # unlike a closure it can be sent to a worker that was not forked
 
-    return transform
+
+def apply_transform(pipeline: Any, image: np.ndarray, seed: int) -> np.ndarray:
+    """Apply an albumentations Compose with the randomness of `seed` alone."""
+    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+    pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    return np.ascontiguousarray(pipeline(image=image)["image"])
 
 
 def _augmentations(A: Any, cv2: Any) -> list[Any]:  # noqa: N803  the library's own short name
@@ -1869,32 +1944,22 @@ class EpochSampler(Sampler):
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         seen: Counter[int] = Counter()
-        keys = []
-        for row in rows.tolist():
-            keys.append((row, sample_seed(self.seed, self.epoch, row, seen[row])))
-            seen[row] += 1
-        borders = batch_borders(len(keys), self.batch)
-        for start, stop in itertools.pairwise(borders):
-            yield keys[start:stop]
+        for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
+            keys = []
+            for row in rows[start:stop].tolist():
+                keys.append((row, sample_seed(self.seed, self.epoch, row, seen[row])))
+                seen[row] += 1
+            yield keys
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
         for label in np.unique(self.labels[self.rows]).tolist():
             mine = self.rows[self.labels[self.rows] == label]
-            draws = self.epoch * self.per_class + np.arange(self.per_class)
-            rounds = draws // len(mine)
-            shuffles = {
-                turn: np.random.default_rng((self.seed, 2, label, turn)).permutation(mine)
-                for turn in np.unique(rounds).tolist()
-            }
-            chosen.append(
-                np.array(
-                    [
-                        shuffles[turn][draw % len(mine)]
-                        for turn, draw in zip(rounds.tolist(), draws.tolist(), strict=True)
-                    ]
-                )
-            )
+            first = self.epoch * self.per_class
+            turns = range(first // len(mine), (first + self.per_class - 1) // len(mine) + 1)
+            shuffles = [np.random.default_rng((self.seed, 2, label, turn)).permutation(mine) for turn in turns]
+            start = first - turns[0] * len(mine)
+            chosen.append(np.concatenate(shuffles)[start : start + self.per_class])
         return np.concatenate(chosen)
 
 
@@ -1913,7 +1978,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Runtime) -> DataLoader:
     """Return a loader over batches of (row, seed); the number of workers does not change what it yields."""
-    workers = min(config.workers, os.cpu_count() or 1)
+    workers = min(config.workers, count_cores())
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1927,6 +1992,7 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Run
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the main one decides
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as does a scheduler's SIGTERM: no failure of the worker
     torch.set_num_threads(1)
 
 
@@ -2056,13 +2122,14 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
             if config.pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = config.pool or "token"
             model = timm.create_model(model_id, pretrained=False, **settings).eval()
-            patch_side = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
-            if config.img_size % patch_side:  # timm would silently leave out the rest at the border
-                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {patch_side} px")
+            stem = getattr(getattr(model, "patch_embed", None), "proj", None)
+            is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
+            if (
+                is_patchwork and config.img_size % stem.stride[0]
+            ):  # timm would silently leave out the rest at the border
+                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
             shape = model(torch.empty(1, 3, config.img_size, config.img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        if config.debug:
-            raise
         raise UserError(
             f"timm cannot build it: {printable(str(error))[:300]}",
             f"--model_id {model_id} --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else ""),
@@ -2082,8 +2149,9 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     import timm
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not timm.models.get_pretrained_cfg(config.model_id):
-        raise UserError("timm names no weights for it", f"--model_id {config.model_id}", WEIGHTS_WAYS_OUT)
+    weights = timm.models.get_pretrained_cfg(config.model_id)
+    if not config.model_id.startswith(("hf-hub:", "local-dir:")) and (weights is None or not weights.has_weights):
+        raise UserError("timm has no weights for it", f"--model_id {config.model_id}", WEIGHTS_WAYS_OUT)
     was_offline = hub_constants.HF_HUB_OFFLINE
     try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
         hub_constants.HF_HUB_OFFLINE = True
@@ -2453,7 +2521,8 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
     state.model.load_trained_state(payload["model"])
     state.optimizer.load_state_dict(payload["optimizer"])
-    state.scaler.load_state_dict(payload["scaler"])
+    if payload["scaler"]:  # empty when the run was started where no scaling was needed
+        state.scaler.load_state_dict(payload["scaler"])
     state.epoch, state.step, state.best, state.baseline = (
         payload["epoch"],
         payload["step"],
@@ -2496,7 +2565,11 @@ def find_resume_path(config: Config) -> Path | None:
         return None
     if config.resume not in (None, "last"):
         path = Path(config.resume)
-        return path / "checkpoint_last.pth" if path.is_dir() else path
+        path = path / "checkpoint_last.pth" if path.is_dir() else path
+        if path.exists() and path.resolve().parent != config.out_dir.resolve():
+            remedy = f"give --out_dir {path.parent}, or copy that folder first"
+            raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
+        return path
     if config.resume == "last" and not last.is_file():
         raise UserError(
             f"there is no {last.name} in {config.out_dir}", "--resume", "leave --resume out to start afresh"
@@ -2749,7 +2822,7 @@ class FeatureBank:
                 str(job.records.root),
                 "restore the images",
             )
-        return Features(np.concatenate(kept_rows), torch.cat(values).clone())
+        return Features(np.concatenate(kept_rows), torch.cat(values))
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
@@ -2782,6 +2855,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
         train, train_per_class = train_epoch(job, state, loader)
         state.epoch += 1
         val, val_per_class = evaluate_val(job, state.model, bank)
+        if not math.isfinite(val["loss"]):  # the last update of the epoch, which no training loss has seen
+            raise Diverged(describe_divergence(state.step, state.epoch, job.run.path))
         record = {
             "epoch": state.epoch,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -2804,13 +2879,14 @@ def train_epoch(job: Job, state: TrainState, loader: DataLoader) -> tuple[dict, 
         if not len(batch.labels):
             continue
         set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
+        seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when they are fine-tuned
         loss, cosine = train_step(job.runtime, network, state, batch)
         losses.append(loss)
         cosines.append(cosine)
         labels.append(batch.labels)
         if len(losses) % FINITE_CHECK_STEPS == 0:
-            check_finite(losses, state, job.run.path)
-    check_finite(losses, state, job.run.path)
+            check_finite(losses[-FINITE_CHECK_STEPS:], state, job.run.path)
+    check_finite(losses[-FINITE_CHECK_STEPS:], state, job.run.path)
     if not losses:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = torch.tensor([len(part) for part in labels], dtype=torch.float64)
@@ -2839,7 +2915,7 @@ def train_step(
 
 
 def check_finite(losses: list[torch.Tensor], state: TrainState, run_path: Path) -> None:
-    """Look at the losses since the start of the epoch; waits for the device.
+    """Look at the losses of the last steps; waits for the device.
 
     Raises:
         Diverged: naming the first step whose loss is not finite and the last good checkpoint.
@@ -2847,13 +2923,14 @@ def check_finite(losses: list[torch.Tensor], state: TrainState, run_path: Path) 
     is_finite = torch.isfinite(torch.stack(losses)).cpu() if losses else torch.ones(1)
     if not is_finite.all():
         step = state.step - len(losses) + int((~is_finite).nonzero()[0]) + 1
-        last = run_path / "checkpoint_last.pth"
-        kept = (
-            f"the last good checkpoint is {last} (epoch {state.epoch})"
-            if last.exists()
-            else "there is no checkpoint yet"
-        )
-        raise Diverged(f"the loss is not finite at step {step} (epoch {state.epoch + 1}); {kept}; lower --lr")
+        raise Diverged(describe_divergence(step, state.epoch + 1, run_path))
+
+
+def describe_divergence(step: int, epoch: int, run_path: Path) -> str:
+    """Say where the loss went wrong, and what is left to go on from."""
+    last = run_path / "checkpoint_last.pth"
+    kept = f"the last good checkpoint is {last} (epoch {epoch - 1})" if last.exists() else "there is no checkpoint yet"
+    return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict]:
@@ -2914,6 +2991,25 @@ def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
     save_checkpoint(job.run.path / "checkpoint_last.pth", state, job.identity)
 
 
+def keep_best_of(job: Job, state: TrainState) -> None:
+    """See to it that checkpoint_best.pth is the best epoch that the state knows of, also when resumed from an older checkpoint.
+
+    Raises:
+        UserError: its weights are gone, and no epoch is left to find better ones.
+    """
+    path = job.run.path / "checkpoint_best.pth"
+    if path.is_file() and load_checkpoint(path)["best"] == state.best:
+        return
+    if state.best["epoch"] == state.epoch:
+        save_checkpoint(path, state, job.identity)
+        return
+    gone = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
+    if state.epoch >= job.config.epochs:
+        raise UserError(gone, str(path), "give more --epochs, or resume from an older checkpoint")
+    job.run.log(f"warning: {gone}; the best is chosen among the epochs to come")
+    state.best = {}
+
+
 def format_epoch(record: dict[str, Any], epochs: int) -> str:
     """Return the epoch's aligned line for train.log."""
 
@@ -2926,10 +3022,8 @@ def format_epoch(record: dict[str, Any], epochs: int) -> str:
             "proto_acc": "proto",
             "recall_at_1": "R@1",
         }
-        values = ((name, record[split].get(key, -1)) for key, name in shown.items())
-        return " ".join(
-            f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values if value != -1
-        )
+        values = [(name, record[split][key]) for key, name in shown.items() if key in record[split]]
+        return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
 
     return f"epoch {record['epoch']:>3}/{epochs}  train {figures('train')}  |  val {figures('val')}  |  {record['seconds']:.1f} s"
 
@@ -2939,8 +3033,8 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
 
     Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features.
     """
-    references = unit_features(job, bank.get("train"))
-    classifier = _fit_logistic_regression(job, bank.get("train"))
+    train = bank.get("train")
+    references, classifier = unit_features(job, train), _fit_logistic_regression(job, train)
     figures = {}
     for split in ("val", "test"):
         if not len(job.records.rows(split)):
@@ -2976,18 +3070,21 @@ def _fit_logistic_regression(job: Job, features: Features) -> Any:
         return classifier.fit(features.values.numpy()[chosen], labels[chosen])
 
 
+BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
+
+
 def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
     """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
-    names = {"centroid_acc": "nearest centroid", "nn1_acc": "nearest neighbour", "logreg_acc": "logistic regression"}
     key = max(baseline, key=lambda name: baseline[name])
+    name = key.removesuffix("_acc")
     gain = accuracy - baseline[key]
     noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + baseline[key] * (1 - baseline[key])) / num_images)
     word = "helped" if gain > 0 else "hurt" if gain < 0 else "changed nothing"
     verdict = f"training {word}" + (f" by {abs(100 * gain):.1f} points" if gain else "")
-    verdict += f": prototype matching {accuracy:.3f}, {names[key]} on the frozen backbone {baseline[key]:.3f}"
+    verdict += f": prototype matching {accuracy:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {baseline[key]:.3f}"
     if abs(gain) <= noise:
         verdict += f" (within the noise of {num_images} images, ±{100 * noise:.1f})"
-    return {"baseline": {"name": names[key], "acc": baseline[key]}, "verdict": verdict}
+    return {"baseline": {"name": name, "acc": baseline[key]}, "verdict": verdict}
 
 
 # ======================================================================================================================
@@ -3025,7 +3122,6 @@ CHART_INKS = {
     "frozen": "#0b0b06",
     "muted": "#0b0b07",
 }
-BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "class mean"}
 # Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
 TEN_COLORS = (
     *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),
@@ -3280,7 +3376,9 @@ def _header_view(report: ReportInput, figures: _Figures, test: _TestRows) -> dic
     tones = {"training helped": "good", "training hurt": "bad"}
     return {
         "verdict": verdict[:1].upper() + verdict[1:],
-        "tone": next((tone for start, tone in tones.items() if verdict.startswith(start)), "plain"),
+        "tone": "plain"
+        if "noise" in verdict
+        else next((t for start, t in tones.items() if verdict.startswith(start)), "plain"),
         "note": _verdict_note(figures, len(test.rows)),
         "tiles": _tiles(report, figures, len(test.rows)),
         "bars": _comparison_bars(figures),
@@ -3292,13 +3390,7 @@ def _verdict_note(figures: _Figures, num_test: int) -> str:
     if not figures.test:
         return "The figures below are of the val split, which also chose the best epoch: expect less on new data."
     low, high = _wilson_interval(figures.test["prototypes"]["acc"], num_test)
-    note = f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)"
-    baseline = (figures.test.get("baseline") or {}).get("acc")
-    if baseline is None:
-        return note + "."
-    inside = low <= baseline <= high
-    verdict = "inside it: the difference may be chance" if inside else "outside it"
-    return f"{note}; the frozen baseline, {baseline:.3f}, lies {verdict}."
+    return f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
 
 
 def _wilson_interval(accuracy: float | None, count: int) -> tuple[float, float]:
@@ -5407,10 +5499,13 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
+    if (config.out_dir / "metrics.jsonl").exists():
+        raise UserError("holds a run, whose data report would be lost", f"--out_dir {config.out_dir}", "choose another")
     scan = scan_dataset(config)
     create_out_dir(config.out_dir)
-    save_scan_cache(config.out_dir / "scan_cache.npz", config.data_root, scan.listing, scan.health)
-    write_json(config.out_dir / "data_report.json", scan.report)
+    with lock_directory(config.out_dir):
+        save_scan_cache(config.out_dir / "scan_cache.npz", config.data_root, scan.listing, scan.health)
+        write_json(config.out_dir / "data_report.json", scan.report)
     print(
         format_class_table(scan.report),
         format_findings(scan.report),
@@ -5428,8 +5523,7 @@ def run_demo(config: Config) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         draw_demo_dataset(unfinished, DEMO_IMAGES_PER_CLASS, config.seed)
         unfinished.rename(config.data_root)
-    command = " ".join(f"'{word}'" if re.search(r"[^\w./-]", word) else word for word in DEMO_FLAGS)
-    print(f"the same as: python {SCRIPT_NAME} train {command}")
+    print(f"the same as: python {SCRIPT_NAME} {shlex.join(format_flags(config))}")
     run_train(config)
 
 
@@ -5449,7 +5543,7 @@ def run_train(config: Config) -> None:
         check_identity(resume_path, checkpoint["identity"], make_identity(config, records.class_names, None))
         if is_finished(config, checkpoint):
             print(
-                f"the run in {config.out_dir} is finished: {config.epochs} epochs, see {config.out_dir / 'report.html'}\n"
+                f"the run in {config.out_dir} is finished: {checkpoint['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
                 "to train on, give more --epochs; to start afresh, --overwrite"
             )
             return
@@ -5485,11 +5579,8 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         run.tracker = Tracker(config, run.log)
         catch_signals()  # ClearML has put its own handlers in place of ours
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
-    run.log(
-        "\n".join(
-            [format_class_table(scan.report), format_findings(scan.report), *(f"warning: {note}" for note in notes)]
-        )
-    )
+    table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
+    run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = "frozen" if config.freeze_backbone else "fine-tuned"
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if config.preview:
@@ -5548,9 +5639,11 @@ def start_training(job: Job, backbone: Backbone, checkpoint: dict[str, Any] | No
     bank = FeatureBank(job, model.backbone)
     if checkpoint:
         restore_state(state, checkpoint)
-        run.forget_epochs_after(state.epoch)
+    run.forget_epochs_after(state.epoch)
+    if checkpoint:
         run.event("resumed", epoch=state.epoch, step=state.step)
         run.log(f"resumed after epoch {state.epoch} of {config.epochs}")
+        keep_best_of(job, state)
         return bank, state
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
     state.baseline = measure_baseline(job, bank)
@@ -5594,7 +5687,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
     """Return the meta of prototypes.npz: what a query must have in common with the gallery."""
     info, config = job.info, job.config
-    options_hash = hashlib.sha256(json.dumps(config.as_plain(), sort_keys=True).encode()).hexdigest()[:16]
+    options = make_identity(config, job.records.class_names, None)  # what changes the result, not where it was made
+    options_hash = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
     return {
         "model_id": info.model_id,
         "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
@@ -5603,6 +5697,7 @@ def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
         "mean": info.mean,
         "std": info.std,
         "interpolation": info.interpolation,
+        "padding": PADDING_GRAY,
         "pool": info.pool,
         "crop_mode": "bbox",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -5691,7 +5786,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Diverged as error:
         code, failure, message = EXIT_DIVERGED, error, f"error: {error}"
     except Interrupted as error:
-        message = f"interrupted ({error}); the same command continues after the last finished epoch"
+        again = "the same command without --overwrite" if config.overwrite else "the same command"
+        message = f"interrupted ({error}); {again} continues after the last finished epoch, if there is one"
         code, failure = 128 + error.signal_number, error
     print(message, file=sys.stderr)
     if config.debug:
@@ -5703,6 +5799,9 @@ def catch_signals() -> None:
     """Turn Ctrl-C and the wish of a scheduler to end us into an exception, so that the run is closed properly."""
 
     def interrupt(signal_number: int, _: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once: whatever is on disk is whole
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
         raise Interrupted(signal_number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -40,7 +40,7 @@ def load_epoch(records: lct.Records, workers: int, epoch: int, **options: object
 def test_workers_do_not_change_what_is_loaded(
     records: lct.Records, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)  # workers are capped at the cores there are
+    monkeypatch.setattr(lct, "count_cores", lambda: 8)  # workers are capped at the cores there are
     alone, together = load_epoch(records, 0, 1), load_epoch(records, workers, 1)
     assert len(alone) == len(together) == 4
     for a, b in zip(alone, together, strict=True):

@@ -21,7 +21,7 @@ def test_schedule_warms_up_and_falls_to_zero() -> None:
     factors = [lct.lr_factor(step, 200) for step in range(200)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(factors) == 1.0 and factors[-1] < 1e-3
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     assert lct.lr_factor(105, 200) == pytest.approx(0.5 * (1 + math.cos(math.pi * 95 / 190)))
 
 

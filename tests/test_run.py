@@ -204,7 +204,11 @@ def test_sigterm_from_outside_ends_with_143_and_a_run_that_goes_on(data: Path, t
     ]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not epoch_records(tmp_path / "run") and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (tmp_path / "run" / "checkpoint_last.pth").exists()
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
@@ -373,7 +377,7 @@ def test_a_foreign_checkpoint_is_refused_and_never_executed(
 def test_verdict_compares_with_the_best_baseline() -> None:
     baseline = {"centroid_acc": 0.5, "nn1_acc": 0.6, "logreg_acc": 0.7}
     helped = lct.judge_training(baseline, 0.9, 1000)
-    assert helped["baseline"] == {"name": "logistic regression", "acc": 0.7}
+    assert helped["baseline"] == {"name": "logreg", "acc": 0.7}
     assert helped["verdict"].startswith("training helped by 20.0 points") and "noise" not in helped["verdict"]
     assert lct.judge_training(baseline, 0.65, 50)["verdict"].startswith("training hurt by 5.0 points")
     assert "within the noise of 50 images" in lct.judge_training(baseline, 0.65, 50)["verdict"]

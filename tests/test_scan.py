@@ -339,7 +339,7 @@ def opened(monkeypatch):
 
 def test_scan_writes_report_and_cache_and_prints_a_table(scanned, call_main, capsys):
     root, out_dir, _ = scanned
-    assert {path.name for path in out_dir.iterdir()} == {"data_report.json", "scan_cache.npz"}
+    assert {path.name for path in out_dir.iterdir()} == {".lock", "data_report.json", "scan_cache.npz"}
     assert call_main("scan", "--data_root", root, "--out_dir", out_dir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["class", "usable", "quarantined", "groups", "train", "val", "test"]
@@ -426,7 +426,8 @@ def test_broken_images_of_merged_folders_count_for_the_new_class(tmp_path):
 def test_exclude_leaves_out_by_path_or_name(tmp_path):
     make_dataset(tmp_path / "data", {"a": 4, "b": 4})
     report = scan(tmp_path / "data", tmp_path / "run", exclude=("0000.*", "b/0003*", "0001")).report
-    assert report["excluded"] == 3
+    assert report["excluded"] == {"0000.*": 2, "b/0003*": 1, "0001": 0}
+    assert "--exclude 0001 matches no file" in report["warnings"]
     assert {name: row["usable"] for name, row in report["classes"].items()} == {"a": 3, "b": 2}
 
 
