@@ -139,3 +139,8 @@ def test_bf16_autocast_returns_float32_features() -> None:
     rounded = backbone(images)
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     assert torch.cosine_similarity(rounded, exact).min() > 0.99
+
+
+@pytest.mark.parametrize(("model_id", "img_size"), [("pvt_v2_b0", 160), ("xcit_nano_12_p16_224", 64)])
+def test_models_with_other_stems_are_not_refused(model_id: str, img_size: int) -> None:
+    assert lct.probe_model(make_config(model_id=model_id, img_size=img_size))[1] > 0

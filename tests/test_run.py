@@ -398,3 +398,99 @@ def test_training_on_real_crops_beats_matching_with_the_frozen_backbone(
     baseline, trained = events["baseline_end"]["test"], events["test_end"]["prototypes"]
     assert trained["acc"] > max(baseline["centroid_acc"], baseline["nn1_acc"]) + 0.03
     assert trained["recall_at_1"] > baseline["nn1_acc"]
+
+
+def test_an_update_that_ruins_the_weights_is_never_saved(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The last step of an epoch: its loss was finite, and no training loss has seen what it did."""
+    last_of_epoch_two = 2 * (len(lct.batch_borders(29, 8)) - 1) - 1
+    monkeypatch.setattr(lct, "lr_factor", lambda step, total: float("nan") if step == last_of_epoch_two else 1.0)
+    assert train(call_main, data, tmp_path / "run", "--epochs", 3) == 3
+    assert "checkpoint_last.pth (epoch 1)" in capsys.readouterr().err
+    for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+        assert all(torch.isfinite(value).all() for value in load_state(tmp_path / "run" / name)["model"].values())
+
+
+def test_a_run_killed_before_its_first_checkpoint_counts_the_first_epoch_once(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(lct, "save_checkpoint", die)
+        train(call_main, data, tmp_path / "run", "--epochs", 2)
+    assert train(call_main, data, tmp_path / "run", "--epochs", 2) == 0
+    assert [record["epoch"] for record in epoch_records(tmp_path / "run")] == [1, 2]
+
+
+def test_dropout_in_a_fine_tuned_backbone_does_not_depend_on_workers(
+    data: Path, tmp_path: Path, call_main: Main
+) -> None:
+    flags = ("--epochs", 1, "--model_id", "rexnet_100", "--no-freeze_backbone", "--test_split", 0)
+    for workers in (0, 1):
+        assert train(call_main, data, tmp_path / f"w{workers}", *flags, "--workers", workers) == 0
+    assert_same_weights(tmp_path / "w0" / "checkpoint_last.pth", tmp_path / "w1" / "checkpoint_last.pth")
+
+
+def test_resuming_from_an_older_checkpoint_forgets_the_epochs_after_it(
+    data: Path, tmp_path: Path, call_main: Main
+) -> None:
+    """Epochs of the discarded part must not live on in checkpoint_best.pth."""
+    assert train(call_main, data, tmp_path / "back", "--epochs", 5, "--save_every", 1) == 0
+    path = tmp_path / "back" / "checkpoint_ep002.pth"
+    assert train(call_main, data, tmp_path / "back", "--epochs", 5, "--save_every", 1, "--resume", path) == 0
+    best = load_state(tmp_path / "back" / "checkpoint_best.pth")
+    events = lct.read_events(tmp_path / "back")
+    assert [record["epoch"] for record in epoch_records(tmp_path / "back")] == [1, 2, 3, 4, 5]
+    assert best["epoch"] == best["best"]["epoch"] == [e for e in events if e["event"] == "proto_start"][-1]["epoch"]
+    assert load_state(tmp_path / "back" / "checkpoint_last.pth")["best"] == best["best"]
+
+
+def test_a_checkpoint_of_another_folder_is_refused(
+    run: Path, data: Path, tmp_path: Path, call_main: Main, capsys: Any
+) -> None:
+    assert train(call_main, data, tmp_path / "new", "--resume", run / "checkpoint_last.pth") == 2
+    assert f"--out_dir {run}" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_excluding_files_later_is_another_run(run: Path, data: Path, call_main: Main, capsys: Any) -> None:
+    assert train(call_main, data, run, "--epochs", 6, "--exclude", "0001.png") == 2
+    assert "exclude: [] -> ['0001.png']" in capsys.readouterr().err
+
+
+def test_scan_leaves_a_run_alone(run: Path, data: Path, call_main: Main, capsys: Any) -> None:
+    before = snapshot(run)
+    assert call_main("scan", "--data_root", data, "--out_dir", run) == 2
+    assert "holds a run" in capsys.readouterr().err and snapshot(run) == before
+
+
+def test_sigterm_to_the_whole_group_ends_workers_too_and_without_a_traceback(data: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+    import time
+
+    command = [sys.executable, lct.__file__, "--data_root", data, "--out_dir", tmp_path / "run", *SETTINGS]
+    command += ["--epochs", 4000, "--workers", 2]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint_last.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_samples_can_be_sent_to_workers_that_were_not_forked(data: Path) -> None:
+    import pickle
+
+    transform = pickle.loads(pickle.dumps(lct.build_transform(32, augment=True)))
+    image = lct.load_image(data / "wrench" / "0000.png")
+    assert np.array_equal(transform(image, 3), lct.build_transform(32, augment=True)(image, 3))
