@@ -275,7 +275,7 @@ class Config:
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
     )
     max_refs_per_class: int | None = _option(
-        None, "references a class kept in prototypes.npz (default: all)", "training", low=1
+        None, "references a class in prototypes.npz: those nearest to k-means centres (default: all)", "training", low=1
     )
 
     gpus: int | None = _option(
@@ -3032,22 +3032,31 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
     Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features.
+
+    Returns:
+        {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}.
     """
-    train = bank.get("train")
+    train, names = bank.get("train"), job.records.class_names
     references, classifier = unit_features(job, train), _fit_logistic_regression(job, train)
-    figures = {}
+    centroids = class_centroids(references.values, references.labels, len(names))
+    baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         if not len(job.records.rows(split)):
             continue
         features = bank.get(split)
         queries = unit_features(job, features)
-        matching = score_matching(references, queries, len(job.records.class_names))
-        figures[split] = {
-            "centroid_acc": matching["proto_acc"],
-            "nn1_acc": matching["recall_at_1"],
-            "logreg_acc": float((classifier.predict(features.values.numpy()) == queries.labels).mean()),
+        cosines = {
+            "centroid": queries.values @ centroids.T,
+            "nn1": knn_scores(queries.values, references.values, references.labels, len(names), 1),
         }
-    return figures
+        scores = {name: log_softmax(job.config.arc_scale * cosine) for name, cosine in cosines.items()}
+        scores["logreg"] = np.full(
+            (len(queries.labels), len(names)), -np.inf
+        )  # a class may lack in what it was fitted on
+        scores["logreg"][:, classifier.classes_] = classifier.predict_log_proba(features.values.numpy())
+        figures = {name: compute_metrics(values, queries.labels, names)[0] for name, values in scores.items()}
+        baseline[split] = {f"{name}_{key}": value for name, own in figures.items() for key, value in own.items()}
+    return baseline
 
 
 def unit_features(job: Job, features: Features) -> Embedded:
@@ -3075,16 +3084,16 @@ BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "
 
 def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
     """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
-    key = max(baseline, key=lambda name: baseline[name])
-    name = key.removesuffix("_acc")
-    gain = accuracy - baseline[key]
-    noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + baseline[key] * (1 - baseline[key])) / num_images)
+    name = max(BASELINE_NAMES, key=lambda name: baseline[f"{name}_acc"])
+    frozen = baseline[f"{name}_acc"]
+    gain = accuracy - frozen
+    noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + frozen * (1 - frozen)) / num_images)
     word = "helped" if gain > 0 else "hurt" if gain < 0 else "changed nothing"
     verdict = f"training {word}" + (f" by {abs(100 * gain):.1f} points" if gain else "")
-    verdict += f": prototype matching {accuracy:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {baseline[key]:.3f}"
+    verdict += f": prototype matching {accuracy:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"
     if abs(gain) <= noise:
         verdict += f" (within the noise of {num_images} images, ±{100 * noise:.1f})"
-    return {"baseline": {"name": name, "acc": baseline[key]}, "verdict": verdict}
+    return {"baseline": {"name": name, "acc": frozen}, "verdict": verdict}
 
 
 # ======================================================================================================================
@@ -5649,10 +5658,8 @@ def start_training(job: Job, backbone: Backbone, checkpoint: dict[str, Any] | No
     state.baseline = measure_baseline(job, bank)
     run.event("baseline_end", **state.baseline)
     for split, figures in state.baseline.items():
-        run.log(
-            f"frozen backbone on {split}: "
-            + ", ".join(f"{name.removesuffix('_acc')} {value:.3f}" for name, value in figures.items())
-        )
+        shown = (f"{text} {figures[f'{name}_acc']:.3f}" for name, text in BASELINE_NAMES.items())
+        run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     return bank, state
 
 

@@ -494,3 +494,29 @@ def test_samples_can_be_sent_to_workers_that_were_not_forked(data: Path) -> None
     transform = pickle.loads(pickle.dumps(lct.build_transform(32, augment=True)))
     image = lct.load_image(data / "wrench" / "0000.png")
     assert np.array_equal(transform(image, 3), lct.build_transform(32, augment=True)(image, 3))
+
+
+def test_the_baseline_is_scored_like_the_trained_model(run: Path, data: Path) -> None:
+    """Against scikit-learn on features made apart from the code that the run used."""
+    from sklearn.metrics import f1_score
+    from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+
+    splits = json.loads((run / "splits.json").read_text("utf-8"))
+    backbone, _ = lct.build_backbone(lct.Config(model_id="test_resnet", pretrained=False, img_size=32), print)
+    fit_square, parts = lct.build_transform(32, augment=False), {}
+    for split in ("train", "test"):
+        pairs = [(path, name) for name, paths in splits[split].items() for path in paths]
+        images = np.stack([fit_square(lct.load_image(data / path), 0) for path, _ in pairs])
+        with torch.no_grad():
+            features = torch.nn.functional.normalize(backbone.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)))
+        parts[split] = features.numpy(), np.array([name for _, name in pairs])
+    (train_features, train_names), (test_features, test_names) = parts["train"], parts["test"]
+    test = next(event for event in lct.read_events(run) if event["event"] == "baseline_end")["test"]
+    nearest = KNeighborsClassifier(1).fit(train_features, train_names).predict(test_features)
+    assert test["nn1_acc"] == pytest.approx((nearest == test_names).mean())
+    assert test["nn1_f1_macro"] == pytest.approx(f1_score(test_names, nearest, average="macro"))
+    means = np.stack([train_features[train_names == name].mean(axis=0) for name in splits["classes"]])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    central = NearestCentroid().fit(means, splits["classes"]).predict(test_features)  # unit vectors: the same order
+    assert test["centroid_acc"] == pytest.approx((central == test_names).mean())
+    assert {f"logreg_{key}" for key in ("acc", "f1_macro", "auc_macro")} <= set(test)
