@@ -3791,8 +3791,12 @@ def _place_labels(class_names: tuple[str, ...], points: list[dict[str, Any]]) ->
     for label in sorted(places, key=lambda key: (-len(places[key]), key)):
         half = _text_width(names[label], 13) / 2
         spots = np.array(places[label])
+        distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
+        medoid = distances.sum(axis=1).argmin()
+        spots = spots[
+            distances[medoid] <= np.median(distances[medoid])
+        ]  # the heart of the class: strays carry no name away
         left = float(np.clip(np.median(spots[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
-        # Above or below nine tenths of the points, so that strays do not carry the name away; else in their middle.
         above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95))
         for top in (above - 10, below + 20, middle, middle - 18, middle + 18):
             is_free = all(abs(o["x"] - left) > o["half"] + half or abs(o["y"] - top) > 16 for o in labels)
