@@ -744,6 +744,23 @@ def move_aside(path: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM until the block is left: inside, they would break a library that holds locks.
+
+    Whatever handlers the library installs meanwhile are replaced by those from before.
+    """
+    held: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: held.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
 class Tracker:
     """ClearML sink. It can neither stop nor stall a run: no answer within 3 s or any error, and it goes on offline or stops."""
 
@@ -792,7 +809,8 @@ class Tracker:
         if self._task is None and function != self._start:
             return
         try:
-            function(*args)
+            with hold_signals():
+                function(*args)
         except Exception as error:  # whatever ClearML raises: training is worth more than its record
             self._warn(
                 f"ClearML: {type(error).__name__}: {printable(str(error))[:200]}; recording to ClearML stops here"
@@ -5590,7 +5608,6 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         write_json(run.path / "data_report.json", scan.report)
     if config.use_clearml:
         run.tracker = Tracker(config, run.log)
-        catch_signals()  # ClearML has put its own handlers in place of ours
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in notes)]))

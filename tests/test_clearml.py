@@ -105,12 +105,11 @@ def test_an_interrupted_run_closes_its_session(data: Path, tmp_path: Path, no_se
         5000,
     ]
     environment = {**os.environ, **no_server}
-    process = subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(e["event"] == "epoch_end" for e in lct.read_events(tmp_path / "run")):
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(60) == 143
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, error
     assert read_session(tmp_path / "run")[1]
