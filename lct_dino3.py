@@ -70,8 +70,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the library otherwise calls home when it is imported
-# OpenMP's threads otherwise spin while they wait, on the cores that the loader workers need: on two busy cores the same forward
-# took 6 times as long (tests/benchmarks/cpu.py). Read when torch is loaded.
+# OpenMP's threads otherwise spin while they wait, on the cores that the loader workers need: with one of two cores busy, waiting
+# passively gives 1.7 times as many images/s, for a fifth less on an idle machine (tests/benchmarks/cpu.py). Read by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SCRIPT_NAME = "lct_dino3.py"
@@ -941,7 +941,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next batch instead of returning it to the system and faulting it in again.
 
     Activations of a few MB are allocated with mmap otherwise, and half of the time of a small model on the CPU goes into page
-    faults: mobilenetv2_035 at 160 px embeds 2.2 times as many images/s with this (tests/benchmarks/cpu.py).
+    faults: mobilenetv2_035 at 160 px embeds 3 times as many images/s with this (tests/benchmarks/cpu.py).
     """
     import ctypes
 
