@@ -2174,7 +2174,7 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
         hub_constants.HF_HUB_OFFLINE = True
         return timm.create_model(config.model_id, pretrained=True, **settings)
-    except Exception:
+    except Exception:  # not in the cache, or damaged there: what is really wrong shows below
         log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,29 @@ def run_cli(
         timeout=timeout,
         check=False,
     )
+
+
+def end_cli(
+    *args: object, out_dir: Path, env: dict[str, str] | None = None, whole_group: bool = False
+) -> tuple[int, str, int]:
+    """Start a run, send SIGTERM after its first checkpoint; return exit code, stderr and the process group's number."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out_dir / "checkpoint_last.pth").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    if whole_group:  # as schedulers do
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    return process.returncode, error, process.pid
 
 
 @pytest.fixture

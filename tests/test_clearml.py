@@ -3,16 +3,13 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_dataset, run_cli
+from conftest import end_cli, make_dataset, run_cli
 
 import lct_dino3 as lct
 
@@ -93,23 +90,7 @@ def test_a_dead_server_neither_stops_nor_stalls_the_run(
 
 
 def test_an_interrupted_run_closes_its_session(data: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
-    command = [
-        sys.executable,
-        lct.__file__,
-        "--data_root",
-        data,
-        "--out_dir",
-        tmp_path / "run",
-        *FLAGS,
-        "--epochs",
-        5000,
-    ]
-    environment = {**os.environ, **no_server}
-    process = subprocess.Popen([*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(e["event"] == "epoch_end" for e in lct.read_events(tmp_path / "run")):
-        time.sleep(0.1)
-    process.terminate()
-    error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 143, error
+    flags = ("--data_root", data, *FLAGS, "--epochs", 5000)
+    code, error, _ = end_cli(*flags, out_dir=tmp_path / "run", env=no_server)
+    assert code == 143, error
     assert read_session(tmp_path / "run")[1]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, run_cli, snapshot
+from conftest import end_cli, make_dataset, run_cli, snapshot
 
 import lct_dino3 as lct
 
@@ -187,32 +188,8 @@ def test_four_epochs_are_two_and_an_interrupt_and_two(
 
 
 def test_sigterm_from_outside_ends_with_143_and_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-    import time
-
-    command = [
-        sys.executable,
-        lct.__file__,
-        "--data_root",
-        data,
-        "--out_dir",
-        tmp_path / "run",
-        *SETTINGS,
-        "--epochs",
-        4000,
-    ]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while (
-        not (tmp_path / "run" / "checkpoint_last.pth").exists()
-        and time.monotonic() < deadline
-        and process.poll() is None
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "continues" in error and "Traceback" not in error
+    code, error, _ = end_cli("--data_root", data, *SETTINGS, "--epochs", 4000, out_dir=tmp_path / "run")
+    assert code == 143 and "continues" in error and "Traceback" not in error
     assert lct.read_events(tmp_path / "run")[-1]["status"] == "interrupted"
     assert load_state(tmp_path / "run" / "checkpoint_last.pth")["epoch"] >= 1
 
@@ -467,24 +444,12 @@ def test_scan_leaves_a_run_alone(run: Path, data: Path, call_main: Main, capsys:
 
 
 def test_sigterm_to_the_whole_group_ends_workers_too_and_without_a_traceback(data: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-    import time
-
-    command = [sys.executable, lct.__file__, "--data_root", data, "--out_dir", tmp_path / "run", *SETTINGS]
-    command += ["--epochs", 4000, "--workers", 2]
-    process = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint_last.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "Traceback" not in error
+    flags = ("--data_root", data, *SETTINGS, "--epochs", 4000, "--workers", 2)
+    code, error, group = end_cli(*flags, out_dir=tmp_path / "run", whole_group=True)
+    assert code == 143 and "Traceback" not in error
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
-            os.killpg(process.pid, 0)
+            os.killpg(group, 0)
             time.sleep(0.1)
 
 
