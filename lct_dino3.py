@@ -1402,8 +1402,8 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
     """Split whole groups so that every class is shared out as closely to `shares` as its groups allow.
 
     Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
-    the class counts of the splits and their targets; single images then fill what is left of each target. At last, classes that
-    have enough groups but none in some split get one moved there.
+    the class counts of the splits and their targets; single images then fill what is left of each target, rounded so that the
+    shares also hold over all classes. At last, classes that have enough groups but none in some split get one moved there.
 
     Args:
         labels, groups: int (N,).
@@ -1430,9 +1430,11 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         have[classes, place[group]] += added
     singles = order[sizes[order] == 1]
     single_labels = counts.indices[counts.indptr[singles]]
+    owed = np.zeros(3)  # what rounding has taken from each split so far, or given it
     for label in np.unique(single_labels):
         mine = singles[single_labels == label]
-        portions = _largest_remainder(np.maximum(targets[label] - have[label], 0), len(mine), targets[label])
+        need = np.maximum(targets[label] - have[label], 0)
+        portions, owed = _largest_remainder(need if need.sum() > 0 else targets[label], len(mine), owed)
         place[mine] = np.repeat(np.arange(3), portions)
     _give_every_class_its_splits(counts, place, np.asarray(shares) > 0)
     return place[groups]
@@ -1450,13 +1452,17 @@ def _chi_square_increase(targets: np.ndarray, have: np.ndarray, added: np.ndarra
     return np.where(targets > 0, growth, np.inf).sum(axis=0)
 
 
-def _largest_remainder(need: np.ndarray, total: int, fallback: np.ndarray) -> np.ndarray:
-    """Return integers (3,) that sum to `total` in the proportions of `need` (of `fallback` where nothing is needed)."""
-    weights = need if need.sum() > 0 else fallback
+def _largest_remainder(weights: np.ndarray, total: int, owed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return integers (3,) that sum to `total` in the proportions of `weights`, and what each place is owed after that.
+
+    Each is its quota rounded down or up; who is rounded up depends on what earlier classes still owe it. Otherwise 40 classes of
+    35 images at 10 % would all round 3.5 the same way, and their test be 8.6 % or 11.4 % of the data.
+    """
     quota = weights / weights.sum() * total
     portions = np.floor(quota).astype(int)
-    portions[np.argsort(-(quota - portions), kind="stable")[: total - portions.sum()]] += 1
-    return portions
+    claims = np.where(weights > 0, quota - portions + owed, -np.inf)
+    portions[np.argsort(-claims, kind="stable")[: total - portions.sum()]] += 1
+    return portions, owed + quota - portions
 
 
 def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndarray) -> None:

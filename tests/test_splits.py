@@ -51,6 +51,16 @@ def groups_of_class(labels: np.ndarray, groups: np.ndarray, label: int) -> int:
     return len(np.unique(groups[labels == label]))
 
 
+@pytest.mark.parametrize("size", [12, 15, 33, 35])  # fewer, and the least of one each weighs more
+@pytest.mark.parametrize("shares", [SHARES, NO_TEST, (0.1, 0.45, 0.45)])
+def test_shares_hold_over_all_classes_however_each_one_is_rounded(size, shares):
+    labels = np.repeat(np.arange(40), size)
+    splits = lct.assign_splits(labels, np.arange(len(labels)), shares, 0)
+    assert np.abs(np.bincount(splits, minlength=3) - np.array(shares) * len(labels)).max() <= 1
+    by_class = np.stack([np.bincount(splits[labels == label], minlength=3) for label in range(40)])
+    assert np.abs(by_class - np.array(shares) * size).max() < 1  # each class is rounded down or up, no more
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("shares", [SHARES, NO_TEST, (0.1, 0.45, 0.45)])
 def test_groups_stay_whole_and_classes_get_what_their_groups_allow(seed, shares):
