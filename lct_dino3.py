@@ -82,6 +82,10 @@ MAX_FILE_BYTES = 500_000_000
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
 PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
+VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
+MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
+MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
+CUTOUTS_DIRNAME = "cutouts"
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 HEAD_WIDTH = 512  # hidden units of the embedding head
@@ -118,7 +122,6 @@ DEMO_FLAGS = (
     ),
 )
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
-COMPANION_FOLDERS = ("masks", "cutouts")  # beside the images of a class
 RUN_MARKERS = ("metrics.jsonl", "data_report.json")  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
@@ -126,6 +129,9 @@ DATA_TREE = """expected:  data_root/
                pliers/
                    cropped/       or in a folder `cropped`
                        0001.jpg"""
+MASKS_WAYS_OUT = (
+    "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 make them: --auto_generate_masks --sam2_ckpt FILE"
+)
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
@@ -207,6 +213,33 @@ class Config:
         fixed=True,
     )
     seed: int = _option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
+
+    crop_mode: str = _option(
+        "bbox",
+        "bbox = crops as they are, mask = background replaced, mix = replaced now and then in training, judged both ways",
+        "masks",
+        choices=("bbox", "mask", "mix"),
+        fixed=True,
+    )
+    mix_mask_p: float = _option(
+        0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True
+    )
+    mask_fill: str = _option(
+        "gray",
+        "what replaces the background: gray (the padding), black, blur, mean (of the model's input), random (in training)",
+        "masks",
+        choices=("gray", "black", "blur", "mean", "random"),
+        fixed=True,
+    )
+    masks_dirname: str = _option(
+        "masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True
+    )
+    masks_out: Path | None = _option(
+        None,
+        "write new masks here, and look for masks here too: data_root may then be read-only",
+        "masks",
+        metavar="DIR",
+    )
 
     model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
     pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
@@ -456,6 +489,9 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
+    if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
+        what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
+        raise UserError(what, f"--masks_dirname {config.masks_dirname}", "give a name such as masks")
     if bool(config.mean) != bool(config.std):
         raise UserError(
             "mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
@@ -999,6 +1035,26 @@ def _read_file(path: str | Path) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def opened_image(data: bytes) -> Iterator[Image.Image]:
+    """Open the bytes of an image file and load its pixels.
+
+    Raises:
+        ImageError: with the reason, also for what goes wrong inside the block.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
+            image.load()
+            yield image
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
+        reason = "is no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ImageError(printable(reason or type(error).__name__)[:200]) from error
+
+
 def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
     """Decode the bytes of an image file.
 
@@ -1008,18 +1064,9 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
     Raises:
         ImageError: with the reason.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
-            mode, orientation = image.mode, image.getexif().get(0x0112, 1)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), mode, orientation if orientation in range(1, 9) else 1
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
-        reason = "is no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise ImageError(printable(reason or type(error).__name__)[:200]) from error
+    with opened_image(data) as image:
+        orientation = image.getexif().get(0x0112, 1)
+        return _to_rgb(ImageOps.exif_transpose(image)), image.mode, orientation if orientation in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -1065,6 +1112,15 @@ class Records:
     labels: np.ndarray  # (N,) int32 into class_names
     groups: np.ndarray  # (N,) int32: images of one group never straddle splits
     splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
+    masks: (
+        PathTable  # mask, cutout, or the crop itself if its alpha is the mask; relative to root or absolute; '' = none
+    )
+    masks_dirname: str = "masks"
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """Say of each record whether it has a usable mask, bool (N,)."""
+        return np.diff(self.masks.offsets) > 0
 
     def rows(self, split: str) -> np.ndarray:
         """Return the ascending record numbers of a split, int64 (n,)."""
@@ -1080,10 +1136,11 @@ class Listing:
     stats: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
+    left_out: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # what is no image, by suffix; folders by "/"
 
 
-def list_images(data_root: Path) -> Listing:
+def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
     """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
 
     One `os.scandir` a class; hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
@@ -1103,7 +1160,7 @@ def list_images(data_root: Path) -> Listing:
         for entry in sorted(_visible(data_root / prefix), key=operator.attrgetter("name")):
             name = entry.name
             if not name.lower().endswith(IMAGE_SUFFIXES):
-                if name not in COMPANION_FOLDERS:
+                if name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored["/" if entry.is_dir() else Path(name).suffix.lower() or name] += 1
                 continue
             problem = _entry_problem(entry)
@@ -1187,7 +1244,7 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
 
 
 # What one look at an image leaves behind; kept for every file in out_dir/scan_cache.npz.
-HEALTH_DTYPE = np.dtype(
+IMAGE_DTYPE = np.dtype(
     [
         ("width", "<i4"),
         ("height", "<i4"),
@@ -1205,9 +1262,9 @@ def check_image(path: Path) -> tuple[np.ndarray, str]:
     """Decode one image and describe it.
 
     Returns:
-        A HEALTH_DTYPE scalar and the reason why the image is broken ('' when it is fine).
+        A IMAGE_DTYPE scalar and the reason why the image is broken ('' when it is fine).
     """
-    health = np.zeros((), dtype=HEALTH_DTYPE)
+    health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = _read_file(path)
         image, mode, orientation = decode_image(data)
@@ -1233,22 +1290,42 @@ def _perceptual_hash(small: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-@dataclass(frozen=True)
-class ImageHealth:
-    """HEALTH_DTYPE row and reason for every path of a listing, in its order."""
+class FileKind(NamedTuple):
+    """A kind of files that the scan looks at."""
 
-    rows: np.ndarray
+    name: str
+    dtype: np.dtype
+    check: Callable[[Path], tuple[np.ndarray, str]]  # path -> row, and the reason why the file is broken or ''
+
+
+IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
+
+
+@dataclass(frozen=True)
+class FileHealth:
+    """What one look at each of many files left behind."""
+
+    paths: Sequence[str]
+    stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
+    rows: np.ndarray  # (N,) structured, of the kind's dtype
     reasons: dict[str, str]  # path -> why it is broken
 
 
-def check_images(data_root: Path, listing: Listing, cache_path: Path) -> ImageHealth:
-    """Look at every image once, in parallel; files whose size and time are those in the cache are not opened again."""
-    rows = np.zeros(len(listing.paths), dtype=HEALTH_DTYPE)
+def check_files(root: Path, paths: Sequence[str], stats: np.ndarray, kind: FileKind, cache_path: Path) -> FileHealth:
+    """Look at every file once, in parallel; those whose size and time are those in the cache are not opened again.
+
+    Args:
+        root, paths: the files; a path may also be absolute.
+        stats: int64 (N, 2), size in bytes and mtime in ns.
+        kind: of files, and how to look at one.
+        cache_path: what `save_scan_cache` wrote.
+    """
+    rows = np.zeros(len(paths), dtype=kind.dtype)
     reasons: dict[str, str] = {}
-    known = _load_scan_cache(cache_path, data_root)
+    known = _load_scan_cache(cache_path, root, kind.dtype)
     todo = []
-    for index, path in enumerate(listing.paths):
-        cached = known.get((path, *listing.stats[index].tolist()))
+    for index, path in enumerate(paths):
+        cached = known.get((path, *stats[index].tolist()))
         if cached is None:
             todo.append(index)
             continue
@@ -1256,38 +1333,40 @@ def check_images(data_root: Path, listing: Listing, cache_path: Path) -> ImageHe
         if reason:
             reasons[path] = reason
     cores = count_cores()
-    with ThreadPoolExecutor(cores) as pool, progress((), len(todo), "checking images", "image") as bar:
+    with ThreadPoolExecutor(cores) as pool, progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
         for start in range(0, len(todo), 32 * cores):  # in portions: Ctrl-C waits for what has been handed to the pool
             portion = todo[start : start + 32 * cores]
-            results = pool.map(lambda index: check_image(data_root / listing.paths[index]), portion)
+            results = pool.map(lambda index: kind.check(root / paths[index]), portion)
             for index, (row, reason) in zip(portion, results, strict=True):
                 rows[index] = row
                 if reason:
-                    reasons[listing.paths[index]] = reason
+                    reasons[paths[index]] = reason
                 bar.update()
-    return ImageHealth(rows, reasons)
+    return FileHealth(paths, stats, rows, reasons)
 
 
-def save_scan_cache(cache_path: Path, data_root: Path, listing: Listing, health: ImageHealth) -> None:
-    """Write what the scan learned, keyed by path, size and time of each file."""
-    table = PathTable(listing.paths)
+def save_scan_cache(cache_path: Path, root: Path, health: FileHealth) -> None:
+    """Write what looking at the files told, keyed by path, size and time of each."""
+    table = PathTable(health.paths)
     with atomic_file(cache_path) as file:
         np.savez(
             file,
-            root=np.array(str(data_root.resolve())),
+            root=np.array(str(root.resolve())),
             offsets=table.offsets,
             data=table.data,
-            stats=listing.stats,
+            stats=health.stats,
             rows=health.rows,
             reasons=np.array(json.dumps(health.reasons)),
         )
 
 
-def _load_scan_cache(cache_path: Path, data_root: Path) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
-    """Return {(path, size, mtime_ns): (health row, reason)}; {} when there is no cache of this data_root and format."""
+def _load_scan_cache(
+    cache_path: Path, root: Path, dtype: np.dtype
+) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
+    """Return {(path, size, mtime_ns): (row, reason)}; {} when there is no cache of this folder and format."""
     try:
         with np.load(cache_path, allow_pickle=False) as cache:
-            if str(cache["root"]) != str(data_root.resolve()) or cache["rows"].dtype != HEALTH_DTYPE:
+            if str(cache["root"]) != str(root.resolve()) or cache["rows"].dtype != dtype:
                 return {}
             offsets, data, stats, rows = (
                 cache["offsets"].tolist(),
@@ -1531,16 +1610,25 @@ class Scan:
     report: dict[str, Any]
     fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
-    health: ImageHealth
+    health: FileHealth  # of the listing
+    mask_health: FileHealth | None = None
+
+    def save_caches(self, out_dir: Path) -> None:
+        """Write what looking at images and masks told, so that a second start need not look again."""
+        save_scan_cache(out_dir / "scan_cache.npz", self.records.root, self.health)
+        if self.mask_health is not None:
+            save_scan_cache(out_dir / "mask_cache.npz", self.records.root, self.mask_health)
 
 
 def scan_dataset(config: Config) -> Scan:
     """List, check, merge, group and split the data; read data_root and the cache in out_dir, write nothing.
 
+    Masks are not looked for: `attach_masks` does that.
+
     Raises:
         UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
     """
-    listing = list_images(config.data_root)
+    listing = list_images(config.data_root, config.masks_dirname)
     if not listing.all_folders:
         raise UserError("holds no class folders", f"--data_root {config.data_root}", DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
@@ -1551,7 +1639,7 @@ def scan_dataset(config: Config) -> Scan:
     if not listing.paths:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         raise UserError(f"holds no images{instead}", f"--data_root {config.data_root}", DATA_TREE)
-    health = check_images(config.data_root, listing, config.out_dir / "scan_cache.npz")
+    health = check_files(config.data_root, listing.paths, listing.stats, IMAGE_KIND, config.out_dir / "scan_cache.npz")
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -1569,9 +1657,9 @@ def scan_dataset(config: Config) -> Scan:
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = connect(len(paths), edges)
     shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
-    records = Records(
-        config.data_root, names, PathTable(paths), labels, groups, assign_splits(labels, groups, shares, config.seed)
-    )
+    splits = assign_splits(labels, groups, shares, config.seed)
+    no_masks = PathTable([""] * len(paths))
+    records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, no_masks, config.masks_dirname)
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -1585,9 +1673,8 @@ def scan_dataset(config: Config) -> Scan:
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     report["warnings"] += find_warnings(records, config)
     fingerprint = hashlib.sha256("\n".join(paths).encode() + health.rows["digest"][order].tobytes()).hexdigest()[:16]
-    return Scan(
-        records, report | {"classes": count_classes(records, listing, health, class_of)}, fingerprint, listing, health
-    )
+    report["classes"] = count_classes(records, listing, health, class_of)
+    return Scan(records, report, fingerprint, listing, health)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
@@ -1600,18 +1687,21 @@ def describe_ignored(ignored: Counter[str]) -> str:
 
 def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequence[str]) -> tuple[Listing, Counter[str]]:
     """Return the listing without dropped classes and excluded files, and how many files each glob matches."""
-    kept, matched = [], Counter({glob: 0 for glob in globs})
+    kept, left_out, matched = [], [], Counter({glob: 0 for glob in globs})
     for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
         name = path.rsplit("/", 1)[-1]
         hits = [glob for glob in globs if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob)]
         matched.update(hits)
         if not hits and class_of[folder] is not None:
             kept.append(index)
+        else:
+            left_out.append(path)
     return dataclasses.replace(
         listing,
         paths=[listing.paths[i] for i in kept],
         folders=[listing.folders[i] for i in kept],
         stats=listing.stats[kept],
+        left_out=left_out,
     ), matched
 
 
@@ -1627,7 +1717,7 @@ def find_duplicates(health: np.ndarray, near_dup_bits: int) -> dict[str, np.ndar
     }
 
 
-def describe_health(listing: Listing, health: ImageHealth, class_of: dict[str, str | None]) -> dict[str, Any]:
+def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, str | None]) -> dict[str, Any]:
     """Return the parts of the data report that speak of single images: quarantine, sizes, modes, orientation."""
     rows = health.rows[~health.rows["broken"]]
     quarantined = [
@@ -1698,7 +1788,7 @@ def find_warnings(records: Records, config: Config) -> list[str]:
 
 
 def count_classes(
-    records: Records, listing: Listing, health: ImageHealth, class_of: dict[str, str | None]
+    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None]
 ) -> dict[str, dict[str, int]]:
     """Return per class: usable and quarantined images, groups, and images in each split."""
     broken = Counter(
@@ -1832,6 +1922,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         for item in items
     )
     group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
+    mask_of = {records.paths[i]: records.masks[i] for i in range(len(records.paths))}
     kept = {item for _, item, _ in rows}
     notes = []
     if gone := [item for _, item, _ in rows if item not in group_of]:
@@ -1845,52 +1936,327 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         labels=np.array([label for label, _, _ in rows], dtype=np.int32),
         groups=np.array(groups, dtype=np.int32),
         splits=np.array([split for _, _, split in rows], dtype=np.int8),
+        masks=PathTable([mask_of.get(item, "") for _, item, _ in rows]),
     ), notes
+
+
+# ======================================================================================================================
+# 06  MASKS
+# ======================================================================================================================
+# Which pixels of a crop are the object: masks and cutouts are found, checked, read and applied. Raises UserError where
+# masks are asked for and there are none; a mask that cannot be used is refused by name and reason.
+MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("digest", "<u8"), ("broken", "?")])
+
+
+def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
+    """Read a mask, or the alpha of a cutout, as bool (H, W): True is object.
+
+    Raises:
+        ImageError: with the reason, whatever is wrong with the file.
+    """
+    return decode_mask(_read_file(path), is_alpha)
+
+
+def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
+
+    Raises:
+        ImageError: with the reason.
+    """
+    with opened_image(data) as image:
+        upright = ImageOps.exif_transpose(image)
+        if is_alpha:
+            if not upright.has_transparency_data:
+                raise ImageError("has no alpha channel")
+            return np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL
+        if upright.mode in ("1", "L"):
+            return np.asarray(upright.convert("L")) > MASK_LEVEL
+        return _to_rgb(upright).max(axis=2) > MASK_LEVEL  # drawn in colours; what is transparent becomes gray 114
+
+
+def check_mask(masks_dirname: str, path: Path) -> tuple[np.ndarray, str]:
+    """Decode one mask and describe it: a MASK_DTYPE scalar, and the reason why it cannot be used or ''."""
+    row = np.zeros((), dtype=MASK_DTYPE)
+    try:
+        data = _read_file(path)
+        mask = decode_mask(data, is_alpha_file(path, masks_dirname))
+    except ImageError as error:
+        row["broken"] = True
+        return row, str(error)
+    row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
+    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return row, "" if 0 < row["area"] < 1 else f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
+
+
+def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
+    """Say whether it is the alpha of a file that counts: cutouts, and crops that bring their own."""
+    return Path(path).parent.name != masks_dirname
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """The PNG files in the mask and cutout folders of all classes."""
+
+    paths: dict[str, str]  # by NFC path with the suffix in lower case
+    stats: dict[str, tuple[int, int]]  # size in bytes and mtime in ns, by path
+    problems: dict[str, str]  # path -> reason
+
+
+def list_mask_files(config: Config, folders: Iterable[str]) -> MaskFiles:
+    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out."""
+    files = MaskFiles({}, {}, {})
+    roots = [config.data_root, *([config.masks_out.absolute()] if config.masks_out else [])]
+    for root, folder in itertools.product(roots, sorted(folders)):
+        for dirname in (CUTOUTS_DIRNAME, config.masks_dirname):
+            prefix = f"{folder}/{dirname}" if root is config.data_root else f"{root}/{folder}/{dirname}"
+            if not (config.data_root / prefix).is_dir():
+                continue
+            for entry in sorted(_visible(config.data_root / prefix), key=operator.attrgetter("name")):
+                path = f"{prefix}/{entry.name}"
+                if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    continue
+                problem = _entry_problem(entry) or "is no PNG" * (not entry.name.lower().endswith(".png"))
+                if problem:
+                    files.problems[path] = problem
+                    continue
+                status = entry.stat()
+                files.paths[_mask_key(path)] = path
+                files.stats[path] = (status.st_size, status.st_mtime_ns)
+    return files
+
+
+def _mask_key(path: str) -> str:
+    return unicodedata.normalize("NFC", path[:-4] + path[-4:].lower())
+
+
+def mask_names(config: Config, path: str) -> list[str]:
+    """Return where the mask of a crop may lie, best first: cutouts before masks, data_root before --masks_out.
+
+    `<file name>_mask.png` tells apart crops that differ in their suffix only.
+    """
+    folder, name = path.split("/", 1)[0], path.rsplit("/", 1)[-1]
+    stem = name.rsplit(".", 1)[0]
+    inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
+    inside += [f"{config.masks_dirname}/{found}.png" for found in (f"{name}_mask", f"{stem}_mask", stem)]
+    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    return [f"{root}{folder}/{item}" for root in roots for item in inside]
+
+
+def attach_masks(scan: Scan, config: Config) -> Scan:
+    """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
+    records, listing = scan.records, scan.listing
+    files = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.left_out)})
+    crops = {path: (row, stat) for path, row, stat in zip(listing.paths, scan.health.rows, listing.stats, strict=True)}
+    choices = [_mask_choices(records.paths[i], config, files, crops) for i in range(len(records.paths))]
+    paths = sorted({path for choice in choices for path in choice})
+    stats = [files.stats[path] if path in files.stats else crops[path][1] for path in paths]
+    kind = FileKind("mask", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
+    health = check_files(
+        config.data_root, paths, np.array(stats, dtype=np.int64).reshape(-1, 2), kind, config.out_dir / "mask_cache.npz"
+    )
+    row_of, refused = dict(zip(paths, health.rows, strict=True)), dict(files.problems)
+    found = []
+    for i, choice in enumerate(choices):
+        crop = crops[records.paths[i]][0]
+        reasons = {path: health.reasons.get(path) or _misfit(row_of[path], crop) for path in choice}
+        refused |= {path: reason for path, reason in reasons.items() if reason and path in files.stats}
+        found.append(next((path for path, reason in reasons.items() if not reason), ""))
+    refused |= {path: "has no image" for path in _orphans(files, listing)}
+    report = scan.report | {"masks": describe_masks(records, found, refused, config)}
+    report["classes"] = {
+        name: row | {"masks": sum(map(bool, itertools.compress(found, records.labels == label)))}
+        for label, (name, row) in enumerate(report["classes"].items())
+    }
+    return dataclasses.replace(
+        scan, records=dataclasses.replace(records, masks=PathTable(found)), report=report, mask_health=health
+    )
+
+
+def _mask_choices(path: str, config: Config, files: MaskFiles, crops: dict[str, Any]) -> list[str]:
+    names = mask_names(config, path) if files.paths else []
+    own_alpha = [path] * (str(crops[path][0]["mode"]) in ("RGBA", "LA", "PA"))
+    return [files.paths[key] for key in map(_mask_key, names) if key in files.paths] + own_alpha
+
+
+def _misfit(mask: np.void, crop: np.void) -> str:
+    """Return why a mask does not fit its crop, or ''."""
+    (width, height), (crop_width, crop_height) = (mask["width"], mask["height"]), (crop["width"], crop["height"])
+    if abs(width * crop_height - height * crop_width) <= MASK_ASPECT_TOLERANCE * height * crop_width:
+        return ""
+    return f"is {width} x {height} px, which does not fit a crop of {crop_width} x {crop_height} px"
+
+
+def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
+    """Return the mask files whose name belongs to no image, neither a usable nor a broken nor a left-out one."""
+    every = (*listing.paths, *listing.left_out, *(path for path, _ in listing.problems))
+    known = {
+        _mask_key(f"{folder}/{name}") for folder, name in ((p.split("/", 1)[0], p.rsplit("/", 1)[-1]) for p in every)
+    }
+    known |= {name.rsplit(".", 1)[0] for name in known}
+    orphans = []
+    for key, path in files.paths.items():
+        folder, _, name = key[:-4].rsplit("/", 2)
+        stems = {name, name.removesuffix("_mask"), name.removesuffix("_cutout")}
+        if not any(f"{folder.rsplit('/', 1)[-1]}/{stem}" in known for stem in stems):
+            orphans.append(path)
+    return orphans
+
+
+def describe_masks(records: Records, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
+    """Return the part of the data report that speaks of masks."""
+    kinds = Counter(
+        "none"
+        if not path
+        else "own_alpha"
+        if path == records.paths[i]
+        else "cutouts"
+        if is_alpha_file(path, config.masks_dirname)
+        else "masks"
+        for i, path in enumerate(found)
+    )
+    return {
+        "usable": len(found) - kinds["none"],
+        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
+        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
+    }
+
+
+def check_masks_usable(scan: Scan, config: Config) -> None:
+    """Refuse to train with masks where there are none.
+
+    Raises:
+        UserError: --crop_mode mask or mix, and no crop has a usable mask.
+    """
+    if config.crop_mode == "bbox" or scan.records.has_mask.any():
+        return
+    refused = scan.report["masks"]["refused"]
+    first = f" ({len(refused)} are refused, the first: {refused[0]['path']}: {refused[0]['reason']})" if refused else ""
+    what = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
+    raise UserError(what, f"--crop_mode {config.crop_mode}", MASKS_WAYS_OUT)
+
+
+def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Read a crop and, for the masked view, its mask.
+
+    Returns:
+        Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
+        and the reason why a mask that was there at the scan cannot be had, or ''.
+
+    Raises:
+        ImageError: the crop itself cannot be read.
+    """
+    path, mask_path = records.paths[row], records.masks[row]
+    image = load_image(records.root / path)
+    if not (view and mask_path):
+        return image, None, ""
+    try:
+        mask = load_mask(records.root / mask_path, is_alpha_file(mask_path, records.masks_dirname))
+    except ImageError as error:
+        return image, None, str(error)
+    size = (image.shape[1], image.shape[0])
+    return image, np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)).astype(np.uint8) * 255, ""
+
+
+class Fill(NamedTuple):
+    """What replaces the background of a masked crop."""
+
+    kind: str  # as --mask_fill has it
+    colour: tuple[int, int, int]  # RGB; random has one of its own for each training sample, and this one otherwise
+
+
+def make_fill(config: Config, mean: Sequence[float]) -> Fill:
+    """Return the fill that --mask_fill asks for; `mean` is the one that the model subtracts, in 0..1."""
+    gray = (PADDING_GRAY,) * 3
+    colours = {"black": (0, 0, 0), "mean": tuple(round(255 * value) for value in mean)}
+    return Fill(config.mask_fill, colours.get(config.mask_fill, gray))
+
+
+def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int | None) -> np.ndarray:
+    """Return a copy of the image (H, W, 3) whose pixels outside the mask, uint8 (H, W), are replaced.
+
+    Args:
+        image, mask: of one size; above MASK_LEVEL is object.
+        fill: by what.
+        seed: of the colour that `random` draws in training; None in evaluation.
+    """
+    background = mask <= MASK_LEVEL
+    filled = image.copy()
+    if fill.kind == "blur":
+        filled[background] = _blur_background(image, background)[background]
+    elif fill.kind == "random" and seed is not None:
+        filled[background] = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
+    else:
+        filled[background] = fill.colour
+    return filled
+
+
+def _blur_background(image: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return each pixel's mean over the background around it; the object's colours take no part in it."""
+    import cv2
+
+    side = (max(3, image.shape[1] // 4), max(3, image.shape[0] // 4))
+    weight = background.astype(np.float32)
+    total = cv2.blur(image * weight[:, :, None], side)
+    return np.rint(total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]).clip(0, 255).astype(np.uint8)
 
 
 # ======================================================================================================================
 # 07  AUGMENTATION
 # ======================================================================================================================
-# (image, seed) -> uint8 image. Nothing global: the randomness of a sample is a function of its seed alone.
-Transform = Callable[[np.ndarray, int], np.ndarray]  # (uint8 (H, W, 3), seed) -> uint8 (img_size, img_size, 3)
+# (image, mask, seed) -> uint8 image. Nothing global: the randomness of a sample is a function of its seed alone.
+# uint8 (H, W, 3), uint8 (H, W) or None for the crop as it is, seed -> uint8 (img_size, img_size, 3)
+Transform = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
 
 
-def build_transform(img_size: int, augment: bool) -> Transform:
-    """Return the function that makes a crop a square model input: gray letterbox, in training followed by augmentation."""
+def build_transform(img_size: int, augment: bool, fill: Fill | None = None) -> Transform:
+    """Return the function that makes a crop a square model input: gray letterbox, in training followed by augmentation.
+
+    Image and mask move together; then `fill` replaces what is outside the mask, padding included; colours change last, so that
+    a fill is seen as the camera would see it.
+    """
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
-    letterbox = [
-        A.LongestMaxSize(img_size, area_for_downscale="image"),
-        A.PadIfNeeded(img_size, img_size, border_mode=cv2.BORDER_CONSTANT, fill=PADDING_GRAY),
-    ]
-    pipeline = A.Compose(letterbox + (_augmentations(A, cv2) if augment else []))
-
-    return functools.partial(
-        apply_transform, pipeline
-    )  # unlike a closure it can be sent to a worker that was not forked
+    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": PADDING_GRAY}
+    letterbox = [A.LongestMaxSize(img_size, area_for_downscale="image_mask"), A.PadIfNeeded(img_size, img_size, **gray)]
+    # Masks are interpolated like images, and cut at half height again: nearest would shift their edges by up to half a pixel.
+    moves = A.Compose(letterbox + (_moves(A, gray) if augment else []), mask_interpolation=cv2.INTER_LINEAR)
+    looks = A.Compose(_looks(A) if augment else [])
+    # Unlike a closure, a partial can be sent to a worker that was not forked.
+    return functools.partial(_transform, moves, looks, fill or Fill("gray", (PADDING_GRAY,) * 3))
 
 
-def apply_transform(pipeline: Any, image: np.ndarray, seed: int) -> np.ndarray:
-    """Apply an albumentations Compose with the randomness of `seed` alone."""
+def _transform(moves: Any, looks: Any, fill: Fill, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
     # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-    return np.ascontiguousarray(pipeline(image=image)["image"])
+    generators = np.random.default_rng(seed), random.Random(seed)
+    moves.set_random_state(*generators)
+    looks.set_random_state(*generators)
+    if mask is None:
+        image = moves(image=image)["image"]
+    else:
+        moved = moves(image=image, mask=mask)
+        image = fill_background(moved["image"], moved["mask"], fill, seed if looks.transforms else None)
+    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
 
 
-def _augmentations(A: Any, cv2: Any) -> list[Any]:  # noqa: N803  the library's own short name
-    """Views, lights and cameras of a workbench: tools lie in any direction, crops are loose, pictures are compressed.
+def _moves(A: Any, gray: dict[str, Any]) -> list[Any]:  # noqa: N803  the library's own short name
+    """Views of a workbench: tools lie in any direction, crops are loose.
 
     The probabilities are low on purpose: a frozen backbone knows upright, clean photos best. On tools17 with twice these (and
     rotation in half of the samples) prototype matching lost 3 to 4 points, more than any other choice of the recipe moved.
     """
-    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": PADDING_GRAY}
     return [
         A.HorizontalFlip(p=0.5),
         A.Affine(rotate=(-180, 180), p=0.2, **gray),
         A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
         A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
+    ]
+
+
+def _looks(A: Any) -> list[Any]:  # noqa: N803
+    """Lights and cameras, compressed pictures, and things that lie in the way."""
+    return [
         A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
         A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
         A.RandomGamma(gamma_limit=(75, 130), p=0.12),
@@ -1918,38 +2284,49 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
-    failures: list[tuple[int, str]]  # record number and reason of the images that could not be read
+    views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
+    failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
+
+
+class SampleKey(NamedTuple):
+    """What a sample is a function of, besides the files."""
+
+    row: int
+    seed: int  # of its augmentation
+    view: int  # into VIEW_NAMES; a crop without a usable mask is shown as it is in either
 
 
 class CropDataset(Dataset):
-    """Crops by (row, seed): a sample knows its randomness, so workers have none of their own."""
+    """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
     def __init__(self, records: Records, transform: Transform) -> None:
         self.records, self.transform = records, transform
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, int, str]:
-        row, seed = key
+    def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         try:
-            image = load_image(self.records.root / self.records.paths[row])
+            image, mask, reason = load_crop(self.records, key.row, key.view)
         except ImageError as error:
-            return None, row, str(error)
-        return self.transform(image, seed), row, ""
+            return None, key, f"cannot be read any more and is left out: {error}"
+        lost = f"is used with its background, since its mask cannot be read any more: {reason}" if reason else ""
+        return self.transform(image, mask, key.seed), key, lost
 
-    def collate(self, samples: list[tuple[np.ndarray | None, int, str]]) -> Batch:
+    def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
         """Stack the samples that could be read."""
-        failures = [(row, reason) for image, row, reason in samples if image is None]
-        rows = np.array([row for image, row, _ in samples if image is not None], dtype=np.int64)
-        images = (
-            np.stack([image for image, _, _ in samples if image is not None])
-            if len(rows)
-            else np.zeros((0, 1, 1, 3), np.uint8)
+        images = [image for image, _, _ in samples if image is not None]
+        stacked = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        keys = [key for image, key, _ in samples if image is not None]
+        rows = np.array([key.row for key in keys], dtype=np.int64)
+        return Batch(
+            torch.from_numpy(stacked).permute(0, 3, 1, 2),
+            torch.from_numpy(self.records.labels[rows].astype(np.int64)),
+            torch.from_numpy(rows),
+            torch.tensor([key.view for key in keys], dtype=torch.uint8),
+            [(key.row, reason) for _, key, reason in samples if reason],
         )
-        labels = torch.from_numpy(self.records.labels[rows].astype(np.int64))
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), labels, torch.from_numpy(rows), failures)
 
 
 class EpochSampler(Sampler):
-    """Batches of (row, seed) for one epoch; `epoch` is set by the training loop, all else follows from it.
+    """Batches of sample keys for one epoch; `epoch` is set by the training loop, all else follows from it.
 
     Plain: every training image once. Balanced: `per_class` images of every class, continuing each epoch where the last one
     stopped in an endless sequence of shuffles of the class.
@@ -1958,20 +2335,22 @@ class EpochSampler(Sampler):
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
         self.rows, self.labels, self.epoch = rows, labels, 0
         self.seed, self.batch = config.seed, config.batch
+        self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
 
     def __len__(self) -> int:
         samples = len(self.rows) if self.per_class is None else self.per_class * len(np.unique(self.labels[self.rows]))
         return len(batch_borders(samples, self.batch)) - 1
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
+        views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
         seen: Counter[int] = Counter()
         for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
             keys = []
-            for row in rows[start:stop].tolist():
-                keys.append((row, sample_seed(self.seed, self.epoch, row, seen[row])))
+            for row, view in zip(rows[start:stop].tolist(), views[start:stop].tolist(), strict=True):
+                keys.append(SampleKey(row, sample_seed(self.seed, self.epoch, row, seen[row]), int(view)))
                 seen[row] += 1
             yield keys
 
@@ -2001,7 +2380,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Runtime) -> DataLoader:
-    """Return a loader over batches of (row, seed); the number of workers does not change what it yields."""
+    """Return a loader over batches of sample keys; the number of workers does not change what it yields."""
     workers = min(config.workers, count_cores())
     return DataLoader(
         dataset,
@@ -2020,9 +2399,18 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def eval_batches(rows: np.ndarray, batch: int) -> list[list[tuple[int, int]]]:
-    """Return batches of (row, 0) in order."""
-    return [[(row, 0) for row in rows[start : start + batch].tolist()] for start in range(0, len(rows), batch)]
+def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:
+    """Return the samples that evaluation looks at: bbox and mask see each crop once, mix those with a mask both ways."""
+    has_mask = records.has_mask[rows]
+    keys = [
+        SampleKey(row, 0, int(view)) for row, view in zip(rows.tolist(), has_mask & (crop_mode == "mask"), strict=True)
+    ]
+    return keys + [SampleKey(row, 0, 1) for row in rows[has_mask & (crop_mode == "mix")].tolist()]
+
+
+def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
+    """Return the keys in order, `batch` at a time."""
+    return [keys[start : start + batch] for start in range(0, len(keys), batch)]
 
 
 # ======================================================================================================================
@@ -2614,6 +3002,7 @@ class Gallery:
     stacks: np.ndarray  # (N, D) float32 unit norm, grouped by class
     stack_labels: np.ndarray  # (N,) int64
     stack_paths: tuple[str, ...]
+    stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
     thresholds: np.ndarray  # (C,) float32, score below which the answer is `unknown`
     matcher: str  # centroid or knn
     knn_k: int
@@ -2676,26 +3065,31 @@ class Embedded:
     """Embeddings of some records."""
 
     rows: np.ndarray  # (n,) int64 record numbers
+    views: np.ndarray  # (n,) uint8 into VIEW_NAMES
     labels: np.ndarray  # (n,) int64
     values: np.ndarray  # (n, D) float32 unit norm
+
+    def take(self, chosen: np.ndarray) -> Embedded:
+        """Return some of them, by positions or by a mask."""
+        return Embedded(self.rows[chosen], self.views[chosen], self.labels[chosen], self.values[chosen])
 
 
 def build_gallery(records: Records, references: Embedded, val: Embedded, max_refs_per_class: int | None) -> Gallery:
     """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val."""
     num_classes = len(records.class_names)
-    order = np.argsort(references.labels, kind="stable")
-    labels, values, rows = references.labels[order], references.values[order], references.rows[order]
-    centroids = class_centroids(values, labels, num_classes)
+    stacks = references.take(np.argsort(references.labels, kind="stable"))
+    centroids = class_centroids(stacks.values, stacks.labels, num_classes)
     if max_refs_per_class is not None:
-        members = [np.flatnonzero(labels == label) for label in range(num_classes)]
-        kept = np.concatenate([own[choose_references(values[own], max_refs_per_class)] for own in members])
-        labels, values, rows = labels[kept], values[kept], rows[kept]
+        members = [np.flatnonzero(stacks.labels == label) for label in range(num_classes)]
+        kept = [own[choose_references(stacks.values[own], max_refs_per_class)] for own in members]
+        stacks = stacks.take(np.concatenate(kept))
     gallery = Gallery(
         records.class_names,
         centroids,
-        values,
-        labels,
-        tuple(records.paths[row] for row in rows.tolist()),
+        stacks.values,
+        stacks.labels,
+        tuple(records.paths[row] for row in stacks.rows.tolist()),
+        stacks.views,
         np.zeros(num_classes, np.float32),
         "centroid",
         KNN_CHOICES[0],
@@ -2767,6 +3161,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
             stacks=gallery.stacks,
             stack_labels=gallery.stack_labels,
             stack_paths=np.array(gallery.stack_paths, dtype=np.str_),
+            stack_views=gallery.stack_views,
             id2cls=np.array(gallery.class_names, dtype=np.str_),
             cls2id=np.array(json.dumps(numbers, ensure_ascii=False)),
             thresholds=gallery.thresholds,
@@ -2797,12 +3192,16 @@ class Job:
         """What a checkpoint must have in common with this run."""
         return make_identity(self.config, self.records.class_names, self.info)
 
+    def transform(self, augment: bool) -> Transform:
+        """Return what makes a crop the model's input."""
+        return build_transform(self.config.img_size, augment, make_fill(self.config, self.info.mean))
+
     def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
-        """Name the images that could not be read, each once."""
+        """Name the images and masks that could not be read, each once."""
         for row, reason in failures:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
-                self.run.log(f"warning: {self.records.paths[row]} cannot be read any more and is left out: {reason}")
+                self.run.log(f"warning: {self.records.paths[row]} {reason}")
 
 
 @dataclass(frozen=True)
@@ -2810,43 +3209,48 @@ class Features:
     """Backbone outputs of some records."""
 
     rows: np.ndarray  # (n,) int64
+    views: np.ndarray  # (n,) uint8 into VIEW_NAMES
     values: torch.Tensor  # (n, feature_dim) float32 on the CPU
 
 
 class FeatureBank:
-    """Features of whole splits without augmentation. A frozen backbone sees each image once; otherwise they are made anew."""
+    """Features of whole splits without augmentation. A frozen backbone sees each view once; otherwise they are made anew."""
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job, self._backbone, self._kept = job, backbone, {}
-        self._dataset = CropDataset(job.records, build_transform(job.config.img_size, augment=False))
+        self._dataset = CropDataset(job.records, job.transform(augment=False))
 
     def get(self, split: str, per_class: int | None = None) -> Features:
         """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
         if split in self._kept:
             return self._kept[split]
-        rows = self._job.records.rows(split)
-        if self._backbone.frozen:
-            return self._kept.setdefault(split, self._extract(rows, split))
-        return self._extract(first_of_each_class(rows, self._job.records.labels, per_class), split)
+        records, rows = self._job.records, self._job.records.rows(split)
+        if not self._backbone.frozen:
+            rows = first_of_each_class(rows, records.labels, per_class)
+        features = self.extract(eval_keys(records, rows, self._job.config.crop_mode), split)
+        return self._kept.setdefault(split, features) if self._backbone.frozen else features
 
-    def _extract(self, rows: np.ndarray, split: str) -> Features:
+    def extract(self, keys: list[SampleKey], name: str) -> Features:
+        """Return the features of some samples; `name` is for the progress bar.
+
+        Raises:
+            UserError: not one of them can be read.
+        """
         job = self._job
         network = job.runtime.wrap(self._backbone.eval())
-        loader = make_loader(self._dataset, eval_batches(rows, job.config.batch), job.config, job.runtime)
-        kept_rows, values = [], []
+        loader = make_loader(self._dataset, cut_batches(keys, job.config.batch), job.config, job.runtime)
+        rows, views, values = [], [], []
         with torch.inference_mode():
-            for batch in progress(loader, len(loader), f"embedding {split}"):
+            for batch in progress(loader, len(loader), f"embedding {name}"):
                 job.note_failures(batch.failures)
                 if len(batch.rows):
-                    kept_rows.append(batch.rows.numpy())
+                    rows.append(batch.rows.numpy())
+                    views.append(batch.views.numpy())
                     values.append(network(batch.images.to(job.runtime.device, non_blocking=True)).cpu())
         if not values:
-            raise UserError(
-                f"none of the {len(rows)} {split} images can be read any more",
-                str(job.records.root),
-                "restore the images",
-            )
-        return Features(np.concatenate(kept_rows), torch.cat(values))
+            what = f"none of the {len(keys)} {name} images can be read any more"
+            raise UserError(what, str(job.records.root), "restore the images")
+        return Features(np.concatenate(rows), np.concatenate(views), torch.cat(values))
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
@@ -2864,13 +3268,14 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
     model.eval()
     with torch.inference_mode():
         parts = [model.embed(part.to(job.runtime.device)).cpu() for part in features.values.split(4096)]
-    return Embedded(features.rows, job.records.labels[features.rows].astype(np.int64), torch.cat(parts).numpy())
+    labels = job.records.labels[features.rows].astype(np.int64)
+    return Embedded(features.rows, features.views, labels, torch.cat(parts).numpy())
 
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     config, records = job.config, job.records
-    dataset = CropDataset(records, build_transform(config.img_size, augment=True))
+    dataset = CropDataset(records, job.transform(augment=True))
     sampler = EpochSampler(records.rows("train"), records.labels, config)
     loader = make_loader(dataset, sampler, config, job.runtime)
     while state.epoch < config.epochs:
@@ -2878,7 +3283,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
         sampler.epoch = state.epoch
         train, train_per_class = train_epoch(job, state, loader)
         state.epoch += 1
-        val, val_per_class = evaluate_val(job, state.model, bank)
+        val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
         if not math.isfinite(val["loss"]):  # the last update of the epoch, which no training loss has seen
             raise Diverged(describe_divergence(state.step, state.epoch, job.run.path))
         record = {
@@ -2886,6 +3291,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             "lr": state.optimizer.param_groups[0]["lr"],
             "train": train,
             "val": val,
+            **({"val_by_view": val_by_view} if val_by_view else {}),
             "seconds": round(time.monotonic() - started, 2),
         }
         job.run.log(format_epoch(record, config.epochs))
@@ -2957,12 +3363,23 @@ def describe_divergence(step: int, epoch: int, run_path: Path) -> str:
     return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
 
 
-def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict]:
-    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1."""
+def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
+    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1.
+
+    Returns:
+        Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
+    """
     val = embed(job, model, bank.get("val"))
     references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
-    figures, per_class = score_arcface(job, model, val)
-    return figures | score_matching(references, val, len(job.records.class_names)), per_class
+
+    def score(queries: Embedded) -> tuple[dict, dict]:
+        figures, per_class = score_arcface(job, model, queries)
+        return figures | score_matching(references, queries, len(job.records.class_names)), per_class
+
+    has_mask = job.records.has_mask[val.rows]
+    views = range(2) if job.config.crop_mode == "mix" and has_mask.any() else ()
+    by_view = {VIEW_NAMES[view]: score(val.take(has_mask & (val.views == view)))[0] for view in views}
+    return *score(val), by_view
 
 
 def score_arcface(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
@@ -2981,16 +3398,16 @@ def score_matching(references: Embedded, queries: Embedded, num_classes: int) ->
     )
     return {
         "proto_acc": float((centroid_answers == queries.labels).mean()),
-        "recall_at_1": recall_at_1(references, queries),
+        "recall_at_1": recall_at_1(references.values, references.labels, queries),
     }
 
 
-def recall_at_1(references: Embedded, queries: Embedded) -> float:
+def recall_at_1(stacks: np.ndarray, stack_labels: np.ndarray, queries: Embedded) -> float:
     """Return the share of queries whose nearest reference is of their class."""
     hits = 0
     for start in range(0, len(queries.labels), 1024):
-        nearest = (queries.values[start : start + 1024] @ references.values.T).argmax(axis=1)
-        hits += int((references.labels[nearest] == queries.labels[start : start + 1024]).sum())
+        nearest = (queries.values[start : start + 1024] @ stacks.T).argmax(axis=1)
+        hits += int((stack_labels[nearest] == queries.labels[start : start + 1024]).sum())
     return hits / len(queries.labels)
 
 
@@ -3049,7 +3466,12 @@ def format_epoch(record: dict[str, Any], epochs: int) -> str:
         values = [(name, record[split][key]) for key, name in shown.items() if key in record[split]]
         return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
 
-    return f"epoch {record['epoch']:>3}/{epochs}  train {figures('train')}  |  val {figures('val')}  |  {record['seconds']:.1f} s"
+    by_view = "".join(
+        f"  |  {view} acc {own['acc']:.3f} proto {own['proto_acc']:.3f}"
+        for view, own in record.get("val_by_view", {}).items()
+    )
+    line = f"epoch {record['epoch']:>3}/{epochs}  train {figures('train')}  |  val {figures('val')}{by_view}"
+    return f"{line}  |  {record['seconds']:.1f} s"
 
 
 def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
@@ -3085,9 +3507,8 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
 
 def unit_features(job: Job, features: Features) -> Embedded:
     """Return the features themselves as unit embeddings."""
-    return Embedded(
-        features.rows, job.records.labels[features.rows].astype(np.int64), F.normalize(features.values).numpy()
-    )
+    labels = job.records.labels[features.rows].astype(np.int64)
+    return Embedded(features.rows, features.views, labels, F.normalize(features.values).numpy())
 
 
 def _fit_logistic_regression(job: Job, features: Features) -> Any:
@@ -5538,10 +5959,10 @@ def run_scan(config: Config) -> None:
     check_paths(config)
     if (config.out_dir / "metrics.jsonl").exists():
         raise UserError("holds a run, whose data report would be lost", f"--out_dir {config.out_dir}", "choose another")
-    scan = scan_dataset(config)
+    scan = attach_masks(scan_dataset(config), config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
-        save_scan_cache(config.out_dir / "scan_cache.npz", config.data_root, scan.listing, scan.health)
+        scan.save_caches(config.out_dir)
         write_json(config.out_dir / "data_report.json", scan.report)
     print(
         format_class_table(scan.report),
@@ -5572,8 +5993,9 @@ def run_train(config: Config) -> None:
     resume_path = find_resume_path(config)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
     probe_model(config)  # a mistyped model should not cost a scan
-    scan = scan_dataset(config)
+    scan = attach_masks(scan_dataset(config), config)
     check_trainable(scan, config)
+    check_masks_usable(scan, config)
     records, notes = scan.records, []
     if checkpoint:
         records, notes = reuse_splits(resume_path.with_name("splits.json"), records)
@@ -5606,7 +6028,7 @@ def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
 def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     """Write what is known before training: options, splits, data report, the script itself; start the tracker."""
     config, run = job.config, job.run
-    save_scan_cache(run.path / "scan_cache.npz", config.data_root, scan.listing, scan.health)
+    scan.save_caches(run.path)
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
     write_json(run.path / "config.json", describe_run(job, scan.fingerprint))
     if job.records is scan.records:  # not resumed
@@ -5654,7 +6076,7 @@ def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
 def write_preview(job: Job) -> None:
     """Write preview.jpg: the first 64 augmented crops of the first epoch, 8 by 8."""
     sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-    dataset = CropDataset(job.records, build_transform(job.config.img_size, augment=True))
+    dataset = CropDataset(job.records, job.transform(augment=True))
     keys = [key for keys in sampler for key in keys][:64]
     crops = [image for image, _, _ in map(dataset.__getitem__, keys) if image is not None]
     side = job.config.img_size
@@ -5711,6 +6133,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     )
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
+        pairs = pair_views(job, model, bank, embedded["test"])
+        compare_views(job, gallery, pairs)
     write_report(gather_report(job, gallery, embedded), run.path / "report.html", write_bytes)
     if run.tracker is not None:
         for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
@@ -5733,7 +6157,8 @@ def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
         "interpolation": info.interpolation,
         "padding": PADDING_GRAY,
         "pool": info.pool,
-        "crop_mode": "bbox",
+        "crop_mode": config.crop_mode,
+        "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "config_hash": options_hash,
     }
@@ -5744,13 +6169,11 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     names = job.records.class_names
     scores = gallery.scores(test.values)
     figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
-    stacks = Embedded(np.zeros(0, np.int64), gallery.stack_labels, gallery.stacks)
-    figures["recall_at_1"] = recall_at_1(stacks, test)
+    figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
     arcface = score_arcface(job, model, test)[0]
-    judgement = judge_training(baseline, figures["acc"], len(test.labels))
-    job.run.event(
-        "test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=len(test.labels), **judgement
-    )
+    num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
+    judgement = judge_training(baseline, figures["acc"], num_images)
+    job.run.event("test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=num_images, **judgement)
     shown = (
         ("acc", figures["acc"]),
         ("macro F1", figures["f1_macro"]),
@@ -5760,18 +6183,51 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     job.run.log(
         "test by prototypes: "
         + ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown)
-        + f"; by ArcFace: acc {arcface['acc']:.3f}; {len(test.labels)} images, best epoch's weights"
+        + f"; by ArcFace: acc {arcface['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
     if job.run.tracker is not None:
         job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
 
 
+def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded) -> tuple[Embedded, Embedded]:
+    """Return the queries that have a mask, once as they are and once masked, in the same order; what is missing is embedded."""
+    has_mask = job.records.has_mask
+    rows, pair = np.unique(queries.rows[has_mask[queries.rows]]), []
+    for view, name in enumerate(VIEW_NAMES):
+        known = queries.take((queries.views == view) & has_mask[queries.rows])
+        if len(known.rows) < len(rows):
+            keys = [SampleKey(row, 0, view) for row in rows.tolist()]
+            known = embed(job, model, bank.extract(keys, f"test as {name}"))
+        pair.append(known)
+    common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
+    return tuple(part.take(np.searchsorted(part.rows, common)) for part in pair)
+
+
+def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> None:
+    """Score the same crops with and without their background, and record it."""
+    labels = pair[0].labels
+    if not len(labels):
+        return
+    scores = [gallery.scores(part.values) for part in pair]
+    figures = {}
+    for name, part, own in zip(VIEW_NAMES, pair, scores, strict=True):
+        figures[name] = compute_metrics(log_softmax(own / gallery.temperature), labels, job.records.class_names)[0]
+        figures[name]["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, part)
+    disagree = int((scores[0].argmax(axis=1) != scores[1].argmax(axis=1)).sum())
+    job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
+    shown = ", ".join(
+        f"{text} acc {figures[name]['acc']:.3f} macro F1 {figures[name]['f1_macro']:.3f}"
+        for name, text in (("bbox", "as they are"), ("mask", "masked"))
+    )
+    job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
+
+
 def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
     """Collect what the page shows from the run's files and the final embeddings."""
     run, paths = job.run, job.records.paths
     rows = np.concatenate([part.rows for part in embedded.values()])
-    test = embedded.get("test", Embedded(rows[:0], rows[:0], embedded["train"].values[:0]))
+    test = embedded.get("test", embedded["train"].take(rows[:0]))
     scores = gallery.scores(test.values)
     predictions = scores.argmax(axis=1)
     nearest = nearest_references(gallery, test.values)
