@@ -8,12 +8,13 @@
 A timm backbone (DINOv3 ViT-L by default), an MLP head and an L2 norm are trained with ArcFace; production matches objects
 by cosine against the per-class centroids and reference embeddings of `prototypes.npz`.
 
-Sections (numbers 06 and 16 are kept free for masks and pre-labelling):
+Sections (number 16 is kept free for pre-labelling):
     01  IMPORTS & CONSTANTS
     02  CONFIG & CLI
     03  RUN DIRECTORY & LOGGING
     04  RUNTIME
     05  DATASET SCAN
+    06  MASKS
     07  AUGMENTATION
     08  LOADERS
     09  MODEL
@@ -1019,10 +1020,15 @@ def load_image(path: str | Path) -> np.ndarray:
     Raises:
         ImageError: with the reason, whatever is wrong with the file.
     """
-    return decode_image(_read_file(path))[0]
+    return decode_image(read_file(path))[0]
 
 
-def _read_file(path: str | Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        ImageError: it cannot be read, is empty or larger than MAX_FILE_BYTES.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -1037,7 +1043,7 @@ def _read_file(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open the bytes of an image file and load its pixels.
+    """Open the bytes of an image file; its pixels are decoded when they are first used.
 
     Raises:
         ImageError: with the reason, also for what goes wrong inside the block.
@@ -1046,7 +1052,6 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
-            image.load()
             yield image
     except ImageError:
         raise
@@ -1065,11 +1070,15 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
         ImageError: with the reason.
     """
     with opened_image(data) as image:
-        orientation = image.getexif().get(0x0112, 1)
-        return _to_rgb(ImageOps.exif_transpose(image)), image.mode, orientation if orientation in range(1, 9) else 1
+        mode, orientation = (
+            image.mode,
+            image.getexif().get(0x0112, 1),
+        )  # before decoding: a TIFF turns itself upright in that
+        return to_rgb(ImageOps.exif_transpose(image)), mode, orientation if orientation in range(1, 9) else 1
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent."""
     if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion clips them to white
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
@@ -1112,15 +1121,14 @@ class Records:
     labels: np.ndarray  # (N,) int32 into class_names
     groups: np.ndarray  # (N,) int32: images of one group never straddle splits
     splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
-    masks: (
-        PathTable  # mask, cutout, or the crop itself if its alpha is the mask; relative to root or absolute; '' = none
-    )
     masks_dirname: str = "masks"
+    # Mask or cutout of each, or the crop itself if its alpha is the mask; relative to root or absolute; '' where there is none.
+    masks: PathTable | None = None  # None = not looked for
 
     @property
     def has_mask(self) -> np.ndarray:
         """Say of each record whether it has a usable mask, bool (N,)."""
-        return np.diff(self.masks.offsets) > 0
+        return np.zeros(len(self.paths), dtype=bool) if self.masks is None else np.diff(self.masks.offsets) > 0
 
     def rows(self, split: str) -> np.ndarray:
         """Return the ascending record numbers of a split, int64 (n,)."""
@@ -1147,7 +1155,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
     """
     listing = Listing([], [], np.zeros((0, 2), np.int64), [], [])
     stats: list[int] = []
-    for folder in sorted(_visible(data_root), key=operator.attrgetter("name")):
+    for folder in sorted(visible_entries(data_root), key=operator.attrgetter("name")):
         if not folder.is_dir():
             continue
         if not _is_plain(folder.name):
@@ -1157,13 +1165,13 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         prefix = f"{folder.name}/cropped" if cropped.is_dir() else folder.name
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
-        for entry in sorted(_visible(data_root / prefix), key=operator.attrgetter("name")):
+        for entry in sorted(visible_entries(data_root / prefix), key=operator.attrgetter("name")):
             name = entry.name
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 if name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored["/" if entry.is_dir() else Path(name).suffix.lower() or name] += 1
                 continue
-            problem = _entry_problem(entry)
+            problem = entry_problem(entry)
             if problem:
                 listing.problems.append((f"{prefix}/{name}", problem))
                 continue
@@ -1175,7 +1183,8 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
     return listing
 
 
-def _visible(folder: Path) -> list[os.DirEntry]:
+def visible_entries(folder: Path) -> list[os.DirEntry]:
+    """Return what lies in a folder, but for hidden entries."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
@@ -1185,8 +1194,8 @@ def _is_plain(name: str) -> bool:
     return name.isprintable() or not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
 
 
-def _entry_problem(entry: os.DirEntry) -> str:
-    """Return why an entry cannot be used, or ''."""
+def entry_problem(entry: os.DirEntry) -> str:
+    """Return why a folder's entry cannot be used as a file, or ''."""
     if not _is_plain(entry.name):
         return "the file's name is not UTF-8, or has control characters"
     try:
@@ -1266,7 +1275,7 @@ def check_image(path: Path) -> tuple[np.ndarray, str]:
     """
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
-        data = _read_file(path)
+        data = read_file(path)
         image, mode, orientation = decode_image(data)
     except ImageError as error:
         health["broken"] = True
@@ -1616,7 +1625,7 @@ class Scan:
     def save_caches(self, out_dir: Path) -> None:
         """Write what looking at images and masks told, so that a second start need not look again."""
         save_scan_cache(out_dir / "scan_cache.npz", self.records.root, self.health)
-        if self.mask_health is not None:
+        if self.mask_health is not None and len(self.mask_health.rows):
             save_scan_cache(out_dir / "mask_cache.npz", self.records.root, self.mask_health)
 
 
@@ -1658,8 +1667,7 @@ def scan_dataset(config: Config) -> Scan:
     groups = connect(len(paths), edges)
     shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
     splits = assign_splits(labels, groups, shares, config.seed)
-    no_masks = PathTable([""] * len(paths))
-    records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, no_masks, config.masks_dirname)
+    records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname)
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -1842,7 +1850,8 @@ def check_trainable(scan: Scan, config: Config) -> None:
 
 def format_class_table(report: dict[str, Any]) -> str:
     """Return the per-class table of a data report as aligned text."""
-    columns = ("usable", "quarantined", "groups", *SPLIT_NAMES)
+    shows_masks = report["masks"]["usable"] or report["masks"]["refused"]
+    columns = ("usable", "quarantined", *(["masks"] if shows_masks else []), "groups", *SPLIT_NAMES)
     width = max(5, *(len(name) for name in report["classes"]))
     lines = [f"{'class':<{width}}" + "".join(f"{column:>13}" for column in columns)]
     lines += [
@@ -1859,6 +1868,12 @@ def format_findings(report: dict[str, Any]) -> str:
     lines += [f"  quarantined: {item['path']}: {item['reason']}" for item in report["quarantined"][:10]]
     if len(report["quarantined"]) > 10:
         lines.append(f"  ... and {len(report['quarantined']) - 10} more in data_report.json")
+    masks = report["masks"]
+    if masks["usable"] or masks["refused"]:
+        lines.append(f"masks: {masks['usable']:,} of {report['num_usable']:,} crops have one that can be used")
+    lines += [f"  refused: {item['path']}: {item['reason']}" for item in masks["refused"][:10]]
+    if len(masks["refused"]) > 10:
+        lines.append(f"  ... and {len(masks['refused']) - 10} more in data_report.json")
     lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
     if report["class_map"]:
         lines.append(
@@ -1922,7 +1937,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         for item in items
     )
     group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
-    mask_of = {records.paths[i]: records.masks[i] for i in range(len(records.paths))}
+    mask_of = {records.paths[i]: records.masks[i] for i in np.flatnonzero(records.has_mask).tolist()}
     kept = {item for _, item, _ in rows}
     notes = []
     if gone := [item for _, item, _ in rows if item not in group_of]:
@@ -1954,7 +1969,7 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
     Raises:
         ImageError: with the reason, whatever is wrong with the file.
     """
-    return decode_mask(_read_file(path), is_alpha)
+    return decode_mask(read_file(path), is_alpha)
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
@@ -1971,14 +1986,14 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
             return np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL
         if upright.mode in ("1", "L"):
             return np.asarray(upright.convert("L")) > MASK_LEVEL
-        return _to_rgb(upright).max(axis=2) > MASK_LEVEL  # drawn in colours; what is transparent becomes gray 114
+        return to_rgb(upright).max(axis=2) > MASK_LEVEL  # drawn in colours; what is transparent becomes gray 114
 
 
 def check_mask(masks_dirname: str, path: Path) -> tuple[np.ndarray, str]:
     """Decode one mask and describe it: a MASK_DTYPE scalar, and the reason why it cannot be used or ''."""
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
-        data = _read_file(path)
+        data = read_file(path)
         mask = decode_mask(data, is_alpha_file(path, masks_dirname))
     except ImageError as error:
         row["broken"] = True
@@ -2011,11 +2026,11 @@ def list_mask_files(config: Config, folders: Iterable[str]) -> MaskFiles:
             prefix = f"{folder}/{dirname}" if root is config.data_root else f"{root}/{folder}/{dirname}"
             if not (config.data_root / prefix).is_dir():
                 continue
-            for entry in sorted(_visible(config.data_root / prefix), key=operator.attrgetter("name")):
+            for entry in sorted(visible_entries(config.data_root / prefix), key=operator.attrgetter("name")):
                 path = f"{prefix}/{entry.name}"
                 if not entry.name.lower().endswith(IMAGE_SUFFIXES):
                     continue
-                problem = _entry_problem(entry) or "is no PNG" * (not entry.name.lower().endswith(".png"))
+                problem = entry_problem(entry) or "is no PNG" * (not entry.name.lower().endswith(".png"))
                 if problem:
                     files.problems[path] = problem
                     continue
@@ -2145,9 +2160,9 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     Raises:
         ImageError: the crop itself cannot be read.
     """
-    path, mask_path = records.paths[row], records.masks[row]
-    image = load_image(records.root / path)
-    if not (view and mask_path):
+    image = load_image(records.root / records.paths[row])
+    mask_path = records.masks[row] if view and records.masks is not None else ""
+    if not mask_path:
         return image, None, ""
     try:
         mask = load_mask(records.root / mask_path, is_alpha_file(mask_path, records.masks_dirname))
@@ -2211,8 +2226,8 @@ Transform = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
 def build_transform(img_size: int, augment: bool, fill: Fill | None = None) -> Transform:
     """Return the function that makes a crop a square model input: gray letterbox, in training followed by augmentation.
 
-    Image and mask move together; then `fill` replaces what is outside the mask, padding included; colours change last, so that
-    a fill is seen as the camera would see it.
+    `fill` replaces what is outside the mask, padding included (but for blur); image and mask move together; colours change last,
+    and only those of the object.
     """
     import albumentations as A
     import cv2
@@ -2233,11 +2248,16 @@ def _transform(moves: Any, looks: Any, fill: Fill, image: np.ndarray, mask: np.n
     moves.set_random_state(*generators)
     looks.set_random_state(*generators)
     if mask is None:
-        image = moves(image=image)["image"]
-    else:
-        moved = moves(image=image, mask=mask)
-        image = fill_background(moved["image"], moved["mask"], fill, seed if looks.transforms else None)
-    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+        return np.ascontiguousarray(looks(image=moves(image=image)["image"], force_apply=True)["image"])
+    colour_seed = seed if looks.transforms else None
+    # Filled before it moves: interpolation would draw the background into the object's edge.
+    moved = moves(image=fill_background(image, mask, fill, colour_seed), mask=mask)
+    image, mask = moved["image"], moved["mask"]
+    if fill.kind != "blur":  # once more: the border that moving has opened
+        image = fill_background(image, mask, fill, colour_seed)
+    changed = looks(image=image, force_apply=True)["image"]
+    is_object = mask[:, :, None] > MASK_LEVEL  # the fill keeps its value, for production will see no other
+    return np.ascontiguousarray(np.where(is_object, changed, image))
 
 
 def _moves(A: Any, gray: dict[str, Any]) -> list[Any]:  # noqa: N803  the library's own short name

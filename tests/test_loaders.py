@@ -68,7 +68,7 @@ def test_balanced_epochs_show_every_class_equally_and_rotate_through_it(records:
     seen: Counter[int] = Counter()
     for sampler.epoch in range(4):
         batches = list(sampler)
-        rows = [row for batch in batches for row, _ in batch]
+        rows = [row for batch in batches for row, _, _ in batch]
         assert np.bincount(records.labels[rows]).tolist() == [3, 3, 3]
         assert len(batches) == len(sampler)
         seen.update(rows)
@@ -80,16 +80,16 @@ def test_balanced_epochs_show_every_class_equally_and_rotate_through_it(records:
 def test_repetitions_of_an_image_in_one_epoch_are_augmented_differently(records: lct.Records) -> None:
     config = lct.Config(batch=4, balanced_per_class=True, samples_per_class=12)
     keys = [key for batch in lct.EpochSampler(records.rows("train"), records.labels, config) for key in batch]
-    assert len({row for row, _ in keys}) == 21 and len(set(keys)) == len(keys) == 36
+    assert len({row for row, _, _ in keys}) == 21 and len(set(keys)) == len(keys) == 36
 
 
 def test_an_unreadable_image_costs_itself_and_is_named(records: lct.Records, tmp_path: Path) -> None:
     (tmp_path / "00.png").write_bytes((records.root / "00.png").read_bytes())
     (tmp_path / "02.png").write_bytes((records.root / "02.png").read_bytes()[:200])
     dataset = lct.CropDataset(dataclasses.replace(records, root=tmp_path), lct.build_transform(32, augment=False))
-    batch = dataset.collate([dataset[(row, 0)] for row in (0, 1, 2)])
+    batch = dataset.collate([dataset[lct.SampleKey(row, 0, 0)] for row in (0, 1, 2)])
     assert batch.rows.tolist() == [0] and batch.images.shape == (1, 3, 32, 32) and batch.images.dtype == torch.uint8
     assert [row for row, _ in batch.failures] == [1, 2]
-    assert batch.failures[0][1] == "No such file or directory" and "truncated" in batch.failures[1][1].lower()
-    empty = dataset.collate([dataset[(1, 0)]])
+    assert "left out: No such file or directory" in batch.failures[0][1] and "truncated" in batch.failures[1][1].lower()
+    empty = dataset.collate([dataset[lct.SampleKey(1, 0, 0)]])
     assert len(empty.labels) == 0 and len(empty.images) == 0

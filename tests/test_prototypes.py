@@ -22,7 +22,7 @@ def draw_embeddings(
 def make_embedded(per_class: int, seed: int, num_classes: int = 4, spread: float = 0.5) -> lct.Embedded:
     values, labels = draw_embeddings(per_class, num_classes, seed, spread)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    return lct.Embedded(np.arange(len(labels)), labels[shuffled], values[shuffled])
+    return lct.Embedded(np.arange(len(labels)), np.zeros(len(labels), np.uint8), labels[shuffled], values[shuffled])
 
 
 def make_records(num: int, num_classes: int = 4) -> lct.Records:
@@ -87,7 +87,7 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     def part(n: int) -> lct.Embedded:  # class 0 all around the equator: its mean is nowhere; class 1 at the pole
         values = np.concatenate([ring(n), np.tile([[0.3, 0.0, 0.95]], (n, 1))]).astype(np.float32)
         values /= np.linalg.norm(values, axis=1, keepdims=True)
-        return lct.Embedded(np.arange(2 * n), np.repeat([0, 1], n), values)
+        return lct.Embedded(np.arange(2 * n), np.zeros(2 * n, np.uint8), np.repeat([0, 1], n), values)
 
     gallery = lct.build_gallery(make_records(80, 2), part(40), part(40), None)
     assert gallery.matcher == "knn"
@@ -132,6 +132,7 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
         "stacks",
         "stack_labels",
         "stack_paths",
+        "stack_views",
         "id2cls",
         "cls2id",
         "thresholds",

@@ -116,7 +116,7 @@ def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
     model = lct.build_recognizer(config, 3, backbone, info)
     model.load_trained_state(load_state(run / "checkpoint_best.pth")["model"])
     fit_square = lct.build_transform(32, augment=False)
-    images = np.stack([fit_square(lct.load_image(data / path), 0) for path in paths])
+    images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path in paths])
     with torch.no_grad():
         return model.eval().embed(model.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))).numpy()
 
@@ -458,7 +458,7 @@ def test_samples_can_be_sent_to_workers_that_were_not_forked(data: Path) -> None
 
     transform = pickle.loads(pickle.dumps(lct.build_transform(32, augment=True)))
     image = lct.load_image(data / "wrench" / "0000.png")
-    assert np.array_equal(transform(image, 3), lct.build_transform(32, augment=True)(image, 3))
+    assert np.array_equal(transform(image, None, 3), lct.build_transform(32, augment=True)(image, None, 3))
 
 
 def test_the_baseline_is_scored_like_the_trained_model(run: Path, data: Path) -> None:
@@ -471,7 +471,7 @@ def test_the_baseline_is_scored_like_the_trained_model(run: Path, data: Path) ->
     fit_square, parts = lct.build_transform(32, augment=False), {}
     for split in ("train", "test"):
         pairs = [(path, name) for name, paths in splits[split].items() for path in paths]
-        images = np.stack([fit_square(lct.load_image(data / path), 0) for path, _ in pairs])
+        images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path, _ in pairs])
         with torch.no_grad():
             features = torch.nn.functional.normalize(backbone.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)))
         parts[split] = features.numpy(), np.array([name for _, name in pairs])

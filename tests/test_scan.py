@@ -28,7 +28,8 @@ def list_names(root: Path) -> list[str]:
 
 
 def scan(root: Path, out_dir: Path, **options: object) -> lct.Scan:
-    return lct.scan_dataset(lct.Config(data_root=root, out_dir=out_dir, **options))
+    config = lct.Config(data_root=root, out_dir=out_dir, **options)
+    return lct.attach_masks(lct.scan_dataset(config), config)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -333,7 +334,8 @@ def scanned(tmp_path, call_main, capsys):
 def opened(monkeypatch):
     """Names of the files that `check_image` is called with from here on."""
     names, real = [], lct.check_image
-    monkeypatch.setattr(lct, "check_image", lambda path: (names.append(path.name), real(path))[1])
+    counting = lct.IMAGE_KIND._replace(check=lambda path: (names.append(path.name), real(path))[1])
+    monkeypatch.setattr(lct, "IMAGE_KIND", counting)
     return names
 
 
@@ -531,7 +533,7 @@ def test_a_million_records_cost_a_forked_worker_less_than_20_mb():
     paths = lct.PathTable([f"class{i % 97:03d}/cropped/image_{i:07d}.jpg" for i in range(count)])
     labels = np.arange(count, dtype=np.int32) % 97
     records = lct.Records(Path("data"), tuple(map(str, range(97))), paths, labels, labels, labels.astype(np.int8))
-    dataset = lct.CropDataset(records, lambda image, seed: image)
+    dataset = lct.CropDataset(records, lambda image, mask, seed: image)
     gc.collect()
     gc.freeze()  # pytest's own objects are not what is measured
     reader, writer = os.pipe()
