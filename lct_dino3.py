@@ -1124,6 +1124,7 @@ class Records:
     masks_dirname: str = "masks"
     # Mask or cutout of each, or the crop itself if its alpha is the mask; relative to root or absolute; '' where there is none.
     masks: PathTable | None = None  # None = not looked for
+    masks_hash: str = ""  # over names and contents of all masks; '' when there are none
 
     @property
     def has_mask(self) -> np.ndarray:
@@ -1896,7 +1897,7 @@ def format_findings(report: dict[str, Any]) -> str:
 
 def write_splits(path: Path, records: Records, seed: int) -> None:
     """Write splits.json: for train, val and test the paths of each class, relative to data_root."""
-    table: dict[str, Any] = {"seed": seed, "classes": list(records.class_names)}
+    table: dict[str, Any] = {"seed": seed, "classes": list(records.class_names), "masks_hash": records.masks_hash}
     for split in SPLIT_NAMES:
         table[split] = {name: [] for name in records.class_names}
         for row in records.rows(split).tolist():
@@ -1944,6 +1945,8 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
     if new := [item for item in group_of if item not in kept]:
         notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
+    if table.get("masks_hash", "") != records.masks_hash:
+        notes.append("the masks are not those that this run was started with")
     groups = [group_of.get(item, len(group_of) + index) for index, (_, item, _) in enumerate(rows)]
     return dataclasses.replace(
         records,
@@ -2082,9 +2085,10 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         name: row | {"masks": sum(map(bool, itertools.compress(found, records.labels == label)))}
         for label, (name, row) in enumerate(report["classes"].items())
     }
-    return dataclasses.replace(
-        scan, records=dataclasses.replace(records, masks=PathTable(found)), report=report, mask_health=health
-    )
+    contents = "\n".join(f"{path} {row_of[path]['digest']}" for path in found if path)
+    masks_hash = hashlib.sha256(contents.encode()).hexdigest()[:16] if contents else ""
+    records = dataclasses.replace(records, masks=PathTable(found), masks_hash=masks_hash)
+    return dataclasses.replace(scan, records=records, report=report, mask_health=health)
 
 
 def _mask_choices(path: str, config: Config, files: MaskFiles, crops: dict[str, Any]) -> list[str]:
@@ -6084,6 +6088,7 @@ def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
         "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
         "data": {
             "fingerprint": fingerprint,
+            "masks_hash": job.records.masks_hash,
             "images": len(job.records.paths),
             "classes": list(job.records.class_names),
         },

@@ -367,6 +367,17 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(tmp_path: Path, call_
     assert epoch["val"]["acc"] is not None and {"acc", "loss", "proto_acc"} <= set(epoch["val_by_view"]["mask"])
 
 
+def test_masks_that_changed_since_the_run_was_started_are_named_when_it_is_continued(tmp_path: Path) -> None:
+    root = make_masked_dataset(tmp_path / "data", 4)
+    first = scan(root).records
+    lct.write_splits(tmp_path / "splits.json", first, 42)
+    assert lct.reuse_splits(tmp_path / "splits.json", scan(root).records)[1] == []
+    draw_object(0, 99)[1].save(root / "bolt/masks/00_mask.png")
+    again, notes = lct.reuse_splits(tmp_path / "splits.json", scan(root).records)
+    assert notes == ["the masks are not those that this run was started with"]
+    assert again.has_mask.all() and [again.masks[i] for i in range(12)] == [first.masks[i] for i in range(12)]
+
+
 def test_in_mask_mode_training_prototypes_and_test_see_no_background(tmp_path: Path, call_main: Callable) -> None:
     """Two data sets that differ in their backgrounds only give the same run, bit for bit."""
     runs = []
