@@ -44,6 +44,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -62,7 +63,7 @@ import traceback
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,6 +103,23 @@ MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for RO
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 CHECKPOINT_FORMAT = 2
 PROTOTYPES_FORMAT = 2
+MASK_LOG_NAME = "masks.jsonl"
+MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
+MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # of a file that `atomic_file` writes
+MASK_AREA_RANGE = (0.02, 0.98)  # share of a crop that its object can fill
+SPECK_SHARE = 0.01  # of the largest part; the smaller jaw of pliers cut in two by a finger is far larger
+HOLE_SHARE = 0.005  # of the object; the eye of a wrench, the finger ring of scissors are larger
+SAM2_BOX_INSET = 0.02  # share of the side by which the box prompt lies inside the crop
+# Its build would otherwise fetch a second torch (2.6 GB) and compile a CUDA extension that single images do not need.
+SAM2_INSTALL = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
+SAM2_URLS = {  # https://github.com/facebookresearch/sam2/blob/main/checkpoints/download_ckpts.sh
+    "sam2": "https://dl.fbaipublicfiles.com/segment_anything_2/072824",
+    "sam2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824",
+}
+SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
+MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
+PREVIEW_COLUMNS, PREVIEW_SIDE = 3, 176  # crops a row, px of a picture
+PREVIEW_PAPER, PREVIEW_EMPTY, PREVIEW_GRAY, PREVIEW_RED = "#ffffff", "#e8eaee", "#6b7280", "#b91c1c"
 DEMO_IMAGES_PER_CLASS = 100
 # A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several.
 DEMO_FLAGS = (
@@ -241,6 +259,17 @@ class Config:
         "masks",
         metavar="DIR",
     )
+    auto_generate_masks: bool = _option(False, "draw the masks that are missing with SAM-2", "masks")
+    sam2_cfg: str = _option(
+        "configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package", "masks", metavar="NAME"
+    )
+    sam2_ckpt: Path | None = _option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
+    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
+    # mask is shown as it is, while a wrong mask hides the object.
+    mask_min_score: float = _option(
+        0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0
+    )
+    mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
 
     model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
     pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
@@ -508,7 +537,7 @@ def check_paths(config: Config) -> None:
     for name in ("data_root", "out_dir"):
         if getattr(config, name) is None:
             raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} --data_root DATA --out_dir RUN")
-    for name in ("data_root", "out_dir", "class_map", "backbone_weights"):
+    for name in ("data_root", "out_dir", "class_map", "backbone_weights", "masks_out", "sam2_ckpt"):
         _check_reachable(name, getattr(config, name))
     if not config.data_root.is_dir():
         what = "is a file, not a folder" if config.data_root.exists() else "does not exist"
@@ -592,7 +621,7 @@ from os.path import commonpath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -2217,6 +2246,468 @@ def _blur_background(image: np.ndarray, background: np.ndarray) -> np.ndarray:
     weight = background.astype(np.float32)
     total = cv2.blur(image * weight[:, :, None], side)
     return np.rint(total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]).clip(0, 255).astype(np.uint8)
+
+
+# SAM-2 generation: writes mask files and masks.jsonl. Raises UserError for what is missing or does not fit together; a crop
+# whose mask cannot be trusted is an outcome with a reason.
+class MaskRequest(NamedTuple):
+    """A crop that wants a mask."""
+
+    path: str  # relative to data_root, for names and records
+    source: Path  # the crop's file
+    target: Path  # where the mask goes; its folder need not exist
+
+
+class MaskOutcome(NamedTuple):
+    """What became of a request."""
+
+    path: str
+    score: float  # IoU with the true mask as the model predicts it; NaN when there is no mask or nothing is known
+    area: float  # share of the crop, likewise
+    reason: str  # '' = written; else why it was refused
+
+
+class MaskPreview(NamedTuple):
+    """One crop on the contact sheet."""
+
+    caption: str
+    image: np.ndarray  # uint8 (H, W, 3)
+    mask: np.ndarray | None  # (H, W) of bool or 0..255
+    note: str = ""  # why it was refused
+
+
+class _Crop(NamedTuple):
+    square: np.ndarray  # uint8 (side, side, 3), squashed to what the model sees
+    height: int  # px of the crop itself
+    width: int
+
+
+class _MaskJob(NamedTuple):
+    request: MaskRequest
+    stamp: tuple[int, int]  # size in bytes and mtime in ns of the crop
+
+
+def check_sam2(config: Config) -> None:
+    """Check all that is needed to generate masks before any work: package, config, checkpoint, and that they fit together.
+
+    The checkpoint's names and shapes are read, not its hundreds of megabytes: 3 s for the large model.
+
+    Raises:
+        UserError: with the command that gets what is missing.
+    """
+    _import_sam2()
+    _find_sam2_checkpoint(config)
+    _read_sam2_weights(config, _build_sam2(config))
+
+
+def _import_sam2() -> None:
+    try:
+        with _quiet_sam2():
+            import sam2.build_sam
+            import sam2.sam2_image_predictor  # noqa: F401
+    except Exception as error:  # it raises RuntimeError when a clone of its repository shadows it
+        if importlib.util.find_spec("sam2") is None:
+            what, remedy = "is not installed", f"{SAM2_INSTALL}  (it takes the torch that is here)"
+        else:
+            what, remedy = f"cannot be imported: {printable(str(error)).split('. ')[0][:200]}", SAM2_INSTALL
+        raise UserError(what, "the package sam2", remedy) from error
+
+
+@contextlib.contextmanager
+def _quiet_sam2() -> Iterator[None]:
+    """Keep sam2 from the log: it tells the root logger of every image, which gives that a handler, and uses old parts of torch."""
+    handler, disabled = logging.NullHandler(), logging.root.manager.disable
+    logging.root.addHandler(handler)
+    logging.disable(max(disabled, logging.INFO))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)
+
+
+def _build_sam2(config: Config) -> nn.Module:
+    """Return the model of --sam2_cfg on the CPU, with random weights; Hydra and the random generator are left as they were."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import MissingConfigException
+    from sam2.build_sam import build_sam2
+
+    where, hydra = f"--sam2_cfg {config.sam2_cfg}", GlobalHydra.instance().hydra
+    try:
+        with _quiet_sam2(), torch.random.fork_rng(devices=[]):
+            GlobalHydra.instance().clear()
+            initialize_config_module("sam2", version_base="1.2")
+            return build_sam2(config.sam2_cfg, None, device="cpu")
+    except MissingConfigException as error:
+        known = _list_sam2_configs()
+        close = difflib.get_close_matches(config.sam2_cfg, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+        raise UserError("is no config of the sam2 package", where, remedy) from error
+    except Exception as error:  # Hydra, OmegaConf and the constructors: whatever a config of another kind provokes
+        reason = printable(str(error)).split(". ")[0][:200]
+        raise UserError(
+            f"cannot be built: {reason}", where, f"give one of {', '.join(_list_sam2_configs())}"
+        ) from error
+    finally:
+        GlobalHydra.instance().hydra = hydra
+
+
+def _list_sam2_configs() -> list[str]:
+    import sam2
+
+    root = Path(sam2.__path__[0])
+    found = [path.relative_to(root).as_posix() for path in root.glob("configs/*/*.yaml")]
+    return sorted(name for name in found if "training" not in name)
+
+
+def _how_to_get_checkpoint(sam2_cfg: str) -> str:
+    """Return the command that fetches the official checkpoint of a config, and the flag to go with it."""
+    match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
+    if not match:
+        return "give the checkpoint that was trained with this config"
+    name = f"{match[1]}_hiera_{SAM2_SIZES[match[2]]}.pt"
+    return f"curl -LO {SAM2_URLS[match[1]]}/{name}  and then  --sam2_ckpt {name}"
+
+
+def _find_sam2_checkpoint(config: Config) -> Path:
+    path, remedy = config.sam2_ckpt, _how_to_get_checkpoint(config.sam2_cfg)
+    if path is None:
+        raise UserError("is missing: masks are drawn by SAM-2", "--sam2_ckpt", remedy)
+    if not path.is_file():
+        raise UserError("is not a file" if path.exists() else "does not exist", f"--sam2_ckpt {path}", remedy)
+    return path
+
+
+def _read_sam2_weights(config: Config, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Map the checkpoint into memory, never executing anything in it, and compare it with the model tensor by tensor.
+
+    Raises:
+        UserError: missing, unreadable, not of SAM-2, or of another config.
+    """
+    path, remedy = _find_sam2_checkpoint(config), _how_to_get_checkpoint(config.sam2_cfg)
+    where = f"--sam2_ckpt {path}"
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+        is_foreign = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
+        reason = "it is not what torch.save writes" if is_foreign else printable(str(error)).split(". ")[0][:200]
+        raise UserError(f"is no checkpoint, or not a complete one: {reason}", where, remedy) from error
+    weights = payload.get("model") if isinstance(payload, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError("is no checkpoint of SAM-2: it has no 'model' with tensors", where, remedy)
+    own = model.state_dict()
+    unfit = [k for k in own | weights if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if unfit:
+        first = printable(", ".join(map(str, unfit[:3])))
+        what = f"{len(unfit)} tensors are missing, foreign or of another shape ({first}, ...)"
+        raise UserError(f"does not fit --sam2_cfg {config.sam2_cfg}: {what}", where, remedy)
+    return weights
+
+
+class Sam2:
+    """SAM-2 that is asked one question: what is the object that fills this crop?"""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        _import_sam2()
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        model = _build_sam2(config)
+        model.load_state_dict(_read_sam2_weights(config, model))
+        self.side = model.image_size
+        self._device = runtime.device
+        self._is_bf16 = runtime.dtype == torch.bfloat16  # fp16, which older GPUs get, is not what it was made for
+        with _quiet_sam2():
+            self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
+
+    def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,) and mask logits float32 (3, 256, 256)."""
+        low, high = self.side * SAM2_BOX_INSET, self.side * (1 - SAM2_BOX_INSET)
+        with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
+            self._predictor.set_image(square)
+            _, scores, logits = self._predictor.predict(
+                box=np.array([low, low, high, high], np.float32),
+                point_coords=np.array([[self.side / 2, self.side / 2]], np.float32),
+                point_labels=np.array([1]),  # 1 = on the object
+                multimask_output=True,
+            )
+        return scores, logits
+
+
+def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
+    """Return which of M candidates to take: the best predicted IoU among those of plausible area, else among all."""
+    low, high = MASK_AREA_RANGE
+    scores = np.nan_to_num(scores, nan=-1.0)
+    return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # an IoU is at most 1
+
+
+def judge_mask(score: float, area: float, min_score: float) -> str:
+    """Return why a mask is refused, or ''."""
+    low, high = MASK_AREA_RANGE
+    if not score >= min_score:  # also NaN
+        return f"score {score:.2f} is below --mask_min_score {min_score:g}"
+    if area < low:
+        return f"covers {area:.1%} of the crop, less than {low:.0%}"
+    return f"covers {area:.1%} of the crop, more than {high:.0%}" if area > high else ""
+
+
+def clean_mask(mask: np.ndarray) -> np.ndarray:
+    """Return bool (H, W) without specks and small holes; large parts and the eye of a wrench or a finger ring remain.
+
+    A speck touches the rest not even by a corner and is smaller than SPECK_SHARE of the largest part; a hole is background
+    enclosed by the object and smaller than HOLE_SHARE of the object.
+    """
+    from scipy.ndimage import label
+
+    parts, _ = label(mask, structure=np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    cleaned = (sizes >= max(1, SPECK_SHARE * sizes.max()))[parts]
+    holes, count = label(~cleaned)
+    fill = np.bincount(holes.ravel(), minlength=count + 1) < HOLE_SHARE * cleaned.sum()
+    fill[0] = False
+    for border in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):
+        fill[border] = False
+    return cleaned | fill[holes]
+
+
+def read_mask_log(out_dir: Path) -> dict[str, MaskOutcome]:
+    """Return the newest outcome of every crop that a run's masks.jsonl names."""
+    return {path: _to_outcome(record) for path, record in _read_mask_records(out_dir).items()}
+
+
+def _read_mask_records(out_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest record of each crop; a line that a killed run left half-written is passed over."""
+    path, records = out_dir / MASK_LOG_NAME, {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
+    return records
+
+
+def _to_outcome(record: dict[str, Any]) -> MaskOutcome:
+    score, area = (math.nan if record[key] is None else record[key] for key in ("score", "area"))
+    return MaskOutcome(record["path"], score, area, record["reason"] or "")
+
+
+def generate_masks(
+    config: Config, runtime: Runtime, requests: Sequence[MaskRequest], out_dir: Path
+) -> dict[str, MaskOutcome]:
+    """Draw the masks that are missing, and return what became of every request, by path.
+
+    A mask file that exists is never touched, and a crop that was refused with the same settings is not tried again. Each mask
+    is on disk before the next crop is begun: whenever this is stopped, the next call does only the rest.
+
+    Raises:
+        UserError: something is missing or does not fit together (see `check_sam2`), or a mask cannot be written.
+    """
+    outcomes, jobs, settings = _plan_masks(config, requests, _read_mask_records(out_dir))
+    if not jobs:
+        return outcomes
+    _check_mask_folders(jobs)
+    create_out_dir(out_dir)
+    sam2 = Sam2(config, runtime)
+    read = functools.partial(_read_crop, side=sam2.side)
+    with (
+        _open_mask_log(out_dir / MASK_LOG_NAME) as log,
+        contextlib.closing(_read_ahead(jobs, read, max(1, min(config.workers, count_cores())))) as crops,
+        progress((), len(jobs), "masks", "crop") as bar,
+    ):
+        for job, crop in zip(jobs, crops, strict=True):
+            outcome, mask = _draw_mask(sam2, job.request.path, crop, config)
+            # The record goes first: a mask on disk then never lacks its score, and a record whose mask is not there is done again.
+            _append_record(log, job, outcome, settings)
+            if mask is not None:
+                _write_mask(job.request.target, mask)
+            outcomes[outcome.path] = outcome
+            bar.update()
+    return outcomes
+
+
+def _plan_masks(
+    config: Config, requests: Sequence[MaskRequest], records: dict[str, dict[str, Any]]
+) -> tuple[dict[str, MaskOutcome], list[_MaskJob], str]:
+    """Return the outcomes that are known already, what is left to do, and the settings key that new records carry."""
+    outcomes, missing = {}, []
+    for request in requests:
+        if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
+            outcomes[request.path] = MaskOutcome(request.path, math.nan, math.nan, "the name of its mask is too long")
+        elif request.target.exists():  # drawn by us, or put there by someone since we refused it
+            known = _to_outcome(records[request.path]) if request.path in records else None
+            unknown = MaskOutcome(request.path, math.nan, math.nan, "")
+            outcomes[request.path] = known if known and not known.reason else unknown
+        else:
+            missing.append(_MaskJob(request, _stamp_file(request.source)))
+    settings = _hash_mask_settings(config) if missing else ""  # reads the whole checkpoint: a second
+    jobs = []
+    for job in missing:
+        record = records.get(job.request.path)
+        if (
+            record
+            and record["reason"]
+            and (record["size"], record["mtime_ns"], record["settings"]) == (*job.stamp, settings)
+        ):
+            outcomes[job.request.path] = _to_outcome(record)
+        else:
+            jobs.append(job)
+    return outcomes, jobs, settings
+
+
+def _stamp_file(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:  # reading it will say why
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _hash_mask_settings(config: Config) -> str:
+    """Return 16 hex digits over all that decides whether a mask is accepted, not where it was drawn."""
+    with open(_find_sam2_checkpoint(config), "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    recipe = (SAM2_BOX_INSET, MASK_AREA_RANGE, SPECK_SHARE, HOLE_SHARE)
+    settings = (config.sam2_cfg, weights, config.mask_min_score, config.mask_cleanup, recipe)
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def _check_mask_folders(jobs: Sequence[_MaskJob]) -> None:
+    for folder in sorted({job.request.target.parent for job in jobs}):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"masks cannot be written into {folder}", str(existing), MASKS_OUT_REMEDY)
+
+
+def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
+    """Yield `read(item)` in order, threads being a few items ahead; closing it drops what has not been begun."""
+    pool, waiting = ThreadPoolExecutor(num_threads), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_crop(job: _MaskJob, side: int) -> _Crop | ImageError:
+    """Read a crop at the size that the model sees, so that what waits for the model is small whatever the file holds."""
+    try:
+        image = load_image(job.request.source)
+    except ImageError as error:
+        return error
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
+
+
+def _draw_mask(
+    sam2: Sam2, path: str, crop: _Crop | ImageError, config: Config
+) -> tuple[MaskOutcome, np.ndarray | None]:
+    """Return what became of a crop, and its mask, bool (H, W), unless it is refused."""
+    if isinstance(crop, ImageError):
+        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
+    scores, logits = sam2.propose(crop.square)
+    chosen = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
+    # As sam2 does it: the logits are enlarged, not the mask, which gives smooth outlines.
+    enlarged = F.interpolate(torch.from_numpy(logits[chosen])[None, None], (crop.height, crop.width), mode="bilinear")
+    mask = enlarged[0, 0].numpy() > 0
+    if config.mask_cleanup:
+        mask = clean_mask(mask)
+    score, area = float(scores[chosen]), float(mask.mean())
+    reason = judge_mask(score, area, config.mask_min_score)
+    return MaskOutcome(path, score, area, reason), None if reason else mask
+
+
+def _open_mask_log(path: Path) -> BinaryIO:
+    """Open masks.jsonl to append to it, on a line of its own if a killed run left half a line."""
+    file = open(path, "ab+")  # noqa: SIM115  the caller closes it
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _append_record(log: BinaryIO, job: _MaskJob, outcome: MaskOutcome, settings: str) -> None:
+    values = (outcome.path, *job.stamp, outcome.score, outcome.area, outcome.reason or None, settings)
+    record = to_json(dict(zip(MASK_RECORD_KEYS, values, strict=True)))
+    log.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    log.flush()
+
+
+def _write_mask(target: Path, mask: np.ndarray) -> None:
+    """Write bool (H, W) as an 8-bit PNG of 0 and 255, whole."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror or error}", str(target), MASKS_OUT_REMEDY) from error
+
+
+def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int) -> None:
+    """Write a contact sheet as PNG: crop, mask and masked crop side by side, in the order given, of `total` crops in all."""
+    columns = max(1, min(PREVIEW_COLUMNS, len(items)))
+    refused = sum(bool(item.note) for item in items)
+    across, down = (
+        3 * PREVIEW_SIDE + 32,
+        PREVIEW_SIDE + (64 if refused else 44),
+    )  # px from crop to crop: pictures, text, gap
+    sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
+    draw = ImageDraw.Draw(sheet)
+    title = f"{len(items):,} of {total:,} crops, the lowest scores first" + f"; {refused:,} refused" * bool(refused)
+    draw.text((24, 16), title, "black", _load_font(20))
+    draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, _load_font(13))
+    for index, item in enumerate(items):
+        _draw_preview(sheet, (24 + index % columns * across, 72 + index // columns * down), item)
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
+
+def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview) -> None:
+    draw, (left, top) = ImageDraw.Draw(sheet), corner
+    factor = PREVIEW_SIDE / max(item.image.shape[:2])
+    size = tuple(max(1, round(factor * length)) for length in (item.image.shape[1], item.image.shape[0]))
+    image = Image.fromarray(item.image).resize(size)
+    panels: list[Image.Image | None] = [image, None, None]
+    if item.mask is not None:
+        mask = Image.fromarray((item.mask > 0).astype(np.uint8) * 255).resize(size)
+        panels[1:] = (mask.convert("RGB"), Image.composite(image, Image.new("RGB", size, (PADDING_GRAY,) * 3), mask))
+    for index, panel in enumerate(panels):
+        x = left + index * (PREVIEW_SIDE + 4)
+        draw.rectangle((x, top, x + PREVIEW_SIDE - 1, top + PREVIEW_SIDE - 1), PREVIEW_EMPTY)
+        if panel is None:
+            draw.text(
+                (x + PREVIEW_SIDE // 2, top + PREVIEW_SIDE // 2), "no mask", PREVIEW_GRAY, _load_font(13), anchor="mm"
+            )
+        else:
+            sheet.paste(panel, (x + (PREVIEW_SIDE - panel.width) // 2, top + (PREVIEW_SIDE - panel.height) // 2))
+    width = 3 * PREVIEW_SIDE + 2 * 4
+    draw.text((left, top + PREVIEW_SIDE + 6), _fit_text(item.caption, _load_font(14), width), "black", _load_font(14))
+    draw.text((left, top + PREVIEW_SIDE + 26), _fit_text(item.note, _load_font(13), width), PREVIEW_RED, _load_font(13))
+
+
+@functools.cache
+def _load_font(size: int) -> Any:
+    """Return the font of matplotlib, which has Cyrillic and Greek; else Pillow's, which draws boxes for them."""
+    found = importlib.util.find_spec("matplotlib")
+    path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if found else None
+    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
+
+
+def _fit_text(text: str, font: Any, width: int) -> str:
+    """Return `text` on one line of at most `width` px, by taking out its middle: a path tells most at its ends."""
+    text = printable(text)
+    if font.getlength(text) <= width:
+        return text
+    kept = min(len(text) - 1, width // 3)  # no letter is narrower than 3 px
+    while kept > 2 and font.getlength(f"{text[: kept // 2]}…{text[-(kept // 2) :]}") > width:
+        kept -= 1
+    return f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
 
 
 # ======================================================================================================================

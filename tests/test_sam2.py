@@ -1,0 +1,621 @@
+"""Section 06, SAM-2 generation: the real package with a tiny model of random weights; the gate, the memory, the messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_image
+from PIL import Image
+
+import lct_dino3 as lct
+
+TINY = "configs/sam2.1/sam2.1_hiera_t.yaml"
+# File names that a user may have; the first crop is wide, so that a squashed mask would show.
+CROPS = {"hammer/0000.png": (90, 60), "hammer/кадр 1.png": (48, 64), "pliers/0000.png": (56, 56)}
+PROPOSED: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}  # what the model says of a crop, which takes it seconds
+
+
+@pytest.fixture(scope="session")
+def sam2_ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the official layout, with random weights; its IoU head tells candidates apart, as a trained one does."""
+    pytest.importorskip("sam2")
+    from sam2.build_sam import build_sam2
+
+    torch.manual_seed(0)
+    model = build_sam2(TINY, None, device="cpu")
+    with torch.no_grad():
+        model.sam_mask_decoder.iou_prediction_head.layers[-1].weight.mul_(10)
+    path = tmp_path_factory.mktemp("sam2") / "tiny.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, sam2_ckpt: Path) -> lct.Config:
+    """Three crops in two classes; a gate that lets pass what the random model proposes."""
+    for index, (path, size) in enumerate(CROPS.items()):
+        target = tmp_path / "data" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_image(index, side=120).resize(size).save(target)
+    return lct.Config(
+        data_root=tmp_path / "data",
+        out_dir=tmp_path / "run",
+        sam2_cfg=TINY,
+        sam2_ckpt=sam2_ckpt,
+        mask_min_score=0.0,
+        gpus=0,
+        workers=2,
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The crops that the model was asked about; it is run once for each, and what it said then is said again."""
+    calls, propose = [], lct.Sam2.propose
+
+    def remember(self: lct.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        calls.append(square.tobytes())
+        if calls[-1] not in PROPOSED:
+            PROPOSED[calls[-1]] = propose(self, square)
+        return PROPOSED[calls[-1]]
+
+    monkeypatch.setattr(lct.Sam2, "propose", remember)
+    return calls
+
+
+def make_requests(config: lct.Config) -> list[lct.MaskRequest]:
+    return [
+        lct.MaskRequest(
+            path, config.data_root / path, (config.data_root / path).parent / "masks" / f"{Path(path).stem}.png"
+        )
+        for path in sorted(CROPS)
+    ]
+
+
+def generate(config: lct.Config, requests: list[lct.MaskRequest] | None = None) -> dict[str, lct.MaskOutcome]:
+    runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
+    return lct.generate_masks(config, runtime, make_requests(config) if requests is None else requests, config.out_dir)
+
+
+def read_lines(config: lct.Config) -> list[dict]:
+    return [json.loads(line) for line in (config.out_dir / "masks.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def check_fails(config: lct.Config) -> str:
+    """Return the message with which the check before any work refuses."""
+    with pytest.raises(lct.UserError) as caught:
+        lct.check_sam2(config)
+    return str(caught.value)
+
+
+# --- the whole path ---------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_masks_are_those_that_sam2_itself_draws_on_the_crop(config: lct.Config, asked: list[bytes]) -> None:
+    """The reference gives sam2 the crop as it is; ours is squashed by a reading thread, and the mask enlarged again."""
+    from sam2.build_sam import build_sam2
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    config = dataclasses.replace(config, mask_cleanup=False)
+    outcomes = generate(config)
+    assert list(outcomes) == sorted(CROPS) and len(asked) == 3
+    image = np.asarray(Image.open(config.data_root / "hammer/0000.png").convert("RGB"))
+    predictor = SAM2ImagePredictor(build_sam2(TINY, str(config.sam2_ckpt), device="cpu"))
+    predictor.set_image(image)
+    box = np.array([0.02 * 90, 0.02 * 60, 0.98 * 90, 0.98 * 60])
+    masks, scores, _ = predictor.predict(np.array([[45, 30]]), np.array([1]), box, multimask_output=True)
+    best = np.argmax(scores)
+    with Image.open(config.data_root / "hammer/masks/0000.png") as file:
+        assert (file.format, file.mode, file.size) == ("PNG", "L", (90, 60))
+        written = np.asarray(file)
+    assert set(np.unique(written)) == {0, 255}
+    expected, written = masks[best] > 0, written > 127
+    assert 0.1 < written.mean() < 0.9, "a mask of all or nothing proves nothing"
+    assert (expected & written).sum() / (expected | written).sum() > 0.98
+    outcome = outcomes["hammer/0000.png"]
+    assert outcome.score == pytest.approx(scores[best], abs=0.01) and outcome.area == pytest.approx(written.mean())
+    assert np.array_equal(lct.load_mask(config.data_root / "hammer/masks/0000.png", is_alpha=False), written)
+
+
+def test_every_attempt_is_recorded(config: lct.Config, asked: list[bytes]) -> None:
+    outcomes = generate(config)
+    records = read_lines(config)
+    assert [record["path"] for record in records] == sorted(CROPS)
+    status = (config.data_root / "hammer/0000.png").stat()
+    assert (records[0]["size"], records[0]["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+    assert records[0]["reason"] is None and len({record["settings"] for record in records}) == 1
+    assert lct.read_mask_log(config.out_dir) == outcomes
+    assert lct.read_mask_log(config.out_dir / "elsewhere") == {}
+
+
+def test_bf16_is_used_where_the_runtime_has_it_and_the_process_is_left_as_it_was(
+    config: lct.Config, asked: list[bytes], capfd: pytest.CaptureFixture
+) -> None:
+    """sam2 logs every image to the root logger, which gives that a handler if it has none, and warns of torch's old parts."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    request = make_requests(config)[0]
+    generate(config, [request])  # scipy and others are imported by then
+    request.target.unlink()
+    exact = PROPOSED.pop(asked[0])
+    capfd.readouterr()
+    root_handlers, logging.root.handlers = logging.root.handlers, []
+    before = _describe_process(), list(warnings.filters), GlobalHydra.instance().hydra
+    try:
+        lct.check_sam2(config)
+        runtime = lct.Runtime(torch.device("cpu"), 0, torch.bfloat16)
+        lct.generate_masks(config, runtime, [request], config.out_dir)
+        assert before == (_describe_process(), list(warnings.filters), GlobalHydra.instance().hydra)
+    finally:
+        logging.root.handlers = root_handlers
+        rounded, PROPOSED[asked[0]] = PROPOSED[asked[0]], exact
+    assert len(asked) == 2 and capfd.readouterr() == ("", "")
+    assert not np.array_equal(rounded[0], exact[0]) and np.allclose(rounded[0], exact[0], atol=0.1)
+    assert {array.dtype for array in rounded} == {np.dtype(np.float32)}
+
+
+def _describe_process() -> tuple:
+    random_state = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    return random_state, logging.root.level, logging.root.manager.disable, list(logging.root.handlers)
+
+
+def test_another_use_of_hydra_is_given_back(config: lct.Config, tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    (tmp_path / "mine.yaml").write_text("answer: 42\n")
+    try:
+        initialize_config_dir(str(tmp_path), version_base="1.2")
+        lct.check_sam2(config)
+        assert compose("mine").answer == 42
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {path: outcome.score for path, outcome in generate(config).items()}
+    for request in make_requests(config):
+        request.target.unlink()
+    worst, *better = sorted(scores, key=scores.get)
+    assert scores[worst] < scores[better[0]], "the random model cannot tell the crops apart"
+    strict = dataclasses.replace(config, mask_min_score=scores[better[0]])
+    outcomes = generate(strict)
+    assert [path for path, outcome in outcomes.items() if outcome.reason] == [worst]
+    assert f"score {scores[worst]:.2f} is below --mask_min_score" in outcomes[worst].reason
+    assert [r.path for r in make_requests(config) if not r.target.exists()] == [worst]
+
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(lct, "_build_sam2", None)  # nothing to do: not even the model may be built
+        assert generate(strict)[worst] == outcomes[worst]
+    copied = config.out_dir / "copied.pt"
+    copied.write_bytes(config.sam2_ckpt.read_bytes())  # the same weights elsewhere are the same settings
+    assert generate(dataclasses.replace(strict, sam2_ckpt=copied))[worst] == outcomes[worst] and asked == []
+    request = next(request for request in make_requests(config) if request.path == worst)
+    os.utime(request.source, ns=(1, 1))  # another crop under the old name
+    assert generate(strict)[worst].reason and len(asked) == 1
+    assert generate(dataclasses.replace(strict, mask_cleanup=False))[worst].reason and len(asked) == 2
+    assert generate(config)[worst].reason == "" and len(asked) == 3 and request.target.exists()
+    assert lct.read_mask_log(config.out_dir)[worst].reason == "", "the newest record counts"
+    assert read_lines(config)[-1]["settings"] != read_lines(config)[-2]["settings"]
+
+
+@pytest.mark.parametrize(("allowed", "word"), [((0.97, 0.98), "less"), ((0.01, 0.02), "more")])
+def test_implausible_areas_are_refused(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, allowed: tuple, word: str
+) -> None:
+    monkeypatch.setattr(lct, "MASK_AREA_RANGE", allowed)
+    outcomes = generate(config)
+    assert all(f" of the crop, {word} than " in outcome.reason for outcome in outcomes.values())
+    assert not list(config.data_root.rglob("masks/*"))
+    assert [record["reason"] for record in read_lines(config)] == [outcome.reason for outcome in outcomes.values()]
+
+
+def test_judge_mask() -> None:
+    assert lct.judge_mask(0.8, 0.5, 0.8) == ""
+    assert lct.judge_mask(0.79, 0.5, 0.8) == "score 0.79 is below --mask_min_score 0.8"
+    assert lct.judge_mask(0.9, 0.019, 0.8) == "covers 1.9% of the crop, less than 2%"
+    assert lct.judge_mask(0.9, 0.981, 0.8) == "covers 98.1% of the crop, more than 98%"
+    assert lct.judge_mask(0.9, 0.02, 0.8) == lct.judge_mask(0.9, 0.98, 0.8) == ""
+    assert "nan" in lct.judge_mask(float("nan"), 0.5, 0.0)
+
+
+def test_choose_mask_takes_the_best_score_of_plausible_area() -> None:
+    def choose(scores: list[float], areas: list[float]) -> int:
+        return lct.choose_mask(np.array(scores, np.float32), np.array(areas))
+
+    assert choose([0.5, 0.9, 0.7], [0.3, 0.3, 0.3]) == 1
+    assert choose([0.5, 0.9, 0.7], [0.3, 0.999, 0.3]) == 2  # the whole crop is no object
+    assert choose([0.5, 0.9, 0.7], [0.3, 0.0, 0.001]) == 0
+    assert choose([0.5, 0.9, 0.7], [1.0, 0.0, 0.001]) == 1  # none is plausible: the gate will say so of the best
+    assert choose([float("nan"), 0.0, float("nan")], [0.5, 0.5, 0.5]) == 1
+
+
+def test_the_chosen_candidate_is_written(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best score covers everything: the second best, a half, must be taken."""
+    logits = np.full((3, 256, 256), -1.0, np.float32)
+    logits[0], logits[1, :, :128], logits[2, :8] = 1.0, 1.0, 1.0
+    monkeypatch.setattr(lct.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
+    outcome = generate(config, make_requests(config)[:1])["hammer/0000.png"]
+    assert outcome[1:] == (pytest.approx(0.8), 0.5, "")
+    written = np.asarray(Image.open(config.data_root / "hammer/masks/0000.png"))
+    assert (written[:, :45] == 255).all() and (written[:, 45:] == 0).all()
+
+
+# --- clean-up ---------------------------------------------------------------------------------------------------------
+def test_clean_mask_removes_specks_and_small_holes_only() -> None:
+    expected = np.zeros((200, 300), bool)
+    expected[40:160, 40:160] = True  # the object, 14,400 px
+    expected[60:80, 60:80] = False  # the eye of a wrench: 2.8 % of it stays open
+    expected[90:110, 200:220] = True  # a part cut off by something in front: 2.8 % of it stays
+    expected[39, 39] = True  # touches by a corner
+    expected[100:104, 40:44] = False  # a notch, open to the background through the hole below
+    dirty = expected.copy()
+    dirty[120:125, 120:125] = False  # a hole of 25 px
+    dirty[130, 130] = False
+    dirty[10:13, 280:283] = True  # specks
+    dirty[199, 299] = True
+    assert np.array_equal(lct.clean_mask(dirty), expected)
+    assert np.array_equal(lct.clean_mask(expected), expected)
+
+
+def test_clean_mask_leaves_the_border_open() -> None:
+    """What the crop cuts off is no hole, however small."""
+    mask = np.ones((100, 100), bool)
+    mask[0, 50] = mask[50, 0] = mask[99, 50] = mask[50, 99] = False
+    assert np.array_equal(lct.clean_mask(mask), mask)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_clean_mask_of_all_or_nothing(value: bool) -> None:
+    mask = np.full((7, 9), value)
+    assert np.array_equal(lct.clean_mask(mask), mask)
+
+
+def test_clean_up_can_be_switched_off(config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.full((3, 256, 256), -1.0, np.float32)
+    logits[:, 64:192, 64:192], logits[:, 8:12, 8:12] = 1.0, 1.0
+    monkeypatch.setattr(lct.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
+    areas = {}
+    for cleanup in (True, False):
+        chosen = dataclasses.replace(config, mask_cleanup=cleanup, out_dir=config.out_dir / str(cleanup))
+        areas[cleanup] = generate(chosen, make_requests(config)[:1])["hammer/0000.png"].area
+        (config.data_root / "hammer/masks/0000.png").unlink()
+    assert areas[True] == pytest.approx(0.25, abs=0.01) and areas[False] > areas[True]
+
+
+# --- interruption and resumption --------------------------------------------------------------------------------------
+@pytest.fixture
+def signals_raise() -> Iterator[None]:
+    """Handle signals as a run does."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    lct.catch_signals()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_an_interrupted_call_keeps_what_is_done_and_the_next_does_the_rest(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, signals_raise: None
+) -> None:
+    first, second, third = make_requests(config)
+    with monkeypatch.context() as patch:
+        _after(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(lct.Interrupted):
+            generate(config)
+    assert [request.target.exists() for request in (first, second, third)] == [True, False, False]
+    assert _wait_for_threads("ThreadPoolExecutor"), "a reading thread hangs"
+    assert [record["path"] for record in read_lines(config)] == [first.path]
+    mtime = first.target.stat().st_mtime_ns
+    asked.clear()
+    outcomes = generate(config)
+    assert len(asked) == 2 and first.target.stat().st_mtime_ns == mtime
+    assert [record["path"] for record in read_lines(config)] == [first.path, second.path, third.path]
+    assert list(outcomes) == sorted(CROPS) and not any(outcome.reason for outcome in outcomes.values())
+    assert all(0 < outcome.score <= 1 for outcome in outcomes.values()), "also that of the first call"
+    assert not [path for path in config.data_root.rglob("*") if path.name.endswith(".tmp")]
+
+
+def _after(patch: pytest.MonkeyPatch, num_calls: int, act: Callable[[], None]) -> None:
+    """Let the model answer so often, then act instead."""
+    propose, left = lct.Sam2.propose, [num_calls]
+
+    def answer(self: lct.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not left[0]:
+            act()
+        left[0] -= 1
+        return propose(self, square)
+
+    patch.setattr(lct.Sam2, "propose", answer)
+
+
+def _wait_for_threads(prefix: str) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_killed_between_record_and_mask_it_is_drawn_again(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record goes first: a mask on disk never lacks its score."""
+    request = make_requests(config)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(lct, "_write_mask", None)
+        with pytest.raises(TypeError):
+            generate(config, [request])
+    assert lct.read_mask_log(config.out_dir)[request.path].score > 0 and not request.target.exists()
+    assert generate(config, [request])[request.path].reason == "" and len(asked) == 2 and request.target.exists()
+
+
+def test_a_half_written_line_is_passed_over(config: lct.Config, asked: list[bytes]) -> None:
+    requests = make_requests(config)
+    generate(config, requests[:2])
+    log = config.out_dir / "masks.jsonl"
+    whole = log.read_bytes()
+    cut = whole.index("кадр".encode()) + 3  # in the middle of a letter
+    log.write_bytes(whole[:cut])
+    requests[1].target.unlink()
+    assert list(lct.read_mask_log(config.out_dir)) == [requests[0].path]
+    asked.clear()
+    generate(config)
+    assert len(asked) == 2 and list(lct.read_mask_log(config.out_dir)) == sorted(CROPS)
+    lines = log.read_bytes().split(b"\n")
+    assert lines[1] == whole[:cut].split(b"\n")[1], "append-only"
+    assert [json.loads(line)["path"] for line in lines[2:4]] == [requests[1].path, requests[2].path]
+
+
+@pytest.mark.parametrize("line", ["[]", "7", '{"path": "hammer/0000.png"}', '"', "null"])
+def test_foreign_lines_are_passed_over(tmp_path: Path, line: str) -> None:
+    record = dict.fromkeys(lct.MASK_RECORD_KEYS) | {"path": "a/b.png"}
+    (tmp_path / "masks.jsonl").write_text(f"{line}\n{json.dumps(record)}\n")
+    assert list(lct.read_mask_log(tmp_path)) == ["a/b.png"]
+
+
+def test_masks_that_exist_are_never_touched(config: lct.Config, asked: list[bytes]) -> None:
+    """One lies there before, one is drawn by hand after the crop was refused."""
+    refused = generate(dataclasses.replace(config, mask_min_score=1.0))
+    assert all(outcome.reason for outcome in refused.values())
+    mine = make_requests(config)[0].target
+    mine.parent.mkdir()
+    mine.write_bytes(b"drawn by hand")
+    asked.clear()
+    outcomes = generate(dataclasses.replace(config, mask_min_score=1.0))
+    assert asked == [] and mine.read_bytes() == b"drawn by hand"
+    assert outcomes["hammer/0000.png"].reason == "" and np.isnan(outcomes["hammer/0000.png"].score)
+    assert generate(config, []) == {}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+def test_a_broken_image_costs_that_image(config: lct.Config, asked: list[bytes]) -> None:
+    broken, *good = make_requests(config)
+    broken.source.write_bytes(broken.source.read_bytes()[:200])
+    gone = lct.MaskRequest("hammer/gone.png", config.data_root / "hammer/gone.png", broken.target.with_name("gone.png"))
+    outcomes = generate(config, [broken, gone, *good])
+    assert list(outcomes) == [broken.path, gone.path, *(request.path for request in good)]
+    assert "truncated" in outcomes[broken.path].reason and np.isnan(outcomes[broken.path].score)
+    assert outcomes[gone.path].reason == "No such file or directory"
+    assert [request.target.exists() for request in (broken, gone, *good)] == [False, False, True, True]
+    assert read_lines(config)[0]["score"] is None, "JSON has no NaN"
+    asked.clear()
+    assert str(generate(config, [broken, gone])) == str({p: outcomes[p] for p in (broken.path, gone.path)})
+    assert asked == []
+
+
+def test_a_name_too_long_for_a_mask_costs_that_image(config: lct.Config, asked: list[bytes]) -> None:
+    request = make_requests(config)[0]
+    long = request._replace(target=request.target.with_name("я" * 123 + "_mask.png"))
+    assert generate(config, [long])[request.path].reason == "the name of its mask is too long"
+    fits = request._replace(target=request.target.with_name("n" * (lct.MAX_NAME_BYTES - 4) + ".png"))
+    assert generate(config, [fits])[request.path].reason == "" and fits.target.exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/masks", "FILE/masks"], ids=["read-only", "below a file"])
+def test_a_target_that_cannot_be_written_names_the_way_out(config: lct.Config, asked: list[bytes], folder: str) -> None:
+    request = make_requests(config)[0]
+    target = Path(folder.replace("FILE", str(config.sam2_ckpt)), "0000.png")
+    with pytest.raises(lct.UserError, match=r"(?s)cannot be written.*--masks_out DIR"):
+        generate(config, [request._replace(target=target)])
+
+
+def test_the_missing_package_is_one_sentence_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "sam2"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sam2", None)
+    message = check_fails(lct.Config())
+    assert message.startswith("the package sam2: is not installed\n")
+    assert "pip install --no-build-isolation sam2" in message
+    clone = types.ModuleType("sam2")  # the folder of its repository, for which Python takes it in its parent folder
+    clone.__path__, clone.__spec__ = [], types.SimpleNamespace(parent="sam2", name="sam2", _initializing=False)
+    monkeypatch.setitem(sys.modules, "sam2", clone)
+    assert "the package sam2: cannot be imported: No module named 'sam2.build_sam'" in check_fails(lct.Config())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "url"),
+    [
+        ("configs/sam2.1/sam2.1_hiera_l.yaml", "092824/sam2.1_hiera_large.pt"),
+        ("configs/sam2.1/sam2.1_hiera_b+.yaml", "092824/sam2.1_hiera_base_plus.pt"),
+        ("configs/sam2.1/sam2.1_hiera_s.yaml", "092824/sam2.1_hiera_small.pt"),
+        ("configs/sam2/sam2_hiera_t.yaml", "072824/sam2_hiera_tiny.pt"),
+    ],
+)
+def test_the_missing_checkpoint_is_named_with_its_address(cfg: str, url: str, tmp_path: Path) -> None:
+    pytest.importorskip("sam2")
+    message = check_fails(lct.Config(sam2_cfg=cfg))
+    assert "--sam2_ckpt: is missing" in message
+    assert f"curl -LO https://dl.fbaipublicfiles.com/segment_anything_2/{url} " in message
+    assert message.endswith(f"--sam2_ckpt {Path(url).name}")
+    assert "does not exist" in check_fails(lct.Config(sam2_cfg=cfg, sam2_ckpt=tmp_path / "none.pt"))
+    assert "is not a file" in check_fails(lct.Config(sam2_cfg=cfg, sam2_ckpt=tmp_path))
+
+
+def test_the_addresses_are_those_that_the_package_names() -> None:
+    build_sam = pytest.importorskip("sam2.build_sam")
+    for cfg, name in build_sam.HF_MODEL_ID_TO_FILENAMES.values():
+        assert lct._how_to_get_checkpoint(cfg).endswith(f"/{name}  and then  --sam2_ckpt {name}")
+    assert "http" not in lct._how_to_get_checkpoint("configs/my_own.yaml")
+
+
+def test_an_unknown_config_is_named_with_the_nearest(config: lct.Config) -> None:
+    near = check_fails(dataclasses.replace(config, sam2_cfg="configs/sam2.1/sam2.1_hiera_x.yaml"))
+    assert "is no config of the sam2 package" in near and "did you mean configs/sam2.1/sam2.1_hiera_" in near
+    far = check_fails(dataclasses.replace(config, sam2_cfg="vit.yaml"))
+    assert "it has configs/sam2.1/sam2.1_hiera_b+.yaml, " in far and "training" not in far
+    other = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
+    assert "cannot be built" in check_fails(dataclasses.replace(config, sam2_cfg=other))
+    lct.check_sam2(config)  # none of the failures is left behind
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_foreign_checkpoint_is_refused_and_not_executed(
+    config: lct.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "picture": lambda path: draw_image(0).save(path, "PNG"),
+        "empty": lambda path: path.touch(),
+        "cut off": lambda path: path.write_bytes(config.sam2_ckpt.read_bytes()[:1_000_000]),
+        "pickle": lambda path: path.write_bytes(pickle.dumps(_Bomb())),
+        "zipped pickle": lambda path: torch.save({"model": _Bomb()}, path),
+        "other layout": lambda path: torch.save({"state_dict": {}}, path),
+        "list": lambda path: torch.save([1], path),
+        "no tensors": lambda path: torch.save({"model": {"a": 1}}, path),
+    }
+    for name, write in files.items():
+        path = tmp_path / f"{name}.pt"
+        write(path)
+        message = check_fails(dataclasses.replace(config, sam2_ckpt=path))
+        assert f"--sam2_ckpt {path}: is no checkpoint" in message, name
+        assert len(message.splitlines()) == 2 and "curl -LO" in message and "weights_only=False" not in message
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("cfg", ["configs/sam2.1/sam2.1_hiera_s.yaml", "configs/sam2/sam2_hiera_t.yaml"])
+def test_a_checkpoint_of_another_config_is_refused(config: lct.Config, cfg: str) -> None:
+    message = check_fails(dataclasses.replace(config, sam2_cfg=cfg))
+    assert f"does not fit --sam2_cfg {cfg}" in message and len(message.splitlines()) == 2
+    with pytest.raises(lct.UserError, match="does not fit"):
+        generate(dataclasses.replace(config, sam2_cfg=cfg))
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+def test_read_ahead_keeps_the_order_and_stays_near() -> None:
+    begun = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01 * (item % 3))
+        return item * item
+
+    for index, value in enumerate(lct._read_ahead(range(50), read, 3)):
+        assert value == index * index
+        assert len(begun) <= index + 1 + 2 * 3, "what is read ahead would fill the memory"
+    assert sorted(begun) == list(range(50))
+
+
+def test_read_ahead_can_be_left_while_threads_read() -> None:
+    gate, begun = threading.Event(), []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        if item:
+            gate.wait(30)
+        return item
+
+    start = time.monotonic()
+    crops = lct._read_ahead(range(100), read, 2)
+    assert next(crops) == 0
+    crops.close()
+    assert time.monotonic() - start < 5, "leaving waits for the readers"
+    gate.set()
+    assert _wait_for_threads("ThreadPoolExecutor") and len(begun) <= 4
+
+
+def test_an_error_of_a_reader_arrives() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(lct._read_ahead([1, 0, 2], lambda item: 1 // item, 2))
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
+    side = lct.PREVIEW_SIDE
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[:] = 200, 30, 40
+    mask = np.zeros((40, 40), bool)
+    mask[:, :20] = True
+    items = [
+        lct.MaskPreview("hammer/0000.png  0.91", image, mask),
+        lct.MaskPreview("b", image, None, "score 0.2 is low"),
+    ]
+    lct.write_masks_preview(tmp_path / "preview.png", items, 7)
+    sheet = np.asarray(Image.open(tmp_path / "preview.png")).astype(int)
+    middle = 72 + side // 2
+    left, right = side // 4, side * 3 // 4
+    colours = [sheet[middle, 24 + panel * (side + 4) + x].tolist() for panel in range(3) for x in (left, right)]
+    red, white, black, gray = [200, 30, 40], [255] * 3, [0] * 3, [lct.PADDING_GRAY] * 3
+    assert colours == [red, red, white, black, red, gray]
+    second = 24 + 3 * side + 32
+    assert sheet[middle, second + left].tolist() == red and sheet[72 + 5, second + side + 4 + 5].min() > 220
+    note_colour = [int(lct.PREVIEW_RED[i : i + 2], 16) for i in (1, 3, 5)]
+    is_note = (sheet[72 + side :] == note_colour).all(axis=2)
+    assert is_note[:, second:].any() and not is_note[:, :second].any(), "only the refused one is marked"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (700, 500)])
+@pytest.mark.parametrize(
+    "name", ["шестигранный ключ", "扳手 🔧", "e\u0301 <b>\"'", "\udcff", "line\nbreak", "", "x" * 3000]
+)
+def test_the_preview_takes_any_name_and_size(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    image = np.zeros((*size, 3), np.uint8)
+    for mask in (None, np.full(size, 255, np.uint8)):
+        lct.write_masks_preview(tmp_path / "preview.png", [lct.MaskPreview(name, image, mask, name)], 1)
+        with Image.open(tmp_path / "preview.png") as sheet:
+            assert sheet.width < 1000 and sheet.height < 400
+
+
+def test_an_empty_preview_and_a_long_one(tmp_path: Path) -> None:
+    lct.write_masks_preview(tmp_path / "preview.png", [], 0)
+    item = lct.MaskPreview("a", np.zeros((9, 9, 3), np.uint8), None)
+    lct.write_masks_preview(tmp_path / "long.png", [item] * 7, 7)
+    heights = [Image.open(tmp_path / name).height for name in ("preview.png", "long.png")]
+    assert heights[1] - heights[0] > 3 * lct.PREVIEW_SIDE, "three rows"
+
+
+def test_captions_are_readable_in_cyrillic_and_cut_in_the_middle() -> None:
+    pytest.importorskip("matplotlib")
+    font = lct._load_font(14)
+    assert bytes(font.getmask("Ж")) != bytes(font.getmask("\u0378")), "a box for a letter"
+    text = "hammer/" + "very_" * 50 + "long.png  0.91"
+    cut = lct._fit_text(text, font, 300)
+    assert font.getlength(cut) <= 300 < font.getlength(cut + "mm") and "…" in cut
+    assert cut.startswith("hammer/") and cut.endswith("0.91")
+    assert lct._fit_text("short", font, 300) == "short"
