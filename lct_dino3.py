@@ -118,7 +118,7 @@ SAM2_URLS = {  # https://github.com/facebookresearch/sam2/blob/main/checkpoints/
 }
 SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
 MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
-PREVIEW_COLUMNS, PREVIEW_SIDE = 3, 176  # crops a row, px of a picture
+PREVIEW_CROPS, PREVIEW_COLUMNS, PREVIEW_SIDE = 60, 3, 176  # crops in all, crops a row, px of a picture
 PREVIEW_PAPER, PREVIEW_EMPTY, PREVIEW_GRAY, PREVIEW_RED = "#ffffff", "#e8eaee", "#6b7280", "#b91c1c"
 DEMO_IMAGES_PER_CLASS = 100
 # A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several.
@@ -141,7 +141,12 @@ DEMO_FLAGS = (
     ),
 )
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
-RUN_MARKERS = ("metrics.jsonl", "data_report.json")  # one of them in out_dir: it is ours
+RUN_MARKERS = (
+    "metrics.jsonl",
+    "data_report.json",
+    "mask_cache.npz",
+    "scan_cache.npz",
+)  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
                    0001.jpg
@@ -185,6 +190,7 @@ class Interrupted(BaseException):
 COMMANDS = {
     "train": "scan, split, train, evaluate, export prototypes, report (default)",
     "scan": "data health and split preview only; writes data_report.json",
+    "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png and data_report.json",
     "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
 }
 
@@ -235,7 +241,7 @@ class Config:
 
     crop_mode: str = _option(
         "bbox",
-        "bbox = crops as they are, mask = background replaced, mix = replaced now and then in training, judged both ways",
+        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
         "masks",
         choices=("bbox", "mask", "mix"),
         fixed=True,
@@ -245,9 +251,10 @@ class Config:
     )
     mask_fill: str = _option(
         "gray",
-        "what replaces the background: gray (the padding), black, blur, mean (of the model's input), random (in training)",
+        "new background: gray, black, blur, mean (of the model), random (in training)",
         "masks",
         choices=("gray", "black", "blur", "mean", "random"),
+        metavar="NAME",
         fixed=True,
     )
     masks_dirname: str = _option(
@@ -1900,7 +1907,8 @@ def format_findings(report: dict[str, Any]) -> str:
         lines.append(f"  ... and {len(report['quarantined']) - 10} more in data_report.json")
     masks = report["masks"]
     if masks["usable"] or masks["refused"]:
-        lines.append(f"masks: {masks['usable']:,} of {report['num_usable']:,} crops have one that can be used")
+        made = f", {masks['made']:,} of them drawn by SAM-2" if masks["made"] else ""
+        lines.append(f"masks: {masks['usable']:,} of {report['num_usable']:,} crops have one that can be used{made}")
     lines += [f"  refused: {item['path']}: {item['reason']}" for item in masks["refused"][:10]]
     if len(masks["refused"]) > 10:
         lines.append(f"  ... and {len(masks['refused']) - 10} more in data_report.json")
@@ -2109,11 +2117,8 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         refused |= {path: reason for path, reason in reasons.items() if reason and path in files.stats}
         found.append(next((path for path, reason in reasons.items() if not reason), ""))
     refused |= {path: "has no image" for path in _orphans(files, listing)}
-    report = scan.report | {"masks": describe_masks(records, found, refused, config)}
-    report["classes"] = {
-        name: row | {"masks": sum(map(bool, itertools.compress(found, records.labels == label)))}
-        for label, (name, row) in enumerate(report["classes"].items())
-    }
+    report = scan.report | {"masks": describe_masks(scan, found, refused, config)}
+    report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
     contents = "\n".join(f"{path} {row_of[path]['digest']}" for path in found if path)
     masks_hash = hashlib.sha256(contents.encode()).hexdigest()[:16] if contents else ""
     records = dataclasses.replace(records, masks=PathTable(found), masks_hash=masks_hash)
@@ -2128,7 +2133,7 @@ def _mask_choices(path: str, config: Config, files: MaskFiles, crops: dict[str, 
 
 def _misfit(mask: np.void, crop: np.void) -> str:
     """Return why a mask does not fit its crop, or ''."""
-    (width, height), (crop_width, crop_height) = (mask["width"], mask["height"]), (crop["width"], crop["height"])
+    width, height, crop_width, crop_height = (int(row[side]) for row in (mask, crop) for side in ("width", "height"))
     if abs(width * crop_height - height * crop_width) <= MASK_ASPECT_TOLERANCE * height * crop_width:
         return ""
     return f"is {width} x {height} px, which does not fit a crop of {crop_width} x {crop_height} px"
@@ -2150,23 +2155,50 @@ def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
     return orphans
 
 
-def describe_masks(records: Records, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
-    """Return the part of the data report that speaks of masks."""
-    kinds = Counter(
-        "none"
-        if not path
-        else "own_alpha"
-        if path == records.paths[i]
-        else "cutouts"
-        if is_alpha_file(path, config.masks_dirname)
-        else "masks"
-        for i, path in enumerate(found)
-    )
+def describe_masks(scan: Scan, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
+    """Return the part of the data report that speaks of masks: kinds, what was refused, what SAM-2 did, counts by class."""
+    records, log = scan.records, read_mask_log(config.out_dir)
+    kinds = Counter(_mask_kind(path, records.paths[i], config.masks_dirname) for i, path in enumerate(found))
+    outcomes = [log.get(records.paths[i]) for i in range(len(found))] if log else [None] * len(found)
+    columns = {
+        "masks": np.array([bool(path) for path in found]),
+        "made": np.array([bool(path and own and not own.reason) for path, own in zip(found, outcomes, strict=True)]),
+        "not_made": np.array(
+            [bool(not path and own and own.reason) for path, own in zip(found, outcomes, strict=True)]
+        ),
+    }
+    counts = {
+        key: np.bincount(records.labels[column], minlength=len(records.class_names)) for key, column in columns.items()
+    }
     return {
         "usable": len(found) - kinds["none"],
         **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
+        "made": int(columns["made"].sum()),
         "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
+        "not_made": [outcomes[i]._asdict() for i in np.flatnonzero(columns["not_made"]).tolist()],
+        "classes": {
+            name: {key: int(counts[key][label]) for key in counts} for label, name in enumerate(records.class_names)
+        },
     }
+
+
+def _mask_kind(path: str, crop_path: str, masks_dirname: str) -> str:
+    if not path or path == crop_path:
+        return "own_alpha" if path else "none"
+    return "cutouts" if is_alpha_file(path, masks_dirname) else "masks"
+
+
+def format_mask_table(report: dict[str, Any]) -> str:
+    """Return per class how many crops have a mask, how many of those SAM-2 drew, what it failed at, and what is missing."""
+    rows = [
+        (name, row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
+        for name, row in report["classes"].items()
+    ]
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    width = max(5, *(len(row[0]) for row in rows))
+    heads = ("crops", "with mask", "by SAM-2", "not drawn", "without")
+    lines = [f"{'class':<{width}}" + "".join(f"{head:>11}" for head in heads)]
+    return "\n".join(lines + [f"{row[0]:<{width}}" + "".join(f"{value:>11,}" for value in row[1:]) for row in rows])
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -2708,6 +2740,58 @@ def _fit_text(text: str, font: Any, width: int) -> str:
     while kept > 2 and font.getlength(f"{text[: kept // 2]}…{text[-(kept // 2) :]}") > width:
         kept -= 1
     return f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
+
+
+def draw_missing_masks(scan: Scan, config: Config, runtime: Runtime) -> Scan:
+    """Draw a mask for every crop that has none, show them in masks_preview.png, and return the scan with them.
+
+    Raises:
+        UserError: what SAM-2 needs is missing, or masks cannot be written.
+    """
+    requests = _request_masks(scan, config)
+    if requests:
+        print(
+            f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask: SAM-2 draws them", flush=True
+        )
+    scan.save_caches(config.out_dir)
+    generate_masks(config, runtime, requests, config.out_dir)
+    return attach_masks(scan, config)
+
+
+def _request_masks(scan: Scan, config: Config) -> list[MaskRequest]:
+    """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
+    records, root = scan.records, (config.masks_out or config.data_root).absolute()
+    every = (*scan.listing.paths, *scan.listing.left_out)
+    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in every)
+    requests = []
+    for row in np.flatnonzero(~records.has_mask).tolist():
+        path = records.paths[row]
+        folder, name = path.split("/", 1)[0], Path(path)
+        names = [f"{name.stem}_mask.png"] * (stems[folder, name.stem] == 1) + [f"{name.name}_mask.png"]
+        targets = [root / folder / config.masks_dirname / target for target in names]
+        free = [target for target in targets if not target.exists()]
+        if free:
+            requests.append(MaskRequest(path, config.data_root / path, free[0]))
+    return requests
+
+
+def preview_masks(scan: Scan, config: Config) -> None:
+    """Write masks_preview.png: crops that SAM-2 was least sure of first, then masks that were there, spread over the classes."""
+    records, log = scan.records, read_mask_log(config.out_dir)
+    number = {records.paths[row]: row for row in range(len(records.paths))}
+    drawn = [outcome for outcome in log.values() if outcome.path in number]
+    drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
+    known = {outcome.path for outcome in drawn}
+    others = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in known]
+    others = [others[i] for i in np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS)).astype(int).tolist()]
+    chosen = [(number[outcome.path], outcome) for outcome in drawn] + [(row, None) for row in others]
+    items = []
+    for row, outcome in chosen[:PREVIEW_CROPS]:
+        with contextlib.suppress(ImageError):  # gone since the scan
+            image, mask, _ = load_crop(records, row, 1)
+            score = f"   {outcome.score:.2f}" if outcome else ""
+            items.append(MaskPreview(records.paths[row] + score, image, mask, outcome.reason if outcome else ""))
+    write_masks_preview(config.out_dir / "masks_preview.png", items, len(number))
 
 
 # ======================================================================================================================
@@ -6472,8 +6556,7 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
-    if (config.out_dir / "metrics.jsonl").exists():
-        raise UserError("holds a run, whose data report would be lost", f"--out_dir {config.out_dir}", "choose another")
+    refuse_finished_folder(config)
     scan = attach_masks(scan_dataset(config), config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
@@ -6486,6 +6569,34 @@ def run_scan(config: Config) -> None:
         sep="\n",
     )
     check_trainable(scan, config)
+
+
+def refuse_finished_folder(config: Config) -> None:
+    """Refuse to write another data report over that of a run.
+
+    Raises:
+        UserError: out_dir holds a run.
+    """
+    if (config.out_dir / "metrics.jsonl").exists():
+        raise UserError("holds a run, whose data report would be lost", f"--out_dir {config.out_dir}", "choose another")
+
+
+def run_masks(config: Config) -> None:
+    """Draw the masks that are missing; write masks_preview.png and data_report.json, train nothing."""
+    check_paths(config)
+    refuse_finished_folder(config)
+    check_sam2(config)
+    runtime = make_runtime(config)
+    scan = attach_masks(scan_dataset(config), config)
+    create_out_dir(config.out_dir)
+    with lock_directory(config.out_dir):
+        write_json(config.out_dir / "data_report.json", scan.report)
+        scan = draw_missing_masks(scan, config, runtime)
+        write_json(config.out_dir / "data_report.json", scan.report)
+        scan.save_caches(config.out_dir)
+        preview_masks(scan, config)
+    print(format_mask_table(scan.report), format_findings(scan.report), sep="\n")
+    print(f"written: {config.out_dir / 'masks_preview.png'}, {config.out_dir / 'data_report.json'}")
 
 
 def run_demo(config: Config) -> None:
@@ -6508,9 +6619,12 @@ def run_train(config: Config) -> None:
     resume_path = find_resume_path(config)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
     probe_model(config)  # a mistyped model should not cost a scan
+    if config.auto_generate_masks:
+        check_sam2(config)
     scan = attach_masks(scan_dataset(config), config)
     check_trainable(scan, config)
-    check_masks_usable(scan, config)
+    if not config.auto_generate_masks:
+        check_masks_usable(scan, config)
     records, notes = scan.records, []
     if checkpoint:
         records, notes = reuse_splits(resume_path.with_name("splits.json"), records)
@@ -6527,6 +6641,12 @@ def run_train(config: Config) -> None:
     if config.overwrite and config.out_dir.exists():
         print(f"the old run is moved to {move_aside(config.out_dir)}")
     with RunDirectory(config.out_dir) as run:
+        if config.auto_generate_masks:
+            scan = draw_missing_masks(scan, config, runtime)
+            check_masks_usable(scan, config)
+            records = (
+                reuse_splits(resume_path.with_name("splits.json"), scan.records)[0] if checkpoint else scan.records
+            )
         job = Job(config, records, runtime, run, info)
         open_run(job, scan, notes)
         bank, state = start_training(job, backbone, checkpoint)
@@ -6558,6 +6678,8 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if config.preview:
         write_preview(job)
+    if config.crop_mode != "bbox" or config.auto_generate_masks:
+        preview_masks(scan, config)
 
 
 def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -6785,7 +6907,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = Config()
     try:
         config = COMMAND_LINE if argv is None else parse_command_line(argv)
-        {"train": run_train, "scan": run_scan, "demo": run_demo}[config.command](config)
+        {"train": run_train, "scan": run_scan, "masks": run_masks, "demo": run_demo}[config.command](config)
         return EXIT_OK
     except UserError as error:
         code, failure, message = EXIT_USER, error, f"error: {error}"
