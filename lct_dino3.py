@@ -1912,6 +1912,9 @@ def format_findings(report: dict[str, Any]) -> str:
     lines += [f"  refused: {item['path']}: {item['reason']}" for item in masks["refused"][:10]]
     if len(masks["refused"]) > 10:
         lines.append(f"  ... and {len(masks['refused']) - 10} more in data_report.json")
+    if masks["not_made"]:
+        path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
+        lines.append(f"SAM-2 drew no acceptable mask for {len(masks['not_made']):,} crops, e.g. {path}: {reason}")
     lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
     if report["class_map"]:
         lines.append(
@@ -2750,9 +2753,7 @@ def draw_missing_masks(scan: Scan, config: Config, runtime: Runtime) -> Scan:
     """
     requests = _request_masks(scan, config)
     if requests:
-        print(
-            f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask: SAM-2 draws them", flush=True
-        )
+        print(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask", flush=True)
     scan.save_caches(config.out_dir)
     generate_masks(config, runtime, requests, config.out_dir)
     return attach_masks(scan, config)
@@ -2781,12 +2782,12 @@ def preview_masks(scan: Scan, config: Config) -> None:
     number = {records.paths[row]: row for row in range(len(records.paths))}
     drawn = [outcome for outcome in log.values() if outcome.path in number]
     drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
+    chosen = [(number[outcome.path], outcome) for outcome in drawn[:PREVIEW_CROPS]]
     known = {outcome.path for outcome in drawn}
     others = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in known]
-    others = [others[i] for i in np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS)).astype(int).tolist()]
-    chosen = [(number[outcome.path], outcome) for outcome in drawn] + [(row, None) for row in others]
+    spread = np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS - len(chosen))).astype(int).tolist()
     items = []
-    for row, outcome in chosen[:PREVIEW_CROPS]:
+    for row, outcome in chosen + [(others[i], None) for i in spread]:
         with contextlib.suppress(ImageError):  # gone since the scan
             image, mask, _ = load_crop(records, row, 1)
             score = f"   {outcome.score:.2f}" if outcome else ""
