@@ -624,7 +624,6 @@ if __name__ == "__main__":
         sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
-from os.path import commonpath
 
 import numpy as np
 import torch
@@ -4145,37 +4144,23 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 # 17  REPORT
 # ======================================================================================================================
 # Owns report.html: one page that opens offline, whose bytes are a function of its input (no clock, no random state).
-# Reads images through `load_image`, writes one file through `write_atomic`. Raises ValueError on rows that do not fit.
-# Text from the data counts as hostile: autoescape, an escaped JSON island, and a CSP that runs our one script only.
+# Text from the data counts as hostile: everything is autoescaped, and the CSP runs our one script, which reads no data
+# but what it finds in the page.
 
 MAP_MAX_POINTS = 1_500  # t-SNE of 1,500 x 128 takes seconds, and more dots only cover each other
 MAP_THUMB_PX = 48  # a multiple of 16: JPEG chroma blocks then never bleed into the neighbouring cell of the sprite
 MAP_SPRITE_COLUMNS = 40
-MAP_WIDTH, MAP_HEIGHT = 1000, 660  # SVG user units
+MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000, 660, 22  # px of a wide screen; the style sheet has the same proportion
 ERROR_THUMB_PX = 96
 MAX_ERRORS = 48
 MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below them has all
 MAX_LISTED = 200
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
+MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
 SMALL_SUPPORT = 10  # below, one image moves recall by more than ten points
 CALIBRATION_BINS = 10
-SPLITS = ("train", "val", "test")
-# Relative SVG paths: split is told by shape, so that it survives a print in black and white.
-MAP_SHAPES = {
-    "train": "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
-    "val": "m-3.7-3.7h7.4v7.4h-7.4z",
-    "test": "m0-5.6l5.2 9.2h-10.4z",
-}
-# Matplotlib only knows fixed colours; these stand-ins are swapped for CSS variables, so that charts follow dark mode.
-CHART_INKS = {
-    "ink": "#0b0b01",
-    "line": "#0b0b02",
-    "train": "#0b0b03",
-    "val": "#0b0b04",
-    "proto": "#0b0b05",
-    "frozen": "#0b0b06",
-    "muted": "#0b0b07",
-}
+CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
+MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
 # Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
 TEN_COLORS = (
     *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),
@@ -4186,22 +4171,21 @@ GOLDEN_ANGLE = 137.508
 
 @dataclass(frozen=True)
 class ReportInput:
-    """Everything the page shows; arrays are already on the CPU. N images, T of them test, C classes."""
+    """Everything the page shows. N images, T of them test, C classes."""
 
     config: dict[str, Any]  # parsed config.json
     events: list[dict[str, Any]]  # parsed metrics.jsonl
-    data_report: dict[str, Any]  # parsed data_report.json; any key may be absent
+    data_report: dict[str, Any]  # parsed data_report.json
     class_names: tuple[str, ...]  # (C,)
     data_root: Path
     embeddings: np.ndarray  # (N, D) float32 unit norm: train, val and test
     labels: np.ndarray  # (N,) int
     split_names: np.ndarray  # (N,) str: train / val / test
     paths: list[str]  # (N,) relative to data_root
-    test_predictions: np.ndarray  # (T,) int, prototype matching, rows with split test in order
-    test_cosines: np.ndarray  # (T, C) float32 cosine to the centroids
-    nearest_paths: list[list[str]]  # (T, 2) nearest training reference of [the true class, the predicted class]
-    temperature: float  # probability = softmax(cosine / temperature)
-    load_image: Callable[[Path], np.ndarray]  # RGB uint8 (H, W, 3), EXIF applied; OSError/ValueError when unreadable
+    thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
+    test_scores: np.ndarray  # (T, C) similarity to each class, rows with split test in order
+    nearest_paths: list[list[str]]  # (T, 2) nearest training reference of [the predicted class, the true class]
+    temperature: float  # probability = softmax(score / temperature)
 
 
 @dataclass(frozen=True)
@@ -4209,11 +4193,13 @@ class _Figures:
     """The figures of a run, picked from its events; a resumed run repeats epochs and the last one counts."""
 
     epochs: list[dict[str, Any]]  # epoch_end events, by epoch
-    best_update: dict[str, Any] | None
-    best_epoch: dict[str, Any] | None  # epoch_end event of the best epoch; of the last one if no best was named
-    baseline: dict[str, Any] | None  # baseline_end event
+    best: dict[str, Any] | None  # best_update event
+    baseline: dict[str, Any]  # accuracies of the frozen backbone, by split
+    prototypes: dict[str, Any] | None  # proto_end event
     test: dict[str, Any] | None  # test_end event
-    status: str
+    scored: str  # the split that the page leads with: test, else val
+    scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
+    per_class: dict[str, dict[str, Any]]  # of that split, by class name
 
 
 @dataclass(frozen=True)
@@ -4227,14 +4213,10 @@ class _TestRows:
     confidences: np.ndarray  # (T,) float64, probability of the predicted class
 
 
-def write_report(report: ReportInput, path: Path, write_atomic: Callable[[Path, bytes], None]) -> None:
-    """Write the whole run as one self-contained page.
-
-    Raises ValueError if the rows do not match each other.
-    """
-    page = render_report(report)
+def write_report(report: ReportInput, path: Path) -> None:
+    """Write the whole run as one self-contained page."""
     # A file name may carry bytes that are no Unicode (lone surrogates): shown escaped, never a crash.
-    write_atomic(path, page.encode("utf-8", "backslashreplace"))
+    write_bytes(path, render_report(report).encode("utf-8", "backslashreplace"))
 
 
 def render_report(report: ReportInput) -> str:
@@ -4242,74 +4224,67 @@ def render_report(report: ReportInput) -> str:
     import jinja2
     from markupsafe import Markup
 
-    _check_rows(report)
-    figures = _collect_figures(report.events)
-    test = _collect_test_rows(report)
-    points = _map_points(report, test)
-    calibration = _calibration_view(test)
+    figures, test = _collect_figures(report.events), _collect_test_rows(report)
+    findings = _list_findings(report.data_report)
     strict = jinja2.StrictUndefined  # a name that the template misspells is a bug, not an empty cell
     environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(num=_format_number, count=_format_count, duration=_format_duration)
+    environment.filters.update(num=_format_number, count="{:,}".format)
+    environment.globals["thumbnail"] = functools.partial(_thumbnail_uri, report.data_root)
     return environment.from_string(_REPORT_HTML).render(
         css=Markup(_REPORT_CSS),
         script=Markup(_REPORT_JS),
         script_hash=base64.b64encode(hashlib.sha256(_REPORT_JS.encode()).digest()).decode(),
-        island=Markup(_island_json(report, figures, calibration, points)),
         colors=_class_colors(len(report.class_names)),
         class_names=report.class_names,
+        num_images=len(report.labels),
+        num_test=len(test.rows),
+        split_names=SPLIT_NAMES,
+        max_listed=MAX_LISTED,
         figures=figures,
-        header=_header_view(report, figures, test),
+        header=_header_view(report, figures, len(test.rows)),
         facts=_run_facts(report, figures),
         options=sorted(report.config["options"].items()),
         curves=_curve_views(figures),
         classes=_class_rows(report, figures),
         small_support=SMALL_SUPPORT,
-        scored="test" if figures.test else "val",
         confusion=_confusion_view(test, report.class_names),
-        map=_map_view(report, points),
+        map=_map_view(report, test),
         errors=_error_views(report, test),
-        calibration=calibration,
-        data=_data_view(report),
+        calibration=_calibration_view(test),
+        findings=findings,
+        data_facts=_data_facts(report.data_report, findings),
+        warnings=report.data_report["warnings"],
+        conflicts=report.data_report["label_conflicts"][:MAX_CONFLICT_GROUPS],
     )
-
-
-def _check_rows(report: ReportInput) -> None:
-    num_test = int((report.split_names == "test").sum())
-    per_image = {len(report.embeddings), len(report.labels), len(report.split_names), len(report.paths)}
-    per_test_image = {num_test, len(report.test_predictions), len(report.test_cosines), len(report.nearest_paths)}
-    if len(per_image) > 1 or len(per_test_image) > 1:
-        raise ValueError(f"report rows do not match: images {sorted(per_image)}, test images {sorted(per_test_image)}")
 
 
 def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
     last = {event["event"]: event for event in events}  # a later event replaces an earlier one of its kind
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
-    epochs = [by_epoch[epoch] for epoch in sorted(by_epoch)]
-    best_update = last.get("best_update")
-    best_epoch = by_epoch.get(best_update["epoch"]) if best_update else None
+    best, test = last.get("best_update"), last.get("test_end")
+    if test:
+        scores, per_class = {**test["prototypes"], "arcface_acc": test["arcface"]["acc"]}, test["per_class"]
+    else:
+        epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
+        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "arcface_acc": epoch["val"].get("acc")}
+        per_class = epoch["val_per_class"]
     return _Figures(
-        epochs=epochs,
-        best_update=best_update,
-        best_epoch=best_epoch or (epochs[-1] if epochs else None),
-        baseline=last.get("baseline_end"),
-        test=last.get("test_end"),
-        status=str(last["run_end"].get("status", "ended")) if "run_end" in last else "not finished",
+        epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
+        best=best,
+        baseline=last.get("baseline_end", {}),
+        prototypes=last.get("proto_end"),
+        test=test,
+        scored="test" if test else "val",
+        scores=scores,
+        per_class=per_class,
     )
 
 
 def _collect_test_rows(report: ReportInput) -> _TestRows:
     rows = np.flatnonzero(report.split_names == "test")
-    predictions = np.asarray(report.test_predictions, dtype=np.int64)
-    scaled = np.asarray(report.test_cosines, dtype=np.float64) / report.temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True)) if len(rows) else scaled
-    probabilities = powers / powers.sum(axis=1, keepdims=True) if len(rows) else powers
-    return _TestRows(
-        rows=rows,
-        labels=np.asarray(report.labels, dtype=np.int64)[rows],
-        predictions=predictions,
-        probabilities=probabilities,
-        confidences=probabilities[np.arange(len(rows)), predictions],
-    )
+    probabilities = np.exp(log_softmax(report.test_scores / report.temperature))
+    predictions = report.test_scores.argmax(axis=1)
+    return _TestRows(rows, report.labels[rows], predictions, probabilities, probabilities.max(axis=1))
 
 
 # --- text and pictures
@@ -4317,11 +4292,7 @@ def _collect_test_rows(report: ReportInput) -> _TestRows:
 
 def _format_number(value: float | None) -> str:
     """Three decimals; a dash where there is no figure, as for an absent class."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _format_count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _format_duration(seconds: float) -> str:
@@ -4330,35 +4301,9 @@ def _format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def _format_time(value: Any) -> str:
-    """Return a day and minute from seconds since 1970 or from an ISO text."""
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return str(value)[:16].replace("T", " ")
-
-
 def _shorten(text: str, limit: int) -> str:
     """Cut the middle: the names of similar classes often differ at their ends."""
     return text if len(text) <= limit else f"{text[: limit * 3 // 5]}…{text[-(limit * 2 // 5 - 1) :]}"
-
-
-def _short_names(class_names: tuple[str, ...], limit: int) -> list[str]:
-    """Shorten names so that they stay apart: where cuts look the same, what all of those names share is dropped."""
-    short = [_shorten(name, limit) for name in class_names]
-    for text in {text for text in short if short.count(text) > 1}:
-        labels = [label for label, other in enumerate(short) if other == text]
-        names = [class_names[label] for label in labels]
-        start = len(commonpath(names))
-        # No further than the shortest remainder, or start and end would overlap.
-        end = min(len(commonpath([name[::-1] for name in names])), min(map(len, names)) - start)
-        for label, name in zip(labels, names, strict=True):
-            short[label] = f"…{_shorten(name[start : len(name) - end], limit - 2)}…"
-    return short
-
-
-def _text_width(text: str, font_size: float) -> float:
-    """Estimate the width of a text in pixels; CJK and other wide scripts take a full em."""
-    return font_size * sum(1.05 if ord(character) > 0x2E80 else 0.62 for character in text)
 
 
 def _class_colors(num_classes: int) -> list[str]:
@@ -4368,13 +4313,11 @@ def _class_colors(num_classes: int) -> list[str]:
     return [f"hsl({i * GOLDEN_ANGLE % 360:.0f} {tones[i % 3][0]}% {tones[i % 3][1]}%)" for i in range(num_classes)]
 
 
-def _load_thumbnail(report: ReportInput, path: str, size: int) -> Image.Image | None:
-    """Return the image with its longer side at most `size`, or None when there is none to show."""
-    if not path:
-        return None
+def _load_thumbnail(path: Path, size: int) -> Image.Image | None:
+    """Return the image with its longer side at most `size`; None if it was deleted or damaged since training."""
     try:
-        image = Image.fromarray(report.load_image(report.data_root / path))
-    except (OSError, ValueError):  # deleted or damaged since training: the page shows a gray box
+        image = Image.fromarray(load_image(path))
+    except ImageError:
         return None
     image.thumbnail((size, size))
     return image
@@ -4386,394 +4329,257 @@ def _jpeg_uri(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(report: ReportInput, path: str) -> dict[str, str | None]:
-    image = _load_thumbnail(report, path, ERROR_THUMB_PX)
-    return {"path": path, "uri": _jpeg_uri(image) if image else None}
-
-
-def _island_json(
-    report: ReportInput, figures: _Figures, calibration: dict[str, Any], points: list[dict[str, Any]]
-) -> str:
-    """Return the figures of the page as JSON that is safe inside a script element."""
-    keep = ("epoch", "lr", "seconds", "train", "val")
-    best, test = figures.best_update or {}, figures.test
-    island = {
-        "status": figures.status,
-        "classes": report.class_names,
-        "epochs": [{key: epoch.get(key) for key in keep} for epoch in figures.epochs],
-        "best": {key: best.get(key) for key in ("epoch", "metric", "value")} if best else None,
-        "best_val": figures.best_epoch["val"] if figures.best_epoch else None,
-        "baseline": {name: figures.baseline.get(name) for name in ("val", "test")} if figures.baseline else None,
-        "test": {key: value for key, value in test.items() if key not in ("event", "time")} if test else None,
-        "calibration": {"ece": calibration["ece"], "bins": calibration["bins"]},
-        "points": [[point["label"], point["split"], point["predicted"], point["path"]] for point in points],
-    }
-    text = json.dumps(_without_nan(island), allow_nan=False)  # ASCII only, so U+2028 and surrogates are escaped too
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity by null: they are no JSON, and a browser refuses the whole island."""
-    if isinstance(value, dict):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _thumbnail_uri(root: Path, path: str) -> str | None:
+    image = _load_thumbnail(root / path, ERROR_THUMB_PX)
+    return _jpeg_uri(image) if image else None
 
 
 # --- header
 
 
-def _header_view(report: ReportInput, figures: _Figures, test: _TestRows) -> dict[str, Any]:
-    missing = "not tested yet" if len(test.rows) else "no test split, no verdict"
-    verdict = str(figures.test.get("verdict") or "tested, without a verdict") if figures.test else missing
-    tones = {"training helped": "good", "training hurt": "bad"}
+def _header_view(report: ReportInput, figures: _Figures, num_test: int) -> dict[str, Any]:
+    if figures.test:
+        from scipy.stats import binomtest
+
+        verdict, num_right = figures.test["verdict"], round(figures.test["prototypes"]["acc"] * num_test)
+        low, high = binomtest(num_right, num_test).proportion_ci(0.95, "wilson")  # unlike the normal one, holds near 1
+        note = f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
+    else:
+        verdict = "no test split, no verdict"
+        note = "The figures below are of the val split, which also chose the best epoch: expect less on new data."
+    tone = {"helped": "good", "hurt": "bad"}.get(verdict.split()[1], "plain")  # training ...
     return {
         "verdict": verdict[:1].upper() + verdict[1:],
-        "tone": "plain"
-        if "noise" in verdict
-        else next((t for start, t in tones.items() if verdict.startswith(start)), "plain"),
-        "note": _verdict_note(figures, len(test.rows)),
-        "tiles": _tiles(report, figures, len(test.rows)),
+        "tone": "plain" if "noise" in verdict else tone,
+        "note": note,
+        "tiles": _tiles(report, figures),
         "bars": _comparison_bars(figures),
     }
 
 
-def _verdict_note(figures: _Figures, num_test: int) -> str:
-    """Say how far the test figure can be trusted."""
-    if not figures.test:
-        return "The figures below are of the val split, which also chose the best epoch: expect less on new data."
-    low, high = _wilson_interval(figures.test["prototypes"]["acc"], num_test)
-    return f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
-
-
-def _wilson_interval(accuracy: float | None, count: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a proportion (Wilson 1927); unlike the normal one it holds near 0 and 1."""
-    if accuracy is None or count == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    center = (accuracy + z * z / (2 * count)) / (1 + z * z / count)
-    spread = z / (1 + z * z / count) * math.sqrt(accuracy * (1 - accuracy) / count + z * z / (4 * count * count))
-    return max(0.0, center - spread), min(1.0, center + spread)
-
-
-def _tiles(report: ReportInput, figures: _Figures, num_test: int) -> list[dict[str, str]]:
-    """Return the key figures as (label, value, note): of the test split, or of the best epoch on val."""
-    if figures.test:
-        scores, split = figures.test["prototypes"], "test"
-        arcface = figures.test["arcface"]["acc"]
-        tiles = [("Accuracy", _format_number(scores["acc"]), f"prototypes, {num_test:,} test images")]
-    else:
-        scores, split = (figures.best_epoch or {"val": {}})["val"], "val"
-        arcface = scores.get("acc")
-        tiles = [("Accuracy", _format_number(scores.get("proto_acc")), "prototypes, val at the best epoch")]
+def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]:
+    """Return the key figures as (label, value, note)."""
+    split, best = figures.scored, figures.best
     by = "prototypes" if split == "test" else "ArcFace"
-    best = figures.best_update
-    tiles += [
-        ("Macro F1", _format_number(scores.get("f1_macro")), f"{by}, {split}"),
-        ("Macro ROC AUC", _format_number(scores.get("auc_macro")), f"{by}, {split}"),
-        ("Recall@1", _format_number(scores.get("recall_at_1")), f"nearest reference, {split}"),
-        ("ArcFace accuracy", _format_number(arcface), f"classifier, {split}"),
-        ("Best epoch", _format_count(best["epoch"]) if best else "–", _best_note(figures)),
-        ("Images", _format_count(len(report.labels)), _split_note(report)),
-        ("Classes", _format_count(len(report.class_names)), _imbalance_note(report)),
+    best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
+    in_split = {name: int((report.split_names == name).sum()) for name in SPLIT_NAMES}
+    in_class = np.bincount(report.labels, minlength=len(report.class_names))
+    scores = (
+        ("Accuracy", "acc", f"prototypes, {in_split['test']:,} test images" if figures.test else "prototypes, val"),
+        ("Macro F1", "f1_macro", f"{by}, {split}"),
+        ("Macro ROC AUC", "auc_macro", f"{by}, {split}"),
+        ("Recall@1", "recall_at_1", f"nearest reference, {split}"),
+        ("ArcFace accuracy", "arcface_acc", f"classifier, {split}"),
+    )
+    return [
+        *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
+        ("Best epoch", f"{best['epoch']}" if best else "–", best_note),
+        ("Images", f"{len(report.labels):,}", ", ".join(f"{n:,} {name}" for name, n in in_split.items() if n)),
+        ("Classes", f"{len(report.class_names):,}", f"{in_class.min():,} to {in_class.max():,} images each"),
     ]
-    return [{"label": label, "value": value, "note": note} for label, value, note in tiles]
-
-
-def _best_note(figures: _Figures) -> str:
-    best = figures.best_update
-    return f"of {len(figures.epochs):,}; {best['metric']} {_format_number(best['value'])}" if best else "none was named"
-
-
-def _split_note(report: ReportInput) -> str:
-    counts = {split: int((report.split_names == split).sum()) for split in SPLITS}
-    return ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
-
-
-def _imbalance_note(report: ReportInput) -> str:
-    counts = np.bincount(report.labels, minlength=len(report.class_names))
-    return f"{counts.min():,} to {counts.max():,} images each" if len(counts) else "none"
 
 
 def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
     """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
-    if figures.test:
-        split, trained = "test", (figures.test["prototypes"]["acc"], figures.test["arcface"]["acc"])
-    else:
-        split, scores = "val", (figures.best_epoch or {"val": {}})["val"]
-        trained = (scores.get("proto_acc"), scores.get("acc"))
-    frozen = (figures.baseline or {}).get(split) or {}
-    bars = [("trained, prototypes", trained[0], "trained"), ("trained, ArcFace", trained[1], "trained")]
+    frozen = figures.baseline.get(figures.scored, {})
+    bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
+    bars += [("trained, ArcFace", figures.scores.get("arcface_acc"), "trained")]
     bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
     return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
 
 
 def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
-    options = report.config["options"]
-    seconds = sum(epoch.get("seconds") or 0.0 for epoch in figures.epochs)
-    facts = [
-        ("Model", options.get("model_id")),
-        ("Backbone", {True: "frozen", False: "fine-tuned"}.get(options.get("freeze_backbone"))),
-        ("Embedding", options.get("emb_dim")),
-        ("Image size", options.get("img_size")),
-        ("Data", options.get("data_root")),
-        ("Epochs", f"{len(figures.epochs)} of {options.get('epochs')}, {_format_duration(seconds)}"),
-        ("Seed", options.get("seed")),
-        ("Device", report.config.get("device")),
-        ("Started", _format_time(report.events[0]["time"]) if report.events else None),
-        ("Status", figures.status),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in report.config.get("versions", {}).items())),
+    options, matcher = report.config["options"], figures.prototypes or {"matcher": "unknown"}
+    seconds = sum(epoch["seconds"] for epoch in figures.epochs)
+    started = datetime.fromtimestamp(report.events[0]["time"], tz=UTC) if report.events else None
+    matchers = {
+        "centroid": "nearest centroid",
+        "knn": f"mean of the {matcher.get('knn_k')} nearest references of a class",
+    }
+    return [
+        ("Model", options["model_id"]),
+        ("Backbone", "frozen" if options["freeze_backbone"] else "fine-tuned"),
+        ("Embedding", options["emb_dim"]),
+        ("Image size", options["img_size"]),
+        ("Matcher", matchers.get(matcher["matcher"], "–")),
+        ("Epochs", f"{len(figures.epochs)} of {options['epochs']}, {_format_duration(seconds)}"),
+        ("Seed", options["seed"]),
+        ("Device", report.config["device"]),
+        ("Started", f"{started:%Y-%m-%d %H:%M} UTC" if started else "–"),
+        ("Data", options["data_root"]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report.config["versions"].items())),
     ]
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
 
 # --- charts
 
 
 def _curve_views(figures: _Figures) -> dict[str, Any]:
-    """Return the four charts as SVG, with the shared legend that the page draws in HTML."""
-    from markupsafe import Markup
-
-    baseline_name, baseline = _val_baseline(figures)
-    best = figures.best_update["epoch"] if figures.best_update else None
+    """Return the four charts, and the name of the frozen baseline that the accuracy chart shows."""
+    frozen = figures.baseline.get("val", {})
+    scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
+    baseline = max(scores, key=scores.__getitem__, default=None)
+    if figures.test and scores:
+        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one of the verdict
     titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
-    charts = []
+    charts = {}
     for key, title in titles.items() if figures.epochs else ():
-        lines = {"train": _series(figures, "train", key), "val": _series(figures, "val", key)}
+        lines = {split: [epoch[split].get(key) for epoch in figures.epochs] for split in ("train", "val")}
         if key == "acc":
-            lines["proto"] = _series(figures, "val", "proto_acc")
-        svg = _curve_svg(lines, best, baseline if key == "acc" else None)
-        charts.append({"title": title, "svg": Markup(svg)})
-    return {"charts": charts, "baseline": baseline_name, "best": best}
+            lines["proto"] = [epoch["val"].get("proto_acc") for epoch in figures.epochs]
+        charts[title] = _curve_chart(figures, lines, scores.get(baseline) if key == "acc" else None)
+    return {"charts": charts, "baseline": baseline}
 
 
-def _series(figures: _Figures, split: str, key: str) -> list[tuple[int, float]]:
-    values = [(epoch["epoch"], epoch[split].get(key)) for epoch in figures.epochs]
-    return [(epoch, math.nan if value is None else value) for epoch, value in values]  # NaN leaves a gap in the line
+def _curve_chart(figures: _Figures, lines: dict[str, list[float | None]], level: float | None) -> dict[str, Any]:
+    """Return where a chart of lines over epochs has its ticks, lines, best epoch and horizontal `level`, in SVG units."""
+    epochs = [epoch["epoch"] for epoch in figures.epochs]
+    values = [value for line in [*lines.values(), [level]] for value in line if value is not None]
+    y_ticks = _nice_ticks(min(values), max(values)) if values else [(0.0, ""), (1.0, "")]
+    x_ticks = [tick for tick in _nice_ticks(epochs[0], epochs[-1], least_step=1) if epochs[0] <= tick[0] <= epochs[-1]]
+    pad, is_short = 0.03 * (epochs[-1] - epochs[0]) or 0.5, len(epochs) <= MAX_DOTTED_EPOCHS
 
+    def left(epoch: float) -> float:
+        return round(float(np.interp(epoch, (epochs[0] - pad, epochs[-1] + pad), (CHART_LEFT, CHART_RIGHT))), 1)
 
-def _val_baseline(figures: _Figures) -> tuple[str | None, float | None]:
-    """Return the frozen baseline of the accuracy chart: the one of the verdict, else the strongest on val."""
-    frozen = (figures.baseline or {}).get("val") or {}
-    scores = {name: frozen.get(f"{name}_acc") for name in BASELINE_NAMES}
-    scores = {name: score for name, score in scores.items() if score is not None}
-    if not scores:
-        return None, None
-    named = ((figures.test or {}).get("baseline") or {}).get("name")
-    name = named if named in scores else max(scores, key=scores.__getitem__)
-    return BASELINE_NAMES[name], scores[name]
+    def top(value: float) -> float:
+        return round(float(np.interp(value, (y_ticks[0][0], y_ticks[-1][0]), (CHART_BOTTOM, CHART_TOP))), 1)
 
+    def place(epoch: int, value: float | None) -> str | None:
+        return None if value is None else f"{left(epoch)} {top(value)}"
 
-def _curve_svg(lines: dict[str, list[tuple[int, float]]], best: int | None, baseline: float | None) -> str:
-    def draw(figure: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        axes = figure.subplots()
-        _style_axes(axes)
-        for ink, series in lines.items():
-            # Dots make a single epoch visible, and a figure between two absent ones; on long runs they only clutter.
-            marker = {"marker": "o", "markersize": 3.6} if len(series) <= 40 else {}
-            axes.plot(*zip(*series, strict=True), color=CHART_INKS[ink], linewidth=1.8, **marker)
-        if baseline is not None:
-            axes.axhline(baseline, color=CHART_INKS["frozen"], linewidth=1.4, linestyle=(0, (5, 3)))
-        if best is not None:
-            axes.axvline(best, color=CHART_INKS["muted"], linewidth=1.0, linestyle=(0, (1, 2)))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        axes.margins(x=0.03 if len(lines["val"]) > 1 else 0.5, y=0.08)
-        axes.set_xlabel("epoch", fontsize=9)
-        if all(math.isnan(value) for series in lines.values() for _, value in series):
-            axes.text(0.5, 0.5, "no figures", transform=axes.transAxes, ha="center", color=CHART_INKS["muted"])
-            axes.set_yticks([])
-
-    return _draw_svg(draw, (4.9, 2.7))
-
-
-def _style_axes(axes: Any) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(CHART_INKS["line"])
-    axes.grid(axis="y", color=CHART_INKS["line"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=CHART_INKS["muted"])
-    axes.xaxis.label.set_color(CHART_INKS["muted"])
-    axes.yaxis.label.set_color(CHART_INKS["muted"])
-
-
-def _draw_svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
-    """Draw on a figure of `size` inches and return SVG for inlining: no ids that vary, no prolog, colours from CSS."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    # "none" leaves text as text: the reader's own font, selectable, and a third of the bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lct_dino3", "text.color": CHART_INKS["ink"]}):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_visible(False)
-        draw(figure)
-        for axes in figure.axes:
-            axes.patch.set_visible(False)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Its <style> would apply to the whole page, and its namespaces are implied in HTML.
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
-    for name, color in CHART_INKS.items():
-        svg = svg.replace(color, f"var(--{name})")
-    return svg
-
-
-def _calibration_view(test: _TestRows) -> dict[str, Any]:
-    """Return reliability over ten bins of confidence and the expected calibration error (arXiv:1706.04599, eq. 3)."""
-    from markupsafe import Markup
-
-    bins = np.minimum((test.confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    correct = test.predictions == test.labels
-    rows: list[dict[str, Any]] = []
-    for index in range(CALIBRATION_BINS):
-        members = bins == index
-        count = int(members.sum())
-        rows.append(
-            {
-                "low": index / CALIBRATION_BINS,
-                "high": (index + 1) / CALIBRATION_BINS,
-                "count": count,
-                "confidence": float(test.confidences[members].mean()) if count else None,
-                "accuracy": float(correct[members].mean()) if count else None,
-            }
-        )
-    if not len(test.rows):
-        return {"ece": None, "bins": [], "svg": None, "mean": None, "accuracy": None}
-    gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows if row["count"]]
+    places = {ink: list(map(place, epochs, line)) for ink, line in lines.items()}
     return {
-        "ece": sum(gaps) / len(test.rows),
-        "bins": rows,
-        "svg": Markup(_reliability_svg(rows)),
-        "mean": float(test.confidences.mean()),
-        "accuracy": float(correct.mean()),
+        "x_ticks": [(left(tick), text) for tick, text in x_ticks],
+        "y_ticks": [(top(tick), text) for tick, text in y_ticks],
+        "lines": {ink: _line_path(line) for ink, line in places.items()},
+        "dots": {ink: "".join(f"M{place}h0" for place in line if place and is_short) for ink, line in places.items()},
+        "best": left(figures.best["epoch"]) if figures.best else None,
+        "level": None if level is None else top(level),
     }
 
 
-def _reliability_svg(rows: list[dict[str, Any]]) -> str:
-    def draw(figure: Any) -> None:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        _style_axes(upper)
-        _style_axes(lower)
-        middles = [(row["low"] + row["high"]) / 2 for row in rows]
-        width = 0.86 / CALIBRATION_BINS
-        upper.bar(middles, [row["accuracy"] or 0.0 for row in rows], width=width, color=CHART_INKS["val"])
-        upper.plot([0, 1], [0, 1], color=CHART_INKS["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
-        filled = [row for row in rows if row["count"]]
-        # The bar alone hides where in its bin the confidence lies; the dot's height over the diagonal is the gap.
-        marks = ([row["confidence"] for row in filled], [row["accuracy"] for row in filled])
-        upper.plot(*marks, "o", color=CHART_INKS["ink"], markersize=4)
-        upper.set(xlim=(0, 1), ylim=(0, 1.04), ylabel="share correct")
-        lower.bar(middles, [row["count"] for row in rows], width=width, color=CHART_INKS["line"])
-        for middle, row in zip(middles, rows, strict=True):
-            offset = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
-            lower.annotate(f"{row['count']:,}", (middle, row["count"]), fontsize=8, **offset)
-        lower.margins(y=0.35)
-        lower.grid(visible=False)
-        lower.set_yticks([])
-        lower.set(xlabel="probability of the predicted class", ylabel="images")
+def _nice_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[float, str]]:
+    """Return (value, text) of up to ten ticks that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
+    if low == high:
+        low, high = low - 0.05, high + 0.05
+    power = 10.0 ** math.floor(math.log10((high - low) / 8))
+    step = max(least_step, next(factor * power for factor in (1, 2, 5, 10) if factor * power * 8 >= high - low))
+    decimals = max(0, -math.floor(math.log10(step)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)  # 0.3 / 0.05 is 5.999
+    return [(number * step, f"{number * step:.{decimals}f}") for number in range(first, last + 1)]
 
-    return _draw_svg(draw, (5.4, 4.2))
+
+def _line_path(places: list[str | None]) -> str:
+    """Return the SVG path through places; None leaves a gap, and `h0` makes a dot of a place between two gaps."""
+    steps = itertools.pairwise([None, *places])
+    return "".join(f"L{place}" if before else f"M{place}h0" for before, place in steps if place)
+
+
+def _calibration_view(test: _TestRows) -> dict[str, Any] | None:
+    """Return reliability over ten bins of confidence and the expected calibration error (arXiv:1706.04599, eq. 3)."""
+    if not len(test.rows):
+        return None
+    bins = np.minimum((test.confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    is_right = test.predictions == test.labels
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    confidences, accuracies = (
+        np.bincount(bins, values, minlength=CALIBRATION_BINS) / np.maximum(counts, 1)
+        for values in (test.confidences, is_right)
+    )
+    return {
+        "bins": list(zip(counts.tolist(), confidences.tolist(), accuracies.tolist(), strict=True)),
+        "error": float((counts * np.abs(accuracies - confidences)).sum() / len(test.rows)),
+        "confidence": float(test.confidences.mean()),
+        "accuracy": float(is_right.mean()),
+    }
 
 
 # --- classes
 
 
 def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
-    """Return one row a class: counts by split, and scores of the test split or else of val at the best epoch."""
-    per_class = figures.test["per_class"] if figures.test else (figures.best_epoch or {}).get("val_per_class", {})
-    scored = "test" if figures.test else "val"
-    num_classes = len(report.class_names)
-    counts = {split: np.bincount(report.labels[report.split_names == split], minlength=num_classes) for split in SPLITS}
+    """Return one row a class: counts by split, scores of the split that the page leads with, threshold."""
+    counts = {
+        split: np.bincount(report.labels[report.split_names == split], minlength=len(report.class_names))
+        for split in SPLIT_NAMES
+    }
     rows = []
     for label, name in enumerate(report.class_names):
-        scores = per_class.get(name) or {}
-        row = {split: int(counts[split][label]) for split in SPLITS}
+        scores = figures.per_class.get(name, {})
+        row = {split: int(counts[split][label]) for split in SPLIT_NAMES}
         row |= {key: scores.get(key) for key in ("precision", "recall", "f1", "auc")}
-        rows.append({"label": label, "name": name, "is_small": row[scored] < SMALL_SUPPORT, **row})
+        row |= {"label": label, "name": name, "threshold": float(report.thresholds[label])}
+        rows.append({"is_small": row[figures.scored] < SMALL_SUPPORT, **row})
     return rows
 
 
 def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return geometry of the heat map and the most confused pairs; None without a test split."""
+    """Return the matrix, unless it is too large to be read, and the most confused pairs; None without a test split."""
     if not len(test.rows):
         return None
     num_classes = len(class_names)
-    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(matrix, (test.labels, test.predictions), 1)
+    matrix = confusion_matrix(test.labels, test.predictions, num_classes)
     totals = matrix.sum(axis=1)
-    found = [
-        {"true": int(i), "predicted": int(j), "count": int(matrix[i, j]), "total": int(totals[i])}
-        for i, j in zip(*np.nonzero(matrix), strict=True)
+    pairs = [
+        {"true": true, "predicted": predicted, "count": int(matrix[true, predicted]), "total": int(totals[true])}
+        for true, predicted in np.argwhere(matrix).tolist()
+        if true != predicted
     ]
-    for cell in found:
-        cell["share"] = cell["count"] / cell["total"]
-    pairs = sorted(
-        (cell for cell in found if cell["true"] != cell["predicted"]), key=lambda cell: (-cell["count"], -cell["share"])
-    )
-    is_drawn = num_classes <= MAX_MATRIX_CLASSES
+    pairs.sort(key=lambda pair: (-pair["count"], pair["total"]))
+    is_drawn, is_beside = num_classes <= MAX_MATRIX_CLASSES, num_classes <= MAX_CLASSES_BESIDE_PAIRS
+    names = [_shorten(name, 30) for name in class_names]
+    room = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
     return {
-        "cells": found if is_drawn else [],
-        "geometry": _matrix_geometry(class_names) if is_drawn else None,
+        "matrix": matrix.tolist() if is_drawn else None,
+        "totals": totals.tolist(),
+        "names": names,
+        "cell": min(40, room // num_classes),  # px: fits without scrolling
+        "is_beside": is_beside,
         "pairs": pairs[: 12 if is_drawn else 50],
         "num_pairs": len(pairs),
-        "max_pair": pairs[0]["count"] if pairs else 0,
     }
-
-
-def _matrix_geometry(class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Return sizes in pixels such that no name is cut by the frame or lies on its neighbour."""
-    num_classes = len(class_names)
-    cell = next((size for limit, size in ((8, 46), (14, 36), (20, 30), (40, 20)) if num_classes <= limit), 15)
-    font = min(13, cell * 0.72)
-    names = _short_names(class_names, 30)
-    name_width = max(_text_width(name, font) for name in names)
-    left = max(name_width + 12, 150)  # room for the names of the axes
-    top = name_width * math.sin(math.radians(60)) + 22
-    side = cell * num_classes
-    slant = name_width * math.cos(math.radians(60))  # the last column's name leans out to the right
-    return {
-        "cell": cell, "font": round(font, 1), "names": names, "side": side, "left": round(left), "top": round(top),
-        "width": round(left + side + slant + 16), "height": round(top + side + 26), "has_counts": cell >= 20,
-    }  # fmt: skip
 
 
 # --- embedding map
 
 
-def _map_points(report: ReportInput, test: _TestRows) -> list[dict[str, Any]]:
+def _map_view(report: ReportInput, test: _TestRows) -> dict[str, Any]:
     """Return the images of the map with their place in it; test images are drawn last, on top."""
     chosen = _choose_map_rows(report)
-    if not len(chosen):
-        return []
-    predicted = np.full(len(report.labels), -1)
-    predicted[test.rows] = test.predictions
     places = _project(report.embeddings[chosen])
     low, high = places.min(axis=0), places.max(axis=0)
-    margin = 22.0
-    room = np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * margin
-    scaled = margin + (places - low) / np.maximum(high - low, 1e-12) * room
-    order = np.argsort([SPLITS.index(split) for split in report.split_names[chosen]], kind="stable")
-    points: list[dict[str, Any]] = []
-    for row, (left, top) in zip(chosen[order], scaled[order], strict=True):
-        label, guess = int(report.labels[row]), int(predicted[row])
-        points.append({
-            "index": len(points), "x": round(float(left), 1), "y": round(float(top), 1), "label": label,
-            "split": str(report.split_names[row]), "path": report.paths[row],
-            "predicted": guess if guess >= 0 else None, "is_error": guess >= 0 and guess != label,
-        })  # fmt: skip
-    return points
+    room = np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * MAP_MARGIN
+    places = MAP_MARGIN + (places - low) / np.maximum(high - low, 1e-12) * room
+    order = np.argsort([SPLIT_NAMES.index(split) for split in report.split_names[chosen]], kind="stable")
+    rows, places = chosen[order].tolist(), places[order]
+    size = (min(len(rows), MAP_SPRITE_COLUMNS), math.ceil(len(rows) / MAP_SPRITE_COLUMNS))
+    guesses = dict(zip(test.rows.tolist(), test.predictions.tolist(), strict=True))
+    points = [
+        {
+            "style": f"{_css_place(left, top)}; --thumb: {_css_thumb(index, size)}",
+            "label": int(report.labels[row]),
+            "split": report.split_names[row],
+            "is_error": guesses.get(row, report.labels[row]) != report.labels[row],
+            "text": _describe_point(report, row, guesses.get(row)),
+        }
+        for index, (row, (left, top)) in enumerate(zip(rows, places.tolist(), strict=True))
+    ]
+    return {
+        "points": points,
+        "num_errors": sum(point["is_error"] for point in points),
+        "sprite": _map_sprite(size, [report.data_root / report.paths[row] for row in rows]),
+        "size": size,
+        "names": _place_names(report.class_names, places, report.labels[rows]),
+        "counts": np.bincount(report.labels, minlength=len(report.class_names)).tolist(),
+        "splits": [split for split in SPLIT_NAMES if (report.split_names == split).any()],
+    }
 
 
 def _choose_map_rows(report: ReportInput) -> np.ndarray:
     """Return at most MAP_MAX_POINTS rows: even steps through the rows sorted by class and split keep their shares."""
     order = np.lexsort((report.split_names, report.labels))
-    if len(order) <= MAP_MAX_POINTS:
-        return np.sort(order)
-    steps = np.linspace(0, len(order) - 1, MAP_MAX_POINTS).astype(int)
+    steps = np.linspace(0, len(order) - 1, min(len(order), MAP_MAX_POINTS)).astype(int)
     return np.sort(order[steps])
 
 
@@ -4794,31 +4600,29 @@ def _project(embeddings: np.ndarray) -> np.ndarray:
         return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
 
 
-def _map_view(report: ReportInput, points: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = np.bincount(report.labels, minlength=len(report.class_names))
-    return {
-        "points": points,
-        "sprite": _map_sprite(report, points) if points else None,
-        "columns": MAP_SPRITE_COLUMNS,
-        "thumb": MAP_THUMB_PX,
-        "labels": _place_labels(report.class_names, points),
-        "shapes": MAP_SHAPES,
-        "width": MAP_WIDTH,
-        "height": MAP_HEIGHT,
-        "counts": [int(count) for count in counts],
-        "num_images": len(report.labels),
-        "num_errors": sum(point["is_error"] for point in points),
-        "splits": [split for split in SPLITS if (report.split_names == split).any()],
-    }
+def _css_place(left: float, top: float) -> str:
+    return f"left: {100 * left / MAP_WIDTH:.2f}%; top: {100 * top / MAP_HEIGHT:.2f}%"
 
 
-def _map_sprite(report: ReportInput, points: list[dict[str, Any]]) -> str:
+def _css_thumb(index: int, size: tuple[int, int]) -> str:
+    """Return the background-position that shows one cell of a grid of `size` (columns, rows)."""
+    row, column = divmod(index, MAP_SPRITE_COLUMNS)
+    return f"{100 * column / max(1, size[0] - 1):.3f}% {100 * row / max(1, size[1] - 1):.3f}%"
+
+
+def _describe_point(report: ReportInput, row: int, guess: int | None) -> str:
+    """Return the three lines of a tooltip; `guess` is the predicted class of a test image."""
+    label, what = report.labels[row], report.split_names[row]
+    if guess is not None:
+        what += ", recognised" if guess == label else f", taken for {report.class_names[guess]}"
+    return f"{report.class_names[label]}\n{what}\n{report.paths[row]}"
+
+
+def _map_sprite(size: tuple[int, int], paths: list[Path]) -> str:
     """Return all thumbnails as one JPEG grid: a third of the bytes of single files, which are mostly headers."""
-    num_rows = math.ceil(len(points) / MAP_SPRITE_COLUMNS)
-    num_columns = min(len(points), MAP_SPRITE_COLUMNS)
-    sprite = Image.new("RGB", (num_columns * MAP_THUMB_PX, num_rows * MAP_THUMB_PX), (226, 228, 232))
-    for index, point in enumerate(points):
-        image = _load_thumbnail(report, point["path"], MAP_THUMB_PX)
+    sprite = Image.new("RGB", (size[0] * MAP_THUMB_PX, size[1] * MAP_THUMB_PX), (226, 228, 232))
+    for index, path in enumerate(paths):
+        image = _load_thumbnail(path, MAP_THUMB_PX)
         image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
         row, column = divmod(index, MAP_SPRITE_COLUMNS)
         left = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
@@ -4826,30 +4630,26 @@ def _map_sprite(report: ReportInput, points: list[dict[str, Any]]) -> str:
     return _jpeg_uri(sprite)
 
 
-def _place_labels(class_names: tuple[str, ...], points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put class names beside their points; a name with no free place is left to the legend."""
-    places: dict[int, list[tuple[float, float]]] = {}
-    for point in points:
-        places.setdefault(point["label"], []).append((point["x"], point["y"]))
-    labels: list[dict[str, Any]] = []
-    names = _short_names(class_names, 24)
-    for label in sorted(places, key=lambda key: (-len(places[key]), key)):
-        half = _text_width(names[label], 13) / 2
-        spots = np.array(places[label])
+def _place_names(class_names: tuple[str, ...], places: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """Put class names beside their points, large classes first; a name with no free place is left to the legend."""
+    boxes: list[tuple[float, float, float]] = []  # left, top, half width of the names that have a place
+    names = []
+    for label in sorted(np.unique(labels).tolist(), key=lambda label: -(labels == label).sum()):
+        text = _shorten(class_names[label], 24)
+        half = 6.5 * sum(1.05 if ord(character) > 0x2E80 else 0.62 for character in text)  # px at 13 px; CJK is wider
+        spots = places[labels == label]
         distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
-        medoid = distances.sum(axis=1).argmin()
-        spots = spots[
-            distances[medoid] <= np.median(distances[medoid])
-        ]  # the heart of the class: strays carry no name away
+        from_medoid = distances[distances.sum(axis=1).argmin()]
+        spots = spots[from_medoid <= np.median(from_medoid)]  # the heart of the class: strays carry no name away
         left = float(np.clip(np.median(spots[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
-        above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95))
-        for top in (above - 10, below + 20, middle, middle - 18, middle + 18):
-            is_free = all(abs(o["x"] - left) > o["half"] + half or abs(o["y"] - top) > 16 for o in labels)
-            if is_free and 14 < top < MAP_HEIGHT - 8:
-                place = {"x": round(left, 1), "y": round(float(top), 1), "half": half}
-                labels.append({"label": label, "text": names[label], **place})
+        above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95)).tolist()
+        for top in (above - 14, below + 16, middle - 4, middle - 22, middle + 14):
+            is_free = all(abs(left - x) > half + width or abs(top - y) > 16 for x, y, width in boxes)
+            if is_free and 10 < top < MAP_HEIGHT - 10:
+                boxes.append((left, top, half))
+                names.append({"label": label, "text": text, "style": _css_place(left, top)})
                 break
-    return labels
+    return names
 
 
 # --- errors and data
@@ -4858,60 +4658,51 @@ def _place_labels(class_names: tuple[str, ...], points: list[dict[str, Any]]) ->
 def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
     """Return the test images that are wrong, surest first, next to what misled the matcher and what it missed."""
     wrong = np.flatnonzero(test.predictions != test.labels)
-    order = wrong[np.argsort(-test.confidences[wrong], kind="stable")]
+    surest = wrong[np.argsort(-test.confidences[wrong], kind="stable")][:MAX_ERRORS]
     cards = []
-    for row in order[:MAX_ERRORS]:
-        label, predicted = int(test.labels[row]), int(test.predictions[row])
-        true_path, predicted_path = report.nearest_paths[row]
-        cards.append({
-            "image": _picture(report, report.paths[test.rows[row]]),
-            "predicted": _error_side(report, test, (int(row), predicted), predicted_path),
-            "true": _error_side(report, test, (int(row), label), true_path),
-        })  # fmt: skip
-    return {"cards": cards, "num_errors": len(wrong), "num_test": len(test.rows)}
+    for row in surest.tolist():
+        labels = {"predicted": int(test.predictions[row]), "true": int(test.labels[row])}
+        sides = [
+            {
+                "kind": kind,
+                "label": label,
+                "probability": float(test.probabilities[row, label]),
+                "score": float(report.test_scores[row, label]),
+                "reference": reference,
+            }
+            for (kind, label), reference in zip(labels.items(), report.nearest_paths[row], strict=True)
+        ]
+        cards.append({"path": report.paths[test.rows[row]], "sides": sides})
+    return {"cards": cards, "num_errors": len(wrong)}
 
 
-def _error_side(report: ReportInput, test: _TestRows, place: tuple[int, int], reference: str) -> dict[str, Any]:
-    row, label = place
-    return {
-        "label": label,
-        "probability": float(test.probabilities[row, label]),
-        "cosine": float(report.test_cosines[row, label]),
-        "reference": _picture(report, reference),
+def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tuple[str, str]]:
+    sizes = {
+        side: [f"{data['sizes'][f'{side}_{name}']:,}" for name in ("min", "median", "max")]
+        for side in ("width", "height")
     }
+    return [
+        ("Images found", f"{data['num_images']:,}"),
+        ("Usable", f"{data['num_usable']:,}"),
+        *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
+        ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),
+        ("Turned by EXIF", f"{data['exif_rotated']:,}"),
+        *((f"{side.capitalize()} min / median / max", f"{' / '.join(values)} px") for side, values in sizes.items()),
+        ("Colour modes", ", ".join(f"{mode} {count:,}" for mode, count in data["modes"].items())),
+    ]
 
 
-def _data_view(report: ReportInput) -> dict[str, Any]:
-    """Return what the scan found; every key of data_report.json may be absent."""
-    data = report.data_report
-    duplicates = data.get("duplicates") or {}
-    quarantined = [(item.get("path", "?"), item.get("reason", "?")) for item in data.get("quarantined") or []]
-    conflicts = data.get("label_conflicts") or []
-    return {
-        "num_images": data.get("num_images"),
-        "num_usable": data.get("num_usable"),
-        "leaks": data.get("leaks_prevented"),
-        "exif": data.get("exif_rotated"),
-        "warnings": data.get("warnings") or [],
-        "sizes": data.get("sizes") or {},
-        "modes": sorted((data.get("modes") or {}).items(), key=lambda item: (-item[1], item[0])),
-        "conflicts": [[_picture(report, path) for path in group[:4]] for group in conflicts[:MAX_CONFLICT_GROUPS]],
-        "lists": [
-            _cut_list("Quarantined files", [f"{path} — {reason}" for path, reason in quarantined]),
-            _cut_list("Label conflicts: one picture under several classes", _join_groups(conflicts)),
-            _cut_list("Groups of exact duplicates", _join_groups(duplicates.get("exact") or [])),
-            _cut_list("Groups of near duplicates", _join_groups(duplicates.get("near") or [])),
-        ],
+def _list_findings(data: dict[str, Any]) -> dict[str, list[str]]:
+    """Return what the scan found, one line an item, by heading."""
+    groups = {
+        "Label conflicts: one picture under several classes": data["label_conflicts"],
+        "Groups of exact duplicates": data["duplicates"]["exact"],
+        "Groups of near duplicates": data["duplicates"]["near"],
     }
-
-
-def _join_groups(groups: list[list[str]]) -> list[str]:
-    return ["   =   ".join(group) for group in groups]
-
-
-def _cut_list(title: str, items: list[str]) -> dict[str, Any]:
-    num_more = max(0, len(items) - MAX_LISTED)
-    return {"title": title, "count": len(items), "items": items[:MAX_LISTED], "num_more": num_more}
+    return {
+        "Quarantined files": [f"{item['path']} — {item['reason']}" for item in data["quarantined"]],
+        **{title: ["   =   ".join(group) for group in found] for title, found in groups.items()},
+    }
 
 
 _REPORT_CSS = """
@@ -4923,163 +4714,168 @@ _REPORT_CSS = """
   --page: #131518; --card: #1b1e23; --ink: #e7e9ec; --muted: #9aa3af; --line: #2f343c; --soft: #242931;
   --accent: #7eabff; --good: #56c993; --bad: #ff8577; --warn: #e5ae52; --on-strong: #10131a;
   --train: #8d97a5; --val: #7eabff; --proto: #c295f0; --frozen: #f0a04b; --right: #7eabff; --wrong: #ff8d6b; } }
-* { box-sizing: border-box; }
-html { scroll-padding-top: 3.6rem; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI",
-  Roboto,
-  "Noto Sans", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-main, nav ul, header.hero { max-width: 1180px; margin: 0 auto; padding: 0 1.25rem; }
+*, ::before { box-sizing: border-box; }
+html { scroll-padding-top: 3.6rem; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans",
+  "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+main, nav ul, header { max-width: 1180px; margin: 0 auto; padding: 0 1.25rem; }
 h1, h2, h3 { line-height: 1.2; font-weight: 650; letter-spacing: -.012em; }
+h1 { font-size: clamp(1.6rem, 3.6vw, 2.45rem); margin: 0 0 .6rem; max-width: 38ch; overflow-wrap: anywhere;
+  text-wrap: balance; }
 h2 { font-size: 1.35rem; margin: 0 0 .35rem; }
 h3 { font-size: .95rem; margin: 0 0 .5rem; }
 p { margin: 0 0 .8rem; max-width: 75ch; }
+.good { color: var(--good); } .bad { color: var(--bad); } .alert { color: var(--warn); }
 .lead, .note { color: var(--muted); }
 .note { font-size: .875rem; }
-.name { unicode-bidi: isolate; overflow-wrap: anywhere; }
-code, .path { font-family: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", monospace; font-size: .8em; }
-.path { overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
-nav { position: sticky; top: 0; z-index: 5; background: color-mix(in srgb, var(--page) 90%, transparent);
-  backdrop-filter: blur(8px); border-bottom: 1px solid var(--line); }
-nav ul { display: flex; gap: .2rem 1.25rem; list-style: none; overflow-x: auto; padding-top: .7rem;
-  padding-bottom: .7rem; }
-nav a { color: var(--muted); text-decoration: none; font-size: .9rem; white-space: nowrap; }
+.name, .path { unicode-bidi: isolate; overflow-wrap: anywhere; }
+.path { font: .8em ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
+.space { margin-top: 1.2rem; }
+.right { text-align: right; }
+.scroll { overflow-x: auto; }
+header { padding-top: 2.6rem; }
+nav { position: sticky; top: 0; z-index: 5; background: var(--page); border-bottom: 1px solid var(--line); }
+nav ul { display: flex; gap: 1.25rem; list-style: none; overflow-x: auto; padding-block: .7rem; }
+nav a { color: var(--muted); text-decoration: none; font-size: .9rem; }
 nav a:hover, nav a:focus-visible { color: var(--accent); }
-.hero { padding-top: 2.6rem !important; }
-.eyebrow { color: var(--muted); font-size: .9rem; margin: 0 0 .5rem; overflow-wrap: anywhere; max-width: none; }
-h1 { font-size: clamp(1.6rem, 3.6vw, 2.45rem); margin: 0 0 .6rem; max-width: 38ch; overflow-wrap: anywhere;
-  text-wrap: balance; }
-h1.good { color: var(--good); } h1.bad { color: var(--bad); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.4rem 1.5rem 1.5rem;
-  margin: 1.1rem 0; }
-.overview { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.1rem;
-  margin: 1.5rem 0 1.1rem; }
+section, .tiles, .compare { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
+section { padding: 1.4rem 1.5rem 1.5rem; margin: 1.1rem 0; }
+footer { color: var(--muted); font-size: .8rem; padding: .5rem 0 3rem; }
+
+.overview { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.1rem; margin: 1.5rem 0 1.1rem; }
 .tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1px; background: var(--line);
-  border: 1px solid var(--line); border-radius: 14px; overflow: hidden; }
-.tile { background: var(--card); padding: .95rem 1rem; min-width: 0; }
-.tile b { display: block; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.25; }
-.tile span { display: block; font-size: .84rem; }
-.tile small { display: block; color: var(--muted); font-size: .76rem; line-height: 1.35; }
-.compare { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1rem 1.2rem; }
-.bar-row { display: grid; grid-template-columns: minmax(0, 13.2em) minmax(0, 1fr) 3.4em; gap: .7rem;
-  align-items: center;
+  overflow: hidden; }
+.tile { background: var(--card); padding: .95rem 1rem; }
+.tile span, .tile small { display: block; font-size: .84rem; }
+.tile small { color: var(--muted); font-size: .76rem; line-height: 1.35; }
+.tile b, .figure { display: block; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.25; }
+.compare { padding: 1rem 1.2rem; }
+.bar-row { display: grid; grid-template-columns: minmax(0, 13.2em) minmax(0, 1fr) 3.4em; gap: .7rem; align-items: center;
   font-size: .86rem; padding: .22rem 0; }
 .bar { display: block; height: .8rem; border-radius: 3px; background: var(--soft); overflow: hidden; }
-.bar i { display: block; height: 100%; width: var(--w); background: var(--accent); border-radius: 3px; }
-.bar i.frozen { background: var(--frozen); } .bar i.wrong { background: var(--wrong); }
-.right { text-align: right; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: .6rem 1.5rem;
-  margin: .8rem 0 0; }
-.facts div { min-width: 0; } .facts dt { color: var(--muted); font-size: .78rem; } .facts dd { margin: 0;
-  font-size: .89rem; overflow-wrap: anywhere; }
+.bar i { display: block; height: 100%; background: var(--accent); border-radius: 3px; }
+.bar .frozen { background: var(--frozen); } .bar .miss { background: var(--wrong); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: .6rem 1.5rem; margin: .8rem 0 0; }
+.facts dt { color: var(--muted); font-size: .78rem; }
+.facts dd { margin: 0; font-size: .89rem; overflow-wrap: anywhere; }
 .facts .wide { grid-column: 1 / -1; }
-.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .86rem; color: var(--muted);
-  margin: .2rem 0 .9rem; padding: 0; list-style: none; }
-.keys i { display: inline-block; width: 1.5em; height: 0; border-top: 3px solid var(--k); vertical-align: middle;
-  margin-right: .45em; }
-.keys i.dash { border-top-style: dashed; } .keys i.dot { border-top-style: dotted; border-top-width: 2px; }
-.keys i.box { height: .85em; width: .85em; border: 0; border-radius: 3px; background: var(--k); }
+details { border-block: 1px solid var(--line); padding: .55rem 0; }
+details + details { border-top: 0; }
+summary { cursor: pointer; font-size: .92rem; } summary span { color: var(--muted); }
+.list { margin: .6rem 0; padding-left: 2.2rem; font-size: .85rem; }
+
+.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .86rem; color: var(--muted); margin: .2rem 0 .9rem;
+  padding: 0; list-style: none; }
+.keys i { display: inline-block; width: 1.5em; border-top: 3px solid var(--k); vertical-align: middle; margin-right: .45em; }
+.keys .dash { border-top-style: dashed; } .keys .dot { border-top: 2px dotted var(--k); }
+.keys .box { height: .85em; width: .85em; border: 0; border-radius: 3px; background: var(--k); }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.4rem 2rem; }
-.chart svg { display: block; width: 100%; height: auto; }
-.chart svg * { stroke-linejoin: round; }
-.chart text { font-family: inherit !important; }
-.scroll { overflow-x: auto; }
+.chart { display: block; width: 100%; font-size: 11px; overflow: visible; }
+.chart text { fill: var(--muted); text-anchor: middle; }
+.chart .end { text-anchor: end; dominant-baseline: central; }
+.chart path { fill: none; stroke: var(--k); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.chart .rule { stroke: var(--line); stroke-width: 1; }
+.chart .dash { stroke-width: 1.4; stroke-dasharray: 6 4; stroke-linecap: butt; }
+.chart .dot { stroke-width: 1.2; stroke-dasharray: 1.2 2.6; stroke-linecap: butt; }
+.chart .dots { stroke-width: 5; }
+.chart .column { stroke: var(--val); stroke-width: 36; stroke-linecap: butt; } .chart circle { fill: var(--ink); }
+
 table { border-collapse: collapse; font-size: .9rem; }
-table.wide { width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: .8rem; vertical-align: bottom;
   padding: .3rem .6rem; white-space: nowrap; }
-td { padding: .34rem .6rem; border-top: 1px solid var(--line); vertical-align: middle; }
+td { padding: .34rem .6rem; border-top: 1px solid var(--line); }
 th.n, td.n { text-align: right; white-space: nowrap; }
-th button { all: unset; cursor: pointer; } th button:focus-visible,
-  .chip:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible, .chip:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 th button::after { content: "\\2195"; opacity: .35; margin-left: .3em; }
-th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
-  th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
-#classes td:first-child { min-width: 11em; } td.score { min-width: 7.4em; } td.score div { display: flex;
-  align-items: center; gap: .6em; }
-td.score .bar { flex: 1; height: .5rem; min-width: 3em; }
-tr.small td.score { opacity: .62; }
+th[aria-sort] button::after { content: "\\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\\2193"; }
+.classes { width: 100%; } .classes td:first-child { min-width: 12.5em; }
+.score { display: flex; align-items: center; gap: .6em; min-width: 6.4em; }
+.score .bar { flex: 1; height: .5rem; }
+.small .score { opacity: .62; }
 .badge { font-size: .7rem; color: var(--warn); border: 1px solid currentColor; border-radius: 99px; padding: 0 .5em;
   white-space: nowrap; margin-left: .4em; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 50%; background: var(--c);
   margin-right: .5em; flex: none; }
+
 .split { display: grid; grid-template-columns: minmax(0, 1fr) minmax(260px, 340px); gap: 1.6rem; align-items: start; }
-.split > *, .stack > * { min-width: 0; }
-.matrix svg { display: block; font-size: 13px; }
-.matrix text { fill: var(--ink); } .matrix .axis { fill: var(--muted); font-size: 12px; }
-.matrix .diagonal { fill: var(--right); } .matrix .off { fill: var(--wrong); }
-.matrix .strong { fill: var(--on-strong); } .matrix text.n { pointer-events: none; text-anchor: middle;
-  dominant-baseline: central; }
-.matrix .grid { stroke: var(--line); fill: none; } .matrix rect:hover { stroke: var(--ink); stroke-width: 1.5; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .7rem 1.6rem;
-  margin: 0 0 .8rem; padding: 0;
-  list-style: none; font-size: .88rem; line-height: 1.35; }
-.pairs li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .25rem .8rem;
-  align-content: space-between; }
+.matrix { font-size: min(.8rem, calc(var(--cell) * .72)); line-height: 1; margin-bottom: 1.2rem; }
+.matrix td { width: var(--cell); height: var(--cell); padding: 0; border: 1px solid var(--line); text-align: center; }
+.matrix th { font-size: inherit; font-weight: 400; color: var(--ink); padding: 0 .6em 0 0; text-align: right;
+  vertical-align: middle; }
+.matrix thead th { padding: 0 0 .6em; text-align: center; vertical-align: bottom; }
+.matrix thead th:first-child { color: var(--muted); padding-right: .6em; text-align: right; }
+.matrix thead span { writing-mode: vertical-rl; rotate: 180deg; }
+.matrix .hit { background: color-mix(in srgb, var(--right) var(--share), transparent); }
+.matrix .miss { background: color-mix(in srgb, var(--wrong) var(--share), transparent); }
+.matrix .strong { color: var(--on-strong); }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .7rem 1.6rem; margin: 0 0 .8rem;
+  padding: 0; list-style: none; font-size: .88rem; line-height: 1.35; }
+.pairs li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .25rem .8rem; align-content: space-between; }
 .pairs .bar { grid-column: 1 / -1; height: .35rem; }
-.map { position: relative; } .map svg { display: block; width: 100%; height: auto; background: var(--soft);
-  border-radius: 10px; }
-.map canvas { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
-.pt { fill: var(--c); fill-opacity: .8; stroke: var(--card); stroke-width: .7; cursor: pointer; }
-.pt:hover { stroke: var(--ink); stroke-width: 2; fill-opacity: 1; }
-.ring { fill: none; stroke: var(--bad); stroke-width: 2; pointer-events: none; }
-.map text { font-size: 13px; font-weight: 600; fill: var(--ink); text-anchor: middle; pointer-events: none;
-  paint-order: stroke; stroke: var(--soft); stroke-width: 4px; stroke-linejoin: round; }
-.dim { opacity: .07; } .off-split, [hidden] { display: none !important; }
-.chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .9rem 0 0; }
-.chip { all: unset; cursor: pointer; display: inline-flex; align-items: center; max-width: 100%;
-  border: 1px solid var(--line); border-radius: 99px;
-  padding: .1rem .7rem; font-size: .82rem; } .chip:hover { border-color: var(--muted); }
+
+.map { --side: 10px; position: relative; aspect-ratio: 1000 / 660; container-type: inline-size; background: var(--soft);
+  border-radius: 10px; overflow: hidden; }
+.map .pt { position: absolute; margin: calc(var(--side) / -2); }
+.pt { width: var(--side); height: var(--side); border-radius: 50%; cursor: pointer; opacity: .85; }
+.pt::before { content: ""; display: block; height: 100%; background: var(--c); border: 1px solid var(--soft); }
+.pt.train::before { border-radius: 50%; }
+.pt.test::before { border: 0; clip-path: polygon(50% 0, 100% 95%, 0 95%); scale: 1.2; }
+.pt.error { outline: 2px solid var(--bad); outline-offset: 3px; opacity: 1; }
+.pt:hover { opacity: 1; scale: 1.4; }
+.map b { position: absolute; translate: -50% -50%; font-size: max(8px, 1.2cqw); line-height: 1; white-space: nowrap;
+  pointer-events: none; text-shadow: 0 0 3px var(--soft), 0 0 3px var(--soft), 0 0 3px var(--soft); }
+.map:not(.train) .pt.train, .map:not(.val) .pt.val, .map:not(.test) .pt.test { display: none; }
+.map.errors .pt:not(.error), .map .dim { opacity: .07; }
+.map.pictures { --side: 28px; }
+.map.pictures .pt { border-radius: 0; outline: 1.5px solid var(--c); outline-offset: 0; }
+.map.pictures .pt.error { outline: 4px solid var(--bad); }
+.map.pictures .pt::before { border: 0; border-radius: 0; clip-path: none; scale: 1; }
+.map.pictures b { display: none; }
+.chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .9rem 0; }
+.chip { all: unset; cursor: pointer; display: inline-flex; align-items: center; max-width: 26em; padding: .1rem .7rem;
+  border: 1px solid var(--line); border-radius: 99px; font-size: .82rem; }
+.chip:hover { border-color: var(--muted); }
 .chip[aria-pressed=true] { background: var(--ink); color: var(--card); border-color: var(--ink); }
-.chip .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 26em; }
-  .chip small { opacity: .65; margin-left: .45em; }
-.tools { margin: 0 0 .8rem; } .tools svg { width: 14px; height: 14px; margin-right: .4em; overflow: visible; }
-  .tools path { fill: currentColor; }
-.tools circle { fill: none; stroke: var(--bad); stroke-width: 2; }
+.chip .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.chip small { opacity: .65; margin-left: .45em; }
+.chip .pt { --c: currentColor; --side: 9px; margin-right: .5em; }
+.chip .pt::before { border: 0; }
 #tip { position: fixed; z-index: 9; pointer-events: none; display: flex; gap: .7rem; width: max-content;
-  max-width: min(22rem, 90vw); background: var(--card);
-  border: 1px solid var(--line); border-radius: 10px; padding: .6rem; font-size: .82rem;
-  box-shadow: 0 6px 24px rgb(0 0 0 / .22); }
-#tip .pic { width: 96px; height: 96px; flex: none; border-radius: 6px; background-color: #808080; }
-  #tip .txt { min-width: 0; } #tip .class { font-weight: 600; } #tip .error { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; }
-.card { border: 1px solid var(--line); border-radius: 12px; padding: .8rem; break-inside: avoid; min-width: 0; }
-.card .trio { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
-.card figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35; } .card figcaption { margin-top: .35rem;
-  overflow-wrap: anywhere; }
-.card .who { color: var(--muted); font-size: .72rem; margin-bottom: .25rem; } .card .wrong { color: var(--bad); }
-  .card .true { color: var(--good); }
-.frame { aspect-ratio: 1; border-radius: 8px; background: var(--soft); display: grid; place-items: center;
-  overflow: hidden; color: var(--muted); font-size: .72rem; }
-.frame img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.card .path { margin: .55rem 0 0; color: var(--muted); font-size: .7rem; line-height: 1.3; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: .6rem; }
-.strip figure { margin: 0; min-width: 0; } .strip .path { font-size: .68rem; line-height: 1.3; display: block;
-  margin-top: .25rem; }
-details { border-top: 1px solid var(--line); padding: .55rem 0; }
-  details:last-of-type { border-bottom: 1px solid var(--line); }
-summary { cursor: pointer; font-size: .92rem; } summary b { font-weight: 600; } summary span { color: var(--muted); }
-details ol, ul.plain { margin: .6rem 0; padding-left: 2.2rem; font-size: .85rem; } details li { margin: .15rem 0; }
-.stack > * + * { margin-top: 1.2rem; }
-.ok { color: var(--good); } .alert { color: var(--warn); }
-footer { color: var(--muted); font-size: .8rem; padding: .5rem 0 3rem; }
-@media (max-width: 900px) { .overview, .split, .charts { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 560px) { section { padding: 1.1rem 1rem; border-radius: 12px; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .cards { grid-template-columns: minmax(0, 1fr); } .bar-row { grid-template-columns: minmax(0, 9.5em) minmax(0,
-  1fr) 3.2em; } td, th { padding-left: .35rem; padding-right: .35rem; } }
-@media print { nav, #tip, .chips, .tools { display: none !important; } body { background: none; font-size: 11pt; }
-  section { border: 0; padding: 0; margin: 1.6rem 0; }
-  h2, h3 { break-after: avoid; } tr, .tile, .chart { break-inside: avoid; } .scroll { overflow: visible; }
-  .bar i, .pt, .swatch, .matrix rect, .tile { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  max-width: min(22rem, 90vw); background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .6rem; font-size: .82rem; box-shadow: 0 6px 24px rgb(0 0 0 / .22); }
+#tip i { width: 96px; height: 96px; flex: none; border-radius: 6px; }
+#tip span { overflow-wrap: anywhere; white-space: pre-line; color: var(--muted); }
+#tip span::first-line { font-weight: 600; color: var(--ink); }
+[hidden] { display: none !important; }
+
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; margin-bottom: 1rem; }
+.card { border: 1px solid var(--line); border-radius: 12px; padding: .8rem; break-inside: avoid; }
+.trio, .strip { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
+.strip { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+figure { margin: 0; font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
+figcaption { margin-top: .35rem; }
+.who { color: var(--muted); font-size: .72rem; margin-bottom: .25rem; }
+.frame { aspect-ratio: 1; border-radius: 8px; background: var(--soft); display: grid; place-items: center; overflow: hidden;
+  color: var(--muted); font-size: .72rem; }
+.frame img { width: 100%; height: 100%; object-fit: contain; }
+.card .path { display: block; margin: .5rem 0 0; color: var(--muted); font-size: .7rem; line-height: 1.3; }
+
+@media (max-width: 900px) { .overview, .split, .charts { grid-template-columns: minmax(0, 1fr); }
+  .map { --side: 6px; } .map.pictures { --side: 20px; } }
+@media (max-width: 560px) { section { padding: 1.1rem 1rem; } td, th { padding-inline: .35rem; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards { grid-template-columns: minmax(0, 1fr); }
+  .bar-row { grid-template-columns: minmax(0, 9.5em) minmax(0, 1fr) 3.2em; } }
+@media print { nav, .chips { display: none; } * { print-color-adjust: exact; } section, .tile { break-inside: avoid-page; } }
 """
 
 _REPORT_JS = """
 "use strict";
-const data = JSON.parse(document.getElementById("report-data").textContent);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 for (const button of all("th button")) button.addEventListener("click", () => {
-  const head = button.parentElement, body = head.closest("table").tBodies[0], isText = head.dataset.kind === "text";
+  const head = button.parentElement, body = head.closest("table").tBodies[0], isText = "text" in head.dataset;
   const current = head.getAttribute("aria-sort");
   const down = current ? current === "ascending" : !isText;  // best figures first
   const key = row => row.cells[head.cellIndex].dataset.v;
@@ -5094,352 +4890,360 @@ for (const button of all("th button")) button.addEventListener("click", () => {
   body.append(...[...body.rows].sort(compare));
 });
 
-const map = document.querySelector(".map");
-if (map) {
-  const drawing = map.querySelector("svg"), canvas = map.querySelector("canvas"), points = all(".pt", map);
-  const sprite = document.getElementById("sprite"), columns = +sprite.dataset.columns, cell = +sprite.dataset.thumb;
-  const tip = document.getElementById("tip");
-  const state = {label: null, hidden: new Set(), errors: false, pictures: false};
-  all("title", drawing).forEach(title => title.remove());  // the browser's own tooltip would cover ours
+const map = document.querySelector(".map"), tip = document.getElementById("tip"), chips = all(".chip");
+const selectClass = name => {
+  for (const chip of chips) if (chip.dataset.class) chip.setAttribute("aria-pressed", chip.dataset.class === name);
+  for (const item of map.children) item.classList.toggle("dim", name !== null && !item.classList.contains(name));
+};
+for (const chip of chips) chip.addEventListener("click", () => {
+  const isOn = chip.getAttribute("aria-pressed") !== "true";
+  if (chip.dataset.class) return selectClass(isOn ? chip.dataset.class : null);
+  chip.setAttribute("aria-pressed", isOn);
+  map.classList.toggle(chip.dataset.show, isOn);
+});
+document.addEventListener("keydown", event => { if (event.key === "Escape") selectClass(null); });
 
-  const isError = (label, predicted) => predicted !== null && predicted !== label;
-  const shown = i => {
-    const [label, split, predicted] = data.points[i];
-    if (state.hidden.has(split)) return "off";
-    const isOther = state.label !== null && label !== state.label;
-    return isOther || (state.errors && !isError(label, predicted)) ? "dim" : "";
-  };
-  const paint = () => {
-    const context = canvas.getContext("2d"), scale = canvas.width / +drawing.dataset.width, size = 27 * scale;
-    const red = getComputedStyle(document.body).getPropertyValue("--bad");
-    context.clearRect(0, 0, canvas.width, canvas.height);
-    if (!state.pictures) return;
-    points.forEach((point, i) => {
-      const kind = shown(i);
-      if (kind === "off") return;
-      const [label, , predicted] = data.points[i], wrong = isError(label, predicted);
-      const left = point.dataset.x * scale - size / 2, top = point.dataset.y * scale - size / 2;
-      context.globalAlpha = kind ? 0.06 : 1;
-      const [column, row] = [i % columns, Math.floor(i / columns)];
-      context.drawImage(sprite, column * cell, row * cell, cell, cell, left, top, size, size);
-      context.lineWidth = (wrong ? 4 : 1.5) * scale;
-      context.strokeStyle = wrong ? red : getComputedStyle(point).getPropertyValue("--c");
-      context.strokeRect(left, top, size, size);
-    });
-  };
-  const update = () => {
-    points.forEach((point, i) => {
-      const kind = shown(i);
-      point.classList.toggle("off-split", kind === "off");
-      point.classList.toggle("dim", kind === "dim");
-    });
-    for (const ring of all(".ring", map)) {
-      const kind = shown(+ring.dataset.i);
-      ring.classList.toggle("off-split", kind === "off" || state.pictures);
-      ring.classList.toggle("dim", kind === "dim");
-    }
-    for (const text of all("text", map)) {
-      const isOther = state.label !== null && +text.dataset.label !== state.label;
-      text.classList.toggle("off-split", state.pictures || isOther);
-    }
-    for (const chip of all("#map .chips [data-label]"))
-      chip.setAttribute("aria-pressed", +chip.dataset.label === state.label);
-    paint();
-  };
-  document.getElementById("map").addEventListener("click", event => {
-    const chip = event.target.closest(".chip");
-    if (!chip) return;
-    const isOn = chip.getAttribute("aria-pressed") !== "true";
-    chip.setAttribute("aria-pressed", isOn);
-    if (chip.dataset.label) state.label = isOn ? +chip.dataset.label : null;
-    if (chip.dataset.split) state.hidden[isOn ? "delete" : "add"](chip.dataset.split);
-    if (chip.dataset.flag) state[chip.dataset.flag] = isOn;
-    update();
-  });
-  document.addEventListener("keydown", event => { if (event.key === "Escape") { state.label = null; update(); } });
-  const line = (text, kind) => {
-    const div = document.createElement("div");
-    div.textContent = text;  // never innerHTML: names come from the data
-    div.className = kind;
-    return div;
-  };
-  drawing.addEventListener("pointerover", event => {
-    const point = event.target.closest(".pt");
-    tip.hidden = !point;
-    if (!point) return;
-    const i = +point.dataset.i, [label, split, predicted, path] = data.points[i];
-    const pic = tip.querySelector(".pic").style;
-    pic.backgroundImage = `url(${sprite.src})`;
-    pic.backgroundSize = `${sprite.naturalWidth * 96 / cell}px`;
-    pic.backgroundPosition = `${-96 * (i % columns)}px ${-96 * Math.floor(i / columns)}px`;
-    const lines = [line(data.classes[label], "name class"), line(split, "note")];
-    if (predicted === label) lines.push(line("recognised", "note"));
-    if (isError(label, predicted)) lines.push(line("taken for " + data.classes[predicted], "error name"));
-    tip.querySelector(".txt").replaceChildren(...lines, line(path, "path note"));
-  });
-  drawing.addEventListener("pointermove", event => {
-    const isLow = event.clientY + 20 + tip.offsetHeight > innerHeight;
-    const top = isLow ? Math.max(4, event.clientY - tip.offsetHeight - 14) : event.clientY + 20;
-    tip.style.left = Math.max(4, Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)) + "px";
-    tip.style.top = top + "px";
-  });
-  drawing.addEventListener("pointerleave", () => { tip.hidden = true; });
-  all("#map .tools, #map .chips").forEach(tools => { tools.hidden = false; });
-}
+const texts = new Map(all(".pt", map).map(point => [point, point.title]));
+for (const point of texts.keys()) point.removeAttribute("title");  // the browser's own tooltip would cover ours
+map.addEventListener("pointermove", event => {
+  const point = event.target.closest(".pt");
+  tip.hidden = !point;
+  if (!point) return;
+  tip.querySelector("i").style.setProperty("--thumb", point.style.getPropertyValue("--thumb"));
+  tip.querySelector("span").textContent = texts.get(point);  // never innerHTML: names come from the data
+  const isLow = event.clientY + 20 + tip.offsetHeight > innerHeight;
+  tip.style.top = (isLow ? Math.max(4, event.clientY - tip.offsetHeight - 14) : event.clientY + 20) + "px";
+  tip.style.left = Math.max(4, Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)) + "px";
+});
+map.addEventListener("pointerleave", () => { tip.hidden = true; });
+all(".chips").forEach(tools => { tools.hidden = false; });
 """
 
 _REPORT_HTML = """
 {% macro class_name(label) %}<span class="name">{{ class_names[label] }}</span>{% endmacro %}
-{% macro bar(value, kind="") %}<span class="bar"><i class="{{ kind }}" style="--w: {{ "%.1f" | format(100 * (value or
-  0)) }}%"></i></span>{% endmacro %}
-{% macro picture(item) %}
-<div class="frame">{% if item.uri %}<img src="{{ item.uri }}" alt="{{ item.path }}" title="{{ item.path }}"
-  loading="lazy">{% else %}no image{% endif %}</div>
+{% macro bar(share, kind="") %}
+<span class="bar"><i class="{{ kind }}" style="width: {{ (100 * share) | round(1) }}%"></i></span>
+{% endmacro %}
+{% macro picture(path) %}{% set uri = thumbnail(path) %}
+<div class="frame">{% if uri %}<img src="{{ uri }}" alt="{{ path }}" title="{{ path }}">{% else %}no image{% endif %}</div>
+{% endmacro %}
+{% macro fact_list(facts) %}
+<dl class="facts">
+  {% for name, value in facts %}
+  <div{% if value | string | length > 60 %} class="wide"{% endif %}><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+  {% endfor %}
+</dl>
+{% endmacro %}
+{% macro more(total, shown, what) %}
+{% if total > shown %}<p class="note">and {{ (total - shown) | count }} more{{ what }}</p>{% endif %}
 {% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}';
-   base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+  script-src 'sha256-{{ script_hash }}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>{{ header.verdict }} · training report</title>
 <link rel="icon" href="data:,">
-<style>{{ css }}{% for color in colors %}.c{{ loop.index0 }} { --c: {{ color }}; }
+<style>{{ css }}
+.map.pictures .pt::before, #tip i { background: url({{ map.sprite }}) var(--thumb) /
+  {{ 100 * map.size[0] }}% {{ 100 * map.size[1] }}%; }
+{% for color in colors %}.c{{ loop.index0 }} { --c: {{ color }}; }
 {% endfor %}</style>
 </head>
 <body>
-<header class="hero" id="top">
-  <p class="eyebrow">Training report &nbsp;·&nbsp; {{ class_names | length | count }} classes, {{ map.num_images
-    | count }} images
-    {%- if figures.status != "completed" %} &nbsp;·&nbsp; <strong class="alert">run {{ figures.status
-      }}</strong>{% endif %}</p>
+<header id="summary">
+  <p class="note">Training report · {{ class_names | length | count }} classes, {{ num_images | count }} images</p>
   <h1 class="{{ header.tone }}">{{ header.verdict }}</h1>
   <p class="lead">{{ header.note }}</p>
 </header>
 <nav aria-label="Contents"><ul>
-  <li><a href="#top">Summary</a></li><li><a href="#run">Run</a></li><li><a href="#curves">Curves</a></li><li><a
-    href="#classes">Classes</a></li>
-  <li><a href="#confusion">Confusion</a></li><li><a href="#map">Map</a></li><li><a href="#errors">Errors</a></li>
-  <li><a href="#calibration">Calibration</a></li><li><a href="#data">Data</a></li>
+  {% for id in ("summary", "run", "curves", "classes", "confusion", "map", "errors", "calibration", "data") %}
+  <li><a href="#{{ id }}">{{ id | capitalize }}</a></li>
+  {% endfor %}
 </ul></nav>
 <main>
 <div class="overview">
-  <div class="tiles">{% for tile in header.tiles %}
-    <div class="tile"><span>{{ tile.label }}</span><b>{{ tile.value }}</b><small>{{ tile.note
-      }}</small></div>{% endfor %}
+  <div class="tiles">
+    {% for label, value, note in header.tiles %}
+    <div class="tile"><span>{{ label }}</span><b>{{ value }}</b><small>{{ note }}</small></div>
+    {% endfor %}
   </div>
   <div class="compare">
-    <h3>Accuracy on {{ scored }}, trained and frozen</h3>
+    <h3>Accuracy on {{ figures.scored }}, trained and frozen</h3>
     {% for item in header.bars %}
-    <div class="bar-row"><span>{{ item.name }}</span>{{ bar(item.value, item.kind) }}<span class="right">{{ item.value
-      | num }}</span></div>
-    {% else %}<p class="note">No figures.</p>{% endfor %}
-    {% if not figures.baseline %}<p class="note">The frozen backbone was not measured in this run.</p>{% endif %}
+    <div class="bar-row"><span>{{ item.name }}</span>{{ bar(item.value, item.kind) }}<span
+      class="right">{{ item.value | num }}</span></div>
+    {% endfor %}
   </div>
 </div>
+
 <section id="run"><h2>Run</h2>
-  <dl class="facts">{% for name, value in facts %}
-    <div{% if value | length > 60 %} class="wide"{% endif %}><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}
-  </dl>
-  <details style="margin-top: 1rem"><summary><b>All options</b> <span>{{ options | length }}</span></summary>
-    <table>{% for name, value in options %}<tr><td><code>{{ name }}</code></td><td class="path">{{ value
-      }}</td></tr>{% endfor %}</table>
+  {{ fact_list(facts) }}
+  <details class="space"><summary><b>All options</b> <span>{{ options | length }}</span></summary>
+    <table>
+      {% for name, value in options %}
+      <tr><td class="path">{{ name }}</td><td class="path">{{ value }}</td></tr>
+      {% endfor %}
+    </table>
   </details>
 </section>
 
 <section id="curves"><h2>Curves</h2>
-  {% if curves.charts %}
-  <ul class="keys"><li><i style="--k: var(--train)"></i>train</li><li><i style="--k: var(--val)"></i>val, ArcFace</li>
+  <ul class="keys"><li><i style="--k: var(--train)"></i>train</li>
+    <li><i style="--k: var(--val)"></i>val, ArcFace</li>
     <li><i style="--k: var(--proto)"></i>val, prototypes</li>
-    {% if curves.baseline %}<li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline
-      }}</li>{% endif %}
-    {% if curves.best is not none %}<li><i class="dot" style="--k: var(--muted)"></i>best epoch, {{ curves.best
-      }}</li>{% endif %}</ul>
-  <div class="charts">{% for chart in curves.charts %}<div class="chart"><h3>{{ chart.title }}</h3>{{ chart.svg
-    }}</div>{% endfor %}</div>
-  <p class="note" style="margin-top: 1rem">Train figures come from the augmented images of the epoch while the model
-    learns from them, val figures from clean images after it.</p>
-  {% else %}<p class="lead">No epoch was finished.</p>{% endif %}
+    {% if curves.baseline %}
+    <li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline }}</li>
+    {% endif %}
+    {% if figures.best %}
+    <li><i class="dot" style="--k: var(--muted)"></i>best epoch, {{ figures.best.epoch }}</li>
+    {% endif %}
+  </ul>
+  <div class="charts">
+    {% for title, chart in curves.charts.items() %}
+    <div><h3>{{ title }}</h3><svg class="chart" viewBox="0 0 480 250" role="img" aria-label="{{ title }} by epoch">
+      {% for top, text in chart.y_ticks %}
+      <path class="rule" d="M44 {{ top }}H470"/><text class="end" x="36" y="{{ top }}">{{ text }}</text>
+      {% endfor %}
+      {% for left, text in chart.x_ticks %}
+      <text x="{{ left }}" y="223">{{ text }}</text>
+      {% endfor %}
+      <text x="257" y="243">epoch</text>
+      {% if chart.level is not none %}
+      <path class="dash" style="--k: var(--frozen)" d="M44 {{ chart.level }}H470"/>
+      {% endif %}
+      {% if chart.best is not none %}
+      <path class="dot" style="--k: var(--muted)" d="M{{ chart.best }} 10V206"/>
+      {% endif %}
+      {% for ink, line in chart.lines.items() if line %}
+      <g style="--k: var(--{{ ink }})"><path d="{{ line }}"/><path
+        class="dots" d="{{ chart.dots[ink] }}"/></g>
+      {% else %}
+      <text x="257" y="112">no figures</text>
+      {% endfor %}
+    </svg></div>
+    {% else %}
+    <p class="lead">No epoch was finished.</p>
+    {% endfor %}
+  </div>
+  <p class="note space">Train figures come from the augmented images of the epoch while the model learns from them, val
+    figures from clean images after it.</p>
 </section>
 
 <section id="classes"><h2>Classes</h2>
-  <p class="lead">{% if scored == "test" %}Scores of the test split, by prototype matching.{% else %}No test split:
-    scores of the validation split at the best epoch, by the ArcFace classifier.{% endif %}
-    Click a heading to sort.</p>
-  <div class="scroll"><table class="wide"><thead><tr><th data-kind="text"
-    aria-sort="ascending"><button>Class</button></th>
-    {% for head in ("Train", "Val", "Test") %}<th class="n"><button>{{ head }}</button></th>{% endfor %}
-    {% for head in ("Precision", "Recall", "F1", "AUC") %}<th><button>{{ head }}</button></th>{% endfor
-      %}</tr></thead>
-  <tbody>{% for row in classes %}
-  <tr{% if row.is_small %} class="small"{% endif %}><td data-v="{{ row.name }}"><span class="swatch c{{ row.label
-    }}"></span>{{ class_name(row.label) }}
-    {%- if row.is_small %}<span class="badge" title="fewer than {{ small_support }} {{ scored
-      }} images: one image moves recall by more than {{ 100 // small_support }} points">few</span>{% endif %}</td>
-    {% for split in ("train", "val", "test") %}<td class="n" data-v="{{ row[split] }}">{{ row[split] | count
-      }}</td>{% endfor %}
-    {% for key in ("precision", "recall", "f1", "auc") %}<td class="score" data-v="{{ "" if row[key] is none else
-      row[key] }}"><div><span>{{ row[key] | num }}</span>{% if row[key] is not none %}{{ bar(row[key]) }}{% endif
-      %}</div></td>{% endfor %}
-  </tr>{% endfor %}
-  </tbody></table></div>
-  {% if classes | selectattr("is_small") | list %}<p class="note" style="margin-top: .8rem"><span class="badge"
-    style="margin: 0">few</span>
-    fewer than {{ small_support }} {{ scored }} images: read these scores with care.</p>{% endif %}
+  <p class="lead">
+    {% if figures.test %}
+    Scores of the test split, by prototype matching.
+    {% else %}
+    No test split: scores of the validation split at the best epoch, by the ArcFace classifier.
+    {% endif %}
+    An answer whose similarity is below the threshold of its class should be read as unknown. Click a heading to sort.</p>
+  <div class="scroll"><table class="classes">
+    <thead><tr><th data-text aria-sort="ascending"><button>Class</button></th>
+      {% for split in split_names %}
+      <th class="n"><button>{{ split | capitalize }}</button></th>
+      {% endfor %}
+      {% for head in ("Precision", "Recall", "F1", "AUC") %}
+      <th><button>{{ head }}</button></th>
+      {% endfor %}
+      <th class="n"><button>Threshold</button></th>
+    </tr></thead>
+    <tbody>
+    {% for row in classes %}
+    <tr{% if row.is_small %} class="small"{% endif %}><td data-v="{{ row.name }}"><span
+      class="swatch c{{ row.label }}"></span>{{ class_name(row.label) }}
+      {%- if row.is_small %}<span class="badge">few</span>{% endif %}</td>
+      {% for split in split_names %}
+      <td class="n" data-v="{{ row[split] }}">{{ row[split] | count }}</td>
+      {% endfor %}
+      {% for key in ("precision", "recall", "f1", "auc") %}
+      <td data-v="{{ "" if row[key] is none else row[key] }}"><div class="score"><span>{{ row[key] | num }}</span>
+        {% if row[key] is not none %}{{ bar(row[key]) }}{% endif %}</div></td>
+      {% endfor %}
+      <td class="n" data-v="{{ row.threshold }}">{{ row.threshold | num }}</td>
+    </tr>
+    {% endfor %}
+    </tbody></table></div>
+  {% if classes | selectattr("is_small") | list %}
+  <p class="note space"><span class="badge">few</span> fewer than {{ small_support }} {{ figures.scored }} images, so that
+    one image moves recall by more than {{ 100 // small_support }} points: read these scores with care.</p>
+  {% endif %}
 </section>
 
 <section id="confusion"><h2>Confusion</h2>
   {% if confusion %}
   <p class="lead">Test images by prototype matching. A row is a true class and sums to one; colour is its share.</p>
-  <ul class="keys"><li><i class="box" style="--k: var(--right)"></i>right</li><li><i class="box"
-    style="--k: var(--wrong)"></i>wrong</li></ul>
-  <div class="{{ "split" if confusion.geometry and confusion.geometry.width < 790 else "stack" }}">
-  {% if confusion.geometry %}{% set g = confusion.geometry %}
-  <div class="scroll matrix"><svg width="{{ g.width }}" height="{{ g.height }}" viewBox="0 0 {{ g.width }} {{ g.height
-    }}" role="img" aria-label="Confusion matrix">
-    <text class="axis" x="{{ g.left - 8 }}" y="{{ g.top - 6 }}" text-anchor="end">true ↓ &#8194;predicted →</text>
-    {% for name in g.names %}{% set middle = (loop.index0 + 0.5) * g.cell %}
-    <text x="{{ g.left - 8 }}" y="{{ g.top + middle }}" text-anchor="end" dominant-baseline="central"
-      font-size="{{ g.font }}">{{ name }}<title>{{ class_names[loop.index0] }}</title></text>
-    <text transform="translate({{ g.left + middle + g.font * 0.3 }} {{ g.top - 7 }}) rotate(-60)" font-size="{{ g.font
-      }}">{{ name }}<title>{{ class_names[loop.index0] }}</title></text>
-    <path class="grid" d="M{{ g.left }} {{ g.top + loop.index0 * g.cell }}h{{ g.side }}M{{ g.left + loop.index0 *
-      g.cell }} {{ g.top }}v{{ g.side }}"/>{% endfor %}
-    <path class="grid" d="M{{ g.left }} {{ g.top + g.side }}h{{ g.side }}v-{{ g.side }}"/>
-    {% for cell in confusion.cells %}{% set is_right = cell.true == cell.predicted %}
-    <rect class="{{ "diagonal" if is_right else "off" }}" x="{{ g.left + cell.predicted * g.cell + 0.5 }}" y="{{ g.top
-      + cell.true * g.cell + 0.5 }}" width="{{ g.cell - 1 }}" height="{{ g.cell - 1 }}" fill-opacity="{{ "%.2f"
-      | format(0.12 + 0.83 * cell.share) }}"><title>{{ class_names[cell.true] }} → {{ class_names[cell.predicted]
-      }}: {{ cell.count | count }} of {{ cell.total | count }} ({{ "%.1f" | format(100 * cell.share) }}
-      %)</title></rect>
-    {% if g.has_counts %}<text class="n{% if cell.share > 0.5 %} strong{% endif %}" x="{{ g.left + (cell.predicted +
-      0.5) * g.cell }}" y="{{ g.top + (cell.true + 0.5) * g.cell }}" font-size="{{ [g.font, 12] | min
-      }}">{{ cell.count }}</text>{% endif %}{% endfor %}
-  </svg></div>
-  {% else %}<p class="note">{{ class_names | length | count }} classes are too many for a readable matrix.</p>{% endif
-    %}
-  <div><h3>Most confused pairs</h3>
-    {% if confusion.pairs %}
-    <ul class="pairs">{% for pair in confusion.pairs %}
-      <li><span>{{ class_name(pair.true) }} <span class="note">taken for</span> {{ class_name(pair.predicted)
-        }}</span>
-        <span class="right">{{ pair.count | count }} <span class="note">of {{ pair.total | count
-          }}</span></span>{{ bar(pair.count / confusion.max_pair, "wrong") }}</li>{% endfor %}</ul>
-    {% if confusion.num_pairs > confusion.pairs | length %}<p class="note">and {{ (confusion.num_pairs -
-      confusion.pairs | length) | count }} more pairs</p>{% endif %}
-    {% else %}<p class="ok">No two classes were confused.</p>{% endif %}
-  </div></div>
-  {% else %}<p class="lead">No test split: there is nothing to count.</p>{% endif %}
+  <ul class="keys"><li><i class="box" style="--k: var(--right)"></i>right</li>
+    <li><i class="box" style="--k: var(--wrong)"></i>wrong</li></ul>
+  <div{% if confusion.is_beside %} class="split"{% endif %}>
+    {% if confusion.matrix %}
+    <div class="scroll"><table class="matrix" style="--cell: {{ confusion.cell }}px">
+      <thead><tr><th>true ↓ &#8194;predicted →</th>
+        {% for name in confusion.names %}
+        <th title="{{ class_names[loop.index0] }}"><span>{{ name }}</span></th>
+        {% endfor %}
+      </tr></thead>
+      {% for row in confusion.matrix %}{% set label = loop.index0 %}
+      <tr><th title="{{ class_names[label] }}">{{ confusion.names[label] }}</th>
+        {% for count in row %}
+        {% if count %}{% set share = count / confusion.totals[label] %}
+        <td class="{{ "hit" if loop.index0 == label else "miss" }}{{ " strong" if share > 0.5 else "" }}"
+          style="--share: {{ (12 + 83 * share) | round }}%" title="{{ class_names[label] }} → {{ class_names[loop.index0] }}:
+          {{ count | count }} of {{ confusion.totals[label] | count }} ({{ (100 * share) | round(1) }} %)">
+          {{- count if confusion.cell >= 20 else "" }}</td>
+        {% else %}
+        <td></td>
+        {% endif %}
+        {% endfor %}
+      </tr>
+      {% endfor %}
+    </table></div>
+    {% else %}
+    <p class="note">{{ class_names | length | count }} classes are too many for a readable matrix.</p>
+    {% endif %}
+    <div><h3>Most confused pairs</h3>
+      <ul class="pairs">
+        {% for pair in confusion.pairs %}
+        <li><span>{{ class_name(pair.true) }} <span class="note">taken for</span> {{ class_name(pair.predicted) }}</span>
+          <span class="right">{{ pair.count | count }} <span class="note">of {{ pair.total | count }}</span></span>
+          {{ bar(pair.count / confusion.pairs[0].count, "miss") }}</li>
+        {% else %}
+        <li class="good">No two classes were confused.</li>
+        {% endfor %}
+      </ul>
+      {{ more(confusion.num_pairs, confusion.pairs | length, " pairs") }}
+    </div>
+  </div>
+  {% else %}
+  <p class="lead">No test split: there is nothing to count.</p>
+  {% endif %}
 </section>
 
 <section id="map"><h2>Embedding map</h2>
-  {% if map.points %}
   <p class="lead">Near points look alike to the model; distances between far groups mean little.
-    {% if map.points | length < map.num_images %}{{ map.points | length | count }} of {{ map.num_images | count }}
-      images, the same share of every class and split.{% endif %}
-    {% if map.num_errors %}Rings mark the {{ map.num_errors | count }} wrong test image{{ "" if map.num_errors == 1
-      else "s" }}.{% endif %}</p>
-  <div class="chips tools" hidden>{% for split in map.splits %}<button class="chip" aria-pressed="true"
-    data-split="{{ split }}"><svg viewBox="-7 -7 14 14"><path d="M0 0{{ map.shapes[split] }}"/></svg>{{ split
-    }}</button>{% endfor %}
-    {% if map.num_errors %}<button class="chip" aria-pressed="false" data-flag="errors"><svg
-      viewBox="-7 -7 14 14"><circle r="6"/></svg>only errors</button>{% endif %}
-    <button class="chip" aria-pressed="false" data-flag="pictures">pictures</button></div>
-  <div class="map"><svg viewBox="0 0 {{ map.width }} {{ map.height }}" data-width="{{ map.width }}" role="img"
-    aria-label="Map of the embeddings">
-    {% for point in map.points %}<path class="pt c{{ point.label }}" data-i="{{ loop.index0 }}" data-x="{{ point.x }}"
-      data-y="{{ point.y }}" d="M{{ point.x }} {{ point.y }}{{ map.shapes[point.split]
-      }}"><title>{{ class_names[point.label] }}, {{ point.split }}: {{ point.path }}</title></path>
+    {% if map.points | length < num_images %}
+    {{ map.points | length | count }} of {{ num_images | count }} images, the same share of every class and split.
+    {% endif %}
+    {% if map.num_errors %}
+    Rings mark the {{ map.num_errors | count }} wrong test image{{ "s" if map.num_errors > 1 else "" }}.
+    {% endif %}</p>
+  <div class="chips" hidden>
+    {% for split in map.splits %}
+    <button class="chip" aria-pressed="true" data-show="{{ split }}"><i class="pt {{ split }}"></i>{{ split }}</button>
     {% endfor %}
-    {% for point in map.points if point.is_error %}<circle class="ring" data-i="{{ point.index }}" cx="{{ point.x }}"
-      cy="{{ point.y }}" r="8.5"/>
+    {% if map.num_errors %}
+    <button class="chip" aria-pressed="false" data-show="errors">only errors</button>
+    {% endif %}
+    <button class="chip" aria-pressed="false" data-show="pictures">pictures</button>
+  </div>
+  <div class="map {{ map.splits | join(" ") }}" role="img" aria-label="Map of the embeddings">
+    {% for point in map.points %}
+    <i class="pt c{{ point.label }} {{ point.split }}{{ " error" if point.is_error else "" }}" style="{{ point.style }}"
+      title="{{ point.text }}"></i>
     {% endfor %}
-    {% for label in map.labels %}<text data-label="{{ label.label }}" x="{{ label.x }}" y="{{ label.y
-      }}">{{ label.text }}</text>
-    {% endfor %}</svg><canvas width="{{ 2 * map.width }}" height="{{ 2 * map.height }}"></canvas></div>
-  <img id="sprite" src="{{ map.sprite }}" data-columns="{{ map.columns }}" data-thumb="{{ map.thumb }}" alt="" hidden>
-  <div id="tip" hidden><div class="pic"></div><div class="txt"></div></div>
-  <div class="chips" hidden>{% for name in class_names %}<button class="chip" aria-pressed="false"
-    data-label="{{ loop.index0 }}" title="{{ name }}"><span class="swatch c{{ loop.index0 }}"></span><span
-    class="name">{{ name }}</span><small>{{ map.counts[loop.index0] | count }}</small></button>{% endfor %}</div>
-  {% else %}<p class="lead">There are no embeddings to show.</p>{% endif %}
+    {% for name in map.names %}
+    <b class="c{{ name.label }}" style="{{ name.style }}">{{ name.text }}</b>
+    {% endfor %}
+  </div>
+  <div id="tip" hidden><i></i><span></span></div>
+  <div class="chips" hidden>
+    {% for name in class_names %}
+    <button class="chip" aria-pressed="false" data-class="c{{ loop.index0 }}" title="{{ name }}"><span
+      class="swatch c{{ loop.index0 }}"></span>{{ class_name(loop.index0) }}<small>{{ map.counts[loop.index0] | count
+      }}</small></button>
+    {% endfor %}
+  </div>
 </section>
 
 <section id="errors"><h2>Worst errors</h2>
   {% if errors.cards %}
-  <p class="lead">{{ errors.num_errors | count }} of {{ errors.num_test | count }} test images are wrong; {% if
-    errors.num_errors > errors.cards | length %}the {{ errors.cards | length }} surest{% else %}the surest{% endif
-    %} come first, each beside its
-    nearest training image of the predicted and of the true class. A wrong label in the data shows here first.</p>
-  <div class="cards">{% for card in errors.cards %}
-  <article class="card"><div class="trio">
-    <figure><div class="who">test image</div>{{ picture(card.image) }}<figcaption class="note">no. {{ loop.index
-      }}</figcaption></figure>
-    {% for kind in ("predicted", "true") %}{% set side = card[kind] %}
-    <figure><div class="who">{{ kind }}</div>{{ picture(side.reference) }}<figcaption class="{{ "wrong" if kind ==
-      "predicted" else "true" }}"><strong>{{ class_name(side.label) }}</strong><br>p {{ side.probability | num
-      }}<br>cos {{ side.cosine | num }}</figcaption></figure>{% endfor %}
-  </div><p class="path">{{ card.image.path }}</p></article>{% endfor %}</div>
-  {% elif errors.num_test %}<p class="ok">Not one of {{ errors.num_test | count }} test images is wrong.</p>
-  {% else %}<p class="lead">No test split: no image was held out to be wrong about.</p>{% endif %}
+  <p class="lead">{{ errors.num_errors | count }} of {{ num_test | count }} test images are wrong; the {{
+    errors.cards | length if errors.num_errors > errors.cards | length else "" }} surest come first, each beside its nearest
+    training image of the predicted and of the true class. A wrong label in the data shows here first.</p>
+  <div class="cards">
+    {% for card in errors.cards %}
+    <article class="card"><div class="trio">
+      <figure><div class="who">test image</div>{{ picture(card.path) }}</figure>
+      {% for side in card.sides %}
+      <figure><div class="who">{{ side.kind }}</div>{{ picture(side.reference) }}<figcaption
+        class="{{ "good" if side.kind == "true" else "bad" }}"><b>{{ class_name(side.label) }}</b><br>
+        p {{ side.probability | num }}<br>cos {{ side.score | num }}</figcaption></figure>
+      {% endfor %}
+    </div><span class="path">{{ card.path }}</span></article>
+    {% endfor %}
+  </div>
+  {% elif num_test %}
+  <p class="good">Not one of {{ num_test | count }} test images is wrong.</p>
+  {% else %}
+  <p class="lead">No test split: no image was held out to be wrong about.</p>
+  {% endif %}
 </section>
 
 <section id="calibration"><h2>Calibration</h2>
-  {% if calibration.svg %}
-  <div class="charts"><div class="chart">{{ calibration.svg }}</div><div>
-    <p style="font-size: 1.6rem; font-weight: 650; margin: 0">{{ calibration.ece | num }}</p><p class="note">expected
-      calibration error, {{ calibration.bins | length }} bins</p>
-    <p>On average the model claims {{ calibration.mean | num }} and is right {{ calibration.accuracy | num }} of the
-      time:
-      {% if calibration.mean - calibration.accuracy > 0.02 %}it is too sure.{% elif calibration.accuracy -
-        calibration.mean > 0.02 %}it is too modest.{% else %}on the whole it knows how often it is right.{% endif
-        %}</p>
-    <p class="note">Bars on the dashed line would be perfect. A dot stands at the mean probability of its bin; bins
-      with few images swing by chance.</p>
+  {% if calibration %}
+  <div class="charts"><svg class="chart" viewBox="0 0 480 275" role="img" aria-label="Share correct by probability">
+    {% for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) %}{% set top = 210 - 200 * tick %}
+    <path class="rule" d="M44 {{ top }}H470"/><text class="end" x="36" y="{{ top }}">{{ tick }}</text>
+    <text x="{{ 44 + 426 * tick }}" y="227">{{ tick }}</text>
+    {% endfor %}
+    {% for count, confidence, accuracy in calibration.bins %}{% set left = 44 + 426 * loop.index0 / loop.length %}
+    <path class="column" d="M{{ (left + 21.3) | round(1) }} 210V{{ (210 - 200 * accuracy) | round(1) }}"/>
+    <text x="{{ (left + 21.3) | round(1) }}" y="270">{{ count | count }}</text>
+    {% endfor %}
+    <path class="dash" style="--k: var(--muted)" d="M44 210L470 10"/>
+    {% for count, confidence, accuracy in calibration.bins if count %}
+    <circle cx="{{ (44 + 426 * confidence) | round(1) }}" cy="{{ (210 - 200 * accuracy) | round(1) }}" r="3.5"/>
+    {% endfor %}
+    <text x="257" y="246">probability of the predicted class</text><text class="end" x="36" y="266">images</text>
+  </svg>
+  <div><b class="figure">{{ calibration.error | num }}</b>
+    <p class="note">expected calibration error, {{ calibration.bins | length }} bins</p>
+    {% set excess = calibration.confidence - calibration.accuracy %}
+    <p>On average the model claims {{ calibration.confidence | num }} and is right {{ calibration.accuracy | num }} of the
+      time: {{ "it is too sure" if excess > 0.02 else "it is too modest" if excess < -0.02 else
+      "on the whole it knows how often it is right" }}.</p>
+    <p class="note">Bars are the share correct; on the dashed line they would be perfect. A dot stands at the mean
+      probability of its bin; bins with few images swing by chance.</p>
   </div></div>
-  {% else %}<p class="lead">No test split: probabilities cannot be checked.</p>{% endif %}
+  {% else %}
+  <p class="lead">No test split: probabilities cannot be checked.</p>
+  {% endif %}
 </section>
 
 <section id="data"><h2>Data</h2>
-  <dl class="facts">
-    <div><dt>Images found</dt><dd>{{ data.num_images | count }}</dd></div><div><dt>Usable</dt><dd>{{ data.num_usable
-      | count }}</dd></div>
-    {% for list in data.lists %}<div><dt>{{ list.title.split(":")[0] }}</dt><dd>{{ list.count | count
-      }}</dd></div>{% endfor %}
-    <div><dt>Leaks between splits prevented</dt><dd>{{ data.leaks | count }}</dd></div><div><dt>Turned by
-      EXIF</dt><dd>{{ data.exif | count }}</dd></div>
-    {% if data.sizes %}<div><dt>Width min / median / max</dt><dd>{{ data.sizes.get("width_min") | count }} /
-      {{ data.sizes.get("width_median") | count }} / {{ data.sizes.get("width_max") | count }} px</dd></div>
-    <div><dt>Height min / median / max</dt><dd>{{ data.sizes.get("height_min") | count }} /
-      {{ data.sizes.get("height_median") | count }} / {{ data.sizes.get("height_max") | count }} px</dd></div>{% endif
-      %}
-    {% if data.modes %}<div><dt>Colour modes</dt><dd>{% for mode, number in data.modes %}{{ mode }} {{ number | count
-      }}{{ "" if loop.last else ", " }}{% endfor %}</dd></div>{% endif %}
-  </dl>
-  {% if data.warnings %}<h3 class="alert" style="margin-top: 1.3rem">Warnings</h3><ul class="plain">{% for warning in
-    data.warnings[:200] %}<li>{{ warning }}</li>{% endfor %}</ul>
-  {% if data.warnings | length > 200 %}<p class="note">and {{ (data.warnings | length - 200) | count }}
-    more</p>{% endif %}{% endif %}
-  {% if data.conflicts %}<h3 style="margin-top: 1.3rem">Label conflicts, the first {{ data.conflicts
-    | length }}</h3>
-  <div class="cards" style="margin-bottom: 1rem">{% for group in data.conflicts %}<div
-    class="card strip">{% for item in group %}<figure>{{ picture(item) }}<span class="path">{{ item.path
-    }}</span></figure>{% endfor %}</div>{% endfor %}</div>{% endif %}
-  <div style="margin-top: 1rem">{% for list in data.lists if list.count %}<details><summary><b>{{ list.title }}</b>
-    <span>{{ list.count | count }}</span></summary>
-    <ol>{% for item in list["items"] %}<li class="path">{{ item }}</li>{% endfor %}</ol>{% if list.num_more %}<p
-      class="note">and {{ list.num_more | count }} more, see data_report.json</p>{% endif %}</details>{% endfor
-      %}</div>
-  {% if not data.warnings and not data.lists | selectattr("count") | list %}<p class="ok"
-    style="margin: 1rem 0 0">Nothing was found wrong with the data.</p>{% endif %}
+  {{ fact_list(data_facts) }}
+  {% if warnings %}
+  <h3 class="alert space">Warnings</h3>
+  <ul class="list">{% for warning in warnings[:max_listed] %}<li>{{ warning }}</li>{% endfor %}</ul>
+  {{ more(warnings | length, max_listed, "") }}
+  {% endif %}
+  {% if conflicts %}
+  <h3 class="space">Label conflicts, the first {{ conflicts | length }}</h3>
+  <div class="cards">
+    {% for group in conflicts %}
+    <div class="card strip">
+      {% for path in group[:4] %}
+      <figure>{{ picture(path) }}<span class="path">{{ path }}</span></figure>
+      {% endfor %}
+    </div>
+    {% endfor %}
+  </div>
+  {% endif %}
+  <div class="space">
+    {% for title, items in findings.items() if items %}
+    <details><summary><b>{{ title }}</b> <span>{{ items | length | count }}</span></summary>
+      <ol class="list">{% for item in items[:max_listed] %}<li class="path">{{ item }}</li>{% endfor %}</ol>
+      {{ more(items | length, max_listed, ", see data_report.json") }}</details>
+    {% else %}
+    {% if not warnings %}<p class="good">Nothing was found wrong with the data.</p>{% endif %}
+    {% endfor %}
+  </div>
 </section>
-<footer>Made by lct_dino3.py. Self-contained: it loads nothing, works offline and can be sent as it is. Figures also
-  in metrics.jsonl.</footer>
+<footer>Made by lct_dino3.py. Self-contained: it loads nothing, works offline and can be sent as it is. Figures also in
+  metrics.jsonl.</footer>
 </main>
-<script type="application/json" id="report-data">{{ island }}</script>
 <script>{{ script }}</script>
 </body>
 </html>
@@ -6774,7 +6578,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
         pairs = pair_views(job, model, bank, embedded["test"])
         compare_views(job, gallery, pairs)
-    write_report(gather_report(job, gallery, embedded), run.path / "report.html", write_bytes)
+    write_report(gather_report(job, gallery, embedded), run.path / "report.html")
     if run.tracker is not None:
         for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
             run.tracker.artifact(run.path / name)
@@ -6868,11 +6672,10 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
     rows = np.concatenate([part.rows for part in embedded.values()])
     test = embedded.get("test", embedded["train"].take(rows[:0]))
     scores = gallery.scores(test.values)
-    predictions = scores.argmax(axis=1)
     nearest = nearest_references(gallery, test.values)
     return ReportInput(
         config=json.loads((run.path / "config.json").read_text(encoding="utf-8")),
-        events=[*run.events(), {"event": "run_end", "status": "completed"}],  # all that is left is this page
+        events=run.events(),
         data_report=json.loads((run.path / "data_report.json").read_text(encoding="utf-8")),
         class_names=job.records.class_names,
         data_root=job.records.root,
@@ -6880,14 +6683,13 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
         labels=np.concatenate([part.labels for part in embedded.values()]),
         split_names=np.concatenate([np.full(len(part.rows), split) for split, part in embedded.items()]),
         paths=[paths[row] for row in rows.tolist()],
-        test_predictions=predictions,
-        test_cosines=scores,
+        thresholds=gallery.thresholds,
+        test_scores=scores,
         nearest_paths=[
             [gallery.stack_paths[nearest[i, label]] for label in pair]
-            for i, pair in enumerate(zip(test.labels.tolist(), predictions.tolist(), strict=True))
+            for i, pair in enumerate(zip(scores.argmax(axis=1).tolist(), test.labels.tolist(), strict=True))
         ],
         temperature=gallery.temperature,
-        load_image=load_image,
     )
 
 

@@ -27,17 +27,12 @@ HOSTILE = (
 PLAIN = ("hammer", "pliers", "wrench")
 
 
-def load_image(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list[dict[str, Any]]:
     scores = {"precision": 0.9, "recall": 0.8, "f1": 0.847, "auc": 0.95, "support": 5}
     per_class = {name: dict(scores) for name in names}
     per_class[names[0]] = {"precision": None, "recall": None, "f1": None, "auc": None, "support": 0}
     frozen = {"centroid_acc": 0.511, "nn1_acc": 0.522, "logreg_acc": 0.533}
-    events: list[dict[str, Any]] = [{"event": "run_start", "time": "2026-01-02T03:04:05"}]
+    events: list[dict[str, Any]] = [{"event": "run_start", "time": 1767323045.0}]
     events.append({"event": "baseline_end", "time": 1.0, "val": frozen, "test": {**frozen, "logreg_acc": 0.544}})
     for epoch in range(1, num_epochs + 1):
         train = {"loss": 3.0 / epoch, "acc": 0.61 + 0.01 * epoch, "f1_macro": 0.6, "auc_macro": None}
@@ -45,13 +40,14 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
         events.append({"event": "epoch_end", "time": 1.0, "epoch": epoch, "lr": 1e-3, "train": train, "val": val,
                        "train_per_class": per_class, "val_per_class": per_class, "seconds": 1.5})  # fmt: skip
     events.append({"event": "best_update", "time": 1.0, "epoch": num_epochs, "metric": "val_acc", "value": val["acc"]})
+    events.append({"event": "proto_end", "time": 1.0, "matcher": "knn", "knn_k": 5})
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
         events.append({"event": "test_end", "time": 1.0, "arcface": arcface, "prototypes": prototypes,
                        "per_class": per_class, "baseline": {"name": "logreg", "acc": 0.544},
-                       "verdict": "training helped: 0.712 against 0.544"})  # fmt: skip
-    return [*events, {"event": "run_end", "status": "completed", "time": 2.0}]
+                       "verdict": "training helped by 16.8 points"})  # fmt: skip
+    return events
 
 
 def make_report(
@@ -73,22 +69,30 @@ def make_report(
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     truth = labels[splits == "test"]
     predictions = np.where(np.arange(len(truth)) % 2, (truth + 1) % len(names), truth)
-    cosines = rng.uniform(-0.2, 0.4, (len(truth), len(names))).astype(np.float32)
-    cosines[np.arange(len(truth)), predictions] = rng.uniform(0.5, 0.9, len(truth))
-    names_and_reasons = [{"path": f"bad/{name}", "reason": f"unreadable: {name}"} for name in names]
+    scores = rng.uniform(-0.2, 0.4, (len(truth), len(names))).astype(np.float32)
+    scores[np.arange(len(truth)), predictions] = rng.uniform(0.5, 0.9, len(truth))
     return lct.ReportInput(
-        config={"options": {"data_root": str(root), "model_id": names[0], "epochs": num_epochs}, "device": "cpu"},
-        events=make_events(names, num_epochs, has_test),
-        data_report={"quarantined": names_and_reasons, "warnings": list(names), "duplicates": {"near": [list(names)]},
-                     "label_conflicts": [[paths[1], paths[13]], ["gone.png", "gone too"]]},
+        config={"options": lct.Config().as_plain() | {"data_root": str(root), "model_id": names[0]},
+                "device": "cpu", "versions": {"python": "3.11"}},
+        events=make_events(names, num_epochs, has_test), data_report=make_data_report(names, paths),
         class_names=names, data_root=root, embeddings=vectors, labels=labels, split_names=splits, paths=paths,
-        test_predictions=predictions, test_cosines=cosines,
-        nearest_paths=[[f"{a}/{12 * a + 1}.png", ""] for a in truth], temperature=0.1, load_image=load_image,
+        thresholds=np.linspace(0.111, 0.999, len(names)), test_scores=scores,
+        nearest_paths=[["", f"{a}/{12 * a + 1}.png"] for a in truth], temperature=0.1,
     )  # fmt: skip
 
 
+def make_data_report(names: tuple[str, ...], paths: list[str]) -> dict[str, Any]:
+    sizes = {f"{side}_{name}": 10 for side in ("width", "height") for name in ("min", "median", "max")}
+    return {
+        "num_images": 40, "num_usable": 36, "leaks_prevented": 1, "exif_rotated": 2, "sizes": sizes, "modes": {"RGB": 36},
+        "quarantined": [{"path": f"bad/{name}", "reason": f"unreadable: {name}"} for name in names],
+        "warnings": list(names), "duplicates": {"exact": [], "near": [list(names)]},
+        "label_conflicts": [[paths[1], paths[13]], ["gone.png", "gone too"]],
+    }  # fmt: skip
+
+
 def write(report: lct.ReportInput, path: Path) -> str:
-    lct.write_report(report, path, lambda target, data: (target.write_bytes(data), None)[1])
+    lct.write_report(report, path)
     return path.read_bytes().decode("utf-8")  # strict: the page is always valid UTF-8
 
 
@@ -110,50 +114,45 @@ class Page(HTMLParser):
         (self.scripts if is_script else self.words).append(data)
 
 
-def read_island(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="report-data">(.*?)</script>', text, flags=re.DOTALL)
-    assert found
-    return json.loads(found[1])
+def read_tiles(text: str) -> dict[str, str]:
+    return dict(re.findall(r'class="tile"><span>(.*?)</span><b>(.*?)</b>', text))
 
 
-def test_island_and_tiles_equal_the_events(tmp_path: Path) -> None:
-    report = make_report(tmp_path / "data")
-    text = write(report, tmp_path / "report.html")
-    island = read_island(text)
-    test = next(event for event in report.events if event["event"] == "test_end")
-    epochs = [event for event in report.events if event["event"] == "epoch_end"]
-    assert island["test"] == {key: value for key, value in test.items() if key not in ("event", "time")}
-    assert [(e["epoch"], e["train"], e["val"]) for e in island["epochs"]] == [
-        (e["epoch"], e["train"], e["val"]) for e in epochs
-    ]
-    assert island["best"] == {"epoch": 3, "metric": "val_acc", "value": epochs[2]["val"]["acc"]}
-    assert island["best_val"] == epochs[2]["val"]
-    assert island["baseline"]["test"]["logreg_acc"] == 0.544
-    tiles = dict(re.findall(r'class="tile"><span>(.*?)</span><b>(.*?)</b>', text))
-    assert tiles["Accuracy"] == "0.712" and tiles["Macro F1"] == "0.723" and tiles["Recall@1"] == "0.746"
-    assert tiles["ArcFace accuracy"] == "0.701" and tiles["Best epoch"] == "3" and tiles["Images"] == "36"
-    assert '<h1 class="good">Training helped: 0.712 against 0.544</h1>' in text
+def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
+    text = write(make_report(tmp_path / "data"), tmp_path / "report.html")
+    assert read_tiles(text) == {"Accuracy": "0.712", "Macro F1": "0.723", "Macro ROC AUC": "0.835", "Recall@1": "0.746",
+                                "ArcFace accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
+    assert '<h1 class="good">Training helped by 16.8 points</h1>' in text
+    assert re.findall(r'class="right">(.*?)</span></div>', text) == ["0.712", "0.701", "0.544", "0.522", "0.511"]
+    assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references" in text
+
+
+def test_class_table_has_scores_and_thresholds(tmp_path: Path) -> None:
+    text = write(make_report(tmp_path / "data"), tmp_path / "report.html")
+    table = text[text.index('<table class="classes">') : text.index('id="confusion"')]
+    rows = [re.findall(r'data-v="(.*?)"', row) for row in table.split("<tr")[2:]]
+    assert rows[0] == ["hammer", "7", "3", "2", "", "", "", "", "0.111"]
+    assert rows[2] == ["wrench", "7", "3", "2", "0.9", "0.8", "0.847", "0.95", "0.999"]
 
 
 def test_resumed_run_counts_the_last_of_repeated_epochs(tmp_path: Path) -> None:
-    report = make_report(tmp_path / "data")
-    again = json.loads(json.dumps(next(event for event in report.events if event.get("epoch") == 2)))
+    events = make_events(PLAIN, 3, True)
+    again = json.loads(json.dumps(next(event for event in events if event.get("epoch") == 2)))
     again["val"]["acc"] = 0.123
-    events = [*report.events, {"event": "resumed", "time": 3.0}, again]
-    island = read_island(write(replace(report, events=events), tmp_path / "report.html"))
-    assert [epoch["epoch"] for epoch in island["epochs"]] == [1, 2, 3]
-    assert island["epochs"][1]["val"]["acc"] == 0.123
+    figures = lct._collect_figures([*events, {"event": "resumed", "time": 3.0}, again])
+    assert [epoch["epoch"] for epoch in figures.epochs] == [1, 2, 3]
+    assert figures.epochs[1]["val"]["acc"] == 0.123
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data", HOSTILE), tmp_path / "report.html")
     page = Page(text)
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert page.scripts == [lct._REPORT_JS]
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
     assert not re.search(r"(?<!&#34;)=\"https?://", text)
     assert "{{ 7 * 7 }}" in text  # shown as it is, not computed
-    assert read_island(text)["classes"] == list(HOSTILE)
-    assert not set("<>&\u2028\u2029") & set(page.scripts[0])
+    shown = [attrs["title"] for tag, attrs in page.tags if tag == "button" and "title" in attrs]
+    assert shown == [name.encode("utf-8", "backslashreplace").decode() for name in HOSTILE]
 
 
 @pytest.mark.parametrize("names", [PLAIN, HOSTILE])
@@ -168,55 +167,66 @@ def test_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path, names: 
     assert loads and all(load.startswith(("data:", "#")) for load in loads)
     assert "url(http" not in page.words and "@import" not in "".join(page.words)
     policy = next(attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs)
-    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def browse(path: Path) -> tuple[str, str]:
+    """Return the page after its scripts have run in a window 1,280 px wide, and what the browser said about it."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += (
+        " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom --window-size=1280,800"
+    )
+    command = [chromium, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, timeout=90, check=True)
+    return result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
 
 
 @pytest.mark.parametrize("case", ["plain", "hostile", "one_epoch", "no_test", "no_epochs"])
 def test_browser_shows_it_without_a_console_message(tmp_path: Path, case: str) -> None:
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed")
     report = make_report(tmp_path / "data", HOSTILE if case == "hostile" else PLAIN,
                          num_epochs=1 if case == "one_epoch" else 3, has_test=case not in ("no_test", "no_epochs"))  # fmt: skip
     if case == "no_epochs":
         report = replace(report, events=report.events[:1])
     write(report, tmp_path / "report.html")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
-    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()]
-    result = subprocess.run(command, capture_output=True, timeout=90, check=True)
-    assert "CONSOLE" not in result.stderr.decode(errors="replace")
-    dom = result.stdout.decode(errors="replace")
-    assert 'id="report-data"' in dom and "owned</title>" not in dom
+    dom, messages = browse(tmp_path / "report.html")
+    assert "CONSOLE" not in messages
+    assert 'id="data"' in dom and "owned</title>" not in dom
     assert 'class="chips" hidden' not in dom  # our script has run to its end
+
+
+@pytest.mark.parametrize("num_classes", [3, 17, 20, 21, 60])
+def test_tables_fit_a_desktop_screen(tmp_path: Path, num_classes: int) -> None:
+    names = tuple(f"a rather long class name, number {i}" for i in range(num_classes))
+    text = write(make_report(tmp_path / "data", names), tmp_path / "report.html")
+    probe = '[...document.querySelectorAll(".scroll")].map(box => box.scrollWidth > box.clientWidth).join()'
+    text = re.sub(r"<meta http-equiv[^>]*>", "", text)  # the policy would not let the probe run
+    (tmp_path / "probe.html").write_text(text.replace("</body>", f"<script>document.title = {probe}</script></body>"))
+    assert "<title>false,false</title>" in browse(tmp_path / "probe.html")[0]
 
 
 def test_single_epoch_is_a_visible_dot(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data", num_epochs=1), tmp_path / "report.html")
     curves = text[text.index('id="curves"') : text.index('id="classes"')]
     assert curves.count("<svg") == 4
-    assert curves.count("<use ") == 7  # one per figure, drawn with <use>: loss 2, accuracy 3, F1 2, AUC none
+    assert len(re.findall(r'class="dots" d="M[\d.]+ [\d.]+h0"', curves)) == 7  # loss 2, accuracy 3, F1 2, AUC none
     assert "no figures" in curves
 
 
 def test_no_test_split_shows_val_and_says_so(tmp_path: Path) -> None:
-    report = make_report(tmp_path / "data", has_test=False)
-    text = write(report, tmp_path / "report.html")
-    assert read_island(text)["test"] is None and read_island(text)["best_val"]["proto_acc"] == 0.6
+    text = write(make_report(tmp_path / "data", has_test=False), tmp_path / "report.html")
     assert text.count("No test split") >= 4 and '<h1 class="plain">' in text
-    tiles = dict(re.findall(r'class="tile"><span>(.*?)</span><b>(.*?)</b>', text))
+    tiles = read_tiles(text)
     assert tiles["Accuracy"] == "0.600" and tiles["ArcFace accuracy"] == "0.602"
 
 
-def test_interrupted_before_the_test_still_makes_a_page(tmp_path: Path) -> None:
+def test_lost_events_leave_dashes(tmp_path: Path) -> None:
     report = make_report(tmp_path / "data")
-    events = [
-        event for event in report.events if event["event"] not in ("test_end", "run_end", "best_update", "baseline_end")
-    ]
-    text = write(replace(report, events=events, data_report={}), tmp_path / "report.html")
-    assert "Not tested yet" in text and "run not finished" in text
-    assert write(replace(report, events=[], data_report={}), tmp_path / "empty.html")
+    text = write(replace(report, events=[]), tmp_path / "report.html")
+    assert read_tiles(text)["Best epoch"] == "–" and "No epoch was finished" in text
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
@@ -237,12 +247,13 @@ def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     names = tuple(f"class {i:02d}" for i in range(60))
     report = make_report(tmp_path / "data", names)
     views = lct._error_views(report, lct._collect_test_rows(report))
-    sure = [card["predicted"]["probability"] for card in views["cards"]]
+    sure = [card["sides"][0]["probability"] for card in views["cards"]]
     assert views["num_errors"] == 60 and len(sure) == lct.MAX_ERRORS and sure == sorted(sure, reverse=True)
     row = int(np.flatnonzero(report.split_names == "test")[1])
-    powers = [math.exp(float(cosine) / 0.1) for cosine in report.test_cosines[1]]
-    card = next(card for card in views["cards"] if card["image"]["path"] == report.paths[row])
-    assert card["predicted"]["probability"] == pytest.approx(max(powers) / sum(powers), rel=1e-6)
+    powers = [math.exp(float(cosine) / 0.1) for cosine in report.test_scores[1]]
+    card = next(card for card in views["cards"] if card["path"] == report.paths[row])
+    assert [side["kind"] for side in card["sides"]] == ["predicted", "true"]
+    assert card["sides"][0]["probability"] == pytest.approx(max(powers) / sum(powers), rel=1e-6)
 
 
 def test_calibration_error_equals_the_definition(tmp_path: Path) -> None:
@@ -252,8 +263,8 @@ def test_calibration_error_equals_the_definition(tmp_path: Path) -> None:
         bins.setdefault(min(int(confidence * 10), 9), []).append((float(confidence), bool(is_right)))
     gaps = [abs(sum(c for c, _ in rows) - sum(r for _, r in rows)) for rows in bins.values()]
     view = lct._calibration_view(test)
-    assert view["ece"] == pytest.approx(sum(gaps) / len(test.rows))
-    assert sum(row["count"] for row in view["bins"]) == len(test.rows)
+    assert view["error"] == pytest.approx(sum(gaps) / len(test.rows))
+    assert sum(count for count, _, _ in view["bins"]) == len(test.rows)
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 61])
@@ -263,10 +274,10 @@ def test_confusion_matrix_has_every_test_image(tmp_path: Path, num_classes: int)
     view = lct._confusion_view(lct._collect_test_rows(report), names)
     assert view and view["num_pairs"] == num_classes
     if num_classes > lct.MAX_MATRIX_CLASSES:
-        assert view["geometry"] is None and len(view["pairs"]) == 50
+        assert view["matrix"] is None and len(view["pairs"]) == 50
     else:
-        assert sum(cell["count"] for cell in view["cells"]) == 2 * num_classes
-        assert len(set(view["geometry"]["names"])) == num_classes  # shortened, but still apart
+        assert np.sum(view["matrix"]) == 2 * num_classes and np.trace(view["matrix"]) == num_classes
+        assert len(set(view["names"])) == num_classes  # shortened, but still apart
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 40])
@@ -289,22 +300,24 @@ def test_map_takes_every_class_and_split_in_proportion(tmp_path: Path) -> None:
     assert abs((splits[chosen] == "test").mean() - 0.1) < 0.005
 
 
-def test_interval_equals_scipy() -> None:
-    from scipy.stats import binomtest
+@pytest.mark.parametrize("low, high", [(0.3, 0.58), (2.49, 11.7), (0.999, 1.0), (0.5, 0.5), (0, 1234), (-1e-7, 3e-7)])
+def test_ticks_are_round_and_enclose_the_figures(low: float, high: float) -> None:
+    ticks = lct._nice_ticks(low, high)
+    values = [value for value, _ in ticks]
+    assert 2 <= len(ticks) <= 10 and values[0] <= low + 1e-12 and values[-1] >= high - 1e-12
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    assert f"{step:.6e}".startswith(("1.000000", "2.000000", "5.000000"))
+    assert [float(text) for _, text in ticks] == pytest.approx(values)
+    assert len({text for _, text in ticks}) == len(ticks)
 
-    for right, count in ((0, 9), (70, 82), (15, 15)):
-        peer = binomtest(right, count).proportion_ci(0.95, method="wilson")
-        assert lct._wilson_interval(right / count, count) == pytest.approx((peer.low, peer.high), abs=1e-6)
 
-
-def test_rows_that_do_not_match_are_refused(tmp_path: Path) -> None:
-    report = make_report(tmp_path / "data")
-    with pytest.raises(ValueError, match="do not match"):
-        write(replace(report, test_predictions=report.test_predictions[:-1]), tmp_path / "report.html")
+def test_line_leaves_a_gap_where_a_figure_is_absent() -> None:
+    assert lct._line_path(["1 1", "2 2", None, "4 4"]) == "M1 1h0L2 2M4 4h0"
 
 
 def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
     many = [{"path": f"{i}.jpg", "reason": "truncated"} for i in range(1234)]
-    report = replace(make_report(tmp_path / "data"), data_report={"quarantined": many})
+    report = make_report(tmp_path / "data")
+    report = replace(report, data_report=report.data_report | {"quarantined": many})
     text = write(report, tmp_path / "report.html")
     assert text.count(".jpg — truncated") == lct.MAX_LISTED and "and 1,034 more" in text
