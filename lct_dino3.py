@@ -5256,40 +5256,17 @@ _REPORT_HTML = """
 # Owns: a drawn data set of eleven hand tools with exact masks, so that every command can be tried without data.
 # Touches: files below the root it is given. Raises: nothing of its own.
 
-DEMO_CLASSES = (
-    "adjustable_wrench",
-    "combination_wrench",
-    "file",
-    "hammer",
-    "hex_key",
-    "oil_can",
-    "pliers",
-    "ratchet",
-    "screwdriver",
-    "side_cutter",
-    "speed_brace",
-)
-
-_SUPERSAMPLE = (
-    2  # tools and benches are drawn this much larger and box-filtered down: PIL polygons have no antialiasing
-)
-_BENCH_PX = (
-    420  # side of a drawn piece of bench (supersampled px): holds the longest crop (140 px) turned by a few degrees
-)
+_SUPERSAMPLE = 2  # tools and benches are drawn this much larger and box-filtered: PIL polygons have no antialiasing
+_BENCH_PX = 420  # side of a drawn piece of bench, supersampled: holds the longest crop (140 px) turned by a few degrees
 _TEXTURE_PX = 512  # side of a cached texture, from which benches are cut at any angle
-_TEXTURE_VARIANTS = 3
-_TEXTURES = ("wood", "foam", "metal", "cloth", "mat", "concrete")
-
-_METALS = ((206, 210, 216), (178, 182, 188), (152, 155, 160), (124, 126, 130), (84, 86, 92), (190, 184, 170))
-_BENCH_WOODS = ((196, 168, 134), (164, 134, 104), (214, 192, 160))
 
 
 @dataclass(frozen=True)
 class _Stock:
-    """The colours in which the kit has one class."""
+    """The colours in which the kit has one class, RGB."""
 
-    grips: tuple[tuple[int, int, int], ...]  # RGB
-    metals: tuple[tuple[int, int, int], ...]
+    grip: tuple[int, int, int]
+    metal: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -5307,19 +5284,13 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Pose:
-    matrix: np.ndarray  # (2, 2), rotation with slight foreshortening and mirroring
-    light: float  # direction the light comes from, radians in image axes
-
-
-@dataclass(frozen=True)
 class _Scene:
     """What the frames of one shot share."""
 
     bench: Image.Image  # RGB, _BENCH_PX square, with clutter
     angle: float  # radians, of the tool
     mirror: int  # 1 or -1
-    light: float
+    light: float  # direction the light comes from, radians in image axes
     longest_px: int  # longest side of the crop
     recess: tuple[int, int, int] | None  # colour below the foam of a shadow board, None on an open bench
     shadow: tuple[float, float, float]  # length in crop px, blur in crop px, opacity
@@ -5338,14 +5309,20 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], dtype=np.float64)
 
 
-def _smooth(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 2, closed: bool = True) -> np.ndarray:
-    """Round corners by Chaikin's corner cutting; an open line keeps its two ends."""
+def _smooth(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 2) -> np.ndarray:
+    """Round the corners of an outline by Chaikin's corner cutting."""
     points = np.asarray(points, dtype=np.float64)
     for _ in range(rounds):
-        following = np.roll(points, -1, axis=0) if closed else points[1:]
-        current = points if closed else points[:-1]
-        cut = np.stack([0.75 * current + 0.25 * following, 0.25 * current + 0.75 * following], axis=1).reshape(-1, 2)
-        points = cut if closed else np.concatenate([points[:1], cut[1:-1], points[-1:]])
+        following = np.roll(points, -1, axis=0)
+        points = np.stack([0.75 * points + 0.25 * following, 0.25 * points + 0.75 * following], axis=1).reshape(-1, 2)
+    return points
+
+
+def _bend(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 3) -> np.ndarray:
+    """Round the corners of an open line, which keeps its two ends."""
+    points = np.asarray(points, dtype=np.float64)
+    for _ in range(rounds):
+        points = np.concatenate([points[:1], _smooth(points, 1)[1:-3], points[-1:]])
     return points
 
 
@@ -5366,52 +5343,50 @@ def _tube(path: Sequence[tuple[float, float]] | np.ndarray, *half_widths: float)
     return np.concatenate([path + offset, (path - offset)[::-1]])
 
 
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([(math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))])
+
+
 def _turn(points: np.ndarray, angle: float) -> np.ndarray:
-    cos, sin = math.cos(angle), math.sin(angle)
-    return points @ np.array([(cos, sin), (-sin, cos)])
+    return points @ _rotation(angle).T
 
 
 def _stripes(x_range: tuple[float, float], count: int, reach: float, slant: float, width: float) -> list[np.ndarray]:
     """Return `count` cross lines from -reach to +reach: file teeth, knurls, grip ribs."""
-    return [
-        np.array(
-            [
-                (x - slant - width, -reach),
-                (x - slant + width, -reach),
-                (x + slant + width, reach),
-                (x + slant - width, reach),
-            ]
-        )
-        for x in np.linspace(*x_range, count)
-    ]
+    line = np.array(
+        [(-slant - width, -reach), (-slant + width, -reach), (slant + width, reach), (slant - width, reach)]
+    )
+    return [line + (x, 0) for x in np.linspace(*x_range, count)]
 
 
 # Materials.
 
 
-def _pick(rng: np.random.Generator, colours: Sequence[tuple[int, int, int]]) -> tuple[float, float, float]:
-    colour = np.array(colours[rng.integers(len(colours))], dtype=np.float64) * rng.uniform(0.82, 1.12)
-    return tuple(np.clip(colour + rng.normal(0, 7, 3), 8, 250).tolist())
-
-
-def _shade(material: _Material, factor: float) -> _Material:
-    return _Material(tuple(channel * factor for channel in material.colour), material.gloss, material.bevel)
-
-
-def _mark(material: _Material, factor: float) -> _Material:
-    """Return what is stamped, cut or printed into a surface: flat, in a darker or lighter tone."""
-    return _Material(tuple(channel * factor for channel in material.colour), 0.0, 0.0)
+def _tint(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    varied = np.array(colour, dtype=np.float64) * rng.uniform(0.82, 1.12) + rng.normal(0, 7, 3)
+    return tuple(np.clip(varied, 8, 250).tolist())
 
 
 def _metal(rng: np.random.Generator, bevel: float, stock: _Stock) -> _Material:
-    return _Material(_pick(rng, stock.metals), rng.uniform(0.45, 1.0), bevel)
+    return _Material(_tint(rng, stock.metal), rng.uniform(0.45, 1.0), bevel)
 
 
 def _grip(rng: np.random.Generator, bevel: float, stock: _Stock) -> _Material:
-    return _Material(_pick(rng, stock.grips), rng.uniform(0.2, 0.6), bevel)
+    return _Material(_tint(rng, stock.grip), rng.uniform(0.2, 0.6), bevel)
 
 
-# Tools: one function per class; every call is another make and size of it.
+def _shade(material: _Material, factor: float) -> _Material:
+    return dataclasses.replace(material, colour=tuple(channel * factor for channel in material.colour))
+
+
+def _mark(outlines: Iterable[np.ndarray], material: _Material, factor: float) -> list[_Part]:
+    """Return what is stamped, cut or printed into a surface: flat, in a darker or lighter tone."""
+    flat = dataclasses.replace(_shade(material, factor), gloss=0.0, bevel=0.0)
+    return [_Part(outline, flat) for outline in outlines]
+
+
+# Tools: one function per class; every call is another make and size of it. Points stand in rows, not one a line:
+# fmt: off
 
 
 def _make_adjustable_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
@@ -5419,42 +5394,21 @@ def _make_adjustable_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Pa
     neck, tail, reach = rng.uniform(0.034, 0.044), rng.uniform(0.046, 0.062), rng.uniform(0.105, 0.135)
     gap, tilt = rng.uniform(0.035, 0.11), rng.uniform(0.2, 0.4)
     handle = _smooth(_profile((-0.5, tail * 0.6), (-0.47, tail), (-0.3, tail * 0.95), (0.1, neck), (0.24, neck * 1.3)))
-    head = _turn(
-        _smooth(
-            [
-                (-0.1, -0.05),
-                (-0.02, -reach),
-                (0.1, -reach * 1.08),
-                (0.24, -reach * 0.8),
-                (0.25, -gap / 2),
-                (0.08, -gap / 2),
-                (0.06, reach * 0.75),
-                (-0.04, reach * 0.85),
-                (-0.1, 0.05),
-            ],
-            1,
-        ),
-        tilt,
-    )
-    jaw = _turn(
-        np.array(
-            [
-                (0.03, gap / 2),
-                (0.25, gap / 2),
-                (0.245, gap / 2 + 0.035),
-                (0.16, gap / 2 + 0.085),
-                (0.03, gap / 2 + 0.095),
-            ]
-        ),
-        tilt,
-    )
-    at = (0.3, 0.0)
-    worm = _turn(_box(-0.055, 0.0, 0.02, 0.062), tilt) + at
-    ridges = [_turn(line + (0, 0.031), tilt) + at for line in _stripes((-0.045, 0.01), 5, 0.028, 0.004, 0.003)]
-    parts = [_Part(handle, metal), _Part(jaw + at, _shade(metal, 0.9)), _Part(head + at, metal)]
     sleeve = _smooth(_profile((-0.5, tail * 0.7), (-0.47, tail * 1.2), (-0.3, tail * 1.15), (-0.05, neck * 1.3)))
-    parts.append(_Part(sleeve, _grip(rng, 0.03, stock)))
-    return [*parts, _Part(worm, _mark(metal, 0.45)), *(_Part(line, _mark(metal, 1.05)) for line in ridges)]
+    head = _smooth([
+        (-0.1, -0.05), (-0.02, -reach), (0.1, -reach * 1.08), (0.24, -reach * 0.8), (0.25, -gap / 2),
+        (0.08, -gap / 2), (0.06, reach * 0.75), (-0.04, reach * 0.85), (-0.1, 0.05),
+    ], 1)
+    jaw = np.array([
+        (0.03, gap / 2), (0.25, gap / 2), (0.245, gap / 2 + 0.035), (0.16, gap / 2 + 0.085), (0.03, gap / 2 + 0.095),
+    ])
+    worm = _box(-0.055, 0.0, 0.02, 0.062)
+    ridges = [line + (0, 0.031) for line in _stripes((-0.045, 0.01), 5, 0.028, 0.004, 0.003)]
+    head, jaw, worm, *ridges = (_turn(outline, tilt) + (0.3, 0.0) for outline in (head, jaw, worm, *ridges))
+    return [
+        _Part(handle, metal), _Part(jaw, _shade(metal, 0.9)), _Part(head, metal), _Part(sleeve, _grip(rng, 0.03, stock)),
+        *_mark([worm], metal, 0.45), *_mark(ridges, metal, 1.05),
+    ]
 
 
 def _make_combination_wrench(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
@@ -5462,41 +5416,22 @@ def _make_combination_wrench(rng: np.random.Generator, stock: _Stock) -> list[_P
     shaft, ring, jaw = rng.uniform(0.026, 0.04), rng.uniform(0.062, 0.088), rng.uniform(0.078, 0.105)
     gap, tilt = jaw * rng.uniform(0.45, 0.6), rng.choice([-1, 1]) * rng.uniform(0.2, 0.32)
     left, right = (-0.5 + ring, 0.0), (0.5 - jaw, 0.0)
-    notch = _turn(
-        np.array([(-jaw * 0.25, 0), (-jaw * 0.05, -gap), (jaw * 1.5, -gap), (jaw * 1.5, gap), (-jaw * 0.05, gap)]), tilt
-    )
-    open_end = _turn(
-        _smooth(
-            np.array(
-                [
-                    (-1.1, -0.45),
-                    (-0.3, -1.05),
-                    (0.6, -1.08),
-                    (1.05, -0.75),
-                    (1.0, 0.75),
-                    (0.6, 1.0),
-                    (-0.3, 1.05),
-                    (-1.1, 0.45),
-                ]
-            )
-            * jaw
-        ),
-        tilt,
-    )
+    notch = np.array([(-jaw * 0.25, 0), (-jaw * 0.05, -gap), (jaw * 1.5, -gap), (jaw * 1.5, gap), (-jaw * 0.05, gap)])
+    open_end = _smooth(jaw * np.array([
+        (-1.1, -0.45), (-0.3, -1.05), (0.6, -1.08), (1.05, -0.75), (1.0, 0.75), (0.6, 1.0), (-0.3, 1.05), (-1.1, 0.45),
+    ]))
     ring_hole = _circle(left, ring * rng.uniform(0.58, 0.68), int(rng.choice([6, 12])), rng.uniform(0, 1))
-    body = _profile(
-        (left[0] + ring * 0.8, shaft * 1.15), (-0.25, shaft), (0.2, shaft * 1.05), (right[0] - jaw * 0.3, shaft * 1.5)
-    )
+    body = _profile((left[0] + ring * 0.8, shaft * 1.15), (-0.25, shaft), (0.2, shaft * 1.05),
+                    (right[0] - jaw * 0.3, shaft * 1.5))
     parts = [
         _Part(body, metal),
-        _Part(open_end + right, metal, (notch + right,)),
+        _Part(_turn(open_end, tilt) + right, metal, (_turn(notch, tilt) + right,)),
         _Part(_circle(left, ring), metal, (ring_hole,)),
     ]
     if rng.random() < 0.75:  # the recessed panel with the size stamped in
-        parts.append(
-            _Part(_smooth(_profile((-0.22, shaft * 0.5), (0.2, shaft * 0.55))), _shade(metal, rng.uniform(0.7, 0.88)))
-        )
-        parts += [_Part(_box(x, -shaft * 0.25, x + 0.012, shaft * 0.25), _mark(metal, 0.5)) for x in (-0.03, 0.0, 0.02)]
+        panel = _smooth(_profile((-0.22, shaft * 0.5), (0.2, shaft * 0.55)))
+        stamps = [_box(x, -shaft * 0.25, x + 0.012, shaft * 0.25) for x in (-0.03, 0.0, 0.02)]
+        parts += [_Part(panel, _shade(metal, rng.uniform(0.7, 0.88))), *_mark(stamps, metal, 0.5)]
     return parts
 
 
@@ -5504,104 +5439,63 @@ def _make_file(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     metal, handle = _metal(rng, 0.012, stock), _grip(rng, 0.04, stock)
     width, start, tip = rng.uniform(0.038, 0.06), rng.uniform(-0.2, -0.12), rng.uniform(0.25, 1.0)
     metal = _shade(metal, 0.82)  # steel full of teeth looks darker than polished steel
-    blade = _profile(
-        (start, width * 0.45), (start + 0.05, width), (0.2, width), (0.47, width * tip), (0.5, width * tip * 0.85)
-    )
+    blade = _profile((start, width * 0.45), (start + 0.05, width), (0.2, width), (0.47, width * tip),
+                     (0.5, width * tip * 0.85))
     reach, slant = width * 0.86, rng.uniform(0.012, 0.03)
-    end = 0.46 if tip > 0.7 else 0.24
-    count = int(rng.integers(16, 24))
-    teeth = _stripes((start + 0.08, end), count, reach, slant, 0.0032)
+    toothed, count = (start + 0.08, 0.46 if tip > 0.7 else 0.24), int(rng.integers(16, 24))
+    teeth = _stripes(toothed, count, reach, slant, 0.0032)
     if rng.random() < 0.6:
-        teeth += _stripes((start + 0.08, end), count, reach, -slant, 0.0028)
+        teeth += _stripes(toothed, count, reach, -slant, 0.0028)
     bulge = rng.uniform(0.042, 0.058)
-    grip = _smooth(
-        _profile(
-            (-0.5, bulge * 0.5),
-            (-0.48, bulge),
-            (-0.4, bulge * 1.05),
-            (-0.3, bulge * 0.8),
-            (start - 0.03, bulge * 0.62),
-            (start + 0.005, bulge * 0.55),
-        )
-    )
+    grip = _smooth(_profile((-0.5, bulge * 0.5), (-0.48, bulge), (-0.4, bulge * 1.05), (-0.3, bulge * 0.8),
+                            (start - 0.03, bulge * 0.62), (start + 0.005, bulge * 0.55)))
     ferrule = _profile((start - 0.035, bulge * 0.64), (start + 0.012, bulge * 0.56))
-    return [
-        _Part(blade, metal),
-        *(_Part(line, _mark(metal, 0.66)) for line in teeth),
-        _Part(grip, handle),
-        _Part(ferrule, _metal(rng, 0.02, stock)),
-    ]
+    return [_Part(blade, metal), *_mark(teeth, metal, 0.66), _Part(grip, handle), _Part(ferrule, _metal(rng, 0.02, stock))]
 
 
 def _make_hammer(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     metal, handle = _metal(rng, 0.03, stock), _grip(rng, 0.025, stock)
     width, head_x, thick = rng.uniform(0.024, 0.034), 0.44, rng.uniform(0.046, 0.066)
-    face, peen, kind = rng.uniform(0.12, 0.17), rng.uniform(0.14, 0.2), rng.integers(3)
-    stick = _smooth(
-        _profile((-0.5, width * 0.9), (-0.47, width * 1.35), (-0.3, width * 1.25), (0.0, width), (0.47, width * 0.9))
-    )
-    head = [(thick * 0.9, -0.05), (thick * 0.75, -face * 0.6), (thick * 1.1, -face * 0.7), (thick * 1.1, -face)]
-    if kind == 0:  # cross peen: a wedge
-        tail = [(thick * 0.9, 0.05), (thick * 0.35, peen), (-thick * 0.1, peen)]
-    elif kind == 1:  # claw, bent back towards the handle
-        tail = [
-            (thick * 0.9, 0.05),
-            (thick * 0.5, peen * 0.7),
-            (-thick * 0.9, peen * 1.15),
-            (-thick * 1.1, peen * 1.08),
+    face, peen, kind = rng.uniform(0.12, 0.17), rng.uniform(0.14, 0.2), ("wedge", "claw", "ball")[rng.integers(3)]
+    stick = _profile((-0.5, width * 0.9), (-0.47, width * 1.35), (-0.3, width * 1.25), (0.0, width), (0.47, width * 0.9))
+    back = {
+        "wedge": [(thick * 0.9, 0.05), (thick * 0.35, peen), (-thick * 0.1, peen)],
+        "claw": [  # bent back towards the handle
+            (thick * 0.9, 0.05), (thick * 0.5, peen * 0.7), (-thick * 0.9, peen * 1.15), (-thick * 1.1, peen * 1.08),
             (-thick * 0.3, peen * 0.6),
-        ]
-    else:  # ball peen
-        tail = [(thick * 0.8, 0.05), (thick * 0.5, peen * 0.45), (-thick * 0.5, peen * 0.45)]
-    outline = np.array(
-        [
-            *head[::-1],
-            *tail,
-            (-thick * 0.9, 0.05),
-            (-thick * 0.9, -0.05),
-            (-thick * 0.75, -face * 0.6),
-            (-thick * 1.1, -face * 0.7),
-            (-thick * 1.1, -face),
-        ]
-    )
-    parts = [_Part(stick, handle)]
+        ],
+        "ball": [(thick * 0.8, 0.05), (thick * 0.5, peen * 0.45), (-thick * 0.5, peen * 0.45)],
+    }[kind]
+    head = _smooth([
+        (thick * 1.1, -face), (thick * 1.1, -face * 0.7), (thick * 0.75, -face * 0.6), (thick * 0.9, -0.05), *back,
+        (-thick * 0.9, 0.05), (-thick * 0.9, -0.05), (-thick * 0.75, -face * 0.6), (-thick * 1.1, -face * 0.7),
+        (-thick * 1.1, -face),
+    ], 1)
+    parts = [_Part(_smooth(stick), handle)]
     if rng.random() < 0.3:  # rubber pulled over the end
-        parts.append(
-            _Part(
-                _smooth(_profile((-0.5, width), (-0.47, width * 1.5), (-0.3, width * 1.4), (-0.12, width * 1.15))),
-                _grip(rng, 0.025, stock),
-            )
-        )
-    parts.append(_Part(_smooth(outline, 1) + (head_x, 0), metal))
-    if kind == 2:
+        rubber = _smooth(_profile((-0.5, width), (-0.47, width * 1.5), (-0.3, width * 1.4), (-0.12, width * 1.15)))
+        parts.append(_Part(rubber, _grip(rng, 0.025, stock)))
+    parts.append(_Part(head + (head_x, 0), metal))
+    if kind == "ball":
         parts.append(_Part(_circle((head_x, peen * 0.62), thick * 0.75), metal))
-    parts.append(_Part(_smooth(_box(head_x - thick * 0.5, -0.02, head_x + thick * 0.5, 0.02), 1), _shade(handle, 0.8)))
-    return parts
+    eye = _smooth(_box(head_x - thick * 0.5, -0.02, head_x + thick * 0.5, 0.02), 1)
+    return [*parts, _Part(eye, _shade(handle, 0.8))]
 
 
 def _make_hex_key(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     width, short = rng.uniform(0.024, 0.036), rng.uniform(0.2, 0.42)
     metal = _metal(rng, width * 0.7, stock)  # powder coated
-    bend = rng.uniform(0.05, 0.09)
-    path = np.concatenate(
-        [
-            [(-0.5, 0.0), (0.0, 0.0)],
-            _smooth([(0.5 - bend, 0.0), (0.5, 0.0), (0.5, bend)], 3, closed=False),
-            [(0.5, short)],
-        ]
-    )
-    parts = [_Part(_tube(path, width), metal)]
+    radius = rng.uniform(0.05, 0.09)
+    corner = _bend([(0.5 - radius, 0.0), (0.5, 0.0), (0.5, radius)])
+    path = np.concatenate([[(-0.5, 0.0), (0.0, 0.0)], corner, [(0.5, short)]])
     facet = _shade(_Material(metal.colour, 0.9, width * 0.3), 1.25)
-    parts.append(_Part(_tube(path, width * 0.3), facet))
+    parts = [_Part(_tube(path, width), metal), _Part(_tube(path, width * 0.3), facet)]
     if rng.random() < 0.4:  # ball end
-        parts += [
-            _Part(_circle((-0.5, 0), width * 1.15, 16), metal),
-            _Part(_box(-0.475, -width * 1.1, -0.462, width * 1.1), _mark(metal, 0.5)),
-        ]
+        groove = _box(-0.475, -width * 1.1, -0.462, width * 1.1)
+        parts += [_Part(_circle((-0.5, 0), width * 1.15, 16), metal), *_mark([groove], metal, 0.5)]
     if rng.random() < 0.3:  # plastic sleeve on the long arm
-        parts.append(
-            _Part(_smooth(_box(rng.uniform(-0.3, -0.15), -width * 1.5, 0.3, width * 1.5), 1), _grip(rng, width, stock))
-        )
+        sleeve = _smooth(_box(rng.uniform(-0.3, -0.15), -width * 1.5, 0.3, width * 1.5), 1)
+        parts.append(_Part(sleeve, _grip(rng, width, stock)))
     return parts
 
 
@@ -5610,41 +5504,15 @@ def _make_oil_can(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     steel = _metal(rng, 0.012, stock)
     base, top, high = rng.uniform(0.15, 0.19), rng.uniform(0.09, 0.14), rng.uniform(0.24, 0.34)
     if rng.random() < 0.5:  # straight can with a cone on it
-        body = _smooth(
-            [
-                (-base, 0),
-                (base, 0),
-                (base, high * 0.75),
-                (top * 0.35, high * 1.1),
-                (-top * 0.35, high * 1.1),
-                (-base, high * 0.75),
-            ],
-            1,
-        )
+        body = _smooth([(-base, 0), (base, 0), (base, high * 0.75), (top * 0.35, high * 1.1), (-top * 0.35, high * 1.1),
+                        (-base, high * 0.75)], 1)
     else:  # bell
-        body = _smooth(
-            [
-                (-base * 1.1, 0),
-                (base * 1.1, 0),
-                (base, high * 0.35),
-                (top * 0.45, high),
-                (-top * 0.45, high),
-                (-base, high * 0.35),
-            ],
-            2,
-        )
+        body = _smooth([(-base * 1.1, 0), (base * 1.1, 0), (base, high * 0.35), (top * 0.45, high), (-top * 0.45, high),
+                        (-base, high * 0.35)])
     lean, rise = rng.uniform(0.2, 0.42), rng.uniform(0.3, 0.42)
-    spout = _smooth(
-        [(0, high * 0.9), (0, high + rise * 0.5), (lean * 0.25, high + rise * 0.85), (lean, high + rise)],
-        3,
-        closed=False,
-    )
-    handle = _smooth(
-        [(-top * 0.3, high), (-base - 0.12, high * 0.98), (-base - 0.13, high * 0.45), (-base * 0.9, high * 0.2)],
-        3,
-        closed=False,
-    )
-    lever = _smooth([(0.0, high * 1.12), (-base, high * 1.28), (-base - 0.1, high * 1.1)], 2, closed=False)
+    spout = _bend([(0, high * 0.9), (0, high + rise * 0.5), (lean * 0.25, high + rise * 0.85), (lean, high + rise)])
+    handle = _bend([(-top * 0.3, high), (-base - 0.12, high * 0.98), (-base - 0.13, high * 0.45), (-base * 0.9, high * 0.2)])
+    lever = _bend([(0.0, high * 1.12), (-base, high * 1.28), (-base - 0.1, high * 1.1)], 2)
     parts = [
         _Part(_tube(handle, 0.016), steel),
         _Part(_tube(spout, 0.024, 0.016, 0.009), steel),
@@ -5654,13 +5522,10 @@ def _make_oil_can(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     ]
     if rng.random() < 0.6:
         parts.append(_Part(_tube(lever, 0.014), _shade(steel, 0.85)))
-    if rng.random() < 0.6:  # label
-        parts.append(
-            _Part(
-                _box(-base * 0.7, high * 0.22, base * 0.7, high * 0.58),
-                _Material(_pick(rng, ((232, 226, 205), (210, 190, 60))), 0.2, 0.004),
-            )
-        )
+    if rng.random() < 0.6:
+        paper = ((232, 226, 205), (210, 190, 60))[rng.integers(2)]
+        label = _box(-base * 0.7, high * 0.22, base * 0.7, high * 0.58)
+        parts.append(_Part(label, _Material(_tint(rng, paper), 0.2, 0.004)))
     return [_Part(part.outline * (1, -1), part.material) for part in parts]
 
 
@@ -5668,34 +5533,18 @@ def _pincer(rng: np.random.Generator, stock: _Stock, jaw: np.ndarray, opening: f
     """Return two mirrored arms that cross at the origin; `jaw` is the upper jaw on the +x side."""
     metal, sleeve = _metal(rng, 0.02, stock), _grip(rng, 0.026, stock)
     spread, width = rng.uniform(0.1, 0.17), rng.uniform(0.028, 0.038)
-    curve = _smooth(
-        [
-            (0.03, -0.012),
-            (-0.08, 0.05),
-            (-length * 0.45, spread),
-            (-length * 0.8, spread * 0.95),
-            (-length, spread * rng.uniform(0.7, 1.15)),
-        ],
-        3,
-        closed=False,
-    )
-    grip_from = len(curve) // 4
-    second = _Material(_shade(sleeve, 0.5).colour, 0.4, 0.015) if rng.random() < 0.4 else None
-    bare = rng.random() < 0.12
-    parts = []
-    for side in (-1, 1):
-        mirror = np.array((1, side))
-        arm = [_Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), _Part(_smooth(jaw * (1, -1), 1), metal)]
-        if not bare:
-            arm.append(
-                _Part(_smooth(_tube(curve[grip_from:], width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve)
-            )
-        if second and not bare:
-            arm.append(_Part(_tube(curve[grip_from + 3 : -3], width * 0.35), second))
-        parts += [_Part(_turn(part.outline * mirror, -side * opening), part.material) for part in arm]
+    curve = _bend([(0.03, -0.012), (-0.08, 0.05), (-length * 0.45, spread), (-length * 0.8, spread * 0.95),
+                   (-length, spread * rng.uniform(0.7, 1.15))])
+    grip = curve[len(curve) // 4 :]
+    inlay = _Material(_shade(sleeve, 0.5).colour, 0.4, 0.015) if rng.random() < 0.4 else None
+    arm = [_Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), _Part(_smooth(jaw * (1, -1), 1), metal)]
+    if rng.random() >= 0.12:  # the others are bare metal
+        arm.append(_Part(_smooth(_tube(grip, width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve))
+        if inlay:
+            arm.append(_Part(_tube(grip[3:-3], width * 0.35), inlay))
     pivot = rng.uniform(0.032, 0.042)
     return [
-        *parts,
+        *(_Part(_turn(part.outline * (1, side), -side * opening), part.material) for side in (-1, 1) for part in arm),
         _Part(_circle((0, 0), pivot * 1.45), metal),
         _Part(_circle((0, 0), pivot), _shade(metal, 0.75)),
         _Part(_circle((0, 0), pivot * 0.6), _shade(metal, 1.1)),
@@ -5704,105 +5553,61 @@ def _pincer(rng: np.random.Generator, stock: _Stock, jaw: np.ndarray, opening: f
 
 def _make_pliers(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     long, tip, root = rng.uniform(0.25, 0.36), rng.uniform(0.018, 0.042), rng.uniform(0.07, 0.085)
-    jaw = np.array(
-        [
-            (-0.05, 0.0),
-            (0.02, root),
-            (0.1, root * 0.95),
-            (long, tip),
-            (long, 0.002),
-            (0.17, 0.002),
-            (0.13, 0.022),
-            (0.075, 0.022),
-            (0.05, 0.0),
-        ]
-    )
+    jaw = np.array([
+        (-0.05, 0.0), (0.02, root), (0.1, root * 0.95), (long, tip), (long, 0.002), (0.17, 0.002), (0.13, 0.022),
+        (0.075, 0.022), (0.05, 0.0),
+    ])
     parts = _pincer(rng, stock, jaw, rng.uniform(0.0, 0.22), rng.uniform(0.5, 0.62))
-    teeth = [
-        _Part(line, _Material((50, 50, 54), 0.2, 0.004))
-        for line in _stripes((0.19, long - 0.015), 7, 0.012, 0.0, 0.003)
-    ]
-    return parts + teeth if rng.random() < 0.5 else parts
+    if rng.random() < 0.5:
+        dark = _Material((50, 50, 54), 0.2, 0.004)
+        parts += [_Part(tooth, dark) for tooth in _stripes((0.19, long - 0.015), 7, 0.012, 0.0, 0.003)]
+    return parts
 
 
 def _make_side_cutter(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     long, root = rng.uniform(0.13, 0.19), rng.uniform(0.085, 0.115)
-    jaw = np.array(
-        [
-            (-0.06, 0.0),
-            (-0.03, root * 0.8),
-            (0.05, root),
-            (long * 0.75, root * 0.62),
-            (long, 0.012),
-            (long, 0.0),
-            (0.03, 0.0),
-        ]
-    )
+    jaw = np.array([(-0.06, 0.0), (-0.03, root * 0.8), (0.05, root), (long * 0.75, root * 0.62), (long, 0.012), (long, 0.0),
+                    (0.03, 0.0)])
     parts = _pincer(rng, stock, jaw, rng.uniform(0.0, 0.24), rng.uniform(0.5, 0.65))
     bright = _Material((222, 226, 230), 0.8, 0.006)  # the ground cutting edge
-    return parts + [
-        _Part(np.array([(0.045, 0.0), (0.06, side * 0.03), (long * 0.97, side * 0.012), (long, 0.0)]), bright)
-        for side in (-1, 1)
-    ]
+    edge = np.array([(0.045, 0.0), (0.06, 0.03), (long * 0.97, 0.012), (long, 0.0)])
+    return [*parts, _Part(edge * (1, -1), bright), _Part(edge, bright)]
 
 
 def _make_ratchet(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     metal, head = _metal(rng, 0.02, stock), rng.uniform(0.068, 0.092)
     neck, grip, start = rng.uniform(0.02, 0.03), rng.uniform(0.032, 0.046), rng.uniform(-0.2, -0.05)
-    centre = (0.5 - head, 0.0)
-    pear = _smooth(
-        [
-            (centre[0] - head * 2.1, -neck),
-            (centre[0] - head * 0.9, -head * 0.75),
-            (centre[0], -head * 1.15),
-            (0.51, -head * 0.75),
-            (0.51, head * 0.75),
-            (centre[0], head * 1.15),
-            (centre[0] - head * 0.9, head * 0.75),
-            (centre[0] - head * 2.1, neck),
-        ],
-        3,
-    )
+    middle = 0.5 - head
+    centre = (middle, 0.0)
+    pear = _smooth(_profile((middle - head * 2.1, -neck), (middle - head * 0.9, -head * 0.75), (middle, -head * 1.15),
+                            (0.51, -head * 0.75)), 3)
     parts = [
-        _Part(_profile((start - 0.02, neck * 1.1), (centre[0], neck)), metal),
+        _Part(_profile((start - 0.02, neck * 1.1), (middle, neck)), metal),
         _Part(pear, metal),
         _Part(_circle(centre, head * 0.72), _shade(metal, 0.72)),
         _Part(_circle(centre, head * 0.62), _shade(metal, 1.02)),
     ]
     if rng.random() < 0.5:  # seen from the drive side, else from the lever side
         square = _circle(centre, head * 0.42, 4, rng.uniform(0, 1.5))
-        parts += [_Part(square, _mark(metal, 0.55)), _Part(_circle(centre, head * 0.16, 12), _shade(metal, 1.15))]
+        parts += [*_mark([square], metal, 0.55), _Part(_circle(centre, head * 0.16, 12), _shade(metal, 1.15))]
     else:
-        lever = _turn(
-            _smooth(_box(-head * 0.2, -head * 0.22, head * 0.75, head * 0.22)), rng.uniform(-0.6, 0.6) + math.pi
-        )
-        parts.append(_Part(lever + centre, _Material((42, 42, 46), 0.5, 0.012)))
-    handle = _smooth(
-        _profile((-0.5, grip * 0.7), (-0.48, grip), (-0.36, grip * 0.92), (start - 0.05, grip), (start, neck * 1.2))
-    )
-    knurl = [_Part(line, _mark(metal, 0.68)) for line in _stripes((-0.46, start - 0.07), 16, grip * 0.86, 0.008, 0.003)]
-    return [*parts, _Part(handle, metal), *knurl]
+        lever = _smooth(_box(-head * 0.2, -head * 0.22, head * 0.75, head * 0.22))
+        lever = _turn(lever, rng.uniform(-0.6, 0.6) + math.pi) + centre
+        parts.append(_Part(lever, _Material((42, 42, 46), 0.5, 0.012)))
+    handle = _smooth(_profile((-0.5, grip * 0.7), (-0.48, grip), (-0.36, grip * 0.92), (start - 0.05, grip),
+                              (start, neck * 1.2)))
+    knurl = _stripes((-0.46, start - 0.07), 16, grip * 0.86, 0.008, 0.003)
+    return [*parts, _Part(handle, metal), *_mark(knurl, metal, 0.68)]
 
 
 def _make_screwdriver(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     handle, metal = _grip(rng, 0.045, stock), _metal(rng, 0.014, stock)
     end, bulge, shaft = rng.uniform(-0.18, 0.02), rng.uniform(0.048, 0.074), rng.uniform(0.014, 0.022)
-    grip = _smooth(
-        _profile(
-            (-0.5, bulge * 0.55),
-            (-0.485, bulge * 0.95),
-            (-0.4, bulge),
-            (-0.25, bulge * 0.94),
-            (end - 0.09, bulge * 0.85),
-            (end - 0.05, bulge * 0.55),
-            (end - 0.02, bulge * 0.75),
-            (end, bulge * 0.6),
-        )
-    )
-    flutes = [
-        _Part(_tube([(-0.46, y * bulge), (end - 0.1, y * bulge * 0.92)], 0.005), _mark(handle, 0.65))
-        for y in (-0.6, -0.1, 0.45)
-    ]
+    grip = _smooth(_profile(
+        (-0.5, bulge * 0.55), (-0.485, bulge * 0.95), (-0.4, bulge), (-0.25, bulge * 0.94), (end - 0.09, bulge * 0.85),
+        (end - 0.05, bulge * 0.55), (end - 0.02, bulge * 0.75), (end, bulge * 0.6),
+    ))
+    flutes = [_tube([(-0.46, y * bulge), (end - 0.1, y * bulge * 0.92)], 0.005) for y in (-0.6, -0.1, 0.45)]
     if rng.random() < 0.5:  # flat blade
         tip = _profile((0.38, shaft), (0.43, shaft * 1.75), (0.5, shaft * rng.uniform(1.3, 1.75)))
     else:  # cross tip
@@ -5811,145 +5616,175 @@ def _make_screwdriver(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
         _Part(_profile((end - 0.02, shaft), (0.42, shaft)), metal),
         _Part(tip, _shade(metal, rng.uniform(0.55, 1.0))),
         _Part(grip, handle),
-        *flutes,
+        *_mark(flutes, handle, 0.65),
     ]
     if rng.random() < 0.6:  # two-component handle: another colour at the butt
-        parts.append(
-            _Part(
-                _smooth(_profile((-0.5, bulge * 0.58), (-0.485, bulge * 0.98), (-0.42, bulge * 1.01)), 1),
-                _grip(rng, 0.03, stock),
-            )
-        )
+        butt = _smooth(_profile((-0.5, bulge * 0.58), (-0.485, bulge * 0.98), (-0.42, bulge * 1.01)), 1)
+        parts.append(_Part(butt, _grip(rng, 0.03, stock)))
     return parts
 
 
 def _make_speed_brace(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     width, throw = rng.uniform(0.016, 0.022), rng.uniform(0.13, 0.21)
     metal, knob = _metal(rng, width, stock), _grip(rng, 0.035, stock)
-    left, right = rng.uniform(-0.26, -0.18), rng.uniform(0.08, 0.18)
-    slope = rng.uniform(0.02, 0.07)
+    left, right, slope = rng.uniform(-0.26, -0.18), rng.uniform(0.08, 0.18), rng.uniform(0.02, 0.07)
     path = [(-0.42, 0), (left - slope, 0), (left + slope, throw), (right - slope, throw), (right + slope, 0), (0.42, 0)]
-    bar = _smooth(
-        [point for a, b in itertools.pairwise(path) for point in (a, tuple(np.add(a, b) / 2))] + [path[-1]],
-        2,
-        closed=False,
-    )
+    halved = [point for a, b in itertools.pairwise(path) for point in (a, tuple(np.add(a, b) / 2))]  # bends less
     radius = rng.uniform(0.036, 0.05)
-    handle = _smooth(
-        _profile((-0.5, radius * 0.6), (-0.49, radius), (-0.45, radius), (-0.4, radius * 0.6), (-0.37, radius * 0.45))
-    )
+    handle = _profile((-0.5, radius * 0.6), (-0.49, radius), (-0.45, radius), (-0.4, radius * 0.6), (-0.37, radius * 0.45))
     socket = rng.uniform(0.026, 0.038)
-    middle = _profile((left + slope + 0.05, width * 1.9), (right - slope - 0.05, width * 1.9)) + (0, throw)
-    parts = [
-        _Part(_tube(bar, width), metal),
-        _Part(handle, knob),
+    sleeve = _profile((left + slope + 0.05, width * 1.9), (right - slope - 0.05, width * 1.9)) + (0, throw)
+    return [
+        _Part(_tube(_bend([*halved, path[-1]], 2), width), metal),
+        _Part(_smooth(handle), knob),
         _Part(_profile((0.37, width), (0.4, socket), (0.5, socket)), _shade(metal, 0.9)),
-        _Part(_box(0.455, -socket, 0.463, socket), _mark(metal, 0.5)),
+        *_mark([_box(0.455, -socket, 0.463, socket)], metal, 0.5),
+        _Part(_smooth(sleeve, 1), knob),  # turns in the hand
     ]
-    return [*parts, _Part(_smooth(middle, 1), knob)]  # the sleeve that turns in the hand
 
 
-_TOOL_MAKERS: dict[str, Callable[[np.random.Generator, _Stock], list[_Part]]] = {
-    "adjustable_wrench": _make_adjustable_wrench,
-    "combination_wrench": _make_combination_wrench,
-    "file": _make_file,
-    "hammer": _make_hammer,
-    "hex_key": _make_hex_key,
-    "oil_can": _make_oil_can,
-    "pliers": _make_pliers,
-    "ratchet": _make_ratchet,
-    "screwdriver": _make_screwdriver,
-    "side_cutter": _make_side_cutter,
-    "speed_brace": _make_speed_brace,
-}
+# fmt: on
 
 
 _CHROME, _SATIN, _DARK, _BRASS = (206, 210, 216), (165, 168, 172), (74, 76, 82), (190, 168, 110)
 # A colour-coded kit, as aviation workshops keep them: colour is a real cue, on benches that are mostly neutral.
-_STOCK = {
-    "adjustable_wrench": _Stock(((28, 82, 172),), (_SATIN,)),
-    "combination_wrench": _Stock(((120, 96, 168),), ((150, 128, 186),)),
-    "file": _Stock(((226, 98, 22),), (_DARK,)),
-    "hammer": _Stock(((150, 66, 36),), (_DARK,)),
-    "hex_key": _Stock(((60, 80, 30),), ((128, 176, 48),)),
-    "oil_can": _Stock(((26, 128, 74),), (_BRASS,)),
-    "pliers": _Stock(((196, 34, 32),), (_SATIN,)),
-    "ratchet": _Stock((_CHROME,), (_CHROME,)),
-    "screwdriver": _Stock(((236, 186, 28),), (_CHROME,)),
-    "side_cutter": _Stock(((20, 150, 170),), (_SATIN,)),
-    "speed_brace": _Stock(((150, 30, 80),), (_SATIN,)),
+_TOOLS: dict[str, tuple[Callable[[np.random.Generator, _Stock], list[_Part]], _Stock]] = {
+    "adjustable_wrench": (_make_adjustable_wrench, _Stock((28, 82, 172), _SATIN)),
+    "combination_wrench": (_make_combination_wrench, _Stock((120, 96, 168), (150, 128, 186))),
+    "file": (_make_file, _Stock((226, 98, 22), _DARK)),
+    "hammer": (_make_hammer, _Stock((150, 66, 36), _DARK)),
+    "hex_key": (_make_hex_key, _Stock((60, 80, 30), (128, 176, 48))),
+    "oil_can": (_make_oil_can, _Stock((26, 128, 74), _BRASS)),
+    "pliers": (_make_pliers, _Stock((196, 34, 32), _SATIN)),
+    "ratchet": (_make_ratchet, _Stock(_CHROME, _CHROME)),
+    "screwdriver": (_make_screwdriver, _Stock((236, 186, 28), _CHROME)),
+    "side_cutter": (_make_side_cutter, _Stock((20, 150, 170), _SATIN)),
+    "speed_brace": (_make_speed_brace, _Stock((150, 30, 80), _SATIN)),
 }
+DEMO_CLASSES = tuple(_TOOLS)
+# What else lies on a bench, and what shows below the foam of a shadow board.
+_NEIGHBOURS = (
+    *((206, 210, 216), (178, 182, 188), (152, 155, 160), (124, 126, 130), (84, 86, 92), (190, 184, 170)),
+    *((225, 222, 210), (150, 140, 138)),
+)
+_RECESSES = ((186, 176, 150), (150, 140, 138), (24, 24, 26), (112, 128, 140))
 
 
-def _make_tool(rng: np.random.Generator, class_name: str) -> list[_Part]:
-    return _TOOL_MAKERS[class_name](rng, _STOCK[class_name])
+# Surfaces: noise around 0, to be added to 1 and multiplied with a colour.
 
 
-# Rendering.
+def _noise(rng: np.random.Generator, *layers: tuple[float, int, int]) -> np.ndarray:
+    """Return the sum of smooth noises, each (strength, bumps in a column, bumps in a row): few bumps make it streaky."""
+    total = 0
+    for strength, *cells in layers:
+        bumps = Image.fromarray(rng.uniform(-1, 1, cells).astype(np.float32))
+        total = total + strength * np.asarray(bumps.resize((_TEXTURE_PX, _TEXTURE_PX), Image.Resampling.BICUBIC))
+    return total
 
 
-def _value_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
-    """Return smooth noise in -1..1 with about `cells` (rows, columns) bumps; few rows or columns make it streaky."""
-    grid = Image.fromarray(rng.uniform(-1, 1, cells).astype(np.float32))
-    return np.asarray(grid.resize(shape[::-1], Image.Resampling.BICUBIC))
+def _grain(rng: np.random.Generator, strength: float) -> np.ndarray:
+    return strength * rng.normal(0, 1, (_TEXTURE_PX, _TEXTURE_PX))
 
 
 @functools.cache
 def _wear() -> np.ndarray:
     """Return the blotches and fine grain of used surfaces, (H, W) around 1."""
     rng = np.random.default_rng(0)
-    shape = (_TEXTURE_PX, _TEXTURE_PX)
-    noise = (
-        0.09 * _value_noise(rng, shape, (24, 24))
-        + 0.06 * _value_noise(rng, shape, (90, 90))
-        + 0.05 * rng.normal(0, 1, shape)
-    )
-    return (1 + noise).astype(np.float32)
+    return (1 + (_noise(rng, (0.09, 24, 24), (0.06, 90, 90)) + _grain(rng, 0.05))).astype(np.float32)
 
 
-def _fill(canvas: Image.Image, part: _Part, place: Callable[[np.ndarray], np.ndarray]) -> None:
-    draw = ImageDraw.Draw(canvas)
-    draw.polygon(list(map(tuple, place(part.outline))), fill=255)
-    for hole in part.holes:
-        draw.polygon(list(map(tuple, place(hole))), fill=0)
+def _paint_wood(rng: np.random.Generator) -> np.ndarray:
+    value = 1 + _noise(rng, (0.10, 130, 4), (0.06, 256, 12), (0.08, 9, 3)) + _grain(rng, 0.025)
+    boards = np.cumsum(rng.integers(70, 150, 7))
+    for number, row in enumerate(boards[boards < _TEXTURE_PX]):
+        value[row:] *= 1.09 if number % 2 else 0.92
+        value[row : row + 3] *= 0.55
+    return value
+
+
+def _paint_foam(rng: np.random.Generator) -> np.ndarray:
+    return 1 + _noise(rng, (0.12, 200, 200)) + _grain(rng, 0.10)
+
+
+def _paint_metal(rng: np.random.Generator) -> np.ndarray:
+    return 1 + _noise(rng, (0.07, 400, 5)) + _noise(rng, (0.10, 5, 5)) + _grain(rng, 0.03)
+
+
+def _paint_cloth(rng: np.random.Generator) -> np.ndarray:
+    rows, columns = np.indices((_TEXTURE_PX, _TEXTURE_PX))
+    weave = 0.07 * (np.sin(rows * 1.5) * np.sign(np.sin(columns * 0.75)) + np.sin(columns * 1.5))
+    return 1 + weave + _noise(rng, (0.20, 5, 7), (0.08, 16, 14)) + _grain(rng, 0.04)
+
+
+def _paint_mat(rng: np.random.Generator) -> np.ndarray:
+    value = 1 + _noise(rng, (0.05, 7, 7)) + _grain(rng, 0.05)
+    step = int(rng.integers(44, 70))
+    value[::step] *= 1.5
+    value[:, ::step] *= 1.5
+    return value
+
+
+def _paint_concrete(rng: np.random.Generator) -> np.ndarray:
+    return 1 + _noise(rng, (0.12, 6, 6)) + _noise(rng, (0.07, 60, 60)) + _grain(rng, 0.05)
+
+
+_TEXTURES = (  # how to paint a bench, and the colours it comes in
+    (_paint_wood, ((196, 168, 134), (164, 134, 104), (214, 192, 160))),
+    (_paint_foam, ((44, 46, 50), (48, 58, 74), (66, 68, 72))),
+    (_paint_metal, ((158, 162, 166), (112, 118, 122), (108, 126, 124))),
+    (_paint_cloth, ((96, 106, 126), (176, 168, 152), (134, 112, 106))),
+    (_paint_mat, ((62, 88, 82), (64, 76, 96), (58, 60, 66))),
+    (_paint_concrete, ((150, 146, 138), (120, 122, 124), (196, 190, 178))),
+)
+
+
+def _to_image(colours: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
+
+
+@functools.cache
+def _texture(kind: int, variant: int) -> Image.Image:
+    paint, colours = _TEXTURES[kind]
+    value = paint(np.random.default_rng((kind, variant)))
+    return _to_image(value[..., None] * np.array(colours[variant]))
+
+
+# Rendering.
 
 
 def _light_part(mask: Image.Image, material: _Material, bevel_px: float, light: float) -> np.ndarray:
     """Return the lit colours (H, W, 3) of one part: its blurred silhouette serves as a height map."""
     if not material.bevel:
         return np.full((mask.height, mask.width, 3), material.colour, np.float32) * 0.86
-    height = np.asarray(mask.filter(ImageFilter.GaussianBlur(max(0.8, bevel_px))), dtype=np.float32) / 255
+    blur = max(0.8, bevel_px)
+    height = np.asarray(mask.filter(ImageFilter.GaussianBlur(blur)), dtype=np.float32) / 255
     slope_rows, slope_columns = np.zeros_like(height), np.zeros_like(height)
     slope_rows[1:-1] = height[2:] - height[:-2]
     slope_columns[:, 1:-1] = height[:, 2:] - height[:, :-2]
     # a silhouette blurred by r has a slope of about 0.4 / r at its edge: scaled so that the edge faces sideways
-    facing = -(slope_columns * math.cos(light) + slope_rows * math.sin(light)) * (max(0.8, bevel_px) * 1.2)
+    facing = -(slope_columns * math.cos(light) + slope_rows * math.sin(light)) * (blur * 1.2)
     facing = np.clip(facing, -1, 1)
     lit = 0.86 + 0.62 * facing
     highlight = 150 * material.gloss * np.clip(facing - 0.25, 0, 1) ** 1.5
     return lit[..., None] * np.array(material.colour, dtype=np.float32) + highlight[..., None]
 
 
-def _render(parts: Sequence[_Part], pose: _Pose, longest_px: int) -> tuple[np.ndarray, np.ndarray]:
+def _render(parts: Sequence[_Part], pose: np.ndarray, light: float, longest_px: int) -> tuple[np.ndarray, np.ndarray]:
     """Return float colours (H, W, 3) and the hard mask (H, W) uint8 of a tool, tight around it, at the size asked for."""
-    everything = np.concatenate([part.outline for part in parts]) @ pose.matrix.T
+    everything = np.concatenate([part.outline for part in parts]) @ pose.T
     low, high = everything.min(axis=0), everything.max(axis=0)
     scale = (longest_px - 1) / (high - low).max()
     width, height = (int(side) for side in np.ceil((high - low) * scale) + 1)
-
-    def place(points: np.ndarray) -> np.ndarray:
-        return (points @ pose.matrix.T - low) * scale
-
     colours, mask = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.uint8)
-    for part in parts:
-        # drawn in a padded window around the part: most parts are small
-        points = place(part.outline)
+    for part in parts:  # each in a padded window of its own: most are small
+        outline, *holes = ((points @ pose.T - low) * scale for points in (part.outline, *part.holes))
         pad = 3 + int(2 * part.material.bevel * scale)
-        left, top = np.floor(points.min(axis=0)).astype(int) - pad
-        right, bottom = np.ceil(points.max(axis=0)).astype(int) + pad + 1
-        window = Image.new("L", (int(right - left), int(bottom - top)))
-        _fill(window, part, lambda outline, origin=(left, top): place(outline) - origin)
-        lit = _light_part(window, part.material, float(part.material.bevel * scale), pose.light)
+        left, top = (np.floor(outline.min(axis=0)).astype(int) - pad).tolist()
+        right, bottom = (np.ceil(outline.max(axis=0)).astype(int) + pad + 1).tolist()
+        window = Image.new("L", (right - left, bottom - top))
+        for ink, points in ((255, outline), *((0, hole) for hole in holes)):
+            ImageDraw.Draw(window).polygon((points - (left, top)).ravel().tolist(), fill=ink)
+        lit = _light_part(window, part.material, float(part.material.bevel * scale), light)
         rows, columns = slice(max(0, top), min(height, bottom)), slice(max(0, left), min(width, right))
         inner = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
         covered = np.asarray(window)[inner] > 0
@@ -5964,139 +5799,37 @@ def _add_sheen(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
     row, column = rng.integers(0, _TEXTURE_PX - np.array([height, width]) + 1)
     wear = _wear()[row : row + height, column : column + width]
     direction, waves, phase = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 2.0), rng.uniform(0, 2 * math.pi)
-    along = np.add.outer(np.arange(height) * math.sin(direction), np.arange(width) * math.cos(direction)) / max(
-        height, width
-    )
-    sheen = 1 + 0.13 * np.sin(2 * math.pi * waves * along + phase)
+    along = np.add.outer(np.arange(height) * math.sin(direction), np.arange(width) * math.cos(direction))
+    sheen = 1 + 0.13 * np.sin(2 * math.pi * waves * (along / max(height, width)) + phase)
     return colours * (wear * sheen.astype(np.float32))[..., None]
 
 
-def _make_pose(angle: float, mirror: int, squeeze: float, light: float) -> _Pose:
-    cos, sin = math.cos(angle), math.sin(angle)
-    return _Pose(np.array([(cos, -sin), (sin, cos)]) @ np.diag([1.0, mirror * squeeze]), light)
+# Benches: a piece of a texture at any angle, with clutter on it.
 
 
-def draw_tool(rng: np.random.Generator, class_name: str, size: int) -> Image.Image:
-    """Draw one tool in a random make and pose: RGBA, tight, longest side `size` px (<= 256), alpha antialiased."""
-    parts = _make_tool(rng, class_name)
-    pose = _make_pose(
-        rng.uniform(0, 2 * math.pi), int(rng.choice([-1, 1])), rng.uniform(0.92, 1.08), rng.uniform(0, 2 * math.pi)
-    )
-    colours, mask = _render(parts, pose, size * _SUPERSAMPLE)
-    rgba = np.dstack([np.clip(_add_sheen(rng, colours), 0, 255).astype(np.uint8), mask])
-    return Image.fromarray(rgba).resize(
-        [max(1, side // _SUPERSAMPLE) for side in rgba.shape[1::-1]], Image.Resampling.BOX
-    )
-
-
-# Benches: cached textures, cut out at any angle, with clutter on them.
-
-
-def _texture_wood(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    grain = (
-        0.10 * _value_noise(rng, shape, (130, 4))
-        + 0.06 * _value_noise(rng, shape, (256, 12))
-        + 0.08 * _value_noise(rng, shape, (9, 3))
-    )
-    value = 1 + grain + 0.025 * rng.normal(0, 1, shape)
-    boards = np.cumsum(rng.integers(70, 150, 7))
-    for number, row in enumerate(boards[boards < shape[0]]):
-        value[row:] *= 1.09 if number % 2 else 0.92
-        value[row : row + 3] *= 0.55
-    return value[..., None] * np.array(_BENCH_WOODS[variant])
-
-
-def _texture_foam(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    colour = np.array([(44, 46, 50), (48, 58, 74), (66, 68, 72)])[variant]
-    value = 1 + 0.12 * _value_noise(rng, shape, (200, 200)) + 0.10 * rng.normal(0, 1, shape)
-    return value[..., None] * colour
-
-
-def _texture_metal(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    colour = np.array([(158, 162, 166), (112, 118, 122), (108, 126, 124)])[variant]
-    value = (
-        1
-        + 0.07 * _value_noise(rng, shape, (400, 5))
-        + 0.10 * _value_noise(rng, shape, (5, 5))
-        + 0.03 * rng.normal(0, 1, shape)
-    )
-    return value[..., None] * colour
-
-
-def _texture_cloth(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    colour = np.array([(96, 106, 126), (176, 168, 152), (134, 112, 106)])[variant]
-    rows, columns = np.indices(shape)
-    weave = 0.07 * (np.sin(rows * 1.5) * np.sign(np.sin(columns * 0.75)) + np.sin(columns * 1.5))
-    folds = 0.20 * _value_noise(rng, shape, (5, 7)) + 0.08 * _value_noise(rng, shape, (16, 14))
-    return (1 + weave + folds + 0.04 * rng.normal(0, 1, shape))[..., None] * colour
-
-
-def _texture_mat(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    colour = np.array([(62, 88, 82), (64, 76, 96), (58, 60, 66)])[variant]
-    value = 1 + 0.05 * _value_noise(rng, shape, (7, 7)) + 0.05 * rng.normal(0, 1, shape)
-    step = int(rng.integers(44, 70))
-    value[::step] *= 1.5
-    value[:, ::step] *= 1.5
-    return value[..., None] * colour
-
-
-def _texture_concrete(rng: np.random.Generator, shape: tuple[int, int], variant: int) -> np.ndarray:
-    colour = np.array([(150, 146, 138), (120, 122, 124), (196, 190, 178)])[variant]
-    value = (
-        1
-        + 0.12 * _value_noise(rng, shape, (6, 6))
-        + 0.07 * _value_noise(rng, shape, (60, 60))
-        + 0.05 * rng.normal(0, 1, shape)
-    )
-    return value[..., None] * colour
-
-
-@functools.cache
-def _texture(kind: str, variant: int) -> Image.Image:
-    rng = np.random.default_rng((_TEXTURES.index(kind), variant))
-    paint = {
-        "wood": _texture_wood,
-        "foam": _texture_foam,
-        "metal": _texture_metal,
-        "cloth": _texture_cloth,
-        "mat": _texture_mat,
-        "concrete": _texture_concrete,
-    }[kind]
-    return Image.fromarray(np.clip(paint(rng, (_TEXTURE_PX, _TEXTURE_PX), variant), 0, 255).astype(np.uint8))
-
-
-def _view(
-    picture: Image.Image,
-    size: tuple[int, int],
-    centre: tuple[float, float],
-    turn: float,
-    zoom: float,
-    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+def _cut_out(
+    picture: Image.Image, size: tuple[int, int], centre: np.ndarray, turn: float, zoom: float, how: Image.Resampling
 ) -> Image.Image:
     """Cut a turned rectangle of `size` out of a picture around `centre`."""
-    cos, sin = math.cos(turn) / zoom, math.sin(turn) / zoom
-    half_width, half_height = size[0] / 2, size[1] / 2
-    coefficients = (
-        cos,
-        -sin,
-        centre[0] - cos * half_width + sin * half_height,
-        sin,
-        cos,
-        centre[1] - sin * half_width - cos * half_height,
-    )
-    return picture.transform(size, Image.Transform.AFFINE, coefficients, resampling)
+    matrix = _rotation(turn) / zoom
+    offset = centre - matrix @ (np.array(size) / 2)
+    return picture.transform(size, Image.Transform.AFFINE, np.column_stack([matrix, offset]).ravel().tolist(), how)
+
+
+def _tone(colour: Iterable[float], factor: float) -> tuple[int, ...]:
+    return tuple(min(255, int(channel * factor)) for channel in colour)
+
+
+def _direction(angle: float) -> np.ndarray:
+    return np.array([math.cos(angle), math.sin(angle)])
 
 
 def _draw_scratches(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
     for _ in range(int(rng.integers(0, 9))):
         start, angle, length = rng.uniform(0, _BENCH_PX, 2), rng.uniform(0, 2 * math.pi), rng.uniform(20, 160)
-        tone = int(rng.choice([30, 60, 200, 235]))
-        end = start + length * np.array([math.cos(angle), math.sin(angle)])
-        draw.line(
-            [*start.tolist(), *end.tolist()],
-            fill=(tone, tone, tone, int(rng.integers(50, 130))),
-            width=int(rng.integers(1, 3)),
-        )
+        tone, end = int(rng.choice([30, 60, 200, 235])), start + length * _direction(angle)
+        ink, width = (tone, tone, tone, int(rng.integers(50, 130))), int(rng.integers(1, 3))
+        draw.line([*start.tolist(), *end.tolist()], fill=ink, width=width)
 
 
 def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
@@ -6105,110 +5838,87 @@ def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
     tone, corners = int(rng.integers(95, 215)), int(rng.choice([6, 24, 24]))
     phase = rng.uniform(0, 1)
 
-    def disc(share: float, colour: tuple[int, int, int, int], shift: float = 0.0) -> None:
-        outline = _circle((at[0] + shift, at[1] + shift), radius * share, corners if share > 0.6 else 24, phase)
-        draw.polygon(list(map(tuple, outline)), fill=colour)
+    def disc(share: float, ink: tuple[int, int, int, int], shift: float = 0.0) -> None:
+        outline = _circle(at + shift, radius * share, corners if share > 0.6 else 24, phase)
+        draw.polygon(outline.ravel().tolist(), fill=ink)
 
     disc(1.1, (10, 10, 10, 110), 3.0)
-    disc(1.0, (int(tone * 0.7),) * 3 + (255,))
+    disc(1.0, (*[int(tone * 0.7)] * 3, 255))
     disc(0.88, (tone, tone, int(tone * rng.uniform(0.75, 1.0)), 255), -0.6)
     if rng.random() < 0.5:
         disc(0.5, (28, 28, 30, 255))
     else:
-        bar = np.array([math.cos(phase), math.sin(phase)]) * radius * 0.7
+        bar = _direction(phase) * radius * 0.7
         for end in (bar, bar[::-1] * (-1, 1)):
             draw.line([*(at - end).tolist(), *(at + end).tolist()], fill=(40, 40, 42, 255), width=3)
 
 
 def _draw_neighbour(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
     """Draw a piece of something else that lies there: a tray edge, tape, a paper, a cable."""
-    angle = rng.uniform(0, 2 * math.pi)
-    away, middle = np.array([math.cos(angle), math.sin(angle)]), np.full(2, _BENCH_PX / 2)
-    along = np.array([-away[1], away[0]])
-    colour = tuple(int(channel) for channel in _pick(rng, (*_METALS, (225, 222, 210), (150, 140, 138))))
+    away = _direction(rng.uniform(0, 2 * math.pi))
+    along, middle = np.array([-away[1], away[0]]), np.full(2, _BENCH_PX / 2)
+    colour = _tone(_tint(rng, _NEIGHBOURS[rng.integers(len(_NEIGHBOURS))]), 1.0)
     if rng.random() < 0.4:  # a cable
         bow = rng.uniform(-60, 60)
-        bends = [
-            middle + away * (rng.uniform(30, 150) + bow * (step % 2)) + along * (step - 2) * 140 for step in range(5)
-        ]
-        path = _smooth(np.array(bends), 3, closed=False)
+        bends = [middle + away * (rng.uniform(30, 150) + bow * (i % 2)) + along * (i - 2) * 140 for i in range(5)]
+        path = _bend(np.array(bends)).ravel().tolist()
         for share, tone in ((1.0, 0.5), (0.6, 1.0), (0.2, 1.35)):
-            draw.line(
-                [tuple(point) for point in path],
-                fill=(*tuple(min(255, int(channel * tone)) for channel in colour), 255),
-                width=int(13 * share) + 1,
-                joint="curve",
-            )
+            draw.line(path, fill=(*_tone(colour, tone), 255), width=int(13 * share) + 1, joint="curve")
         return
     near, depth, half = rng.uniform(50, 150), rng.uniform(30, 160), rng.uniform(60, 260)
-    shift = along * rng.uniform(-120, 120)
-    corners = [
-        middle + shift + away * (near + far * depth) + along * side * half
-        for far, side in ((0, -1), (0, 1), (1, 1), (1, -1))
-    ]
-    draw.polygon([tuple(corner + 5) for corner in corners], fill=(8, 8, 8, 100))
-    draw.polygon(
-        [tuple(corner) for corner in corners],
-        fill=(*colour, 255),
-        outline=(*tuple(int(channel * 0.6) for channel in colour), 255),
-    )
+    origin = middle + along * rng.uniform(-120, 120)
+    front, back, side = origin + away * near, origin + away * (near + depth), along * half
+    corners = np.array([front - side, front + side, back + side, back - side])
+    draw.polygon((corners + 5).ravel().tolist(), fill=(8, 8, 8, 100))
+    draw.polygon(corners.ravel().tolist(), fill=(*colour, 255), outline=(*_tone(colour, 0.6), 255))
 
 
 def _make_bench(rng: np.random.Generator) -> tuple[Image.Image, bool]:
     """Return a piece of bench with clutter, and whether it is foam (where tools lie in recesses)."""
-    kind = _TEXTURES[rng.integers(len(_TEXTURES))]
-    texture = _texture(kind, int(rng.integers(_TEXTURE_VARIANTS)))
-    # cut at 1.6x so that a turned square stays inside the texture
-    bench = _view(
-        texture,
-        (_BENCH_PX, _BENCH_PX),
-        (_TEXTURE_PX / 2 + rng.uniform(-40, 40), _TEXTURE_PX / 2 + rng.uniform(-40, 40)),
-        rng.uniform(0, 2 * math.pi),
-        rng.uniform(1.6, 2.0),
-        Image.Resampling.NEAREST,
-    )  # smoothed twice below
+    kind = int(rng.integers(len(_TEXTURES)))
+    texture, is_foam = _texture(kind, int(rng.integers(3))), _TEXTURES[kind][0] is _paint_foam
+    centre = _TEXTURE_PX / 2 + rng.uniform(-40, 40, 2)
+    turn, zoom = rng.uniform(0, 2 * math.pi), rng.uniform(1.6, 2.0)  # at 1.6 a turned square stays inside the texture
+    bench = _cut_out(texture, (_BENCH_PX, _BENCH_PX), centre, turn, zoom, Image.Resampling.NEAREST)  # smoothed later
     draw = ImageDraw.Draw(bench, "RGBA")
     _draw_scratches(rng, draw)
-    if kind != "foam":
+    if not is_foam:
         for _ in range(int(rng.integers(0, 3))):
             _draw_neighbour(rng, draw)
         for _ in range(int(rng.integers(0, 8))):
             _draw_fastener(rng, draw)
-    return bench, kind == "foam"
+    return bench, is_foam
 
 
 def _make_scene(rng: np.random.Generator) -> _Scene:
     bench, is_foam = _make_bench(rng)
-    recess = None
-    if is_foam and rng.random() < 0.7:
-        recess = ((186, 176, 150), (150, 140, 138), (24, 24, 26), (112, 128, 140))[rng.integers(4)]
+    recess = _RECESSES[rng.integers(len(_RECESSES))] if is_foam and rng.random() < 0.7 else None
     warmth = rng.normal(0, 0.07)
     gain = rng.uniform(0.72, 1.22) * np.array([1 + warmth, 1.0, 1 - warmth])
-    shadow = (rng.uniform(1.0, 5.0), rng.uniform(1.0, 3.5), rng.uniform(0.35, 0.75))
     return _Scene(
-        bench,
-        rng.uniform(0, 2 * math.pi),
-        int(rng.choice([-1, 1])),
-        rng.uniform(0, 2 * math.pi),
-        int(rng.integers(96, 141)),
-        recess,
-        shadow,
-        gain,
+        bench=bench,
+        recess=recess,
+        gain=gain,
+        shadow=(rng.uniform(1.0, 5.0), rng.uniform(1.0, 3.5), rng.uniform(0.35, 0.75)),
+        angle=rng.uniform(0, 2 * math.pi),
+        mirror=int(rng.choice([-1, 1])),
+        light=rng.uniform(0, 2 * math.pi),
+        longest_px=int(rng.integers(96, 141)),
     )
 
 
-def _lay_down(bench: Image.Image, mask: Image.Image, scene: _Scene) -> Image.Image:
+def _lay_down(bench: Image.Image, mask: Image.Image, scene: _Scene) -> None:
     """Cast the shadow of a tool on the bench, after cutting its recess if it lies in foam."""
     if scene.recess is not None:
         wide = mask.filter(ImageFilter.GaussianBlur(5)).point(lambda value: 255 if value > 30 else 0)
-        bench.paste(tuple(int(channel * 0.45) for channel in scene.recess), (0, 0), wide)
+        bench.paste(_tone(scene.recess, 0.45), (0, 0), wide)
         bench.paste(scene.recess, (2, 2), wide)
-    length, softness, opacity = (_SUPERSAMPLE * scene.shadow[0], _SUPERSAMPLE * scene.shadow[1], scene.shadow[2])
+    length, blur, opacity = scene.shadow
+    offset = -_SUPERSAMPLE * length * _direction(scene.light)
     cast = Image.new("L", mask.size)
-    cast.paste(mask, (round(-length * math.cos(scene.light)), round(-length * math.sin(scene.light))))
-    cast = cast.filter(ImageFilter.GaussianBlur(softness)).point(lambda value: int(value * opacity))
+    cast.paste(mask, (round(offset[0]), round(offset[1])))
+    cast = cast.filter(ImageFilter.GaussianBlur(_SUPERSAMPLE * blur)).point(lambda value: int(value * opacity))
     bench.paste((6, 6, 10), (0, 0), cast)
-    return bench
 
 
 def _expose(rng: np.random.Generator, image: np.ndarray, scene: _Scene) -> np.ndarray:
@@ -6218,31 +5928,29 @@ def _expose(rng: np.random.Generator, image: np.ndarray, scene: _Scene) -> np.nd
     falloff = rng.uniform(0.0, 0.28) * (columns * math.cos(scene.light) + rows * math.sin(scene.light))
     vignette = rng.uniform(0.0, 0.22) * (rows**2 + columns**2) / 2
     lit = image * ((1 + falloff - vignette)[..., None] * scene.gain * rng.uniform(0.95, 1.05))
-    lit = Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8)).filter(
-        ImageFilter.GaussianBlur(max(0.0, rng.uniform(-0.5, 0.8)))
-    )
-    noisy = np.asarray(lit, dtype=np.float32) + rng.normal(0, rng.uniform(1, 6), image.shape)
-    return np.clip(noisy, 0, 255).astype(np.uint8)
+    blur = ImageFilter.GaussianBlur(max(0.0, rng.uniform(-0.5, 0.8)))
+    blurred = np.asarray(_to_image(lit).filter(blur), dtype=np.float32)
+    return np.asarray(_to_image(blurred + rng.normal(0, rng.uniform(1, 6), image.shape)))
 
 
 def _draw_frame(rng: np.random.Generator, parts: Sequence[_Part], scene: _Scene) -> tuple[np.ndarray, np.ndarray]:
     """Photograph a tool as a detector would crop it: image (H, W, 3) and mask (H, W), uint8."""
     margins = rng.uniform(0.012, 0.06, 4) * scene.longest_px  # left, top, right, bottom, crop px
     inner = int((scene.longest_px - margins.reshape(2, 2).sum(axis=0).max()) * rng.uniform(0.95, 1.0))
-    pose = _make_pose(scene.angle + rng.normal(0, 0.07), scene.mirror, rng.uniform(0.93, 1.07), scene.light)
-    colours, tool_mask = _render(parts, pose, inner * _SUPERSAMPLE)
+    turn = _rotation(scene.angle + rng.normal(0, 0.07))
+    foreshortening = np.diag([1.0, scene.mirror * rng.uniform(0.93, 1.07)])
+    colours, tool_mask = _render(parts, turn @ foreshortening, scene.light, inner * _SUPERSAMPLE)
     left, top, right, bottom = (_SUPERSAMPLE * round(float(margin)) for margin in margins)
     # whole crop pixels: an odd supersampled side would shift the mask by half a pixel
-    size = tuple(
-        -(-side // _SUPERSAMPLE) * _SUPERSAMPLE
-        for side in (left + tool_mask.shape[1] + right, top + tool_mask.shape[0] + bottom)
-    )
-    mask = Image.new("L", size)
-    mask.paste(Image.fromarray(tool_mask), (left, top))
-    centre = (_BENCH_PX / 2 + rng.normal(0, 6), _BENCH_PX / 2 + rng.normal(0, 6))
-    photo = _lay_down(_view(scene.bench, size, centre, rng.normal(0, 0.07), rng.uniform(1.0, 1.06)), mask, scene)
-    tool = Image.fromarray(np.clip(_add_sheen(rng, colours), 0, 255).astype(np.uint8))
-    photo.paste(tool, (left, top), Image.fromarray(tool_mask))
+    sides = (left + tool_mask.shape[1] + right, top + tool_mask.shape[0] + bottom)
+    width, height = (-(-side // _SUPERSAMPLE) * _SUPERSAMPLE for side in sides)
+    tool, mask = Image.fromarray(tool_mask), Image.new("L", (width, height))
+    mask.paste(tool, (left, top))
+    centre = _BENCH_PX / 2 + rng.normal(0, 6, 2)
+    wobble, zoom = rng.normal(0, 0.07), rng.uniform(1.0, 1.06)
+    photo = _cut_out(scene.bench, mask.size, centre, wobble, zoom, Image.Resampling.BILINEAR)
+    _lay_down(photo, mask, scene)
+    photo.paste(_to_image(_add_sheen(rng, colours)), (left, top), tool)
     image = _expose(rng, np.asarray(photo.reduce(_SUPERSAMPLE), dtype=np.float32), scene)
     return image, np.where(np.asarray(mask.reduce(_SUPERSAMPLE)) > 127, 255, 0).astype(np.uint8)
 
@@ -6250,87 +5958,89 @@ def _draw_frame(rng: np.random.Generator, parts: Sequence[_Part], scene: _Scene)
 # Files: most are plain; a few are odd but good, a few are broken, as in every real folder.
 
 
-def _encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+def _png(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
-def _encode_rotated(image: Image.Image) -> bytes:
+def _jpeg(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, **options)
+    return buffer.getvalue()
+
+
+def _rotated_jpeg(image: Image.Image) -> bytes:
     """Store the picture lying on its side with EXIF orientation 6, as phones do."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return _encode(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=92, exif=exif)
+    return _jpeg(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
 
 
-def _encode_gray16(image: Image.Image) -> bytes:
-    return _encode(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
+def _gray16_png(image: Image.Image) -> bytes:
+    return _png(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257))
 
 
-def _encode_damaged_png(image: Image.Image) -> bytes:
-    data = bytearray(_encode(image, "PNG"))
+def _damaged_png(image: Image.Image) -> bytes:
+    data = _png(image)
     middle = len(data) // 2
-    data[middle : middle + 64] = bytes(64)
-    return bytes(data)
+    return data[:middle] + bytes(64) + data[middle + 64 :]
 
 
-def _encode_truncated(image: Image.Image) -> bytes:
-    data = _encode(image, "JPEG", quality=92)
+def _truncated_jpeg(image: Image.Image) -> bytes:
+    data = _jpeg(image)
     return data[: len(data) // 2]
 
 
-_PLAIN = (".jpg", lambda image: _encode(image, "JPEG", quality=92))
-_PLAIN_PNG = (".png", lambda image: _encode(image, "PNG", compress_level=3))
-# (class, how many files from the end) -> suffix, encoder; the last files, so that small demos have them too
-_ODD_FILES: dict[tuple[str, int], tuple[str, Callable[[Image.Image], bytes]]] = {
-    ("adjustable_wrench", 1): (".jpg", lambda image: _encode(image.convert("L"), "JPEG", quality=92)),
-    ("combination_wrench", 1): (".jpg", lambda image: _encode(image.convert("CMYK"), "JPEG", quality=92)),
-    ("file", 1): (".png", lambda image: _encode(image.quantize(64), "PNG")),
-    ("hammer", 1): (".png", _encode_gray16),
-    ("hex_key", 1): (".jpg", _encode_rotated),
-    ("oil_can", 1): (".JPG", _PLAIN[1]),
+_Codec = tuple[str, Callable[[Image.Image], bytes]]  # suffix, encoder
+_ODD_FILES: dict[str, _Codec] = {  # the last file of a class, so that small demos have it too
+    "adjustable_wrench": (".jpg", lambda image: _jpeg(image.convert("L"))),
+    "combination_wrench": (".jpg", lambda image: _jpeg(image.convert("CMYK"))),
+    "file": (".png", lambda image: _png(image.quantize(64))),
+    "hammer": (".png", _gray16_png),
+    "hex_key": (".jpg", _rotated_jpeg),
+    "oil_can": (".JPG", _jpeg),
 }
-# extra files beyond images_per_class: they can never be trained on
-_BROKEN_FILES: dict[str, tuple[str, Callable[[Image.Image], bytes]]] = {
-    "ratchet": (".jpg", _encode_truncated),
+_BROKEN_FILES: dict[str, _Codec] = {  # an extra file of a class: it can never be trained on
+    "ratchet": (".jpg", _truncated_jpeg),
     "screwdriver": (".jpg", lambda image: b""),
     "side_cutter": (".jpg", lambda image: b"This is not a picture: it was saved from a web page by mistake.\n"),
-    "speed_brace": (".png", _encode_damaged_png),
+    "speed_brace": (".png", _damaged_png),
 }
 _DUPLICATED_CLASS = "pliers"  # gets a byte-for-byte copy of its first file under another shot number
 
 
-def _plan_shots(images_per_class: int, first_shot: int) -> list[tuple[int, int]]:
+def _plan_shots(images_per_class: int) -> list[tuple[int, int]]:
     """Return (shot, frame) for one class: every third shot has two or three frames of the same tool and scene."""
-    frames, shot = [], 0
-    while len(frames) < images_per_class:
-        count = 1 if shot % 3 else 2 + (shot // 3) % 2
-        frames += [(first_shot + shot, frame) for frame in range(min(count, images_per_class - len(frames)))]
-        shot += 1
-    return frames
+    counts = (1 if shot % 3 else 2 + (shot // 3) % 2 for shot in itertools.count())
+    frames = ((shot, frame) for shot, count in enumerate(counts) for frame in range(count))
+    return list(itertools.islice(frames, images_per_class))
 
 
-def _write_sample(
-    folder: Path, stem: str, drawn: tuple[np.ndarray, np.ndarray], codec: tuple[str, Callable[[Image.Image], bytes]]
-) -> None:
+def _choose_codec(class_name: str, position: int, num_frames: int) -> _Codec:
+    last = _ODD_FILES.get(class_name) or _BROKEN_FILES.get(class_name)
+    if last and position == num_frames - 1:
+        return last
+    return (".png", functools.partial(_png, compress_level=3)) if position % 9 == 4 else (".jpg", _jpeg)
+
+
+def _write_sample(folder: Path, stem: str, drawn: tuple[np.ndarray, np.ndarray], codec: _Codec) -> None:
     image, mask = drawn
     suffix, encode = codec
-    (folder / "cropped" / f"{stem}{suffix}").write_bytes(encode(Image.fromarray(image)))
-    (folder / "masks" / f"{stem}_mask.png").write_bytes(_encode(Image.fromarray(mask), "PNG", compress_level=3))
     cutout = Image.fromarray(np.dstack([image, mask]))
-    (folder / "cutouts" / f"{stem}.png").write_bytes(_encode(cutout, "PNG", compress_level=3))
+    (folder / "cropped" / f"{stem}{suffix}").write_bytes(encode(Image.fromarray(image)))
+    (folder / "masks" / f"{stem}_mask.png").write_bytes(_png(Image.fromarray(mask), compress_level=3))
+    (folder / "cutouts" / f"{stem}.png").write_bytes(_png(cutout, compress_level=3))
 
 
 def _draw_class(folder: Path, class_name: str, frames: list[tuple[int, int]], seed: int) -> None:
-    class_index, parts, scene = DEMO_CLASSES.index(class_name), [], None
+    class_index, (make_tool, stock) = DEMO_CLASSES.index(class_name), _TOOLS[class_name]
     for position, (shot, frame) in enumerate(frames):
         if frame == 0:
             shot_rng = np.random.default_rng((seed, class_index, shot))
-            parts, scene = _make_tool(shot_rng, class_name), _make_scene(shot_rng)
+            parts, scene = make_tool(shot_rng, stock), _make_scene(shot_rng)
         drawn = _draw_frame(np.random.default_rng((seed, class_index, shot, frame)), parts, scene)
-        is_extra = class_name in _BROKEN_FILES and position == len(frames) - 1
-        plain = _PLAIN_PNG if position % 9 == 4 else _PLAIN
-        codec = _BROKEN_FILES[class_name] if is_extra else _ODD_FILES.get((class_name, len(frames) - position), plain)
+        codec = _choose_codec(class_name, position, len(frames))
         _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
         if class_name == _DUPLICATED_CLASS and position == 0:
             _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
@@ -6342,12 +6052,13 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
     Same arguments, same bytes. Shot numbers are unique over all classes, so `--group_regex '^(shot\\d+)_'` keeps the
     frames of one physical tool and scene together.
     """
-    shots_per_class = len({shot for shot, _ in _plan_shots(images_per_class, 0)}) + 2  # + the duplicate or broken one
+    plan = _plan_shots(images_per_class)
+    shots_per_class = plan[-1][0] + 3  # from 0, and one for the duplicate or the broken file
     for class_index, class_name in enumerate(DEMO_CLASSES):
         folder = root / class_name
         for name in ("cropped", "masks", "cutouts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        frames = _plan_shots(images_per_class, 1 + class_index * shots_per_class)
+        frames = [(1 + class_index * shots_per_class + shot, frame) for shot, frame in plan]
         if class_name in _BROKEN_FILES:
             frames.append((frames[-1][0] + 1, 0))
         _draw_class(folder, class_name, frames, seed)

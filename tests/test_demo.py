@@ -100,9 +100,14 @@ def test_shot_numbers_are_unique_over_classes_and_some_shots_have_frames(root: P
 
 
 @pytest.mark.parametrize("class_name", demo.DEMO_CLASSES)
-def test_draw_tool_is_tight_and_repeatable(class_name: str) -> None:
-    first, again = (demo.draw_tool(np.random.default_rng(5), class_name, 120) for _ in range(2))
-    assert first.mode == "RGBA" and first.tobytes() == again.tobytes()
-    assert 118 <= max(first.size) <= 120
-    left, top, right, bottom = first.getchannel("A").point(lambda alpha: 255 if alpha > 60 else 0).getbbox()
-    assert left <= 2 and top <= 2 and right >= first.width - 2 and bottom >= first.height - 2
+def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
+    make, stock = demo._TOOLS[class_name]
+    shapes = set()
+    for seed in range(20):
+        parts = make(np.random.default_rng(seed), stock)
+        colours, mask = demo._render(parts, np.eye(2), light=1.0, longest_px=120)
+        shapes.add(mask.tobytes())
+        assert colours.shape == (*mask.shape, 3) and abs(max(mask.shape) - 120) <= 1
+        assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:])), "not tight"
+        assert 0.05 < (mask > 0).mean() < 0.9
+    assert len(shapes) == 20
