@@ -2727,10 +2727,11 @@ def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview
 
 @functools.cache
 def _load_font(size: int) -> Any:
-    """Return the font of matplotlib, which has Cyrillic and Greek; else Pillow's, which draws boxes for them."""
-    found = importlib.util.find_spec("matplotlib")
-    path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if found else None
-    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
+    """Return a font of the system that has Cyrillic and Greek; else Pillow's own, which shows boxes for them."""
+    for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _fit_text(text: str, font: Any, width: int) -> str:
