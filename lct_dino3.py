@@ -4158,6 +4158,7 @@ MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below th
 MAX_LISTED = 200
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
 MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
+MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
 SMALL_SUPPORT = 10  # below, one image moves recall by more than ten points
 CALIBRATION_BINS = 10
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
@@ -4170,6 +4171,22 @@ TEN_COLORS = (
 GOLDEN_ANGLE = 137.508
 
 
+class Shown(NamedTuple):
+    """What a picture of the page shows."""
+
+    row: int  # record number
+    view: int  # into VIEW_NAMES
+
+
+@dataclass(frozen=True)
+class ViewPairs:
+    """The same V test crops as they are and with their background replaced."""
+
+    rows: np.ndarray  # (V,) int64 record numbers
+    labels: np.ndarray  # (V,) int64
+    scores: np.ndarray  # (2, V, C) similarity to each class, by view
+
+
 @dataclass(frozen=True)
 class ReportInput:
     """Everything the page shows. N images, T of them test, C classes."""
@@ -4178,15 +4195,16 @@ class ReportInput:
     events: list[dict[str, Any]]  # parsed metrics.jsonl
     data_report: dict[str, Any]  # parsed data_report.json
     class_names: tuple[str, ...]  # (C,)
-    data_root: Path
+    records: Records
     embeddings: np.ndarray  # (N, D) float32 unit norm: train, val and test
     labels: np.ndarray  # (N,) int
     split_names: np.ndarray  # (N,) str: train / val / test
-    paths: list[str]  # (N,) relative to data_root
+    shown: list[Shown]  # (N,)
     thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
     test_scores: np.ndarray  # (T, C) similarity to each class, rows with split test in order
-    nearest_paths: list[list[str]]  # (T, 2) nearest training reference of [the predicted class, the true class]
+    nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
     temperature: float  # probability = softmax(score / temperature)
+    view_pairs: ViewPairs | None = None  # None when no test crop has a mask
 
 
 @dataclass(frozen=True)
@@ -4198,6 +4216,7 @@ class _Figures:
     baseline: dict[str, Any]  # accuracies of the frozen backbone, by split
     prototypes: dict[str, Any] | None  # proto_end event
     test: dict[str, Any] | None  # test_end event
+    views: dict[str, Any] | None  # test_views event
     scored: str  # the split that the page leads with: test, else val
     scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # of that split, by class name
@@ -4230,7 +4249,9 @@ def render_report(report: ReportInput) -> str:
     strict = jinja2.StrictUndefined  # a name that the template misspells is a bug, not an empty cell
     environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(num=_format_number, count="{:,}".format)
-    environment.globals["thumbnail"] = functools.partial(_thumbnail_uri, report.data_root)
+    environment.globals["thumbnail"] = functools.partial(_thumbnail_uri, report.records)
+    number_of = {report.records.paths[row]: row for row in range(len(report.records.paths))}
+    conflicts = report.data_report["label_conflicts"][:MAX_CONFLICT_GROUPS]
     return environment.from_string(_REPORT_HTML).render(
         css=Markup(_REPORT_CSS),
         script=Markup(_REPORT_JS),
@@ -4251,11 +4272,12 @@ def render_report(report: ReportInput) -> str:
         confusion=_confusion_view(test, report.class_names),
         map=_map_view(report, test),
         errors=_error_views(report, test),
+        views=_view_comparison(report, figures.views),
         calibration=_calibration_view(test),
         findings=findings,
         data_facts=_data_facts(report.data_report, findings),
         warnings=report.data_report["warnings"],
-        conflicts=report.data_report["label_conflicts"][:MAX_CONFLICT_GROUPS],
+        conflicts=[[(path, Shown(number_of[path], 0)) for path in group if path in number_of] for group in conflicts],
     )
 
 
@@ -4275,6 +4297,7 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
         baseline=last.get("baseline_end", {}),
         prototypes=last.get("proto_end"),
         test=test,
+        views=last.get("test_views"),
         scored="test" if test else "val",
         scores=scores,
         per_class=per_class,
@@ -4314,14 +4337,17 @@ def _class_colors(num_classes: int) -> list[str]:
     return [f"hsl({i * GOLDEN_ANGLE % 360:.0f} {tones[i % 3][0]}% {tones[i % 3][1]}%)" for i in range(num_classes)]
 
 
-def _load_thumbnail(path: Path, size: int) -> Image.Image | None:
-    """Return the image with its longer side at most `size`; None if it was deleted or damaged since training."""
+def _load_thumbnail(records: Records, shown: Shown, size: int) -> Image.Image | None:
+    """Return a crop with its longer side at most `size`; None if it was deleted or damaged since training."""
     try:
-        image = Image.fromarray(load_image(path))
+        image, mask, _ = load_crop(records, *shown)
     except ImageError:
         return None
-    image.thumbnail((size, size))
-    return image
+    if mask is not None:
+        image = fill_background(image, mask, Fill("gray", (PADDING_GRAY,) * 3), None)
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((size, size))
+    return thumbnail
 
 
 def _jpeg_uri(image: Image.Image) -> str:
@@ -4330,8 +4356,8 @@ def _jpeg_uri(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _thumbnail_uri(root: Path, path: str) -> str | None:
-    image = _load_thumbnail(root / path, ERROR_THUMB_PX)
+def _thumbnail_uri(records: Records, shown: Shown) -> str | None:
+    image = _load_thumbnail(records, shown, ERROR_THUMB_PX)
     return _jpeg_uri(image) if image else None
 
 
@@ -4569,7 +4595,7 @@ def _map_view(report: ReportInput, test: _TestRows) -> dict[str, Any]:
     return {
         "points": points,
         "num_errors": sum(point["is_error"] for point in points),
-        "sprite": _map_sprite(size, [report.data_root / report.paths[row] for row in rows]),
+        "sprite": _map_sprite(size, report.records, [report.shown[row] for row in rows]),
         "size": size,
         "names": _place_names(report.class_names, places, report.labels[rows]),
         "counts": np.bincount(report.labels, minlength=len(report.class_names)).tolist(),
@@ -4616,14 +4642,15 @@ def _describe_point(report: ReportInput, row: int, guess: int | None) -> str:
     label, what = report.labels[row], report.split_names[row]
     if guess is not None:
         what += ", recognised" if guess == label else f", taken for {report.class_names[guess]}"
-    return f"{report.class_names[label]}\n{what}\n{report.paths[row]}"
+    masked = " (masked)" * report.shown[row].view
+    return f"{report.class_names[label]}\n{what}\n{report.records.paths[report.shown[row].row]}{masked}"
 
 
-def _map_sprite(size: tuple[int, int], paths: list[Path]) -> str:
+def _map_sprite(size: tuple[int, int], records: Records, pictures: list[Shown]) -> str:
     """Return all thumbnails as one JPEG grid: a third of the bytes of single files, which are mostly headers."""
     sprite = Image.new("RGB", (size[0] * MAP_THUMB_PX, size[1] * MAP_THUMB_PX), (226, 228, 232))
-    for index, path in enumerate(paths):
-        image = _load_thumbnail(path, MAP_THUMB_PX)
+    for index, shown in enumerate(pictures):
+        image = _load_thumbnail(records, shown, MAP_THUMB_PX)
         image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
         row, column = divmod(index, MAP_SPRITE_COLUMNS)
         left = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
@@ -4671,10 +4698,60 @@ def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
                 "score": float(report.test_scores[row, label]),
                 "reference": reference,
             }
-            for (kind, label), reference in zip(labels.items(), report.nearest_paths[row], strict=True)
+            for (kind, label), reference in zip(labels.items(), report.nearest[row], strict=True)
         ]
-        cards.append({"path": report.paths[test.rows[row]], "sides": sides})
+        shown = report.shown[test.rows[row]]
+        cards.append({"shown": shown, "path": report.records.paths[shown.row], "sides": sides})
     return {"cards": cards, "num_errors": len(wrong)}
+
+
+def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return how the same test crops fare as they are and masked, and those about which the two disagree, surest first."""
+    if figures is None or report.view_pairs is None:
+        return None
+    pairs = report.view_pairs
+    answers = pairs.scores.argmax(axis=2)
+    is_right = answers == pairs.labels
+    sureness = np.stack([np.exp(log_softmax(own / report.temperature)).max(axis=1) for own in pairs.scores])
+    differ = np.flatnonzero(answers[0] != answers[1])
+    differ = differ[np.argsort(-sureness[:, differ].sum(axis=0), kind="stable")]
+    cards = [
+        {
+            "path": report.records.paths[pairs.rows[i]],
+            "label": int(pairs.labels[i]),
+            "sides": [
+                {
+                    "shown": Shown(int(pairs.rows[i]), view),
+                    "label": int(answers[view, i]),
+                    "is_right": bool(is_right[view, i]),
+                    "probability": float(sureness[view, i]),
+                    "score": float(pairs.scores[view, i].max()),
+                }
+                for view in range(2)
+            ],
+        }
+        for i in differ[:MAX_ERRORS].tolist()
+    ]
+    tallies = {"only as it is": is_right[0] & ~is_right[1], "only masked": is_right[1] & ~is_right[0]}
+    tallies = {"both ways": is_right.all(axis=0), **tallies, "neither way": ~is_right.any(axis=0)}
+    return {
+        "figures": figures,
+        "cards": cards,
+        "num_differ": len(differ),
+        "tallies": {name: int(tally.sum()) for name, tally in tallies.items()},
+        "classes": _classes_by_view(is_right, pairs.labels),
+    }
+
+
+def _classes_by_view(is_right: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """Return recall as it is and masked of the classes that differ most between the two, (2, V) answers and (V,) labels."""
+    rows = []
+    for label in np.unique(labels).tolist():
+        recall = is_right[:, labels == label].mean(axis=1).tolist()
+        rows.append({"label": label, "count": int((labels == label).sum()), "recall": recall})
+    rows = [row for row in rows if row["recall"][0] != row["recall"][1]]
+    rows.sort(key=lambda row: (-abs(row["recall"][1] - row["recall"][0]), -row["count"]))
+    return rows[:MAX_VIEW_CLASSES]
 
 
 def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -4925,7 +5002,7 @@ _REPORT_HTML = """
 {% macro bar(share, kind="") %}
 <span class="bar"><i class="{{ kind }}" style="width: {{ (100 * share) | round(1) }}%"></i></span>
 {% endmacro %}
-{% macro picture(path) %}{% set uri = thumbnail(path) %}
+{% macro picture(shown, path) %}{% set uri = thumbnail(shown) %}
 <div class="frame">{% if uri %}<img src="{{ uri }}" alt="{{ path }}" title="{{ path }}">{% else %}no image{% endif %}</div>
 {% endmacro %}
 {% macro fact_list(facts) %}
@@ -4960,7 +5037,8 @@ _REPORT_HTML = """
   <p class="lead">{{ header.note }}</p>
 </header>
 <nav aria-label="Contents"><ul>
-  {% for id in ("summary", "run", "curves", "classes", "confusion", "map", "errors", "calibration", "data") %}
+  {% for id in ("summary", "run", "curves", "classes", "confusion", "views", "map", "errors", "calibration", "data")
+    if id != "views" or views %}
   <li><a href="#{{ id }}">{{ id | capitalize }}</a></li>
   {% endfor %}
 </ul></nav>
@@ -5122,6 +5200,61 @@ _REPORT_HTML = """
   {% endif %}
 </section>
 
+{% if views %}
+<section id="views"><h2>Views</h2>
+  <p class="lead">The {{ views.figures.images | count }} test crops that have a mask, by prototype matching: as they were cut,
+    and with their background replaced. The two disagree on {{ views.num_differ | count }}.</p>
+  <div class="split">
+    <div class="scroll"><table>
+      <thead><tr><th>View</th>
+        {% for head in ("Accuracy", "Macro F1", "Macro ROC AUC", "Recall@1") %}<th>{{ head }}</th>{% endfor %}
+      </tr></thead>
+      {% for name, text in (("bbox", "as it is"), ("mask", "masked")) %}
+      <tr><td>{{ text }}</td>
+        {% for key in ("acc", "f1_macro", "auc_macro", "recall_at_1") %}{% set value = views.figures[name][key] %}
+        <td><div class="score"><span>{{ value | num }}</span>{% if value is not none %}{{ bar(value) }}{% endif %}</div></td>
+        {% endfor %}
+      </tr>
+      {% endfor %}
+    </table></div>
+    <div><h3>Right</h3>
+      {% for name, count in views.tallies.items() %}
+      <div class="bar-row"><span>{{ name }}</span>{{ bar(count / views.figures.images) }}<span
+        class="right">{{ count | count }}</span></div>
+      {% endfor %}
+    </div>
+  </div>
+  {% if views.classes %}
+  <h3 class="space">Classes whose recall differs most</h3>
+  <div class="scroll"><table>
+    <thead><tr><th>Class</th><th class="n">Crops</th><th>As it is</th><th>Masked</th></tr></thead>
+    {% for row in views.classes %}
+    <tr><td><span class="swatch c{{ row.label }}"></span>{{ class_name(row.label) }}</td><td class="n">{{ row.count | count }}</td>
+      {% for value in row.recall %}
+      <td><div class="score"><span>{{ value | num }}</span>{{ bar(value) }}</div></td>
+      {% endfor %}
+    </tr>
+    {% endfor %}
+  </table></div>
+  {% endif %}
+  {% if views.cards %}
+  <h3 class="space">Crops about which the views disagree, the surest first</h3>
+  <div class="cards">
+    {% for card in views.cards %}
+    <article class="card"><div class="trio pair">
+      {% for side in card.sides %}
+      <figure><div class="who">{{ ("as it is", "masked")[loop.index0] }}</div>{{ picture(side.shown, card.path) }}<figcaption
+        class="{{ "good" if side.is_right else "bad" }}"><b>{{ class_name(side.label) }}</b><br>
+        p {{ side.probability | num }}<br>cos {{ side.score | num }}</figcaption></figure>
+      {% endfor %}
+    </div><span class="path">{{ class_name(card.label) }} · {{ card.path }}</span></article>
+    {% endfor %}
+  </div>
+  {{ more(views.num_differ, views.cards | length, " crops") }}
+  {% endif %}
+</section>
+{% endif %}
+
 <section id="map"><h2>Embedding map</h2>
   <p class="lead">Near points look alike to the model; distances between far groups mean little.
     {% if map.points | length < num_images %}
@@ -5166,9 +5299,9 @@ _REPORT_HTML = """
   <div class="cards">
     {% for card in errors.cards %}
     <article class="card"><div class="trio">
-      <figure><div class="who">test image</div>{{ picture(card.path) }}</figure>
+      <figure><div class="who">test image</div>{{ picture(card.shown, card.path) }}</figure>
       {% for side in card.sides %}
-      <figure><div class="who">{{ side.kind }}</div>{{ picture(side.reference) }}<figcaption
+      <figure><div class="who">{{ side.kind }}</div>{{ picture(side.reference, "") }}<figcaption
         class="{{ "good" if side.kind == "true" else "bad" }}"><b>{{ class_name(side.label) }}</b><br>
         p {{ side.probability | num }}<br>cos {{ side.score | num }}</figcaption></figure>
       {% endfor %}
@@ -5225,8 +5358,8 @@ _REPORT_HTML = """
   <div class="cards">
     {% for group in conflicts %}
     <div class="card strip">
-      {% for path in group[:4] %}
-      <figure>{{ picture(path) }}<span class="path">{{ path }}</span></figure>
+      {% for path, shown in group[:4] %}
+      <figure>{{ picture(shown, path) }}<span class="path">{{ path }}</span></figure>
       {% endfor %}
     </div>
     {% endfor %}
@@ -6286,11 +6419,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         f"prototypes: {len(gallery.stack_labels):,} references, matcher {gallery.matcher}"
         + f" (k = {gallery.knn_k})" * (gallery.matcher == "knn")
     )
+    view_pairs = None
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
-        pairs = pair_views(job, model, bank, embedded["test"])
-        compare_views(job, gallery, pairs)
-    write_report(gather_report(job, gallery, embedded), run.path / "report.html")
+        view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
+    report = gather_report(job, gallery, embedded)
+    write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
     if run.tracker is not None:
         for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
             run.tracker.artifact(run.path / name)
@@ -6359,11 +6493,11 @@ def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded
     return tuple(part.take(np.searchsorted(part.rows, common)) for part in pair)
 
 
-def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> None:
-    """Score the same crops with and without their background, and record it."""
+def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> ViewPairs | None:
+    """Score the same crops with and without their background, and record it; None when there are none."""
     labels = pair[0].labels
     if not len(labels):
-        return
+        return None
     scores = [gallery.scores(part.values) for part in pair]
     figures = {}
     for name, part, own in zip(VIEW_NAMES, pair, scores, strict=True):
@@ -6376,30 +6510,39 @@ def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -
         for name, text in (("bbox", "as they are"), ("mask", "masked"))
     )
     job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
+    return ViewPairs(pair[0].rows, labels, np.stack(scores))
 
 
 def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
     """Collect what the page shows from the run's files and the final embeddings."""
-    run, paths = job.run, job.records.paths
-    rows = np.concatenate([part.rows for part in embedded.values()])
-    test = embedded.get("test", embedded["train"].take(rows[:0]))
+    run, records = job.run, job.records
+    test = embedded.get("test", embedded["train"].take(np.zeros(0, np.int64)))
     scores = gallery.scores(test.values)
     nearest = nearest_references(gallery, test.values)
+    number_of = {records.paths[row]: row for row in records.rows("train").tolist()}
+    stacks = [
+        Shown(number_of[path], view)
+        for path, view in zip(gallery.stack_paths, gallery.stack_views.tolist(), strict=True)
+    ]
     return ReportInput(
         config=json.loads((run.path / "config.json").read_text(encoding="utf-8")),
         events=run.events(),
         data_report=json.loads((run.path / "data_report.json").read_text(encoding="utf-8")),
         class_names=job.records.class_names,
-        data_root=job.records.root,
+        records=records,
         embeddings=np.concatenate([part.values for part in embedded.values()]),
         labels=np.concatenate([part.labels for part in embedded.values()]),
         split_names=np.concatenate([np.full(len(part.rows), split) for split, part in embedded.items()]),
-        paths=[paths[row] for row in rows.tolist()],
+        shown=[
+            Shown(*key)
+            for part in embedded.values()
+            for key in zip(part.rows.tolist(), part.views.tolist(), strict=True)
+        ],
         thresholds=gallery.thresholds,
         test_scores=scores,
-        nearest_paths=[
-            [gallery.stack_paths[nearest[i, label]] for label in pair]
-            for i, pair in enumerate(zip(scores.argmax(axis=1).tolist(), test.labels.tolist(), strict=True))
+        nearest=[
+            (stacks[nearest[i, answer]], stacks[nearest[i, label]])
+            for i, (answer, label) in enumerate(zip(scores.argmax(axis=1).tolist(), test.labels.tolist(), strict=True))
         ],
         temperature=gallery.temperature,
     )
