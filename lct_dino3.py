@@ -2501,7 +2501,6 @@ def clean_mask(mask: np.ndarray) -> np.ndarray:
     cleaned = (sizes >= max(1, SPECK_SHARE * sizes.max()))[parts]
     holes, count = label(~cleaned)
     fill = np.bincount(holes.ravel(), minlength=count + 1) < HOLE_SHARE * cleaned.sum()
-    fill[0] = False
     for border in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):
         fill[border] = False
     return cleaned | fill[holes]

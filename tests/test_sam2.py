@@ -105,11 +105,22 @@ def check_fails(config: lct.Config) -> str:
 
 # --- the whole path ---------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_masks_are_those_that_sam2_itself_draws_on_the_crop(config: lct.Config, asked: list[bytes]) -> None:
+def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
+    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference gives sam2 the crop as it is; ours is squashed by a reading thread, and the mask enlarged again."""
     from sam2.build_sam import build_sam2
+    from sam2.modeling.sam.prompt_encoder import PromptEncoder
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+    prompts, encode = [], PromptEncoder.forward
+
+    def spy(self: PromptEncoder, points: tuple, **rest: object) -> object:  # random weights hardly heed a prompt
+        prompts.append(torch.cat([points[0], points[1][..., None].float()], dim=2).numpy())
+        return encode(self, points=points, **rest)
+
+    monkeypatch.setattr(PromptEncoder, "forward", spy)
+    PROPOSED.clear()
     config = dataclasses.replace(config, mask_cleanup=False)
     outcomes = generate(config)
     assert list(outcomes) == sorted(CROPS) and len(asked) == 3
@@ -118,6 +129,7 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(config: lct.Config, 
     predictor.set_image(image)
     box = np.array([0.02 * 90, 0.02 * 60, 0.98 * 90, 0.98 * 60])
     masks, scores, _ = predictor.predict(np.array([[45, 30]]), np.array([1]), box, multimask_output=True)
+    assert len(prompts) == 4 and all(np.allclose(prompt, prompts[3], atol=1e-3) for prompt in prompts)
     best = np.argmax(scores)
     with Image.open(config.data_root / "hammer/masks/0000.png") as file:
         assert (file.format, file.mode, file.size) == ("PNG", "L", (90, 60))
@@ -515,16 +527,26 @@ def test_a_foreign_checkpoint_is_refused_and_not_executed(
         write(path)
         message = check_fails(dataclasses.replace(config, sam2_ckpt=path))
         assert f"--sam2_ckpt {path}: is no checkpoint" in message, name
+        assert ("not what torch.save writes" in message) == (name in ("picture", "empty", "cut off", "pickle")), message
         assert len(message.splitlines()) == 2 and "curl -LO" in message and "weights_only=False" not in message
     assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("cfg", ["configs/sam2.1/sam2.1_hiera_s.yaml", "configs/sam2/sam2_hiera_t.yaml"])
 def test_a_checkpoint_of_another_config_is_refused(config: lct.Config, cfg: str) -> None:
+    """More blocks; and, in SAM 2.0, without three tensors of 2.1."""
     message = check_fails(dataclasses.replace(config, sam2_cfg=cfg))
     assert f"does not fit --sam2_cfg {cfg}" in message and len(message.splitlines()) == 2
     with pytest.raises(lct.UserError, match="does not fit"):
         generate(dataclasses.replace(config, sam2_cfg=cfg))
+
+
+def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused(config: lct.Config, tmp_path: Path) -> None:
+    payload = torch.load(config.sam2_ckpt, weights_only=True)
+    payload["model"]["no_mem_embed"] = payload["model"]["no_mem_embed"][..., :-1].clone()
+    torch.save(payload, tmp_path / "other.pt")
+    message = check_fails(dataclasses.replace(config, sam2_ckpt=tmp_path / "other.pt"))
+    assert "1 tensors are missing, foreign or of another shape (no_mem_embed" in message
 
 
 # --- reading ahead ----------------------------------------------------------------------------------------------------
@@ -533,11 +555,12 @@ def test_read_ahead_keeps_the_order_and_stays_near() -> None:
 
     def read(item: int) -> int:
         begun.append(item)
-        time.sleep(0.01 * (item % 3))
+        time.sleep(0.002 * (item % 3))
         return item * item
 
     for index, value in enumerate(lct._read_ahead(range(50), read, 3)):
         assert value == index * index
+        time.sleep(0.005)  # the model is slower than the readers
         assert len(begun) <= index + 1 + 2 * 3, "what is read ahead would fill the memory"
     assert sorted(begun) == list(range(50))
 
