@@ -2790,7 +2790,8 @@ def preview_masks(scan: Scan, config: Config) -> None:
         with contextlib.suppress(ImageError):  # gone since the scan
             image, mask, _ = load_crop(records, row, 1)
             score = f"   {outcome.score:.2f}" if outcome else ""
-            items.append(MaskPreview(records.paths[row] + score, image, mask, outcome.reason if outcome else ""))
+            note = outcome.reason if outcome and mask is None else ""  # refused once, and drawn by hand since: no note
+            items.append(MaskPreview(records.paths[row] + score, image, mask, note))
     write_masks_preview(config.out_dir / "masks_preview.png", items, len(number))
 
 
@@ -4249,7 +4250,7 @@ def render_report(report: ReportInput) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(num=_format_number, count="{:,}".format)
     environment.globals["thumbnail"] = functools.partial(_thumbnail_uri, report.records)
-    number_of = {report.records.paths[row]: row for row in range(len(report.records.paths))}
+    number_of = {report.records.paths[row]: Shown(row, 0) for row in range(len(report.records.paths))}
     conflicts = report.data_report["label_conflicts"][:MAX_CONFLICT_GROUPS]
     return environment.from_string(_REPORT_HTML).render(
         css=Markup(_REPORT_CSS),
@@ -4276,7 +4277,7 @@ def render_report(report: ReportInput) -> str:
         findings=findings,
         data_facts=_data_facts(report.data_report, findings),
         warnings=report.data_report["warnings"],
-        conflicts=[[(path, Shown(number_of[path], 0)) for path in group if path in number_of] for group in conflicts],
+        conflicts=[[(path, number_of.get(path)) for path in group] for group in conflicts],
     )
 
 
@@ -4355,8 +4356,8 @@ def _jpeg_uri(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _thumbnail_uri(records: Records, shown: Shown) -> str | None:
-    image = _load_thumbnail(records, shown, ERROR_THUMB_PX)
+def _thumbnail_uri(records: Records, shown: Shown | None) -> str | None:
+    image = _load_thumbnail(records, shown, ERROR_THUMB_PX) if shown else None
     return _jpeg_uri(image) if image else None
 
 
@@ -4930,6 +4931,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; margin-bottom: 1rem; }
 .card { border: 1px solid var(--line); border-radius: 12px; padding: .8rem; break-inside: avoid; }
 .trio, .strip { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
+.trio.pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .strip { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
 figure { margin: 0; font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption { margin-top: .35rem; }

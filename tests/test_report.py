@@ -71,13 +71,17 @@ def make_report(
     predictions = np.where(np.arange(len(truth)) % 2, (truth + 1) % len(names), truth)
     scores = rng.uniform(-0.2, 0.4, (len(truth), len(names))).astype(np.float32)
     scores[np.arange(len(truth)), predictions] = rng.uniform(0.5, 0.9, len(truth))
+    records = lct.Records(
+        root, names, lct.PathTable(paths), labels.astype(np.int32), np.arange(len(paths)), np.zeros(len(paths), np.int8)
+    )
     return lct.ReportInput(
         config={"options": lct.Config().as_plain() | {"data_root": str(root), "model_id": names[0]},
                 "device": "cpu", "versions": {"python": "3.11"}},
         events=make_events(names, num_epochs, has_test), data_report=make_data_report(names, paths),
-        class_names=names, data_root=root, embeddings=vectors, labels=labels, split_names=splits, paths=paths,
+        class_names=names, records=records, embeddings=vectors, labels=labels, split_names=splits,
+        shown=[lct.Shown(row, 0) for row in range(len(paths))],
         thresholds=np.linspace(0.111, 0.999, len(names)), test_scores=scores,
-        nearest_paths=[["", f"{a}/{12 * a + 1}.png"] for a in truth], temperature=0.1,
+        nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()], temperature=0.1,
     )  # fmt: skip
 
 
@@ -251,7 +255,7 @@ def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     assert views["num_errors"] == 60 and len(sure) == lct.MAX_ERRORS and sure == sorted(sure, reverse=True)
     row = int(np.flatnonzero(report.split_names == "test")[1])
     powers = [math.exp(float(cosine) / 0.1) for cosine in report.test_scores[1]]
-    card = next(card for card in views["cards"] if card["path"] == report.paths[row])
+    card = next(card for card in views["cards"] if card["path"] == report.records.paths[row])
     assert [side["kind"] for side in card["sides"]] == ["predicted", "true"]
     assert card["sides"][0]["probability"] == pytest.approx(max(powers) / sum(powers), rel=1e-6)
 
@@ -321,3 +325,43 @@ def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
     report = replace(report, data_report=report.data_report | {"quarantined": many})
     text = write(report, tmp_path / "report.html")
     assert text.count(".jpg — truncated") == lct.MAX_LISTED and "and 1,034 more" in text
+
+
+def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "data")
+    rows = np.flatnonzero(report.split_names == "test")
+    labels = report.labels[rows]
+    scores = np.full((2, len(rows), len(PLAIN)), 0.1)
+    answers = np.stack([labels, np.where(np.arange(len(rows)) == 1, (labels + 1) % len(PLAIN), labels)])
+    np.put_along_axis(scores, answers[:, :, None], 0.8, axis=2)  # masked, the second crop is taken for another class
+    figures = {"acc": 1.0, "f1_macro": 1.0, "auc_macro": None, "recall_at_1": 0.9}
+    event = {
+        "event": "test_views",
+        "images": len(rows),
+        "disagree": 1,
+        "bbox": figures,
+        "mask": figures | {"acc": 0.8333},
+    }
+    pairs = lct.ViewPairs(rows, labels, scores)
+    text = write(replace(report, events=[*report.events, event], view_pairs=pairs), tmp_path / "report.html")
+    section = text[text.index('id="views"') : text.index('id="map"')]
+    assert "0.833" in section and section.count('class="card"') == 1
+    assert f"{PLAIN[labels[1]]}" in section and report.records.paths[rows[1]] in section
+    assert [lct._view_comparison(report, None), 'href="#views"' in write(report, tmp_path / "b.html")] == [None, False]
+    view = lct._view_comparison(replace(report, view_pairs=pairs), event)
+    assert list(view["tallies"].values()) == [len(rows) - 1, 1, 0, 0]
+    assert view["classes"] == [{"label": int(labels[1]), "count": 2, "recall": [1.0, 0.5]}]
+
+
+def test_a_masked_test_image_is_shown_masked(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "data")
+    Image.fromarray(np.full((30, 50, 3), (250, 0, 0), np.uint8)).save(tmp_path / "data/0/1.png")
+    mask = np.zeros((30, 50), np.uint8)
+    mask[:, :25] = 255
+    (tmp_path / "data/0/masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "data/0/masks/1_mask.png")
+    masks = lct.PathTable(["", "0/masks/1_mask.png", *[""] * (len(report.labels) - 2)])
+    records = replace(report.records, masks=masks)
+    plain, masked = (np.asarray(lct._load_thumbnail(records, lct.Shown(1, view), 50)) for view in (0, 1))
+    assert (plain == (250, 0, 0)).all()
+    assert (masked[:, :25] == (250, 0, 0)).all() and (masked[:, 25:] == lct.PADDING_GRAY).all()
