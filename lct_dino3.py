@@ -4415,20 +4415,26 @@ def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
     return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
 
 
+def _describe_matcher(prototypes: dict[str, Any] | None) -> str:
+    """Return in words how a query is matched, from the proto_end event."""
+    if prototypes is None:
+        return "–"
+    if prototypes["matcher"] == "centroid":
+        return "nearest centroid"
+    k = prototypes["knn_k"]
+    return "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
+
+
 def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
-    options, matcher = report.config["options"], figures.prototypes or {"matcher": "unknown"}
+    options = report.config["options"]
     seconds = sum(epoch["seconds"] for epoch in figures.epochs)
     started = datetime.fromtimestamp(report.events[0]["time"], tz=UTC) if report.events else None
-    matchers = {
-        "centroid": "nearest centroid",
-        "knn": f"mean of the {matcher.get('knn_k')} nearest references of a class",
-    }
     return [
         ("Model", options["model_id"]),
         ("Backbone", "frozen" if options["freeze_backbone"] else "fine-tuned"),
         ("Embedding", options["emb_dim"]),
         ("Image size", options["img_size"]),
-        ("Matcher", matchers.get(matcher["matcher"], "–")),
+        ("Matcher", _describe_matcher(figures.prototypes)),
         ("Epochs", f"{len(figures.epochs)} of {options['epochs']}, {_format_duration(seconds)}"),
         ("Seed", options["seed"]),
         ("Device", report.config["device"]),
