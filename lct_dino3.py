@@ -154,7 +154,7 @@ DATA_TREE = """expected:  data_root/
                    cropped/       or in a folder `cropped`
                        0001.jpg"""
 MASKS_WAYS_OUT = (
-    "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 make them: --auto_generate_masks --sam2_ckpt FILE"
+    "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
 )
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
@@ -4189,7 +4189,7 @@ class ViewPairs:
 
 @dataclass(frozen=True)
 class ReportInput:
-    """Everything the page shows. N images, T of them test, C classes."""
+    """Everything the page shows. N views of images, T of them of the test, C classes; with --crop_mode mix an image has two."""
 
     config: dict[str, Any]  # parsed config.json
     events: list[dict[str, Any]]  # parsed metrics.jsonl
@@ -4205,6 +4205,12 @@ class ReportInput:
     nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
     temperature: float  # probability = softmax(score / temperature)
     view_pairs: ViewPairs | None = None  # None when no test crop has a mask
+
+    def count_images(self, split: str | None = None) -> np.ndarray:
+        """Return how many images each class has, in one split or in all, int64 (C,); an image counts once."""
+        first = np.unique([shown.row for shown in self.shown], return_index=True)[1]
+        labels = self.labels[first] if split is None else self.labels[first][self.split_names[first] == split]
+        return np.bincount(labels, minlength=len(self.class_names))
 
 
 @dataclass(frozen=True)
@@ -4258,12 +4264,14 @@ def render_report(report: ReportInput) -> str:
         script_hash=base64.b64encode(hashlib.sha256(_REPORT_JS.encode()).digest()).decode(),
         colors=_class_colors(len(report.class_names)),
         class_names=report.class_names,
-        num_images=len(report.labels),
+        num_images=int(report.count_images().sum()),
+        num_views=len(report.labels),
         num_test=len(test.rows),
+        of_test="views of test images" if len(test.rows) > report.count_images("test").sum() else "test images",
         split_names=SPLIT_NAMES,
         max_listed=MAX_LISTED,
         figures=figures,
-        header=_header_view(report, figures, len(test.rows)),
+        header=_header_view(report, figures),
         facts=_run_facts(report, figures),
         options=sorted(report.config["options"].items()),
         curves=_curve_views(figures),
@@ -4364,7 +4372,8 @@ def _thumbnail_uri(records: Records, shown: Shown | None) -> str | None:
 # --- header
 
 
-def _header_view(report: ReportInput, figures: _Figures, num_test: int) -> dict[str, Any]:
+def _header_view(report: ReportInput, figures: _Figures) -> dict[str, Any]:
+    num_test = int(report.count_images("test").sum())
     if figures.test:
         from scipy.stats import binomtest
 
@@ -4389,8 +4398,7 @@ def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]
     split, best = figures.scored, figures.best
     by = "prototypes" if split == "test" else "ArcFace"
     best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
-    in_split = {name: int((report.split_names == name).sum()) for name in SPLIT_NAMES}
-    in_class = np.bincount(report.labels, minlength=len(report.class_names))
+    in_split, in_class = {name: int(report.count_images(name).sum()) for name in SPLIT_NAMES}, report.count_images()
     scores = (
         ("Accuracy", "acc", f"prototypes, {in_split['test']:,} test images" if figures.test else "prototypes, val"),
         ("Macro F1", "f1_macro", f"{by}, {split}"),
@@ -4401,7 +4409,7 @@ def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]
     return [
         *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
         ("Best epoch", f"{best['epoch']}" if best else "–", best_note),
-        ("Images", f"{len(report.labels):,}", ", ".join(f"{n:,} {name}" for name, n in in_split.items() if n)),
+        ("Images", f"{in_class.sum():,}", ", ".join(f"{n:,} {name}" for name, n in in_split.items() if n)),
         ("Classes", f"{len(report.class_names):,}", f"{in_class.min():,} to {in_class.max():,} images each"),
     ]
 
@@ -4533,11 +4541,7 @@ def _calibration_view(test: _TestRows) -> dict[str, Any] | None:
 
 def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
     """Return one row a class: counts by split, scores of the split that the page leads with, threshold."""
-    counts = {
-        split: np.bincount(report.labels[report.split_names == split], minlength=len(report.class_names))
-        for split in SPLIT_NAMES
-    }
-    rows = []
+    counts, rows = {split: report.count_images(split) for split in SPLIT_NAMES}, []
     for label, name in enumerate(report.class_names):
         scores = figures.per_class.get(name, {})
         row = {split: int(counts[split][label]) for split in SPLIT_NAMES}
@@ -4604,7 +4608,7 @@ def _map_view(report: ReportInput, test: _TestRows) -> dict[str, Any]:
         "sprite": _map_sprite(size, report.records, [report.shown[row] for row in rows]),
         "size": size,
         "names": _place_names(report.class_names, places, report.labels[rows]),
-        "counts": np.bincount(report.labels, minlength=len(report.class_names)).tolist(),
+        "counts": report.count_images().tolist(),
         "splits": [split for split in SPLIT_NAMES if (report.split_names == split).any()],
     }
 
@@ -5264,8 +5268,9 @@ _REPORT_HTML = """
 
 <section id="map"><h2>Embedding map</h2>
   <p class="lead">Near points look alike to the model; distances between far groups mean little.
-    {% if map.points | length < num_images %}
-    {{ map.points | length | count }} of {{ num_images | count }} images, the same share of every class and split.
+    {% if map.points | length < num_views %}
+    {{ map.points | length | count }} of {{ num_views | count }} {{ "images" if num_views == num_images else "views" }}, the same
+    share of every class and split.
     {% endif %}
     {% if map.num_errors %}
     Rings mark the {{ map.num_errors | count }} wrong test image{{ "s" if map.num_errors > 1 else "" }}.
@@ -5300,7 +5305,7 @@ _REPORT_HTML = """
 
 <section id="errors"><h2>Worst errors</h2>
   {% if errors.cards %}
-  <p class="lead">{{ errors.num_errors | count }} of {{ num_test | count }} test images are wrong; the {{
+  <p class="lead">{{ errors.num_errors | count }} of {{ num_test | count }} {{ of_test }} are wrong; the {{
     errors.cards | length if errors.num_errors > errors.cards | length else "" }} surest come first, each beside its nearest
     training image of the predicted and of the true class. A wrong label in the data shows here first.</p>
   <div class="cards">
@@ -5316,7 +5321,7 @@ _REPORT_HTML = """
     {% endfor %}
   </div>
   {% elif num_test %}
-  <p class="good">Not one of {{ num_test | count }} test images is wrong.</p>
+  <p class="good">Not one of {{ num_test | count }} {{ of_test }} is wrong.</p>
   {% else %}
   <p class="lead">No test split: no image was held out to be wrong about.</p>
   {% endif %}

@@ -368,3 +368,17 @@ def test_a_masked_test_image_is_shown_masked(tmp_path: Path) -> None:
     plain, masked = (np.asarray(lct._load_thumbnail(records, lct.Shown(1, view), 50)) for view in (0, 1))
     assert (plain == (250, 0, 0)).all()
     assert (masked[:, :25] == (250, 0, 0)).all() and (masked[:, 25:] == lct.PADDING_GRAY).all()
+
+
+def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "data")
+    twice = {
+        name: np.concatenate([getattr(report, name)] * 2)
+        for name in ("embeddings", "labels", "split_names", "test_scores")
+    }
+    shown = [*report.shown, *(lct.Shown(row, 1) for row in range(len(report.labels)))]
+    both = replace(report, **twice, shown=shown, nearest=report.nearest * 2)
+    assert both.count_images().tolist() == report.count_images().tolist() == [12, 12, 12]
+    assert both.count_images("test").tolist() == [2, 2, 2]
+    text = write(both, tmp_path / "report.html")
+    assert "6 of 12 views of test images are wrong" in " ".join(text.split()) and "36 images" in text
