@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_image
+from conftest import TINY_RUN, draw_image
 from PIL import Image
+from test_masks import make_masked_dataset
 
 import lct_dino3 as lct
 
@@ -642,3 +643,89 @@ def test_captions_are_readable_in_cyrillic_and_cut_in_the_middle() -> None:
     assert font.getlength(cut) <= 300 < font.getlength(cut + "mm") and "…" in cut
     assert cut.startswith("hammer/") and cut.endswith("0.91")
     assert lct._fit_text("short", font, 300) == "short"
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+def missing_flags(config: lct.Config, root: Path) -> tuple[object, ...]:
+    return (
+        "--data_root",
+        root,
+        "--sam2_cfg",
+        TINY,
+        "--sam2_ckpt",
+        config.sam2_ckpt,
+        "--mask_min_score",
+        "0",
+        "--gpus",
+        "0",
+    )
+
+
+@pytest.fixture
+def two_missing(tmp_path: Path) -> Path:
+    """Three classes with masks, two of which are missing and one of which is refused."""
+    root = make_masked_dataset(tmp_path / "masked", 6)
+    (root / "bolt/masks/00_mask.png").unlink()
+    Image.new("L", (48, 48)).save(root / "nut/masks/01_mask.png")
+    return root
+
+
+def test_command_masks_draws_what_is_missing_and_overwrites_nothing(
+    config: lct.Config, two_missing: Path, asked: list[bytes], call_main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in two_missing.rglob("*.png")}
+    out_dir = config.out_dir
+    assert call_main("masks", "--out_dir", out_dir, *missing_flags(config, two_missing)) == 0
+    drawn = set(two_missing.rglob("*.png")) - set(before)
+    log = {record["path"]: record["reason"] for record in read_lines(config)}
+    assert set(log) == {"bolt/cropped/00.png", "nut/cropped/01.png"} and len(asked) == 2
+    expected = {"bolt/masks/00_mask.png": "bolt/cropped/00.png", "nut/masks/01.png_mask.png": "nut/cropped/01.png"}
+    assert {str(path.relative_to(two_missing)) for path in drawn} == {
+        target for target, crop in expected.items() if not log[crop]
+    }
+    assert all(path.read_bytes() == data for path, data in before.items())
+    table = capsys.readouterr().out.splitlines()
+    heads = next(line for line in table if line.startswith("class"))
+    assert heads.split() == ["class", "crops", "with", "mask", "by", "SAM-2", "not", "drawn", "without"]
+    total = next(line for line in table if line.startswith("all")).split()
+    assert total == ["all", "18", str(16 + len(drawn)), str(len(drawn)), str(2 - len(drawn)), str(2 - len(drawn))]
+    report = json.loads((out_dir / "data_report.json").read_text(encoding="utf-8"))
+    assert report["masks"]["made"] == len(drawn) and len(report["masks"]["not_made"]) == 2 - len(drawn)
+    with Image.open(out_dir / "masks_preview.png") as sheet:
+        assert sheet.width > 600 and sheet.height > 600
+    assert call_main("masks", "--out_dir", out_dir, *missing_flags(config, two_missing)) == 0
+    assert len(asked) == 2, "a second start has nothing left to do"
+
+
+@pytest.mark.parametrize("masks_out", [False, True])
+def test_training_draws_missing_masks_first(
+    config: lct.Config, two_missing: Path, asked: list[bytes], call_main: Callable, tmp_path: Path, masks_out: bool
+) -> None:
+    flags = missing_flags(config, two_missing) + (("--masks_out", tmp_path / "made") if masks_out else ())
+    before = set(two_missing.rglob("*"))
+    args = ("--out_dir", config.out_dir, "--crop_mode", "mask", "--auto_generate_masks", *flags, *TINY_RUN)
+    assert call_main(*args) == 0
+    assert len(asked) == 2
+    if masks_out:
+        assert set(two_missing.rglob("*")) == before, "data_root is as it was"
+    drawn = sum(not record["reason"] for record in read_lines(config))
+    report = json.loads((config.out_dir / "data_report.json").read_text(encoding="utf-8"))
+    assert report["masks"]["usable"] == 16 + drawn
+    assert (config.out_dir / "masks_preview.png").exists() and (config.out_dir / "prototypes.npz").exists()
+    with np.load(config.out_dir / "prototypes.npz", allow_pickle=False) as file:
+        shown_masked = set(file["stack_paths"][file["stack_views"] == 1].tolist())
+    if not read_lines(config)[0]["reason"] and "bolt/cropped/00.png" in splits_of(config)["train"]:
+        assert "bolt/cropped/00.png" in shown_masked
+
+
+def splits_of(config: lct.Config) -> dict[str, list[str]]:
+    table = json.loads((config.out_dir / "splits.json").read_text(encoding="utf-8"))
+    return {split: [path for paths in table[split].values() for path in paths] for split in lct.SPLIT_NAMES}
+
+
+def test_training_checks_what_sam2_needs_before_any_work(
+    two_missing: Path, tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    args = ("--data_root", two_missing, "--out_dir", tmp_path / "run", "--auto_generate_masks", *TINY_RUN)
+    assert call_main(*args, "--sam2_ckpt", tmp_path / "none.pt") == 2
+    assert "--sam2_ckpt" in capsys.readouterr().err and not (tmp_path / "run").exists()
