@@ -101,6 +101,8 @@ TARGET_PRECISION = 0.95  # of the answers that a threshold lets pass
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
+BOOTSTRAP_DRAWS = 500
+RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
 CHECKPOINT_FORMAT = 2
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
@@ -3457,6 +3459,92 @@ def cross_entropy(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
+def retrieval_metrics(
+    queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
+) -> dict[str, float | None]:
+    """Score a search for references of the same class.
+
+    MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): the precision at each rank among the first R
+    that holds a right reference, summed and divided by R, where R is the number of references of the query's class.
+
+    Args:
+        queries, labels: (Q, D) unit norm and (Q,); those of classes without references are left out.
+        stacks, stack_labels: (N, D) unit norm and (N,), the references.
+    """
+    counts = np.bincount(stack_labels, minlength=int(labels.max(initial=0)) + 1)
+    usable = np.flatnonzero(counts[labels] > 0)
+    top = min(len(stacks), max(5, int(counts.max(initial=0))))
+    hits = np.zeros(2)
+    precision_sum = 0.0
+    for part in np.array_split(usable, max(1, -(-len(usable) * len(stacks) // RETRIEVAL_CHUNK))):
+        cosine = queries[part] @ stacks.T
+        first = np.argpartition(-cosine, top - 1, axis=1)[:, :top]
+        order = np.argsort(-np.take_along_axis(cosine, first, axis=1), axis=1, kind="stable")
+        is_right = stack_labels[np.take_along_axis(first, order, axis=1)] == labels[part][:, None]
+        hits += is_right[:, 0].sum(), is_right[:, :5].any(axis=1).sum()
+        ranks = np.arange(1, top + 1)
+        num_right = counts[labels[part]]
+        precision = np.cumsum(is_right, axis=1) / ranks * is_right * (ranks <= num_right[:, None])
+        precision_sum += float((precision.sum(axis=1) / num_right).sum())
+    values = (*hits.tolist(), precision_sum)
+    names = ("recall_at_1", "recall_at_5", "map_at_r")
+    return {name: value / len(usable) if len(usable) else None for name, value in zip(names, values, strict=True)}
+
+
+def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float | None]:
+    """Say how well a score tells known objects, which should have the higher ones, from unknown ones.
+
+    Returns:
+        auroc: the chance that a known object scores above an unknown one; fpr95: the share of unknowns that pass when the
+        threshold lets 95 % of the known ones pass.
+    """
+    from scipy.stats import rankdata
+
+    if not len(known) or not len(unknown):
+        return {"auroc": None, "fpr95": None}
+    ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
+    area = (ranks.sum() - len(known) * (len(known) + 1) / 2) / (len(known) * len(unknown))
+    threshold = np.sort(known)[math.floor(0.05 * len(known))]  # at least 95 % are not below it
+    return {"auroc": float(area), "fpr95": float((unknown >= threshold).mean())}
+
+
+def calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float | None:
+    """Return the expected calibration error over equal bins of confidence (N,) (Guo et al., arXiv:1706.04599, eq. 3)."""
+    if not len(confidence):
+        return None
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gap = np.bincount(bins, is_right, minlength=num_bins) - np.bincount(bins, confidence, minlength=num_bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def precision_threshold(scores: np.ndarray, is_right: np.ndarray, precision: float) -> float:
+    """Return the least score (N,) at or above which that share of the answers is right; above all of them if there is none.
+
+    Answers of one score come or go together.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    shares = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
+    is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
+    enough = np.flatnonzero((shares >= precision) & is_last_of_score)
+    if not len(enough):
+        return float(np.nextafter(np.float32(scores.max(initial=-1.0)), np.float32(2.0)))
+    return float(ranked[enough[-1]])
+
+
+def bootstrap_interval(statistic: Callable[[np.ndarray], float | None], size: int) -> tuple[float, float] | None:
+    """Return the 95 % percentile interval of a figure over samples drawn anew with replacement; deterministic.
+
+    Args:
+        statistic: of positions int (size,) of the samples drawn; None where it is not defined.
+        size: number of samples.
+    """
+    rng = np.random.default_rng(0)
+    draws = [statistic(rng.integers(0, size, size)) for _ in range(BOOTSTRAP_DRAWS)] if size else []
+    defined = [value for value in draws if value is not None]
+    return tuple(np.quantile(defined, (0.025, 0.975)).tolist()) if defined else None
+
+
 # ======================================================================================================================
 # 13  TRAIN STATE & CHECKPOINTS
 # ======================================================================================================================
@@ -3740,21 +3828,12 @@ def fit_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     """
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == labels
-    thresholds = np.full(scores.shape[1], _precision_threshold(best, is_right), dtype=np.float32)
+    thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, TARGET_PRECISION), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES
     for label in np.flatnonzero(~is_pooled):
         mine = answers == label
-        thresholds[label] = _precision_threshold(best[mine], is_right[mine])
+        thresholds[label] = precision_threshold(best[mine], is_right[mine], TARGET_PRECISION)
     return thresholds, is_pooled
-
-
-def _precision_threshold(scores: np.ndarray, is_right: np.ndarray) -> float:
-    order = np.argsort(-scores, kind="stable")
-    precision = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero(precision >= TARGET_PRECISION)
-    if not len(enough):
-        return float(np.nextafter(np.float32(scores.max(initial=-1.0)), np.float32(2.0)))  # above all that was seen
-    return float(scores[order[enough[-1]]])
 
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
