@@ -102,6 +102,10 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 BOOTSTRAP_DRAWS = 500
+BOOTSTRAP_SAMPLES = 50_000_000  # draws x samples: above it fewer draws, which then suffice
+PRECISION_TARGETS = (0.90, 0.95, 0.99)
+HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
+FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
 CHECKPOINT_FORMAT = 2
 PROTOTYPES_FORMAT = 2
@@ -3459,36 +3463,37 @@ def cross_entropy(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
-def retrieval_metrics(
+def retrieval_scores(
     queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
-) -> dict[str, float | None]:
-    """Score a search for references of the same class.
+) -> dict[str, np.ndarray]:
+    """Score a search for references of the same class, query by query; the means over queries are the usual figures.
 
     MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): the precision at each rank among the first R
     that holds a right reference, summed and divided by R, where R is the number of references of the query's class.
 
     Args:
-        queries, labels: (Q, D) unit norm and (Q,); those of classes without references are left out.
+        queries, labels: (Q, D) unit norm and (Q,).
         stacks, stack_labels: (N, D) unit norm and (N,), the references.
+
+    Returns:
+        recall_at_1, recall_at_5, map_at_r, each (Q,); NaN for a query whose class has no reference.
     """
     counts = np.bincount(stack_labels, minlength=int(labels.max(initial=0)) + 1)
-    usable = np.flatnonzero(counts[labels] > 0)
+    num_right = counts[labels]
     top = min(len(stacks), max(5, int(counts.max(initial=0))))
-    hits = np.zeros(2)
-    precision_sum = 0.0
+    ranks = np.arange(1, top + 1)
+    found = {name: np.full(len(labels), np.nan) for name in ("recall_at_1", "recall_at_5", "map_at_r")}
+    usable = np.flatnonzero(num_right > 0)
     for part in np.array_split(usable, max(1, -(-len(usable) * len(stacks) // RETRIEVAL_CHUNK))):
         cosine = queries[part] @ stacks.T
         first = np.argpartition(-cosine, top - 1, axis=1)[:, :top]
         order = np.argsort(-np.take_along_axis(cosine, first, axis=1), axis=1, kind="stable")
         is_right = stack_labels[np.take_along_axis(first, order, axis=1)] == labels[part][:, None]
-        hits += is_right[:, 0].sum(), is_right[:, :5].any(axis=1).sum()
-        ranks = np.arange(1, top + 1)
-        num_right = counts[labels[part]]
-        precision = np.cumsum(is_right, axis=1) / ranks * is_right * (ranks <= num_right[:, None])
-        precision_sum += float((precision.sum(axis=1) / num_right).sum())
-    values = (*hits.tolist(), precision_sum)
-    names = ("recall_at_1", "recall_at_5", "map_at_r")
-    return {name: value / len(usable) if len(usable) else None for name, value in zip(names, values, strict=True)}
+        precision = np.cumsum(is_right, axis=1) / ranks * is_right * (ranks <= num_right[part][:, None])
+        found["recall_at_1"][part] = is_right[:, 0]
+        found["recall_at_5"][part] = is_right[:, :5].any(axis=1)
+        found["map_at_r"][part] = precision.sum(axis=1) / num_right[part]
+    return found
 
 
 def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float | None]:
@@ -3532,17 +3537,30 @@ def precision_threshold(scores: np.ndarray, is_right: np.ndarray, precision: flo
     return float(ranked[enough[-1]])
 
 
-def bootstrap_interval(statistic: Callable[[np.ndarray], float | None], size: int) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of a figure over samples drawn anew with replacement; deterministic.
+def bootstrap_interval(statistic: Callable[[np.ndarray], float | None], images: np.ndarray) -> list[float] | None:
+    """Return the 95 % percentile interval of a figure over images drawn anew with replacement; deterministic.
 
     Args:
-        statistic: of positions int (size,) of the samples drawn; None where it is not defined.
-        size: number of samples.
+        statistic: of the positions of the samples drawn; None where it is not defined.
+        images: int (N,), the image of each sample: two views of one come or go together.
     """
+    unique, inverse = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(0)
-    draws = [statistic(rng.integers(0, size, size)) for _ in range(BOOTSTRAP_DRAWS)] if size else []
-    defined = [value for value in draws if value is not None]
-    return tuple(np.quantile(defined, (0.025, 0.975)).tolist()) if defined else None
+    values = []
+    for _ in range(min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, len(images)))):
+        times = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
+        values.append(statistic(np.repeat(np.arange(len(images)), times[inverse])))
+    defined = [value for value in values if value is not None]
+    return np.quantile(defined, (0.025, 0.975)).tolist() if defined else None
+
+
+def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float | None:
+    """Return the mean F1 of the classes that occur in `labels`; an answer of -1 (`unknown`) is right for none."""
+    hits = np.bincount(labels[labels == answers], minlength=num_classes)
+    support = np.bincount(labels, minlength=num_classes)
+    given = np.bincount(answers[answers >= 0], minlength=num_classes)
+    present = support > 0
+    return float((2 * hits[present] / (support + given)[present]).mean()) if present.any() else None
 
 
 # ======================================================================================================================
@@ -3834,6 +3852,106 @@ def fit_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
         mine = answers == label
         thresholds[label] = precision_threshold(best[mine], is_right[mine], TARGET_PRECISION)
     return thresholds, is_pooled
+
+
+def measure_gallery(gallery: Gallery, val: Embedded, test: Embedded, unknown: np.ndarray | None) -> dict[str, Any]:
+    """Measure all that production will ask of a gallery; whatever is chosen is chosen on val.
+
+    Args:
+        gallery: with its matcher, thresholds and temperature.
+        val, test: queries of known classes.
+        unknown: scores (U, C) of objects of no class; None: classes are held out in turn.
+
+    Returns:
+        closed: by `centroid` and by `knn`, acc and f1_macro with intervals; retrieval: recall_at_1, recall_at_5, map_at_r;
+        open_set: auroc, fpr95; answers: at each precision asked for, threshold from val, precision and coverage on test;
+        ece; few: classes with fewer than FEW_IMAGES test images.
+    """
+    scores = gallery.scores(test.values)
+    answers, best = scores.argmax(axis=1), scores.max(axis=1)
+    is_right = answers == test.labels
+    probabilities = np.exp(log_softmax(scores / gallery.temperature)).max(axis=1)
+    found = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
+    support = np.bincount(test.labels, minlength=len(gallery.class_names))
+    return {
+        "closed": {
+            matcher.matcher: _closed_set(matcher.scores(test.values).argmax(axis=1), test, len(gallery.class_names))
+            | ({"k": matcher.knn_k} if matcher.matcher == "knn" else {})
+            for matcher in (dataclasses.replace(gallery, matcher="centroid"), best_knn(gallery, val))
+        },
+        "retrieval": {name: _mean_with_interval(values, test.rows) for name, values in found.items()},
+        "open_set": open_set_figures(scores, test.labels, unknown),
+        "answers": [_answers_at(gallery, val, best, is_right, target) for target in PRECISION_TARGETS],
+        "thresholds": {
+            "coverage": float((best >= gallery.thresholds[answers]).mean()),
+            "precision": mean_or_none(is_right[best >= gallery.thresholds[answers]].astype(float)),
+        },
+        "ece": calibration_error(probabilities, is_right),
+        "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
+    }
+
+
+def best_knn(gallery: Gallery, val: Embedded) -> Gallery:
+    """Return the gallery with the k of KNN_CHOICES that is right most often on val; the first of equals."""
+    candidates = [dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES]
+    return max(candidates, key=lambda own: float((own.scores(val.values).argmax(axis=1) == val.labels).mean()))
+
+
+def _closed_set(answers: np.ndarray, test: Embedded, num_classes: int) -> dict[str, Any]:
+    is_right = (answers == test.labels).astype(float)
+    return {
+        "acc": _mean_with_interval(is_right, test.rows),
+        "f1_macro": {
+            "value": macro_f1(test.labels, answers, num_classes),
+            "interval": bootstrap_interval(
+                lambda kept: macro_f1(test.labels[kept], answers[kept], num_classes), test.rows
+            ),
+        },
+    }
+
+
+def _mean_with_interval(values: np.ndarray, images: np.ndarray) -> dict[str, Any]:
+    return {
+        "value": mean_or_none(values),
+        "interval": bootstrap_interval(lambda kept: mean_or_none(values[kept]), images),
+    }
+
+
+def open_set_figures(scores: np.ndarray, labels: np.ndarray, unknown: np.ndarray | None) -> dict[str, Any]:
+    """Return auroc and fpr95 of the best similarity.
+
+    Args:
+        scores, labels: (N, C) and (N,), objects of known classes.
+        unknown: scores (U, C) of objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its
+            objects are the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so
+            that strangers will be harder.
+    """
+    if unknown is not None:
+        figures = open_set_metrics(scores.max(axis=1), unknown.max(axis=1))
+        return figures | {"unknowns": len(unknown), "source": "images of no class"}
+    folds = np.arange(scores.shape[1]) % min(HELD_OUT_FOLDS, scores.shape[1])
+    figures = []
+    for fold in range(int(folds.max(initial=0)) + 1):
+        left = scores[:, folds != fold].max(axis=1, initial=-1.0)
+        is_unknown = folds[labels] == fold
+        figures.append(open_set_metrics(left[~is_unknown], left[is_unknown]))
+    means = {key: mean_or_none(np.array([own[key] for own in figures], dtype=float)) for key in ("auroc", "fpr95")}
+    return means | {"unknowns": len(labels), "source": "classes held out in turn"}
+
+
+def _answers_at(
+    gallery: Gallery, val: Embedded, best: np.ndarray, is_right: np.ndarray, target: float
+) -> dict[str, Any]:
+    """Return what one threshold for all classes, chosen on val, gives on test."""
+    scores = gallery.scores(val.values)
+    threshold = precision_threshold(scores.max(axis=1), scores.argmax(axis=1) == val.labels, target)
+    passed = best >= threshold
+    return {
+        "target": target,
+        "threshold": threshold,
+        "coverage": float(passed.mean()),
+        "precision": mean_or_none(is_right[passed].astype(float)),
+    }
 
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
@@ -4245,7 +4363,6 @@ MAX_LISTED = 200
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
 MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
 MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
-SMALL_SUPPORT = 10  # below, one image moves recall by more than ten points
 CALIBRATION_BINS = 10
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
 MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
@@ -4362,7 +4479,7 @@ def render_report(report: ReportInput) -> str:
         options=sorted(report.config["options"].items()),
         curves=_curve_views(figures),
         classes=_class_rows(report, figures),
-        small_support=SMALL_SUPPORT,
+        small_support=FEW_IMAGES,
         confusion=_confusion_view(test, report.class_names),
         map=_map_view(report, test),
         errors=_error_views(report, test),
@@ -4633,7 +4750,7 @@ def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
         row = {split: int(counts[split][label]) for split in SPLIT_NAMES}
         row |= {key: scores.get(key) for key in ("precision", "recall", "f1", "auc")}
         row |= {"label": label, "name": name, "threshold": float(report.thresholds[label])}
-        rows.append({"is_small": row[figures.scored] < SMALL_SUPPORT, **row})
+        rows.append({"is_small": row[figures.scored] < FEW_IMAGES, **row})
     return rows
 
 

@@ -69,3 +69,90 @@ def test_log_softmax_ranks_what_underflows_in_float32() -> None:
 def test_confusion_rows_are_true_classes() -> None:
     matrix = lct.confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 1]), 2)
     assert matrix.tolist() == [[0, 2], [0, 1]]
+
+
+def draw_units(num: int, num_classes: int, seed: int, spread: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_classes, num)
+    values = np.random.default_rng(5).normal(size=(num_classes, 12))[labels] + spread * rng.normal(size=(num, 12))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("chunk", [10**9, 500])
+def test_retrieval_equals_the_definition_written_as_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", chunk)
+    (stacks, stack_labels), (queries, labels) = draw_units(150, 5, 0), draw_units(60, 5, 1)
+    found = lct.retrieval_scores(queries, labels, stacks, stack_labels)
+    for i, (query, label) in enumerate(zip(queries, labels.tolist(), strict=True)):
+        ranked = stack_labels[np.argsort(-(stacks @ query), kind="stable")] == label
+        num_right = int((stack_labels == label).sum())
+        average = sum(ranked[: rank + 1].mean() for rank in range(num_right) if ranked[rank]) / num_right
+        assert found["map_at_r"][i] == pytest.approx(average)
+        assert [found["recall_at_1"][i], found["recall_at_5"][i]] == [float(ranked[0]), float(ranked[:5].any())]
+    assert 0.3 < found["map_at_r"].mean() < 0.99 and found["recall_at_1"].mean() < found["recall_at_5"].mean()
+
+
+def test_a_query_whose_class_has_no_reference_has_no_retrieval_figure() -> None:
+    stacks = np.eye(3, dtype=np.float32)
+    found = lct.retrieval_scores(stacks, np.array([0, 1, 9]), stacks[:2], np.array([0, 1]))
+    assert found["map_at_r"][:2].tolist() == [1.0, 1.0] and all(np.isnan(values[2]) for values in found.values())
+
+
+def test_open_set_figures_equal_scikit_learn_and_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    known, unknown = np.round(rng.normal(0.6, 0.2, 200), 2), np.round(rng.normal(0.3, 0.2, 90), 2)
+    figures = lct.open_set_metrics(known, unknown)
+    truth, scores = np.r_[np.ones(200), np.zeros(90)], np.r_[known, unknown]
+    assert figures["auroc"] == pytest.approx(metrics.roc_auc_score(truth, scores))
+    false, true, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
+    assert figures["fpr95"] == pytest.approx(false[np.flatnonzero(true >= 0.95)[0]])
+    assert lct.open_set_metrics(known, unknown[:0]) == {"auroc": None, "fpr95": None}
+
+
+def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
+    scores = np.array([[0.9, 0.1, 0.2], [0.2, 0.8, 0.1], [0.1, 0.3, 0.7]])
+    figures = lct.open_set_figures(scores, np.arange(3), None)
+    assert figures["auroc"] == 1.0 and figures["fpr95"] == 0.0, "held out, each falls to 0.3 or less"
+    twins = np.full((2, 2), 0.9)
+    assert lct.open_set_figures(twins, np.arange(2), None)["auroc"] == 0.5
+    assert lct.open_set_figures(scores, np.arange(3), np.full((4, 3), 0.75))["fpr95"] == 1.0
+
+
+def test_calibration_error_is_that_of_the_definition() -> None:
+    confidence, is_right = np.array([0.95, 0.91, 0.55, 0.05]), np.array([True, False, True, False])
+    expected = (abs(0.93 - 0.5) * 2 + abs(0.55 - 1) + 0.05) / 4
+    assert lct.calibration_error(confidence, is_right) == pytest.approx(expected)
+    assert (
+        lct.calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
+        and lct.calibration_error(np.zeros(0), np.zeros(0)) is None
+    )
+
+
+def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
+    scores, is_right = np.array([0.9, 0.8, 0.8, 0.7, 0.6]), np.array([True, True, False, True, True])
+    for precision, expected in ((1.0, 0.9), (0.75, 0.6), (0.5, 0.6)):
+        assert lct.precision_threshold(scores, is_right, precision) == expected
+    assert lct.precision_threshold(np.array([0.5]), np.array([False]), 0.9) > 0.5
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.random(300), 2)
+    is_right = rng.random(300) < scores
+    threshold = lct.precision_threshold(scores, is_right, 0.9)
+    assert is_right[scores >= threshold].mean() >= 0.9
+    assert all(is_right[scores >= lower].mean() < 0.9 for lower in np.unique(scores) if lower < threshold)
+
+
+def test_bootstrap_interval_covers_the_binomial_one_and_keeps_views_of_an_image_together() -> None:
+    values = (np.arange(200) % 5 > 0).astype(float)  # 0.8
+    low, high = lct.bootstrap_interval(lambda kept: values[kept].mean(), np.arange(200))
+    assert low == pytest.approx(0.8 - 1.96 * (0.16 / 200) ** 0.5, abs=0.015)
+    assert high == pytest.approx(0.8 + 1.96 * (0.16 / 200) ** 0.5, abs=0.015)
+    twice = np.repeat(values, 2)
+    assert lct.bootstrap_interval(lambda kept: twice[kept].mean(), np.repeat(np.arange(200), 2)) == [low, high]
+    assert lct.bootstrap_interval(lambda kept: None, np.arange(5)) is None
+
+
+def test_macro_f1_is_scikit_learn_s_and_an_unknown_answer_is_a_miss() -> None:
+    scores, labels = draw_scores(300, 6)
+    answers = scores.argmax(axis=1)
+    assert lct.macro_f1(labels, answers, 6) == pytest.approx(metrics.f1_score(labels, answers, average="macro"))
+    assert lct.macro_f1(np.array([0, 0, 1]), np.array([0, -1, 1]), 2) == pytest.approx((2 / 3 + 1) / 2)
