@@ -3917,22 +3917,38 @@ def _mean_with_interval(values: np.ndarray, images: np.ndarray) -> dict[str, Any
     }
 
 
-def open_set_figures(scores: np.ndarray, labels: np.ndarray, unknown: np.ndarray | None) -> dict[str, Any]:
-    """Return auroc and fpr95 of the best similarity.
+def best_score(scores: np.ndarray) -> np.ndarray:
+    """Return the score of the best class, (N,), of scores (N, C)."""
+    return scores.max(axis=1)
+
+
+def highest_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the probability of the best class, (N,), of logits (N, C)."""
+    return np.exp(log_softmax(logits)).max(axis=1)
+
+
+def open_set_figures(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    unknown: np.ndarray | None,
+    confide: Callable[[np.ndarray], np.ndarray] = best_score,
+) -> dict[str, Any]:
+    """Return auroc and fpr95 of what `confide` makes of the scores, by default the best similarity.
 
     Args:
         scores, labels: (N, C) and (N,), objects of known classes.
         unknown: scores (U, C) of objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its
             objects are the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so
             that strangers will be harder.
+        confide: from the scores (n, c) of the classes in the gallery to a confidence (n,).
     """
     if unknown is not None:
-        figures = open_set_metrics(scores.max(axis=1), unknown.max(axis=1))
+        figures = open_set_metrics(confide(scores), confide(unknown))
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
     folds = np.arange(scores.shape[1]) % min(HELD_OUT_FOLDS, scores.shape[1])
     figures = []
     for fold in range(int(folds.max(initial=0)) + 1):
-        left = scores[:, folds != fold].max(axis=1, initial=-1.0)
+        left = confide(scores[:, folds != fold])
         is_unknown = folds[labels] == fold
         figures.append(open_set_metrics(left[~is_unknown], left[is_unknown]))
     means = {key: mean_or_none(np.array([own[key] for own in figures], dtype=float)) for key in ("auroc", "fpr95")}
@@ -4362,6 +4378,7 @@ MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below th
 MAX_LISTED = 200
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
 MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
+RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
 CALIBRATION_BINS = 10
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
@@ -4426,6 +4443,7 @@ class _Figures:
     prototypes: dict[str, Any] | None  # proto_end event
     test: dict[str, Any] | None  # test_end event
     views: dict[str, Any] | None  # test_views event
+    measured: dict[str, Any] | None  # measured event
     scored: str  # the split that the page leads with: test, else val
     scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # of that split, by class name
@@ -4484,6 +4502,7 @@ def render_report(report: ReportInput) -> str:
         map=_map_view(report, test),
         errors=_error_views(report, test),
         views=_view_comparison(report, figures.views),
+        measured=_measure_view(figures.measured),
         calibration=_calibration_view(test),
         findings=findings,
         data_facts=_data_facts(report.data_report, findings),
@@ -4509,6 +4528,7 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
         prototypes=last.get("proto_end"),
         test=test,
         views=last.get("test_views"),
+        measured=last.get("measured"),
         scored="test" if test else "val",
         scores=scores,
         per_class=per_class,
@@ -4956,6 +4976,29 @@ def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dic
     }
 
 
+def _measure_view(measured: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the tables of the section on trust: figures with intervals, ways to tell unknown objects, answers at a precision."""
+    if measured is None:
+        return None
+    closed, retrieval = measured["closed"], measured["retrieval"]
+    knn = f"k nearest references, k = {closed['knn']['k']}"
+    rows = [
+        ("Accuracy, nearest centroid", closed["centroid"]["acc"]),
+        ("Macro F1, nearest centroid", closed["centroid"]["f1_macro"]),
+        (f"Accuracy, {knn}", closed["knn"]["acc"]),
+        (f"Macro F1, {knn}", closed["knn"]["f1_macro"]),
+        *((name, retrieval[key]) for key, name in RETRIEVAL_NAMES.items()),
+    ]
+    return {
+        "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
+        "unknown": {"prototypes, similarity": measured["open_set"], **measured["open_set"].get("others", {})},
+        "source": measured["open_set"]["source"],
+        "answers": measured["answers"],
+        "thresholds": measured["thresholds"],
+        "few": measured["few"],
+    }
+
+
 def _classes_by_view(is_right: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
     """Return recall as it is and masked of the classes that differ most between the two, (2, V) answers and (V,) labels."""
     rows = []
@@ -5251,8 +5294,8 @@ _REPORT_HTML = """
   <p class="lead">{{ header.note }}</p>
 </header>
 <nav aria-label="Contents"><ul>
-  {% for id in ("summary", "run", "curves", "classes", "confusion", "views", "map", "errors", "calibration", "data")
-    if id != "views" or views %}
+  {% for id in ("summary", "run", "curves", "classes", "confusion", "views", "map", "errors", "trust", "calibration", "data")
+    if id not in ("views", "trust") or {"views": views, "trust": measured}[id] %}
   <li><a href="#{{ id }}">{{ id | capitalize }}</a></li>
   {% endfor %}
 </ul></nav>
@@ -5529,6 +5572,45 @@ _REPORT_HTML = """
   <p class="lead">No test split: no image was held out to be wrong about.</p>
   {% endif %}
 </section>
+
+{% if measured %}
+<section id="trust"><h2>Trust</h2>
+  <p class="lead">What production will meet: figures of the test with their 95 % intervals, objects of no known class, and how many
+    answers are left when they have to be right. Thresholds are chosen on val.</p>
+  <div class="split">
+    <div class="scroll"><table>
+      <thead><tr><th>Test</th><th>Figure</th><th class="n">95 % interval</th></tr></thead>
+      {% for name, value, interval in measured.rows %}
+      <tr><td>{{ name }}</td><td><div class="score"><span>{{ value | num }}</span>
+        {% if value is not none %}{{ bar(value) }}{% endif %}</div></td>
+        <td class="n">{% if interval %}{{ interval[0] | num }} – {{ interval[1] | num }}{% else %}–{% endif %}</td></tr>
+      {% endfor %}
+    </table></div>
+    <div><h3>Answers that have to be right</h3>
+      <table>
+        <thead><tr><th>Asked on val</th><th class="n">Answered</th><th class="n">Right</th></tr></thead>
+        {% for row in measured.answers %}
+        <tr><td>{{ (100 * row.target) | round | int }} %</td><td class="n">{{ row.coverage | num }}</td>
+          <td class="n">{{ row.precision | num }}</td></tr>
+        {% endfor %}
+        <tr><td>by class</td><td class="n">{{ measured.thresholds.coverage | num }}</td>
+          <td class="n">{{ measured.thresholds.precision | num }}</td></tr>
+      </table>
+    </div>
+  </div>
+  <h3 class="space">Unknown objects ({{ measured.source }})</h3>
+  <div class="scroll"><table>
+    <thead><tr><th>Told by</th><th>AUROC</th><th class="n">Unknowns that pass with 95 % of the known</th></tr></thead>
+    {% for name, row in measured.unknown.items() %}
+    <tr><td>{{ name }}</td><td><div class="score"><span>{{ row.auroc | num }}</span>
+      {% if row.auroc is not none %}{{ bar(row.auroc) }}{% endif %}</div></td><td class="n">{{ row.fpr95 | num }}</td></tr>
+    {% endfor %}
+  </table></div>
+  {% if measured.few %}
+  <p class="note space">Few test images, so that their share in these figures is chance: {{ measured.few | join(", ") }}.</p>
+  {% endif %}
+</section>
+{% endif %}
 
 <section id="calibration"><h2>Calibration</h2>
   {% if calibration %}
@@ -6637,6 +6719,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     view_pairs = None
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
+        measure_run(job, model, gallery, bank)
         view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
     report = gather_report(job, gallery, embedded)
     write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
@@ -6692,6 +6775,75 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     job.run.log(judgement["verdict"])
     if job.run.tracker is not None:
         job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
+
+
+def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank) -> None:
+    """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
+    val, test = (embed(job, model, bank.get(split)) for split in ("val", "test"))
+    figures = measure_gallery(gallery, val, test, None)
+    frozen, logits, nearest = score_simply(job, model, bank)
+    figures["open_set"]["others"] = {
+        "frozen backbone, nearest centroid": open_set_figures(frozen, test.labels, None),
+        "ArcFace, highest softmax": open_set_figures(logits, test.labels, None, highest_softmax),
+        "trained, nearest reference": open_set_figures(nearest, test.labels, None),
+        "prototypes, calibrated probability": open_set_figures(
+            gallery.scores(test.values) / gallery.temperature, test.labels, None, highest_softmax
+        ),
+    }
+    job.run.event("measured", **figures)
+    job.run.log(format_measures(figures))
+
+
+def score_simply(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (N, C) of the test: cosine to the frozen backbone's centroids, ArcFace logits, cosine to the nearest reference."""
+    train, test = bank.get("train"), bank.get("test")
+    num_classes = len(job.records.class_names)
+    frozen, queries = unit_features(job, train), unit_features(job, test)
+    trained, answers = embed(job, model, train), embed(job, model, test)
+    with torch.inference_mode():
+        cosine = model.arcface.cosine(torch.from_numpy(answers.values).to(job.runtime.device)).cpu().numpy()
+    stacks = trained.take(np.argsort(trained.labels, kind="stable"))
+    return (
+        queries.values @ class_centroids(frozen.values, frozen.labels, num_classes).T,
+        job.config.arc_scale * cosine,
+        knn_scores(answers.values, stacks.values, stacks.labels, num_classes, 1),
+    )
+
+
+def format_measures(figures: dict[str, Any]) -> str:
+    """Return the figures of `measure_gallery` for the log, a line each."""
+
+    def show(figure: dict[str, Any]) -> str:
+        if figure["value"] is None:
+            return "-"
+        interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
+        return f"{figure['value']:.3f}{interval}"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"closed set, {'centroid' if name == 'centroid' else 'kNN with k = ' + str(own['k'])}:"
+        f" acc {show(own['acc'])}, macro F1 {show(own['f1_macro'])}"
+        for name, own in figures["closed"].items()
+    ]
+    lines.append(
+        "retrieval: " + ", ".join(f"{RETRIEVAL_NAMES[key]} {show(own)}" for key, own in figures["retrieval"].items())
+    )
+    ways = {"prototypes": figures["open_set"], **figures["open_set"].get("others", {})}
+    lines += [
+        f"unknown objects ({figures['open_set']['source']}) by {name}: AUROC {number(own['auroc'])}, FPR95 {number(own['fpr95'])}"
+        for name, own in ways.items()
+    ]
+    lines += [
+        f"threshold for {own['target']:.0%} precision on val: answers {own['coverage']:.1%} of the test,"
+        f" {number(own['precision'])} of them right"
+        for own in figures["answers"]
+    ]
+    lines.append(f"expected calibration error {number(figures['ece'])}")
+    if figures["few"]:
+        lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
+    return "\n".join(lines)
 
 
 def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded) -> tuple[Embedded, Embedded]:

@@ -382,3 +382,20 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     assert both.count_images("test").tolist() == [2, 2, 2]
     text = write(both, tmp_path / "report.html")
     assert "6 of 12 views of test images are wrong" in " ".join(text.split()) and "36 images" in text
+
+
+def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "data")
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(3), 10)
+    values = np.eye(3, 6)[labels] + 0.3 * rng.normal(size=(30, 6))
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
+    gallery = lct.build_gallery(report.records, part, part, None)
+    measured = {"event": "measured", **lct.to_json(lct.measure_gallery(gallery, part, part, None))}
+    text = " ".join(write(replace(report, events=[*report.events, measured]), tmp_path / "report.html").split())
+    section = text[text.index('id="trust"') : text.index('id="calibration"')]
+    low, high = measured["closed"]["centroid"]["acc"]["interval"]
+    assert f"{low:.3f} – {high:.3f}" in section and "classes held out in turn" in section
+    assert section.count("%</td>") == len(lct.PRECISION_TARGETS)
+    assert measured["few"] == [] and 'href="#trust"' not in write(report, tmp_path / "b.html")

@@ -152,6 +152,11 @@ def test_the_test_figures_are_those_of_the_exported_gallery(run: Path, data: Pat
     test = next(event for event in lct.read_events(run) if event["event"] == "test_end")
     assert test["prototypes"]["acc"] == pytest.approx((scores.argmax(axis=1) == labels).mean())
     assert test["prototypes"]["recall_at_1"] == pytest.approx((nearest == labels).mean())
+    measured = next(event for event in lct.read_events(run) if event["event"] == "measured")
+    assert measured["retrieval"]["recall_at_1"]["value"] == pytest.approx(test["prototypes"]["recall_at_1"])
+    by_centroid = (queries @ np.load(run / "prototypes.npz")["centroids"].T).argmax(axis=1)
+    assert measured["closed"]["centroid"]["acc"]["value"] == pytest.approx((by_centroid == labels).mean())
+    assert len(measured["open_set"]["others"]) == 4 and measured["few"] == names  # two test images a class
 
 
 def test_running_again_says_finished_and_changes_nothing(run: Path, data: Path, call_main: Main, capsys: Any) -> None:
