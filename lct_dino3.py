@@ -97,7 +97,6 @@ HEAD_WEIGHT_DECAY = 1e-4
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 KNN_CHOICES = (1, 3, 5, 10)
-TARGET_PRECISION = 0.95  # of the answers that a threshold lets pass
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
@@ -350,8 +349,18 @@ class Config:
         fixed=True,
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
     )
+    target_precision: float = _option(
+        0.95,
+        "share of right answers on val that the thresholds for `unknown` are set to",
+        "prototypes",
+        low=0.5,
+        high=1.0,
+    )
     max_refs_per_class: int | None = _option(
-        None, "references a class in prototypes.npz: those nearest to k-means centres (default: all)", "training", low=1
+        None,
+        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
+        "prototypes",
+        low=1,
     )
 
     gpus: int | None = _option(
@@ -3720,6 +3729,7 @@ class Gallery:
     matcher: str  # centroid or knn
     knn_k: int
     temperature: float
+    is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
@@ -3787,14 +3797,14 @@ class Embedded:
         return Embedded(self.rows[chosen], self.views[chosen], self.labels[chosen], self.values[chosen])
 
 
-def build_gallery(records: Records, references: Embedded, val: Embedded, max_refs_per_class: int | None) -> Gallery:
+def build_gallery(records: Records, references: Embedded, val: Embedded, config: Config) -> Gallery:
     """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val."""
     num_classes = len(records.class_names)
     stacks = references.take(np.argsort(references.labels, kind="stable"))
     centroids = class_centroids(stacks.values, stacks.labels, num_classes)
-    if max_refs_per_class is not None:
+    if config.max_refs_per_class is not None:
         members = [np.flatnonzero(stacks.labels == label) for label in range(num_classes)]
-        kept = [own[choose_references(stacks.values[own], max_refs_per_class)] for own in members]
+        kept = [own[choose_references(stacks.values[own], config.max_refs_per_class)] for own in members]
         stacks = stacks.take(np.concatenate(kept))
     gallery = Gallery(
         records.class_names,
@@ -3807,17 +3817,16 @@ def build_gallery(records: Records, references: Embedded, val: Embedded, max_ref
         "centroid",
         KNN_CHOICES[0],
         1.0,
+        np.ones(num_classes, bool),
     )
     candidates = [gallery, *(dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES)]
     all_scores = [candidate.scores(val.values) for candidate in candidates]
     winner = int(
         np.argmax([(scores.argmax(axis=1) == val.labels).mean() for scores in all_scores])
     )  # a tie: the simpler
-    return dataclasses.replace(
-        candidates[winner],
-        temperature=fit_temperature(all_scores[winner], val.labels),
-        thresholds=fit_thresholds(all_scores[winner], val.labels)[0],
-    )
+    thresholds, is_pooled = fit_thresholds(all_scores[winner], val.labels, config.target_precision)
+    temperature = fit_temperature(all_scores[winner], val.labels)
+    return dataclasses.replace(candidates[winner], temperature=temperature, thresholds=thresholds, is_pooled=is_pooled)
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -3832,8 +3841,8 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def fit_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return per class the least score above which TARGET_PRECISION of its answers are right, and whether it is the pooled one.
+def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return per class the least score above which that share of its answers is right, and whether it is the pooled one.
 
     A class with fewer than MIN_CALIBRATION_SAMPLES answers gets the threshold of all answers pooled.
 
@@ -3846,11 +3855,11 @@ def fit_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     """
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == labels
-    thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, TARGET_PRECISION), dtype=np.float32)
+    thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, precision), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES
     for label in np.flatnonzero(~is_pooled):
         mine = answers == label
-        thresholds[label] = precision_threshold(best[mine], is_right[mine], TARGET_PRECISION)
+        thresholds[label] = precision_threshold(best[mine], is_right[mine], precision)
     return thresholds, is_pooled
 
 
@@ -3973,6 +3982,7 @@ def _answers_at(
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
     meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature, "knn_k": gallery.knn_k}
+    meta["pooled_thresholds"] = [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()]
     numbers = {name: index for index, name in enumerate(gallery.class_names)}
     with atomic_file(path) as file:
         np.savez(
@@ -4421,6 +4431,7 @@ class ReportInput:
     split_names: np.ndarray  # (N,) str: train / val / test
     shown: list[Shown]  # (N,)
     thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
+    is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together
     test_scores: np.ndarray  # (T, C) similarity to each class, rows with split test in order
     nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
     temperature: float  # probability = softmax(score / temperature)
@@ -4770,6 +4781,7 @@ def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
         row = {split: int(counts[split][label]) for split in SPLIT_NAMES}
         row |= {key: scores.get(key) for key in ("precision", "recall", "f1", "auc")}
         row |= {"label": label, "name": name, "threshold": float(report.thresholds[label])}
+        row |= {"is_pooled": bool(report.is_pooled[label])}
         rows.append({"is_small": row[figures.scored] < FEW_IMAGES, **row})
     return rows
 
@@ -5398,10 +5410,13 @@ _REPORT_HTML = """
       <td data-v="{{ "" if row[key] is none else row[key] }}"><div class="score"><span>{{ row[key] | num }}</span>
         {% if row[key] is not none %}{{ bar(row[key]) }}{% endif %}</div></td>
       {% endfor %}
-      <td class="n" data-v="{{ row.threshold }}">{{ row.threshold | num }}</td>
+      <td class="n" data-v="{{ row.threshold }}">{{ row.threshold | num }}{{ " *" if row.is_pooled }}</td>
     </tr>
     {% endfor %}
     </tbody></table></div>
+  {% if classes | selectattr("is_pooled") | list %}
+  <p class="note space">* of all classes together: the class has too few answers on val for a threshold of its own.</p>
+  {% endif %}
   {% if classes | selectattr("is_small") | list %}
   <p class="note space"><span class="badge">few</span> fewer than {{ small_support }} {{ figures.scored }} images, so that
     one image moves recall by more than {{ 100 // small_support }} points: read these scores with care.</p>
@@ -6703,7 +6718,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
-    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config.max_refs_per_class)
+    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config)
     save_gallery(run.path / "prototypes.npz", gallery, describe_gallery(job, model))
     run.event(
         "proto_end",
@@ -6716,6 +6731,11 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         f"prototypes: {len(gallery.stack_labels):,} references, matcher {gallery.matcher}"
         + f" (k = {gallery.knn_k})" * (gallery.matcher == "knn")
     )
+    if gallery.is_pooled.any():
+        run.log(
+            f"{int(gallery.is_pooled.sum())} of {len(gallery.class_names)} classes have fewer than {MIN_CALIBRATION_SAMPLES} val"
+            " answers: their threshold is that of all classes together"
+        )
     view_pairs = None
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
@@ -6744,6 +6764,7 @@ def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
         "interpolation": info.interpolation,
         "padding": PADDING_GRAY,
         "pool": info.pool,
+        "target_precision": config.target_precision,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -6906,6 +6927,7 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
             for key in zip(part.rows.tolist(), part.views.tolist(), strict=True)
         ],
         thresholds=gallery.thresholds,
+        is_pooled=gallery.is_pooled,
         test_scores=scores,
         nearest=[
             (stacks[nearest[i, answer]], stacks[nearest[i, label]])

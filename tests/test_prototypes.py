@@ -69,8 +69,8 @@ def test_references_of_identical_pictures_are_still_distinct() -> None:
 
 def test_gallery_takes_its_references_by_class_and_its_centroids_from_all() -> None:
     references, val = make_embedded(20, 1), make_embedded(20, 2)
-    full = lct.build_gallery(make_records(80), references, val, None)
-    small = lct.build_gallery(make_records(80), references, val, 5)
+    full = lct.build_gallery(make_records(80), references, val, lct.Config())
+    small = lct.build_gallery(make_records(80), references, val, lct.Config(max_refs_per_class=5))
     assert len(full.stack_labels) == 80 and np.bincount(small.stack_labels).tolist() == [5, 5, 5, 5]
     assert (np.diff(small.stack_labels) >= 0).all()
     np.testing.assert_array_equal(full.centroids, small.centroids)
@@ -89,9 +89,11 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
         values /= np.linalg.norm(values, axis=1, keepdims=True)
         return lct.Embedded(np.arange(2 * n), np.zeros(2 * n, np.uint8), np.repeat([0, 1], n), values)
 
-    gallery = lct.build_gallery(make_records(80, 2), part(40), part(40), None)
+    gallery = lct.build_gallery(make_records(80, 2), part(40), part(40), lct.Config())
     assert gallery.matcher == "knn"
-    easy = lct.build_gallery(make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), None)
+    easy = lct.build_gallery(
+        make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), lct.Config()
+    )
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
@@ -100,17 +102,17 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     best = rng.uniform(0, 1, 400)
     is_right = rng.uniform(0, 1, 400) < best
     scores = np.stack([best, np.full(400, -1.0)], axis=1)
-    thresholds, is_pooled = lct.fit_thresholds(scores, np.where(is_right, 0, 1))
+    thresholds, is_pooled = lct.fit_thresholds(scores, np.where(is_right, 0, 1), 0.95)
     passing = best >= thresholds[0] - 1e-6
-    assert is_right[passing].mean() >= lct.TARGET_PRECISION
+    assert is_right[passing].mean() >= 0.95
     lower = np.sort(best[best < thresholds[0] - 1e-6])
-    assert all(is_right[best >= score].mean() < lct.TARGET_PRECISION for score in lower)
+    assert all(is_right[best >= score].mean() < 0.95 for score in lower)
     assert is_pooled.tolist() == [False, True] and thresholds[1] == thresholds[0]
 
 
 def test_a_class_that_is_never_right_answers_unknown() -> None:
     scores = np.stack([np.linspace(0.2, 0.9, 30), np.zeros(30)], axis=1).astype(np.float32)
-    thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int))
+    thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int), 0.95)
     assert thresholds[0] > scores.max()
 
 
@@ -123,7 +125,9 @@ def test_temperature_makes_the_probabilities_honest() -> None:
 
 
 def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
-    gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), 7)
+    gallery = lct.build_gallery(
+        make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config(max_refs_per_class=7)
+    )
     lct.save_gallery(tmp_path / "prototypes.npz", gallery, {"model_id": "m", "mean": (0.5, 0.5, 0.5), "emb_dim": 16})
     with np.load(tmp_path / "prototypes.npz", allow_pickle=False) as file:
         content = {name: file[name] for name in file.files}

@@ -53,7 +53,17 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
         centroids = lct.class_centroids(stacks, labels, 3)
         thresholds = np.float32([0.5, 0.6, 0.7])
         gallery = lct.Gallery(
-            ("a", "b", "c"), centroids, stacks, labels, ("p",) * 18, np.zeros(18, np.uint8), thresholds, matcher, 3, 0.1
+            ("a", "b", "c"),
+            centroids,
+            stacks,
+            labels,
+            ("p",) * 18,
+            np.zeros(18, np.uint8),
+            thresholds,
+            matcher,
+            3,
+            0.1,
+            np.zeros(3, bool),
         )
         with tempfile.TemporaryDirectory() as folder:
             lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})

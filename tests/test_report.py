@@ -80,7 +80,7 @@ def make_report(
         events=make_events(names, num_epochs, has_test), data_report=make_data_report(names, paths),
         class_names=names, records=records, embeddings=vectors, labels=labels, split_names=splits,
         shown=[lct.Shown(row, 0) for row in range(len(paths))],
-        thresholds=np.linspace(0.111, 0.999, len(names)), test_scores=scores,
+        thresholds=np.linspace(0.111, 0.999, len(names)), is_pooled=np.arange(len(names)) == 1, test_scores=scores,
         nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()], temperature=0.1,
     )  # fmt: skip
 
@@ -391,7 +391,7 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     values = np.eye(3, 6)[labels] + 0.3 * rng.normal(size=(30, 6))
     values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
     part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
-    gallery = lct.build_gallery(report.records, part, part, None)
+    gallery = lct.build_gallery(report.records, part, part, lct.Config())
     measured = {"event": "measured", **lct.to_json(lct.measure_gallery(gallery, part, part, None))}
     text = " ".join(write(replace(report, events=[*report.events, measured]), tmp_path / "report.html").split())
     section = text[text.index('id="trust"') : text.index('id="calibration"')]
