@@ -40,6 +40,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -106,7 +107,13 @@ PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+SEAL = b"lct_dino3 blake2b-256 "  # opens the comment of a zip archive that we wrote; its digest follows
+SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
+ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
+SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
+SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
+LOADER_RESTARTS = 3  # in an epoch, after a worker was killed
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
@@ -374,6 +381,9 @@ class Config:
         choices=("auto", "fp32", "bf16", "fp16"),
         fixed=True,
     )
+    deterministic: bool = _option(
+        False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
+    )
 
     resume: str | None = _option(
         None,
@@ -386,6 +396,9 @@ class Config:
     overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run")
     save_every: int = _option(
         5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
+    )
+    save_minutes: float = _option(
+        10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
     )
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
     debug: bool = _option(False, "show tracebacks", "run")
@@ -652,25 +665,191 @@ from tqdm import tqdm
 # ======================================================================================================================
 # 03  RUN DIRECTORY & LOGGING
 # ======================================================================================================================
-# Everything that is written to out_dir goes through `atomic_file` or the two logs. Also the ClearML sink: the only
-# section that may touch the network (besides fetching weights). Raises UserError for a directory in use.
+# Everything that is written to out_dir goes through `atomic_file` or the two logs, and signals come in here. Also the ClearML
+# sink: the only section that may touch the network (besides fetching weights). Raises UserError for what cannot be written.
+class Signals:
+    """What the terminal and the scheduler ask of this process.
+
+    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted. There is one of these, `SIGNALS`, as
+    a process has one set of handlers.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None  # the signal that asked for the end
+        self.wants_save = False
+        self._asked_at, self._holds, self._put_off = 0.0, 0, False
+
+    def catch(self) -> None:
+        """Install the handlers; what the shell had us ignore, as nohup does with SIGHUP, stays ignored."""
+        self.__init__()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+        signal.signal(signal.SIGUSR1, self._save)
+
+    def _stop(self, number: int, _: Any) -> None:
+        if (
+            self.asked is not None
+        ):  # whatever is on disk is whole; schedulers repeat SIGTERM, which asks for nothing new
+            if number == signal.SIGINT and time.monotonic() - self._asked_at > SECOND_PRESS_SECONDS:
+                os._exit(128 + number)
+            return
+        self.asked = signal.SIGTERM if number == signal.SIGHUP else number
+        self._asked_at, self._put_off = time.monotonic(), self._holds > 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
+        if not self._holds:
+            raise Interrupted(self.asked)
+
+    def _save(self, *_: Any) -> None:
+        self.wants_save = True
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Put off a stop until the block is left: what is inside happens wholly."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+        if self._put_off and not self._holds:
+            self._put_off = False
+            raise Interrupted(self.asked)
+
+    def check(self) -> None:
+        """Stop now if that has been asked for and some library has swallowed the exception."""
+        if self.asked is not None:
+            raise Interrupted(self.asked)
+
+
+SIGNALS = Signals()
+
+
+def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
+    """Return what to tell when a file cannot be written: why, after how many bytes, and how many are free."""
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    return UserError(
+        f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})",
+        str(path),
+        "what was there before is kept; once it can be written, the same command continues",
+    )
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        UserError: it cannot be written; what was there before is untouched.
+    """
+    temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                written = temporary.stat().st_size
+                temporary.unlink()
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error, written) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder outlive a power failure."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
     finally:
         os.close(folder)
+
+
+class SealError(ValueError):
+    """A file that is damaged, or that this script did not write; the text says what."""
+
+
+class SealWriter(io.RawIOBase):
+    """Hand a zip archive on to a file and hash it on the way, to put the digest of all its bytes into its comment at the end.
+
+    It stays a zip that every tool reads. The readers of torch and numpy check less: torch's no checksum at all.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._last = file, hashlib.blake2b(digest_size=SEAL_DIGITS // 2), b""
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        """Say so to numpy; being unable to seek, it gets its archives in one pass."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Pass on all but the last bytes: they may be the record that the seal changes."""
+        data = memoryview(data).cast("B")
+        if len(data) < ZIP_END_BYTES:
+            joined = self._last + bytes(data)
+            self._pass_on(joined[:-ZIP_END_BYTES])
+            self._last = joined[-ZIP_END_BYTES:]
+        else:
+            self._pass_on(self._last)
+            self._pass_on(data[:-ZIP_END_BYTES])
+            self._last = bytes(data[-ZIP_END_BYTES:])
+        return len(data)
+
+    def _pass_on(self, data: Any) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._digest.update(data)
+
+    def seal(self) -> None:
+        """Write the archive's last record with a comment after it."""
+        if not self._last.startswith(b"PK\x05\x06"):
+            raise ValueError("what was written is no zip archive")
+        self._pass_on(self._last[:-2] + (len(SEAL) + SEAL_DIGITS).to_bytes(2, "little") + SEAL)
+        self._file.write(self._digest.hexdigest().encode())
+
+
+@contextlib.contextmanager
+def sealed_file(path: Path) -> Iterator[SealWriter]:
+    """Open `path` for a zip archive that is written whole, and that `open_sealed` can tell from a damaged one."""
+    with atomic_file(path) as file:
+        writer = SealWriter(file)
+        try:
+            yield writer
+        except RuntimeError as error:  # torch says "unexpected pos" whatever kept the file from growing
+            raise (writer.failure or error) from error
+        writer.seal()
+
+
+@contextlib.contextmanager
+def open_sealed(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that `sealed_file` wrote, once every byte of it has been checked.
+
+    Raises:
+        SealError: a bit has changed, something is missing or added, or it never had a seal.
+    """
+    with open(path, "rb") as file:
+        digest, end = hashlib.blake2b(digest_size=SEAL_DIGITS // 2), b""
+        left = os.fstat(file.fileno()).st_size - SEAL_DIGITS
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left, end = left - len(chunk), (end + chunk)[-len(SEAL) :]
+        if end != SEAL:
+            raise SealError("has no seal of this script: it is cut off, or something else wrote it")
+        if file.read() != digest.hexdigest().encode():
+            raise SealError("is damaged: its content is not what was written")
+        file.seek(0)
+        yield file
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -721,6 +900,49 @@ def create_out_dir(path: Path) -> None:
         raise UserError(f"cannot be created: {error.strerror}", f"--out_dir {path}", "choose another") from error
 
 
+class LineFile:
+    """A log that grows by whole lines: each is written at once and reaches the disk, or is taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise write_error(path, error, 0) from error
+
+    def append(self, text: str) -> None:
+        """Write one or more lines.
+
+        Raises:
+            UserError: the disk is full or gone; the file is as it was.
+        """
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        size, written = os.fstat(self._fd).st_size, 0
+        with SIGNALS.hold():
+            try:
+                while written < len(data):
+                    written += os.write(self._fd, data[written:])
+                os.fsync(self._fd)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, size)
+                raise write_error(self.path, error, written) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def show(text: str) -> None:
+    """Print a line above the progress bars. A terminal that has gone, or a closed pipe, ends the printing and not the run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # else what is still buffered would raise again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunDirectory:
     """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the tracker."""
 
@@ -729,27 +951,29 @@ class RunDirectory:
         self.tracker: Tracker | None = None
         create_out_dir(path)
         self._lock = lock_directory(path)
-        for leftover in path.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for leftover in path.glob(
+            ".*.[0-9]*.tmp"
+        ):  # of a run that was killed while it wrote: nobody writes without the lock
             leftover.unlink()
-        self._log = open(path / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self._events = open(path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._log = LineFile(path / "train.log")
+        damage = repair_events(path / "metrics.jsonl")
+        self._events = LineFile(path / "metrics.jsonl")
+        if damage:
+            self.log(f"warning: {damage}")
 
     def log(self, text: str = "") -> None:
         """Print a line, and append it with the time to train.log."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        show(text)
         self._write_log(text)
 
     def _write_log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._log.write("".join(f"{stamp}  {line}\n" for line in text.splitlines() or [""]))
-        self._log.flush()
+        self._log.append("".join(f"{stamp}  {line}\n" for line in text.splitlines() or [""]))
 
     def event(self, name: str, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl and hand it to the tracker."""
         record = to_json({"event": name, "time": round(time.time(), 3), **values})
-        self._events.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._events.flush()
+        self._events.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         if self.tracker is not None:
             self.tracker.event(record)
 
@@ -759,12 +983,14 @@ class RunDirectory:
 
     def forget_epochs_after(self, epoch: int) -> None:
         """Drop the epoch records beyond `epoch`: a run that died between record and checkpoint does them again."""
-        kept = [r for r in self.events() if r["event"] not in ("epoch_end", "best_update") or r["epoch"] <= epoch]
+        records = self.events()
+        kept = [r for r in records if r["event"] not in ("epoch_end", "best_update") or r["epoch"] <= epoch]
+        if len(kept) == len(records):
+            return
         self._events.close()
-        write_bytes(
-            self.path / "metrics.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept).encode()
-        )
-        self._events = open(self.path / "metrics.jsonl", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+        write_bytes(self.path / "metrics.jsonl", lines.encode("utf-8", "backslashreplace"))
+        self._events = LineFile(self.path / "metrics.jsonl")
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -772,13 +998,19 @@ class RunDirectory:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         """Record how the run ended, whatever the way."""
         status = "completed" if error is None else "interrupted" if isinstance(error, Interrupted) else "failed"
-        if isinstance(error, Interrupted):
-            self.event("interrupted", signal=str(error))
-        elif error is not None:
-            status = "diverged" if isinstance(error, Diverged) else status
-            self._write_log(f"{type(error).__name__}: {error}")
-        self.event("run_end", status=status)
-        self.close(status)
+        try:
+            if isinstance(error, Interrupted):
+                self.event("interrupted", signal=str(error))
+            elif error is not None:
+                status = "diverged" if isinstance(error, Diverged) else status
+                self._write_log(f"{type(error).__name__}: {error}")
+            self.event("run_end", status=status)
+        except UserError as failure:  # the disk is full: what has brought us here is more worth telling
+            if error is None:
+                raise
+            show(f"warning: {failure}")
+        finally:
+            self.close(status)
 
     def close(self, status: str) -> None:
         """Close tracker, logs and lock; the status is what ClearML shows."""
@@ -788,14 +1020,69 @@ class RunDirectory:
             file.close()
 
 
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "event" in record else None
+
+
 def read_events(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl; a last line cut off by a power failure is left out."""
+    """Return the records of a run's metrics.jsonl; damaged lines, which the next start repairs and names, are left out."""
     path = out_dir / "metrics.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [record for record in map(parse_record, lines) if record is not None]
+
+
+def repair_events(path: Path) -> str:
+    """Make metrics.jsonl whole lines of JSON again; return what was wrong with it, or ''.
+
+    The half line that a kill leaves is cut off. Lines that are damaged in another way go too, but then the file is kept as it was.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    good = [line for line in (*lines, rest) if parse_record(line) is not None]
+    num_bad = sum(parse_record(line) is None for line in lines)
+    if not rest and not num_bad:
+        return ""
+    said = [f"the last line of {path.name} was cut off"] if rest else []
+    if num_bad:
+        aside = name_aside(path, "damaged")
+        write_bytes(aside, data)
+        said.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
+    write_bytes(path, b"".join(line + b"\n" for line in good))
+    return "; ".join(said)
+
+
+def name_aside(path: Path, why: str) -> Path:
+    """Return a free path `<name>.<why>-<date>` beside `path`."""
+    target = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    return target
+
+
+def _take_lock(path: Path) -> Any:
+    try:
+        lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
+    except OSError as error:
+        raise UserError(
+            f"cannot be written to: {error.strerror}", f"--out_dir {path}", "choose another folder"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = printable(lock.read().strip()) or "another process"
+        lock.close()
+        if not isinstance(error, BlockingIOError):
+            remedy = "choose a folder on a file system that has locks"
+            raise UserError(f"cannot be locked: {error.strerror}", f"--out_dir {path}", remedy) from error
+        remedy = "wait for it, stop it, or choose another folder"
+        raise UserError(f"is in use by {holder}", f"--out_dir {path}", remedy) from None
+    return lock
 
 
 def lock_directory(path: Path) -> Any:
@@ -804,29 +1091,29 @@ def lock_directory(path: Path) -> Any:
     Raises:
         UserError: naming the process that holds it.
     """
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(
-            f"is in use by {holder}", f"--out_dir {path}", "wait for it, stop it, or choose another folder"
-        ) from None
+    lock = _take_lock(path)
     os.register_at_fork(after_in_child=lock.close)  # else loader workers that outlive a killed run would hold it
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-    lock.flush()
+    with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
     return lock
+
+
+def refuse_if_in_use(path: Path) -> None:
+    """Say early, without writing anything, that another process works in a folder.
+
+    Raises:
+        UserError: naming the process.
+    """
+    if (path / ".lock").exists():
+        _take_lock(path).close()
 
 
 def move_aside(path: Path) -> Path:
     """Rename an old run's folder to `<name>.old-<date>`, and return the new path."""
     lock_directory(path).close()  # refuse while another process works in it
-    target = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-    while target.exists():
-        target = target.with_name(target.name + "_")
+    target = name_aside(path, "old")
     path.rename(target)
     return target
 
@@ -988,6 +1275,7 @@ class Runtime:
     device: torch.device
     num_gpus: int
     dtype: torch.dtype  # of the autocast region; float32 = no autocast
+    deterministic: bool = False
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module spread over the GPUs. State dicts are always taken from the module itself, not from this."""
@@ -1000,7 +1288,8 @@ class Runtime:
     def describe(self) -> str:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}"
+        exact = ", deterministic" if self.deterministic else ""
+        return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}{exact}"
 
 
 def make_runtime(config: Config) -> Runtime:
@@ -1021,7 +1310,12 @@ def make_runtime(config: Config) -> Runtime:
     automatic = (
         "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     )
-    return Runtime(torch.device("cuda" if num_gpus else "cpu"), num_gpus, names.get(config.precision, names[automatic]))
+    if config.deterministic:  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
+    return Runtime(device, num_gpus, dtype, config.deterministic)
 
 
 def keep_freed_memory() -> None:
@@ -1392,23 +1686,49 @@ def check_files(root: Path, paths: Sequence[str], stats: np.ndarray, kind: FileK
         rows[index], reason = cached
         if reason:
             reasons[path] = reason
-    cores = count_cores()
-    with ThreadPoolExecutor(cores) as pool, progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
-        for start in range(0, len(todo), 32 * cores):  # in portions: Ctrl-C waits for what has been handed to the pool
-            portion = todo[start : start + 32 * cores]
-            results = pool.map(lambda index: kind.check(root / paths[index]), portion)
-            for index, (row, reason) in zip(portion, results, strict=True):
-                rows[index] = row
-                if reason:
-                    reasons[paths[index]] = reason
+    health, done, saved_at = FileHealth(paths, stats, rows, reasons), 0, time.monotonic()
+    pool = ThreadPoolExecutor(count_cores())
+    try:
+        with progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
+            for index, (row, reason) in _map_in_portions(pool, lambda index: kind.check(root / paths[index]), todo):
+                with SIGNALS.hold():
+                    rows[index], done = row, done + 1
+                    reasons |= {paths[index]: reason} if reason else {}
                 bar.update()
-    return FileHealth(paths, stats, rows, reasons)
+                if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
+                    _save_part_of_scan(cache_path, root, health, todo[done:])
+                    saved_at = time.monotonic()
+    except Interrupted:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _save_part_of_scan(cache_path, root, health, todo[done:])
+        raise
+    pool.shutdown()
+    return health
+
+
+def _map_in_portions(
+    pool: ThreadPoolExecutor, function: Callable[[int], Any], items: list[int]
+) -> Iterator[tuple[int, Any]]:
+    """Yield (item, result) in order; the pool never holds more than it does in a moment, for Ctrl-C waits for that."""
+    portion = 32 * count_cores()
+    for start in range(0, len(items), portion):
+        part = items[start : start + portion]
+        yield from zip(part, pool.map(function, part), strict=True)
+
+
+def _save_part_of_scan(cache_path: Path, root: Path, health: FileHealth, missing: Sequence[int]) -> None:
+    """Write down what an unfinished scan has learned so far, unless another process works in that folder."""
+    kept = np.setdiff1d(np.arange(len(health.paths)), missing)
+    part = FileHealth([health.paths[i] for i in kept], health.stats[kept], health.rows[kept], health.reasons)
+    create_out_dir(cache_path.parent)
+    with contextlib.suppress(UserError), lock_directory(cache_path.parent):
+        save_scan_cache(cache_path, root, part)
 
 
 def save_scan_cache(cache_path: Path, root: Path, health: FileHealth) -> None:
     """Write what looking at the files told, keyed by path, size and time of each."""
     table = PathTable(health.paths)
-    with atomic_file(cache_path) as file:
+    with sealed_file(cache_path) as file:
         np.savez(
             file,
             root=np.array(str(root.resolve())),
@@ -1425,7 +1745,7 @@ def _load_scan_cache(
 ) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
     """Return {(path, size, mtime_ns): (row, reason)}; {} when there is no cache of this folder and format."""
     try:
-        with np.load(cache_path, allow_pickle=False) as cache:
+        with open_sealed(cache_path) as file, np.load(file, allow_pickle=False) as cache:
             if str(cache["root"]) != str(root.resolve()) or cache["rows"].dtype != dtype:
                 return {}
             offsets, data, stats, rows = (
@@ -2948,14 +3268,14 @@ class CropDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Batches of sample keys for one epoch; `epoch` is set by the training loop, all else follows from it.
+    """Batches of sample keys for one epoch; `start_at` says which, and how many of its batches are done: all else follows.
 
     Plain: every training image once. Balanced: `per_class` images of every class, continuing each epoch where the last one
     stopped in an endless sequence of shuffles of the class.
     """
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
-        self.rows, self.labels, self.epoch = rows, labels, 0
+        self.rows, self.labels, self.epoch, self.first_batch = rows, labels, 0, 0
         self.seed, self.batch = config.seed, config.batch
         self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
@@ -2964,7 +3284,14 @@ class EpochSampler(Sampler):
         samples = len(self.rows) if self.per_class is None else self.per_class * len(np.unique(self.labels[self.rows]))
         return len(batch_borders(samples, self.batch)) - 1
 
+    def start_at(self, epoch: int, first_batch: int) -> None:
+        """Yield the batches of `epoch` from `first_batch` on next time."""
+        self.epoch, self.first_batch = epoch, first_batch
+
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        return itertools.islice(self._all_batches(), self.first_batch, None)
+
+    def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
@@ -3016,7 +3343,8 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Run
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the main one decides
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they reach every process of the terminal
+        signal.signal(number, signal.SIG_IGN)  # or of the job; the main one decides
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as does a scheduler's SIGTERM: no failure of the worker
     torch.set_num_threads(1)
 
@@ -3576,7 +3904,59 @@ def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float
 # 13  TRAIN STATE & CHECKPOINTS
 # ======================================================================================================================
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
-# Raises UserError for a checkpoint that cannot be read or belongs to another run.
+# Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
+LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
+PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline")  # of TrainState: goes to disk as it is
+RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
+
+
+class Tally:
+    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
+        self.cosines: list[torch.Tensor] = []  # float32 (b, C) on the CPU
+        self.labels: list[torch.Tensor] = []  # int64 (b,)
+        self.sizes: list[int] = []  # images of each step
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and cosines (b, C) of the last steps
+
+    def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
+        """Note a step, without waiting for the device."""
+        self.pending.append((loss, cosine))
+        self.labels.append(labels)
+        self.sizes.append(len(labels))
+
+    def settle(self) -> int | None:
+        """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
+        if not self.pending:
+            return None
+        losses, cosines = zip(*self.pending, strict=True)
+        values = torch.stack(losses).cpu()
+        self.losses.append(values)
+        self.cosines.append(torch.cat(cosines).cpu())
+        self.pending.clear()
+        wrong = (~torch.isfinite(values)).nonzero()
+        return len(values) - int(wrong[0]) if len(wrong) else None
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Return losses and sizes (steps,), cosines (N, C) and labels (N,) of the settled steps; {} before the first."""
+        if not self.losses:
+            return {}
+        return {
+            "losses": torch.cat(self.losses),
+            "sizes": torch.tensor(self.sizes),
+            "cosines": torch.cat(self.cosines),
+            "labels": torch.cat(self.labels),
+        }
+
+    def restore(self, totals: dict[str, torch.Tensor]) -> None:
+        """Take up what `totals` gave."""
+        self.__init__()
+        if totals:
+            self.losses, self.cosines, self.labels = [totals["losses"]], [totals["cosines"]], [totals["labels"]]
+            self.sizes = totals["sizes"].tolist()
+
+
 @dataclass
 class TrainState:
     """All that changes while training; what is not here is a function of (config, data, epoch, step)."""
@@ -3584,10 +3964,22 @@ class TrainState:
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    epoch: int = 0  # finished epochs
+    epoch: int = 0  # finished epochs: trained, evaluated, recorded
+    batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
     step: int = 0  # optimizer steps
+    seconds: float = 0.0  # spent in the epoch so far
+    tally: Tally = dataclasses.field(default_factory=Tally)  # of the epoch so far
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, value, loss of the best epoch so far
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
+
+    def finish_epoch(self) -> None:
+        """Move on to the start of the next epoch."""
+        self.epoch, self.batches, self.seconds, self.tally = self.epoch + 1, 0, 0.0, Tally()
+
+
+def describe_position(epoch: int, batches: int) -> str:
+    """Return in words how far a checkpoint is."""
+    return f"epoch {epoch}" if not batches else f"epoch {epoch} and {batches} batches"
 
 
 def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo | None) -> dict[str, Any]:
@@ -3610,39 +4002,57 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it."""
+    """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it.
+
+    Raises:
+        Diverged: a weight is not finite. Nothing is written then.
+    """
+    weights = state.model.trained_state()
+    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
+        raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
     payload = {
         "format": CHECKPOINT_FORMAT,
         "identity": identity,
-        "epoch": state.epoch,
-        "step": state.step,
-        "best": state.best,
-        "baseline": state.baseline,
-        "model": state.model.trained_state(),
+        **{key: getattr(state, key) for key in PLAIN_STATE},
+        "model": weights,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "tally": state.tally.totals(),
     }
-    with atomic_file(path) as file:
+    with sealed_file(path) as file:
         torch.save(payload, file)
 
 
+def describe_divergence(step: int, epoch: int, folder: Path) -> str:
+    """Say where the loss went wrong, and what is left to go on from."""
+    try:
+        payload, last = load_checkpoint(folder / LAST_NAME), folder / LAST_NAME
+        kept = f"the last good checkpoint is {last} ({describe_position(payload['epoch'], payload['batches'])})"
+    except UserError:
+        kept = "there is no checkpoint yet"
+    return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, never executing anything in it.
+    """Read a checkpoint onto the CPU once all of its bytes have been checked, never executing anything in it.
 
     Raises:
-        UserError: missing, unreadable, or not one of ours.
+        UserError: missing, damaged, unreadable, or not one of ours.
     """
     if not path.is_file():
         raise UserError(
             "there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out to start afresh"
         )
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+        with open_sealed(path) as file:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # seal, zip, pickle and I/O errors: whatever a damaged or foreign file provokes
         raise UserError(
             f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}",
             str(path),
-            "resume from an older one with --resume PATH",
+            "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH",
         ) from error
     if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
@@ -3657,12 +4067,9 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
-    state.epoch, state.step, state.best, state.baseline = (
-        payload["epoch"],
-        payload["step"],
-        payload["best"],
-        payload["baseline"],
-    )
+    for key in PLAIN_STATE:
+        setattr(state, key, payload[key])
+    state.tally.restore(payload["tally"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -3686,29 +4093,106 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
         )
 
 
-def find_resume_path(config: Config) -> Path | None:
-    """Return the checkpoint to continue from, None for a fresh start.
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run goes on from, and those that cannot be read any more."""
+
+    path: Path
+    payload: dict[str, Any]
+    damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # with the reason
+
+
+def choose_checkpoint(config: Config) -> ResumePoint | None:
+    """Return where to continue; None for a fresh start.
+
+    With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
+    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself.
 
     Raises:
-        UserError: --resume was given and there is nothing to resume.
+        UserError: there is nothing to resume, or nothing sound.
     """
-    last = config.out_dir / "checkpoint_last.pth"
+    folder = config.out_dir
+    if config.overwrite and config.resume is not None:
+        raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
     if config.overwrite:
-        if config.resume is not None:
-            raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
         return None
     if config.resume not in (None, "last"):
         path = Path(config.resume)
-        path = path / "checkpoint_last.pth" if path.is_dir() else path
-        if path.exists() and path.resolve().parent != config.out_dir.resolve():
+        path = path / LAST_NAME if path.is_dir() else path
+        if path.exists() and path.resolve().parent != folder.resolve():
             remedy = f"give --out_dir {path.parent}, or copy that folder first"
             raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
-        return path
-    if config.resume == "last" and not last.is_file():
+        return ResumePoint(path, load_checkpoint(path))
+    point = find_sound_checkpoint(folder)
+    if point is None and config.resume == "last":
+        raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
+    return point
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, the last one first."""
+    found = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
+    return sorted(found, key=lambda path: (path.name != LAST_NAME, path.name))
+
+
+def find_sound_checkpoint(folder: Path) -> ResumePoint | None:
+    """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
+
+    Raises:
+        UserError: none is sound, or all are gone. They are left as they are.
+    """
+    damaged: dict[Path, str] = {}
+    point = None
+    for path in list_checkpoints(folder):
+        try:
+            payload = load_checkpoint(path)
+        except UserError as error:
+            damaged[path] = error.what
+            continue
+        if point is None or progress_of(payload) > progress_of(point.payload):
+            point = ResumePoint(path, payload, damaged)
+        if path.name == LAST_NAME:
+            break
+    if point is None and damaged:
+        lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
+        raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
+    epochs = [event["epoch"] for event in read_events(folder) if event["event"] == "epoch_end"]
+    if point is None and epochs:
         raise UserError(
-            f"there is no {last.name} in {config.out_dir}", "--resume", "leave --resume out to start afresh"
+            f"{max(epochs)} epochs have been trained, and no checkpoint is left", str(folder), RESTORE_OR_OVERWRITE
         )
-    return last if last.is_file() else None
+    return point
+
+
+def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
+    """Return finished epochs, and batches done of the next: how far a checkpoint is."""
+    return payload["epoch"], payload["batches"]
+
+
+def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
+    """Rename a checkpoint that cannot be used, and say so."""
+    target = name_aside(path, "damaged")
+    path.rename(target)
+    sync_folder(path.parent)
+    log(f"warning: {path.name} {reason}; it is now {target.name}")
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint; the copy appears whole."""
+    with open(source, "rb") as file, atomic_file(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+@contextlib.contextmanager
+def keep_interrupted(folder: Path) -> Iterator[None]:
+    """Leave checkpoint_interrupt.pth, the state at the end, when the block is interrupted: checkpoint_last.pth is it already."""
+    try:
+        yield
+    except Interrupted:
+        if (folder / LAST_NAME).is_file():
+            copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
+        raise
+    (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # the run is finished
 
 
 # ======================================================================================================================
@@ -3984,7 +4468,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature, "knn_k": gallery.knn_k}
     meta["pooled_thresholds"] = [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()]
     numbers = {name: index for index, name in enumerate(gallery.class_names)}
-    with atomic_file(path) as file:
+    with sealed_file(path) as file:
         np.savez(
             file,
             centroids=gallery.centroids,
@@ -3998,6 +4482,36 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
             matcher=np.array(gallery.matcher),
             meta=np.array(json.dumps(to_json(meta), ensure_ascii=False)),
         )
+
+
+def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
+    """Read prototypes.npz once all of its bytes have been checked, never executing anything in it; return it and its meta.
+
+    Raises:
+        UserError: missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError("there are no such prototypes", str(path), "check the path; a finished run writes them")
+    try:
+        with open_sealed(path) as file, np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+        meta = json.loads(str(arrays["meta"]))
+        if meta["format"] != PROTOTYPES_FORMAT:
+            raise ValueError(f"is of format {meta['format']}, not {PROTOTYPES_FORMAT}")
+        gallery = Gallery(
+            tuple(arrays["id2cls"].tolist()),
+            *(arrays[name] for name in ("centroids", "stacks", "stack_labels")),
+            tuple(arrays["stack_paths"].tolist()),
+            arrays["thresholds"],
+            str(arrays["matcher"]),
+            meta["knn_k"],
+            meta["temperature"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = printable(str(error)).split(". ")[0][:200]
+        remedy = "run the training command again: it writes them anew from the best checkpoint"
+        raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
+    return gallery, meta
 
 
 # ======================================================================================================================
@@ -4102,57 +4616,140 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
     return Embedded(features.rows, features.views, labels, torch.cat(parts).numpy())
 
 
+class TrainFeed:
+    """The training images in their order, from any batch of any epoch on."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._dataset = CropDataset(job.records, job.transform(augment=True))
+        self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
+        self._loader: DataLoader | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self._sampler)
+
+    def batches(self, state: TrainState) -> Iterator[Batch]:
+        """Yield what the state has not seen of its epoch; when a loader worker is killed, start again from there.
+
+        Raises:
+            UserError: workers are killed again and again.
+        """
+        label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
+        for restarts in itertools.count():
+            if self._loader is None:
+                self._loader = make_loader(self._dataset, self._sampler, self._job.config, self._job.runtime)
+            self._sampler.start_at(state.epoch, state.batches)
+            bar = progress((), len(self), label)
+            bar.update(state.batches)
+            try:
+                iterator = iter(self._loader)
+                # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for batch in iterator:
+                    yield batch
+                    bar.update()
+                return
+            except RuntimeError as error:
+                if not is_dead_worker(error) or restarts == LOADER_RESTARTS:
+                    raise
+                self._loader = None
+                self._job.run.log(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
+            finally:
+                bar.close()
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Say whether torch reports a loader worker that has been killed."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+class SaveClock:
+    """Says when the state is to be saved inside an epoch; unmoved by changes of the date."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds, self._last = minutes * 60 or math.inf, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Say whether a signal has asked for it, or the time has come."""
+        return SIGNALS.wants_save or time.monotonic() - self._last >= self._seconds
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._last = time.monotonic()
+        SIGNALS.wants_save = False
+
+
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    config, records = job.config, job.records
-    dataset = CropDataset(records, job.transform(augment=True))
-    sampler = EpochSampler(records.rows("train"), records.labels, config)
-    loader = make_loader(dataset, sampler, config, job.runtime)
-    while state.epoch < config.epochs:
-        started = time.monotonic()
-        sampler.epoch = state.epoch
-        train, train_per_class = train_epoch(job, state, loader)
-        state.epoch += 1
+    feed, clock = TrainFeed(job), SaveClock(job.config.save_minutes)
+    while state.epoch < job.config.epochs:
+        started = time.monotonic() - state.seconds
+        try:
+            train_epoch(job, state, feed, clock)
+        except Interrupted:  # between two steps
+            save_state(job, state)
+            raise
+        train, train_per_class = score_training(job, state)
         val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
-        if not math.isfinite(val["loss"]):  # the last update of the epoch, which no training loss has seen
-            raise Diverged(describe_divergence(state.step, state.epoch, job.run.path))
         record = {
-            "epoch": state.epoch,
+            "epoch": state.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
             "train": train,
             "val": val,
             **({"val_by_view": val_by_view} if val_by_view else {}),
             "seconds": round(time.monotonic() - started, 2),
         }
-        job.run.log(format_epoch(record, config.epochs))
-        job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
-        save_epoch(job, state, update_best(job, state, val))
+        if not math.isfinite(val["loss"]):
+            raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
+        with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
+            job.run.log(format_epoch(record, job.config.epochs))
+            job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
+            state.finish_epoch()
+            save_epoch(job, state, update_best(job, state, val))
+            clock.restart()
 
 
-def train_epoch(job: Job, state: TrainState, loader: DataLoader) -> tuple[dict, dict]:
-    """Show every sample of an epoch once; return the figures of what the model answered on the way, without margin."""
+def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) -> None:
+    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered, without margin."""
     network = job.runtime.wrap(state.model.train())
-    total_steps = len(loader) * job.config.epochs
-    losses, cosines, labels = [], [], []
-    for batch in progress(loader, len(loader), f"epoch {state.epoch + 1}/{job.config.epochs}"):
+    total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
+    for batch in feed.batches(state):
         job.note_failures(batch.failures)
-        if not len(batch.labels):
-            continue
-        set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
-        seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when they are fine-tuned
-        loss, cosine = train_step(job.runtime, network, state, batch)
-        losses.append(loss)
-        cosines.append(cosine)
-        labels.append(batch.labels)
-        if len(losses) % FINITE_CHECK_STEPS == 0:
-            check_finite(losses[-FINITE_CHECK_STEPS:], state, job.run.path)
-    check_finite(losses[-FINITE_CHECK_STEPS:], state, job.run.path)
-    if not losses:
+        with SIGNALS.hold():  # weights, position and tally change together
+            if len(batch.labels):
+                set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
+                seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
+                state.tally.add(*train_step(job.runtime, network, state, batch), batch.labels)
+            state.batches += 1
+            state.seconds = time.monotonic() - started
+        if len(state.tally.pending) >= FINITE_CHECK_STEPS:
+            check_finite(state, job.run.path)
+        if clock.is_due():
+            by_signal = SIGNALS.wants_save
+            save_state(job, state)
+            clock.restart()
+            if by_signal:
+                job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
+        SIGNALS.check()
+    save_state(job, state)  # before evaluation, which can be interrupted too
+
+
+def save_state(job: Job, state: TrainState) -> None:
+    """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
+    check_finite(state, job.run.path)
+    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
+
+
+def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
+    """Return the figures of what the model answered in the epoch that is in the tally."""
+    totals = state.tally.totals()
+    if not totals:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
-    sizes = torch.tensor([len(part) for part in labels], dtype=torch.float64)
-    mean_loss = float((torch.stack(losses).double().cpu() * sizes).sum() / sizes.sum())
-    log_probabilities = log_softmax(job.config.arc_scale * torch.cat(cosines).cpu().numpy())
-    figures, per_class = compute_metrics(log_probabilities, torch.cat(labels).numpy(), job.records.class_names)
+    sizes = totals["sizes"].double()
+    mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
+    log_probabilities = log_softmax(job.config.arc_scale * totals["cosines"].numpy())
+    figures, per_class = compute_metrics(log_probabilities, totals["labels"].numpy(), job.records.class_names)
     return {"loss": mean_loss, **figures}, per_class
 
 
@@ -4174,23 +4771,15 @@ def train_step(
     return loss.detach(), cosine.detach()
 
 
-def check_finite(losses: list[torch.Tensor], state: TrainState, run_path: Path) -> None:
+def check_finite(state: TrainState, folder: Path) -> None:
     """Look at the losses of the last steps; waits for the device.
 
     Raises:
         Diverged: naming the first step whose loss is not finite and the last good checkpoint.
     """
-    is_finite = torch.isfinite(torch.stack(losses)).cpu() if losses else torch.ones(1)
-    if not is_finite.all():
-        step = state.step - len(losses) + int((~is_finite).nonzero()[0]) + 1
-        raise Diverged(describe_divergence(step, state.epoch + 1, run_path))
-
-
-def describe_divergence(step: int, epoch: int, run_path: Path) -> str:
-    """Say where the loss went wrong, and what is left to go on from."""
-    last = run_path / "checkpoint_last.pth"
-    kept = f"the last good checkpoint is {last} (epoch {epoch - 1})" if last.exists() else "there is no checkpoint yet"
-    return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
+    steps_ago = state.tally.settle()
+    if steps_ago is not None:
+        raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, folder))
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
@@ -4256,10 +4845,10 @@ def update_best(job: Job, state: TrainState, val: dict[str, float | None]) -> bo
 def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
     """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
     if is_best:
-        save_checkpoint(job.run.path / "checkpoint_best.pth", state, job.identity)
+        save_checkpoint(job.run.path / BEST_NAME, state, job.identity)
     if job.config.save_every and state.epoch % job.config.save_every == 0:
         save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
-    save_checkpoint(job.run.path / "checkpoint_last.pth", state, job.identity)
+    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
 
 def keep_best_of(job: Job, state: TrainState) -> None:
@@ -4268,12 +4857,19 @@ def keep_best_of(job: Job, state: TrainState) -> None:
     Raises:
         UserError: its weights are gone, and no epoch is left to find better ones.
     """
-    path = job.run.path / "checkpoint_best.pth"
-    if path.is_file() and load_checkpoint(path)["best"] == state.best:
+    path = job.run.path / BEST_NAME
+    if not state.best:  # the first epoch will write it
         return
-    if state.best["epoch"] == state.epoch:
-        save_checkpoint(path, state, job.identity)
-        return
+    for candidate in (path, *list_checkpoints(job.run.path)):
+        try:
+            payload = load_checkpoint(candidate) if candidate.is_file() else {"best": None}
+        except UserError as error:
+            set_aside(candidate, error.what, job.run.log)
+            continue
+        if payload["best"] == state.best and progress_of(payload) == (state.best["epoch"], 0):
+            if candidate != path:
+                copy_checkpoint(candidate, path)
+            return
     gone = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
     if state.epoch >= job.config.epochs:
         raise UserError(gone, str(path), "give more --epochs, or resume from an older checkpoint")
@@ -6578,8 +7174,8 @@ def run_train(config: Config) -> None:
     check_paths(config)
     keep_freed_memory()
     runtime = make_runtime(config)
-    resume_path = find_resume_path(config)
-    checkpoint = load_checkpoint(resume_path) if resume_path else None
+    refuse_if_in_use(config.out_dir)
+    point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
     if config.auto_generate_masks:
         check_sam2(config)
@@ -6588,32 +7184,49 @@ def run_train(config: Config) -> None:
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
     records, notes = scan.records, []
-    if checkpoint:
-        records, notes = reuse_splits(resume_path.with_name("splits.json"), records)
-        check_identity(resume_path, checkpoint["identity"], make_identity(config, records.class_names, None))
-        if is_finished(config, checkpoint):
-            print(
-                f"the run in {config.out_dir} is finished: {checkpoint['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
+    if point:
+        records, notes = reuse_splits(point.path.with_name("splits.json"), records)
+        check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, None))
+        if is_finished(config, point.payload):
+            show(
+                f"the run in {config.out_dir} is finished: {point.payload['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
                 "to train on, give more --epochs; to start afresh, --overwrite"
             )
             return
-    backbone, info = build_backbone(config, lambda text: print(text, flush=True))
-    if checkpoint:
-        check_identity(resume_path, checkpoint["identity"], make_identity(config, records.class_names, info))
+        notes += describe_changes(config, scan.fingerprint)
+    backbone, info = build_backbone(config, show)
+    if point:
+        check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, info))
     if config.overwrite and config.out_dir.exists():
-        print(f"the old run is moved to {move_aside(config.out_dir)}")
-    with RunDirectory(config.out_dir) as run:
+        show(f"the old run is moved to {move_aside(config.out_dir)}")
+    with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
         if config.auto_generate_masks:
             scan = draw_missing_masks(scan, config, runtime)
             check_masks_usable(scan, config)
-            records = (
-                reuse_splits(resume_path.with_name("splits.json"), scan.records)[0] if checkpoint else scan.records
-            )
+            records = reuse_splits(point.path.with_name("splits.json"), scan.records)[0] if point else scan.records
         job = Job(config, records, runtime, run, info)
         open_run(job, scan, notes)
-        bank, state = start_training(job, backbone, checkpoint)
+        bank, state = start_training(job, backbone, point)
         fit(job, state, bank)
         finish_run(job, state, bank)
+
+
+def describe_changes(config: Config, fingerprint: str) -> list[str]:
+    """Return a sentence for each option, and for the images, that differ from the run's last start without forbidding to go on."""
+    try:
+        last = json.loads((config.out_dir / "config.json").read_text(encoding="utf-8"))
+        old, old_fingerprint = last["options"], last["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # it is only for people
+        return ["config.json of the last start cannot be read, so that changed options are not named"]
+    new = config.as_plain()
+    notes = [
+        f"--{name} was {old.get(name)} at the last start and is {new[name]} now"
+        for name in new
+        if name not in ("command", "resume", "overwrite") and old.get(name) != new[name]
+    ]
+    if old_fingerprint != fingerprint:
+        notes.append("the images are not those of the last start: what follows is no exact continuation")
+    return notes
 
 
 def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
@@ -6688,28 +7301,40 @@ def write_preview(job: Job) -> None:
     job.run.log(f"preview: {job.run.path / 'preview.jpg'}")
 
 
-def start_training(job: Job, backbone: Backbone, checkpoint: dict[str, Any] | None) -> tuple[FeatureBank, TrainState]:
+def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
     """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
     backbone.dtype = job.runtime.dtype
     state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
     bank = FeatureBank(job, model.backbone)
-    if checkpoint:
-        restore_state(state, checkpoint)
-    run.forget_epochs_after(state.epoch)
-    if checkpoint:
-        run.event("resumed", epoch=state.epoch, step=state.step)
-        run.log(f"resumed after epoch {state.epoch} of {config.epochs}")
-        keep_best_of(job, state)
+    if point:
+        resume_training(job, state, point)
         return bank, state
+    run.forget_epochs_after(0)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
     state.baseline = measure_baseline(job, bank)
     run.event("baseline_end", **state.baseline)
     for split, figures in state.baseline.items():
         shown = (f"{text} {figures[f'{name}_acc']:.3f}" for name, text in BASELINE_NAMES.items())
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
+    save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
+
+
+def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
+    """Restore the state from a checkpoint, which becomes the last one, and drop what the log knows beyond it."""
+    run = job.run
+    for path, reason in point.damaged.items():
+        set_aside(path, reason, run.log)
+    restore_state(state, point.payload)
+    if point.path.name != LAST_NAME:
+        copy_checkpoint(point.path, run.path / LAST_NAME)
+    run.forget_epochs_after(state.epoch)
+    run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
+    position = describe_position(state.epoch, state.batches)
+    run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
+    keep_best_of(job, state)
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
@@ -6949,7 +7574,7 @@ def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted."""
-    catch_signals()
+    SIGNALS.catch()
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     config = Config()
     try:
@@ -6962,25 +7587,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, failure, message = EXIT_DIVERGED, error, f"error: {error}"
     except Interrupted as error:
         again = "the same command without --overwrite" if config.overwrite else "the same command"
-        message = f"interrupted ({error}); {again} continues after the last finished epoch, if there is one"
+        message = f"interrupted ({error}); {again} continues where it stopped"
         code, failure = 128 + error.signal_number, error
-    print(message, file=sys.stderr)
+    except Exception as error:
+        explained = explain_failure(error, config)
+        if explained is None:
+            raise
+        code, failure, message = EXIT_USER, error, f"error: {explained}"
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(message, file=sys.stderr)
     if config.debug:
         traceback.print_exception(failure)
     return code
 
 
-def catch_signals() -> None:
-    """Turn Ctrl-C and the wish of a scheduler to end us into an exception, so that the run is closed properly."""
-
-    def interrupt(signal_number: int, _: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once: whatever is on disk is whole
-            signal.signal(number, lambda number, _: os._exit(128 + number))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
-        raise Interrupted(signal_number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+def explain_failure(error: Exception, config: Config) -> UserError | None:
+    """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return UserError(
+            f"out of memory: {printable(text).split('. ')[0][:200]}",
+            f"--batch {config.batch} --img_size {config.img_size} --precision {config.precision}",
+            "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite;"
+            " if something else fills the memory, the same command continues",
+        )
+    if is_dead_worker(error):
+        return UserError(
+            f"a process that reads images was killed: {printable(text)[:200]}",
+            f"--workers {config.workers}",
+            "lower --workers if memory is short (/dev/shm too); the same command continues",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return UserError(f"cannot be written: {error.strerror}", str(error.filename or config.out_dir), "make room")
+    return None
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def run_cli(
 def end_cli(
     *args: object, out_dir: Path, env: dict[str, str] | None = None, whole_group: bool = False
 ) -> tuple[int, str, int]:
-    """Start a run, send SIGTERM after its first checkpoint; return exit code, stderr and the process group's number."""
+    """Start a run, send SIGTERM after its first epoch; return exit code, stderr and the process group's number."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -94,7 +94,10 @@ def end_cli(
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not (out_dir / "checkpoint_last.pth").exists() and time.monotonic() < deadline and process.poll() is None:
+    log = out_dir / "metrics.jsonl"
+    while not (log.exists() and b'"epoch_end"' in log.read_bytes()) and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
         time.sleep(0.05)
     if whole_group:  # as schedulers do
         os.killpg(process.pid, signal.SIGTERM)
@@ -109,7 +112,8 @@ def call_main() -> Iterator[Callable[..., int]]:
     """Return a function that runs `main` in this process, without leaving its signal handlers behind."""
     import lct_dino3 as lct
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with warnings.catch_warnings():
         yield lambda *args: lct.main([str(arg) for arg in args])
     for number, handler in handlers.items():

@@ -167,7 +167,7 @@ def test_running_again_says_finished_and_changes_nothing(run: Path, data: Path, 
 
 
 @pytest.mark.parametrize("freeze", ["--freeze_backbone", "--no-freeze_backbone"])
-def test_four_epochs_are_two_and_an_interrupt_and_two(
+def test_four_epochs_are_three_and_an_interrupt_and_one(
     freeze: str, data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert train(call_main, data, tmp_path / "straight", "--epochs", 4, freeze) == 0
@@ -182,9 +182,9 @@ def test_four_epochs_are_two_and_an_interrupt_and_two(
         patch.setattr(lct, "format_epoch", press_ctrl_c)
         assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 130
     assert "interrupted" in [event["event"] for event in lct.read_events(tmp_path / "broken")]
-    assert load_state(tmp_path / "broken" / "checkpoint_last.pth")["epoch"] == 2
+    assert load_state(tmp_path / "broken" / "checkpoint_last.pth")["epoch"] == 3
     assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 0
-    assert "resumed after epoch 2" in capsys.readouterr().out
+    assert "resumed after epoch 3" in capsys.readouterr().out
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
         assert_same_weights(tmp_path / "straight" / name, tmp_path / "broken" / name)
     assert epoch_records(tmp_path / "straight") == epoch_records(tmp_path / "broken")
@@ -206,10 +206,10 @@ def test_a_run_killed_between_record_and_checkpoint_counts_the_epoch_once(
 
     def die_at_epoch_two(path: Path, state: lct.TrainState, identity: dict) -> None:
         if state.epoch == 2:
-            raise OSError("the machine is gone")
+            raise RuntimeError("the machine is gone")
         save(path, state, identity)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
         patch.setattr(lct, "save_checkpoint", die_at_epoch_two)
         train(call_main, data, tmp_path / "run", "--epochs", 2)
     assert train(call_main, data, tmp_path / "run", "--epochs", 2) == 0
