@@ -982,9 +982,10 @@ class RunDirectory:
         return read_events(self.path)
 
     def forget_epochs_after(self, epoch: int) -> None:
-        """Drop the epoch records beyond `epoch`: a run that died between record and checkpoint does them again."""
+        """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
         records = self.events()
-        kept = [r for r in records if r["event"] not in ("epoch_end", "best_update") or r["epoch"] <= epoch]
+        of_epochs = ("baseline_end", "epoch_end", "best_update")
+        kept = [r for r in records if r["event"] not in of_epochs or r.get("epoch", 0) <= epoch]
         if len(kept) == len(records):
             return
         self._events.close()
@@ -1022,8 +1023,12 @@ class RunDirectory:
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=refuse)
     except ValueError:
         return None
     return record if isinstance(record, dict) and "event" in record else None
@@ -3971,6 +3976,7 @@ class TrainState:
     tally: Tally = dataclasses.field(default_factory=Tally)  # of the epoch so far
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, value, loss of the best epoch so far
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
+    saved_step: int | None = None  # what checkpoint_last.pth holds; of this process only
 
     def finish_epoch(self) -> None:
         """Move on to the start of the next epoch."""
@@ -4019,7 +4025,7 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
         "scaler": state.scaler.state_dict(),
         "tally": state.tally.totals(),
     }
-    with sealed_file(path) as file:
+    with SIGNALS.hold(), sealed_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save(payload, file)
 
 
@@ -4688,7 +4694,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
         try:
             train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
-            save_state(job, state)
+            if state.saved_step != state.step:
+                save_state(job, state)
             raise
         train, train_per_class = score_training(job, state)
         val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
@@ -4739,6 +4746,7 @@ def save_state(job: Job, state: TrainState) -> None:
     """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
     check_finite(state, job.run.path)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
+    state.saved_step = state.step
 
 
 def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
@@ -7311,7 +7319,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     if point:
         resume_training(job, state, point)
         return bank, state
-    run.forget_epochs_after(0)
+    run.forget_epochs_after(-1)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
     state.baseline = measure_baseline(job, bank)
     run.event("baseline_end", **state.baseline)

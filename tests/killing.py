@@ -1,0 +1,249 @@
+"""Runs of the script that are killed at a chosen call, forked from one process that has imported everything: torch takes 4 s.
+
+`python tests/killing.py` is that process: it reads a job a line from stdin, runs it in a child, and answers with its exit code.
+Tests talk to it through `Nursery`.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+# What a run imports when it needs it, and a fork then has already.
+LAZY = (
+    "albumentations cv2 jinja2 matplotlib.backends.backend_agg matplotlib.figure scipy.fft scipy.optimize scipy.sparse.csgraph"
+    " scipy.stats sklearn.cluster sklearn.linear_model sklearn.manifold sklearn.pipeline sklearn.preprocessing timm yaml"
+)
+# Calls at which a run can be told to die; the soak draws among all calls of all of them.
+TARGETS = (
+    "check_image list_images assign_splits build_backbone measure_baseline TrainFeed.batches load_image train_step"
+    " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.settle check_finite score_training compute_metrics"
+    " evaluate_val RunDirectory.event RunDirectory.log os.write save_checkpoint open SealWriter._pass_on SealWriter.seal os.fsync"
+    " Path.replace sync_folder Path.unlink copy_checkpoint update_best embed build_gallery save_gallery score_arcface test_run"
+    " gather_report write_report"
+).split()
+
+
+def resolve(root: Any, name: str) -> tuple[Any, str]:
+    """Return the object that holds the last part of a dotted name, and that part."""
+    *path, last = name.split(".")
+    return functools.reduce(getattr, path, root), last
+
+
+def install(module: Any, name: str, action: Any) -> None:
+    """Have `action(number of the call, call)` stand in for a function of the script or of a library it uses."""
+    owner, last = resolve(module, name)
+    original = getattr(owner, last, None) or getattr(__builtins__, last)
+    count = itertools.count(1)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return action(next(count), lambda: original(*args, **kwargs), args)
+
+    setattr(owner, last, wrapper)
+
+
+class Trap:
+    """Gets a signal while it is destroyed, where Python drops exceptions."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        for _ in range(100):
+            time.sleep(0.001)
+
+
+def die_at(plan: dict[str, Any]) -> Any:
+    """Return the action that sends this process a signal before, after or half-way through its nth call."""
+
+    def action(number: int, call: Any, args: tuple) -> Any:
+        if number != plan["nth"]:
+            return call()
+        when = plan.get("when", "before")
+        if when == "half":  # of a write, as when the machine loses power
+            os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
+        if when == "swallowed":
+            Trap(plan["signal"])
+            return call()
+        result = call() if when == "after" else None
+        for press in range(plan.get("times", 1)):
+            time.sleep(0.6 * press)  # a second press of Ctrl-C comes later than an echo of the first
+            os.kill(os.getpid(), plan["signal"])
+        return result if when == "after" else call()
+
+    return action
+
+
+def fail_at(plan: dict[str, Any]) -> Any:
+    """Return the action that raises an error instead of its nth call, and of all later ones if `on` is set."""
+
+    def action(number: int, call: Any, args: tuple) -> Any:
+        if number == plan["nth"] or (plan.get("on") and number > plan["nth"]):
+            if "errno" in plan:
+                raise OSError(plan["errno"], os.strerror(plan["errno"]))
+            raise getattr(__builtins__, plan["error"])(plan.get("text", ""))
+        return call()
+
+    return action
+
+
+def count_calls(module: Any, path: Path) -> None:
+    """Count the calls of all targets, and write the numbers when the run is over."""
+    numbers: collections.Counter[str] = collections.Counter()
+
+    def counting(name: str) -> Any:
+        def action(number: int, call: Any, _: tuple) -> Any:
+            numbers[name] = number
+            return call()
+
+        return action
+
+    for name in TARGETS:
+        install(module, name, counting(name))
+    module.count_calls_done = lambda: path.write_text(json.dumps(numbers))
+
+
+def run_child(module: Any, job: dict[str, Any]) -> int:
+    """Do one job in a forked process and return its exit code."""
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.setpgid(0, 0)
+    if "count" in job:
+        count_calls(module, Path(job["count"]))
+    if "file_limit" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    for plan in job.get("plans", ()):
+        install(module, plan["at"], die_at(plan) if "signal" in plan else fail_at(plan))
+    code = module.main(job["argv"])
+    if "count" in job:
+        module.count_calls_done()
+    return code
+
+
+def serve() -> None:
+    """Read jobs and fork a child for each, one at a time; only the exit code comes back."""
+    sys.path.insert(0, str(REPO))
+    module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
+    for name in LAZY.split():
+        importlib.import_module(name)
+    if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("a process with threads must not be forked")
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                code = run_child(module, job)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+class Nursery:
+    """The tests' end: start the process once, and have it run the script as often as needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._number = folder, itertools.count()
+        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, **threads, "MPLBACKEND": "agg"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *argv: object, **job: Any) -> tuple[int, str]:
+        """Run the script, return exit code (negative: killed by that signal) and what it printed."""
+        output = self._folder / f"output{next(self._number)}.txt"
+        job = {"argv": [str(word) for word in argv], "output": str(output), **job}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that forks the runs has died")
+        return int(answer), output.read_text("utf-8", "replace")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def kill(at: str, nth: int, number: int = signal.SIGKILL, **more: Any) -> dict[str, Any]:
+    """Describe a signal at the nth call of a function."""
+    return {"at": at, "nth": nth, "signal": int(number), **more}
+
+
+def fail(at: str, nth: int, **more: Any) -> dict[str, Any]:
+    """Describe an error at the nth call of a function."""
+    return {"at": at, "nth": nth, **more}
+
+
+def read_run(out_dir: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, comparable value) of everything in a finished run that must not depend on how it was interrupted."""
+    import numpy as np
+    import torch
+
+    for name in ("last", "best", *sorted(path.stem[11:] for path in out_dir.glob("checkpoint_ep*.pth"))):
+        payload = torch.load(out_dir / f"checkpoint_{name}.pth", weights_only=True)
+        payload.pop("seconds")
+        for key, value in flatten(payload, f"{name}"):
+            yield key, (value.dtype, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+    with np.load(out_dir / "prototypes.npz", allow_pickle=False) as content:
+        for key in content.files:
+            if key != "meta":
+                yield f"prototypes {key}", (content[key].dtype.str, content[key].tobytes())
+        meta = json.loads(str(content["meta"]))
+    yield "prototypes meta", {key: value for key, value in meta.items() if key != "date"}
+    events = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_bytes().splitlines()]
+    for event in events:
+        event.pop("time"), event.pop("seconds", None)
+    for kind in ("baseline_end", "epoch_end", "best_update"):
+        yield kind, [event for event in events if event["event"] == kind]
+    yield "test_end", [event for event in events if event["event"] == "test_end"][-1]
+    yield "ended", events[-1]
+    yield "splits", (out_dir / "splits.json").read_bytes()
+    yield "files", sorted(path.name for path in out_dir.iterdir() if ".damaged-" not in path.name)
+
+
+def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts and lists with their path."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flatten(item, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Return the names of what differs between two finished runs."""
+    a, b = dict(read_run(first)), dict(read_run(second))
+    return sorted({name for name in a.keys() | b.keys() if name not in a or name not in b or a[name] != b[name]})
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,513 @@
+"""Sections 03, 13, 15 and 19: runs that are killed, interrupted or hurt at every stage, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, snapshot
+from killing import Nursery, differences, fail, kill
+
+import lct_dino3 as lct
+
+SETTINGS = (
+    "--model_id test_resnet --no-pretrained --no-freeze_backbone --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16"
+    " --epochs 3 --save_every 2 --save_minutes 1e-6"  # saves after every step
+).split()
+KILL, TERM, INT, HUP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+Main = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("output"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_dataset(tmp_path_factory.mktemp("resume") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
+    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to. Shared: read only."""
+    out_dir = tmp_path_factory.mktemp("straight") / "run"
+    code, text = nursery.run("--data_root", data, "--out_dir", out_dir, *SETTINGS)
+    assert code == 0, text
+    return out_dir
+
+
+@pytest.fixture
+def start(nursery: Nursery, data: Path, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Return a function that starts, or starts again, the run in tmp_path/run."""
+
+    def start(*plans: dict[str, Any], flags: tuple = (), **job: Any) -> tuple[int, str]:
+        argv = ("--data_root", data, "--out_dir", tmp_path / "run", *SETTINGS, *flags)
+        return nursery.run(*argv, plans=plans, **job)
+
+    return start
+
+
+def assert_ends_like(straight: Path, start: Callable[..., tuple[int, str]], out_dir: Path, *flags: object) -> str:
+    code, text = start(flags=flags)
+    assert code == 0, text
+    assert differences(straight, out_dir) == []
+    return text
+
+
+def events_of(out_dir: Path) -> list[str]:
+    return [event["event"] for event in lct.read_events(out_dir)]
+
+
+# --- killed and interrupted
+
+DEATHS = {
+    "while listing": kill("list_images", 1, TERM),
+    "scan, killed": kill("check_image", 20, KILL),
+    "scan, terminated": kill("check_image", 20, TERM),
+    "while the model is built": kill("build_backbone", 1, INT),
+    "baseline": kill("measure_baseline", 1, TERM),
+    "first checkpoint": kill("save_checkpoint", 1, KILL),
+    "first batch, killed": kill("train_step", 1, KILL),
+    "first batch, Ctrl-C": kill("train_step", 1, INT),
+    "between gradient and update": kill("nn.utils.clip_grad_norm_", 3, KILL),
+    "inside a step, terminated": kill("nn.utils.clip_grad_norm_", 3, TERM),
+    "after an update that nobody has noted": kill("torch.optim.AdamW.step", 6, KILL, when="after"),
+    "terminal closed in mid-epoch": kill("torch.optim.AdamW.step", 6, HUP, when="after"),
+    "while an image is read": kill("load_image", 150, TERM),
+    "last step of an epoch": kill("train_step", 8, INT, when="after"),
+    "train figures": kill("score_training", 2, KILL),
+    "validation, killed": kill("evaluate_val", 2, KILL),
+    "validation, terminated": kill("evaluate_val", 2, TERM),
+    "validation, second time in a row": kill("compute_metrics", 10, INT),
+    "epoch's record": kill("os.write", 9, KILL, when="half"),
+    "between record and checkpoint": kill("update_best", 2, KILL),
+    "checkpoint: write": kill("SealWriter._pass_on", 20_000, KILL),
+    "checkpoint: write, Ctrl-C": kill("SealWriter._pass_on", 20_000, INT),
+    "checkpoint: seal": kill("SealWriter.seal", 9, KILL),
+    "checkpoint: fsync": kill("os.fsync", 40, KILL),
+    "checkpoint: rename": kill("Path.replace", 12, KILL),
+    "checkpoint: after rename": kill("Path.replace", 12, KILL, when="after"),
+    "checkpoint: folder": kill("sync_folder", 12, TERM),
+    "building prototypes": kill("build_gallery", 1, TERM),
+    "writing prototypes": kill("save_gallery", 1, KILL),
+    "test": kill("test_run", 1, KILL),
+    "test, Ctrl-C": kill("score_arcface", 4, INT),
+    "report": kill("gather_report", 1, TERM),
+    "report, written": kill("write_report", 1, KILL, when="after"),
+}
+EXIT_CODES = {KILL: -9, TERM: 143, INT: 130, HUP: 143}
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_run_that_is_killed_and_started_again_ends_as_if_nothing_had_happened(
+    name: str, straight: Path, start: Any, tmp_path: Path
+) -> None:
+    plan, out_dir = DEATHS[name], tmp_path / "run"
+    code, text = start(plan)
+    assert code == EXIT_CODES[plan["signal"]], text
+    assert "Traceback" not in text
+    if plan["signal"] != KILL and (out_dir / "checkpoint_last.pth").exists():
+        assert events_of(out_dir)[-2:] == ["interrupted", "run_end"]
+        kept = lct.load_checkpoint(out_dir / "checkpoint_interrupt.pth")
+        last = lct.load_checkpoint(out_dir / "checkpoint_last.pth")
+        assert lct.progress_of(kept) == lct.progress_of(last)
+    assert_ends_like(straight, start, out_dir)
+
+
+def test_an_interrupt_costs_no_step(start: Any, tmp_path: Path) -> None:
+    for number, position in ((INT, (1, 2)), (TERM, (1, 3))):
+        code, _ = start(kill("torch.optim.AdamW.step", 6 if number == INT else 1, number), flags=("--save_minutes", 0))
+        assert code == EXIT_CODES[number]
+        assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == position
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_twice_in_one_epoch_with_other_workers(
+    workers: int, straight: Path, start: Any, tmp_path: Path
+) -> None:
+    flags = ("--workers", workers, "--save_minutes", 0)
+    assert start(kill("train_step", 5, TERM), flags=flags)[0] == 143
+    assert start(kill("train_step", 2, INT))[0] == 130
+    assert start(kill("train_step", 1, KILL), flags=flags)[0] == -9
+    text = assert_ends_like(straight, start, tmp_path / "run", *flags)
+    assert "resumed after epoch 1 and 3 batches" in text
+
+
+def test_killed_again_and_again_with_workers(straight: Path, start: Any, tmp_path: Path) -> None:
+    for step in (2, 3, 4, 3):
+        assert start(kill("train_step", step, KILL), flags=("--workers", 2))[0] == -9
+    assert_ends_like(straight, start, tmp_path / "run", "--workers", 1, "--resume")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_a_whole_checkpoint(straight: Path, start: Any, tmp_path: Path) -> None:
+    """The first asks for a checkpoint, and the second comes while that is written."""
+    code, _ = start(kill("train_step", 6, INT), kill("SealWriter.seal", 6, INT, times=2), flags=("--save_minutes", 0))
+    assert code == 130
+    assert "interrupted" not in events_of(tmp_path / "run")
+    assert list((tmp_path / "run").glob(".*.tmp"))
+    lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
+    assert_ends_like(straight, start, tmp_path / "run")
+
+
+def test_signals_that_are_repeated_do_not_cost_the_checkpoint(straight: Path, start: Any, tmp_path: Path) -> None:
+    """`timeout` sends SIGTERM to the process and to its group; a launcher passes on the Ctrl-C that the terminal has sent."""
+    assert start(kill("train_step", 6, TERM), kill("check_finite", 4, TERM, times=2), kill("check_finite", 4, INT))[0]
+    assert events_of(tmp_path / "run")[-2:] == ["interrupted", "run_end"]
+    assert_ends_like(straight, start, tmp_path / "run")
+
+
+def test_sigusr1_saves_and_goes_on(straight: Path, start: Any, tmp_path: Path) -> None:
+    flags = ("--save_minutes", 0)
+    code, text = start(kill("train_step", 6, signal.SIGUSR1), kill("train_step", 7, KILL), flags=flags)
+    assert code == -9 and "saved on SIGUSR1: epoch 1 and 2 batches" in text
+    assert start(kill("list_images", 1, signal.SIGUSR1), kill("evaluate_val", 1, KILL))[0] == -9
+    assert_ends_like(straight, start, tmp_path / "run")
+
+
+def test_without_save_minutes_the_state_is_saved_when_an_epoch_ends(start: Any, tmp_path: Path) -> None:
+    assert start(kill("train_step", 7, KILL), flags=("--save_minutes", 0))[0] == -9
+    assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 0)
+
+
+def test_an_interrupted_scan_keeps_what_it_has_learned(
+    data: Path, start: Any, nursery: Nursery, tmp_path: Path
+) -> None:
+    assert start(kill("check_image", 40, TERM))[0] == 143
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"scan_cache.npz", ".lock"}
+    assert start(kill("check_image", 20, KILL))[0] == 0, "fewer than twenty were left"
+    argv = ("scan", "--data_root", data, "--out_dir", tmp_path / "scan")
+    assert nursery.run(*argv, plans=[kill("check_image", 40, INT)])[0] == 130
+    assert nursery.run(*argv, plans=[kill("check_image", 20, KILL)])[0] == 0
+
+
+def test_a_swallowed_interrupt_is_honoured_all_the_same(start: Any, tmp_path: Path) -> None:
+    """Python drops exceptions that are raised in destructors and callbacks."""
+    assert start(kill("load_image", 130, TERM, when="swallowed"), flags=("--save_minutes", 0))[0] == 143
+    assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth"))[0] == 1
+
+
+def test_leftovers_of_a_killed_write_are_cleaned_at_the_next_start(straight: Path, start: Any, tmp_path: Path) -> None:
+    assert start(kill("SealWriter.seal", 5, KILL))[0] == -9
+    assert [path.name.split(".")[1] for path in (tmp_path / "run").glob(".*.tmp")] == ["checkpoint_last"]
+    assert_ends_like(straight, start, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+# --- seals
+
+
+def sealed_bytes(tmp_path: Path) -> bytes:
+    with lct.sealed_file(tmp_path / "small.npz") as file:
+        np.savez(file, a=np.arange(3, dtype=np.int8))
+    return (tmp_path / "small.npz").read_bytes()
+
+
+def is_refused(path: Path) -> bool:
+    try:
+        with lct.open_sealed(path):
+            return False
+    except lct.SealError:
+        return True
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
+    whole, path = sealed_bytes(tmp_path), tmp_path / "hurt.npz"
+    path.write_bytes(whole)
+    assert not is_refused(path)
+    for position in range(len(whole) * 8):
+        hurt = bytearray(whole)
+        hurt[position // 8] ^= 1 << position % 8
+        path.write_bytes(hurt)
+        assert is_refused(path), f"bit {position}"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert is_refused(path), f"{length} bytes"
+    for more in (b"\0", whole, b"x" * lct.SEAL_DIGITS):
+        path.write_bytes(whole + more)
+        assert is_refused(path)
+
+
+def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_are_noticed(straight: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, load in (("checkpoint_last.pth", lct.load_checkpoint), ("prototypes.npz", lct.load_gallery)):
+        whole = (straight / name).read_bytes()
+        for position in rng.integers(0, len(whole), 200).tolist():
+            hurt = bytearray(whole)
+            hurt[position] ^= 1 << int(rng.integers(8))
+            (tmp_path / name).write_bytes(hurt)
+            with pytest.raises(lct.UserError, match=r"is damaged|has no seal"):
+                load(tmp_path / name)
+        for start in rng.integers(0, len(whole) - 4096, 20).tolist() if len(whole) > 4096 else ():
+            (tmp_path / name).write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
+            with pytest.raises(lct.UserError, match=r"is damaged|has no seal"):
+                load(tmp_path / name)
+
+
+def test_sealed_files_are_read_by_everybody(straight: Path) -> None:
+    assert torch.load(straight / "checkpoint_last.pth", weights_only=True, mmap=True)["epoch"] == 3
+    for name in ("checkpoint_best.pth", "prototypes.npz", "scan_cache.npz"):
+        with zipfile.ZipFile(straight / name) as archive:
+            assert archive.testzip() is None and archive.comment.startswith(lct.SEAL)
+
+
+def test_writes_of_any_size_are_sealed_right(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", bytes(range(256)) * 9)
+    whole = buffer.getvalue()
+    for size in (1, 7, 21, 22, 23, 100, 10_000):
+        with lct.sealed_file(tmp_path / "file") as file:
+            for start in range(0, len(whole), size):
+                assert file.write(whole[start : start + size]) == len(whole[start : start + size])
+        with lct.open_sealed(tmp_path / "file") as file, zipfile.ZipFile(file) as archive:
+            assert archive.read("a") == bytes(range(256)) * 9
+
+
+def test_a_gallery_comes_back_as_it_was_written(straight: Path) -> None:
+    gallery, meta = lct.load_gallery(straight / "prototypes.npz")
+    with np.load(straight / "prototypes.npz") as file:
+        for name in ("centroids", "stacks", "stack_labels", "thresholds"):
+            assert np.array_equal(getattr(gallery, name), file[name])
+        assert gallery.matcher == str(file["matcher"]) and list(gallery.class_names) == file["id2cls"].tolist()
+    assert meta["img_size"] == 32 and gallery.temperature == meta["temperature"]
+    assert gallery.scores(gallery.stacks).shape == (len(gallery.stacks), 3)
+
+
+def test_a_foreign_or_hostile_gallery_is_refused_and_never_executed(tmp_path: Path, straight: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "owned",))
+
+    array = np.array([Hostile()], dtype=object)
+    np.savez(tmp_path / "unsealed.npz", centroids=array, meta=array)
+    with lct.sealed_file(tmp_path / "sealed.npz") as file:  # by somebody who knows how
+        np.savez(file, centroids=array, meta=array)
+    with lct.sealed_file(tmp_path / "other.npz") as file:
+        np.savez(file, meta=np.array(json.dumps({"format": 1})))
+    shutil.copy(straight / "checkpoint_last.pth", tmp_path / "checkpoint.npz")
+    for name in ("unsealed", "sealed", "other", "checkpoint", "missing"):
+        with pytest.raises(lct.UserError, match=f"{name}.npz"):
+            lct.load_gallery(tmp_path / f"{name}.npz")
+    assert not (tmp_path / "owned").exists()
+
+
+# --- damaged and foreign checkpoints
+
+
+def hurt(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def interrupted(start: Any, tmp_path: Path) -> Path:
+    """A run interrupted in its third epoch."""
+    assert start(kill("train_step", 11, TERM))[0] == 143
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "names, position",
+    [
+        (("last",), "epoch 2 and 3 batches of 3 epochs, from checkpoint_interrupt.pth"),
+        (("last", "interrupt"), "epoch 2 of 3 epochs, from checkpoint_"),
+        (("last", "interrupt", "ep002"), "from checkpoint_best.pth"),
+    ],
+)
+def test_the_newest_sound_checkpoint_is_used_and_the_damaged_are_set_aside(
+    names: tuple, position: str, interrupted: Path, straight: Path, start: Any
+) -> None:
+    for name in names:
+        hurt(interrupted / f"checkpoint_{name}.pth")
+    text = assert_ends_like(straight, start, interrupted)
+    assert position in text
+    for name in names:
+        assert len(list(interrupted.glob(f"checkpoint_{name}.pth.damaged-*"))) == 1
+        assert f"checkpoint_{name}.pth cannot be read as a checkpoint: is damaged" in text
+
+
+def test_a_damaged_best_checkpoint_is_found_again_among_the_others(
+    straight: Path, start: Any, tmp_path: Path, nursery: Nursery
+) -> None:
+    """The best epoch is among the kept ones; else the run goes on, and says that it has lost it."""
+    flags = ("--save_every", 1)
+    assert start(kill("train_step", 11, TERM), flags=flags)[0] == 143
+    hurt(tmp_path / "run" / "checkpoint_best.pth")
+    code, text = start(flags=flags)
+    assert code == 0 and "checkpoint_best.pth cannot be read" in text
+    assert not [
+        name for name in differences(straight, tmp_path / "run") if not name.startswith("ep") and name != "files"
+    ]
+
+
+def test_when_no_checkpoint_is_sound_the_run_stops_and_touches_nothing(interrupted: Path, start: Any) -> None:
+    for path in interrupted.glob("checkpoint_*.pth"):
+        hurt(path)
+    before = snapshot(interrupted)
+    for flags in ((), ("--resume",)):
+        code, text = start(flags=flags)
+        assert code == 2 and "no checkpoint is sound" in text and "checkpoint_last.pth" in text
+        assert str(interrupted) in text and "--overwrite" in text
+    assert snapshot(interrupted) == before
+    for path in interrupted.glob("checkpoint_*.pth"):
+        path.unlink()
+    code, text = start()
+    assert code == 2 and "2 epochs have been trained, and no checkpoint is left" in text
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_a_hostile_checkpoint_in_the_folder_is_refused_and_never_executed(
+    is_sealed: bool, start: Any, interrupted: Path, straight: Path, tmp_path: Path
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "owned",))
+
+    with (
+        lct.sealed_file(interrupted / "checkpoint_last.pth")
+        if is_sealed
+        else contextlib.nullcontext(interrupted / "checkpoint_last.pth") as file
+    ):
+        torch.save({"format": lct.CHECKPOINT_FORMAT, "model": Hostile()}, file)
+    text = assert_ends_like(straight, start, interrupted)
+    assert "checkpoint_last.pth cannot be read as a checkpoint" in text and not (tmp_path / "owned").exists()
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused_and_left(interrupted: Path, start: Any) -> None:
+    hurt(interrupted / "checkpoint_ep002.pth")
+    before = snapshot(interrupted)
+    code, text = start(flags=("--resume", interrupted / "checkpoint_ep002.pth"))
+    assert code == 2 and "checkpoint_ep002.pth" in text and snapshot(interrupted) == before
+
+
+# --- flags at resume
+
+
+def test_flags_that_do_not_change_the_result_are_accepted_and_named(
+    interrupted: Path, straight: Path, start: Any
+) -> None:
+    flags = ("--workers", 1, "--save_minutes", 7, "--debug", "--max_refs_per_class", 100)
+    text = assert_ends_like(straight, start, interrupted, *flags)
+    for said in (
+        "--workers was 0 at the last start and is 1 now",
+        "--save_minutes was 1e-06",
+        "--max_refs_per_class was None",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    "flags, named", [(("--seed", 7), "seed: 42 -> 7"), (("--deterministic",), "deterministic: False -> True")]
+)
+def test_flags_that_change_the_result_are_refused(interrupted: Path, start: Any, flags: tuple, named: str) -> None:
+    before = snapshot(interrupted)
+    code, text = start(flags=flags)
+    assert code == 2 and named in text and snapshot(interrupted) == before
+
+
+def test_more_epochs_go_on_with_the_learning_rate_of_the_longer_schedule(interrupted: Path, start: Any) -> None:
+    code, text = start(flags=("--epochs", 5))
+    assert code == 0 and "--epochs was 3 at the last start and is 5 now" in text
+    rates = [event["lr"] for event in lct.read_events(interrupted) if event["event"] == "epoch_end"]
+    steps = len(lct.batch_borders(30, 8)) - 1
+    expected = [1e-3 * lct.lr_factor(steps * epoch - 1, steps * (3 if epoch < 3 else 5)) for epoch in range(1, 6)]
+    assert rates == pytest.approx(expected)
+
+
+def test_images_that_have_changed_since_are_named(interrupted: Path, start: Any, data: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "data")
+    shutil.copy(other / "wrench" / "0000.png", other / "wrench" / "0001.png")
+    code, text = start(flags=("--data_root", other))
+    assert code == 0 and "the images are not those of the last start" in text
+
+
+def test_deterministic_is_recorded_and_changes_nothing_on_the_cpu(start: Any, straight: Path, tmp_path: Path) -> None:
+    assert start(flags=("--deterministic",))[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert config["options"]["deterministic"] is True and "deterministic" in config["device"]
+    assert {name.split("/")[-1] for name in differences(straight, tmp_path / "run")} <= {
+        "deterministic",
+        "prototypes meta",
+    }
+
+
+# --- logs and lock
+
+
+def test_half_and_damaged_lines_of_metrics_are_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with lct.RunDirectory(path.parent) as run:
+        run.event("first", text="a\nb\udc80\u2028")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"event": "half", "va')
+    with lct.RunDirectory(path.parent):
+        pass
+    assert path.read_bytes().startswith(whole) and events_of(path.parent) == ["first", "run_end", "run_end"]
+    assert "was cut off" in (path.parent / "train.log").read_text("utf-8")
+    whole = path.read_bytes()
+    bad = b"\0" * 30 + b"\n" + b'{"event": NaN}\n' + b"[1]\n" + b"\xff\xfe\n"
+    path.write_bytes(bad + whole[:-1])  # and a last line that lacks only its end
+    with lct.RunDirectory(path.parent):
+        pass
+    assert path.read_bytes().startswith(whole)
+    (aside,) = path.parent.glob("metrics.jsonl.damaged-*")
+    assert aside.read_bytes() == bad + whole[:-1]
+
+
+def test_a_lock_outlives_no_process_and_names_its_holder(tmp_path: Path) -> None:
+    with lct.lock_directory(tmp_path), pytest.raises(lct.UserError, match=f"in use by process {os.getpid()}"):
+        lct.refuse_if_in_use(tmp_path)
+    child = os.fork()
+    if not child:
+        lct.lock_directory(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert str(child) in (tmp_path / ".lock").read_text()
+    lct.refuse_if_in_use(tmp_path)
+    lct.lock_directory(tmp_path).close()
+
+
+def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:
+    leftover = tmp_path / ".checkpoint_last.pth.123.tmp"
+    leftover.write_bytes(b"of a live process")
+    with lct.lock_directory(tmp_path), pytest.raises(lct.UserError, match="in use"):
+        lct.RunDirectory(tmp_path)
+    assert leftover.exists()
+    lct.RunDirectory(tmp_path).close("completed")
+    assert not leftover.exists()
+
+
+# --- full disks and other faults
+
+
+@pytest.mark.parametrize(
+    "at, nth", [("os.fsync", 30), ("SealWriter._pass_on", 9000), ("Path.replace", 9), ("os.write", 14)]
+)
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO])
+def test_a_write_that_fails_costs_nothing_that_was_written_before(
+    at: str, nth: int, reason: int, start: Any, straight: Path, tmp_path: Path
+) -> None:
+    code, text = start(fail(at, nth, errno=reason))
+    assert code == 2 and os.strerror(reason) in text and f"{tmp_path}/run/" in text and " bytes" in text
+    assert "Traceback" not in text
+    assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines())
+    lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
+    assert_ends_like(straight, start, tmp_path / "run")
