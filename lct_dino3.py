@@ -58,7 +58,9 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import unicodedata
@@ -113,6 +115,8 @@ SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before th
 ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
+CLEARML_CLOSE_SECONDS = 5.0  # that a run waits for ClearML at its end, and nowhere else
+CLEARML_SILENT_SECONDS = 60.0  # without an answer: whatever it waits for, it waits in vain
 LOADER_RESTARTS = 3  # in an epoch, after a worker was killed
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
@@ -1123,115 +1127,137 @@ def move_aside(path: Path) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def hold_signals() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM until the block is left: inside, they would break a library that holds locks.
-
-    Whatever handlers the library installs meanwhile are replaced by those from before.
-    """
-    held: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, _: held.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
-
-
 class Tracker:
-    """ClearML sink. It can neither stop nor stall a run: no answer within 3 s or any error, and it goes on offline or stops."""
+    """ClearML sink, in a process of its own: whatever happens in there, training neither stops nor waits for it.
+
+    No server, no answer, an error at any call: that process is replaced by one that records offline, from the first message on,
+    and one line says why.
+    """
 
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
-        os.environ["CLEARML_CACHE_DIR"] = str(
-            (config.out_dir / "clearml").resolve()
-        )  # where an offline session is kept
-        os.environ.setdefault("CLEARML_LOG_LEVEL", "ERROR")
-        self._warn, self._task = warn, None
-        self._call(self._start, config)
+        self._warn, self._folder = warn, (config.out_dir / "clearml").resolve()
+        options = {key: str(value) for key, value in config.as_plain().items()}
+        task = config.clearml_task_name or config.out_dir.resolve().name
+        self._messages: list[dict[str, Any]] = [
+            {"do": "start", "project": config.clearml_project, "task": task, "options": options, "offline": False}
+        ]
+        self._process: subprocess.Popen | None = None
+        self._launch()
+
+    def _launch(self, stdin: Any = None) -> None:
+        self._folder.mkdir(exist_ok=True)
+        env = {"CLEARML_LOG_LEVEL": "ERROR", **os.environ, "CLEARML_CACHE_DIR": str(self._folder)}
+        code = "\n".join(
+            ["from __future__ import annotations", "from typing import Any", "import contextlib, json, os, sys"]
+            + [inspect.getsource(part) for part in CLEARML_PROGRAM]
+            + ["record_in_clearml()"]
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=stdin or subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            cwd=self._folder,
+            start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
+        )
+        self._unsent = b"".join(map(self._encode, self._messages)) if stdin is None else b""
+        self._received, self._answers, self._heard_at = b"", 0, time.monotonic()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                os.set_blocking(pipe.fileno(), False)
+
+    def _encode(self, message: dict[str, Any]) -> bytes:
+        return (json.dumps(message) + "\n").encode()
 
     def event(self, record: dict[str, Any]) -> None:
         """Report the scalars of an event: epoch figures as curves, final figures as single values."""
-        self._call(self._report, record)
+        if record["event"] == "epoch_end":
+            self._send(do="scalars", values=_epoch_scalars(record), iteration=record["epoch"])
+        if record["event"] == "test_end":
+            ways = ("arcface", "prototypes")
+            figures = [(f"test {way} {key}", value) for way in ways for key, value in record[way].items()]
+            self._send(do="figures", values=[figure for figure in figures if figure[1] is not None])
 
     def artifact(self, path: Path) -> None:
         """Attach a file of the run."""
-        self._call(lambda: self._task.upload_artifact(path.stem, artifact_object=str(path), wait_on_upload=False))
+        self._send(do="artifact", name=path.stem, path=str(path.resolve()))
 
     def confusion(self, matrix: np.ndarray, class_names: Sequence[str]) -> None:
         """Report the (C, C) confusion matrix of the test, rows true and columns predicted."""
-        self._call(
-            lambda: self._task.get_logger().report_confusion_matrix(
-                "test",
-                "confusion",
-                matrix.tolist(),
-                xaxis="predicted",
-                yaxis="true",
-                xlabels=list(class_names),
-                ylabels=list(class_names),
-                iteration=0,
-            )
-        )
+        self._send(do="confusion", matrix=matrix.tolist(), names=list(class_names))
 
     def close(self, status: str) -> None:
-        """Finish the task as completed, stopped or failed."""
-        self._call(lambda: self._task.flush(wait_for_uploads=True))  # marking stopped would drop what is still queued
-        if status == "interrupted":
-            self._call(lambda: self._task.mark_stopped())
-        elif status != "completed":
-            self._call(lambda: self._task.mark_failed(status_message=status))
-        self._call(lambda: self._task.close())
-        self._task = None
-
-    def _call(self, function: Callable[..., Any], *args: Any) -> None:
-        if self._task is None and function != self._start:
+        """Finish the task as completed, stopped or failed; waits for at most CLEARML_CLOSE_SECONDS."""
+        started = time.monotonic()
+        self._send(do="close", status=status)
+        while self._is_waiting() and time.monotonic() - started < CLEARML_CLOSE_SECONDS:
+            time.sleep(0.02)
+            self._exchange()
+        if not self._is_waiting():
             return
-        try:
-            with hold_signals():
-                function(*args)
-        except Exception as error:  # whatever ClearML raises: training is worth more than its record
-            self._warn(
-                f"ClearML: {type(error).__name__}: {printable(str(error))[:200]}; recording to ClearML stops here"
-            )
-            self._task = None
-
-    def _start(self, config: Config) -> None:
-        try:
-            from clearml import Task
-            from clearml.config import config_obj
-        except ImportError:
-            self._warn("ClearML is not installed (pip install clearml): the run is recorded in out_dir only")
+        if self._messages[0]["offline"] or (self._heard_at > started and not self._unsent):
+            self._warn(f"process {self._process.pid} goes on sending the rest to ClearML")
             return
-        reason = _why_no_clearml_server()
-        if reason:
-            self._warn(f"ClearML: {reason}; recording offline into {config.out_dir / 'clearml'}")
-            Task.set_offline(True)
-        # Its reporter would be a process forked from this one, threads, CUDA and all, that can outlive us and hold our pipes.
-        config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
-        self._task = Task.init(
-            project_name=config.clearml_project,
-            task_name=config.clearml_task_name or config.out_dir.resolve().name,
-            reuse_last_task_id=False,
-            auto_connect_arg_parser=False,
-            auto_connect_frameworks=False,
-            auto_resource_monitoring=False,
-            auto_connect_streams=False,
-        )
-        self._task.connect({key: str(value) for key, value in config.as_plain().items()}, name="options")
+        self._messages[0]["offline"] = True
+        self._process.kill()
+        self._warn(f"ClearML: no answer within {CLEARML_CLOSE_SECONDS:.0f} s; recording offline into {self._folder}")
+        with tempfile.TemporaryFile() as file:
+            file.write(b"".join(map(self._encode, self._messages)))
+            file.seek(0)
+            self._launch(file)
 
-    def _report(self, record: dict[str, Any]) -> None:
-        logger = self._task.get_logger()
-        if record["event"] == "epoch_end":
-            for title, series, value in _epoch_scalars(record):
-                logger.report_scalar(title, series, value, iteration=record["epoch"])
-        if record["event"] == "test_end":
-            figures = [
-                (f"test {way} {key}", value) for way in ("arcface", "prototypes") for key, value in record[way].items()
-            ]
-            for title, value in figures:
-                if value is not None:
-                    logger.report_single_value(title, value)
+    def _is_waiting(self) -> bool:
+        return self._process is not None and self._answers < len(self._messages)
+
+    def _send(self, **message: Any) -> None:
+        if self._process is None:
+            return
+        if not self._is_waiting():
+            self._heard_at = time.monotonic()
+        self._messages.append(message)
+        self._unsent += self._encode(message)
+        self._exchange()
+        if self._is_waiting() and time.monotonic() - self._heard_at > CLEARML_SILENT_SECONDS:
+            self._start_again(f"no answer for {CLEARML_SILENT_SECONDS:.0f} s")
+
+    def _exchange(self) -> None:
+        """Write and read what can be written and read without waiting."""
+        is_alive = True
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent[: 1 << 16]) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # it has ended; what it said last tells why
+            is_alive = False
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._received += chunk
+            is_alive = False
+        *lines, self._received = self._received.split(b"\n")
+        for answer in map(json.loads, lines):
+            self._heard_at = time.monotonic()
+            self._answers += answer["kind"] == "done"
+            if answer["kind"] == "offline":
+                self._messages[0]["offline"] = True
+                self._warn(f"ClearML: {answer['text']}; recording offline into {self._folder}")
+            if answer["kind"] == "failed":
+                self._start_again(printable(answer["text"])[:200])
+                return
+        if not is_alive and self._is_waiting():
+            self._start_again("its process has ended")
+
+    def _start_again(self, why: str) -> None:
+        self._process.kill()
+        self._process.wait()
+        if self._messages[0]["offline"]:
+            self._warn(f"ClearML: {why}; recording to ClearML stops here")
+            self._process = None
+            return
+        self._messages[0]["offline"] = True
+        self._warn(f"ClearML: {why}; recording offline into {self._folder}")
+        self._launch()
 
 
 def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
@@ -1243,7 +1269,87 @@ def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
     return [scalar for scalar in scalars if scalar[2] is not None]
 
 
-def _why_no_clearml_server() -> str:
+# The functions from here to the end of the section are run by `Tracker` in a Python of their own, which has nothing of this file but their source.
+def record_in_clearml() -> None:
+    """Do what the JSON messages on stdin ask for, a line each, and answer each on stdout; ends with the run, however that ends."""
+    import threading
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # ClearML prints
+
+    def warn(kind: str, text: str = "") -> None:
+        with contextlib.suppress(OSError):  # the run has ended, and leaves us a while to finish
+            print(json.dumps({"kind": kind, "text": text}), file=answers, flush=True)
+
+    task, is_open = None, True
+    for line in sys.stdin:
+        message = json.loads(line)
+        is_open = message["do"] != "close"
+        if not is_open:
+            threading.Timer(300, os._exit, (1,)).start()
+        try:
+            task = call_clearml(task, message, warn)
+        except Exception as error:  # whatever ClearML raises: training is worth more than its record
+            warn("failed", f"{type(error).__name__}: {error}")
+            os._exit(1)
+        warn("done")
+    if is_open and task is not None:
+        threading.Timer(60, os._exit, (1,)).start()
+        call_clearml(task, {"do": "close", "status": "the process of the run has gone"}, warn)
+    os._exit(0)
+
+
+def call_clearml(task: Any, message: dict[str, Any], warn: Any) -> Any:
+    """Do what one message asks for; return the task."""
+    do = message["do"]
+    if do == "start":
+        return start_clearml(message, warn)
+    if do == "scalars":
+        for title, series, value in message["values"]:
+            task.get_logger().report_scalar(title, series, value, iteration=message["iteration"])
+    if do == "figures":
+        for title, value in message["values"]:
+            task.get_logger().report_single_value(title, value)
+    if do == "confusion":
+        labels = {"xlabels": message["names"], "ylabels": message["names"], "xaxis": "predicted", "yaxis": "true"}
+        task.get_logger().report_confusion_matrix("test", "confusion", message["matrix"], iteration=0, **labels)
+    if do == "artifact":
+        task.upload_artifact(message["name"], artifact_object=message["path"], wait_on_upload=False)
+    if do == "close":
+        task.flush(wait_for_uploads=True)  # marking stopped would drop what is still queued
+        if message["status"] == "interrupted":
+            task.mark_stopped()
+        if message["status"] not in ("interrupted", "completed"):
+            task.mark_failed(status_message=message["status"])
+        task.close()
+    return task
+
+
+def start_clearml(message: dict[str, Any], warn: Any) -> Any:
+    """Open a task, offline if that is asked for or no server answers, and return it."""
+    from clearml import Task
+    from clearml.config import config_obj
+
+    obstacle = "" if message["offline"] else find_clearml_obstacle()
+    if obstacle:
+        warn("offline", obstacle)
+    Task.set_offline(bool(obstacle or message["offline"]))
+    # Its reporter would be another process, that can outlive us.
+    config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
+    task = Task.init(
+        project_name=message["project"],
+        task_name=message["task"],
+        reuse_last_task_id=False,
+        auto_connect_arg_parser=False,
+        auto_connect_frameworks=False,
+        auto_resource_monitoring=False,
+        auto_connect_streams=False,
+    )
+    task.connect(message["options"], name="options")
+    return task
+
+
+def find_clearml_obstacle() -> str:
     """Return why no ClearML server can be used, or '' when one answers within 3 s."""
     import socket
     from urllib.parse import urlsplit
@@ -1267,6 +1373,9 @@ def _why_no_clearml_server() -> str:
     except OSError as error:
         return f"{host.hostname}:{port} does not answer ({error})"
     return ""
+
+
+CLEARML_PROGRAM = (find_clearml_obstacle, start_clearml, call_clearml, record_in_clearml)
 
 
 # ======================================================================================================================
@@ -2003,6 +2112,16 @@ class Scan:
         save_scan_cache(out_dir / "scan_cache.npz", self.records.root, self.health)
         if self.mask_health is not None and len(self.mask_health.rows):
             save_scan_cache(out_dir / "mask_cache.npz", self.records.root, self.mask_health)
+
+
+@contextlib.contextmanager
+def keep_scan(scan: Scan, out_dir: Path) -> Iterator[None]:
+    """Write down what a scan has learned, should the block be interrupted."""
+    try:
+        yield
+    except Interrupted:
+        _save_part_of_scan(out_dir / "scan_cache.npz", scan.records.root, scan.health, ())
+        raise
 
 
 def scan_dataset(config: Config) -> Scan:
@@ -7123,7 +7242,9 @@ def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
     refuse_finished_folder(config)
-    scan = attach_masks(scan_dataset(config), config)
+    scan = scan_dataset(config)
+    with keep_scan(scan, config.out_dir):
+        scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
         scan.save_caches(config.out_dir)
@@ -7153,7 +7274,9 @@ def run_masks(config: Config) -> None:
     refuse_finished_folder(config)
     check_sam2(config)
     runtime = make_runtime(config)
-    scan = attach_masks(scan_dataset(config), config)
+    scan = scan_dataset(config)
+    with keep_scan(scan, config.out_dir):
+        scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
         write_json(config.out_dir / "data_report.json", scan.report)
@@ -7187,7 +7310,40 @@ def run_train(config: Config) -> None:
     probe_model(config)  # a mistyped model should not cost a scan
     if config.auto_generate_masks:
         check_sam2(config)
-    scan = attach_masks(scan_dataset(config), config)
+    scan = scan_dataset(config)
+    with keep_scan(scan, config.out_dir):
+        plan = plan_run(config, attach_masks(scan, config), point)
+    if plan is None:
+        return
+    if config.overwrite and config.out_dir.exists():
+        show(f"the old run is moved to {move_aside(config.out_dir)}")
+    with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
+        if config.auto_generate_masks:
+            plan = draw_planned_masks(config, plan, point, runtime)
+        job = Job(config, plan.records, runtime, run, plan.info)
+        open_run(job, plan)
+        bank, state = start_training(job, plan.backbone, point)
+        fit(job, state, bank)
+        finish_run(job, state, bank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about, before anything is written."""
+
+    scan: Scan
+    records: Records  # those of the scan, or of splits.json when a run is continued
+    notes: list[str]  # what has changed since its last start
+    backbone: Backbone
+    info: BackboneInfo
+
+
+def plan_run(config: Config, scan: Scan, point: ResumePoint | None) -> Plan | None:
+    """Check that data, model and checkpoint go together; None when the run is finished.
+
+    Raises:
+        UserError: data that cannot be trained on, or a checkpoint of a run with other settings.
+    """
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
@@ -7200,23 +7356,20 @@ def run_train(config: Config) -> None:
                 f"the run in {config.out_dir} is finished: {point.payload['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
                 "to train on, give more --epochs; to start afresh, --overwrite"
             )
-            return
+            return None
         notes += describe_changes(config, scan.fingerprint)
     backbone, info = build_backbone(config, show)
     if point:
         check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, info))
-    if config.overwrite and config.out_dir.exists():
-        show(f"the old run is moved to {move_aside(config.out_dir)}")
-    with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
-        if config.auto_generate_masks:
-            scan = draw_missing_masks(scan, config, runtime)
-            check_masks_usable(scan, config)
-            records = reuse_splits(point.path.with_name("splits.json"), scan.records)[0] if point else scan.records
-        job = Job(config, records, runtime, run, info)
-        open_run(job, scan, notes)
-        bank, state = start_training(job, backbone, point)
-        fit(job, state, bank)
-        finish_run(job, state, bank)
+    return Plan(scan, records, notes, backbone, info)
+
+
+def draw_planned_masks(config: Config, plan: Plan, point: ResumePoint | None, runtime: Runtime) -> Plan:
+    """Draw the masks that are missing, and return the plan with them."""
+    scan = draw_missing_masks(plan.scan, config, runtime)
+    check_masks_usable(scan, config)
+    records = reuse_splits(point.path.with_name("splits.json"), scan.records)[0] if point else scan.records
+    return dataclasses.replace(plan, scan=scan, records=records)
 
 
 def describe_changes(config: Config, fingerprint: str) -> list[str]:
@@ -7243,9 +7396,9 @@ def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
     return checkpoint["epoch"] >= config.epochs and bool(events) and events[-1].get("status") == "completed"
 
 
-def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
+def open_run(job: Job, plan: Plan) -> None:
     """Write what is known before training: options, splits, data report, the script itself; start the tracker."""
-    config, run = job.config, job.run
+    config, run, scan = job.config, job.run, plan.scan
     scan.save_caches(run.path)
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
     write_json(run.path / "config.json", describe_run(job, scan.fingerprint))
@@ -7256,7 +7409,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         run.tracker = Tracker(config, run.log)
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
-    run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
+    run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
     training = "frozen" if config.freeze_backbone else "fine-tuned"
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if config.preview:

@@ -1,9 +1,11 @@
 """Section 03: the real ClearML package, offline, and with servers that are dead in two ways."""
 
+import http.server
 import json
 import os
 import socket
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ def no_server(tmp_path: Path) -> dict[str, str]:
 
 def read_session(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the task and the reported metrics of the one offline session."""
+    deadline = time.monotonic() + 60  # a process of its own writes it, which a run waits for only so long
+    while time.monotonic() < deadline:
+        if any(zipfile.is_zipfile(path) for path in (out_dir / "clearml").rglob("*.zip")):
+            break
+        time.sleep(0.1)
     (session,) = (out_dir / "clearml").rglob("*.zip")
     with zipfile.ZipFile(session) as archive:
         task = json.loads(archive.read("task.json"))
@@ -94,3 +101,61 @@ def test_an_interrupted_run_closes_its_session(data: Path, tmp_path: Path, no_se
     code, error, _ = end_cli(*flags, out_dir=tmp_path / "run", env=no_server)
     assert code == 143, error
     assert read_session(tmp_path / "run")[1]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A ClearML server that answers the first ping, and then fails in one of the ways that servers fail."""
+
+    kind = ""
+
+    def do_GET(self) -> None:
+        if self.path != "/debug.ping":
+            if self.kind == "falls silent":
+                time.sleep(300)
+            elif self.kind == "slow":
+                time.sleep(3)
+        self.send_response(200 if self.path == "/debug.ping" else 500)
+        self.end_headers()
+        self.wfile.write(b"{}" if self.kind != "talks nonsense" else b"\xff not JSON")
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["falls silent", "slow", "fails", "talks nonsense"])
+def test_a_server_that_fails_later_is_replaced_by_an_offline_record(
+    data: Path, tmp_path: Path, no_server: dict[str, str], kind: str
+) -> None:
+    handler = type("Handler", (Server,), {"kind": kind})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        hosts = {f"CLEARML_{name}_HOST": address for name in ("API", "WEB", "FILES")}
+        env = {**no_server, **hosts, "CLEARML_API_ACCESS_KEY": "k", "CLEARML_API_SECRET_KEY": "s"}
+        done = run_cli("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, env=env, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout.count("ClearML:") == 1 and "recording offline" in done.stdout
+        events = read_session(tmp_path / "run")[1]
+        server.shutdown()
+    assert {event["iter"] for event in events if event["metric"] == "acc"} == {1, 2}
+
+
+def test_a_recorder_that_is_killed_is_replaced(tmp_path: Path, no_server: dict[str, str], monkeypatch: Any) -> None:
+    for name, value in no_server.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    (tmp_path / "run").mkdir()
+    tracker = lct.Tracker(lct.Config(out_dir=tmp_path / "run"), said.append)
+    for epoch in (1, 2, 3):
+        if epoch == 2:
+            tracker._process.kill()
+            tracker._process.wait()
+        figures = {"train": {"acc": 0.5}, "val": {"acc": epoch / 10}, "train_per_class": {}, "val_per_class": {}}
+        tracker.event({"event": "epoch_end", "epoch": epoch, **figures})
+    tracker.close("completed")
+    assert [text.startswith("ClearML: its process has ended") for text in said[:1]] == [True]
+    values = {e["iter"]: e["value"] for e in read_session(tmp_path / "run")[1] if e["variant"] == "val"}
+    assert values == {1: 0.1, 2: 0.2, 3: 0.3}

@@ -191,7 +191,8 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
 ) -> None:
     assert start(kill("check_image", 40, TERM))[0] == 143
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"scan_cache.npz", ".lock"}
-    assert start(kill("check_image", 20, KILL))[0] == 0, "fewer than twenty were left"
+    assert start(kill("check_image", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, "fewer than 20 were left"
+    assert start(kill("check_image", 1, KILL))[0] == 0, "and none after that"
     argv = ("scan", "--data_root", data, "--out_dir", tmp_path / "scan")
     assert nursery.run(*argv, plans=[kill("check_image", 40, INT)])[0] == 130
     assert nursery.run(*argv, plans=[kill("check_image", 20, KILL)])[0] == 0
