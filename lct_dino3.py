@@ -1269,7 +1269,7 @@ def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
     return [scalar for scalar in scalars if scalar[2] is not None]
 
 
-# The functions from here to the end of the section are run by `Tracker` in a Python of their own, which has nothing of this file but their source.
+# From here to the end of the section: what `Tracker` runs in a Python of its own, which has nothing of this file but this source.
 def record_in_clearml() -> None:
     """Do what the JSON messages on stdin ask for, a line each, and answer each on stdout; ends with the run, however that ends."""
     import threading
