@@ -58,9 +58,11 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -84,6 +86,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 MAX_FILE_BYTES = 500_000_000
+STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
+BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
 PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
@@ -183,11 +187,21 @@ EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 # 02  CONFIG & CLI
 # ======================================================================================================================
 # One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
+def printable(text: str) -> str:
+    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
+    escaped = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
 class UserError(Exception):
     """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.remedy = what, where, remedy
+        what, remedy = ("\n".join(map(printable, text.split("\n"))) for text in (what, remedy))
+        self.what, self.where, self.remedy = what, printable(where), remedy
+        where = self.where
         super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
 
 
@@ -656,6 +670,7 @@ if __name__ == "__main__":
         sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
+from os.path import isdir
 
 import numpy as np
 import torch
@@ -882,14 +897,6 @@ def to_json(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     return str(value) if isinstance(value, Path) else value
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-    return escaped.encode("utf-8", "backslashreplace").decode()
 
 
 def create_out_dir(path: Path) -> None:
@@ -1148,7 +1155,11 @@ class Tracker:
         self._folder.mkdir(exist_ok=True)
         env = {"CLEARML_LOG_LEVEL": "ERROR", **os.environ, "CLEARML_CACHE_DIR": str(self._folder)}
         code = "\n".join(
-            ["from __future__ import annotations", "from typing import Any", "import contextlib, json, os, sys"]
+            [
+                "from __future__ import annotations",
+                "from typing import Any",
+                "import contextlib, json, os, sys, threading",
+            ]
             + [inspect.getsource(part) for part in CLEARML_PROGRAM]
             + ["record_in_clearml()"]
         )
@@ -1272,8 +1283,6 @@ def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
 # From here to the end of the section: what `Tracker` runs in a Python of its own, which has nothing of this file but this source.
 def record_in_clearml() -> None:
     """Do what the JSON messages on stdin ask for, a line each, and answer each on stdout; ends with the run, however that ends."""
-    import threading
-
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # ClearML prints
 
@@ -1485,10 +1494,12 @@ def read_file(path: str | Path) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        ImageError: it cannot be read, is empty or larger than MAX_FILE_BYTES.
+        ImageError: it cannot be read, is no regular file, is empty or larger than MAX_FILE_BYTES.
     """
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ImageError("is not a regular file")
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
@@ -1528,27 +1539,63 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
         ImageError: with the reason.
     """
     with opened_image(data) as image:
-        mode, orientation = (
-            image.mode,
-            image.getexif().get(0x0112, 1),
-        )  # before decoding: a TIFF turns itself upright in that
-        return to_rgb(ImageOps.exif_transpose(image)), mode, orientation if orientation in range(1, 9) else 1
+        mode, orientation = image.mode, image.getexif().get(0x0112, 1)
+        image.load()  # a TIFF turns itself upright in that
+        left_to_do = image.getexif().get(0x0112, 1)
+        return turn_upright(to_rgb(image), left_to_do), mode, orientation if orientation in range(1, 9) else 1
+
+
+def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8; other values mean nothing. Unlike Pillow's own function it copies only if it must."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent."""
-    if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion clips them to white
-        values = np.asarray(image, dtype=np.float64)
+    """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent.
+
+    In strips: converted whole, an image of 100 megapixels would take 3 GB on the way.
+    """
+    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    strips = [(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+    def cut(top: int, bottom: int) -> Image.Image:
+        return image.crop((0, top, image.width, bottom))
+
+    factor = _gray_factor(image.mode, (np.asarray(cut(*strip)) for strip in strips))
+    for top, bottom in strips:
+        rgb[top:bottom] = _strip_to_rgb(cut(top, bottom), factor)
+    return rgb
+
+
+def _gray_factor(mode: str, strips: Iterable[np.ndarray]) -> float | None:
+    """Return what makes 8-bit values of 16-bit and float gray, which Pillow's own conversion clips to white; else None."""
+    if not mode.startswith(("I", "F")):
+        return None
+    highest = 0.0
+    for values in strips:
         if not np.isfinite(values).all():
             raise ImageError("has values that are not finite")
-        sixteen_bit = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        factor = 1 / 257 if sixteen_bit else 255.0 if image.mode == "F" and values.max(initial=0) <= 1 else 1.0
-        gray = np.clip(np.rint(values * factor), 0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
-    return np.array(image.convert("RGB"))
+        highest = max(highest, float(values.max(initial=0)))
+    if mode.startswith("I;16") or highest > 255:
+        return 1 / 257
+    return 255.0 if mode == "F" and highest <= 1 else 1.0
+
+
+def _strip_to_rgb(strip: Image.Image, factor: float | None) -> np.ndarray:
+    if factor is not None:
+        gray = np.clip(np.rint(np.asarray(strip, dtype=np.float64) * factor), 0, 255).astype(np.uint8)
+        return gray[:, :, None]
+    if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
+        rgba = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
+    return np.asarray(strip.convert("RGB"))
 
 
 class PathTable:
@@ -1615,20 +1662,25 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
     listing = Listing([], [], np.zeros((0, 2), np.int64), [], [])
     stats: list[int] = []
     for folder in sorted(visible_entries(data_root), key=operator.attrgetter("name")):
-        if not folder.is_dir():
+        if not is_folder(folder):
             continue
         if not _is_plain(folder.name):
             listing.problems.append((folder.name, "the folder's name is not UTF-8, or has control characters"))
             continue
-        cropped = Path(folder.path, "cropped")
-        prefix = f"{folder.name}/cropped" if cropped.is_dir() else folder.name
+        has_cropped = isdir(f"{folder.path}/cropped")  # False too where we may not look
+        prefix = f"{folder.name}/cropped" if has_cropped else folder.name
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
-        for entry in sorted(visible_entries(data_root / prefix), key=operator.attrgetter("name")):
+        try:
+            entries = visible_entries(data_root / prefix)
+        except OSError as error:
+            listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            continue
+        for entry in sorted(entries, key=operator.attrgetter("name")):
             name = entry.name
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 if name not in (masks_dirname, CUTOUTS_DIRNAME):
-                    listing.ignored["/" if entry.is_dir() else Path(name).suffix.lower() or name] += 1
+                    listing.ignored["/" if is_folder(entry) else Path(name).suffix.lower() or name] += 1
                 continue
             problem = entry_problem(entry)
             if problem:
@@ -1646,6 +1698,14 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
     """Return what lies in a folder, but for hidden entries."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_plain(name: str) -> bool:
@@ -1693,9 +1753,9 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
     where = f"--class_map {path}"
     try:  # nodes, not values: YAML would read the class `no` as False and `010` as 8, and drop a repeated key in silence
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        reason = getattr(error, "problem", None) or "it is not UTF-8"
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "it is not UTF-8"
         raise UserError(f"is no valid YAML: {reason} in line {line}", where, CLASS_MAP_EXAMPLE) from error
     entries: list[tuple[str | None, list[str]]] = []
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
@@ -1703,6 +1763,10 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
         if not all(isinstance(node, yaml.ScalarNode) for node in (key, *items)):
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
         new_name, *old_names = (unicodedata.normalize("NFC", node.value) for node in (key, *items))
+        if not _is_plain(new_name):
+            raise UserError(
+                f"gives a class the name {printable(new_name)}, with control characters", where, "rename it"
+            )
         entries.append((None if new_name in ("null", "~", "") else new_name, old_names))
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated or not entries:
@@ -1726,26 +1790,37 @@ IMAGE_DTYPE = np.dtype(
 )
 
 
+BIG_IMAGE_TURN = threading.Lock()
+
+
 def check_image(path: Path) -> tuple[np.ndarray, str]:
     """Decode one image and describe it.
 
     Returns:
         A IMAGE_DTYPE scalar and the reason why the image is broken ('' when it is fine).
     """
-    health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
-        image, mode, orientation = decode_image(data)
+        with opened_image(data) as image:  # reads the header only
+            is_big = image.width * image.height > BIG_PIXELS
+        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
+            return _describe_image(data), ""
     except ImageError as error:
+        health = np.zeros((), dtype=IMAGE_DTYPE)
         health["broken"] = True
         return health, str(error)
+
+
+def _describe_image(data: bytes) -> np.ndarray:
+    health = np.zeros((), dtype=IMAGE_DTYPE)
+    image, mode, orientation = decode_image(data)
     small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
     thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
     health["height"], health["width"] = image.shape[:2]
     health["mode"], health["orientation"], health["phash"] = mode, orientation, _perceptual_hash(small)
     health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
-    return health, ""
+    return health
 
 
 def _perceptual_hash(small: np.ndarray) -> int:
@@ -2236,6 +2311,14 @@ def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, st
         f"{count} folders are all named {name} once their Unicode is normalised: one class"
         for name, count in folders.items()
         if count > 1
+    ]
+    by_case: dict[str, list[str]] = {}
+    for name in sorted(folders):
+        by_case.setdefault(name.casefold(), []).append(name)
+    warnings_found += [
+        f"the folders {', '.join(names)} differ only in case: {len(names)} classes"
+        for names in by_case.values()
+        if len(names) > 1
     ]
     if listing.ignored:
         warnings_found.append(f"passed over: {describe_ignored(listing.ignored)}")
@@ -4624,13 +4707,11 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
         if meta["format"] != PROTOTYPES_FORMAT:
             raise ValueError(f"is of format {meta['format']}, not {PROTOTYPES_FORMAT}")
         gallery = Gallery(
-            tuple(arrays["id2cls"].tolist()),
-            *(arrays[name] for name in ("centroids", "stacks", "stack_labels")),
-            tuple(arrays["stack_paths"].tolist()),
-            arrays["thresholds"],
-            str(arrays["matcher"]),
-            meta["knn_k"],
-            meta["temperature"],
+            class_names=tuple(arrays["id2cls"].tolist()),
+            stack_paths=tuple(arrays["stack_paths"].tolist()),
+            matcher=str(arrays["matcher"]),
+            **{name: arrays[name] for name in ("centroids", "stacks", "stack_labels", "stack_views", "thresholds")},
+            **{name: meta[name] for name in ("knn_k", "temperature")},
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
@@ -7784,4 +7865,9 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    EXIT_CODE = main()
+    if EXIT_CODE > 128 and any(
+        thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()
+    ):
+        os._exit(EXIT_CODE)  # a huge image that is still being decoded is not waited for
+    sys.exit(EXIT_CODE)
