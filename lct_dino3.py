@@ -670,7 +670,6 @@ if __name__ == "__main__":
         sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
-from os.path import isdir
 
 import numpy as np
 import torch
@@ -1667,7 +1666,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         if not _is_plain(folder.name):
             listing.problems.append((folder.name, "the folder's name is not UTF-8, or has control characters"))
             continue
-        has_cropped = isdir(f"{folder.path}/cropped")  # False too where we may not look
+        has_cropped = is_folder(Path(folder.path, "cropped"))
         prefix = f"{folder.name}/cropped" if has_cropped else folder.name
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
@@ -1700,8 +1699,8 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
-def is_folder(entry: os.DirEntry) -> bool:
-    """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere."""
+def is_folder(entry: os.DirEntry | Path) -> bool:
+    """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere, as does one where we may not look."""
     try:
         return entry.is_dir()
     except OSError:
