@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -103,6 +104,20 @@ def fail_at(plan: dict[str, Any]) -> Any:
     return action
 
 
+def do_at(plan: dict[str, Any]) -> Any:
+    """Return the action that does something to the world before its nth call, and before all later ones if `on` is set."""
+
+    def action(number: int, call: Any, args: tuple) -> Any:
+        if number == plan["nth"] or (plan.get("on") and number > plan["nth"]):
+            if "shell" in plan:
+                subprocess.run(plan["shell"], shell=True, check=True)
+            if plan.get("kill_worker"):
+                multiprocessing.active_children()[0].kill()
+        return call() + plan.get("add", 0) if "add" in plan and number >= plan["nth"] else call()
+
+    return action
+
+
 def count_calls(module: Any, path: Path) -> None:
     """Count the calls of all targets, and write the numbers when the run is over."""
     numbers: collections.Counter[str] = collections.Counter()
@@ -126,12 +141,18 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.setpgid(0, 0)
+    if job.get("deaf"):  # a pipe that nobody reads any more
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
     if "count" in job:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     for plan in job.get("plans", ()):
-        install(module, plan["at"], die_at(plan) if "signal" in plan else fail_at(plan))
+        kinds = {"signal": die_at, "errno": fail_at, "error": fail_at}
+        install(module, plan["at"], next((kinds[key] for key in plan if key in kinds), do_at)(plan))
     code = module.main(job["argv"])
     if "count" in job:
         module.count_calls_done()
@@ -196,6 +217,11 @@ class Nursery:
 def kill(at: str, nth: int, number: int = signal.SIGKILL, **more: Any) -> dict[str, Any]:
     """Describe a signal at the nth call of a function."""
     return {"at": at, "nth": nth, "signal": int(number), **more}
+
+
+def do(at: str, nth: int, **what: Any) -> dict[str, Any]:
+    """Describe what happens to the world at the nth call of a function: `shell`, `kill_worker`, or `add` to what it returns."""
+    return {"at": at, "nth": nth, **what}
 
 
 def fail(at: str, nth: int, **more: Any) -> dict[str, Any]:

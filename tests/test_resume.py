@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, snapshot
-from killing import Nursery, differences, fail, kill
+from conftest import draw_image, make_dataset, snapshot
+from killing import Nursery, differences, do, fail, kill
 
 import lct_dino3 as lct
 
@@ -512,3 +513,138 @@ def test_a_write_that_fails_costs_nothing_that_was_written_before(
     assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines())
     lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
     assert_ends_like(straight, start, tmp_path / "run")
+
+
+def test_a_file_that_may_not_grow_further_is_named_with_its_bytes(start: Any, straight: Path, tmp_path: Path) -> None:
+    """A limit of the system, not a patched call: torch reports it as `RuntimeError: unexpected pos`."""
+    assert start(kill("train_step", 6, KILL))[0] == -9
+    last = tmp_path / "run" / "checkpoint_last.pth"
+    before, limit = last.read_bytes(), 1_000_000
+    assert len(before) > limit
+    code, text = start(file_limit=limit)
+    assert code == 2 and os.strerror(errno.EFBIG) in text and str(last) in text and "bytes" in text
+    assert "Traceback" not in text and last.read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert_ends_like(straight, start, tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 32 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", folder], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "log"])
+def test_a_full_disk(name: str, start: Any, straight: Path, small_disk: Path) -> None:
+    fill = f"head -c 100m /dev/zero > {small_disk}/filler; truncate -s -{{}} {small_disk}/filler; true"
+    room, at = ("100k", "save_checkpoint") if name == "checkpoint" else ("0", "evaluate_val")
+    flags = ("--out_dir", small_disk / "run")
+    code, text = start(do(at, 5 if name == "checkpoint" else 2, shell=fill.format(room)), flags=flags)
+    assert code == 2 and os.strerror(errno.ENOSPC) in text and f"{small_disk}/run/" in text, text
+    assert "bytes are free there" in text and "Traceback" not in text
+    assert all(json.loads(line) for line in (small_disk / "run" / "metrics.jsonl").read_bytes().splitlines())
+    lct.load_checkpoint(small_disk / "run" / "checkpoint_last.pth")
+    code, text = start(flags=flags)
+    assert code == 2 and os.strerror(errno.ENOSPC) in text, "still full"
+    (small_disk / "filler").unlink()
+    code, text = start(flags=flags)
+    assert code == 0, text
+    assert differences(straight, small_disk / "run") == []
+
+
+def test_a_read_only_file_system(start: Any, straight: Path, small_disk: Path) -> None:
+    flags = ("--out_dir", small_disk / "run")
+    remount = f"mount -o remount,{{}} {small_disk}"
+    assert start(kill("evaluate_val", 2, KILL), flags=flags)[0] == -9
+    subprocess.run(remount.format("ro"), shell=True, check=True)
+    code, text = start(flags=flags)
+    assert code == 2 and "written" in text and str(small_disk) in text and "Traceback" not in text
+    subprocess.run(remount.format("rw"), shell=True, check=True)
+    assert start(flags=flags)[0] == 0
+    assert differences(straight, small_disk / "run") == []
+
+
+def test_a_folder_that_is_deleted_during_the_run(start: Any, tmp_path: Path) -> None:
+    code, text = start(do("evaluate_val", 2, shell=f"rm -r {tmp_path / 'run'}"))
+    assert code == 2 and "cannot be written" in text and str(tmp_path / "run") in text and "Traceback" not in text
+
+
+def test_a_killed_loader_worker_is_replaced_and_changes_nothing(start: Any, straight: Path, tmp_path: Path) -> None:
+    code, text = start(do("train_step", 2, kill_worker=True), flags=("--workers", 2))
+    assert code == 0 and "the loader is started again" in text
+    assert differences(straight, tmp_path / "run") == []
+
+
+def test_workers_that_are_killed_again_and_again_stop_the_run_with_its_checkpoint(
+    start: Any, straight: Path, tmp_path: Path
+) -> None:
+    """Before the first batch of each loader: a worker that reads nothing."""
+    flags = ("--workers", 1)
+    code, text = start(
+        fail("iter", 3, on=True, error="RuntimeError", text="DataLoader worker (pid 7) is killed by signal: Killed."),
+        flags=flags,
+    )
+    assert code == 2 and "was killed" in text and "--workers 1" in text and "Traceback" not in text
+    assert text.count("the loader is started again") == lct.LOADER_RESTARTS
+    lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
+    assert_ends_like(straight, start, tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "RuntimeError"])
+def test_out_of_memory_names_what_to_lower(error: str, start: Any, straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    code, text = start(fail("train_step", 6, error=error, text=str(real.value) if error == "RuntimeError" else ""))
+    assert code == 2 and "--batch 8 --img_size 32 --precision auto" in text and "Traceback" not in text
+    assert_ends_like(straight, start, tmp_path / "run")
+
+
+def test_out_of_memory_on_a_gpu_is_explained() -> None:
+    explained = lct.explain_failure(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), lct.Config()
+    )
+    assert "--batch 64 --img_size 224 --precision auto" in str(explained)
+    assert lct.explain_failure(RuntimeError("shape mismatch"), lct.Config()) is None
+
+
+def test_images_that_break_or_change_during_the_run_cost_themselves(
+    data: Path, nursery: Nursery, tmp_path: Path
+) -> None:
+    root = shutil.copytree(data, tmp_path / "data")
+    table = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "none"))
+    rows = table.records.rows("train")[:5].tolist()
+    paths = [root / table.records.paths[row] for row in rows]
+    other = tmp_path / "other.png"
+    draw_image(9, 9, side=200).save(other)
+    commands = [f"truncate -s 60 '{paths[0]}'", f"rm '{paths[1]}'", f"rm '{paths[2]}'; mkfifo '{paths[2]}'"]
+    commands += [f"rm '{paths[3]}'; mkdir '{paths[3]}'", f"cp '{other}' '{paths[4]}'"]
+    argv = ("--data_root", root, "--out_dir", tmp_path / "run", *SETTINGS)
+    code, text = nursery.run(*argv, plans=[do("train_step", 5, shell="; ".join(commands))])
+    assert code == 0, text
+    assert text.count("cannot be read any more") == 4 and lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
+
+
+def test_a_clock_that_jumps_changes_nothing(start: Any, straight: Path, tmp_path: Path) -> None:
+    assert start(do("time.time", 4, add=-1e9), do("time.time", 9, add=2e9))[0] == 0
+    assert differences(straight, tmp_path / "run") == []
+
+
+def test_a_pipe_that_nobody_reads_any_more_does_not_end_the_run(start: Any, straight: Path, tmp_path: Path) -> None:
+    assert start(deaf=True)[0] == 0
+    assert differences(straight, tmp_path / "run") == []
+
+
+def test_hangups_that_nohup_has_switched_off_stay_off(start: Any, straight: Path, tmp_path: Path) -> None:
+    previous = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        lct.SIGNALS.catch()
+        assert signal.getsignal(HUP) is signal.SIG_IGN
+    finally:
+        signal.signal(HUP, previous)
+        for number in (INT, TERM, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler if number == INT else signal.SIG_DFL)
