@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,8 @@ def test_sigusr1_saves_and_goes_on(straight: Path, start: Any, tmp_path: Path) -
 def test_without_save_minutes_the_state_is_saved_when_an_epoch_ends(start: Any, tmp_path: Path) -> None:
     assert start(kill("train_step", 7, KILL), flags=("--save_minutes", 0))[0] == -9
     assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 0)
+    assert start(kill("evaluate_val", 1, KILL), flags=("--save_minutes", 0))[0] == -9
+    assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 4), "before validation"
 
 
 def test_an_interrupted_scan_keeps_what_it_has_learned(
@@ -648,3 +651,76 @@ def test_hangups_that_nohup_has_switched_off_stay_off(start: Any, straight: Path
         signal.signal(HUP, previous)
         for number in (INT, TERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler if number == INT else signal.SIG_DFL)
+
+
+# --- the order of a write
+
+
+def test_a_write_reaches_the_disk_before_its_name_and_the_name_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(number: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{number}").readlink().name))
+        fsync(number)
+
+    def note_replace(self: Path, target: Path) -> Path:
+        calls.append(("rename", self.name))
+        assert self.parent == target.parent and self.stat().st_size == 4, "all of it was handed to the system before"
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    lct.write_bytes(tmp_path / "file", b"data")
+    temporary = f".file.{os.getpid()}.tmp"
+    assert calls == [("fsync", temporary), ("rename", temporary), ("fsync", tmp_path.name)]
+    calls.clear()
+    log = lct.LineFile(tmp_path / "log")
+    log.append("line\n")
+    log.close()
+    assert calls == [("fsync", "log")]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("what", ["signal=SIGKILL", "error=ENOSPC"])
+def test_system_calls_that_kill_or_fail_leave_the_old_file(call: str, what: str, tmp_path: Path) -> None:
+    """Injected by strace: nothing of ours is patched."""
+    code = "import lct_dino3 as lct, sys; [lct.write_bytes(lct.Path(sys.argv[1]), text) for text in (b'old', b'new')]"
+    nth = {"fsync": 3, "rename": 2}[call]  # a write has two of the first
+    inject = ["-e", "trace=fsync,rename", "-e", f"inject={call}:{what}:when={nth}"]
+    fast = ["--seccomp-bpf"] * (what != "signal=SIGKILL")  # with it strace 6.1 loses the signal
+    command = ["strace", "-f", *fast, "-o", tmp_path / "trace", *inject, sys.executable, "-c", code]
+    done = subprocess.run([*command, tmp_path / "file"], cwd=Path(lct.__file__).parent, capture_output=True, text=True)
+    if "PTRACE" in done.stderr or "Operation not permitted" in done.stderr:
+        pytest.skip("this machine lets nobody trace")
+    assert done.returncode != 0 and (tmp_path / "file").read_bytes() == b"old", done.stderr
+    assert ("cannot be written: No space left" in done.stderr) == (what == "error=ENOSPC")
+
+
+def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, write = lct.LineFile(tmp_path / "log"), os.write
+    log.append("first\n")
+
+    def write_half(number: int, data: memoryview) -> int:
+        if len(data) < 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(number, data[: len(data) // 2])
+
+    with monkeypatch.context() as patch, pytest.raises(lct.UserError, match="No space left on device"):
+        patch.setattr(os, "write", write_half)
+        log.append("second line\n")
+    log.append("third\n")
+    log.close()
+    assert (tmp_path / "log").read_text() == "first\nthird\n"
+
+
+def test_weights_that_lack_a_tensor_are_refused(straight: Path, interrupted: Path, start: Any) -> None:
+    payload = lct.load_checkpoint(interrupted / "checkpoint_last.pth")
+    payload["model"].pop("head.norm.running_mean")
+    with lct.sealed_file(interrupted / "checkpoint_last.pth") as file:
+        torch.save(payload, file)
+    code, text = start()
+    assert code != 0 and "head.norm.running_mean" in text
