@@ -1,0 +1,241 @@
+"""Take each guard out of a copy of the script, and see that a test notices.
+
+    python tests/benchmarks/guards.py [NAME ...]
+
+A guard is a piece of text that must occur once in lct_dino3.py, what stands in its place without the guard, and the tests that must
+fail then. Prints a line a guard, and the count; exit code 1 if one is not missed, or if its text is not there any more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+GUARDS = {
+    "digest of sealed files": (
+        "if file.read() != digest.hexdigest().encode():",
+        "if False:",
+        "tests/test_resume.py -k every_flipped_bit",
+    ),
+    "fsync before rename": (
+        "                file.flush()\n                os.fsync(file.fileno())\n",
+        "                file.flush()\n",
+        "tests/test_resume.py -k reaches_the_disk",
+    ),
+    "fsync of the folder": (
+        "        sync_folder(path.parent)\n    except OSError as error:\n",
+        "    except OSError as error:\n",
+        "tests/test_resume.py -k reaches_the_disk",
+    ),
+    "temporary file and rename": (
+        'temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0',
+        "temporary, written = path, 0",
+        "tests/test_resume.py -k system_calls",
+    ),
+    "cleaning of leftovers": (
+        "            leftover.unlink()\n        self._log",
+        "            pass\n        self._log",
+        "tests/test_resume.py -k leftovers",
+    ),
+    "half a line is taken back": ("os.ftruncate(self._fd, size)", "pass", "tests/test_resume.py -k taken_back"),
+    "fsync of log lines": ("                os.fsync(self._fd)\n", "", "tests/test_resume.py -k reaches_the_disk"),
+    "repair of metrics.jsonl": (
+        "    if not rest and not num_bad:\n",
+        "    if True:\n",
+        "tests/test_resume.py -k repaired",
+    ),
+    "no NaN in metrics.jsonl": (
+        "if math.isfinite(value) else None\n    if isinstance(value, np.integer)",
+        "\n    if isinstance(value, np.integer)",
+        "tests/test_hostile.py -k logs_stay_lines",
+    ),
+    "a step is not interrupted": (
+        "        with SIGNALS.hold():  # weights, position and tally change together\n",
+        "        with contextlib.nullcontext():\n",
+        "tests/test_resume.py -k 'inside and step'",
+    ),
+    "torch.save is not interrupted": (
+        "with SIGNALS.hold(), sealed_file(path) as file:  # torch's",
+        "with sealed_file(path) as file:  # torch's",
+        "tests/test_resume.py -k 'ends_as_if and write and Ctrl'",
+    ),
+    "echo of a Ctrl-C": (
+        "time.monotonic() - self._asked_at > SECOND_PRESS_SECONDS",
+        "True",
+        "tests/test_resume.py -k repeated",
+    ),
+    "second Ctrl-C": (
+        "                os._exit(128 + number)\n            return\n",
+        "                pass\n            return\n",
+        "tests/test_resume.py -k second_ctrl",
+    ),
+    "swallowed interrupt": ("        SIGNALS.check()\n", "", "tests/test_resume.py -k swallowed"),
+    "nohup": ("if signal.getsignal(number) is not signal.SIG_IGN:", "if True:", "tests/test_resume.py -k nohup"),
+    "weights only": (
+        'torch.load(file, map_location="cpu", weights_only=True)',
+        'torch.load(file, map_location="cpu", weights_only=False)',
+        "tests/test_resume.py -k 'hostile_checkpoint'",
+    ),
+    "no pickle in prototypes": (
+        "np.load(file, allow_pickle=False) as content",
+        "np.load(file, allow_pickle=True) as content",
+        "tests/test_resume.py -k hostile_gallery",
+    ),
+    "strict load": ("if own.keys() != state.keys():", "if False:", "tests/test_resume.py -k lack_a_tensor"),
+    "quarantine": (
+        "        set_aside(path, reason, run.log)\n    restore_state",
+        "        pass\n    restore_state",
+        "tests/test_resume.py -k set_aside",
+    ),
+    "stop when no checkpoint is sound": (
+        "    if point is None and damaged:\n",
+        "    if False:\n",
+        "tests/test_resume.py -k no_checkpoint_is_sound",
+    ),
+    "stop when all checkpoints are gone": (
+        "    if point is None and epochs:\n",
+        "    if False:\n",
+        "tests/test_resume.py -k no_checkpoint_is_sound",
+    ),
+    "finite weights": (
+        "    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):\n",
+        "    if False:\n",
+        "tests/test_run.py -k ruins_the_weights",
+    ),
+    "finite losses": (
+        "    if steps_ago is not None:\n",
+        "    if False:\n",
+        "tests/test_run.py -k loss_that_is_not_finite",
+    ),
+    "lock": (
+        "        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        pass\n",
+        "tests/test_resume.py -k lock",
+    ),
+    "workers do not hold the lock": (
+        "    os.register_at_fork(after_in_child=lock.close)",
+        "    pass",
+        "tests/test_resume.py -k 'again_and_again and with_workers'",
+    ),
+    "other settings are refused": (
+        '    if lines:\n        raise UserError(\n            "belongs to a run with other settings',
+        '    if False:\n        raise UserError(\n            "belongs to a run with other settings',
+        "tests/test_resume.py -k change_the_result_are_refused",
+    ),
+    "dead workers are replaced": (
+        "if not is_dead_worker(error) or restarts == LOADER_RESTARTS:",
+        "if True:",
+        "tests/test_resume.py -k killed_loader_worker",
+    ),
+    "saved before validation": (
+        "    save_state(job, state)  # before evaluation, which can be interrupted too\n",
+        "    check_finite(state, job.run.path)\n",
+        "tests/test_resume.py -k without_save_minutes",
+    ),
+    "figures of the epoch so far": (
+        '    state.tally.restore(payload["tally"])\n',
+        "",
+        "tests/test_resume.py -k 'ends_as_if and update'",
+    ),
+    "position in the epoch": (
+        "itertools.islice(self._all_batches(), self.first_batch, None)",
+        "itertools.islice(self._all_batches(), 0, None)",
+        "tests/test_resume.py -k 'ends_as_if and update'",
+    ),
+    "records of epochs that are done again": (
+        "    run.forget_epochs_after(state.epoch)\n",
+        "",
+        "tests/test_resume.py -k 'ends_as_if and between_record'",
+    ),
+    "best checkpoint after a rewind": (
+        "    keep_best_of(job, state)\n",
+        "",
+        "tests/test_run.py tests/test_resume.py -k 'older_checkpoint or damaged_best'",
+    ),
+    "dead terminal": (
+        "    except OSError:\n        with contextlib.suppress(OSError):  # else what",
+        "    except ZeroDivisionError:\n        with contextlib.suppress(OSError):  # else what",
+        "tests/test_resume.py -k nobody_reads",
+    ),
+    "checkpoint_interrupt.pth": (
+        "            copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)\n",
+        "            pass\n",
+        "tests/test_resume.py -k 'ends_as_if and inside'",
+    ),
+    "an interrupted scan is kept": (
+        "        pool.shutdown(wait=False, cancel_futures=True)\n        _save_part",
+        "        pool.shutdown(wait=False, cancel_futures=True)\n        () and _save_part",
+        "tests/test_resume.py -k interrupted_scan",
+    ),
+    "pipes do not hang": (
+        "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
+        "if False:",
+        "tests/test_hostile.py -k becomes_a_pipe",
+    ),
+    "five decoders": (", formats=IMAGE_FORMATS) as image", ") as image", "tests/test_hostile.py -k five_decoders"),
+    "bombs": (
+        "            if image.width * image.height > MAX_PIXELS:\n",
+        "            if False:\n",
+        "tests/test_hostile.py tests/test_scan.py -k 'bomb or pixel'",
+    ),
+    "conversion in strips": (
+        "STRIP_PIXELS = 4_000_000",
+        "STRIP_PIXELS = 4_000_000_000",
+        "tests/test_hostile.py -k 1500",
+    ),
+    "escapes in messages": (
+        "what, printable(where), remedy",
+        "what, where, remedy",
+        "tests/test_hostile.py -k escaped",
+    ),
+    "ClearML is given 5 s": (
+        "while self._is_waiting() and time.monotonic() - started < CLEARML_CLOSE_SECONDS:",
+        "while self._is_waiting():",
+        "tests/test_clearml.py -k 'later and silent'",
+    ),
+}
+
+
+def is_missed(name: str, folder: Path) -> bool | None:
+    """Say whether the tests fail without a guard; None when its text does not occur once."""
+    old, new, tests = GUARDS[name]
+    source = (REPO / "lct_dino3.py").read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        return None
+    repo = folder / "repo"
+    shutil.copytree(REPO, repo, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "runs"))
+    (repo / "lct_dino3.py").write_text(source.replace(old, new), encoding="utf-8")
+    command = f"{sys.executable} -m pytest -x -q --no-header -p no:cacheprovider {tests}"
+    try:
+        done = subprocess.run(
+            command, shell=True, cwd=repo, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+        )
+        code = done.returncode
+    except subprocess.TimeoutExpired:  # what the guard kept from waiting for ever
+        code = 1
+    shutil.rmtree(repo)
+    return code == 1  # 5 would mean that there is no such test
+
+
+def main() -> int:
+    """Try all guards, or those named on the command line."""
+    names = sys.argv[1:] or list(GUARDS)
+    found = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = is_missed(name, Path(folder))
+        said = {True: "missed", False: "NOT MISSED", None: "NOT FOUND IN THE SCRIPT"}[found[name]]
+        print(f"{said:<12}{name}", flush=True)
+    print(
+        f"{sum(value is True for value in found.values())} of {len(names)} guards are missed by a test when they are gone"
+    )
+    return int(not all(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
