@@ -4711,6 +4711,7 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             matcher=str(arrays["matcher"]),
             **{name: arrays[name] for name in ("centroids", "stacks", "stack_labels", "stack_views", "thresholds")},
             **{name: meta[name] for name in ("knn_k", "temperature")},
+            is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
