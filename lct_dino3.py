@@ -114,12 +114,12 @@ HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
 CHECKPOINT_FORMAT = 3
-SEAL = b"lct_dino3 blake2b-256 "  # opens the comment of a zip archive that we wrote; its digest follows
+SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
 SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
 ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
-CLEARML_CLOSE_SECONDS = 5.0  # that a run waits for ClearML at its end, and nowhere else
+CLEARML_CLOSE_SECONDS = 4.5  # that a run waits for ClearML at its end, and nowhere else
 CLEARML_SILENT_SECONDS = 60.0  # without an answer: whatever it waits for, it waits in vain
 LOADER_RESTARTS = 3  # in an epoch, after a worker was killed
 PROTOTYPES_FORMAT = 2
@@ -801,7 +801,7 @@ class SealWriter(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._last = file, hashlib.blake2b(digest_size=SEAL_DIGITS // 2), b""
+        self._file, self._digest, self._last = file, hashlib.sha256(), b""
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -857,7 +857,7 @@ def open_sealed(path: Path) -> Iterator[BinaryIO]:
         SealError: a bit has changed, something is missing or added, or it never had a seal.
     """
     with open(path, "rb") as file:
-        digest, end = hashlib.blake2b(digest_size=SEAL_DIGITS // 2), b""
+        digest, end = hashlib.sha256(), b""
         left = os.fstat(file.fileno()).st_size - SEAL_DIGITS
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
             digest.update(chunk)

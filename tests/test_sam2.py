@@ -323,7 +323,7 @@ def test_clean_up_can_be_switched_off(config: lct.Config, asked: list[bytes], mo
 def signals_raise() -> Iterator[None]:
     """Handle signals as a run does."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
-    lct.catch_signals()
+    lct.SIGNALS.catch()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
