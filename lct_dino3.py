@@ -4385,8 +4385,12 @@ def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint; the copy appears whole."""
-    with open(source, "rb") as file, atomic_file(target) as copy:
+    """Copy a checkpoint; the copy appears whole.
+
+    Raises:
+        SealError: it is damaged. Nothing is written then.
+    """
+    with open_sealed(source) as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
@@ -4396,7 +4400,7 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        if (folder / LAST_NAME).is_file():
+        with contextlib.suppress(OSError, SealError):  # none yet, or a damaged one that has not been set aside so far
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
     (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # the run is finished
@@ -7330,12 +7334,9 @@ def run_scan(config: Config) -> None:
     with lock_directory(config.out_dir):
         scan.save_caches(config.out_dir)
         write_json(config.out_dir / "data_report.json", scan.report)
-    print(
-        format_class_table(scan.report),
-        format_findings(scan.report),
-        f"written: {config.out_dir / 'data_report.json'}",
-        sep="\n",
-    )
+    show(format_class_table(scan.report))
+    show(format_findings(scan.report))
+    show(f"written: {config.out_dir / 'data_report.json'}")
     check_trainable(scan, config)
 
 
@@ -7372,12 +7373,12 @@ def run_masks(config: Config) -> None:
 def run_demo(config: Config) -> None:
     """Draw the demo data unless it is there, and train on it."""
     if not config.data_root.exists():
-        print(f"drawing eleven hand tools into {config.data_root}")
+        show(f"drawing eleven hand tools into {config.data_root}")
         unfinished = config.data_root.with_name(f".{config.data_root.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         draw_demo_dataset(unfinished, DEMO_IMAGES_PER_CLASS, config.seed)
         unfinished.rename(config.data_root)
-    print(f"the same as: python {SCRIPT_NAME} {shlex.join(format_flags(config))}")
+    show(f"the same as: python {SCRIPT_NAME} {shlex.join(format_flags(config))}")
     run_train(config)
 
 
@@ -7572,6 +7573,8 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     restore_state(state, point.payload)
     if point.path.name != LAST_NAME:
         copy_checkpoint(point.path, run.path / LAST_NAME)
+    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # it may be ahead of where the run is put back to
+        (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
     run.forget_epochs_after(state.epoch)
     run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
     position = describe_position(state.epoch, state.batches)

@@ -351,6 +351,15 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_are_set_aside(
         assert f"checkpoint_{name}.pth cannot be read as a checkpoint: is damaged" in text
 
 
+def test_an_interrupt_before_the_damaged_is_set_aside_does_not_spread_it(
+    interrupted: Path, straight: Path, start: Any
+) -> None:
+    hurt(interrupted / "checkpoint_last.pth")
+    assert start(kill("write_json", 1, TERM))[0] == 143
+    text = assert_ends_like(straight, start, interrupted)
+    assert "epoch 2 and 3 batches of 3 epochs, from checkpoint_interrupt.pth" in text
+
+
 def test_a_damaged_best_checkpoint_is_found_again_among_the_others(
     straight: Path, start: Any, tmp_path: Path, nursery: Nursery
 ) -> None:
