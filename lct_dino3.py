@@ -3,12 +3,13 @@
 
     python lct_dino3.py --data_root DATA --out_dir RUN --gpus 2     train; the same command continues an interrupted run
     python lct_dino3.py scan --data_root DATA --out_dir RUN         data health and split preview, trains nothing
+    python lct_dino3.py prelabel --run RUN --images DIR --out OUT   classes for detected objects, for annotation tools
     python lct_dino3.py demo                                        draw a small data set and train on it
 
 A timm backbone (DINOv3 ViT-L by default), an MLP head and an L2 norm are trained with ArcFace; production matches objects
 by cosine against the per-class centroids and reference embeddings of `prototypes.npz`.
 
-Sections (number 16 is kept free for pre-labelling):
+Sections:
     01  IMPORTS & CONSTANTS
     02  CONFIG & CLI
     03  RUN DIRECTORY & LOGGING
@@ -24,6 +25,7 @@ Sections (number 16 is kept free for pre-labelling):
     13  TRAIN STATE & CHECKPOINTS
     14  PROTOTYPES
     15  TRAINING
+    16  PRE-LABELLING
     17  REPORT
     18  DEMO
     19  COMMANDS & MAIN
@@ -123,6 +125,7 @@ CLEARML_CLOSE_SECONDS = 4.5  # that a run waits for ClearML at its end, and nowh
 CLEARML_SILENT_SECONDS = 60.0  # without an answer: whatever it waits for, it waits in vain
 LOADER_RESTARTS = 3  # in an epoch, after a worker was killed
 PROTOTYPES_FORMAT = 2
+PRELABEL_MARKER = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
 MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # of a file that `atomic_file` writes
@@ -221,8 +224,15 @@ COMMANDS = {
     "train": "scan, split, train, evaluate, export prototypes, report (default)",
     "scan": "data health and split preview only; writes data_report.json",
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png and data_report.json",
+    "prelabel": "give detected objects a class or unknown, for annotation tools; needs --run, --images, --out",
     "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
 }
+
+
+# What a command cannot do without, and how it is called. All others need what train needs.
+NEEDED_FLAGS = {"prelabel": (("run", "images", "out"), "prelabel --run RUN --images DIR --out OUT")}
+TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
+LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
 
 def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
@@ -421,6 +431,30 @@ class Config:
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
     debug: bool = _option(False, "show tracebacks", "run")
 
+    run: Path | None = _option(
+        None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR"
+    )
+    images: Path | None = _option(None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR")
+    detections: Path | None = _option(
+        None,
+        "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
+        "pre-labelling",
+        metavar="PATH",
+    )
+    out: Path | None = _option(
+        None, "where the labels are written; an unfinished job in it is continued", "pre-labelling", metavar="DIR"
+    )
+    formats: str = _option(
+        ",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST"
+    )
+    box_pad: float = _option(
+        0.0,
+        "share of a box's side added on each side: as loose as the training crops were cut",
+        "pre-labelling",
+        low=0.0,
+        high=5.0,
+    )
+
     use_clearml: bool = _option(
         False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking"
     )
@@ -488,7 +522,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage=f"python {SCRIPT_NAME} [COMMAND] --data_root DIR --out_dir DIR [options]",
         description="Turn folders of crops, one folder a class, into a recogniser.",
-        epilog="commands:\n" + "".join(f"  {name:<7}{text}\n" for name, text in COMMANDS.items()),
+        epilog="commands:\n" + "".join(f"  {name:<10}{text}\n" for name, text in COMMANDS.items()),
         formatter_class=_HelpFormatter,
     )
     parser.add_argument(
@@ -549,6 +583,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"python {SCRIPT_NAME} --help lists what there is"
 
 
+def _check_words(config: Config) -> None:
+    if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
+        what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
+        raise UserError(what, f"--masks_dirname {config.masks_dirname}", "give a name such as masks")
+    for word in config.formats.split(","):
+        if word not in LABEL_FORMATS:
+            what = f"{word or 'an empty name'} is no format of labels"
+            raise UserError(what, f"--formats {config.formats}", f"give some of {','.join(LABEL_FORMATS)}")
+    if bool(config.mean) != bool(config.std):
+        raise UserError(
+            "mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
+        )
+
+
 def check_ranges(config: Config) -> None:
     """Check each value against the bounds of its option, and the options against each other.
 
@@ -572,13 +620,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
-        what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
-        raise UserError(what, f"--masks_dirname {config.masks_dirname}", "give a name such as masks")
-    if bool(config.mean) != bool(config.std):
-        raise UserError(
-            "mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-        )
+    _check_words(config)
 
 
 def check_paths(config: Config) -> None:
@@ -587,23 +629,47 @@ def check_paths(config: Config) -> None:
     Raises:
         UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
     """
-    for name in ("data_root", "out_dir"):
+    needed, usage = NEEDED_FLAGS.get(config.command, TRAINING_FLAGS)
+    for name in needed:
         if getattr(config, name) is None:
-            raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} --data_root DATA --out_dir RUN")
-    for name in ("data_root", "out_dir", "class_map", "backbone_weights", "masks_out", "sam2_ckpt"):
-        _check_reachable(name, getattr(config, name))
-    if not config.data_root.is_dir():
-        what = "is a file, not a folder" if config.data_root.exists() else "does not exist"
-        raise UserError(what, f"--data_root {config.data_root}", DATA_TREE)
+            raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} {usage}")
+    for field in option_fields():
+        if field_kind(field) is Path:
+            _check_reachable(field.name, getattr(config, field.name))
     for name in ("class_map", "backbone_weights"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise UserError(
                 "is not a file" if path.exists() else "does not exist", f"--{name} {path}", "check the path"
             )
+    if config.command == "prelabel":
+        _check_prelabel_paths(config)
+        return
+    _check_folder("data_root", config.data_root, DATA_TREE)
     _check_out_dir(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
+
+
+def _check_folder(name: str, path: Path, remedy: str) -> None:
+    if not path.is_dir():
+        raise UserError("is a file, not a folder" if path.exists() else "does not exist", f"--{name} {path}", remedy)
+
+
+def _check_prelabel_paths(config: Config) -> None:
+    _check_folder("run", config.run, "give the out_dir of a finished run")
+    _check_folder("images", config.images, "give the folder that the detections' file names start from")
+    if config.detections is not None and not config.detections.exists():
+        raise UserError("does not exist", f"--detections {config.detections}", "check the path")
+    out, images = config.out.resolve(), config.images.resolve()
+    if out == images or images in out.parents:
+        what = "lies inside --images, where it would be taken for images"
+        raise UserError(what, f"--out {config.out}", "choose a folder outside the images")
+    if out.exists() and not out.is_dir():
+        raise UserError("is a file, not a folder", f"--out {config.out}", "choose another path")
+    if out.exists() and any(out.iterdir()) and not (out / PRELABEL_MARKER).exists():
+        what = "is neither empty nor a folder of pre-labels"
+        raise UserError(what, f"--out {config.out}", "choose a new folder")
 
 
 def _check_reachable(name: str, path: Path | None) -> None:
@@ -898,7 +964,7 @@ def to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def create_out_dir(path: Path) -> None:
+def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
     """Create out_dir; that this can fail is only seen by trying, whatever the permission bits say.
 
     Raises:
@@ -907,7 +973,7 @@ def create_out_dir(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot be created: {error.strerror}", f"--out_dir {path}", "choose another") from error
+        raise UserError(f"cannot be created: {error.strerror}", f"{flag} {path}", "choose another") from error
 
 
 class LineFile:
@@ -1079,13 +1145,11 @@ def name_aside(path: Path, why: str) -> Path:
     return target
 
 
-def _take_lock(path: Path) -> Any:
+def _take_lock(path: Path, flag: str = "--out_dir") -> Any:
     try:
         lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
     except OSError as error:
-        raise UserError(
-            f"cannot be written to: {error.strerror}", f"--out_dir {path}", "choose another folder"
-        ) from error
+        raise UserError(f"cannot be written to: {error.strerror}", f"{flag} {path}", "choose another folder") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -1094,19 +1158,19 @@ def _take_lock(path: Path) -> Any:
         lock.close()
         if not isinstance(error, BlockingIOError):
             remedy = "choose a folder on a file system that has locks"
-            raise UserError(f"cannot be locked: {error.strerror}", f"--out_dir {path}", remedy) from error
+            raise UserError(f"cannot be locked: {error.strerror}", f"{flag} {path}", remedy) from error
         remedy = "wait for it, stop it, or choose another folder"
-        raise UserError(f"is in use by {holder}", f"--out_dir {path}", remedy) from None
+        raise UserError(f"is in use by {holder}", f"{flag} {path}", remedy) from None
     return lock
 
 
-def lock_directory(path: Path) -> Any:
+def lock_directory(path: Path, flag: str = "--out_dir") -> Any:
     """Take the lock of a run's folder and return it, to be closed when done.
 
     Raises:
         UserError: naming the process that holds it.
     """
-    lock = _take_lock(path)
+    lock = _take_lock(path, flag)
     os.register_at_fork(after_in_child=lock.close)  # else loader workers that outlive a killed run would hold it
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
         lock.truncate(0)
@@ -1691,6 +1755,54 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
             listing.folders.append(class_name)
     listing.stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
     return listing
+
+
+class ImageTree(NamedTuple):
+    """The image files below a folder."""
+
+    paths: list[str]  # relative, with '/', sorted
+    stamps: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
+    problems: list[tuple[str, str]]  # path, reason
+
+
+def list_image_tree(root: Path) -> ImageTree:
+    """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
+    found: list[tuple[str, int, int]] = []
+    problems: list[tuple[str, str]] = []
+    waiting, seen = [""], set()
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            status = (root / prefix).stat()
+            entries = visible_entries(root / prefix)
+        except OSError as error:
+            problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            continue
+        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            _sort_in(entry, f"{prefix}{entry.name}", (waiting, found, problems))
+    found.sort()
+    stamps = np.array([row[1:] for row in found], dtype=np.int64).reshape(-1, 2)
+    return ImageTree([row[0] for row in found], stamps, sorted(problems))
+
+
+def _sort_in(entry: os.DirEntry, path: str, lists: tuple[list, list, list]) -> None:
+    """Put an entry of a folder to the folders that wait, to the images, or to the problems."""
+    waiting, found, problems = lists
+    if is_folder(entry):
+        if _is_plain(entry.name):
+            waiting.append(f"{path}/")
+        else:
+            problems.append((path, "the folder's name is not UTF-8, or has control characters"))
+    elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+        problem = entry_problem(entry)
+        if problem:
+            problems.append((path, problem))
+        else:
+            status = entry.stat()
+            found.append((path, status.st_size, status.st_mtime_ns))
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -3239,8 +3351,8 @@ def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int) ->
     sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
     draw = ImageDraw.Draw(sheet)
     title = f"{len(items):,} of {total:,} crops, the lowest scores first" + f"; {refused:,} refused" * bool(refused)
-    draw.text((24, 16), title, "black", _load_font(20))
-    draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, _load_font(13))
+    draw.text((24, 16), title, "black", load_font(20))
+    draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, load_font(13))
     for index, item in enumerate(items):
         _draw_preview(sheet, (24 + index % columns * across, 72 + index // columns * down), item)
     with atomic_file(path) as file:
@@ -3261,17 +3373,17 @@ def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview
         draw.rectangle((x, top, x + PREVIEW_SIDE - 1, top + PREVIEW_SIDE - 1), PREVIEW_EMPTY)
         if panel is None:
             draw.text(
-                (x + PREVIEW_SIDE // 2, top + PREVIEW_SIDE // 2), "no mask", PREVIEW_GRAY, _load_font(13), anchor="mm"
+                (x + PREVIEW_SIDE // 2, top + PREVIEW_SIDE // 2), "no mask", PREVIEW_GRAY, load_font(13), anchor="mm"
             )
         else:
             sheet.paste(panel, (x + (PREVIEW_SIDE - panel.width) // 2, top + (PREVIEW_SIDE - panel.height) // 2))
     width = 3 * PREVIEW_SIDE + 2 * 4
-    draw.text((left, top + PREVIEW_SIDE + 6), _fit_text(item.caption, _load_font(14), width), "black", _load_font(14))
-    draw.text((left, top + PREVIEW_SIDE + 26), _fit_text(item.note, _load_font(13), width), PREVIEW_RED, _load_font(13))
+    draw.text((left, top + PREVIEW_SIDE + 6), fit_text(item.caption, load_font(14), width), "black", load_font(14))
+    draw.text((left, top + PREVIEW_SIDE + 26), fit_text(item.note, load_font(13), width), PREVIEW_RED, load_font(13))
 
 
 @functools.cache
-def _load_font(size: int) -> Any:
+def load_font(size: int) -> Any:
     """Return a font of the system that has Cyrillic and Greek; else Pillow's own, which shows boxes for them."""
     for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
         with contextlib.suppress(OSError):
@@ -3279,7 +3391,7 @@ def _load_font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _fit_text(text: str, font: Any, width: int) -> str:
+def fit_text(text: str, font: Any, width: int) -> str:
     """Return `text` on one line of at most `width` px, by taking out its middle: a path tells most at its ends."""
     text = printable(text)
     if font.getlength(text) <= width:
@@ -4409,7 +4521,8 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
 # ======================================================================================================================
 # 14  PROTOTYPES
 # ======================================================================================================================
-# Gallery of reference embeddings: built, matched, calibrated on val, written. Pure but for `save_gallery`.
+# Gallery of reference embeddings: built, matched, calibrated on val, written and read; and a finished run, its model and gallery
+# together, loaded to answer. Raises UserError for files that cannot be read, or do not belong together.
 @dataclass(frozen=True)
 class Gallery:
     """What production matches against; format 2 of prototypes.npz."""
@@ -4457,6 +4570,16 @@ def knn_scores(
                 nearest = np.partition(cosine[:, low:high], high - low - kept, axis=1)[:, -kept:]
                 scores[start : start + 1024, label] = nearest.mean(axis=1)
     return scores
+
+
+def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
+    """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
+    borders = np.searchsorted(gallery.stack_labels, np.arange(len(gallery.class_names) + 1))
+    nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
+    for label, (low, high) in enumerate(itertools.pairwise(borders)):
+        if high > low:
+            nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
+    return nearest
 
 
 def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
@@ -4695,6 +4818,36 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         )
 
 
+def describe_gallery(
+    config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
+) -> dict[str, Any]:
+    """Return the meta of prototypes.npz: what a query must have in common with the gallery, date, and hash of the options."""
+    options = make_identity(config, class_names, None)  # what changes the result, not where it was made
+    return {
+        **describe_embedding(config, info, model),
+        "target_precision": config.target_precision,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "config_hash": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16],
+    }
+
+
+def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
+    """Return all that an embedding is a function of, besides the crop."""
+    return {
+        "model_id": info.model_id,
+        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
+        "emb_dim": config.emb_dim,
+        "img_size": info.img_size,
+        "mean": info.mean,
+        "std": info.std,
+        "interpolation": info.interpolation,
+        "padding": PADDING_GRAY,
+        "pool": info.pool,
+        "crop_mode": config.crop_mode,
+        "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
+    }
+
+
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     """Read prototypes.npz once all of its bytes have been checked, never executing anything in it; return it and its meta.
 
@@ -4722,6 +4875,127 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
         remedy = "run the training command again: it writes them anew from the best checkpoint"
         raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
     return gallery, meta
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, loaded to answer: a model, and the gallery that was made with it."""
+
+    path: Path
+    config: Config  # of its training
+    info: BackboneInfo
+    model: Recognizer  # on the device, in eval mode
+    gallery: Gallery
+    meta: dict[str, Any]  # of the gallery
+    runtime: Runtime
+
+    def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3, H, W), `batch` at a time."""
+        backbone, device = self.runtime.wrap(self.model.backbone), self.runtime.device
+        with torch.inference_mode():
+            parts = [
+                self.model.embed(backbone(part.to(device, non_blocking=True))).cpu() for part in images.split(batch)
+            ]
+        return torch.cat(parts).numpy()
+
+    def transform(self) -> Transform:
+        """Return what makes a crop the model's input."""
+        return build_transform(self.config.img_size, False, make_fill(self.config, self.info.mean))
+
+
+def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
+    """Load the best model of a finished run and its gallery.
+
+    Args:
+        path: out_dir of the run.
+        runtime: where it is to compute.
+        backbone_weights: of a frozen backbone, where they are no longer where the run found them.
+
+    Raises:
+        UserError: not a finished run, one of another version, weights that cannot be had, or a gallery of another model.
+    """
+    config = read_run_config(path)
+    for name in ("prototypes.npz", BEST_NAME):
+        if not (path / name).is_file():
+            raise UserError(f"has no {name}", f"--run {path}", "give the out_dir of a run that has finished")
+    gallery, meta = load_gallery(path / "prototypes.npz")
+    try:
+        payload = load_checkpoint(path / BEST_NAME)
+    except UserError as error:
+        raise UserError(error.what, str(path / BEST_NAME), _other_version_remedy(path)) from error
+    backbone, info = build_backbone(_find_weights(config, path, backbone_weights), show)
+    _check_backbone(path, config, info, payload["identity"])
+    model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
+    model.load_trained_state(payload["model"])
+    _check_gallery(path, meta, to_json(describe_embedding(config, info, model)))
+    model.backbone.dtype = runtime.dtype
+    return TrainedRun(path, config, info, model.to(runtime.device).eval(), gallery, meta, runtime)
+
+
+def _other_version_remedy(path: Path) -> str:
+    return f"use the script that made the run, which lies in it: {path / SCRIPT_NAME}; or train again with this one"
+
+
+def read_run_config(path: Path) -> Config:
+    """Return the options that a run was trained with.
+
+    Raises:
+        UserError: config.json is missing, damaged, or of another version of this script.
+    """
+    try:
+        options = json.loads((path / "config.json").read_text(encoding="utf-8"))["options"]
+        known = {field.name: field for field in option_fields() if field.name in options}
+        config = Config(**{name: _restore_option(field, options[name]) for name, field in known.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = printable(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")[:200]
+        what = f"has no config.json that can be read: {reason}"
+        raise UserError(what, f"--run {path}", "give the out_dir of a finished run") from error
+    foreign = sorted(options.keys() - known.keys() - {"command"})
+    missing = [field.name for field in option_fields() if field.metadata.get("fixed") and field.name not in options]
+    if foreign or missing:
+        what = "was made by another version of this script, with other options: " + ", ".join((*foreign, *missing)[:8])
+        raise UserError(what, f"--run {path}", _other_version_remedy(path))
+    check_ranges(config)
+    return config
+
+
+def _restore_option(field: dataclasses.Field, value: Any) -> Any:
+    """Return an option as `Config` has it from what `Config.as_plain` made of it."""
+    kind = field_kind(field)
+    if isinstance(value, list):
+        return tuple(kind(item) for item in value)
+    return value if value is None or kind is bool else kind(value)
+
+
+def _find_weights(config: Config, path: Path, backbone_weights: Path | None) -> Config:
+    """Return the options to build the backbone with; one that was fine-tuned gets its weights from the checkpoint."""
+    if not config.freeze_backbone:
+        return dataclasses.replace(config, pretrained=False, backbone_weights=None)
+    if backbone_weights is not None:
+        return dataclasses.replace(config, backbone_weights=backbone_weights)
+    if config.backbone_weights is not None and not config.backbone_weights.is_file():
+        what = f"its backbone's weights are no longer at {config.backbone_weights}"
+        raise UserError(what, f"--run {path}", "give --backbone_weights FILE")
+    return config
+
+
+def _check_backbone(path: Path, config: Config, info: BackboneInfo, identity: dict[str, Any]) -> None:
+    """Refuse a frozen backbone other than the one that the head was trained on."""
+    if config.freeze_backbone and info.weights_hash != identity["backbone_hash"]:
+        what = f"its head was trained on other backbone weights: {identity['backbone_hash']}, here {info.weights_hash}"
+        raise UserError(f"{what} ({info.weights})", f"--run {path}", "give those weights with --backbone_weights FILE")
+
+
+def _check_gallery(path: Path, meta: dict[str, Any], own: dict[str, Any]) -> None:
+    lines = [
+        f"{key}: {meta.get(key)} in the prototypes, {own[key]} in the run" for key in own if meta.get(key) != own[key]
+    ]
+    if lines:
+        raise UserError(
+            "does not belong to the checkpoint beside it:\n    " + "\n    ".join(lines),
+            str(path / "prototypes.npz"),
+            "put back the file of this run, or run its training command again, which writes it anew",
+        )
 
 
 # ======================================================================================================================
@@ -7589,7 +7863,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     gallery = build_gallery(records, embedded["train"], embedded["val"], job.config)
-    save_gallery(run.path / "prototypes.npz", gallery, describe_gallery(job, model))
+    save_gallery(
+        run.path / "prototypes.npz", gallery, describe_gallery(job.config, job.info, job.records.class_names, model)
+    )
     run.event(
         "proto_end",
         refs=len(gallery.stack_labels),
@@ -7617,29 +7893,6 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
             run.tracker.artifact(run.path / name)
     run.log(f"finished: {run.path / 'prototypes.npz'}, {run.path / 'report.html'}")
-
-
-def describe_gallery(job: Job, model: Recognizer) -> dict[str, Any]:
-    """Return the meta of prototypes.npz: what a query must have in common with the gallery."""
-    info, config = job.info, job.config
-    options = make_identity(config, job.records.class_names, None)  # what changes the result, not where it was made
-    options_hash = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-    return {
-        "model_id": info.model_id,
-        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
-        "emb_dim": config.emb_dim,
-        "img_size": info.img_size,
-        "mean": info.mean,
-        "std": info.std,
-        "interpolation": info.interpolation,
-        "padding": PADDING_GRAY,
-        "pool": info.pool,
-        "target_precision": config.target_precision,
-        "crop_mode": config.crop_mode,
-        "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "config_hash": options_hash,
-    }
 
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
@@ -7805,16 +8058,6 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
         ],
         temperature=gallery.temperature,
     )
-
-
-def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
-    borders = np.searchsorted(gallery.stack_labels, np.arange(len(gallery.class_names) + 1))
-    nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
-    for label, (low, high) in enumerate(itertools.pairwise(borders)):
-        if high > low:
-            nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
-    return nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -636,13 +636,13 @@ def test_an_empty_preview_and_a_long_one(tmp_path: Path) -> None:
 
 def test_captions_are_readable_in_cyrillic_and_cut_in_the_middle() -> None:
     pytest.importorskip("matplotlib")
-    font = lct._load_font(14)
+    font = lct.load_font(14)
     assert bytes(font.getmask("Ж")) != bytes(font.getmask("\u0378")), "a box for a letter"
     text = "hammer/" + "very_" * 50 + "long.png  0.91"
-    cut = lct._fit_text(text, font, 300)
+    cut = lct.fit_text(text, font, 300)
     assert font.getlength(cut) <= 300 < font.getlength(cut + "mm") and "…" in cut
     assert cut.startswith("hammer/") and cut.endswith("0.91")
-    assert lct._fit_text("short", font, 300) == "short"
+    assert lct.fit_text("short", font, 300) == "short"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
