@@ -47,6 +47,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -5454,6 +5455,1020 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 
 
 # ======================================================================================================================
+# 16  PRE-LABELLING
+# ======================================================================================================================
+# Detections in, labels out: objects are cut from their images, matched against the gallery of a run, and written for annotation
+# tools. Reads images, writes only to --out. A bad image or box is listed; raises UserError for what leaves nothing to label.
+UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
+YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
+OUTLINE = 4  # px of a box that is drawn, in an image of 1,000 px
+Polygon = list[list[float]]
+
+
+class BoxError(ValueError):
+    """An object that cannot be cut from its image; the text is the reason."""
+
+
+class Problem(NamedTuple):
+    """Something in the input that gets no answer, or a worse one."""
+
+    image: str
+    detection: Any  # its id in the COCO file, its line in the YOLO file; None = the whole image
+    reason: str
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The images and the objects found in them: image i has objects `borders[i]` to `borders[i + 1]`."""
+
+    root: Path
+    paths: PathTable  # (M,) relative to root
+    stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
+    image_ids: list[Any]  # (M,) those of the COCO file, else from 1 on
+    sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
+    objects: PathTable  # (N,) JSON as `to_pixels` reads it: flat in memory, whatever polygons it holds
+    borders: np.ndarray  # (M + 1,) int64
+    problems: list[Problem]  # found so far
+    notes: list[str]  # worth a line in the log
+
+
+class _Found(NamedTuple):
+    """What a file or folder of detections tells, before objects are sorted by image."""
+
+    images: list[int]  # positions in the tree
+    image_ids: list[Any]
+    sizes: list[tuple[int, int]]
+    objects: list[tuple[int, str]]  # position in `images`, JSON
+    problems: list[Problem]
+    notes: list[str]
+
+
+def read_detections(config: Config) -> Detections:
+    """List the images, and the objects that the detections name in them; no image is opened.
+
+    Raises:
+        UserError: no images, nothing to read, a file that is not what it should be, or no object at all.
+    """
+    tree, source = list_image_tree(config.images), config.detections
+    if not tree.paths:
+        raise UserError("holds no images", f"--images {config.images}", f"of {' '.join(IMAGE_SUFFIXES)}")
+    if source is None:
+        numbers = range(len(tree.paths))
+        objects = [(number, '{"whole":true}') for number in numbers]
+        found = _Found(list(numbers), [n + 1 for n in numbers], [(0, 0)] * len(numbers), objects, [], [])
+    else:
+        found = _read_yolo(source, tree) if source.is_dir() else _read_coco(source, tree)
+    if not found.objects:
+        why = f": {found.problems[0].image} {found.problems[0].reason}" if found.problems else ""
+        raise UserError(f"holds no objects in these images{why}", f"--detections {source}", "check both paths")
+    if "yolo" in config.formats.split(","):
+        found.problems.extend(_find_equal_stems([tree.paths[number] for number in found.images]))
+    rows = np.array([row for row, _ in found.objects], dtype=np.int64)
+    return Detections(
+        root=config.images,
+        paths=PathTable([tree.paths[number] for number in found.images]),
+        stamps=tree.stamps[found.images],
+        image_ids=found.image_ids,
+        sizes=np.array(found.sizes, dtype=np.int64).reshape(-1, 2),
+        objects=PathTable([found.objects[i][1] for i in np.argsort(rows, kind="stable").tolist()]),
+        borders=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(found.images)))]),
+        problems=[Problem(path, None, reason) for path, reason in tree.problems] + found.problems,
+        notes=found.notes,
+    )
+
+
+def _find_equal_stems(paths: Sequence[str]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for path in paths:
+        other = first.setdefault(path.rpartition(".")[0], path)
+        if other != path:
+            yield Problem(path, None, f"has the same .txt in yolo/ as {other}, and is left out there")
+
+
+# --- COCO
+
+
+class _Annotation(NamedTuple):
+    """One object of a COCO file; `text` is the JSON of what is needed of it."""
+
+    image_id: Any
+    id: Any
+    category_id: Any
+    text: str
+
+
+def _shrink(item: dict[str, Any]) -> Any:
+    """Make an annotation a string as soon as it is parsed: a polygon takes forty times as much memory as lists of floats."""
+    if "image_id" not in item:
+        return item
+    keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
+    kept = {key: item[key] for key in keys if key in item}
+    ids = (
+        item.get(key) if isinstance(item.get(key), (int, str)) else None for key in ("image_id", "id", "category_id")
+    )
+    return _Annotation(*ids, json.dumps(kept, separators=(",", ":")))
+
+
+def _parse_coco(path: Path) -> dict[str, Any]:
+    """Return a COCO file with its annotations as `_Annotation`.
+
+    Raises:
+        UserError: not JSON, or without the lists that make it COCO.
+    """
+    remedy = "give the COCO .json with images and annotations, or a folder of YOLO .txt"
+    try:
+        content = json.loads(read_file(path), object_hook=_shrink)
+    except (ImageError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot be read as JSON: {str(error)[:200]}", f"--detections {path}", remedy) from error
+    if isinstance(content, list):
+        what = "is a list of results, which does not say which images they are of"
+        raise UserError(what, f"--detections {path}", remedy)
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"is no COCO file: it has no list {key}", f"--detections {path}", remedy)
+    return content
+
+
+def _read_coco(path: Path, tree: ImageTree) -> _Found:
+    content = _parse_coco(path)
+    _check_categories(path, content)
+    found = _Found([], [], [], [], [], [])
+    number_of = _match_coco_images(path, content["images"], tree, found)
+    lost: Counter[Any] = Counter()
+    for index, item in enumerate(content["annotations"]):
+        image_id = item.image_id if isinstance(item, _Annotation) else None
+        number = number_of.get(image_id, -1)
+        if number is None:
+            lost[image_id] += 1
+        elif number < 0:
+            reason = "its image is not in the list of images" if image_id is not None else "names no image"
+            found.problems.append(Problem("", getattr(item, "id", None) or f"annotation {index + 1}", reason))
+        else:
+            found.objects.append((number, item.text))
+    if lost:
+        found.notes.append(f"{sum(lost.values()):,} objects are in {len(lost):,} images that are not in --images")
+    if not found.images:
+        names = ", ".join(problem.image for problem in found.problems[:2])
+        what = f"none of its {len(content['images']):,} images ({names}) is there"
+        raise UserError(what, f"--detections {path}", "give --images the folder that the file names start from")
+    return found
+
+
+def _check_categories(path: Path, content: dict[str, Any]) -> None:
+    """Refuse objects of categories that the file does not list; one without a list says nothing about them."""
+    if not isinstance(content.get("categories"), list):
+        return
+    listed = [item.get("id") for item in content["categories"] if isinstance(item, dict)]
+    known = {number for number in listed if isinstance(number, (int, str))}
+    used = {item.category_id for item in content["annotations"] if isinstance(item, _Annotation)}
+    strange = sorted(map(str, used - known))
+    if strange:
+        what = (
+            f"has objects of categories that it does not list: {', '.join(strange[:5])}{', ...' * (len(strange) > 5)}"
+        )
+        raise UserError(what, f"--detections {path}", "add them to its categories, or leave categories out")
+
+
+def _match_coco_images(path: Path, images: list[Any], tree: ImageTree, found: _Found) -> dict[Any, int | None]:
+    """Enter the images into `found`; return the position there of each image id, None for one that is not in the folder."""
+    # Names are compared composed: a file system of a Mac gives them decomposed.
+    position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(tree.paths)}
+    number_of: dict[Any, int | None] = {}
+    taken: set[int] = set()
+    for item in images:
+        image_id = item.get("id") if isinstance(item, dict) else None
+        if not isinstance(image_id, (int, str)) or not isinstance(item.get("file_name"), str):
+            raise UserError("has an image without id or file_name", f"--detections {path}", "mend the file")
+        if image_id in number_of:
+            raise UserError(f"has two images of id {image_id}", f"--detections {path}", "mend the file")
+        name = os.path.normpath(unicodedata.normalize("NFC", item["file_name"]))
+        number = position.get(name)
+        if number is None or number in taken:
+            reason = "is not in --images" if number is None else "is listed twice; the second time is left out"
+            found.problems.append(Problem(name, None, reason))
+            number_of[image_id] = None
+            continue
+        taken.add(number)
+        number_of[image_id] = len(found.images)
+        found.images.append(number)
+        found.image_ids.append(image_id)
+        claimed = [item.get(key) for key in ("width", "height")]
+        found.sizes.append(tuple(side if isinstance(side, int) and 0 < side < 2**31 else 0 for side in claimed))
+    return number_of
+
+
+# --- YOLO
+
+
+def _read_yolo(folder: Path, tree: ImageTree) -> _Found:
+    numbers = list(range(len(tree.paths)))
+    found = _Found(numbers, [n + 1 for n in numbers], [(0, 0)] * len(numbers), [], [], [])
+    used: dict[str, str] = {}
+    without = 0
+    for number, name in enumerate(tree.paths):
+        stem = name.rpartition(".")[0]
+        if stem in used:
+            found.problems.append(Problem(name, None, f"has the same .txt as {used[stem]}, to which its objects went"))
+            continue
+        used[stem] = name
+        try:
+            text = read_file(folder / f"{stem}.txt").decode("utf-8", "replace")
+        except ImageError as error:
+            if (folder / f"{stem}.txt").exists() and str(error) != "the file is empty":
+                found.problems.append(Problem(name, None, f"has a .txt that cannot be read: {error}"))
+            without += 1
+            continue
+        for index, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                _add_yolo_line(found, number, (name, index), line)
+    for path in sorted(folder.rglob("*.txt")):
+        stem = path.relative_to(folder).as_posix().removesuffix(".txt")
+        if stem not in used and path.name not in YOLO_OTHER_FILES:
+            found.problems.append(Problem(f"{stem}.txt", None, "has no image of its name in --images"))
+    if without:
+        found.notes.append(f"{without:,} of {len(numbers):,} images have no objects")
+    return found
+
+
+def _add_yolo_line(found: _Found, number: int, place: tuple[str, int], line: str) -> None:
+    name, index = place
+    try:
+        detection = parse_yolo_line(line)
+    except BoxError as error:
+        found.problems.append(Problem(name, f"line {index}", str(error)))
+        return
+    found.objects.append((number, json.dumps({"id": index, **detection}, separators=(",", ":"))))
+
+
+def parse_yolo_line(line: str) -> dict[str, Any]:
+    """Return a line `class cx cy w h [confidence]` or `class x y x y x y ... [confidence]` in shares of the image's sides.
+
+    Raises:
+        BoxError: it is neither.
+    """
+    try:
+        kind, *numbers = map(float, line.split())
+    except ValueError:
+        raise BoxError("is not a line of numbers") from None
+    if not all(map(math.isfinite, (kind, *numbers))) or kind < 0 or kind != int(kind):
+        raise BoxError("does not start with a class number, or has numbers that are not finite")
+    if len(numbers) < 4:
+        raise BoxError(f"has {len(numbers) + 1} numbers; a box has 5 or 6")
+    score = numbers.pop() if len(numbers) % 2 else None
+    shape = {"yolo": numbers} if len(numbers) == 4 else {"yolo_polygon": numbers}
+    return {"category_id": int(kind), **shape, **({} if score is None else {"score": score})}
+
+
+# --- geometry
+
+
+def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """Return a detection as COCO has it: `bbox` x, y, width, height, and perhaps `segmentation`, in px of the upright image."""
+    if "whole" in detection:
+        return {**detection, "bbox": [0, 0, width, height]}
+    if "yolo" in detection:
+        x, y, w, h = detection["yolo"]
+        return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
+    if "yolo_polygon" in detection:
+        points = np.array(detection["yolo_polygon"]) * np.tile([width, height], len(detection["yolo_polygon"]) // 2)
+        return {**detection, "segmentation": [np.round(points, 3).tolist()]}
+    return detection
+
+
+def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """Return the box x, y, width, height of a detection in px, clipped to the image; without one that of its mask.
+
+    Raises:
+        BoxError: it has none, none of four numbers, one of no size, or one outside the image.
+    """
+    box = detection.get("bbox")
+    if box is None:
+        mask = read_segmentation(detection.get("segmentation"), width, height)
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            raise BoxError("has neither a box nor a mask")
+        return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1))
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise BoxError("has a box that is not four numbers")
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise BoxError("has a box of no size")
+    left, top, right, bottom = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
+    if right <= left or bottom <= top:
+        raise BoxError(f"has a box outside its image of {width} x {height} px")
+    return left, top, right - left, bottom - top
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def pad_box(box: Sequence[float], share: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom in whole px of a box (x, y, width, height) grown by a share of its sides, inside the image.
+
+    Rounded, not grown to whole pixels: the six digits of a YOLO file put an edge at 99.998 that was at 100.
+    """
+    x, y, w, h = box
+    left, top = max(0, round(x - share * w)), max(0, round(y - share * h))
+    right, bottom = min(width, round(x + w + share * w)), min(height, round(y + h + share * h))
+    left, top = min(left, width - 1), min(top, height - 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def read_segmentation(segmentation: Any, width: int, height: int) -> np.ndarray:
+    """Return the mask bool (H, W) of a COCO segmentation: polygons, or run lengths, compressed or not.
+
+    Raises:
+        BoxError: it is none of these, or of another size.
+    """
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if size != [height, width]:
+            raise BoxError(f"has a mask of size {printable(str(size))[:40]}, not {height} x {width} (rows x columns)")
+        return decode_rle(unpack_rle(counts) if isinstance(counts, str) else counts, width, height)
+    if not isinstance(segmentation, list):
+        raise BoxError("has neither a box nor a mask")
+    canvas = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
+            raise BoxError("has a polygon that is not three or more pairs of numbers")
+        # Far corners are drawn in C with 32-bit numbers. COCO's pixel 0 reaches from 0 to 1, Pillow's has its centre at 0.
+        points = np.clip(np.array(polygon, dtype=np.float64) - 0.5, -1e6, 1e6)
+        draw.polygon(points.tolist(), fill=1)
+    return np.asarray(canvas)
+
+
+def unpack_rle(text: str) -> list[int]:
+    """Return the run lengths of COCO's compressed string: 5 bits a character, low first, each from the third on a difference.
+
+    Source: rleFrString of pycocotools, common/maskApi.c.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for char in text:
+        bits = ord(char) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:  # the last character of a number
+            value -= (bits & 0x10) << (shift - 4)  # its sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
+    """Return the mask bool (H, W) of run lengths down the columns, which start with background.
+
+    Raises:
+        BoxError: they are not whole numbers that add up to the image.
+    """
+    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n <= width * height for n in counts):
+        raise BoxError("has a mask whose run lengths are not whole numbers")
+    if sum(counts) != width * height:
+        raise BoxError("has a mask whose run lengths do not add up to the image")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+# --- cutting
+
+
+class Unit(NamedTuple):
+    """Some objects of one image, answered together."""
+
+    image: int
+    first: int
+    last: int  # exclusive
+    digest: str  # of the image's path, size and time, and of the objects: the name of the answers on disk
+
+
+class Cut(NamedTuple):
+    """What a loader found of a unit, besides the crops."""
+
+    unit: Unit
+    size: tuple[int, int]  # width and height of the upright image; 0, 0 = it cannot be used
+    sources: list[int]  # object of each crop
+    boxes: list[tuple[float, float, float, float]]  # x, y, width, height in px: clipped, not padded
+    has_mask: list[bool]  # it was cut with
+    problems: list[tuple[int, str]]  # object, or -1 for the whole image
+
+
+class CutBatch(NamedTuple):
+    """What a loader yields."""
+
+    images: torch.Tensor  # uint8 (B, 3, H, W): the crops of all units in turn
+    cuts: list[Cut]
+
+
+class DetectionDataset(Dataset):
+    """Crops by `Unit`: one decode of an image gives all of them."""
+
+    def __init__(self, detections: Detections, run: TrainedRun, box_pad: float) -> None:
+        self.detections, self.transform, self.box_pad = detections, run.transform(), box_pad
+        self.uses_masks, self.side = run.config.crop_mode != "bbox", run.config.img_size
+
+    def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], Cut]:
+        path = self.detections.root / self.detections.paths[unit.image]
+        try:
+            image = load_image(path) if unit.last > unit.first else None
+            size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
+        except ImageError as error:
+            return [], Cut(unit, (0, 0), [], [], [], [(-1, f"cannot be read: {error}")])
+        cut = Cut(unit, size, [], [], [], [])
+        misfit = self._compare_size(unit.image, size)
+        if misfit:
+            return [], Cut(unit, (0, 0), [], [], [], [(-1, misfit)])
+        crops = [crop for source in range(unit.first, unit.last) for crop in self._cut(image, source, cut)]
+        return crops, cut
+
+    def _compare_size(self, number: int, size: tuple[int, int]) -> str:
+        claimed = tuple(self.detections.sizes[number].tolist())
+        if claimed == size or 0 in claimed:
+            return ""
+        turned = "; the boxes are those of the pixels before the EXIF rotation" * (claimed == size[::-1])
+        return "is {} x {} px, but {} x {} px in the detections{}".format(*size, *claimed, turned)
+
+    def _cut(self, image: np.ndarray, source: int, cut: Cut) -> Iterator[np.ndarray]:
+        """Yield the crop of an object, and note it in `cut`; or note why there is none."""
+        width, height = cut.size
+        detection = to_pixels(json.loads(self.detections.objects[source]), width, height)
+        try:
+            box = find_box(detection, width, height)
+        except BoxError as error:
+            cut.problems.append((source, str(error)))
+            return
+        left, top, right, bottom = pad_box(box, self.box_pad, width, height)
+        mask = self._find_mask(detection, source, cut)
+        if mask is not None:
+            mask = mask[top:bottom, left:right].astype(np.uint8) * 255
+            if not mask.any():
+                cut.problems.append((source, "has an empty mask, and is judged with its background"))
+                mask = None
+        cut.sources.append(source)
+        cut.boxes.append(tuple(round(value, 4) for value in box))
+        cut.has_mask.append(mask is not None)
+        yield self.transform(image[top:bottom, left:right], mask, 0)
+
+    def _find_mask(self, detection: dict[str, Any], source: int, cut: Cut) -> np.ndarray | None:
+        if not self.uses_masks or not detection.get("segmentation"):
+            return None
+        try:
+            return read_segmentation(detection["segmentation"], *cut.size)
+        except BoxError as error:
+            cut.problems.append((source, f"{error}; it is judged with its background"))
+            return None
+
+    def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:
+        """Stack the crops of all units."""
+        crops = [crop for own, _ in samples for crop in own]
+        stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
+        return CutBatch(torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples])
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image once it is upright, without decoding it.
+
+    Raises:
+        ImageError: with the reason.
+    """
+    with opened_image(read_file(path)) as image:
+        return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+
+
+def plan_units(detections: Detections) -> list[Unit]:
+    """Return what is to be answered: an image each, in parts if it has many objects; one without objects is a unit too."""
+    units = []
+    for image in range(len(detections.paths)):
+        low, high = detections.borders[image : image + 2].tolist()
+        head = f"{detections.paths[image]}\n{detections.stamps[image].tolist()}{detections.sizes[image].tolist()}"
+        for first in range(low, max(high, low + 1), UNIT_OBJECTS):
+            last = min(first + UNIT_OBJECTS, high)
+            digest = hashlib.blake2b(f"{head}\n{first - low}".encode(), digest_size=12)
+            for source in range(first, last):
+                digest.update(detections.objects[source].encode() + b"\n")
+            units.append(Unit(image, first, last, digest.hexdigest()))
+    return units
+
+
+def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
+    """Return the units in groups of about `batch` crops; they do not depend on what is answered already."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if room <= 0:
+            groups.append([])
+            room = batch
+        groups[-1].append(unit)
+        room -= max(1, unit.last - unit.first)
+    return groups
+
+
+# --- answers
+
+
+class Prelabel(NamedTuple):
+    """An object and its answer."""
+
+    source: int  # number of the object in the detections
+    box: Sequence[float]  # x, y, width, height in px of the upright image, clipped
+    has_mask: bool  # it was judged by
+    label: int  # most similar class
+    is_known: bool  # the similarity reaches the threshold of that class; else the answer is `unknown`
+    cosine: float  # similarity to that class, by the gallery's matcher
+    probability: float  # softmax(score / temperature) of that class
+    runner_up: int  # second class, -1 if there is but one
+    margin: float  # cosine less that of the runner-up; 2 if there is none
+    reference: int  # nearest reference of that class, a position in the stacks
+    rival: int  # nearest reference of the runner-up, -1 if there is none
+
+
+class LabelledImage(NamedTuple):
+    """An image and the answers for its objects."""
+
+    image: int
+    path: str
+    size: tuple[int, int]  # width, height
+    objects: list[Prelabel]
+
+
+def answer_crops(gallery: Gallery, embeddings: np.ndarray) -> list[tuple]:
+    """Return the fields of `Prelabel` from `label` on, for embeddings (N, D)."""
+    if not len(embeddings):
+        return []
+    scores = gallery.scores(embeddings)
+    rows = np.arange(len(scores))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    labels = order[:, 0]
+    best = scores[rows, labels]
+    probabilities = np.exp(log_softmax(scores / gallery.temperature))[rows, labels]
+    nearest = nearest_references(gallery, embeddings)
+    has_second = scores.shape[1] > 1
+    seconds = order[:, 1] if has_second else np.full(len(rows), -1)
+    margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)
+    rivals = nearest[rows, seconds] if has_second else seconds
+    columns = (
+        labels,
+        best >= gallery.thresholds[labels],
+        _round(best),
+        _round(probabilities),
+        seconds,
+        _round(margins),
+    )
+    return list(zip(*(column.tolist() for column in (*columns, nearest[rows, labels], rivals)), strict=True))
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    return np.round(values.astype(np.float64), 6)
+
+
+class AnswerFile:
+    """Answers on disk, a line a unit, in the order in which they came; in memory is only where each starts.
+
+    The first line says what they are a function of besides images and objects. With another one the file starts afresh; half a
+    line at its end, which a kill leaves, is cut off.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._starts = path, {}
+        header = json.dumps({"key": key}) + "\n"
+        if not self._read_starts(header.encode()):
+            write_bytes(path, header.encode())
+        self._end = path.stat().st_size
+        self._log, self._file = LineFile(path), open(path, "rb")  # noqa: SIM115  closed below
+
+    def _read_starts(self, header: bytes) -> bool:
+        if not self.path.is_file():
+            return False
+        with open(self.path, "rb") as file:
+            if file.readline() != header:
+                return False
+            start = file.tell()
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.truncate(self.path, start)
+                    break
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is answered again
+                    self._starts[json.loads(line)["unit"]] = start
+                start += len(line)
+        return True
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._starts
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the answers of some units, whole.
+
+        Raises:
+            UserError: the disk is full; what was there before is kept.
+        """
+        lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
+        self._log.append("".join(lines))
+        for record, line in zip(records, lines, strict=True):
+            self._starts[record["unit"]] = self._end
+            self._end += len(line)  # ASCII
+
+    def read(self, digest: str) -> dict[str, Any]:
+        """Return the answers of a unit."""
+        self._file.seek(self._starts[digest])
+        return json.loads(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._log.close()
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Prelabels:
+    """All answers; iterating reads them from disk, image by image in the order of the detections."""
+
+    detections: Detections
+    units: list[Unit]
+    answers: AnswerFile
+    gallery: Gallery
+    meta: dict[str, Any]  # of the gallery
+    box_pad: float
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        for image, units in itertools.groupby(self.units, key=operator.attrgetter("image")):
+            records = [self.answers.read(unit.digest) for unit in units]
+            if 0 in records[0]["size"]:  # it cannot be used; `problems` tells why
+                continue
+            first = int(self.detections.borders[image])
+            objects = [Prelabel(first + own[0], *own[1:]) for record in records for own in record["objects"]]
+            yield LabelledImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what got no answer or a worse one, and why."""
+        yield from self.detections.problems
+        for unit in self.units:
+            path, first = self.detections.paths[unit.image], int(self.detections.borders[unit.image])
+            for source, reason in self.answers.read(unit.digest)["problems"]:
+                named = None if source < 0 else self.detection(first + source).get("id")
+                yield Problem(path, named, reason)
+
+    def detection(self, source: int) -> dict[str, Any]:
+        """Return an object as it was in the detections."""
+        return json.loads(self.detections.objects[source])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the labels: all classes, and last the one of what is none of them."""
+        unknown = "unknown"
+        while unknown in self.gallery.class_names:
+            unknown += "_"
+        return (*self.gallery.class_names, unknown)
+
+    def name(self, prelabel: Prelabel) -> str:
+        """Return the label of an object."""
+        return self.names[self.number(prelabel)]
+
+    def number(self, prelabel: Prelabel) -> int:
+        """Return the position of an object's label in `names`."""
+        return prelabel.label if prelabel.is_known else len(self.names) - 1
+
+    def doubt(self, prelabel: Prelabel) -> float:
+        """Return how little the similarities would have to change for another answer, in cosine."""
+        distance = abs(prelabel.cosine - float(self.gallery.thresholds[prelabel.label]))
+        return min(distance, prelabel.margin) if prelabel.is_known else distance
+
+
+def label_objects(run: TrainedRun, detections: Detections, config: Config) -> Prelabels:
+    """Answer every object that --out does not hold an answer for yet."""
+    units = plan_units(detections)
+    answers = AnswerFile(config.out / PRELABEL_MARKER, _hash_settings(run, config))
+    groups = group_units(units, config.batch)
+    waiting = [group for group in groups if not all(unit.digest in answers for unit in group)]
+    done = len(units) - sum(map(len, waiting))
+    if done:
+        show(f"{done:,} of {len(units):,} images are answered already")
+    if waiting:
+        dataset = DetectionDataset(detections, run, config.box_pad)
+        bar = progress((), len(units), "pre-labelling", unit="image")
+        bar.update(done)
+        with contextlib.closing(bar):
+            for batch in make_loader(dataset, waiting, config, run.runtime):
+                answers.append(_answer_batch(run, detections, batch, config.batch))
+                bar.update(len(batch.cuts))
+    return Prelabels(detections, units, answers, run.gallery, run.meta, config.box_pad)
+
+
+def _hash_settings(run: TrainedRun, config: Config) -> str:
+    """Return a hash of what an answer is a function of besides the image and the object."""
+    with open(run.path / "prototypes.npz", "rb") as file:
+        gallery = hashlib.file_digest(file, "sha256").hexdigest()
+    words = [1, gallery, run.meta["weights_hash"], str(run.runtime.dtype), run.runtime.device.type, config.box_pad]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
+
+
+def _answer_batch(run: TrainedRun, detections: Detections, batch: CutBatch, size: int) -> list[dict[str, Any]]:
+    """Return the records of a batch's units. Objects are numbered from the first of their image: others may come or go."""
+    embeddings = run.embed(batch.images, size) if len(batch.images) else np.zeros((0, 1), np.float32)
+    fields = iter(answer_crops(run.gallery, embeddings))
+    records = []
+    for cut in batch.cuts:
+        first = int(detections.borders[cut.unit.image])
+        parts = zip(cut.sources, cut.boxes, cut.has_mask, strict=True)
+        objects = [[source - first, box, has_mask, *next(fields)] for source, box, has_mask in parts]
+        problems = [(source if source < 0 else source - first, reason) for source, reason in cut.problems]
+        records.append({"unit": cut.unit.digest, "size": cut.size, "objects": objects, "problems": problems})
+    return records
+
+
+# --- writers: each streams over the answers, so that none ever holds them all
+
+
+def write_coco(out: Path, prelabels: Prelabels) -> None:
+    """Write coco.json, a whole data set with `unknown` as its last category, and coco_results.json, scores for pycocotools."""
+    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(prelabels.names, 1)]
+    info = {"description": f"pre-labels by {SCRIPT_NAME}", "version": describe_model_version(prelabels)}
+    with atomic_file(out / "coco.json") as file:
+        file.write(f'{{"info":{_json(info)},"licenses":[],"categories":{_json(categories)},\n"images":'.encode())
+        _write_array(file, (_coco_image(prelabels, image) for image in prelabels))
+        file.write(b',\n"annotations":')
+        numbers = itertools.count(1)
+        _write_array(file, (_coco_object(prelabels, image, item, next(numbers)) for image, item in _each(prelabels)))
+        file.write(b"}\n")
+    with atomic_file(out / "coco_results.json") as file:
+        _write_array(file, (_coco_result(prelabels, image, item) for image, item in _each(prelabels)))
+
+
+def _each(prelabels: Prelabels) -> Iterator[tuple[LabelledImage, Prelabel]]:
+    return ((image, item) for image in prelabels for item in image.objects)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(to_json(value), separators=(",", ":"))
+
+
+def _write_array(file: BinaryIO, items: Iterable[Any]) -> None:
+    """Write a JSON array, an item a line."""
+    file.write(b"[")
+    for index, item in enumerate(items):
+        file.write((",\n" * (index > 0) + _json(item)).encode())
+    file.write(b"]")
+
+
+def describe_model_version(prelabels: Prelabels) -> str:
+    """Return what annotation tools are told of the model."""
+    return f"{prelabels.meta['model_id']} {prelabels.meta['weights_hash']}"
+
+
+def _coco_image(prelabels: Prelabels, image: LabelledImage) -> dict[str, Any]:
+    width, height = image.size
+    image_id = prelabels.detections.image_ids[image.image]
+    return {"id": image_id, "file_name": image.path, "width": width, "height": height}
+
+
+def _coco_result(prelabels: Prelabels, image: LabelledImage, item: Prelabel) -> dict[str, Any]:
+    return {
+        "image_id": prelabels.detections.image_ids[image.image],
+        "category_id": prelabels.number(item) + 1,
+        "bbox": item.box,
+        "score": item.probability,
+    }
+
+
+def _coco_object(prelabels: Prelabels, image: LabelledImage, item: Prelabel, number: int) -> dict[str, Any]:
+    detection = to_pixels(prelabels.detection(item.source), *image.size)
+    details = describe_answer(prelabels, item)
+    return {
+        "id": number,
+        **_coco_result(prelabels, image, item),
+        "area": round(item.box[2] * item.box[3], 3),
+        "segmentation": detection.get("segmentation") or [],
+        "iscrowd": 1 if detection.get("iscrowd") == 1 else 0,
+        "attributes": {key: value for key, value in details.items() if value is not None},
+    }
+
+
+def describe_answer(prelabels: Prelabels, item: Prelabel) -> dict[str, Any]:
+    """Return all that is known of an object besides box and label, in words and numbers."""
+    gallery, detection = prelabels.gallery, prelabels.detection(item.source)
+    has_second = item.runner_up >= 0
+    return {
+        "best_class": gallery.class_names[item.label],
+        "cosine": item.cosine,
+        "threshold": round(float(gallery.thresholds[item.label]), 6),
+        "probability": item.probability,
+        "runner_up": gallery.class_names[item.runner_up] if has_second else None,
+        "margin": item.margin if has_second else None,
+        "nearest_reference": gallery.stack_paths[item.reference],
+        "judged_by_mask": item.has_mask,
+        "detection_id": detection.get("id"),
+        "detection_category": detection.get("category_id"),
+        "detection_score": detection.get("score"),
+    }
+
+
+def write_yolo(out: Path, prelabels: Prelabels) -> None:
+    """Write the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images, a link to them.
+
+    It is filled under another name and renamed when it is whole.
+    """
+    folder, fresh = out / "yolo", out / f".yolo.{os.getpid()}.tmp"
+    for leftover in out.glob(".yolo.*"):
+        shutil.rmtree(leftover)
+    fresh.mkdir()
+    names = [printable(name) for name in prelabels.names]
+    (fresh / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    lines = [
+        f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)
+    ]  # JSON is YAML
+    (fresh / "data.yaml").write_text("train: images\nval: images\nnames:\n" + "".join(lines), encoding="utf-8")
+    with contextlib.suppress(OSError):  # a file system without links: then the images must be put there
+        (fresh / "images").symlink_to(prelabels.detections.root.resolve(), target_is_directory=True)
+    for image in prelabels:
+        name = image.path.rpartition(".")[0] + ".txt"
+        if (fresh / "labels" / name).exists():  # 1.jpg and 1.png: `read_detections` has named the second
+            continue
+        lines = (_yolo_line(prelabels, item, *image.size) for item in image.objects)
+        _write_lines(fresh / "labels" / name, lines)
+        _write_lines(fresh / "confidences" / name, (f"{item.probability:.6f}\n" for item in image.objects))
+    if folder.exists():
+        folder.rename(out / f".yolo.{os.getpid()}.old")
+    fresh.rename(folder)
+    sync_folder(out)
+    shutil.rmtree(out / f".yolo.{os.getpid()}.old", ignore_errors=True)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _yolo_line(prelabels: Prelabels, item: Prelabel, width: int, height: int) -> str:
+    x, y, w, h = item.box
+    shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+    return f"{prelabels.number(item)} " + " ".join(f"{share:.8f}" for share in shares) + "\n"
+
+
+def _xml(text: Any) -> str:
+    """Return text as the content of an element; control characters, which XML has no way to write, are shown as escapes."""
+    from xml.sax.saxutils import escape
+
+    return escape(printable(str(text)), {'"': "&quot;"})
+
+
+CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
+
+
+def write_cvat(out: Path, prelabels: Prelabels) -> None:
+    """Write cvat.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
+    attribute = (
+        "<attribute><name>{}</name><mutable>False</mutable><input_type>text</input_type><default_value></default_value>"
+        "<values></values></attribute>"
+    )
+    attributes = "".join(map(attribute.format, CVAT_ATTRIBUTES))
+    with atomic_file(out / "cvat.xml") as file:
+        head = (
+            '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n<meta><task><name>{}</name>'
+        )
+        file.write(
+            (head.format(_xml(describe_model_version(prelabels))) + "<mode>annotation</mode><labels>\n").encode()
+        )
+        for name in prelabels.names:
+            file.write(f"<label><name>{_xml(name)}</name><attributes>{attributes}</attributes></label>\n".encode())
+        file.write(b"</labels></task></meta>\n")
+        for image in prelabels:
+            file.write(_cvat_image(prelabels, image).encode())
+        file.write(b"</annotations>\n")
+
+
+def _cvat_image(prelabels: Prelabels, image: LabelledImage) -> str:
+    width, height = image.size
+    lines = [f'<image id="{image.image}" name="{_xml(image.path)}" width="{width}" height="{height}">\n']
+    for item in image.objects:
+        x, y, w, h = item.box
+        edges = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
+        lines.append(f'<box label="{_xml(prelabels.name(item))}" source="auto" occluded="0" {edges} z_order="0">\n')
+        details = describe_answer(prelabels, item)
+        shown = ((key, details[key]) for key in CVAT_ATTRIBUTES if details[key] is not None)
+        lines += [f'<attribute name="{key}">{_xml(value)}</attribute>\n' for key, value in shown]
+        lines.append("</box>\n")
+    return "".join([*lines, "</image>\n"])
+
+
+def write_labelstudio(out: Path, prelabels: Prelabels) -> None:
+    """Write labelstudio.json, tasks with predictions, and labelstudio_config.xml, the labelling interface that they fit.
+
+    Images are looked for in Label Studio's local storage: LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is what --images was.
+    """
+    labels = "".join(f'    <Label value="{_xml(name)}"/>\n' for name in prelabels.names)
+    interface = (
+        '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n'
+        f"{labels}  </RectangleLabels>\n</View>\n"
+    )
+    write_bytes(out / "labelstudio_config.xml", interface.encode())
+    with atomic_file(out / "labelstudio.json") as file:
+        _write_array(file, (_labelstudio_task(prelabels, image) for image in prelabels))
+
+
+def _labelstudio_task(prelabels: Prelabels, image: LabelledImage) -> dict[str, Any]:
+    from urllib.parse import quote
+
+    results = [_labelstudio_result(prelabels, image, item) for item in image.objects]
+    scores = [item.probability for item in image.objects]
+    prediction = {"model_version": describe_model_version(prelabels), "result": results}
+    if scores:
+        prediction["score"] = min(scores)  # the task is as sure as its least sure object: sort by it
+    return {"data": {"image": f"/data/local-files/?d={quote(image.path)}"}, "predictions": [prediction]}
+
+
+def _labelstudio_result(prelabels: Prelabels, image: LabelledImage, item: Prelabel) -> dict[str, Any]:
+    (width, height), (x, y, w, h) = image.size, item.box
+    shares = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
+    return {
+        "id": f"object{item.source}",
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": item.probability,
+        "value": {**shares, "rotation": 0, "rectanglelabels": [printable(prelabels.name(item))]},
+        "meta": {"text": [f"{key}: {value}" for key, value in describe_answer(prelabels, item).items()]},
+    }
+
+
+CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
+
+
+def write_csv(out: Path, prelabels: Prelabels) -> None:
+    """Write objects.csv: a line an object, with everything."""
+    import csv
+
+    with atomic_file(out / "objects.csv") as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text)
+        for index, (image, item) in enumerate(_each(prelabels)):
+            details = describe_answer(prelabels, item)
+            if not index:
+                writer.writerow((*CSV_COLUMNS, *details))
+            writer.writerow((image.path, *item.box, prelabels.name(item), *details.values()))
+        text.flush()
+        text.detach()
+
+
+WRITERS = {
+    "coco": write_coco,
+    "yolo": write_yolo,
+    "cvat": write_cvat,
+    "labelstudio": write_labelstudio,
+    "csv": write_csv,
+}
+
+
+def summarize_prelabels(prelabels: Prelabels) -> dict[str, Any]:
+    """Return how many images and objects got which answer."""
+    counts = np.zeros(len(prelabels.names), dtype=np.int64)
+    num_images = num_masked = 0
+    for image in prelabels:
+        num_images += 1
+        for item in image.objects:
+            counts[prelabels.number(item)] += 1
+            num_masked += item.has_mask
+    return {
+        "images": num_images,
+        "objects": int(counts.sum()),
+        "unknown": int(counts[-1]),
+        "judged_by_mask": num_masked,
+        "classes": dict(zip(prelabels.names, counts.tolist(), strict=True)),
+        "model": describe_model_version(prelabels),
+        "matcher": prelabels.gallery.matcher,
+        "box_pad": prelabels.box_pad,
+    }
+
+
+def draw_prelabels(image: Image.Image, objects: Sequence[Prelabel], class_names: Sequence[str]) -> Image.Image:
+    """Return a copy of an upright image with the boxes, their classes and probabilities; `unknown` in black, without a class."""
+    drawn = image.convert("RGB")
+    draw = ImageDraw.Draw(drawn)
+    scale = max(drawn.size) / 1000
+    line, font = max(1, round(OUTLINE * scale)), load_font(max(11, round(20 * scale)))
+    for item in objects:
+        x, y, w, h = item.box
+        ink = label_color(item.label) if item.is_known else "black"
+        draw.rectangle((x, y, x + w - 1, y + h - 1), outline=ink, width=line)
+        words = f"{class_names[item.label]} {item.probability:.2f}" if item.is_known else "unknown"
+        words = fit_text(words, font, max(drawn.width - 8, 40))
+        left, top, right, bottom = draw.textbbox((0, 0), words, font=font)
+        text_w, text_h = right - left + 2 * line, bottom - top + 2 * line
+        corner_x = min(max(0, x), max(0, drawn.width - text_w))
+        corner_y = y - text_h if y >= text_h else min(y + line, drawn.height - text_h)  # above the box, else inside it
+        draw.rectangle((corner_x, corner_y, corner_x + text_w, corner_y + text_h), fill=ink)
+        draw.text((corner_x + line - left, corner_y + line - top), words, "white", font)
+    return drawn
+
+
+def label_color(label: int) -> str:
+    """Return a colour that white text can be read on; neighbours in the list of classes are far apart on the circle."""
+    return f"hsl({label * 137.508 % 360:.0f}, 75%, {(34, 42)[label % 2]}%)"
+
+
+# ======================================================================================================================
 # 17  REPORT
 # ======================================================================================================================
 # Owns report.html: one page that opens offline, whose bytes are a function of its input (no clock, no random state).
@@ -5468,6 +6483,7 @@ ERROR_THUMB_PX = 96
 MAX_ERRORS = 48
 MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below them has all
 MAX_LISTED = 200
+REVIEW_CARDS, REVIEW_THUMB_PX = 200, 160  # a morning's work; px of a picture
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
 MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
@@ -6778,6 +7794,175 @@ _REPORT_HTML = """
 """
 
 
+# --- review of pre-labels
+
+
+class ReviewCard(NamedTuple):
+    """An object that a person should look at: pictures as data URIs, None where a file is gone."""
+
+    path: str
+    answer: str
+    is_known: bool
+    best: str  # most similar class
+    runner_up: str | None
+    figures: str
+    reason: str  # why it is worth a look
+    crop: str | None
+    reference: str | None
+    rival: str | None
+    reference_path: str
+    rival_path: str | None
+
+
+def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path, path: Path) -> None:
+    """Write the objects whose answer is easiest to overturn as one self-contained page, the least certain first.
+
+    Args:
+        prelabels: all answers; they are read once.
+        summary: what `summarize_prelabels` returned, with `problems`, their number.
+        data_root: that of the run, for the pictures of the references; they are left out where it has gone.
+        path: the page.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    every = ((image, item) for image in prelabels for item in image.objects)
+    chosen = heapq.nsmallest(REVIEW_CARDS, every, key=lambda pair: prelabels.doubt(pair[1]))
+    bar = progress(chosen, len(chosen), "review", unit="object")
+    cards = [_review_card(prelabels, data_root, image, item) for image, item in bar]
+    problems = list(itertools.islice(prelabels.problems(), MAX_LISTED))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(count="{:,}".format)
+    page = environment.from_string(_REVIEW_HTML).render(
+        css=Markup(_REPORT_CSS + _REVIEW_CSS), summary=summary, cards=cards, problems=problems
+    )
+    write_bytes(path, page.encode("utf-8", "backslashreplace"))
+
+
+def _review_card(prelabels: Prelabels, data_root: Path, image: LabelledImage, item: Prelabel) -> ReviewCard:
+    gallery = prelabels.gallery
+    threshold, has_second = float(gallery.thresholds[item.label]), item.runner_up >= 0
+    paths = gallery.stack_paths
+    figures = f"cosine {item.cosine:.3f}, threshold {threshold:.3f}, probability {item.probability:.2f}"
+    return ReviewCard(
+        path=image.path,
+        answer=prelabels.name(item),
+        is_known=item.is_known,
+        best=gallery.class_names[item.label],
+        runner_up=gallery.class_names[item.runner_up] if has_second else None,
+        figures=figures + f", margin {item.margin:.3f}" * has_second,
+        reason=_tell_doubt(item, threshold),
+        crop=_file_uri(prelabels.detections.root / image.path, pad_box(item.box, prelabels.box_pad, *image.size)),
+        reference=_file_uri(data_root / paths[item.reference]),
+        rival=_file_uri(data_root / paths[item.rival]) if has_second else None,
+        reference_path=paths[item.reference],
+        rival_path=paths[item.rival] if has_second else None,
+    )
+
+
+def _tell_doubt(item: Prelabel, threshold: float) -> str:
+    distance = abs(item.cosine - threshold)
+    if not item.is_known:
+        return f"{distance:.3f} below the threshold"
+    return (
+        f"{item.margin:.3f} ahead of the runner-up" if item.margin < distance else f"{distance:.3f} above the threshold"
+    )
+
+
+def _file_uri(path: Path, edges: tuple[int, int, int, int] | None = None) -> str | None:
+    """Return a picture, or the part of it between left, top, right, bottom; None if it was deleted or damaged meanwhile."""
+    try:
+        thumbnail = Image.fromarray(load_image(path)).crop(edges)
+    except ImageError:
+        return None
+    thumbnail.thumbnail((REVIEW_THUMB_PX, REVIEW_THUMB_PX))
+    return _jpeg_uri(thumbnail)
+
+
+_REVIEW_CSS = """
+.card h3 { display: flex; justify-content: space-between; gap: .8rem; font-size: 1rem; margin: 0 0 .6rem; }
+.card h3 small { font-weight: 400; font-size: .78rem; color: var(--muted); white-space: nowrap; }
+.card h3 .none { color: var(--warn); }
+.card .note { margin: .6rem 0 0; font-size: .78rem; }
+.counts { columns: 15rem; column-gap: 2rem; margin: 0; padding: 0; list-style: none; font-size: .89rem; }
+.counts li { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
+  padding: .15rem 0; }
+"""
+
+_REVIEW_HTML = """{% macro picture(uri, who, name, path, what) %}
+<figure><div class="frame">{% if uri %}<img src="{{ uri }}" alt="{{ what }}" loading="lazy">{% else %}no picture{% endif %}
+  </div><figcaption><div class="who">{{ who }}</div><bdi class="name">{{ name }}</bdi>
+  {% if path %}<bdi class="path">{{ path }}</bdi>{% endif %}</figcaption></figure>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+  base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ summary.objects | count }} pre-labels to review</title>
+<link rel="icon" href="data:,">
+<style>{{ css }}</style>
+</head>
+<body>
+<header>
+  <p class="note">Pre-labels · <bdi>{{ summary.model }}</bdi></p>
+  <h1>{{ summary.objects | count }} objects in {{ summary.images | count }} images, {{ summary.unknown | count }} of them
+    unknown</h1>
+  <p class="lead">First comes the answer that the least change of similarity would overturn: the runner-up is close, or
+    the threshold of the class. {% if cards | length < summary.objects %}Shown are the {{ cards | length | count }} least
+    certain; all are in the label files.{% endif %}</p>
+</header>
+<main>
+<section><h2>Worth a look</h2>
+  <div class="cards">
+    {% for card in cards %}
+    <article class="card">
+      <h3><bdi class="name{{ "" if card.is_known else " none" }}">{{ card.answer }}</bdi> <small>{{ card.reason }}</small></h3>
+      <div class="trio">
+        {{ picture(card.crop, "object", "", card.path, "object") }}
+        {{ picture(card.reference, "proposed" if card.is_known else "most similar", card.best, card.reference_path,
+          "nearest reference of the class") }}
+        {% if card.runner_up is not none %}
+        {{ picture(card.rival, "runner-up", card.runner_up, card.rival_path, "nearest reference of the runner-up") }}
+        {% endif %}
+      </div>
+      <p class="note">{{ card.figures }}</p>
+    </article>
+    {% endfor %}
+  </div>
+</section>
+<section><h2>Answers</h2>
+  <ul class="counts">
+    {% for name, count in summary.classes.items() %}
+    <li><bdi class="name">{{ name }}</bdi><span>{{ count | count }}</span></li>
+    {% endfor %}
+  </ul>
+</section>
+{% if problems %}
+<section><h2>Problems</h2>
+  <p class="lead">{{ summary.problems | count }} images or objects have no answer, or a less certain one.</p>
+  <ul class="list">
+    {% for problem in problems %}
+    <li><bdi class="path">{{ problem.image }}</bdi>{% if problem.detection is not none %} object
+      <bdi class="name">{{ problem.detection }}</bdi>{% endif %}: <bdi class="name">{{ problem.reason }}</bdi></li>
+    {% endfor %}
+  </ul>
+  {% if summary.problems > problems | length %}
+  <p class="note">and {{ (summary.problems - problems | length) | count }} more, in problems.json</p>
+  {% endif %}
+</section>
+{% endif %}
+</main>
+<footer><main>{{ summary.matcher }} matching; written by lct_dino3.py prelabel</main></footer>
+</body>
+</html>
+"""
+
+
 # ======================================================================================================================
 # 18  DEMO
 # ======================================================================================================================
@@ -7644,6 +8829,49 @@ def run_masks(config: Config) -> None:
     print(f"written: {config.out_dir / 'masks_preview.png'}, {config.out_dir / 'data_report.json'}")
 
 
+def run_prelabel(config: Config) -> None:
+    """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
+    check_paths(config)
+    keep_freed_memory()
+    runtime = make_runtime(config)
+    detections = read_detections(config)
+    run = load_run(config.run, runtime, config.backbone_weights)
+    create_out_dir(config.out, "--out")
+    with lock_directory(config.out, "--out"):
+        for note in detections.notes:
+            show(note)
+        show(f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {runtime.describe()}")
+        prelabels = label_objects(run, detections, config)
+        summary = write_prelabels(prelabels, run, config)
+    counts = f"{summary['objects']:,} objects in {summary['images']:,} images: {summary['unknown']:,} unknown"
+    show(f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {config.out}; begin with review.html")
+
+
+def write_prelabels(prelabels: Prelabels, run: TrainedRun, config: Config) -> dict[str, Any]:
+    """Write the answers in every format that is asked for, the problems and the review page; return the summary.
+
+    Raises:
+        UserError: there is no answer at all.
+    """
+    problems = [problem._asdict() for problem in prelabels.problems()]
+    write_json(config.out / "problems.json", problems)
+    summary = {**summarize_prelabels(prelabels), "problems": len(problems)}
+    if not summary["objects"]:
+        first = f"{problems[0]['image']} {problems[0]['reason']}" if problems else "no image has objects"
+        raise UserError(f"not one object can be labelled: {first}", str(config.images), "see problems.json in --out")
+    unmasked = summary["objects"] - summary["judged_by_mask"]
+    if run.config.crop_mode == "mask" and unmasked:
+        show(
+            f"warning: the run was trained on masked crops alone, and {unmasked:,} objects have no mask: expect worse answers"
+        )
+    names = [name for name in LABEL_FORMATS if name in config.formats.split(",")]
+    for name in progress(names, len(names), "writing", unit="format"):
+        WRITERS[name](config.out, prelabels)
+    write_json(config.out / "summary.json", summary)
+    write_review(prelabels, summary, run.config.data_root, config.out / "review.html")
+    return summary
+
+
 def run_demo(config: Config) -> None:
     """Draw the demo data unless it is there, and train on it."""
     if not config.data_root.exists():
@@ -8060,6 +9288,9 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
     )
 
 
+RECIPES = {"train": run_train, "scan": run_scan, "masks": run_masks, "prelabel": run_prelabel, "demo": run_demo}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted."""
     SIGNALS.catch()
@@ -8067,7 +9298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = Config()
     try:
         config = COMMAND_LINE if argv is None else parse_command_line(argv)
-        {"train": run_train, "scan": run_scan, "masks": run_masks, "demo": run_demo}[config.command](config)
+        RECIPES[config.command](config)
         return EXIT_OK
     except UserError as error:
         code, failure, message = EXIT_USER, error, f"error: {error}"
