@@ -6262,6 +6262,15 @@ def describe_answer(prelabels: Prelabels, item: Prelabel) -> dict[str, Any]:
     }
 
 
+def link_images(folder: Path, root: Path) -> None:
+    """Make `images` in a folder of labels lead to the images, where tools look for them; a file system may have no links."""
+    link = folder / "images"
+    with contextlib.suppress(OSError):
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(root.resolve(), target_is_directory=True)
+
+
 def write_yolo(out: Path, prelabels: Prelabels) -> None:
     """Write the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images, a link to them.
 
@@ -6277,8 +6286,7 @@ def write_yolo(out: Path, prelabels: Prelabels) -> None:
         f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)
     ]  # JSON is YAML
     (fresh / "data.yaml").write_text("train: images\nval: images\nnames:\n" + "".join(lines), encoding="utf-8")
-    with contextlib.suppress(OSError):  # a file system without links: then the images must be put there
-        (fresh / "images").symlink_to(prelabels.detections.root.resolve(), target_is_directory=True)
+    link_images(fresh, prelabels.detections.root)
     for image in prelabels:
         name = image.path.rpartition(".")[0] + ".txt"
         if (fresh / "labels" / name).exists():  # 1.jpg and 1.png: `read_detections` has named the second
@@ -6315,13 +6323,15 @@ CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin",
 
 
 def write_cvat(out: Path, prelabels: Prelabels) -> None:
-    """Write cvat.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
+    """Write cvat/annotations.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
     attribute = (
         "<attribute><name>{}</name><mutable>False</mutable><input_type>text</input_type><default_value></default_value>"
         "<values></values></attribute>"
     )
     attributes = "".join(map(attribute.format, CVAT_ATTRIBUTES))
-    with atomic_file(out / "cvat.xml") as file:
+    (out / "cvat").mkdir(exist_ok=True)
+    link_images(out / "cvat", prelabels.detections.root)
+    with atomic_file(out / "cvat" / "annotations.xml") as file:
         head = (
             '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n<meta><task><name>{}</name>'
         )
@@ -7957,7 +7967,7 @@ _REVIEW_HTML = """{% macro picture(uri, who, name, path, what) %}
 </section>
 {% endif %}
 </main>
-<footer><main>{{ summary.matcher }} matching; written by lct_dino3.py prelabel</main></footer>
+<footer><main class="note">Matched by {{ summary.matcher }}; written by lct_dino3.py prelabel.</main></footer>
 </body>
 </html>
 """
