@@ -668,7 +668,8 @@ def _check_prelabel_paths(config: Config) -> None:
         raise UserError(what, f"--out {config.out}", "choose a folder outside the images")
     if out.exists() and not out.is_dir():
         raise UserError("is a file, not a folder", f"--out {config.out}", "choose another path")
-    if out.exists() and any(out.iterdir()) and not (out / PRELABEL_MARKER).exists():
+    visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
+    if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
         raise UserError(what, f"--out {config.out}", "choose a new folder")
 
@@ -5462,7 +5463,6 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
 OUTLINE = 4  # px of a box that is drawn, in an image of 1,000 px
-Polygon = list[list[float]]
 
 
 class BoxError(ValueError):
@@ -5743,11 +5743,7 @@ def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float,
     """
     box = detection.get("bbox")
     if box is None:
-        mask = read_segmentation(detection.get("segmentation"), width, height)
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if not len(rows):
-            raise BoxError("has neither a box nor a mask")
-        return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1))
+        box = _find_bounds(detection.get("segmentation"), width, height)
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise BoxError("has a box that is not four numbers")
     x, y, w, h = box
@@ -5760,7 +5756,28 @@ def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float,
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and -1e9 < value < 1e9  # no NaN, no infinity, no integer of a thousand digits
+
+
+def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
+    """Return the box x, y, width, height around a segmentation."""
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.zeros((0, 2)), *map(_read_polygon, segmentation)])
+        if not len(points):
+            raise BoxError("has neither a box nor a mask")
+        return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
+    mask = read_segmentation(segmentation, width, height)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        raise BoxError("has no box, and an empty mask")
+    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+
+
+def _read_polygon(polygon: Any) -> np.ndarray:
+    """Return the corners float64 (n, 2) of a polygon x, y, x, y, ..."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
+        raise BoxError("has a polygon that is not three or more pairs of numbers")
+    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
 
 
 def pad_box(box: Sequence[float], share: float, width: int, height: int) -> tuple[int, int, int, int]:
@@ -5790,12 +5807,9 @@ def read_segmentation(segmentation: Any, width: int, height: int) -> np.ndarray:
         raise BoxError("has neither a box nor a mask")
     canvas = Image.new("1", (width, height))
     draw = ImageDraw.Draw(canvas)
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
-            raise BoxError("has a polygon that is not three or more pairs of numbers")
-        # Far corners are drawn in C with 32-bit numbers. COCO's pixel 0 reaches from 0 to 1, Pillow's has its centre at 0.
-        points = np.clip(np.array(polygon, dtype=np.float64) - 0.5, -1e6, 1e6)
-        draw.polygon(points.tolist(), fill=1)
+    for points in map(_read_polygon, segmentation):
+        # Corners are drawn in C with 32-bit numbers. COCO's pixel 0 reaches from 0 to 1, Pillow's has its centre at 0.
+        draw.polygon(np.clip(points - 0.5, -1e6, 1e6).ravel().tolist(), fill=1)
     return np.asarray(canvas)
 
 
@@ -5803,6 +5817,9 @@ def unpack_rle(text: str) -> list[int]:
     """Return the run lengths of COCO's compressed string: 5 bits a character, low first, each from the third on a difference.
 
     Source: rleFrString of pycocotools, common/maskApi.c.
+
+    Raises:
+        BoxError: a number of more than 60 bits.
     """
     counts: list[int] = []
     value = shift = 0
@@ -5810,6 +5827,8 @@ def unpack_rle(text: str) -> list[int]:
         bits = ord(char) - 48
         value |= (bits & 0x1F) << shift
         shift += 5
+        if shift > 60:
+            raise BoxError("has a mask whose run lengths are damaged")
         if not bits & 0x20:  # the last character of a number
             value -= (bits & 0x10) << (shift - 4)  # its sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -6179,18 +6198,29 @@ def _answer_batch(run: TrainedRun, detections: Detections, batch: CutBatch, size
 # --- writers: each streams over the answers, so that none ever holds them all
 
 
+def link_images(folder: Path, root: Path) -> None:
+    """Make `images` in a folder of labels lead to the images, where tools look for them; a file system may have no links."""
+    link = folder / "images"
+    with contextlib.suppress(OSError):
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(root.resolve(), target_is_directory=True)
+
+
 def write_coco(out: Path, prelabels: Prelabels) -> None:
-    """Write coco.json, a whole data set with `unknown` as its last category, and coco_results.json, scores for pycocotools."""
+    """Write the folder coco: a whole data set with `unknown` as its last category, and results.json, the scores for pycocotools."""
     categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(prelabels.names, 1)]
     info = {"description": f"pre-labels by {SCRIPT_NAME}", "version": describe_model_version(prelabels)}
-    with atomic_file(out / "coco.json") as file:
+    (out / "coco" / "annotations").mkdir(parents=True, exist_ok=True)
+    link_images(out / "coco", prelabels.detections.root)
+    with atomic_file(out / "coco" / "annotations" / "instances_default.json") as file:
         file.write(f'{{"info":{_json(info)},"licenses":[],"categories":{_json(categories)},\n"images":'.encode())
         _write_array(file, (_coco_image(prelabels, image) for image in prelabels))
         file.write(b',\n"annotations":')
         numbers = itertools.count(1)
         _write_array(file, (_coco_object(prelabels, image, item, next(numbers)) for image, item in _each(prelabels)))
         file.write(b"}\n")
-    with atomic_file(out / "coco_results.json") as file:
+    with atomic_file(out / "coco" / "results.json") as file:
         _write_array(file, (_coco_result(prelabels, image, item) for image, item in _each(prelabels)))
 
 
@@ -6262,23 +6292,12 @@ def describe_answer(prelabels: Prelabels, item: Prelabel) -> dict[str, Any]:
     }
 
 
-def link_images(folder: Path, root: Path) -> None:
-    """Make `images` in a folder of labels lead to the images, where tools look for them; a file system may have no links."""
-    link = folder / "images"
-    with contextlib.suppress(OSError):
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(root.resolve(), target_is_directory=True)
-
-
 def write_yolo(out: Path, prelabels: Prelabels) -> None:
     """Write the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images, a link to them.
 
     It is filled under another name and renamed when it is whole.
     """
     folder, fresh = out / "yolo", out / f".yolo.{os.getpid()}.tmp"
-    for leftover in out.glob(".yolo.*"):
-        shutil.rmtree(leftover)
     fresh.mkdir()
     names = [printable(name) for name in prelabels.names]
     (fresh / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
@@ -6294,11 +6313,12 @@ def write_yolo(out: Path, prelabels: Prelabels) -> None:
         lines = (_yolo_line(prelabels, item, *image.size) for item in image.objects)
         _write_lines(fresh / "labels" / name, lines)
         _write_lines(fresh / "confidences" / name, (f"{item.probability:.6f}\n" for item in image.objects))
+    old = out / f".yolo.old.{os.getpid()}.tmp"
     if folder.exists():
-        folder.rename(out / f".yolo.{os.getpid()}.old")
+        folder.rename(old)
     fresh.rename(folder)
     sync_folder(out)
-    shutil.rmtree(out / f".yolo.{os.getpid()}.old", ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -6361,7 +6381,7 @@ def _cvat_image(prelabels: Prelabels, image: LabelledImage) -> str:
 
 
 def write_labelstudio(out: Path, prelabels: Prelabels) -> None:
-    """Write labelstudio.json, tasks with predictions, and labelstudio_config.xml, the labelling interface that they fit.
+    """Write labelstudio/tasks.json, tasks with predictions, and config.xml beside it, the labelling interface that they fit.
 
     Images are looked for in Label Studio's local storage: LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is what --images was.
     """
@@ -6370,8 +6390,9 @@ def write_labelstudio(out: Path, prelabels: Prelabels) -> None:
         '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n'
         f"{labels}  </RectangleLabels>\n</View>\n"
     )
-    write_bytes(out / "labelstudio_config.xml", interface.encode())
-    with atomic_file(out / "labelstudio.json") as file:
+    (out / "labelstudio").mkdir(exist_ok=True)
+    write_bytes(out / "labelstudio" / "config.xml", interface.encode())
+    with atomic_file(out / "labelstudio" / "tasks.json") as file:
         _write_array(file, (_labelstudio_task(prelabels, image) for image in prelabels))
 
 
@@ -8848,6 +8869,9 @@ def run_prelabel(config: Config) -> None:
     run = load_run(config.run, runtime, config.backbone_weights)
     create_out_dir(config.out, "--out")
     with lock_directory(config.out, "--out"):
+        for pattern in (".*.tmp", "*/.*.tmp", "coco/annotations/.*.tmp"):  # of a job that was killed while it wrote
+            for leftover in config.out.glob(pattern):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for note in detections.notes:
             show(note)
         show(f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {runtime.describe()}")
