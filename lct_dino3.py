@@ -5766,7 +5766,7 @@ def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
         if not len(points):
             raise BoxError("has neither a box nor a mask")
         return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
-    mask = read_segmentation(segmentation, width, height)
+    mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         raise BoxError("has no box, and an empty mask")
@@ -5792,25 +5792,49 @@ def pad_box(box: Sequence[float], share: float, width: int, height: int) -> tupl
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def read_segmentation(segmentation: Any, width: int, height: int) -> np.ndarray:
-    """Return the mask bool (H, W) of a COCO segmentation: polygons, or run lengths, compressed or not.
+def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
+    """Return a part of the mask of a COCO segmentation: polygons, or run lengths, compressed or not.
+
+    Args:
+        segmentation: as it was in the file.
+        size: width and height of the image.
+        window: left, top, right, bottom of the part.
+
+    Returns:
+        bool (bottom - top, right - left).
 
     Raises:
         BoxError: it is none of these, or of another size.
     """
+    (width, height), (left, top, right, bottom) = size, window
     if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if size != [height, width]:
-            raise BoxError(f"has a mask of size {printable(str(size))[:40]}, not {height} x {width} (rows x columns)")
-        return decode_rle(unpack_rle(counts) if isinstance(counts, str) else counts, width, height)
+        claimed, counts = segmentation.get("size"), segmentation.get("counts")
+        if claimed != [height, width]:
+            what = f"has a mask of size {printable(str(claimed))[:40]}, not {height} x {width} (rows x columns)"
+            raise BoxError(what)
+        counts = unpack_rle(counts) if isinstance(counts, str) else counts
+        return decode_rle(counts, width, height)[top:bottom, left:right]
     if not isinstance(segmentation, list):
         raise BoxError("has neither a box nor a mask")
-    canvas = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(canvas)
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
     for points in map(_read_polygon, segmentation):
-        # Corners are drawn in C with 32-bit numbers. COCO's pixel 0 reaches from 0 to 1, Pillow's has its centre at 0.
-        draw.polygon(np.clip(points - 0.5, -1e6, 1e6).ravel().tolist(), fill=1)
-    return np.asarray(canvas)
+        mask |= fill_polygon(points - (left, top), right - left, bottom - top)
+    return mask
+
+
+def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return which pixels have their centre inside a polygon of corners (n, 2), bool (H, W); pixel 0 reaches from 0 to 1.
+
+    Pillow and OpenCV draw the outline too, which makes every mask half a pixel larger all around.
+    """
+    crossings = np.zeros((height, width + 1), dtype=np.uint8)  # an edge crosses the row left of this pixel's centre
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        low, high = np.clip(np.ceil(np.sort([y0, y1]) - 0.5), 0, height).astype(int)
+        if low < high:
+            rows = np.arange(low, high)
+            columns = np.ceil(x0 + (rows + 0.5 - y0) * ((x1 - x0) / (y1 - y0)) - 0.5)
+            crossings[rows, np.clip(columns, 0, width).astype(int)] ^= 1
+    return np.bitwise_xor.accumulate(crossings[:, :width], axis=1).astype(bool)
 
 
 def unpack_rle(text: str) -> list[int]:
@@ -5917,26 +5941,28 @@ class DetectionDataset(Dataset):
         except BoxError as error:
             cut.problems.append((source, str(error)))
             return
-        left, top, right, bottom = pad_box(box, self.box_pad, width, height)
-        mask = self._find_mask(detection, source, cut)
-        if mask is not None:
-            mask = mask[top:bottom, left:right].astype(np.uint8) * 255
-            if not mask.any():
-                cut.problems.append((source, "has an empty mask, and is judged with its background"))
-                mask = None
+        window = pad_box(box, self.box_pad, width, height)
+        mask = self._find_mask(detection, source, window, cut)
         cut.sources.append(source)
         cut.boxes.append(tuple(round(value, 4) for value in box))
         cut.has_mask.append(mask is not None)
+        left, top, right, bottom = window
         yield self.transform(image[top:bottom, left:right], mask, 0)
 
-    def _find_mask(self, detection: dict[str, Any], source: int, cut: Cut) -> np.ndarray | None:
+    def _find_mask(
+        self, detection: dict[str, Any], source: int, window: tuple[int, int, int, int], cut: Cut
+    ) -> np.ndarray | None:
+        """Return the mask of a crop, uint8 of 0 and 255; None if the run knows none, or there is none."""
         if not self.uses_masks or not detection.get("segmentation"):
             return None
         try:
-            return read_segmentation(detection["segmentation"], *cut.size)
+            mask = read_segmentation(detection["segmentation"], cut.size, window)
+            if not mask.any():
+                raise BoxError("has an empty mask")
         except BoxError as error:
             cut.problems.append((source, f"{error}; it is judged with its background"))
             return None
+        return mask.astype(np.uint8) * 255
 
     def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:
         """Stack the crops of all units."""
@@ -8869,14 +8895,15 @@ def run_prelabel(config: Config) -> None:
     run = load_run(config.run, runtime, config.backbone_weights)
     create_out_dir(config.out, "--out")
     with lock_directory(config.out, "--out"):
-        for pattern in (".*.tmp", "*/.*.tmp", "coco/annotations/.*.tmp"):  # of a job that was killed while it wrote
-            for leftover in config.out.glob(pattern):
+        for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote
+            for leftover in config.out.glob(f"{pattern}.*.[0-9]*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for note in detections.notes:
             show(note)
         show(f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {runtime.describe()}")
         prelabels = label_objects(run, detections, config)
-        summary = write_prelabels(prelabels, run, config)
+        with contextlib.closing(prelabels.answers):
+            summary = write_prelabels(prelabels, run, config)
     counts = f"{summary['objects']:,} objects in {summary['images']:,} images: {summary['unknown']:,} unknown"
     show(f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {config.out}; begin with review.html")
 

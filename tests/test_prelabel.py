@@ -1,0 +1,823 @@
+"""Section 16 and the command prelabel: what goes in comes out once, in files that the real tools read."""
+
+from __future__ import annotations
+
+import csv
+import html
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, SCRIPT, TINY_RUN, draw_image, make_dataset, run_cli
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+import lct_dino3 as lct
+
+CLASSES = ("hammer", 'гаечный <b>ключ "5"', "pliers & co")
+TRAINED = [*TINY_RUN[:-6], "--epochs", "4", "--gpus", "0", "--workers", "0", "--no-freeze_backbone", "--lr", "0.01"]
+TRAINED += ["--save_every", "0"]
+FLAGS = ("--gpus", "0", "--workers", "0")
+SIZE = (300, 240)
+
+
+def train(folder: Path, data: Path, *flags: object) -> Path:
+    """Train a real run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    code = lct.main(["--data_root", str(data), "--out_dir", str(folder), *TRAINED, *map(str, flags)])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("prelabel") / "data", dict.fromkeys(CLASSES, 20))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
+    """A run of three classes, read only."""
+    return train(tmp_path_factory.mktemp("prelabel") / "run", drawn_data)
+
+
+class Scene:
+    """Photos of a bench: drawn objects of known classes in known places; kind 3 and up are of no class."""
+
+    def __init__(self, folder: Path, names: list[str], per_image: int = 4) -> None:
+        self.folder, self.kinds, self.boxes = folder, {}, {}
+        rng = np.random.default_rng(5)
+        for number, name in enumerate(names):
+            photo = Image.fromarray(rng.integers(90, 160, (6, 8, 3), dtype=np.uint8)).resize(SIZE)
+            self.kinds[name], self.boxes[name] = [], []
+            for index in range(per_image):
+                kind = int(rng.integers(0, 5))
+                x = int(rng.integers(0, 60)) + index % 2 * 150
+                y = int(rng.integers(0, 50)) + index // 2 % 2 * 110
+                photo.paste(draw_image(kind, 77, number, index, side=64), (x, y))
+                self.kinds[name].append(kind)
+                self.boxes[name].append([x + 0.25, float(y), 64.0, 63.25])
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            photo.save(folder / name, quality=95)
+
+    def coco(self, **extra: object) -> dict:
+        """Return the scene as a COCO data set of a detector with one class of its own, number 41."""
+        images, annotations = [], []
+        for number, (name, boxes) in enumerate(self.boxes.items()):
+            images.append({"id": 1000 + number, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
+            annotations += [{"image_id": 1000 + number, "category_id": 41, "bbox": box, "score": 0.5} for box in boxes]
+        for number, annotation in enumerate(annotations, 1):
+            annotation["id"] = number
+        return {"images": images, "annotations": annotations, "categories": [{"id": 41, "name": "tool"}], **extra}
+
+    def write_coco(self, path: Path, **extra: object) -> Path:
+        path.write_text(json.dumps(self.coco(**extra)), encoding="utf-8")
+        return path
+
+
+NAMES = ["plain.png", "под папка/снимок 1.jpg", "a b/c d.JPEG", "empty.png"]
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Four images, the last without objects; read only."""
+    made = Scene(tmp_path_factory.mktemp("scene") / "images", NAMES)
+    made.boxes["empty.png"], made.kinds["empty.png"] = [], []
+    made.boxes["plain.png"][0] = [-20.5, -3.0, 90.0, 70.0]  # over the edge
+    return made
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, scene: Scene) -> Path:
+    """The scene's pre-labels in every format; read only."""
+    folder = tmp_path_factory.mktemp("labelled")
+    source = scene.write_coco(folder / "detections.json")
+    done = run_cli(*command(finished_run, scene.folder, folder / "out", source))
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def command(run: Path, images: Path, out: Path, detections: Path | None = None, *flags: object) -> list[object]:
+    words = ["prelabel", "--run", run, "--images", images, "--out", out, *FLAGS]
+    return [*words, *(["--detections", detections] if detections else []), *flags]
+
+
+def read_rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "objects.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def box_of(row: dict[str, str]) -> list[float]:
+    return [float(row[key]) for key in ("x", "y", "width", "height")]
+
+
+def clip(box: list[float]) -> list[float]:
+    left, top = max(0, box[0]), max(0, box[1])
+    return [left, top, min(SIZE[0], box[0] + box[2]) - left, min(SIZE[1], box[1] + box[3]) - top]
+
+
+def expected(scene: Scene, strip_suffix: bool = False) -> list[tuple[str, list[float]]]:
+    """Return (image, clipped box) of every object of the scene."""
+    return [
+        (name.rpartition(".")[0] if strip_suffix else name, clip(box))
+        for name, boxes in scene.boxes.items()
+        for box in boxes
+    ]
+
+
+def assert_same_objects(found: list[tuple[str, list[float]]], wanted: list[tuple[str, list[float]]]) -> None:
+    """Every object once, boxes equal within half a pixel."""
+    assert len(found) == len(wanted)
+    for (image, box), (wanted_image, wanted_box) in zip(sorted(found), sorted(wanted), strict=True):
+        assert image == wanted_image
+        assert np.abs(np.subtract(box, wanted_box)).max() < 0.5
+
+
+def read_back(reader: str, path: Path) -> list[dict]:
+    """Return what the real tool reads: datumaro or label_studio_sdk, here or in their own environment."""
+    python = os.environ.get("LABEL_READERS", sys.executable)
+    if python == sys.executable and not all(map(importlib.util.find_spec, ("datumaro", "label_studio_sdk"))):
+        pytest.skip("tests/readers.txt is not installed, and LABEL_READERS names no interpreter that has it")
+    script = str(REPO / "tests" / "read_labels.py")
+    done = subprocess.run([python, script, reader, str(path)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- the files, read by their own tools
+
+
+def test_coco_is_read_by_pycocotools(labelled: Path, scene: Scene) -> None:
+    truth = COCO(str(labelled / "coco" / "annotations" / "instances_default.json"))
+    names = [item["name"] for item in truth.loadCats(truth.getCatIds())]
+    assert names == [*sorted(CLASSES), "unknown"]
+    assert {image["file_name"] for image in truth.loadImgs(truth.getImgIds())} == set(NAMES)
+    assert truth.getImgIds() == [1000, 1001, 1002, 1003]  # those of the detector's file
+    files = {image["id"]: image["file_name"] for image in truth.loadImgs(truth.getImgIds())}
+    found = truth.loadAnns(truth.getAnnIds())
+    assert_same_objects([(files[item["image_id"]], item["bbox"]) for item in found], expected(scene))
+    assert sorted(item["attributes"]["detection_id"] for item in found) == list(range(1, 13))
+    assert {item["attributes"]["detection_category"] for item in found} == {41}
+    results = truth.loadRes(str(labelled / "coco" / "results.json"))
+    scored = results.loadAnns(results.getAnnIds())
+    assert [(i["image_id"], i["category_id"], i["bbox"]) for i in scored] == [
+        (i["image_id"], i["category_id"], i["bbox"]) for i in found
+    ]
+    assert all(0 <= item["score"] <= 1 for item in scored)
+
+
+@pytest.mark.parametrize(("reader", "folder"), [("yolo", "yolo"), ("cvat", "cvat"), ("coco_instances", "coco")])
+def test_datumaro_reads_every_object_once(labelled: Path, scene: Scene, reader: str, folder: str) -> None:
+    found = read_back(reader, labelled / folder)
+    wanted = expected(scene, strip_suffix=True)
+    if reader == "yolo":  # it keeps no folders
+        wanted = [(image.rpartition("/")[2], box) for image, box in wanted]
+    if reader == "coco_instances":  # it looks at the file of each image, and finds them through our link
+        assert (labelled / "coco" / "images" / "plain.png").is_file()
+    assert_same_objects([(item["image"], item["box"]) for item in found], wanted)
+    labels = Counter(row["class"] for row in read_rows(labelled))
+    assert Counter(item["label"] for item in found) == labels
+    if reader == "cvat":
+        assert {item["attributes"]["best_class"] for item in found} <= set(CLASSES)
+
+
+def test_label_studio_accepts_every_task(labelled: Path, scene: Scene) -> None:
+    found = read_back("labelstudio", labelled / "labelstudio")
+    assert_same_objects([(item["image"], item["box"]) for item in found], expected(scene))
+    assert Counter(item["label"] for item in found) == Counter(row["class"] for row in read_rows(labelled))
+    tasks = json.loads((labelled / "labelstudio" / "tasks.json").read_text(encoding="utf-8"))
+    assert len(tasks) == len(NAMES)  # the empty one too
+
+
+def test_yolo_lists_its_confidences_apart(labelled: Path) -> None:
+    by_image: dict[str, list[dict[str, str]]] = {}
+    for row in read_rows(labelled):
+        by_image.setdefault(row["image"], []).append(row)
+    for name in NAMES:
+        stem = name.rpartition(".")[0]
+        labels = (labelled / "yolo" / "labels" / f"{stem}.txt").read_text().splitlines()
+        confidences = (labelled / "yolo" / "confidences" / f"{stem}.txt").read_text().splitlines()
+        assert [float(c) for c in confidences] == [float(row["probability"]) for row in by_image.get(name, [])]
+        assert all(len(line.split()) == 5 for line in labels) and len(labels) == len(confidences)
+    import yaml
+
+    settings = yaml.safe_load((labelled / "yolo" / "data.yaml").read_text(encoding="utf-8"))
+    assert list(settings["names"].values()) == [*sorted(CLASSES), "unknown"]
+
+
+# --- the answers
+
+
+def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, scene: Scene) -> None:
+    content = np.load(finished_run / "prototypes.npz", allow_pickle=False)
+    meta = json.loads(str(content["meta"]))
+    run = lct.load_run(finished_run, lct.make_runtime(lct.Config(gpus=0)))
+    rows = read_rows(labelled)
+    for row in rows:
+        x, y, w, h = box_of(row)
+        photo = lct.load_image(scene.folder / row["image"])
+        crop = photo[round(y) : round(y + h), round(x) : round(x + w)]
+        square = torch.from_numpy(run.transform()(crop, None, 0)).permute(2, 0, 1)[None]
+        query = run.embed(square, 1)[0]
+        cosine, labels = content["stacks"] @ query, content["stack_labels"]
+        if content["matcher"] == "centroid":
+            scores = content["centroids"] @ query
+        else:
+            scores = np.array([np.sort(cosine[labels == c])[-meta["knn_k"] :].mean() for c in range(len(CLASSES))])
+        first, second = np.argsort(-scores)[:2]
+        odds = np.exp((scores - scores.max()) / meta["temperature"])
+        name = content["id2cls"][first] if scores[first] >= content["thresholds"][first] else "unknown"
+        assert row["class"] == name and row["best_class"] == content["id2cls"][first]
+        assert row["runner_up"] == content["id2cls"][second]
+        assert float(row["cosine"]) == pytest.approx(scores[first], abs=1e-4)
+        assert float(row["margin"]) == pytest.approx(scores[first] - scores[second], abs=1e-4)
+        assert float(row["probability"]) == pytest.approx(odds[first] / odds.sum(), abs=1e-3)
+        nearest = np.where(labels == first, cosine, -2).argmax()
+        assert row["nearest_reference"] == content["stack_paths"][nearest]
+
+
+def test_objects_of_the_classes_are_recognised(labelled: Path, scene: Scene) -> None:
+    kinds = {
+        (name, round(clip(box)[0]), round(clip(box)[1])): kind
+        for name in NAMES
+        for box, kind in zip(scene.boxes[name], scene.kinds[name], strict=True)
+    }
+    right = []
+    for row in read_rows(labelled):
+        kind = kinds[row["image"], round(float(row["x"])), round(float(row["y"]))]
+        if kind < 3:
+            right.append(row["best_class"] == CLASSES[kind])
+    assert len(right) >= 5 and np.mean(right) >= 0.8
+
+
+def test_yolo_boxes_and_polygons_get_the_answers_of_coco(
+    labelled: Path, finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    for name, boxes in scene.boxes.items():
+        path = (tmp_path / "yolo" / name).with_suffix(".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index, (x, y, w, h) in enumerate(boxes):
+            if index % 2:
+                corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+                shares = np.array(corners) / np.tile(SIZE, 4)
+            else:
+                shares = np.array([x + w / 2, y + h / 2, w, h]) / np.tile(SIZE, 2)
+            confidence = " 0.75" * (index > 1)
+            lines.append("3 " + " ".join(f"{share:.6f}" for share in shares) + confidence)
+        if lines:
+            path.write_text("\n".join(lines) + "\n")
+    (tmp_path / "yolo" / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "out", tmp_path / "yolo", "--formats", "csv")) == 0
+    rows, wanted = (
+        {(r["image"], round(float(r["x"]))): r for r in read_rows(out)} for out in (tmp_path / "out", labelled)
+    )
+    assert rows.keys() == wanted.keys()
+    for key, row in rows.items():
+        assert row["class"] == wanted[key]["class"] and row["detection_category"] == "3"
+        assert float(row["cosine"]) == pytest.approx(float(wanted[key]["cosine"]), abs=1e-5)
+    assert {row["detection_score"] for row in rows.values()} == {"", "0.75"}
+    assert not (tmp_path / "out" / "yolo").exists()  # only what was asked for
+
+
+def test_without_detections_each_image_is_one_object(
+    finished_run: Path, drawn_data: Path, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    assert call_main(*command(finished_run, drawn_data, tmp_path / "out")) == 0
+    rows = read_rows(tmp_path / "out")
+    assert sorted(row["image"] for row in rows) == sorted(f"{c}/{i:04d}.png" for c in CLASSES for i in range(20))
+    assert all(box_of(row) == [0, 0, 56, 56] for row in rows)
+    assert np.mean([row["best_class"] == row["image"].split("/")[0] for row in rows]) > 0.9
+
+
+def test_padding_widens_the_crop_and_not_the_box(
+    labelled: Path, finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    source = scene.write_coco(tmp_path / "coco.json")
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source, "--box_pad", "0.3")) == 0
+    rows, plain = read_rows(tmp_path / "out"), read_rows(labelled)
+    assert [box_of(row) for row in rows] == [box_of(row) for row in plain]
+    assert [row["cosine"] for row in rows] != [row["cosine"] for row in plain]
+    assert lct.pad_box((10, 20, 40, 80), 0.25, 300, 240) == (0, 0, 60, 120)
+    assert lct.pad_box((10, 20, 40, 80), 0.25, 55, 110) == (0, 0, 55, 110)
+    assert lct.pad_box((99.998, 5, 0.2, 0.2), 0.0, 100, 240) == (99, 5, 100, 6)  # never nothing
+
+
+# --- masks
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
+def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        height, width = rng.integers(1, 40, 2)
+        mask = rng.random((height, width)) < rng.random()
+        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = packed["counts"].decode()
+        size, window = (int(width), int(height)), (width // 3, height // 4, int(width), height // 4 + 1)
+        part = lct.read_segmentation({"size": [height, width], "counts": text}, size, window)
+        assert (part == mask[height // 4 : height // 4 + 1, width // 3 :]).all()
+        counts = lct.unpack_rle(text)
+        assert sum(counts) == mask.size and (lct.decode_rle(counts, width, height) == mask).all()
+    for _ in range(30):
+        angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 7)), rng.uniform(20, 45, 7)
+        polygon = (50 + np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)).ravel().tolist()
+        theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 100, 100))).astype(bool)
+        ours = lct.read_segmentation([polygon], (100, 100), (0, 0, 100, 100))
+        assert (ours != theirs).sum() < 40  # they disagree only where the outline runs through a pixel's centre
+        assert (lct.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
+
+
+def test_masks_are_used_by_a_run_that_was_trained_with_them(
+    tmp_path: Path, drawn_data: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(drawn_data, data)
+    for path in data.glob("*/*.png"):
+        (path.parent / "masks").mkdir(exist_ok=True)
+        image = np.asarray(Image.open(path)).astype(int)
+        mask = (image.max(axis=2) - image.min(axis=2) > 200) | (image.max(axis=2) < 20)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(path.parent / "masks" / f"{path.stem}_mask.png")
+    run = train(tmp_path / "run", data, "--crop_mode", "mask", "--epochs", "1")
+    triangle = [60.0, 30.0, 110.0, 110.0, 20.0, 100.0]
+    mask = lct.read_segmentation([triangle], (128, 128), (0, 0, 128, 128))
+    packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    kinds = [[triangle], {"size": [128, 128], "counts": packed}, {"size": [128, 128], "counts": lct.unpack_rle(packed)}]
+    images, annotations = [], []
+    for number in range(6):  # one object on six backgrounds; the mask is given in three ways
+        rng = np.random.default_rng(number)
+        photo = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        photo[mask] = (200, 30, 30)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(photo).save(tmp_path / "images" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 128, "height": 128})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [20, 30, 90, 80]})
+        annotations[-1]["segmentation"] = kinds[number % 3]
+    del annotations[0]["bbox"]  # then the box is that of the mask
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert call_main(*command(run, tmp_path / "images", tmp_path / "out", tmp_path / "coco.json")) == 0
+    rows = read_rows(tmp_path / "out")
+    assert {row["judged_by_mask"] for row in rows} == {"True"} and len({row["cosine"] for row in rows}) == 1
+    truth = COCO(str(tmp_path / "out" / "coco" / "annotations" / "instances_default.json"))
+    for item in truth.loadAnns(truth.getAnnIds()):  # the detector's masks are handed on
+        assert (truth.annToMask(item).astype(bool) == mask).mean() > 0.98
+    capsys.readouterr()
+    annotations[0]["segmentation"] = {"size": [128, 128], "counts": [128 * 128]}  # empty
+    annotations[0]["bbox"], annotations[1]["segmentation"] = [20, 30, 90, 80], {"size": [5, 5], "counts": [25]}
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert call_main(*command(run, tmp_path / "images", tmp_path / "out", tmp_path / "coco.json")) == 0
+    assert [row["judged_by_mask"] for row in read_rows(tmp_path / "out")] == ["False"] * 2 + ["True"] * 4
+    assert "2 objects have no mask" in capsys.readouterr().out
+    problems = json.loads((tmp_path / "out" / "problems.json").read_text())
+    assert [problem["detection"] for problem in problems] == [0, 1]
+
+
+# --- what is wrong with the input is named
+
+
+def test_every_bad_object_is_named_and_the_rest_is_answered(
+    finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(scene.folder, images)
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (images / "half.png").write_bytes((images / "plain.png").read_bytes()[:3000])
+    content = scene.coco()
+    good = len(content["annotations"])
+    bad_boxes = {
+        "no size": [10, 10, 0, 20],
+        "of no size": [10, 10, 20, -5],
+        "outside": [400, 10, 20, 20],
+        "not four numbers": [1, 2, 3],
+        "four numbers": [1, 2, "3", 4],
+        "are not four": None,
+    }
+    bad = [*bad_boxes.values(), [float("nan"), 1, 2, 3], [1, 2, 10**400, 3], [1, 2, 1e999, 3], {"x": 1}]
+    for number, box in enumerate(bad):
+        content["annotations"].append({"id": 500 + number, "image_id": 1000, "category_id": 41, "bbox": box})
+    for number, name in enumerate(["broken.png", "half.png", "gone.png", "../plain.png", "plain.png"]):
+        content["images"].append({"id": 2000 + number, "file_name": name})
+        content["annotations"].append(
+            {"id": 600 + number, "image_id": 2000 + number, "category_id": 41, "bbox": [0, 0, 9, 9]}
+        )
+    content["images"].append({"id": 3000, "file_name": "empty.png", "width": 999, "height": 240})
+    content["images"] = [image for image in content["images"] if image["id"] != 1003]
+    content["annotations"].append({"id": 700, "image_id": 3000, "category_id": 41, "bbox": [0, 0, 9, 9]})
+    content["annotations"].append({"id": 701, "image_id": 4444, "category_id": 41, "bbox": [0, 0, 9, 9]})
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    assert call_main(*command(finished_run, images, tmp_path / "out", tmp_path / "coco.json")) == 0
+    problems = json.loads((tmp_path / "out" / "problems.json").read_text(encoding="utf-8"))
+    assert len(read_rows(tmp_path / "out")) == good
+    assert {item["detection"] for item in problems if item["image"] == "plain.png"} == {*range(500, 510), None}
+    told = {item["image"]: item["reason"] for item in problems if item["detection"] is None}
+    assert "cannot be read" in told["broken.png"] and "cannot be read" in told["half.png"]
+    assert told["gone.png"] == told["../plain.png"] == "is not in --images" and "twice" in told["plain.png"]
+    assert "300 x 240 px, but 999 x 240" in told["empty.png"]
+    assert [item["reason"] for item in problems if item["detection"] == 701] == [
+        "its image is not in the list of images"
+    ]
+
+
+def test_boxes_lie_on_the_upright_image(
+    finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    (tmp_path / "images").mkdir()
+    upright = Image.open(scene.folder / "plain.png").convert("RGB")
+    upright.save(tmp_path / "images" / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    for name in ("1.png", "2.png"):
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "images" / name, exif=exif)
+    boxes = scene.boxes["plain.png"]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 300, "height": 240} for i in range(3)]
+    images[2].update(width=240, height=300)
+    annotations = [
+        {"id": 10 * i + k, "image_id": i, "category_id": 1, "bbox": box}
+        for i in range(3)
+        for k, box in enumerate(boxes)
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", tmp_path / "coco.json")) == 0
+    rows = read_rows(tmp_path / "out")
+    plain, turned = ([r for r in rows if r["image"] == name] for name in ("0.png", "1.png"))
+    drop = ("image", "detection_id")
+    assert [[v for k, v in r.items() if k not in drop] for r in plain] == [
+        [v for k, v in r.items() if k not in drop] for r in turned
+    ]
+    (problem,) = json.loads((tmp_path / "out" / "problems.json").read_text())
+    assert problem["image"] == "2.png" and "before the EXIF rotation" in problem["reason"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.5 0.5 0.1", "has 4 numbers"),
+        ("x 0.5 0.5 0.1 0.1", "not a line of numbers"),
+        ("0.5 0.5 0.5 0.1 0.1", "class number"),
+        ("-1 0.5 0.5 0.1 0.1", "class number"),
+        ("0 nan 0.5 0.1 0.1", "not finite"),
+        ("0", "has 1 numbers"),
+    ],
+)
+def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
+    with pytest.raises(lct.BoxError, match=reason):
+        lct.parse_yolo_line(line)
+
+
+def test_odd_yolo_folders_are_explained(
+    finished_run: Path, tmp_path: Path, scene: Scene, call_main: Callable[..., int]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "1.jpg", "2.png"):
+        shutil.copy(scene.folder / "plain.png", tmp_path / "images" / name)
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo" / "1.txt").write_text("0 0.5 0.5 0.2 0.2\n\nrubbish\n0 5.5 0.5 0.2 0.2\n")
+    (tmp_path / "yolo" / "orphan.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", tmp_path / "yolo")) == 0
+    problems = json.loads((tmp_path / "out" / "problems.json").read_text())
+    told = {(item["image"], item["detection"]): item["reason"] for item in problems}
+    assert "not a line of numbers" in told["1.jpg", "line 3"] and "outside" in told["1.jpg", 4]
+    assert "no image of its name" in told["orphan.txt", None]
+    assert any("same .txt" in item["reason"] for item in problems if item["image"] == "1.png")
+    assert len(read_rows(tmp_path / "out")) == 1
+
+
+def test_hostile_segmentations_raise_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    atoms = [None, True, -1, 0, 3, 10**400, 1e308, float("nan"), "", "x", "ÿ" * 40, "o" * 500, [], {}, [[]], [[1] * 6]]
+    for _ in range(3000):
+        pick = [atoms[i] for i in rng.integers(0, len(atoms), 8)]
+        segmentation = pick[0] if rng.random() < 0.3 else {"size": [4, 5] if rng.random() < 0.8 else pick[1]}
+        if isinstance(segmentation, dict):
+            segmentation["counts"] = pick[2] if rng.random() < 0.5 else pick[3:6]
+        detection = {"bbox": pick[6] if rng.random() < 0.3 else [pick[7], 1, 2, pick[5]], "segmentation": segmentation}
+        for key in ("", "bbox"):
+            detection.pop(key, None)
+            try:
+                box = lct.find_box(detection, 5, 4)
+                assert 0 <= box[0] < 5 and 0 <= box[1] < 4 and box[2] > 0 and box[3] > 0
+                mask = lct.read_segmentation(segmentation, (5, 4), (0, 0, 5, 4))
+                assert mask.shape == (4, 5) and mask.dtype == bool
+            except lct.BoxError as error:
+                assert str(error)
+
+
+# --- bad input: one sentence, exit code 2
+
+
+def refuse(call_main: Callable[..., int], capsys: pytest.CaptureFixture, *args: object) -> str:
+    capsys.readouterr()
+    assert call_main(*args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
+def test_detections_that_cannot_be_used_cost_one_sentence(
+    finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    content = scene.coco()
+    strange = json.loads(json.dumps(content))
+    strange["annotations"][3]["category_id"] = 99
+    twice = json.loads(json.dumps(content))
+    twice["images"][1]["id"] = twice["images"][0]["id"]
+    cases = {
+        "holds no objects": {**content, "annotations": []},
+        "categories that it does not list: 99": strange,
+        "is a list of results": [{"image_id": 1000, "category_id": 41, "bbox": [0, 0, 5, 5], "score": 1}],
+        "it has no list images": {"annotations": []},
+        "two images of id 1000": twice,
+        "none of its 1 images (elsewhere/x.png) is there": {
+            "images": [{"id": 1, "file_name": "elsewhere/x.png"}], "annotations": []
+        },
+        "without id or file_name": {"images": [{"id": 1}], "annotations": []},
+    }  # fmt: skip
+    for words, value in cases.items():
+        (tmp_path / "bad.json").write_text(json.dumps(value))
+        error = refuse(call_main, capsys, *command(finished_run, scene.folder, tmp_path / "out", tmp_path / "bad.json"))
+        assert words in error
+    for raw in (b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"images": 1' + b"1" * 9000 + b"}", b"null"):
+        (tmp_path / "bad.json").write_bytes(raw)
+        assert "--detections" in refuse(
+            call_main, capsys, *command(finished_run, scene.folder, tmp_path / "out", tmp_path / "bad.json")
+        )
+    (tmp_path / "nothing").mkdir()
+    for words, images, detections in (
+        ("holds no objects", scene.folder, tmp_path / "nothing"),
+        ("holds no images", tmp_path / "nothing", None),
+        ("does not exist", scene.folder, tmp_path / "no.json"),
+        ("does not exist", tmp_path / "no", None),
+    ):
+        assert words in refuse(call_main, capsys, *command(finished_run, images, tmp_path / "out", detections))
+    (tmp_path / "nothing" / "rubbish.png").write_bytes(b"rubbish")
+    assert "not one object" in refuse(
+        call_main, capsys, *command(finished_run, tmp_path / "nothing", tmp_path / "out2")
+    )
+    assert not (tmp_path / "out").exists()  # nothing was written before the refusal
+
+
+def test_bad_flags_cost_one_sentence(
+    finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    def told(*args: object) -> str:
+        return refuse(call_main, capsys, *args)
+
+    assert "--run: is missing" in told("prelabel", "--images", scene.folder, "--out", tmp_path / "o")
+    assert "--out: is missing" in told("prelabel", "--images", scene.folder, "--run", finished_run)
+    assert "xml is no format" in told(
+        *command(finished_run, scene.folder, tmp_path / "o", None, "--formats", "coco,xml")
+    )
+    assert "inside --images" in told(*command(finished_run, scene.folder, scene.folder / "o"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "neither empty" in told(*command(finished_run, scene.folder, tmp_path / "mine"))
+    done = run_cli("prelabel", "--run", tmp_path / "none", "--images", scene.folder, "--out", tmp_path / "o")
+    assert done.returncode == 2 and "--run" in done.stderr and "does not exist" in done.stderr
+
+
+def test_a_run_that_does_not_fit_together_is_refused(
+    finished_run: Path, drawn_data: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture,
+    call_main: Callable[..., int],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    other = train(tmp_path / "other", drawn_data, "--seed", "7", "--epochs", "1", "--img_size", "48")
+
+    def told(change: Callable[[Path], object]) -> str:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(finished_run, run)
+        change(run)
+        return refuse(call_main, capsys, *command(run, scene.folder, tmp_path / "out"))
+
+    def set_options(**values: object) -> Callable[[Path], object]:
+        content = json.loads((finished_run / "config.json").read_text(encoding="utf-8"))
+        content["options"].update(values)
+        return lambda folder: (folder / "config.json").write_text(json.dumps(content))
+
+    assert "has no prototypes.npz" in told(lambda folder: (folder / "prototypes.npz").unlink())
+    assert "has no checkpoint_best.pth" in told(lambda folder: (folder / "checkpoint_best.pth").unlink())
+    assert "config.json" in told(lambda folder: (folder / "config.json").write_text("{"))
+    assert "another version" in told(set_options(no_such_option=1))
+    error = told(lambda folder: shutil.copy(other / "prototypes.npz", folder))
+    assert "does not belong" in error and "weights_hash: " in error and "img_size: 48 in the prototypes, 32" in error
+    assert "mask_fill" not in error  # only what differs
+    damaged = bytearray((finished_run / "checkpoint_best.pth").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    assert "damaged" in told(lambda folder: (folder / "checkpoint_best.pth").write_bytes(damaged))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_backbone_comes_from_where_the_run_had_it(
+    drawn_data: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    for name in ("right.pth", "wrong.pth"):
+        torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / name)
+    flags = ("--freeze_backbone", "--pretrained", "--backbone_weights", tmp_path / "right.pth", "--epochs", "1")
+    run = train(tmp_path / "run", drawn_data, *flags)
+    (tmp_path / "right.pth").rename(tmp_path / "moved.pth")
+    words = command(run, scene.folder, tmp_path / "out")
+    assert "no longer at" in refuse(call_main, capsys, *words)
+    assert "other backbone weights" in refuse(call_main, capsys, *words, "--backbone_weights", tmp_path / "wrong.pth")
+    assert call_main(*words, "--backbone_weights", tmp_path / "moved.pth") == 0
+    assert len(read_rows(tmp_path / "out")) == len(NAMES)
+
+
+# --- streaming, and going on
+
+
+def make_many(folder: Path, num_images: int, per_image: int = 10) -> Path:
+    """Write the same photo many times with random boxes; return the COCO file."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    photo = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((320, 240))
+    photo.save(folder / "photo.jpg")
+    images, annotations = [], []
+    for number in range(num_images):
+        shutil.copy(folder / "photo.jpg", folder / "images" / f"{number:05d}.jpg")
+        images.append({"id": number, "file_name": f"{number:05d}.jpg", "width": 320, "height": 240})
+        for x, y in rng.uniform(0, 200, (per_image, 2)).round(2).tolist():
+            annotations.append(
+                {"image_id": number, "category_id": 1, "bbox": [x, y, 40, 30], "segmentation": [[x, y] * 20]}
+            )
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "coco.json"
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    """Return the label files, in which the order of the images is that of the detections."""
+    found = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".") and "images" not in p.parts]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As run_cli has it: the last bits of a sum depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_interrupted_and_started_again_it_goes_on(
+    finished_run: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    source, images, flags = make_many(tmp_path, 200, per_image=5), tmp_path / "images", ("--batch", "8")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert call_main(*command(finished_run, images, whole, source, *flags)) == 0
+    words = [sys.executable, str(SCRIPT), *map(str, command(finished_run, images, broken, source, *flags))]
+    words += ["--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    progress, deadline = broken / ".progress.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (progress.exists() and progress.read_bytes().count(b"\n") > 20):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "the same command continues" in error, error
+    assert outputs(broken) == {}  # whole at the end, or not at all
+    assert 20 < progress.read_bytes().count(b"\n") < 200
+    progress.write_bytes(progress.read_bytes() + b'{"unit":"half a li')  # what a power failure leaves
+
+    def again(*more: object) -> str:
+        capsys.readouterr()
+        assert call_main(*command(finished_run, images, broken, source, *flags, *more)) == 0
+        return capsys.readouterr().out
+
+    assert "of 200 images are answered already" in again()
+    assert outputs(broken) == outputs(whole)
+    stamp = progress.stat().st_mtime_ns
+    assert "200 of 200 images" in again("--formats", "csv") and progress.stat().st_mtime_ns == stamp
+    Image.open(tmp_path / "photo.jpg").rotate(180).save(images / "00007.jpg")  # another image: answered again
+    assert re.search(r"19\d of 200 images are answered", again("--formats", "csv"))
+    changed = {a["image"] for a, b in zip(read_rows(broken), read_rows(whole), strict=True) if a != b}
+    assert changed == {"00007.jpg"}
+    assert "answered already" not in again("--box_pad", "0.1", "--formats", "csv")  # other settings: afresh
+
+
+def test_workers_change_nothing_and_an_image_is_decoded_once(
+    labelled: Path, finished_run: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    call_main: Callable[..., int],
+) -> None:  # fmt: skip
+    decoded: list[str] = []
+    load = lct.load_image
+    monkeypatch.setattr(lct, "load_image", lambda path: decoded.append(str(path)) or load(path))
+    monkeypatch.setattr(lct, "write_review", lambda *_: None)  # it reads the images once more
+    source = scene.write_coco(tmp_path / "coco.json")
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source)) == 0
+    assert sorted(decoded) == sorted(
+        str(scene.folder / name) for name in NAMES[:3]
+    )  # the one without objects not at all
+    done = run_cli(*command(finished_run, scene.folder, tmp_path / "two", source, "--workers", 2))
+    assert done.returncode == 0
+    assert read_rows(tmp_path / "two") == read_rows(labelled)
+
+
+def test_an_image_with_very_many_objects_is_answered_in_parts(
+    finished_run: Path, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    source = make_many(tmp_path, 2, per_image=600)
+    assert (
+        call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", source, "--formats", "csv,yolo")) == 0
+    )
+    rows = read_rows(tmp_path / "out")
+    wanted = json.loads(source.read_text())["annotations"]
+    assert [box_of(row) for row in rows] == [
+        pytest.approx(clip_to(item["bbox"], 320, 240), abs=1e-3) for item in wanted
+    ]
+    assert len((tmp_path / "out" / "yolo" / "labels" / "00001.txt").read_text().splitlines()) == 600
+    lines = (tmp_path / "out" / ".progress.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3
+
+
+def clip_to(box: list[float], width: int, height: int) -> list[float]:
+    x, y, w, h = box
+    return [x, y, min(width, x + w) - x, min(height, y + h) - y]
+
+
+def test_memory_does_not_grow_with_the_number_of_objects(finished_run: Path, tmp_path: Path) -> None:
+    peaks = []
+    for num_images in (50, 500):
+        source = make_many(tmp_path / str(num_images), num_images)
+        words = [str(w) for w in command(finished_run, source.parent / "images", source.parent / "out", source)]
+        code = (
+            f"import sys, resource; sys.path.insert(0, {str(REPO)!r}); import lct_dino3\n"
+            f"assert lct_dino3.main({words!r}) == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 60, f"5,000 objects take {peaks[1]:.0f} MB, 500 take {peaks[0]:.0f} MB"
+
+
+# --- for people
+
+
+def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
+    finished_run: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
+) -> None:
+    hostile = "<img src=x onerror=alert(1)> & 'q'.png"
+    Scene(tmp_path / "images", [hostile, "b.png"])
+    (tmp_path / "yolo").mkdir()
+    for stem in (hostile.removesuffix(".png"), "b"):
+        grid = [(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)]
+        (tmp_path / "yolo" / f"{stem}.txt").write_text("".join(f"0 {x} {y} 0.2 0.2\n" for x, y in grid) + "0 9 9 1 1\n")
+    monkeypatch.setattr(lct, "REVIEW_CARDS", 10)
+    out = tmp_path / "out"
+    assert call_main(*command(finished_run, tmp_path / "images", out, tmp_path / "yolo")) == 0
+    page = (out / "review.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<article class="card">(.*?)</article>', page, re.DOTALL)
+    assert len(cards) == 10 < len(read_rows(out)) == 18
+    doubts = [float(re.search(r"<small>([\d.]+) ", card)[1]) for card in cards]
+    assert doubts == sorted(doubts)
+    thresholds = [(float(row["cosine"]), float(row["threshold"]), float(row["margin"])) for row in read_rows(out)]
+    wanted = sorted(min(abs(c - t), m) if c >= t else t - c for c, t, m in thresholds)[:10]
+    assert doubts == pytest.approx(wanted, abs=6e-4)
+    assert all(card.count('<img src="data:image/jpeg;base64,') == 3 for card in cards)
+    assert (
+        "<script" not in page
+        and "onerror=alert(1)> &" not in page
+        and html.escape(hostile, quote=False).split("&#39;")[0][:20] in page
+    )
+    assert "default-src 'none'" in page and not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "<b>ключ" not in page and "&lt;b&gt;ключ" in page
+    assert "2 images or objects have no answer" in page
+
+
+def test_drawn_prelabels_show_class_and_unknown(finished_run: Path, scene: Scene) -> None:
+    image = Image.new("RGB", (400, 300), "white")
+    known = lct.Prelabel(0, (50, 60, 100, 80), False, 1, True, 0.9, 0.97, 0, 0.4, 0, 0)
+    unknown = lct.Prelabel(1, (250, 2, 140, 200), False, 0, False, 0.2, 0.5, 1, 0.1, 0, 0)
+    drawn = lct.draw_prelabels(image, [known, unknown], CLASSES)
+    pixels = np.asarray(drawn)
+    assert drawn.size == (400, 300) and np.asarray(image).min() == 255  # the original is untouched
+    assert (pixels[100, 50] == Image.new("RGB", (1, 1), lct.label_color(1)).getpixel((0, 0))).all()
+    assert (pixels[100, 250] == 0).all() and (pixels[100, 100] == 255).all() and (pixels[100, 320] == 255).all()
+    assert (pixels[4:20, 255:330] == 255).any()  # the word, inside the box: above it there is no room
+    strips = [np.asarray(lct.draw_prelabels(image, [item], CLASSES)) for item in (known, unknown)]
+    assert not (strips[0] == strips[1]).all()
+
+
+def test_a_class_called_unknown_keeps_its_name(finished_run: Path) -> None:
+    gallery = lct.load_gallery(finished_run / "prototypes.npz")[0]
+    import dataclasses
+
+    renamed = dataclasses.replace(gallery, class_names=("unknown", "unknown_", "pliers"))
+    prelabels = lct.Prelabels(None, [], None, renamed, {}, 0.0)
+    assert prelabels.names == ("unknown", "unknown_", "pliers", "unknown__")
