@@ -1501,7 +1501,8 @@ def make_runtime(config: Config) -> Runtime:
     if config.deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
     return Runtime(device, num_gpus, dtype, config.deterministic)
 
@@ -6255,7 +6256,10 @@ def _each(prelabels: Prelabels) -> Iterator[tuple[LabelledImage, Prelabel]]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(to_json(value), separators=(",", ":"))
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # what a detector's file calls a score may be NaN, which JSON lacks
+        return json.dumps(to_json(value), separators=(",", ":"))
 
 
 def _write_array(file: BinaryIO, items: Iterable[Any]) -> None:
@@ -6522,7 +6526,7 @@ def draw_prelabels(image: Image.Image, objects: Sequence[Prelabel], class_names:
 
 def label_color(label: int) -> str:
     """Return a colour that white text can be read on; neighbours in the list of classes are far apart on the circle."""
-    return f"hsl({label * 137.508 % 360:.0f}, 75%, {(34, 42)[label % 2]}%)"
+    return f"hsl({label * 137.508 % 360:.0f}, 75%, {(30, 36)[label % 2]}%)"
 
 
 # ======================================================================================================================
