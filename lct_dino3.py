@@ -225,13 +225,19 @@ COMMANDS = {
     "train": "scan, split, train, evaluate, export prototypes, report (default)",
     "scan": "data health and split preview only; writes data_report.json",
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png and data_report.json",
+    "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
+    "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
     "prelabel": "give detected objects a class or unknown, for annotation tools; needs --run, --images, --out",
     "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
 }
 
 
 # What a command cannot do without, and how it is called. All others need what train needs.
-NEEDED_FLAGS = {"prelabel": (("run", "images", "out"), "prelabel --run RUN --images DIR --out OUT")}
+NEEDED_FLAGS = {
+    "evaluate": (("run",), "evaluate --run RUN"),
+    "prototypes": (("run",), "prototypes --run RUN --add DIR"),
+    "prelabel": (("run", "images", "out"), "prelabel --run RUN --images DIR --out OUT"),
+}
 TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
 LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
@@ -392,6 +398,18 @@ class Config:
         low=0.5,
         high=1.0,
     )
+    unknown_dir: Path | None = _option(
+        None,
+        "images of no class: half of them set the thresholds, the other half measures",
+        "prototypes",
+        metavar="DIR",
+    )
+    add: Path | None = _option(
+        None, "for prototypes: folder with one folder of crops a class, to enrol", "prototypes", metavar="DIR"
+    )
+    remove: str | None = _option(None, "for prototypes: class to take out", "prototypes", metavar="CLASS")
+    list: bool = _option(False, "for prototypes: show what is in the gallery", "prototypes")
+    split: str = _option("test", "for evaluate: images of the run to judge", "prototypes", choices=("test", "val"))
     max_refs_per_class: int | None = _option(
         None,
         "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
@@ -645,6 +663,11 @@ def check_paths(config: Config) -> None:
             )
     if config.command == "prelabel":
         _check_prelabel_paths(config)
+    if config.command in ("evaluate", "prototypes"):
+        _check_gallery_paths(config)
+    if config.unknown_dir is not None:
+        _check_folder("unknown_dir", config.unknown_dir, "give a folder of images of no class")
+    if config.command in NEEDED_FLAGS:
         return
     _check_folder("data_root", config.data_root, DATA_TREE)
     _check_out_dir(config)
@@ -655,6 +678,15 @@ def check_paths(config: Config) -> None:
 def _check_folder(name: str, path: Path, remedy: str) -> None:
     if not path.is_dir():
         raise UserError("is a file, not a folder" if path.exists() else "does not exist", f"--{name} {path}", remedy)
+
+
+def _check_gallery_paths(config: Config) -> None:
+    _check_folder("run", config.run, "give the out_dir of a finished run")
+    for name in ("data_root", "add"):
+        if getattr(config, name) is not None:
+            _check_folder(name, getattr(config, name), DATA_TREE)
+    if config.command == "prototypes" and sum((config.list, config.add is not None, config.remove is not None)) != 1:
+        raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
 def _check_prelabel_paths(config: Config) -> None:
@@ -4541,6 +4573,7 @@ class Gallery:
     knn_k: int
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
+    val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
@@ -4618,8 +4651,17 @@ class Embedded:
         return Embedded(self.rows[chosen], self.views[chosen], self.labels[chosen], self.values[chosen])
 
 
-def build_gallery(records: Records, references: Embedded, val: Embedded, config: Config) -> Gallery:
-    """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val."""
+def build_gallery(
+    records: Records, references: Embedded, val: Embedded, config: Config, unknown: np.ndarray | None = None
+) -> Gallery:
+    """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val.
+
+    Args:
+        records: to name classes and references.
+        references, val: embeddings of the training and the val images.
+        config: --max_refs_per_class, --target_precision.
+        unknown: embeddings (U, D) of objects of no class, any answer to which is wrong.
+    """
     num_classes = len(records.class_names)
     stacks = references.take(np.argsort(references.labels, kind="stable"))
     centroids = class_centroids(stacks.values, stacks.labels, num_classes)
@@ -4628,26 +4670,47 @@ def build_gallery(records: Records, references: Embedded, val: Embedded, config:
         kept = [own[choose_references(stacks.values[own], config.max_refs_per_class)] for own in members]
         stacks = stacks.take(np.concatenate(kept))
     gallery = Gallery(
-        records.class_names,
-        centroids,
-        stacks.values,
-        stacks.labels,
-        tuple(records.paths[row] for row in stacks.rows.tolist()),
-        stacks.views,
-        np.zeros(num_classes, np.float32),
-        "centroid",
-        KNN_CHOICES[0],
-        1.0,
-        np.ones(num_classes, bool),
+        class_names=records.class_names,
+        centroids=centroids,
+        stacks=stacks.values,
+        stack_labels=stacks.labels,
+        stack_paths=tuple(records.paths[row] for row in stacks.rows.tolist()),
+        stack_views=stacks.views,
+        thresholds=np.zeros(num_classes, np.float32),
+        matcher="centroid",
+        knn_k=KNN_CHOICES[0],
+        temperature=1.0,
+        is_pooled=np.ones(num_classes, bool),
     )
-    candidates = [gallery, *(dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES)]
-    all_scores = [candidate.scores(val.values) for candidate in candidates]
-    winner = int(
-        np.argmax([(scores.argmax(axis=1) == val.labels).mean() for scores in all_scores])
-    )  # a tie: the simpler
-    thresholds, is_pooled = fit_thresholds(all_scores[winner], val.labels, config.target_precision)
-    temperature = fit_temperature(all_scores[winner], val.labels)
-    return dataclasses.replace(candidates[winner], temperature=temperature, thresholds=thresholds, is_pooled=is_pooled)
+    return calibrate(choose_matcher(gallery, val), val, config.target_precision, unknown)
+
+
+def choose_matcher(gallery: Gallery, val: Embedded) -> Gallery:
+    """Return the gallery with the k of KNN_CHOICES, and the matcher, that are right most often on val; of equals the simpler."""
+
+    def accuracy(own: Gallery) -> float:
+        return float((own.scores(val.values).argmax(axis=1) == val.labels).mean())
+
+    knn = max((dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES), key=accuracy)
+    return knn if accuracy(knn) > accuracy(gallery) else dataclasses.replace(gallery, knn_k=knn.knn_k)
+
+
+def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None = None) -> Gallery:
+    """Return the gallery with the temperature and the thresholds that val, and objects of no class, ask for."""
+    scores, labels = gallery.scores(val.values), val.labels
+    temperature = fit_temperature(scores, labels)
+    if unknown is not None and len(unknown):
+        scores = np.concatenate([scores, gallery.scores(unknown)])
+        labels = np.concatenate([labels, np.full(len(unknown), -1)])
+    thresholds, is_pooled = fit_thresholds(scores, labels, precision)
+    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == labels
+    return dataclasses.replace(
+        gallery,
+        temperature=temperature,
+        thresholds=thresholds,
+        is_pooled=is_pooled,
+        val_thresholds=tuple(precision_threshold(best, is_right, target) for target in PRECISION_TARGETS),
+    )
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -4684,13 +4747,13 @@ def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> 
     return thresholds, is_pooled
 
 
-def measure_gallery(gallery: Gallery, val: Embedded, test: Embedded, unknown: np.ndarray | None) -> dict[str, Any]:
-    """Measure all that production will ask of a gallery; whatever is chosen is chosen on val.
+def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None = None) -> dict[str, Any]:
+    """Measure all that production will ask of a gallery; whatever was chosen was chosen on val.
 
     Args:
         gallery: with its matcher, thresholds and temperature.
-        val, test: queries of known classes.
-        unknown: scores (U, C) of objects of no class; None: classes are held out in turn.
+        test: queries of known classes.
+        unknown: embeddings (U, D) of objects of no class; None: classes are held out in turn.
 
     Returns:
         closed: by `centroid` and by `knn`, acc and f1_macro with intervals; retrieval: recall_at_1, recall_at_5, map_at_r;
@@ -4707,24 +4770,29 @@ def measure_gallery(gallery: Gallery, val: Embedded, test: Embedded, unknown: np
         "closed": {
             matcher.matcher: _closed_set(matcher.scores(test.values).argmax(axis=1), test, len(gallery.class_names))
             | ({"k": matcher.knn_k} if matcher.matcher == "knn" else {})
-            for matcher in (dataclasses.replace(gallery, matcher="centroid"), best_knn(gallery, val))
+            for matcher in (dataclasses.replace(gallery, matcher=name) for name in ("centroid", "knn"))
         },
         "retrieval": {name: _mean_with_interval(values, test.rows) for name, values in found.items()},
-        "open_set": open_set_figures(scores, test.labels, unknown),
-        "answers": [_answers_at(gallery, val, best, is_right, target) for target in PRECISION_TARGETS],
-        "thresholds": {
-            "coverage": float((best >= gallery.thresholds[answers]).mean()),
-            "precision": mean_or_none(is_right[best >= gallery.thresholds[answers]].astype(float)),
-        },
+        "open_set": open_set_figures(scores, test.labels, None if unknown is None else gallery.scores(unknown)),
+        "answers": [
+            {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right)}
+            for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
+        ],
+        "thresholds": _answered(best >= gallery.thresholds[answers], is_right),
+        **({"unknown_passed": _passed_unknown(gallery, unknown)} if unknown is not None else {}),
         "ece": calibration_error(probabilities, is_right),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
 
 
-def best_knn(gallery: Gallery, val: Embedded) -> Gallery:
-    """Return the gallery with the k of KNN_CHOICES that is right most often on val; the first of equals."""
-    candidates = [dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES]
-    return max(candidates, key=lambda own: float((own.scores(val.values).argmax(axis=1) == val.labels).mean()))
+def _answered(passed: np.ndarray, is_right: np.ndarray) -> dict[str, float | None]:
+    return {"coverage": float(passed.mean()), "precision": mean_or_none(is_right[passed].astype(float))}
+
+
+def _passed_unknown(gallery: Gallery, unknown: np.ndarray) -> float:
+    """Return the share of objects of no class that get a class all the same."""
+    scores = gallery.scores(unknown)
+    return float((scores.max(axis=1) >= gallery.thresholds[scores.argmax(axis=1)]).mean())
 
 
 def _closed_set(answers: np.ndarray, test: Embedded, num_classes: int) -> dict[str, Any]:
@@ -4785,24 +4853,10 @@ def open_set_figures(
     return means | {"unknowns": len(labels), "source": "classes held out in turn"}
 
 
-def _answers_at(
-    gallery: Gallery, val: Embedded, best: np.ndarray, is_right: np.ndarray, target: float
-) -> dict[str, Any]:
-    """Return what one threshold for all classes, chosen on val, gives on test."""
-    scores = gallery.scores(val.values)
-    threshold = precision_threshold(scores.max(axis=1), scores.argmax(axis=1) == val.labels, target)
-    passed = best >= threshold
-    return {
-        "target": target,
-        "threshold": threshold,
-        "coverage": float(passed.mean()),
-        "precision": mean_or_none(is_right[passed].astype(float)),
-    }
-
-
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
     meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature, "knn_k": gallery.knn_k}
+    meta["val_thresholds"] = gallery.val_thresholds
     meta["pooled_thresholds"] = [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()]
     numbers = {name: index for index, name in enumerate(gallery.class_names)}
     with sealed_file(path) as file:
@@ -4872,6 +4926,7 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             **{name: arrays[name] for name in ("centroids", "stacks", "stack_labels", "stack_views", "thresholds")},
             **{name: meta[name] for name in ("knn_k", "temperature")},
             is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
+            val_thresholds=tuple(meta["val_thresholds"]),
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
@@ -4999,6 +5054,198 @@ def _check_gallery(path: Path, meta: dict[str, Any], own: dict[str, Any]) -> Non
             str(path / "prototypes.npz"),
             "put back the file of this run, or run its training command again, which writes it anew",
         )
+
+
+def unknown_records(folder: Path) -> dict[str, Records]:
+    """Return the images below a folder in two halves, to `fit` and to `measure`, that no other file moves an image between.
+
+    Raises:
+        UserError: one half is empty.
+    """
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    found = [
+        path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and not path.rsplit("/", 1)[-1].startswith(".")
+    ]
+    side = [hashlib.sha256(os.fsencode(path)).digest()[0] % 2 for path in found]
+    halves = {
+        "fit": list(itertools.compress(found, side)),
+        "measure": [p for p, own in zip(found, side, strict=True) if not own],
+    }
+    for paths in halves.values():
+        if not paths:
+            what = f"holds {len(found)} images, which leaves one half empty"
+            raise UserError(what, f"--unknown_dir {folder}", "give a folder with more images of no class")
+    return {name: _plain_records(folder, ("unknown",), paths, np.zeros(len(paths))) for name, paths in halves.items()}
+
+
+def _plain_records(root: Path, class_names: tuple[str, ...], paths: Sequence[str], labels: np.ndarray) -> Records:
+    numbers = np.arange(len(paths), dtype=np.int32)
+    return Records(root, class_names, PathTable(paths), labels.astype(np.int32), numbers, np.zeros(len(paths), np.int8))
+
+
+def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: Config) -> Embedded:
+    """Return embeddings of some records by a finished run, in the views that it was trained with.
+
+    Args:
+        config: of this command: --batch, --workers.
+
+    Raises:
+        UserError: not one image can be read.
+    """
+    keys = eval_keys(records, rows, run.config.crop_mode)
+    dataset = CropDataset(records, run.transform())
+    loader = make_loader(dataset, cut_batches(keys, config.batch), config, run.runtime)
+    parts = []
+    for batch in progress(loader, len(loader), "embedding"):
+        for row, reason in batch.failures:
+            show(f"warning: {printable(records.paths[row])} {reason}")
+        if len(batch.rows):
+            values = run.embed(batch.images, config.batch)
+            parts.append(Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values))
+    if not parts:
+        raise UserError(f"none of {len(keys)} images can be read", str(records.root), "check that the files are whole")
+    names = [field.name for field in dataclasses.fields(Embedded)]
+    return Embedded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def scan_for_run(run: TrainedRun, root: Path, config: Config) -> Scan:
+    """Scan a folder of class folders with masks, as the run looked at its own data; writes nothing.
+
+    Raises:
+        UserError: no class folders, or no usable images.
+    """
+    options = {"data_root": root, "out_dir": run.path, "class_map": config.class_map, "exclude": config.exclude}
+    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out)
+    return attach_masks(scan_dataset(own), own)
+
+
+def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str], precision: float) -> Gallery:
+    """Return the gallery with more references, of its own classes or of new ones; nothing is trained.
+
+    Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new
+    one gets its own from its crops, each judged by a gallery without it.
+
+    Args:
+        added: the crops; labels into `names`, rows into `paths`.
+        names: class names of the crops.
+        paths: of the crops, to be kept as stack_paths.
+        precision: share of right answers that a new threshold is set to.
+    """
+    class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
+    labels = np.array([class_names.index(name) for name in names], dtype=np.int64)[added.labels]
+    every = np.concatenate([gallery.stack_labels, labels])
+    order = np.argsort(every, kind="stable")
+    all_paths = (*gallery.stack_paths, *(paths[row] for row in added.rows.tolist()))
+    stacks = np.concatenate([gallery.stacks, added.values])
+    num_old, num_new = len(gallery.class_names), len(class_names) - len(gallery.class_names)
+    centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.shape[1]), np.float32)])
+    touched = np.unique(labels)
+    centroids[touched] = class_centroids(stacks, every, len(class_names))[touched]
+    grown = dataclasses.replace(
+        gallery,
+        class_names=class_names,
+        centroids=centroids,
+        stacks=stacks[order],
+        stack_labels=every[order],
+        stack_paths=tuple(all_paths[i] for i in order.tolist()),
+        stack_views=np.concatenate([gallery.stack_views, added.views])[order],
+        thresholds=np.concatenate([gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)]),
+        is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
+    )
+    scores = leave_one_out_scores(grown)
+    answers, best, is_right = scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == grown.stack_labels
+    for label in range(num_old, len(class_names)):
+        mine = answers == label
+        if (grown.stack_labels == label).sum() > 1 and mine.any():
+            grown.thresholds[label] = precision_threshold(best[mine], is_right[mine], precision)
+            grown.is_pooled[label] = False
+    return grown
+
+
+def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
+    """Return the score (N, C) of each reference by a gallery without that reference; -1 for a class that has only it."""
+    rows, labels = np.arange(len(gallery.stacks)), gallery.stack_labels
+    scores = gallery.scores(gallery.stacks).astype(np.float32)
+    for label in np.unique(labels).tolist():
+        mine = rows[labels == label]
+        values = gallery.stacks[mine]
+        if len(mine) == 1:
+            scores[mine, label] = -1.0
+        elif gallery.matcher == "centroid":
+            others = values.sum(axis=0) - values
+            others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
+            scores[mine, label] = (values * others).sum(axis=1)
+        else:
+            cosine = values @ values.T
+            np.fill_diagonal(cosine, -np.inf)
+            kept = min(gallery.knn_k, len(mine) - 1)
+            scores[mine, label] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
+    return scores
+
+
+def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
+    """Return a sentence for each of the named classes that another one is hard to tell from."""
+    scores, found = leave_one_out_scores(gallery), []
+    answers = scores.argmax(axis=1)
+    similarity = gallery.centroids @ gallery.centroids.T
+    for label, name in enumerate(gallery.class_names):
+        mine = gallery.stack_labels == label
+        if name not in names or not mine.any():
+            continue
+        taken = np.bincount(answers[mine], minlength=len(gallery.class_names))
+        taken[label] = 0
+        others = similarity[label].copy()
+        others[label] = -1.0
+        nearest = int(taken.argmax()) if taken.any() else int(others.argmax())
+        if taken[nearest] or others[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
+            found.append(
+                f"{name} is hard to tell from {gallery.class_names[nearest]}: similarity of their centroids"
+                f" {others[nearest]:.3f}, {taken[nearest]} of its {int(mine.sum())} crops are taken for it"
+            )
+    return found
+
+
+def remove_class(gallery: Gallery, name: str) -> Gallery:
+    """Return the gallery without a class.
+
+    Raises:
+        UserError: there is no such class, or it is the last one but one.
+    """
+    if name not in gallery.class_names:
+        raise UserError(f"there is no class {printable(name)}", "--remove", did_you_mean(name, gallery.class_names))
+    if len(gallery.class_names) <= 2:
+        raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
+    label = gallery.class_names.index(name)
+    classes, kept = np.arange(len(gallery.class_names)) != label, gallery.stack_labels != label
+    return dataclasses.replace(
+        gallery,
+        class_names=tuple(itertools.compress(gallery.class_names, classes)),
+        centroids=gallery.centroids[classes],
+        stacks=gallery.stacks[kept],
+        stack_labels=gallery.stack_labels[kept] - (gallery.stack_labels[kept] > label),
+        stack_paths=tuple(itertools.compress(gallery.stack_paths, kept)),
+        stack_views=gallery.stack_views[kept],
+        thresholds=gallery.thresholds[classes],
+        is_pooled=gallery.is_pooled[classes],
+    )
+
+
+def format_gallery(gallery: Gallery) -> str:
+    """Return per class how many references it has, its threshold, and the class nearest to it, as an aligned table."""
+    similarity = gallery.centroids @ gallery.centroids.T
+    np.fill_diagonal(similarity, -1.0)
+    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+    width = max(5, *map(len, gallery.class_names))
+    lines = [f"{'class':<{width}}{'references':>12}{'threshold':>11}  nearest class"]
+    for label, name in enumerate(gallery.class_names):
+        nearest = int(similarity[label].argmax())
+        pooled = "*" if gallery.is_pooled[label] else " "
+        lines.append(
+            f"{name:<{width}}{counts[label]:>12,}{gallery.thresholds[label]:>10.3f}{pooled}"
+            f"  {gallery.class_names[nearest]} ({similarity[label, nearest]:.3f})"
+        )
+    note = ["* the threshold of all classes together"] if gallery.is_pooled.any() else []
+    return "\n".join([*lines, *note])
 
 
 # ======================================================================================================================
@@ -8937,6 +9184,90 @@ def write_prelabels(prelabels: Prelabels, run: TrainedRun, config: Config) -> di
     return summary
 
 
+def run_evaluate(config: Config) -> None:
+    """Judge a finished run on its own test or val images, or on another labelled folder; write evaluation.json into the run."""
+    check_paths(config)
+    keep_freed_memory()
+    run = load_run(config.run, make_runtime(config), config.backbone_weights)
+    if config.data_root is None:
+        test, strangers = _embed_split(run, config), np.zeros((0, run.gallery.stacks.shape[1]), np.float32)
+    else:
+        test, strangers = _embed_labelled(run, config)
+    if config.unknown_dir is not None:
+        records = unknown_records(config.unknown_dir)["measure"]
+        unknown = embed_records(run, records, np.arange(len(records.paths)), config)
+        strangers = np.concatenate([strangers, unknown.values])
+    figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
+    source = str((config.data_root or run.config.data_root).resolve())
+    with lock_directory(run.path, "--run"):
+        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+    show(format_measures(figures))
+    show(f"written: {run.path / 'evaluation.json'}")
+
+
+def _embed_split(run: TrainedRun, config: Config) -> Embedded:
+    scan = scan_for_run(
+        run, run.config.data_root, dataclasses.replace(run.config, masks_out=config.masks_out or run.config.masks_out)
+    )
+    records, notes = reuse_splits(run.path / "splits.json", scan.records)
+    for note in notes:
+        show(f"warning: {note}")
+    if not len(records.rows(config.split)):
+        raise UserError(f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR")
+    show(f"{config.split} images of {run.config.data_root}")
+    embedded = embed_records(run, records, records.rows(config.split), config)
+    number = {name: index for index, name in enumerate(run.gallery.class_names)}
+    known = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+    return dataclasses.replace(embedded, labels=known).take(known >= 0)
+
+
+def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarray]:
+    """Return the images of classes that the gallery knows, and embeddings of all others: unknown objects."""
+    records = scan_for_run(run, config.data_root, config).records
+    number = {name: index for index, name in enumerate(run.gallery.class_names)}
+    labels = np.array([number.get(name, -1) for name in records.class_names])
+    known = [name for name in records.class_names if name in number]
+    foreign = [name for name in records.class_names if name not in number]
+    if not known:
+        what = f"has no class of the gallery, only {', '.join(foreign[:5])}"
+        raise UserError(what, f"--data_root {config.data_root}", f"it knows {', '.join(run.gallery.class_names[:8])}")
+    show(f"{len(records.paths):,} images of {config.data_root}, {len(known)} known classes")
+    if foreign:
+        show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
+    embedded = embed_records(run, records, np.arange(len(records.paths)), config)
+    own = labels[embedded.labels]
+    return dataclasses.replace(embedded, labels=own).take(own >= 0), embedded.values[own < 0]
+
+
+def run_prototypes(config: Config) -> None:
+    """Show what is in a run's gallery, enrol classes from a few crops, or take one out; the old file is kept beside the new one."""
+    check_paths(config)
+    keep_freed_memory()
+    if config.list:
+        show(format_gallery(load_gallery(config.run / "prototypes.npz")[0]))
+        return
+    run = load_run(config.run, make_runtime(config), config.backbone_weights)
+    with lock_directory(run.path, "--run"):
+        if config.remove is not None:
+            gallery, named = remove_class(run.gallery, config.remove), ()
+        else:
+            records = scan_for_run(run, config.add, config).records
+            added = embed_records(run, records, np.arange(len(records.paths)), config)
+            paths = [str((config.add / records.paths[row]).resolve()) for row in range(len(records.paths))]
+            gallery = enrol(run.gallery, added, records.class_names, paths, config.target_precision)
+            named = records.class_names
+        path = run.path / "prototypes.npz"
+        kept = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
+        if kept.exists():
+            raise UserError("was written in this very second", str(kept), "try again")
+        copy_checkpoint(path, kept)
+        save_gallery(path, gallery, run.meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    show(format_gallery(gallery))
+    for sentence in find_collisions(gallery, named):
+        show(f"warning: {sentence}")
+    show(f"written: {path}; as it was, it is {kept.name}")
+
+
 def run_demo(config: Config) -> None:
     """Draw the demo data unless it is there, and train on it."""
     if not config.data_root.exists():
@@ -9155,7 +9486,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
-    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config)
+    unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {"fit": None, "measure": None}
+    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, unknown["fit"])
     save_gallery(
         run.path / "prototypes.npz", gallery, describe_gallery(job.config, job.info, job.records.class_names, model)
     )
@@ -9178,7 +9510,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     view_pairs = None
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
-        measure_run(job, model, gallery, bank)
+        measure_run(job, model, gallery, bank, unknown["measure"])
         view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
     report = gather_report(job, gallery, embedded)
     write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
@@ -9214,19 +9546,29 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
         job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
 
 
-def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank) -> None:
+def embed_unknown(job: Job, model: Recognizer) -> dict[str, np.ndarray]:
+    """Return embeddings of the images in --unknown_dir: those to `fit` the thresholds with, and those to `measure` with."""
+    parts = {}
+    for part, records in unknown_records(job.config.unknown_dir).items():
+        own = dataclasses.replace(job, records=records)
+        keys = eval_keys(records, np.arange(len(records.paths)), "bbox")
+        parts[part] = embed(own, model, FeatureBank(own, model.backbone).extract(keys, "unknown")).values
+    return parts
+
+
+def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, unknown: np.ndarray | None) -> None:
     """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
-    val, test = (embed(job, model, bank.get(split)) for split in ("val", "test"))
-    figures = measure_gallery(gallery, val, test, None)
-    frozen, logits, nearest = score_simply(job, model, bank)
-    figures["open_set"]["others"] = {
-        "frozen backbone, nearest centroid": open_set_figures(frozen, test.labels, None),
-        "ArcFace, highest softmax": open_set_figures(logits, test.labels, None, highest_softmax),
-        "trained, nearest reference": open_set_figures(nearest, test.labels, None),
-        "prototypes, calibrated probability": open_set_figures(
-            gallery.scores(test.values) / gallery.temperature, test.labels, None, highest_softmax
-        ),
-    }
+    test = embed(job, model, bank.get("test"))
+    figures = measure_gallery(gallery, test, unknown)
+    if unknown is None:
+        frozen, logits, nearest = score_simply(job, model, bank)
+        scaled = gallery.scores(test.values) / gallery.temperature
+        figures["open_set"]["others"] = {
+            "frozen backbone, nearest centroid": open_set_figures(frozen, test.labels, None),
+            "ArcFace, highest softmax": open_set_figures(logits, test.labels, None, highest_softmax),
+            "trained, nearest reference": open_set_figures(nearest, test.labels, None),
+            "prototypes, calibrated probability": open_set_figures(scaled, test.labels, None, highest_softmax),
+        }
     job.run.event("measured", **figures)
     job.run.log(format_measures(figures))
 
@@ -9353,7 +9695,15 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
     )
 
 
-RECIPES = {"train": run_train, "scan": run_scan, "masks": run_masks, "prelabel": run_prelabel, "demo": run_demo}
+RECIPES = {
+    "train": run_train,
+    "scan": run_scan,
+    "masks": run_masks,
+    "evaluate": run_evaluate,
+    "prototypes": run_prototypes,
+    "prelabel": run_prelabel,
+    "demo": run_demo,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -392,7 +392,7 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
     part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
     gallery = lct.build_gallery(report.records, part, part, lct.Config())
-    measured = {"event": "measured", **lct.to_json(lct.measure_gallery(gallery, part, part, None))}
+    measured = {"event": "measured", **lct.to_json(lct.measure_gallery(gallery, part))}
     text = " ".join(write(replace(report, events=[*report.events, measured]), tmp_path / "report.html").split())
     section = text[text.index('id="trust"') : text.index('id="calibration"')]
     low, high = measured["closed"]["centroid"]["acc"]["interval"]

@@ -1,0 +1,206 @@
+"""Commands evaluate and prototypes: a finished run judged again, classes enrolled and taken out without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_RUN, draw_image, make_dataset
+
+import lct_dino3 as lct
+
+Main = Callable[..., int]
+QUIET = ("--gpus", "0", "--workers", "0")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data of four classes, and a finished run on them."""
+    folder = tmp_path_factory.mktemp("gallery")
+    data = make_dataset(folder / "data", {"axe": 24, "bit": 24, "clamp": 24, "drill": 24})
+    recipe = (
+        "--model_id test_resnet --no-freeze_backbone --epochs 10 --batch 16 --lr 0.01 --arc_lr 0.01 --arc_margin 0.1"
+    )
+    words = [
+        "--data_root",
+        str(data),
+        "--out_dir",
+        str(folder / "run"),
+        *TINY_RUN,
+        *recipe.split(),
+        "--save_every",
+        "0",
+    ]
+    assert lct.main(words) == 0
+    return data, folder / "run"
+
+
+@pytest.fixture
+def run_dir(trained: tuple[Path, Path], tmp_path: Path) -> Path:
+    shutil.copytree(trained[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def new_class(folder: Path, name: str, kind: int, count: int = 5) -> Path:
+    """Draw crops of a class that the run has never seen."""
+    (folder / name).mkdir(parents=True)
+    for index in range(count):
+        draw_image(kind, 77, index).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_evaluate_repeats_the_figures_of_the_run(run_dir: Path, call_main: Main) -> None:
+    assert call_main("evaluate", "--run", run_dir, *QUIET) == 0
+    again = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    measured = next(event for event in lct.read_events(run_dir) if event["event"] == "measured")
+    for key in ("closed", "retrieval", "answers", "thresholds", "ece", "few"):
+        assert again[key] == measured[key], key
+    assert again["open_set"]["auroc"] == measured["open_set"]["auroc"]
+    assert call_main("evaluate", "--run", run_dir, "--split", "val", *QUIET) == 0
+    splits = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))
+    num_val = sum(map(len, splits["val"].values()))
+    assert json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["images"] == num_val
+
+
+def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    other = make_dataset(tmp_path / "other", {"axe": 4, "bit": 4}, seed=5)
+    new_class(other, "stranger", 9, 6)
+    assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
+    figures = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert figures["images"] == 8 and figures["open_set"]["unknowns"] == 6
+    assert "unknown objects: stranger" in capsys.readouterr().out
+    only_foreign = new_class(tmp_path / "foreign", "stranger", 9)
+    assert call_main("evaluate", "--run", run_dir, "--data_root", only_foreign, *QUIET) == 2
+    assert "no class of the gallery" in capsys.readouterr().err
+
+
+def test_a_new_class_is_enrolled_from_five_crops_and_recognised(
+    run_dir: Path, trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    added = new_class(tmp_path / "more", "эскиз", 6)
+    assert call_main("prototypes", "--run", run_dir, "--add", added, *QUIET) == 0
+    gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert gallery.class_names == (*before.class_names, "эскиз")
+    assert np.array_equal(gallery.centroids[:4], before.centroids)
+    assert np.array_equal(gallery.thresholds[:4], before.thresholds) and not gallery.is_pooled[4]
+    assert (gallery.stack_labels == 4).sum() == 5 and (np.diff(gallery.stack_labels) >= 0).all()
+    mean = gallery.stacks[gallery.stack_labels == 4].mean(axis=0)
+    np.testing.assert_allclose(gallery.centroids[4], mean / np.linalg.norm(mean), atol=1e-6)
+    (old,) = run_dir.glob("prototypes.2*.npz")
+    assert lct.load_gallery(old)[0].class_names == before.class_names
+    query = new_class(tmp_path / "query", "эскиз", 6, 12)
+    for index in range(5):
+        (query / "эскиз" / f"{index}.png").unlink()  # those that were enrolled
+    make_query = make_dataset(tmp_path / "query2", {"axe": 6, "bit": 6, "clamp": 6, "drill": 6}, seed=3)
+    shutil.copytree(make_query, query, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert call_main("evaluate", "--run", run_dir, "--data_root", query, *QUIET) == 0
+    figures = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert figures["closed"][gallery.matcher]["acc"]["value"] > 0.6
+
+
+def test_more_crops_of_a_known_class_move_its_centroid_and_no_threshold(
+    run_dir: Path, tmp_path: Path, call_main: Main
+) -> None:
+    before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "bit", 1), *QUIET) == 0
+    gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert gallery.class_names == before.class_names and np.array_equal(gallery.thresholds, before.thresholds)
+    moved = np.abs(gallery.centroids - before.centroids).max(axis=1) > 1e-6
+    assert moved.tolist() == [False, True, False, False]
+    assert len(gallery.stacks) == len(before.stacks) + 5
+
+
+def test_a_class_that_collides_is_named_with_its_twin(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    twin = new_class(tmp_path / "twin", "axe too", 0)  # drawn as axe is
+    assert call_main("prototypes", "--run", run_dir, "--add", twin, *QUIET) == 0
+    assert "axe too is hard to tell from axe" in capsys.readouterr().out
+
+
+def test_a_class_is_removed_and_a_wrong_name_is_corrected(
+    run_dir: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert call_main("prototypes", "--run", run_dir, "--remove", "clmp", *QUIET) == 2
+    assert "did you mean clamp?" in capsys.readouterr().err
+    assert call_main("prototypes", "--run", run_dir, "--remove", "clamp", *QUIET) == 0
+    gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert gallery.class_names == ("axe", "bit", "drill")
+    assert np.array_equal(gallery.stacks, before.stacks[before.stack_labels != 2])
+    assert gallery.stack_labels.max() == 2 and np.array_equal(gallery.thresholds, before.thresholds[[0, 1, 3]])
+
+
+def test_list_shows_each_class_and_writes_nothing(
+    run_dir: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    before = sorted(path.name for path in run_dir.iterdir())
+    assert call_main("prototypes", "--run", run_dir, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["axe", "bit", "clamp", "drill"]
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("prototypes",), "--run"),
+        (("prototypes", "--run", "RUN"), "one thing at a time"),
+        (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
+        (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
+        (("evaluate", "--run", "nowhere"), "does not exist"),
+        (("evaluate", "--run", "RUN", "--unknown_dir", "nowhere"), "does not exist"),
+    ],
+)
+def test_bad_words_cost_one_sentence(
+    run_dir: Path, call_main: Main, capsys: pytest.CaptureFixture, words: tuple[str, ...], text: str
+) -> None:
+    assert call_main(*(run_dir if word == "RUN" else word for word in words)) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), (6, 4, 1))
+    values = rng.normal(size=(11, 8)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    for matcher, k in (("centroid", 1), ("knn", 1), ("knn", 5)):
+        gallery = lct.Gallery(
+            class_names=("a", "b", "c"), centroids=lct.class_centroids(values, labels, 3), stacks=values,
+            stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
+            thresholds=np.zeros(3, np.float32), matcher=matcher, knn_k=k, temperature=0.1, is_pooled=np.zeros(3, bool),
+        )  # fmt: skip
+        scores = lct.leave_one_out_scores(gallery)
+        for row in range(10):
+            kept = np.arange(11) != row
+            centroids = lct.class_centroids(values[kept], labels[kept], 3)
+            without = lct.dataclasses.replace(
+                gallery, centroids=centroids, stacks=values[kept], stack_labels=labels[kept]
+            )
+            np.testing.assert_allclose(scores[row], without.scores(values[row : row + 1])[0], atol=1e-5)
+        assert scores[10, 2] == -1.0
+
+
+def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(
+    trained: tuple[Path, Path], tmp_path: Path, call_main: Main
+) -> None:
+    strangers = new_class(tmp_path / "strangers", "any", 9, 40)
+    halves = lct.unknown_records(strangers)
+    paths = {name: {records.paths[i] for i in range(len(records.paths))} for name, records in halves.items()}
+    assert len(paths["fit"] | paths["measure"]) == 40 and not paths["fit"] & paths["measure"]
+    args = ("--data_root", trained[0], *TINY_RUN)
+    assert call_main(*args, "--out_dir", tmp_path / "plain") == 0
+    assert call_main(*args, "--out_dir", tmp_path / "run", "--unknown_dir", strangers) == 0
+    strict, plain = (lct.load_gallery(tmp_path / name / "prototypes.npz")[0] for name in ("run", "plain"))
+    assert np.array_equal(strict.stacks, plain.stacks)
+    assert (strict.thresholds >= plain.thresholds).all() and (strict.thresholds > plain.thresholds).any()
+    measured = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "measured")
+    assert measured["open_set"]["unknowns"] == len(paths["measure"]) and 0 <= measured["unknown_passed"] <= 1
