@@ -25,7 +25,7 @@ Sections:
     13  TRAIN STATE & CHECKPOINTS
     14  PROTOTYPES
     15  TRAINING
-    16  PRE-LABELLING
+    16  PRE-LABELLING & EXPORT
     17  REPORT
     18  DEMO
     19  COMMANDS & MAIN
@@ -109,6 +109,8 @@ LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitt
 KNN_CHOICES = (1, 3, 5, 10)
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
+EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
+EXPORT_CROPS = 16  # real ones that an export is checked on
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 50_000_000  # draws x samples: above it fewer draws, which then suffice
@@ -227,6 +229,7 @@ COMMANDS = {
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png and data_report.json",
     "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
     "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
+    "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
     "prelabel": "give detected objects a class or unknown, for annotation tools; needs --run, --images, --out",
     "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
 }
@@ -234,6 +237,7 @@ COMMANDS = {
 
 # What a command cannot do without, and how it is called. All others need what train needs.
 NEEDED_FLAGS = {
+    "export": (("run",), "export --run RUN --format onnx"),
     "evaluate": (("run",), "evaluate --run RUN"),
     "prototypes": (("run",), "prototypes --run RUN --add DIR"),
     "prelabel": (("run", "images", "out"), "prelabel --run RUN --images DIR --out OUT"),
@@ -466,6 +470,7 @@ class Config:
     formats: str = _option(
         ",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST"
     )
+    format: str = _option("onnx", "for export: what to write", "pre-labelling", choices=("onnx", "safetensors"))
     box_pad: float = _option(
         0.0,
         "share of a box's side added on each side: as loose as the training crops were cut",
@@ -663,7 +668,7 @@ def check_paths(config: Config) -> None:
             )
     if config.command == "prelabel":
         _check_prelabel_paths(config)
-    if config.command in ("evaluate", "prototypes"):
+    if config.command in ("evaluate", "prototypes", "export"):
         _check_gallery_paths(config)
     if config.unknown_dir is not None:
         _check_folder("unknown_dir", config.unknown_dir, "give a folder of images of no class")
@@ -5704,10 +5709,11 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 
 
 # ======================================================================================================================
-# 16  PRE-LABELLING
+# 16  PRE-LABELLING & EXPORT
 # ======================================================================================================================
 # Detections in, labels out: objects are cut from their images, matched against the gallery of a run, and written for annotation
-# tools. Reads images, writes only to --out. A bad image or box is listed; raises UserError for what leaves nothing to label.
+# tools; and the run itself, for programs that have neither torch nor this file. Reads images, writes only to --out. A bad image
+# or box is listed; raises UserError for what leaves nothing to label.
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
 OUTLINE = 4  # px of a box that is drawn, in an image of 1,000 px
@@ -6774,6 +6780,112 @@ def draw_prelabels(image: Image.Image, objects: Sequence[Prelabel], class_names:
 def label_color(label: int) -> str:
     """Return a colour that white text can be read on; neighbours in the list of classes are far apart on the circle."""
     return f"hsl({label * 137.508 % 360:.0f}, 75%, {(30, 36)[label % 2]}%)"
+
+
+class ExportedModel(nn.Module):
+    """From crops fitted to a square to answers: normalisation, embedder, and the gallery's own matcher."""
+
+    def __init__(self, run: TrainedRun) -> None:
+        super().__init__()
+        gallery = run.gallery
+        self.recognizer, self.matcher, self.temperature = run.model, gallery.matcher, gallery.temperature
+        self.register_buffer("thresholds", torch.from_numpy(gallery.thresholds))
+        self.register_buffer("centroids", torch.from_numpy(gallery.centroids))
+        counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+        # References of each class by their row, padded with a row of nothing: (C, largest class).
+        table = np.full((len(counts), int(counts.max())), len(gallery.stacks), dtype=np.int64)
+        for label, (start, count) in enumerate(zip(np.cumsum(counts) - counts, counts, strict=True)):
+            table[label, :count] = np.arange(start, start + count)
+        self.register_buffer("table", torch.from_numpy(table))
+        self.register_buffer("stacks", torch.from_numpy(gallery.stacks))
+        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.knn_k)))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Answer images uint8 (N, H, W, 3).
+
+        Returns:
+            embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
+        """
+        embeddings = self.recognizer.embed(self.recognizer.backbone(images.permute(0, 3, 1, 2)))
+        scores = embeddings @ self.centroids.T if self.matcher == "centroid" else self._knn(embeddings)
+        best, labels = scores.max(dim=1)
+        labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))
+        return embeddings, scores, (scores / self.temperature).softmax(dim=1), labels
+
+    def _knn(self, embeddings: torch.Tensor) -> torch.Tensor:
+        cosine = F.pad(embeddings @ self.stacks.T, (0, 1), value=-2.0)[:, self.table]
+        most = int(self.kept.max())
+        nearest = cosine.topk(most, dim=2).values  # (N, C, k), the nearest first
+        counts = torch.arange(most, device=nearest.device) < self.kept[:, None]
+        means = (nearest * counts).sum(dim=2) / self.kept.clamp(min=1)
+        return torch.where(self.kept > 0, means, torch.full_like(means, -1.0))
+
+
+def export_onnx(run: TrainedRun, path: Path, crops: np.ndarray) -> float:
+    """Write the run as one ONNX file with dynamic batch, and return the largest cosine difference from PyTorch on real crops.
+
+    Args:
+        crops: uint8 (N, img_size, img_size, 3), as the transform of the run makes them.
+
+    Raises:
+        UserError: a package is missing, or the file answers otherwise than PyTorch.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"needs the package {error.name}", "--format onnx", "pip install onnx onnxscript onnxruntime"
+        ) from error
+    model = ExportedModel(run).cpu().eval()
+    example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
+    names = ["embeddings", "scores", "probabilities", "labels"]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of torch's exporter about itself
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=["images"],
+            output_names=names,
+        )
+    meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
+    program.model.metadata_props["lct_dino3"] = json.dumps(to_json(meta), ensure_ascii=False)
+    data = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for part in (crops, crops[:1]):  # the batch is dynamic
+        with torch.inference_mode():
+            expected = [output.numpy() for output in model(torch.from_numpy(part))]
+        found = session.run(names, {"images": part})
+        difference = max(
+            difference, float(np.abs(found[1] - expected[1]).max()), float((1 - (found[0] * expected[0]).sum(1)).max())
+        )
+    if difference > EXPORT_TOLERANCE:
+        what = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
+        raise UserError(what, str(path), "try --format safetensors, and tell us model_id and versions")
+    write_bytes(path, data)
+    return difference
+
+
+def export_safetensors(run: TrainedRun, path: Path) -> None:
+    """Write all weights of the run, backbone included, with the metadata that rebuilding needs, and read them back.
+
+    Raises:
+        UserError: what was written is not what is read.
+    """
+    from safetensors.torch import load, save
+
+    weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
+    meta = run.meta | {"classes": run.gallery.class_names, "options": run.config.as_plain()}
+    data = save(weights, metadata={"lct_dino3": json.dumps(to_json(meta), ensure_ascii=False)})
+    again = load(data)
+    if again.keys() != weights.keys() or not all(torch.equal(again[key], weights[key]) for key in weights):
+        raise UserError("what was written is not what is read", str(path), "try again")
+    write_bytes(path, data)
 
 
 # ======================================================================================================================
@@ -9239,6 +9351,37 @@ def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarr
     return dataclasses.replace(embedded, labels=own).take(own >= 0), embedded.values[own < 0]
 
 
+def run_export(config: Config) -> None:
+    """Write a finished run as one file for other programs, once it is known to answer as PyTorch does."""
+    check_paths(config)
+    run = load_run(
+        config.run, make_runtime(dataclasses.replace(config, gpus=0, precision="fp32")), config.backbone_weights
+    )
+    path = config.out or run.path / ("model.onnx" if config.format == "onnx" else "model.safetensors")
+    if path.is_dir():
+        raise UserError("is a folder", f"--out {path}", "give the path of a file")
+    create_out_dir(path.absolute().parent, "--out")
+    if config.format == "onnx":
+        difference = export_onnx(run, path, _load_references(run, config))
+        show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
+    else:
+        export_safetensors(run, path)
+    show(f"written: {path}, {path.stat().st_size:,} bytes")
+
+
+def _load_references(run: TrainedRun, config: Config) -> np.ndarray:
+    """Return some of the gallery's own crops as the model sees them, uint8 (n, img_size, img_size, 3)."""
+    paths, transform, crops = run.gallery.stack_paths, run.transform(), []
+    for index in np.linspace(0, len(paths) - 1, min(len(paths), EXPORT_CROPS)).astype(int).tolist():
+        with contextlib.suppress(ImageError):
+            image = load_image((config.data_root or run.config.data_root) / paths[index])
+            crops.append(transform(image, None, 0))
+    if not crops:
+        what = f"none of the run's crops is left in {run.config.data_root} to check the file with"
+        raise UserError(what, f"--run {run.path}", "give --data_root DIR, where they are now")
+    return np.stack(crops)
+
+
 def run_prototypes(config: Config) -> None:
     """Show what is in a run's gallery, enrol classes from a few crops, or take one out; the old file is kept beside the new one."""
     check_paths(config)
@@ -9702,6 +9845,7 @@ RECIPES = {
     "evaluate": run_evaluate,
     "prototypes": run_prototypes,
     "prelabel": run_prelabel,
+    "export": run_export,
     "demo": run_demo,
 }
 

@@ -1,0 +1,102 @@
+"""Command export: what other programs get answers as PyTorch does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, make_dataset
+
+import lct_dino3 as lct
+
+Main = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on classes of unequal size."""
+    folder = tmp_path_factory.mktemp("export")
+    data = make_dataset(folder / "data", {"axe": 16, "bit": 7, "клещи": 10})
+    assert lct.main(["--data_root", str(data), "--out_dir", str(folder / "run"), *TINY_RUN]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(run_dir: Path) -> lct.TrainedRun:
+    return lct.load_run(run_dir, lct.Runtime(torch.device("cpu"), 0, torch.float32))
+
+
+@pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("knn", 1), ("knn", 10)])
+def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, matcher: str, k: int) -> None:
+    gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_k=k)
+    model = lct.ExportedModel(lct.dataclasses.replace(trained, gallery=gallery)).eval()
+    images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        embeddings, scores, probabilities, labels = (output.numpy() for output in model(images))
+    np.testing.assert_allclose(embeddings, trained.embed(images.permute(0, 3, 1, 2), 4), atol=1e-5)
+    expected = gallery.scores(embeddings)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    np.testing.assert_allclose(probabilities, np.exp(lct.log_softmax(expected / gallery.temperature)), atol=1e-4)
+    answers = expected.argmax(axis=1)
+    passed = expected.max(axis=1) >= gallery.thresholds[answers]
+    assert labels.tolist() == np.where(passed, answers, -1).tolist()
+
+
+def test_onnx_runs_on_onnxruntime_alone_with_any_batch(run_dir: Path, trained: lct.TrainedRun, call_main: Main) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert call_main("export", "--run", run_dir) == 0
+    session = onnxruntime.InferenceSession(run_dir / "model.onnx", providers=["CPUExecutionProvider"])
+    meta = json.loads(session.get_modelmeta().custom_metadata_map["lct_dino3"])
+    assert meta["classes"] == ["axe", "bit", "клещи"] and meta["img_size"] == 32
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    for batch in (1, 5):
+        embeddings, scores, _, labels = session.run(None, {"images": images[:batch]})
+        expected = trained.embed(torch.from_numpy(images[:batch]).permute(0, 3, 1, 2), 8)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-4)
+        np.testing.assert_allclose(scores, trained.gallery.scores(expected), atol=1e-4)
+        assert labels.shape == (batch,) and set(labels.tolist()) <= {-1, 0, 1, 2}
+
+
+def test_an_onnx_file_that_answers_otherwise_is_not_written(
+    trained: lct.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    real = lct.ExportedModel.forward
+
+    def drift(self: lct.ExportedModel, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        embeddings, scores, probabilities, labels = real(self, images)
+        return embeddings, scores + (0.001 if torch.compiler.is_exporting() else 0.0), probabilities, labels
+
+    monkeypatch.setattr(lct.ExportedModel, "forward", drift)
+    crops = np.zeros((3, 32, 32, 3), np.uint8)
+    with pytest.raises(lct.UserError, match="answers otherwise"):
+        lct.export_onnx(trained, tmp_path / "model.onnx", crops)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_safetensors_holds_every_weight_and_what_rebuilds_the_model(
+    run_dir: Path, trained: lct.TrainedRun, tmp_path: Path, call_main: Main
+) -> None:
+    from safetensors import safe_open
+
+    path = tmp_path / "new" / "model.safetensors"
+    assert call_main("export", "--run", run_dir, "--format", "safetensors", "--out", path) == 0
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["lct_dino3"])
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    own = trained.model.state_dict()
+    assert weights.keys() == own.keys() and all(torch.equal(weights[key], own[key]) for key in own)
+    assert meta["options"]["model_id"] == "resnet10t" and meta["weights_hash"] == trained.meta["weights_hash"]
+
+
+def test_a_folder_for_a_file_and_crops_that_are_gone_cost_one_sentence(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    assert call_main("export", "--run", run_dir, "--out", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert call_main("export", "--run", run_dir, "--data_root", tmp_path, "--out", tmp_path / "m.onnx") == 2
+    assert "--data_root" in capsys.readouterr().err
