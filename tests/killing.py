@@ -84,7 +84,9 @@ def die_at(plan: dict[str, Any]) -> Any:
             return call()
         result = call() if when == "after" else None
         for press in range(plan.get("times", 1)):
-            time.sleep(0.6 * press)  # a second press of Ctrl-C comes later than an echo of the first
+            time.sleep(
+                plan.get("gap", 0.6) * (press > 0)
+            )  # a second press of Ctrl-C comes later than an echo of the first
             os.kill(os.getpid(), plan["signal"])
         return result if when == "after" else call()
 

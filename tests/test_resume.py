@@ -168,10 +168,15 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_a_whole_checkpoint(straight: Pa
     assert_ends_like(straight, start, tmp_path / "run")
 
 
-def test_signals_that_are_repeated_do_not_cost_the_checkpoint(straight: Path, start: Any, tmp_path: Path) -> None:
-    """`timeout` sends SIGTERM to the process and to its group; a launcher passes on the Ctrl-C that the terminal has sent."""
-    assert start(kill("train_step", 6, TERM), kill("check_finite", 4, TERM, times=2), kill("check_finite", 4, INT))[0]
+@pytest.mark.parametrize("number, gap", [(INT, 0.01), (TERM, 0.6)])
+def test_signals_that_are_repeated_do_not_cost_the_checkpoint(
+    number: int, gap: float, straight: Path, start: Any, tmp_path: Path
+) -> None:
+    """A launcher passes on the Ctrl-C that the terminal has sent; `timeout` sends SIGTERM to the process and to its group."""
+    plan = kill("train_step", 6, number, times=3, gap=gap)
+    assert start(plan, flags=("--save_minutes", 0))[0] == EXIT_CODES[number]
     assert events_of(tmp_path / "run")[-2:] == ["interrupted", "run_end"]
+    assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 2)
     assert_ends_like(straight, start, tmp_path / "run")
 
 

@@ -57,7 +57,7 @@ GUARDS = {
     "a step is not interrupted": (
         "        with SIGNALS.hold():  # weights, position and tally change together\n",
         "        with contextlib.nullcontext():\n",
-        "tests/test_resume.py -k 'inside and step'",
+        "tests/test_resume.py -k 'ends_as_if and terminal'",
     ),
     "torch.save is not interrupted": (
         "with SIGNALS.hold(), sealed_file(path) as file:  # torch's",
@@ -150,7 +150,7 @@ GUARDS = {
     "records of epochs that are done again": (
         "    run.forget_epochs_after(state.epoch)\n",
         "",
-        "tests/test_resume.py -k 'ends_as_if and between_record'",
+        "tests/test_resume.py -k 'ends_as_if and between'",
     ),
     "best checkpoint after a rewind": (
         "    keep_best_of(job, state)\n",
