@@ -57,7 +57,7 @@ GUARDS = {
     "a step is not interrupted": (
         "        with SIGNALS.hold():  # weights, position and tally change together\n",
         "        with contextlib.nullcontext():\n",
-        "tests/test_resume.py -k 'ends_as_if and terminal'",
+        "tests/test_resume.py -k costs_no_step",
     ),
     "torch.save is not interrupted": (
         "with SIGNALS.hold(), sealed_file(path) as file:  # torch's",
