@@ -261,13 +261,20 @@ def test_only_the_five_decoders_are_ever_tried(
 
 def test_bombs_are_refused_by_their_header_or_cost_little(nursery: Nursery, tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "data", {"a": 4, "b": 4})
-    claims = {"900": (30_000, 30_000), "200": (20_000, 10_000), "wide": (2**31 - 1, 1), "long": (1, 2**31 - 1)}
+    claims = {
+        "900": (30_000, 30_000),
+        "120": (12_000, 10_000),
+        "200": (20_000, 10_000),
+        "wide": (2**31 - 1, 1),
+        "long": (1, 2**31 - 1),
+    }
     for name, size in claims.items():
         (root / "a" / f"{name}.png").write_bytes(png_header(*size))
     (root / "a" / "text.png").write_bytes(text_bomb())
     quarantined, _, text = scan(nursery, root, tmp_path / "scan")
     assert set(quarantined) == {f"a/{name}.png" for name in (*claims, "text")}
     assert all(reason for reason in quarantined.values()) and "Warning" not in text
+    assert "is more than 100 megapixels" in quarantined["a/120.png"], "Pillow's own limit is higher"
 
 
 def peak_memory(*paths: Path) -> int:
