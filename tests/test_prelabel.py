@@ -304,6 +304,25 @@ def test_without_detections_each_image_is_one_object(
     assert np.mean([row["best_class"] == row["image"].split("/")[0] for row in rows]) > 0.9
 
 
+def test_real_crops_come_out_once(
+    finished_run: Path, shared_data: Path, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    images = shared_data / "tools17"
+    (tmp_path / "images").mkdir()
+    wanted = {}
+    for path in sorted(p for p in images.rglob("*") if p.suffix.lower() in lct.IMAGE_SUFFIXES)[::25]:
+        name = f"{len(wanted)} {path.name}"
+        (tmp_path / "images" / name).symlink_to(path)
+        wanted[name] = lct.load_image(path).shape[1::-1]
+    assert len(wanted) > 40
+    assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out")) == 0
+    found = {row["image"]: box_of(row) for row in read_rows(tmp_path / "out")}
+    assert found == {name: [0, 0, *size] for name, size in wanted.items()}
+    assert json.loads((tmp_path / "out" / "problems.json").read_text()) == []
+    boxes = [item["box"] for item in read_back("cvat", tmp_path / "out" / "cvat")]
+    assert sorted(map(tuple, np.round(boxes).tolist())) == sorted((0, 0, *size) for size in wanted.values())
+
+
 def test_padding_widens_the_crop_and_not_the_box(
     labelled: Path, finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
 ) -> None:
@@ -342,6 +361,7 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
         assert (lct.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
 def test_masks_are_used_by_a_run_that_was_trained_with_them(
     tmp_path: Path, drawn_data: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
 ) -> None:
