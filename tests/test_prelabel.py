@@ -304,6 +304,24 @@ def test_without_detections_each_image_is_one_object(
     assert np.mean([row["best_class"] == row["image"].split("/")[0] for row in rows]) > 0.9
 
 
+def test_an_enrolled_class_is_found_and_shown(
+    finished_run: Path, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    scene = Scene(tmp_path / "images", [f"{number}.png" for number in range(8)])
+    run, new = tmp_path / "run", tmp_path / "new" / "hexagon"
+    shutil.copytree(finished_run, run)
+    new.mkdir(parents=True)
+    for number in range(6):
+        draw_image(3, 55, number).save(new / f"{number}.png")
+    assert call_main("prototypes", "--run", run, "--add", new.parent, *FLAGS) == 0
+    source = scene.write_coco(tmp_path / "coco.json")
+    assert call_main(*command(run, scene.folder, tmp_path / "out", source)) == 0
+    kinds = [kind for name in scene.kinds for kind in scene.kinds[name]]
+    found = [row["best_class"] for row, kind in zip(read_rows(tmp_path / "out"), kinds, strict=True) if kind == 3]
+    assert len(found) >= 4 and found.count("hexagon") > len(found) / 2
+    assert "no picture" not in (tmp_path / "out" / "review.html").read_text(encoding="utf-8")
+
+
 def test_real_crops_come_out_once(
     finished_run: Path, shared_data: Path, tmp_path: Path, call_main: Callable[..., int]
 ) -> None:
