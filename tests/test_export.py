@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, make_dataset
+from conftest import REPO, TINY_RUN, draw_image, make_dataset
 
 import lct_dino3 as lct
 
@@ -59,6 +60,24 @@ def test_onnx_runs_on_onnxruntime_alone_with_any_batch(run_dir: Path, trained: l
         np.testing.assert_allclose(embeddings, expected, atol=1e-4)
         np.testing.assert_allclose(scores, trained.gallery.scores(expected), atol=1e-4)
         assert labels.shape == (batch,) and set(labels.tolist()) <= {-1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("side", [20, 90])
+def test_the_consumer_of_the_readme_gives_our_answers(
+    run_dir: Path, trained: lct.TrainedRun, call_main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "RUN").mkdir()
+    assert call_main("export", "--run", run_dir, "--out", tmp_path / "RUN/model.onnx") == 0
+    draw_image(0, 9, side=side).resize((side, side * 2 // 3)).save(tmp_path / "crop.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    scope: dict = {}
+    exec(code, scope)
+    image = trained.transform()(lct.load_image(tmp_path / "crop.jpg"), None, 0)
+    scores = trained.gallery.scores(trained.embed(torch.from_numpy(image[None]).permute(0, 3, 1, 2), 1))
+    np.testing.assert_allclose(scope["scores"], scores, atol=0.03)  # Pillow and OpenCV resample alike, not the same
+    assert scope["scores"].argmax() == scores.argmax()
 
 
 def test_an_onnx_file_that_answers_otherwise_is_not_written(
