@@ -82,7 +82,8 @@ def test_metrics_hold_every_event_in_order_and_are_strict_json(run: Path, data: 
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     events = [json.loads(line, parse_constant=refuse) for line in lines]
     names = [event["event"] for event in events if event["event"] != "best_update"]
-    assert names == ["run_start", "baseline_end", *["epoch_end"] * 4, "proto_start", "proto_end", "test_end", "run_end"]
+    ending = ["proto_start", "proto_end", "test_end", "measured", "run_end"]
+    assert names == ["run_start", "baseline_end", *["epoch_end"] * 4, *ending]
     epoch = next(event for event in events if event["event"] == "epoch_end")
     assert {"loss", "acc", "f1_macro", "auc_macro"} == set(epoch["train"])
     assert {"loss", "acc", "f1_macro", "auc_macro", "proto_acc", "recall_at_1"} == set(epoch["val"])
