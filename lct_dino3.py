@@ -7548,6 +7548,7 @@ def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tu
     return [
         ("Images found", f"{data['num_images']:,}"),
         ("Usable", f"{data['num_usable']:,}"),
+        ("With a mask", f"{data['masks']['usable']:,}, {data['masks']['made']:,} of them drawn by SAM-2"),
         *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
         ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),
         ("Turned by EXIF", f"{data['exif_rotated']:,}"),
@@ -7565,6 +7566,8 @@ def _list_findings(data: dict[str, Any]) -> dict[str, list[str]]:
     }
     return {
         "Quarantined files": [f"{item['path']} — {item['reason']}" for item in data["quarantined"]],
+        "Refused masks": [f"{item['path']} — {item['reason']}" for item in data["masks"]["refused"]],
+        "Masks that SAM-2 could not draw": [f"{item['path']} — {item['reason']}" for item in data["masks"]["not_made"]],
         **{title: ["   =   ".join(group) for group in found] for title, found in groups.items()},
     }
 

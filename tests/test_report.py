@@ -90,6 +90,7 @@ def make_data_report(names: tuple[str, ...], paths: list[str]) -> dict[str, Any]
     return {
         "num_images": 40, "num_usable": 36, "leaks_prevented": 1, "exif_rotated": 2, "sizes": sizes, "modes": {"RGB": 36},
         "quarantined": [{"path": f"bad/{name}", "reason": f"unreadable: {name}"} for name in names],
+        "masks": {"usable": 17, "made": 4, "refused": [{"path": f"m/{name}", "reason": name} for name in names], "not_made": []},
         "warnings": list(names), "duplicates": {"exact": [], "near": [list(names)]},
         "label_conflicts": [[paths[1], paths[13]], ["gone.png", "gone too"]],
     }  # fmt: skip
@@ -399,3 +400,9 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     assert f"{low:.3f} – {high:.3f}" in section and "classes held out in turn" in section
     assert section.count("%</td>") == len(lct.PRECISION_TARGETS)
     assert measured["few"] == [] and 'href="#trust"' not in write(report, tmp_path / "b.html")
+
+
+def test_masks_are_counted_and_refused_ones_named(tmp_path: Path) -> None:
+    text = write(make_report(tmp_path / "data"), tmp_path / "report.html")
+    section = text[text.index('id="data"') :]
+    assert "17, 4 of them drawn by SAM-2" in section and "m/hammer — hammer" in section and "Refused masks" in section
