@@ -193,7 +193,7 @@ class Nursery:
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**os.environ, **threads, "MPLBACKEND": "agg"},
+            env={**os.environ, **threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -243,7 +243,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
     whole, path = sealed_bytes(tmp_path), tmp_path / "hurt.npz"
     path.write_bytes(whole)
     assert not is_refused(path)
-    for position in range(len(whole) * 8):
+    for position in range(len(whole) * 8):  # 10,000: an archive of one small array
         hurt = bytearray(whole)
         hurt[position // 8] ^= 1 << position % 8
         path.write_bytes(hurt)
@@ -520,9 +520,14 @@ def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "at, nth", [("os.fsync", 30), ("SealWriter._pass_on", 9000), ("Path.replace", 9), ("os.write", 14)]
+    "at, nth, reason",
+    [
+        ("os.fsync", 30, errno.EIO),
+        ("SealWriter._pass_on", 9000, errno.ENOSPC),
+        ("Path.replace", 9, errno.EROFS),
+        ("os.write", 14, errno.EDQUOT),
+    ],
 )
-@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_costs_nothing_that_was_written_before(
     at: str, nth: int, reason: int, start: Any, straight: Path, tmp_path: Path
 ) -> None:
