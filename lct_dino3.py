@@ -3873,21 +3873,24 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     if not config.model_id.startswith(("hf-hub:", "local-dir:")) and (weights is None or not weights.has_weights):
         raise UserError("timm has no weights for it", f"--model_id {config.model_id}", WEIGHTS_WAYS_OUT)
     was_offline = hub_constants.HF_HUB_OFFLINE
-    try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
-        hub_constants.HF_HUB_OFFLINE = True
-        return timm.create_model(config.model_id, pretrained=True, **settings)
-    except Exception:  # not in the cache, or damaged there: what is really wrong shows below
-        log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
-    finally:
-        hub_constants.HF_HUB_OFFLINE = was_offline
     try:
-        return timm.create_model(config.model_id, pretrained=True, **settings)
+        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+            hub_constants.HF_HUB_OFFLINE = True
+            return timm.create_model(config.model_id, pretrained=True, **settings)
+        except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
+            log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
+            hub_constants.HF_HUB_OFFLINE = was_offline
+            return timm.create_model(config.model_id, pretrained=True, **settings)
+    except MemoryError:
+        raise
     except Exception as error:  # hub, network and file errors of several libraries
         raise UserError(
             f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}",
             f"--model_id {config.model_id}",
             WEIGHTS_WAYS_OUT,
         ) from error
+    finally:
+        hub_constants.HF_HUB_OFFLINE = was_offline
 
 
 def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], None]) -> None:
@@ -9870,7 +9873,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "the same command without --overwrite" if config.overwrite else "the same command"
         message = f"interrupted ({error}); {again} continues where it stopped"
         code, failure = 128 + error.signal_number, error
-    except Exception as error:
+    except Exception as error:  # memory, disk or a killed worker are the user's to mend; all else keeps its traceback
         explained = explain_failure(error, config)
         if explained is None:
             raise
