@@ -106,7 +106,16 @@ BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
+MATCHER_NAMES = {
+    "centroid": "nearest centroid",
+    "prototypes": "nearest of several prototypes a class",
+    "knn": "k nearest references of a class",
+}
 KNN_CHOICES = (1, 3, 5, 10)
+PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes a class that --prototypes_per_class auto tries
+MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a mislabelled picture
+MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
+SIGNIFICANCE = 0.05  # of the sign test by which several prototypes a class must be better
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
@@ -256,6 +265,7 @@ class Config:
     """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
 
     command: str = "train"
+    given: frozenset[str] = frozenset()  # names of the options that were typed; the others have their defaults
     data_root: Path | None = _option(None, "folder with one folder of crops a class", "data", metavar="DIR")
     out_dir: Path | None = _option(
         None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR"
@@ -420,6 +430,12 @@ class Config:
         "prototypes",
         low=1,
     )
+    prototypes_per_class: str = _option(
+        "auto",
+        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
+        "prototypes",
+        metavar="auto|N",
+    )
 
     gpus: int | None = _option(
         None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64
@@ -489,7 +505,7 @@ class Config:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become strings, tuples lists."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
         return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
@@ -556,8 +572,7 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_name)
         for field in option_fields():
             if field.metadata["group"] == group_name:
-                default = list(field.default) if isinstance(field.default, tuple) else field.default
-                group.add_argument(f"--{field.name}", default=default, **_argparse_settings(field))
+                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **_argparse_settings(field))
     return parser
 
 
@@ -596,7 +611,8 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
     if values.command not in COMMANDS:
         raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
-    config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()})
+    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
+    config = Config(**typed, given=frozenset(typed))
     check_ranges(config)
     return config
 
@@ -611,6 +627,11 @@ def _check_words(config: Config) -> None:
     if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
         what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
         raise UserError(what, f"--masks_dirname {config.masks_dirname}", "give a name such as masks")
+    number = config.prototypes_per_class
+    if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
+        raise UserError(
+            "is neither auto nor a number from 1 to 100", f"--prototypes_per_class {number}", "give one of them"
+        )
     for word in config.formats.split(","):
         if word not in LABEL_FORMATS:
             what = f"{word or 'an empty name'} is no format of labels"
@@ -690,7 +711,7 @@ def _check_gallery_paths(config: Config) -> None:
     for name in ("data_root", "add"):
         if getattr(config, name) is not None:
             _check_folder(name, getattr(config, name), DATA_TREE)
-    if config.command == "prototypes" and sum((config.list, config.add is not None, config.remove is not None)) != 1:
+    if sum((config.list, config.add is not None, config.remove is not None)) > 1:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
@@ -4572,12 +4593,14 @@ class Gallery:
 
     class_names: tuple[str, ...]
     centroids: np.ndarray  # (C, D) float32 unit norm
+    prototypes: np.ndarray  # (P, D) float32 unit norm, grouped by class: the centroids, or several of a class
+    prototype_labels: np.ndarray  # (P,) int64
     stacks: np.ndarray  # (N, D) float32 unit norm, grouped by class
     stack_labels: np.ndarray  # (N,) int64
     stack_paths: tuple[str, ...]
     stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
     thresholds: np.ndarray  # (C,) float32, score below which the answer is `unknown`
-    matcher: str  # centroid or knn
+    matcher: str  # centroid, prototypes (the nearest of a class) or knn
     knn_k: int
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
@@ -4587,7 +4610,29 @@ class Gallery:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
         if self.matcher == "centroid":
             return queries @ self.centroids.T
-        return knn_scores(queries, self.stacks, self.stack_labels, len(self.class_names), self.knn_k)
+        return knn_scores(queries, *self.matched_against, len(self.class_names), self.nearest_count)
+
+    @property
+    def matched_against(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors (n, D) that queries are compared with, and their labels (n,)."""
+        if self.matcher == "knn":
+            return self.stacks, self.stack_labels
+        return self.prototypes, self.prototype_labels
+
+    @property
+    def nearest_count(self) -> int:
+        """How many of a class's vectors, those nearest to the query, make its score."""
+        return self.knn_k if self.matcher == "knn" else 1
+
+    @property
+    def most_prototypes(self) -> int:
+        """Prototypes of the class that has most of them."""
+        return int(np.bincount(self.prototype_labels).max())
+
+    @property
+    def matchers(self) -> list[str]:
+        """The matchers that this gallery can be used with."""
+        return ["centroid", *(["prototypes"] if self.most_prototypes > 1 else []), "knn"]
 
 
 def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -4597,6 +4642,11 @@ def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int
     return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
+def class_borders(labels: np.ndarray, num_classes: int) -> list[tuple[int, int]]:
+    """Return for each class where it begins and ends in ascending labels."""
+    return list(itertools.pairwise(np.searchsorted(labels, np.arange(num_classes + 1)).tolist()))
+
+
 def knn_scores(
     queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray, num_classes: int, k: int
 ) -> np.ndarray:
@@ -4604,11 +4654,11 @@ def knn_scores(
 
     k = 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
     """
-    borders = np.searchsorted(stack_labels, np.arange(num_classes + 1))
+    borders = class_borders(stack_labels, num_classes)
     scores = np.full((len(queries), num_classes), -1.0, dtype=np.float32)
     for start in range(0, len(queries), 1024):  # bounds the (queries x references) matrix
         cosine = queries[start : start + 1024] @ stacks.T
-        for label, (low, high) in enumerate(itertools.pairwise(borders)):
+        for label, (low, high) in enumerate(borders):
             if high > low:
                 kept = min(k, high - low)
                 nearest = np.partition(cosine[:, low:high], high - low - kept, axis=1)[:, -kept:]
@@ -4618,9 +4668,8 @@ def knn_scores(
 
 def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
     """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
-    borders = np.searchsorted(gallery.stack_labels, np.arange(len(gallery.class_names) + 1))
     nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
-    for label, (low, high) in enumerate(itertools.pairwise(borders)):
+    for label, (low, high) in enumerate(class_borders(gallery.stack_labels, len(gallery.class_names))):
         if high > low:
             nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
     return nearest
@@ -4671,15 +4720,19 @@ def build_gallery(
         unknown: embeddings (U, D) of objects of no class, any answer to which is wrong.
     """
     num_classes = len(records.class_names)
-    stacks = references.take(np.argsort(references.labels, kind="stable"))
-    centroids = class_centroids(stacks.values, stacks.labels, num_classes)
+    references = references.take(np.argsort(references.labels, kind="stable"))
+    centroids, stacks = class_centroids(references.values, references.labels, num_classes), references
     if config.max_refs_per_class is not None:
-        members = [np.flatnonzero(stacks.labels == label) for label in range(num_classes)]
-        kept = [own[choose_references(stacks.values[own], config.max_refs_per_class)] for own in members]
+        kept = [
+            low + choose_references(stacks.values[low:high], config.max_refs_per_class)
+            for low, high in class_borders(stacks.labels, num_classes)
+        ]
         stacks = stacks.take(np.concatenate(kept))
     gallery = Gallery(
         class_names=records.class_names,
         centroids=centroids,
+        prototypes=centroids,
+        prototype_labels=np.arange(num_classes),
         stacks=stacks.values,
         stack_labels=stacks.labels,
         stack_paths=tuple(records.paths[row] for row in stacks.rows.tolist()),
@@ -4690,17 +4743,84 @@ def build_gallery(
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )
-    return calibrate(choose_matcher(gallery, val), val, config.target_precision, unknown)
+    gallery = choose_matcher(split_classes(gallery, references, config.prototypes_per_class), val)
+    if config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
+        gallery = try_several_prototypes(gallery, references, val)
+    return calibrate(gallery, val, config.target_precision, unknown)
+
+
+def split_classes(gallery: Gallery, references: Embedded, per_class: str | int) -> Gallery:
+    """Return the gallery with up to that many prototypes a class, each the mean of a k-means cluster of its references.
+
+    Clusters of fewer than MIN_CLUSTER references are left out, and a class in one piece has its centroid.
+
+    Args:
+        references: all of the gallery's, grouped by class.
+        per_class: 1, and "auto" for now, is the centroid alone.
+    """
+    if per_class in ("auto", "1", 1):
+        return gallery
+    num_classes = len(gallery.class_names)
+    gallery = take_prototypes(
+        gallery,
+        [
+            mean_of_clusters(references.values[low:high], int(per_class), gallery.centroids[label])
+            for label, (low, high) in enumerate(class_borders(references.labels, num_classes))
+        ],
+    )
+    return dataclasses.replace(gallery, matcher="prototypes") if gallery.most_prototypes > 1 else gallery
+
+
+def take_prototypes(gallery: Gallery, parts: Sequence[np.ndarray]) -> Gallery:
+    """Return the gallery with these prototypes (n, D) of each class."""
+    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return dataclasses.replace(gallery, prototypes=np.concatenate(parts), prototype_labels=labels)
+
+
+def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -> np.ndarray:
+    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid where it is in one piece."""
+    count = min(count, len(embeddings) // MIN_CLUSTER)
+    if count < 2:
+        return centroid[None]
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters
+        clusters = KMeans(count, n_init=4, random_state=0).fit(embeddings).labels_
+    means = class_centroids(embeddings, clusters, count)[np.bincount(clusters, minlength=count) >= MIN_CLUSTER]
+    return means if len(means) > 1 else centroid[None]
 
 
 def choose_matcher(gallery: Gallery, val: Embedded) -> Gallery:
     """Return the gallery with the k of KNN_CHOICES, and the matcher, that are right most often on val; of equals the simpler."""
 
     def accuracy(own: Gallery) -> float:
-        return float((own.scores(val.values).argmax(axis=1) == val.labels).mean())
+        return float(answers_right(own, val).mean())
 
     knn = max((dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES), key=accuracy)
     return knn if accuracy(knn) > accuracy(gallery) else dataclasses.replace(gallery, knn_k=knn.knn_k)
+
+
+def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
+    """Return the gallery with the number of prototypes a class that is measurably better on val than its matcher, if one is.
+
+    Measurably: among the val images that only one of the two gets right, so many more are the new one's that a fair coin would
+    do it in less than SIGNIFICANCE of all cases.
+    """
+    from scipy.stats import binomtest
+
+    rivals = [split_classes(gallery, references, count) for count in PROTOTYPE_CHOICES]
+    best = max(rivals, key=lambda rival: answers_right(rival, val).sum())
+    gain = np.bincount(val.rows, weights=answers_right(best, val).astype(float) - answers_right(gallery, val))
+    wins, losses = int((gain > 0).sum()), int((gain < 0).sum())  # by image: mix judges a crop twice
+    if wins and binomtest(wins, wins + losses, alternative="greater").pvalue < SIGNIFICANCE / len(rivals):
+        return best
+    return gallery
+
+
+def answers_right(gallery: Gallery, queries: Embedded) -> np.ndarray:
+    """Say of each query, (n,) bool, whether the gallery's answer is its class."""
+    return gallery.scores(queries.values).argmax(axis=1) == queries.labels
 
 
 def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None = None) -> Gallery:
@@ -4764,7 +4884,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         unknown: embeddings (U, D) of objects of no class; None: classes are held out in turn.
 
     Returns:
-        closed: by `centroid` and by `knn`, acc and f1_macro with intervals; retrieval: recall_at_1, recall_at_5, map_at_r;
+        closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and f1_macro with intervals;
+        retrieval: recall_at_1, recall_at_5, map_at_r;
         open_set: auroc, fpr95; answers: at each precision asked for, threshold from val, precision and coverage on test;
         ece; few: classes with fewer than FEW_IMAGES test images.
     """
@@ -4778,7 +4899,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         "closed": {
             matcher.matcher: _closed_set(matcher.scores(test.values).argmax(axis=1), test, len(gallery.class_names))
             | ({"k": matcher.knn_k} if matcher.matcher == "knn" else {})
-            for matcher in (dataclasses.replace(gallery, matcher=name) for name in ("centroid", "knn"))
+            for matcher in (dataclasses.replace(gallery, matcher=name) for name in gallery.matchers)
         },
         "retrieval": {name: _mean_with_interval(values, test.rows) for name, values in found.items()},
         "open_set": open_set_figures(scores, test.labels, None if unknown is None else gallery.scores(unknown)),
@@ -4871,6 +4992,8 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         np.savez(
             file,
             centroids=gallery.centroids,
+            prototypes=gallery.prototypes,
+            prototype_labels=gallery.prototype_labels,
             stacks=gallery.stacks,
             stack_labels=gallery.stack_labels,
             stack_paths=np.array(gallery.stack_paths, dtype=np.str_),
@@ -4931,7 +5054,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             class_names=tuple(arrays["id2cls"].tolist()),
             stack_paths=tuple(arrays["stack_paths"].tolist()),
             matcher=str(arrays["matcher"]),
-            **{name: arrays[name] for name in ("centroids", "stacks", "stack_labels", "stack_views", "thresholds")},
+            **{name: arrays[name] for name in ("centroids", "prototypes", "prototype_labels", "thresholds")},
+            **{name: arrays[name] for name in ("stacks", "stack_labels", "stack_views")},
             **{name: meta[name] for name in ("knn_k", "temperature")},
             is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
             val_thresholds=tuple(meta["val_thresholds"]),
@@ -4951,9 +5075,9 @@ class TrainedRun:
     config: Config  # of its training
     info: BackboneInfo
     model: Recognizer  # on the device, in eval mode
-    gallery: Gallery
-    meta: dict[str, Any]  # of the gallery
     runtime: Runtime
+    gallery: Gallery | None = None  # None as long as it is made anew
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
 
     def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
         """Return unit embeddings float32 (N, D) of images uint8 (N, 3, H, W), `batch` at a time."""
@@ -4978,13 +5102,27 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
         backbone_weights: of a frozen backbone, where they are no longer where the run found them.
 
     Raises:
-        UserError: not a finished run, one of another version, weights that cannot be had, or a gallery of another model.
+        UserError: not a run, or one of another version; as `load_model` does; or the gallery is missing, damaged, or of another
+            model.
     """
     config = read_run_config(path)
-    for name in ("prototypes.npz", BEST_NAME):
-        if not (path / name).is_file():
-            raise UserError(f"has no {name}", f"--run {path}", "give the out_dir of a run that has finished")
+    if not (path / "prototypes.npz").is_file():
+        remedy = f"let it finish, or make it from the best checkpoint: python {SCRIPT_NAME} prototypes --run {path}"
+        raise UserError("has no prototypes.npz", f"--run {path}", remedy)
     gallery, meta = load_gallery(path / "prototypes.npz")
+    run = load_model(path, config, runtime, backbone_weights)
+    _check_gallery(path, meta, to_json(describe_embedding(config, run.info, run.model)))
+    return dataclasses.replace(run, gallery=gallery, meta=meta)
+
+
+def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
+    """Load the best model of a run with these options, without its gallery.
+
+    Raises:
+        UserError: no best checkpoint, one of another version, or weights that cannot be had.
+    """
+    if not (path / BEST_NAME).is_file():
+        raise UserError(f"has no {BEST_NAME}", f"--run {path}", "give the out_dir of a run that has finished")
     try:
         payload = load_checkpoint(path / BEST_NAME)
     except UserError as error:
@@ -4993,9 +5131,8 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     model.load_trained_state(payload["model"])
-    _check_gallery(path, meta, to_json(describe_embedding(config, info, model)))
     model.backbone.dtype = runtime.dtype
-    return TrainedRun(path, config, info, model.to(runtime.device).eval(), gallery, meta, runtime)
+    return TrainedRun(path, config, info, model.to(runtime.device).eval(), runtime)
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -5160,6 +5297,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         thresholds=np.concatenate([gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)]),
         is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
     )
+    grown = _renew_prototypes(grown, touched.tolist())
     scores = leave_one_out_scores(grown)
     answers, best, is_right = scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == grown.stack_labels
     for label in range(num_old, len(class_names)):
@@ -5168,6 +5306,18 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
             grown.thresholds[label] = precision_threshold(best[mine], is_right[mine], precision)
             grown.is_pooled[label] = False
     return grown
+
+
+def _renew_prototypes(gallery: Gallery, touched: Sequence[int]) -> Gallery:
+    """Return the gallery with prototypes made anew, as many a class as before, for the classes whose references have changed."""
+    num_classes, most = len(gallery.class_names), gallery.most_prototypes
+    old = class_borders(gallery.prototype_labels, num_classes)
+    parts = [gallery.prototypes[low:high] for low, high in old]
+    stacks = class_borders(gallery.stack_labels, num_classes)
+    for label in touched:
+        low, high = stacks[label]
+        parts[label] = mean_of_clusters(gallery.stacks[low:high], most, gallery.centroids[label])
+    return take_prototypes(gallery, parts)
 
 
 def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
@@ -5179,16 +5329,31 @@ def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
         values = gallery.stacks[mine]
         if len(mine) == 1:
             scores[mine, label] = -1.0
-        elif gallery.matcher == "centroid":
-            others = values.sum(axis=0) - values
-            others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
-            scores[mine, label] = (values * others).sum(axis=1)
+        elif gallery.matcher != "knn":
+            own = gallery.centroids[[label]]
+            if gallery.matcher == "prototypes":
+                own = gallery.prototypes[gallery.prototype_labels == label]
+            scores[mine, label] = _score_without_oneself(values, own)
         else:
             cosine = values @ values.T
             np.fill_diagonal(cosine, -np.inf)
             kept = min(gallery.knn_k, len(mine) - 1)
             scores[mine, label] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
     return scores
+
+
+def _score_without_oneself(values: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+    """Return the cosine (n,) of each reference of a class to the nearest prototype, itself taken out of the one it belongs to."""
+    cosine = values @ prototypes.T
+    cluster = cosine.argmax(axis=1)
+    sums = np.zeros_like(prototypes)
+    np.add.at(sums, cluster, values)
+    others = sums[cluster] - values
+    others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
+    cosine[np.arange(len(values)), cluster] = np.where(
+        np.bincount(cluster)[cluster] > 1, (values * others).sum(axis=1), -1.0
+    )
+    return cosine.max(axis=1)
 
 
 def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
@@ -5213,6 +5378,11 @@ def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
     return found
 
 
+def _close_gap(labels: np.ndarray, removed: int) -> np.ndarray:
+    kept = labels[labels != removed]
+    return kept - (kept > removed)
+
+
 def remove_class(gallery: Gallery, name: str) -> Gallery:
     """Return the gallery without a class.
 
@@ -5229,8 +5399,10 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
         gallery,
         class_names=tuple(itertools.compress(gallery.class_names, classes)),
         centroids=gallery.centroids[classes],
+        prototypes=gallery.prototypes[gallery.prototype_labels != label],
+        prototype_labels=_close_gap(gallery.prototype_labels, label),
         stacks=gallery.stacks[kept],
-        stack_labels=gallery.stack_labels[kept] - (gallery.stack_labels[kept] > label),
+        stack_labels=_close_gap(gallery.stack_labels, label),
         stack_paths=tuple(itertools.compress(gallery.stack_paths, kept)),
         stack_views=gallery.stack_views[kept],
         thresholds=gallery.thresholds[classes],
@@ -5244,12 +5416,13 @@ def format_gallery(gallery: Gallery) -> str:
     np.fill_diagonal(similarity, -1.0)
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     width = max(5, *map(len, gallery.class_names))
-    lines = [f"{'class':<{width}}{'references':>12}{'threshold':>11}  nearest class"]
+    prototypes = np.bincount(gallery.prototype_labels, minlength=len(gallery.class_names))
+    lines = [f"{'class':<{width}}{'references':>12}{'prototypes':>12}{'threshold':>11}  nearest class"]
     for label, name in enumerate(gallery.class_names):
         nearest = int(similarity[label].argmax())
         pooled = "*" if gallery.is_pooled[label] else " "
         lines.append(
-            f"{name:<{width}}{counts[label]:>12,}{gallery.thresholds[label]:>10.3f}{pooled}"
+            f"{name:<{width}}{counts[label]:>12,}{prototypes[label]:>12}{gallery.thresholds[label]:>10.3f}{pooled}"
             f"  {gallery.class_names[nearest]} ({similarity[label, nearest]:.3f})"
         )
     note = ["* the threshold of all classes together"] if gallery.is_pooled.any() else []
@@ -6794,14 +6967,15 @@ class ExportedModel(nn.Module):
         self.recognizer, self.matcher, self.temperature = run.model, gallery.matcher, gallery.temperature
         self.register_buffer("thresholds", torch.from_numpy(gallery.thresholds))
         self.register_buffer("centroids", torch.from_numpy(gallery.centroids))
-        counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
-        # References of each class by their row, padded with a row of nothing: (C, largest class).
-        table = np.full((len(counts), int(counts.max())), len(gallery.stacks), dtype=np.int64)
+        vectors, labels = gallery.matched_against
+        counts = np.bincount(labels, minlength=len(gallery.class_names))
+        # Vectors of each class by their row, padded with a row of nothing: (C, largest class).
+        table = np.full((len(counts), int(counts.max())), len(vectors), dtype=np.int64)
         for label, (start, count) in enumerate(zip(np.cumsum(counts) - counts, counts, strict=True)):
             table[label, :count] = np.arange(start, start + count)
         self.register_buffer("table", torch.from_numpy(table))
-        self.register_buffer("stacks", torch.from_numpy(gallery.stacks))
-        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.knn_k)))
+        self.register_buffer("vectors", torch.from_numpy(vectors))
+        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.nearest_count)))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3).
@@ -6810,13 +6984,13 @@ class ExportedModel(nn.Module):
             embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
         """
         embeddings = self.recognizer.embed(self.recognizer.backbone(images.permute(0, 3, 1, 2)))
-        scores = embeddings @ self.centroids.T if self.matcher == "centroid" else self._knn(embeddings)
+        scores = embeddings @ self.centroids.T if self.matcher == "centroid" else self._mean_of_nearest(embeddings)
         best, labels = scores.max(dim=1)
         labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))
         return embeddings, scores, (scores / self.temperature).softmax(dim=1), labels
 
-    def _knn(self, embeddings: torch.Tensor) -> torch.Tensor:
-        cosine = F.pad(embeddings @ self.stacks.T, (0, 1), value=-2.0)[:, self.table]
+    def _mean_of_nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        cosine = F.pad(embeddings @ self.vectors.T, (0, 1), value=-2.0)[:, self.table]
         most = int(self.kept.max())
         nearest = cosine.topk(most, dim=2).values  # (N, C, k), the nearest first
         counts = torch.arange(most, device=nearest.device) < self.kept[:, None]
@@ -7182,8 +7356,8 @@ def _describe_matcher(prototypes: dict[str, Any] | None) -> str:
     """Return in words how a query is matched, from the proto_end event."""
     if prototypes is None:
         return "–"
-    if prototypes["matcher"] == "centroid":
-        return "nearest centroid"
+    if prototypes["matcher"] != "knn":
+        return MATCHER_NAMES[prototypes["matcher"]]
     k = prototypes["knn_k"]
     return "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
 
@@ -7514,12 +7688,12 @@ def _measure_view(measured: dict[str, Any] | None) -> dict[str, Any] | None:
     if measured is None:
         return None
     closed, retrieval = measured["closed"], measured["retrieval"]
-    knn = f"k nearest references, k = {closed['knn']['k']}"
     rows = [
-        ("Accuracy, nearest centroid", closed["centroid"]["acc"]),
-        ("Macro F1, nearest centroid", closed["centroid"]["f1_macro"]),
-        (f"Accuracy, {knn}", closed["knn"]["acc"]),
-        (f"Macro F1, {knn}", closed["knn"]["f1_macro"]),
+        *(
+            (f"{text}, {MATCHER_NAMES[name]}" + (f", k = {own['k']}" if name == "knn" else ""), own[key])
+            for name, own in closed.items()
+            for key, text in (("acc", "Accuracy"), ("f1_macro", "Macro F1"))
+        ),
         *((name, retrieval[key]) for key, name in RETRIEVAL_NAMES.items()),
     ]
     return {
@@ -9324,12 +9498,7 @@ def run_evaluate(config: Config) -> None:
 
 
 def _embed_split(run: TrainedRun, config: Config) -> Embedded:
-    scan = scan_for_run(
-        run, run.config.data_root, dataclasses.replace(run.config, masks_out=config.masks_out or run.config.masks_out)
-    )
-    records, notes = reuse_splits(run.path / "splits.json", scan.records)
-    for note in notes:
-        show(f"warning: {note}")
+    records = scan_own_data(run, choose_options(run.config, config))
     if not len(records.rows(config.split)):
         raise UserError(f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR")
     show(f"{config.split} images of {run.config.data_root}")
@@ -9337,6 +9506,14 @@ def _embed_split(run: TrainedRun, config: Config) -> Embedded:
     number = {name: index for index, name in enumerate(run.gallery.class_names)}
     known = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
     return dataclasses.replace(embedded, labels=known).take(known >= 0)
+
+
+def scan_own_data(run: TrainedRun, options: Config) -> Records:
+    """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
+    records, notes = reuse_splits(run.path / "splits.json", scan_for_run(run, options.data_root, options).records)
+    for note in notes:
+        show(f"warning: {note}")
+    return records
 
 
 def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarray]:
@@ -9389,32 +9566,84 @@ def _load_references(run: TrainedRun, config: Config) -> np.ndarray:
 
 
 def run_prototypes(config: Config) -> None:
-    """Show what is in a run's gallery, enrol classes from a few crops, or take one out; the old file is kept beside the new one."""
+    """Make a run's gallery anew, show it, enrol classes from a few crops, or take one out; the old file is kept beside the new."""
     check_paths(config)
     keep_freed_memory()
     if config.list:
         show(format_gallery(load_gallery(config.run / "prototypes.npz")[0]))
         return
-    run = load_run(config.run, make_runtime(config), config.backbone_weights)
-    with lock_directory(run.path, "--run"):
+    named: Sequence[str] = ()
+    read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
+    with lock_directory(config.run, "--run"):
         if config.remove is not None:
-            gallery, named = remove_class(run.gallery, config.remove), ()
+            run = load_run(config.run, make_runtime(config), config.backbone_weights)
+            gallery, meta = remove_class(run.gallery, config.remove), run.meta
+        elif config.add is not None:
+            run = load_run(config.run, make_runtime(config), config.backbone_weights)
+            gallery, named = enrol_folder(run, config)
+            meta = run.meta
         else:
-            records = scan_for_run(run, config.add, config).records
-            added = embed_records(run, records, np.arange(len(records.paths)), config)
-            paths = [str((config.add / records.paths[row]).resolve()) for row in range(len(records.paths))]
-            gallery = enrol(run.gallery, added, records.class_names, paths, config.target_precision)
-            named = records.class_names
-        path = run.path / "prototypes.npz"
+            gallery, meta = rebuild_gallery(config)
+        kept = replace_gallery(config.run / "prototypes.npz", gallery, meta)
+    show(format_gallery(gallery))
+    for sentence in find_collisions(gallery, named):
+        show(f"warning: {sentence}")
+    show(f"written: {config.run / 'prototypes.npz'}" + (f"; as it was, it is {kept.name}" if kept else ""))
+
+
+def enrol_folder(run: TrainedRun, config: Config) -> tuple[Gallery, Sequence[str]]:
+    """Return the run's gallery with the crops below --add, and the names of their classes."""
+    records = scan_for_run(run, config.add, config).records
+    added = embed_records(run, records, np.arange(len(records.paths)), config)
+    paths = [str((config.add / records.paths[row]).resolve()) for row in range(len(records.paths))]
+    precision = choose_options(run.config, config).target_precision
+    return enrol(run.gallery, added, records.class_names, paths, precision), records.class_names
+
+
+def rebuild_gallery(config: Config) -> tuple[Gallery, dict[str, Any]]:
+    """Return the gallery that the run's own training and val images make, with the options of the run or those typed, and its meta.
+
+    Raises:
+        UserError: the run has no model, or its images have other classes now.
+    """
+    run = load_model(config.run, read_run_config(config.run), make_runtime(config), config.backbone_weights)
+    options = choose_options(run.config, config)
+    records = scan_own_data(run, options)
+    embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
+    unknown = None
+    if options.unknown_dir is not None:
+        strangers = unknown_records(options.unknown_dir)["fit"]
+        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config).values
+    gallery = build_gallery(records, embedded["train"], embedded["val"], options, unknown)
+    path = config.run / "prototypes.npz"
+    if path.is_file():
+        with contextlib.suppress(UserError):  # damaged: the very reason to make it anew
+            if lost := sorted(set(load_gallery(path)[0].class_names) - set(records.class_names)):
+                show(f"warning: enrolled classes have to be added again: {', '.join(lost)}")
+    return gallery, describe_gallery(options, run.info, records.class_names, run.model)
+
+
+def choose_options(own: Config, typed: Config) -> Config:
+    """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
+    names = {"data_root", "masks_out", "class_map", "unknown_dir"}
+    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class"}
+    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.given})
+
+
+def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path | None:
+    """Write prototypes.npz with a new date; return where the old one is kept, None if there was none.
+
+    Raises:
+        UserError: it was replaced in this very second before, or cannot be written.
+    """
+    kept = None
+    if path.exists():
         kept = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
         if kept.exists():
             raise UserError("was written in this very second", str(kept), "try again")
         copy_checkpoint(path, kept)
-        save_gallery(path, gallery, run.meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    show(format_gallery(gallery))
-    for sentence in find_collisions(gallery, named):
-        show(f"warning: {sentence}")
-    show(f"written: {path}; as it was, it is {kept.name}")
+    save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    return kept
 
 
 def run_demo(config: Config) -> None:
@@ -9643,13 +9872,16 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     run.event(
         "proto_end",
         refs=len(gallery.stack_labels),
+        prototypes=len(gallery.prototypes),
         matcher=gallery.matcher,
         knn_k=gallery.knn_k,
         temperature=gallery.temperature,
     )
     run.log(
-        f"prototypes: {len(gallery.stack_labels):,} references, matcher {gallery.matcher}"
-        + f" (k = {gallery.knn_k})" * (gallery.matcher == "knn")
+        f"prototypes: {len(gallery.prototypes):,} of {len(gallery.class_names):,} classes, from"
+        f" {len(gallery.stack_labels):,} references; matched by the {MATCHER_NAMES[gallery.matcher]}"
+        + f", k = {gallery.knn_k}"
+        * (gallery.matcher == "knn")
     )
     if gallery.is_pooled.any():
         run.log(
@@ -9751,7 +9983,7 @@ def format_measures(figures: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     lines = [
-        f"closed set, {'centroid' if name == 'centroid' else 'kNN with k = ' + str(own['k'])}:"
+        f"closed set, {MATCHER_NAMES[name]}{', k = ' + str(own['k']) if name == 'knn' else ''}:"
         f" acc {show(own['acc'])}, macro F1 {show(own['f1_macro'])}"
         for name, own in figures["closed"].items()
     ]

@@ -31,9 +31,12 @@ def trained(run_dir: Path) -> lct.TrainedRun:
     return lct.load_run(run_dir, lct.Runtime(torch.device("cpu"), 0, torch.float32))
 
 
-@pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("knn", 1), ("knn", 10)])
+@pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("prototypes", 1), ("knn", 1), ("knn", 10)])
 def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, matcher: str, k: int) -> None:
     gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_k=k)
+    if matcher == "prototypes":
+        stacks = [gallery.stacks[gallery.stack_labels == label] for label in range(3)]
+        gallery = lct.take_prototypes(gallery, [stacks[0][:3], stacks[1][:1], stacks[2][:2]])
     model = lct.ExportedModel(lct.dataclasses.replace(trained, gallery=gallery)).eval()
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -19,9 +19,11 @@ QUIET = ("--gpus", "0", "--workers", "0")
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data of four classes, and a finished run on them."""
+    """Data of four classes, a fifth that a class map leaves out, and a finished run on them."""
     folder = tmp_path_factory.mktemp("gallery")
     data = make_dataset(folder / "data", {"axe": 24, "bit": 24, "clamp": 24, "drill": 24})
+    make_dataset(folder / "data", {"rubbish": 3}, seed=8)
+    (folder / "map.yaml").write_text("null: [rubbish]\n")
     recipe = (
         "--model_id test_resnet --no-freeze_backbone --epochs 10 --batch 16 --lr 0.01 --arc_lr 0.01 --arc_margin 0.1"
     )
@@ -30,6 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         str(data),
         "--out_dir",
         str(folder / "run"),
+        "--class_map",
+        str(folder / "map.yaml"),
         *TINY_RUN,
         *recipe.split(),
         "--save_every",
@@ -149,11 +153,58 @@ def test_list_shows_each_class_and_writes_nothing(
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
+def test_a_gallery_is_made_anew_as_the_run_made_it(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    before, meta = lct.load_gallery(run_dir / "prototypes.npz")
+    (run_dir / "prototypes.npz").unlink()
+    assert call_main("evaluate", "--run", run_dir, *QUIET) == 2
+    assert "has no prototypes.npz" in capsys.readouterr().err
+    assert call_main("prototypes", "--run", run_dir, *QUIET) == 0
+    again, new_meta = lct.load_gallery(run_dir / "prototypes.npz")
+    for field in lct.dataclasses.fields(lct.Gallery):
+        own, other = np.array(getattr(again, field.name)), np.array(getattr(before, field.name))
+        # Other batches than in training: sums differ in their last bits.
+        same = np.allclose(own, other, atol=1e-5) if own.dtype.kind == "f" else np.array_equal(own, other)
+        assert same, field.name
+    fitted = dict.fromkeys(("date", "temperature", "val_thresholds"))
+    assert new_meta | fitted == meta | fitted
+    assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "saw", 6), *QUIET) == 0
+    capsys.readouterr()
+    options = ("--prototypes_per_class", 2, "--max_refs_per_class", 6, "--target_precision", 0.6)
+    assert call_main("prototypes", "--run", run_dir, *options, *QUIET) == 0
+    assert "have to be added again: saw" in capsys.readouterr().out
+    split, meta = lct.load_gallery(run_dir / "prototypes.npz")
+    assert split.class_names == before.class_names and np.allclose(split.centroids, before.centroids, atol=1e-5)
+    assert np.bincount(split.stack_labels).tolist() == [6] * 4 and meta["target_precision"] == 0.6
+    assert split.most_prototypes == 2
+    assert call_main("evaluate", "--run", run_dir, *QUIET) == 0
+    assert "nearest of several prototypes a class" in capsys.readouterr().out
+
+
+def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
+    run_dir: Path, tmp_path: Path, call_main: Main
+) -> None:
+    assert call_main("prototypes", "--run", run_dir, "--prototypes_per_class", 2, *QUIET) == 0
+    before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    more = new_class(new_class(tmp_path / "more", "saw", 6, 8), "bit", 1, 8)
+    (run_dir / next(run_dir.glob("prototypes.2*")).name).unlink()  # the next one may come within the same second
+    assert call_main("prototypes", "--run", run_dir, "--add", more, *QUIET) == 0
+    grown, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    for label in (0, 2, 3):
+        own = before.prototypes[before.prototype_labels == label]
+        assert np.array_equal(grown.prototypes[grown.prototype_labels == label], own)
+    assert (grown.prototype_labels == 4).any() and (np.diff(grown.prototype_labels) >= 0).all()
+    smaller = lct.remove_class(grown, "bit")
+    assert np.array_equal(smaller.prototypes, grown.prototypes[grown.prototype_labels != 1])
+    assert np.array_equal(np.unique(smaller.prototype_labels), np.arange(4))
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (("prototypes",), "--run"),
-        (("prototypes", "--run", "RUN"), "one thing at a time"),
+        (("prototypes", "--run", "RUN", "--prototypes_per_class", "many"), "neither auto nor a number"),
         (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
         (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
         (("evaluate", "--run", "nowhere"), "does not exist"),
@@ -174,7 +225,8 @@ def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> 
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     for matcher, k in (("centroid", 1), ("knn", 1), ("knn", 5)):
         gallery = lct.Gallery(
-            class_names=("a", "b", "c"), centroids=lct.class_centroids(values, labels, 3), stacks=values,
+            class_names=("a", "b", "c"), centroids=(centroids := lct.class_centroids(values, labels, 3)),
+            prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
             stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
             thresholds=np.zeros(3, np.float32), matcher=matcher, knn_k=k, temperature=0.1, is_pooled=np.zeros(3, bool),
         )  # fmt: skip
@@ -187,6 +239,9 @@ def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> 
             )
             np.testing.assert_allclose(scores[row], without.scores(values[row : row + 1])[0], atol=1e-5)
         assert scores[10, 2] == -1.0
+        apart = lct.take_prototypes(gallery, [values[:3], values[6:10], values[10:]])
+        scores = lct.leave_one_out_scores(lct.dataclasses.replace(apart, matcher="prototypes"))
+        assert (scores[:3, 0] < 0.999).all() and scores[6, 0] == pytest.approx((values[6] @ values[:3].T).max())
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(

@@ -1,5 +1,6 @@
 """Section 14: centroids, matching, references, calibration, and the file that production reads."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -97,6 +98,54 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
+def draw_two_sides(num: int, seed: int) -> lct.Embedded:
+    """Four classes of two sides each, whose mean is nearer to another class than to either side."""
+    rng = np.random.default_rng(seed)
+    sides = np.eye(16)[[0, 1, 2, 3, 4, 5, 6, 7]]
+    own = np.tile(np.arange(8), num)
+    values = sides[own] + 0.4 * sides[(own + 3) % 8] + 0.15 * rng.normal(size=(len(own), 16))
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return lct.Embedded(np.arange(len(own)), np.zeros(len(own), np.uint8), own % 4, values)
+
+
+def test_several_prototypes_a_class_are_taken_where_val_says_so() -> None:
+    references, val = draw_two_sides(20, 1), draw_two_sides(20, 2)
+    records = make_records(160)
+    many = lct.build_gallery(records, references, val, lct.Config(prototypes_per_class="2"))
+    assert np.bincount(many.prototype_labels).tolist() == [2, 2, 2, 2]
+    np.testing.assert_allclose(np.linalg.norm(many.prototypes, axis=1), 1, atol=1e-5)
+    scores = dataclasses.replace(many, matcher="prototypes").scores(val.values)
+    cosine = val.values @ many.prototypes.T
+    np.testing.assert_allclose(scores, np.maximum(cosine[:, ::2], cosine[:, 1::2]), atol=1e-6)
+    assert (scores.argmax(axis=1) == val.labels).mean() > 0.95
+    one = lct.build_gallery(records, references, val, lct.Config(prototypes_per_class="1"))
+    np.testing.assert_array_equal(one.prototypes, one.centroids)
+    assert one.matcher in ("centroid", "knn")
+    auto = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config())
+    np.testing.assert_array_equal(auto.prototypes, auto.centroids)  # classes in one piece
+
+
+def test_auto_splits_classes_only_if_that_is_no_accident() -> None:
+    references, val = draw_two_sides(20, 1), draw_two_sides(20, 2)
+    plain = lct.build_gallery(make_records(160), references, val, lct.Config(prototypes_per_class="1"))
+    plain = dataclasses.replace(plain, matcher="centroid")
+    rng = np.random.default_rng(0)
+    plain = dataclasses.replace(plain, centroids=np.roll(plain.centroids, 1, axis=0))  # always wrong
+    assert lct.try_several_prototypes(plain, references, val).matcher == "prototypes"
+    few = val.take(rng.permutation(len(val.rows))[:4])  # four wins of four do not prove it
+    assert lct.try_several_prototypes(plain, references, few).matcher == "centroid"
+
+
+def test_a_single_picture_that_is_far_off_gets_no_prototype() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([np.eye(8)[[0, 1]].repeat(15, axis=0) + 0.05 * rng.normal(size=(30, 8)), -np.ones((1, 8))])
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    centroid = lct.class_centroids(values, np.zeros(31, int), 1)[0]
+    means = lct.mean_of_clusters(values, 3, centroid)
+    assert len(means) == 2 and (means @ values[-1]).max() < 0
+    assert np.array_equal(lct.mean_of_clusters(values[:5], 3, centroid), centroid[None]), "too few to split"
+
+
 def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     rng = np.random.default_rng(3)
     best = rng.uniform(0, 1, 400)
@@ -133,6 +182,8 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
         content = {name: file[name] for name in file.files}
     assert set(content) == {
         "centroids",
+        "prototypes",
+        "prototype_labels",
         "stacks",
         "stack_labels",
         "stack_paths",

@@ -49,22 +49,16 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
     labels = np.repeat(np.arange(3), 6)
     stacks = rng.normal(size=(18, 8)) + 2 * np.eye(3, 8)[labels]
     stacks = (stacks / np.linalg.norm(stacks, axis=1, keepdims=True)).astype(np.float32)
-    for matcher in ("centroid", "knn"):
-        centroids = lct.class_centroids(stacks, labels, 3)
-        thresholds = np.float32([0.5, 0.6, 0.7])
+    centroids, thresholds = lct.class_centroids(stacks, labels, 3), np.float32([0.5, 0.6, 0.7])
+    for matcher in ("centroid", "prototypes", "knn"):
         gallery = lct.Gallery(
-            ("a", "b", "c"),
-            centroids,
-            stacks,
-            labels,
-            ("p",) * 18,
-            np.zeros(18, np.uint8),
-            thresholds,
-            matcher,
-            3,
-            0.1,
-            np.zeros(3, bool),
-        )
+            class_names=("a", "b", "c"), centroids=centroids, prototypes=centroids, prototype_labels=np.arange(3),
+            stacks=stacks, stack_labels=labels, stack_paths=("p",) * 18, stack_views=np.zeros(18, np.uint8),
+            thresholds=thresholds, matcher=matcher, knn_k=3, temperature=0.1, is_pooled=np.zeros(3, bool),
+        )  # fmt: skip
+        if matcher == "prototypes":
+            gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), "2")
+            assert len(gallery.prototypes) > 3
         with tempfile.TemporaryDirectory() as folder:
             lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})
             for query in np.concatenate([stacks, -stacks[:3]]):
