@@ -122,7 +122,7 @@ EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 BOOTSTRAP_DRAWS = 500
-BOOTSTRAP_SAMPLES = 50_000_000  # draws x samples: above it fewer draws, which then suffice
+BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
@@ -4215,30 +4215,46 @@ def retrieval_scores(
     return found
 
 
-def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float | None]:
+def open_set_metrics(scores: np.ndarray, is_unknown: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Say how well a score tells known objects, which should have the higher ones, from unknown ones.
 
+    Args:
+        scores, is_unknown: (N,).
+        weights: (draws, N), how often each object counts; see `bootstrap_weights`.
+
     Returns:
-        auroc: the chance that a known object scores above an unknown one; fpr95: the share of unknowns that pass when the
-        threshold lets 95 % of the known ones pass.
+        auroc: (draws,), the chance that a known object scores above an unknown one; fpr95: (draws,), the share of unknowns that
+        pass when the threshold lets 95 % of the known ones pass. NaN where there are no known or no unknown objects.
     """
-    from scipy.stats import rankdata
+    order = np.argsort(scores)
+    ranked = scores[order]
+    known, unknown = weights[:, order] * ~is_unknown[order], weights[:, order] * is_unknown[order]
+    num_known, num_unknown = known.sum(axis=1), unknown.sum(axis=1)
+    below = np.pad(unknown.cumsum(axis=1), ((0, 0), (1, 0)))  # unknowns among the lowest i
+    first, last = np.searchsorted(ranked, ranked, "left"), np.searchsorted(ranked, ranked, "right")
+    area = (known * (below[:, first] + below[:, last])).sum(axis=1) / 2  # half a point for a tie
+    # At least 95 % of the known are not below the threshold.
+    place = (known.cumsum(axis=1) > np.floor(0.05 * num_known)[:, None]).argmax(axis=1)
+    passed = num_unknown - below[np.arange(len(weights)), first[place]]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        undefined = np.where(num_known * num_unknown > 0, 0.0, np.nan)
+        return {"auroc": area / (num_known * num_unknown) + undefined, "fpr95": passed / num_unknown + undefined}
 
-    if not len(known) or not len(unknown):
-        return {"auroc": None, "fpr95": None}
-    ranks = rankdata(np.concatenate([known, unknown]))[: len(known)]
-    area = (ranks.sum() - len(known) * (len(known) + 1) / 2) / (len(known) * len(unknown))
-    threshold = np.sort(known)[math.floor(0.05 * len(known))]  # at least 95 % are not below it
-    return {"auroc": float(area), "fpr95": float((unknown >= threshold).mean())}
 
+def calibration_error(
+    confidence: np.ndarray, is_right: np.ndarray, weights: np.ndarray, num_bins: int = 10
+) -> np.ndarray:
+    """Return the expected calibration error (draws,) over equal bins of confidence (N,) (Guo et al., arXiv:1706.04599, eq. 3).
 
-def calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float | None:
-    """Return the expected calibration error over equal bins of confidence (N,) (Guo et al., arXiv:1706.04599, eq. 3)."""
-    if not len(confidence):
-        return None
+    Args:
+        confidence, is_right: (N,).
+        weights: (draws, N), how often each sample counts.
+        num_bins: of equal width.
+    """
     bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    gap = np.bincount(bins, is_right, minlength=num_bins) - np.bincount(bins, confidence, minlength=num_bins)
-    return float(np.abs(gap).sum() / len(confidence))
+    in_bin = (bins[:, None] == np.arange(num_bins)) * (is_right - confidence)[:, None]  # (N, bins)
+    with np.errstate(invalid="ignore"):
+        return np.abs(weights @ in_bin).sum(axis=1) / weights.sum(axis=1)
 
 
 def precision_threshold(scores: np.ndarray, is_right: np.ndarray, precision: float) -> float:
@@ -4256,30 +4272,54 @@ def precision_threshold(scores: np.ndarray, is_right: np.ndarray, precision: flo
     return float(ranked[enough[-1]])
 
 
-def bootstrap_interval(statistic: Callable[[np.ndarray], float | None], images: np.ndarray) -> list[float] | None:
-    """Return the 95 % percentile interval of a figure over images drawn anew with replacement; deterministic.
+def bootstrap_weights(images: np.ndarray) -> np.ndarray:
+    """Return how often each sample counts, float32 (1 + draws, N): once in the first row, then in images drawn with replacement.
 
     Args:
-        statistic: of the positions of the samples drawn; None where it is not defined.
         images: int (N,), the image of each sample: two views of one come or go together.
     """
     unique, inverse = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(0)
-    values = []
-    for _ in range(min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, len(images)))):
-        times = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
-        values.append(statistic(np.repeat(np.arange(len(images)), times[inverse])))
-    defined = [value for value in values if value is not None]
-    return np.quantile(defined, (0.025, 0.975)).tolist() if defined else None
+    weights = np.ones((1 + min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, len(images))), len(images)), np.float32)
+    for row in weights[1:]:
+        row[:] = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))[inverse]
+    return weights
 
 
-def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float | None:
-    """Return the mean F1 of the classes that occur in `labels`; an answer of -1 (`unknown`) is right for none."""
-    hits = np.bincount(labels[labels == answers], minlength=num_classes)
-    support = np.bincount(labels, minlength=num_classes)
-    given = np.bincount(answers[answers >= 0], minlength=num_classes)
-    present = support > 0
-    return float((2 * hits[present] / (support + given)[present]).mean()) if present.any() else None
+def with_interval(values: np.ndarray) -> dict[str, Any]:
+    """Return the figure of the first of `bootstrap_weights`, and the 95 % percentile interval of the others."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    return {
+        "value": none_if_nan(float(values[0])),
+        "interval": np.quantile(drawn, (0.025, 0.975)).tolist() if len(drawn) else None,
+    }
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean (draws,) of values (N,) that are not NaN, each counted by its weight (draws, N)."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return weights[:, defined] @ values[defined] / weights[:, defined].sum(axis=1, dtype=np.float64)
+
+
+def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
+    """Return the mean F1 (draws,) of the classes that occur; an answer of -1 (`unknown`) is right for none.
+
+    Args:
+        labels, answers: (N,).
+        num_classes: of which some may not occur.
+        weights: (draws, N), how often each sample counts.
+    """
+    figures = np.full(len(weights), np.nan)
+    is_right, is_answer = labels == answers, answers >= 0
+    for draw, own in enumerate(weights):
+        hits = np.bincount(labels[is_right], own[is_right], num_classes)
+        support = np.bincount(labels, own, num_classes)
+        given = np.bincount(answers[is_answer], own[is_answer], num_classes)
+        present = support > 0
+        if present.any():
+            figures[draw] = (2 * hits[present] / (support + given)[present]).mean()
+    return figures
 
 
 # ======================================================================================================================
@@ -4884,64 +4924,52 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         unknown: embeddings (U, D) of objects of no class; None: classes are held out in turn.
 
     Returns:
-        closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and f1_macro with intervals;
-        retrieval: recall_at_1, recall_at_5, map_at_r;
-        open_set: auroc, fpr95; answers: at each precision asked for, threshold from val, precision and coverage on test;
-        ece; few: classes with fewer than FEW_IMAGES test images.
+        Figures as {value, interval}. closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and
+        f1_macro; retrieval: recall_at_1, recall_at_5, map_at_r; open_set: auroc, fpr95; answers: at each precision asked for,
+        threshold from val, precision and coverage on test; thresholds: the same with those of the classes; ece;
+        few: classes with fewer than FEW_IMAGES test images.
     """
-    scores = gallery.scores(test.values)
+    scores, weights = gallery.scores(test.values), bootstrap_weights(test.rows)
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == test.labels
-    probabilities = np.exp(log_softmax(scores / gallery.temperature)).max(axis=1)
     found = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     support = np.bincount(test.labels, minlength=len(gallery.class_names))
-    return {
+    figures = {
         "closed": {
-            matcher.matcher: _closed_set(matcher.scores(test.values).argmax(axis=1), test, len(gallery.class_names))
-            | ({"k": matcher.knn_k} if matcher.matcher == "knn" else {})
-            for matcher in (dataclasses.replace(gallery, matcher=name) for name in gallery.matchers)
+            name: _closed_set(dataclasses.replace(gallery, matcher=name), test, weights) for name in gallery.matchers
         },
-        "retrieval": {name: _mean_with_interval(values, test.rows) for name, values in found.items()},
-        "open_set": open_set_figures(scores, test.labels, None if unknown is None else gallery.scores(unknown)),
+        "retrieval": {name: with_interval(weighted_mean(values, weights)) for name, values in found.items()},
+        "open_set": open_set_figures(
+            scores, test.labels, None if unknown is None else gallery.scores(unknown), weights
+        ),
         "answers": [
-            {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right)}
+            {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right, weights)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
-        "thresholds": _answered(best >= gallery.thresholds[answers], is_right),
-        **({"unknown_passed": _passed_unknown(gallery, unknown)} if unknown is not None else {}),
-        "ece": calibration_error(probabilities, is_right),
+        "thresholds": _answered(best >= gallery.thresholds[answers], is_right, weights),
+        "ece": with_interval(calibration_error(highest_softmax(scores / gallery.temperature), is_right, weights)),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
+    if unknown is not None:
+        strangers = gallery.scores(unknown)
+        passed = (strangers.max(axis=1) >= gallery.thresholds[strangers.argmax(axis=1)]).astype(float)
+        figures["unknown_passed"] = with_interval(weighted_mean(passed, bootstrap_weights(np.arange(len(passed)))))
+    return figures
 
 
-def _answered(passed: np.ndarray, is_right: np.ndarray) -> dict[str, float | None]:
-    return {"coverage": float(passed.mean()), "precision": mean_or_none(is_right[passed].astype(float))}
-
-
-def _passed_unknown(gallery: Gallery, unknown: np.ndarray) -> float:
-    """Return the share of objects of no class that get a class all the same."""
-    scores = gallery.scores(unknown)
-    return float((scores.max(axis=1) >= gallery.thresholds[scores.argmax(axis=1)]).mean())
-
-
-def _closed_set(answers: np.ndarray, test: Embedded, num_classes: int) -> dict[str, Any]:
-    is_right = (answers == test.labels).astype(float)
+def _answered(passed: np.ndarray, is_right: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     return {
-        "acc": _mean_with_interval(is_right, test.rows),
-        "f1_macro": {
-            "value": macro_f1(test.labels, answers, num_classes),
-            "interval": bootstrap_interval(
-                lambda kept: macro_f1(test.labels[kept], answers[kept], num_classes), test.rows
-            ),
-        },
+        "coverage": with_interval(weighted_mean(passed.astype(float), weights)),
+        "precision": with_interval(weighted_mean(is_right[passed].astype(float), weights[:, passed])),
     }
 
 
-def _mean_with_interval(values: np.ndarray, images: np.ndarray) -> dict[str, Any]:
-    return {
-        "value": mean_or_none(values),
-        "interval": bootstrap_interval(lambda kept: mean_or_none(values[kept]), images),
-    }
+def _closed_set(gallery: Gallery, test: Embedded, weights: np.ndarray) -> dict[str, Any]:
+    answers = gallery.scores(test.values).argmax(axis=1)
+    right = (answers == test.labels).astype(float)
+    f1_macro = macro_f1(test.labels, answers, len(gallery.class_names), weights)
+    figures = {"acc": with_interval(weighted_mean(right, weights)), "f1_macro": with_interval(f1_macro)}
+    return figures | ({"k": gallery.knn_k} if gallery.matcher == "knn" else {})
 
 
 def best_score(scores: np.ndarray) -> np.ndarray:
@@ -4958,28 +4986,36 @@ def open_set_figures(
     scores: np.ndarray,
     labels: np.ndarray,
     unknown: np.ndarray | None,
+    weights: np.ndarray,
     confide: Callable[[np.ndarray], np.ndarray] = best_score,
 ) -> dict[str, Any]:
-    """Return auroc and fpr95 of what `confide` makes of the scores, by default the best similarity.
+    """Return auroc and fpr95, as {value, interval}, of what `confide` makes of the scores, by default the best similarity.
 
     Args:
         scores, labels: (N, C) and (N,), objects of known classes.
         unknown: scores (U, C) of objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its
             objects are the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so
             that strangers will be harder.
+        weights: (1 + draws, N) of the known objects, see `bootstrap_weights`.
         confide: from the scores (n, c) of the classes in the gallery to a confidence (n,).
     """
     if unknown is not None:
-        figures = open_set_metrics(confide(scores), confide(unknown))
+        drawn = bootstrap_weights(np.arange(len(unknown)))
+        draws = min(len(weights), len(drawn))
+        is_unknown = np.repeat([False, True], [len(scores), len(unknown)])
+        confidence = np.concatenate([confide(scores), confide(unknown)])
+        found = open_set_metrics(confidence, is_unknown, np.concatenate([weights[:draws], drawn[:draws]], axis=1))
+        figures = {name: with_interval(values) for name, values in found.items()}
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
     folds = np.arange(scores.shape[1]) % min(HELD_OUT_FOLDS, scores.shape[1])
-    figures = []
-    for fold in range(int(folds.max(initial=0)) + 1):
-        left = confide(scores[:, folds != fold])
-        is_unknown = folds[labels] == fold
-        figures.append(open_set_metrics(left[~is_unknown], left[is_unknown]))
-    means = {key: mean_or_none(np.array([own[key] for own in figures], dtype=float)) for key in ("auroc", "fpr95")}
-    return means | {"unknowns": len(labels), "source": "classes held out in turn"}
+    parts = [
+        open_set_metrics(confide(scores[:, folds != fold]), folds[labels] == fold, weights)
+        for fold in range(int(folds.max(initial=0)) + 1)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, as it should be
+        figures = {name: with_interval(np.nanmean([own[name] for own in parts], axis=0)) for name in ("auroc", "fpr95")}
+    return figures | {"unknowns": len(labels), "source": "classes held out in turn"}
 
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
@@ -7969,6 +8005,7 @@ _REPORT_HTML = """
 {% macro bar(share, kind="") %}
 <span class="bar"><i class="{{ kind }}" style="width: {{ (100 * share) | round(1) }}%"></i></span>
 {% endmacro %}
+{% macro span(interval) %}{% if interval %}{{ interval[0] | num }} – {{ interval[1] | num }}{% else %}–{% endif %}{% endmacro %}
 {% macro picture(shown, path) %}{% set uri = thumbnail(shown) %}
 <div class="frame">{% if uri %}<img src="{{ uri }}" alt="{{ path }}" title="{{ path }}">{% else %}no image{% endif %}</div>
 {% endmacro %}
@@ -8296,27 +8333,29 @@ _REPORT_HTML = """
       {% for name, value, interval in measured.rows %}
       <tr><td>{{ name }}</td><td><div class="score"><span>{{ value | num }}</span>
         {% if value is not none %}{{ bar(value) }}{% endif %}</div></td>
-        <td class="n">{% if interval %}{{ interval[0] | num }} – {{ interval[1] | num }}{% else %}–{% endif %}</td></tr>
+        <td class="n">{{ span(interval) }}</td></tr>
       {% endfor %}
     </table></div>
     <div><h3>Answers that have to be right</h3>
       <table>
         <thead><tr><th>Asked on val</th><th class="n">Answered</th><th class="n">Right</th></tr></thead>
         {% for row in measured.answers %}
-        <tr><td>{{ (100 * row.target) | round | int }} %</td><td class="n">{{ row.coverage | num }}</td>
-          <td class="n">{{ row.precision | num }}</td></tr>
+        <tr><td>{{ (100 * row.target) | round | int }} %</td><td class="n">{{ row.coverage.value | num }}</td>
+          <td class="n">{{ row.precision.value | num }}</td></tr>
         {% endfor %}
-        <tr><td>by class</td><td class="n">{{ measured.thresholds.coverage | num }}</td>
-          <td class="n">{{ measured.thresholds.precision | num }}</td></tr>
+        <tr><td>by class</td><td class="n">{{ measured.thresholds.coverage.value | num }}</td>
+          <td class="n">{{ measured.thresholds.precision.value | num }}</td></tr>
       </table>
     </div>
   </div>
   <h3 class="space">Unknown objects ({{ measured.source }})</h3>
   <div class="scroll"><table>
-    <thead><tr><th>Told by</th><th>AUROC</th><th class="n">Unknowns that pass with 95 % of the known</th></tr></thead>
+    <thead><tr><th>Told by</th><th>AUROC</th><th class="n">95 % interval</th>
+      <th class="n">Unknowns that pass with 95 % of the known</th></tr></thead>
     {% for name, row in measured.unknown.items() %}
-    <tr><td>{{ name }}</td><td><div class="score"><span>{{ row.auroc | num }}</span>
-      {% if row.auroc is not none %}{{ bar(row.auroc) }}{% endif %}</div></td><td class="n">{{ row.fpr95 | num }}</td></tr>
+    <tr><td>{{ name }}</td><td><div class="score"><span>{{ row.auroc.value | num }}</span>
+      {% if row.auroc.value is not none %}{{ bar(row.auroc.value) }}{% endif %}</div></td>
+      <td class="n">{{ span(row.auroc.interval) }}</td><td class="n">{{ row.fpr95.value | num }}</td></tr>
     {% endfor %}
   </table></div>
   {% if measured.few %}
@@ -9864,8 +9903,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
-    unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {"fit": None, "measure": None}
-    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, unknown["fit"])
+    unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
+    strangers = unknown["fit"].embeddings if unknown else None
+    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, strangers)
     save_gallery(
         run.path / "prototypes.npz", gallery, describe_gallery(job.config, job.info, job.records.class_names, model)
     )
@@ -9891,7 +9931,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     view_pairs = None
     if "test" in embedded:
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
-        measure_run(job, model, gallery, bank, unknown["measure"])
+        measure_run(job, model, gallery, bank, unknown.get("measure"))
         view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
     report = gather_report(job, gallery, embedded)
     write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
@@ -9927,60 +9967,77 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
         job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
 
 
-def embed_unknown(job: Job, model: Recognizer) -> dict[str, np.ndarray]:
-    """Return embeddings of the images in --unknown_dir: those to `fit` the thresholds with, and those to `measure` with."""
+class Vectors(NamedTuple):
+    """What some crops are to the untouched and to the trained model."""
+
+    features: np.ndarray  # (n, feature_dim) backbone output, unit norm
+    embeddings: np.ndarray  # (n, emb_dim) unit norm
+
+
+def embed_unknown(job: Job, model: Recognizer) -> dict[str, Vectors]:
+    """Return the images in --unknown_dir as vectors: those to `fit` the thresholds with, and those to `measure` with."""
     parts = {}
     for part, records in unknown_records(job.config.unknown_dir).items():
         own = dataclasses.replace(job, records=records)
         keys = eval_keys(records, np.arange(len(records.paths)), "bbox")
-        parts[part] = embed(own, model, FeatureBank(own, model.backbone).extract(keys, "unknown")).values
+        features = FeatureBank(own, model.backbone).extract(keys, "unknown")
+        parts[part] = Vectors(unit_features(own, features).values, embed(own, model, features).values)
     return parts
 
 
-def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, unknown: np.ndarray | None) -> None:
+def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, unknown: Vectors | None) -> None:
     """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
     test = embed(job, model, bank.get("test"))
-    figures = measure_gallery(gallery, test, unknown)
-    if unknown is None:
-        frozen, logits, nearest = score_simply(job, model, bank)
-        scaled = gallery.scores(test.values) / gallery.temperature
-        figures["open_set"]["others"] = {
-            "frozen backbone, nearest centroid": open_set_figures(frozen, test.labels, None),
-            "ArcFace, highest softmax": open_set_figures(logits, test.labels, None, highest_softmax),
-            "trained, nearest reference": open_set_figures(nearest, test.labels, None),
-            "prototypes, calibrated probability": open_set_figures(scaled, test.labels, None, highest_softmax),
-        }
+    figures = measure_gallery(gallery, test, None if unknown is None else unknown.embeddings)
+    known, weights = Vectors(unit_features(job, bank.get("test")).values, test.values), bootstrap_weights(test.rows)
+    figures["open_set"]["others"] = {
+        name: open_set_figures(score(known), test.labels, None if unknown is None else score(unknown), weights, confide)
+        for name, (score, confide) in simple_ways(job, model, gallery, bank).items()
+    }
     job.run.event("measured", **figures)
     job.run.log(format_measures(figures))
 
 
-def score_simply(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (N, C) of the test: cosine to the frozen backbone's centroids, ArcFace logits, cosine to the nearest reference."""
-    train, test = bank.get("train"), bank.get("test")
-    num_classes = len(job.records.class_names)
-    frozen, queries = unit_features(job, train), unit_features(job, test)
-    trained, answers = embed(job, model, train), embed(job, model, test)
-    with torch.inference_mode():
-        cosine = model.arcface.cosine(torch.from_numpy(answers.values).to(job.runtime.device)).cpu().numpy()
-    stacks = trained.take(np.argsort(trained.labels, kind="stable"))
-    return (
-        queries.values @ class_centroids(frozen.values, frozen.labels, num_classes).T,
-        job.config.arc_scale * cosine,
-        knn_scores(answers.values, stacks.values, stacks.labels, num_classes, 1),
-    )
+def simple_ways(
+    job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
+) -> dict[str, tuple[Callable, Callable]]:
+    """Return the ways to tell unknown objects that the gallery's similarity is compared with.
+
+    Each is a function from Vectors to scores (n, C), and one from scores to a confidence (n,).
+    """
+    train, num_classes = bank.get("train"), len(job.records.class_names)
+    features, stacks = unit_features(job, train), embed(job, model, train)
+    stacks = stacks.take(np.argsort(stacks.labels, kind="stable"))
+    centroids = class_centroids(features.values, features.labels, num_classes)
+
+    def arcface_logits(own: Vectors) -> np.ndarray:
+        with torch.inference_mode():
+            cosine = model.arcface.cosine(torch.from_numpy(own.embeddings).to(job.runtime.device))
+        return job.config.arc_scale * cosine.cpu().numpy()
+
+    kind = "frozen" if job.config.freeze_backbone else "fine-tuned"
+    return {
+        f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
+        "ArcFace, highest softmax": (arcface_logits, highest_softmax),
+        "trained, nearest reference": (
+            lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, num_classes, 1),
+            best_score,
+        ),
+        "prototypes, calibrated probability": (
+            lambda own: gallery.scores(own.embeddings) / gallery.temperature,
+            highest_softmax,
+        ),
+    }
 
 
 def format_measures(figures: dict[str, Any]) -> str:
     """Return the figures of `measure_gallery` for the log, a line each."""
 
-    def show(figure: dict[str, Any]) -> str:
+    def show(figure: dict[str, Any]) -> str:  # of a figure and its interval
         if figure["value"] is None:
             return "-"
         interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
         return f"{figure['value']:.3f}{interval}"
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
 
     lines = [
         f"closed set, {MATCHER_NAMES[name]}{', k = ' + str(own['k']) if name == 'knn' else ''}:"
@@ -9992,15 +10049,17 @@ def format_measures(figures: dict[str, Any]) -> str:
     )
     ways = {"prototypes": figures["open_set"], **figures["open_set"].get("others", {})}
     lines += [
-        f"unknown objects ({figures['open_set']['source']}) by {name}: AUROC {number(own['auroc'])}, FPR95 {number(own['fpr95'])}"
+        f"unknown objects ({figures['open_set']['source']}) by {name}: AUROC {show(own['auroc'])}, FPR95 {show(own['fpr95'])}"
         for name, own in ways.items()
     ]
+    asked = {f"threshold for {own['target']:.0%} precision on val": own for own in figures["answers"]}
     lines += [
-        f"threshold for {own['target']:.0%} precision on val: answers {own['coverage']:.1%} of the test,"
-        f" {number(own['precision'])} of them right"
-        for own in figures["answers"]
+        f"{name}: answers {show(own['coverage'])} of the test, {show(own['precision'])} of them right"
+        for name, own in {**asked, "thresholds of the classes": figures["thresholds"]}.items()
     ]
-    lines.append(f"expected calibration error {number(figures['ece'])}")
+    if "unknown_passed" in figures:
+        lines.append(f"unknown objects that get a class all the same: {show(figures['unknown_passed'])}")
+    lines.append(f"expected calibration error {show(figures['ece'])}")
     if figures["few"]:
         lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def test_evaluate_repeats_the_figures_of_the_run(run_dir: Path, call_main: Main)
     measured = next(event for event in lct.read_events(run_dir) if event["event"] == "measured")
     for key in ("closed", "retrieval", "answers", "thresholds", "ece", "few"):
         assert again[key] == measured[key], key
-    assert again["open_set"]["auroc"] == measured["open_set"]["auroc"]
+    assert again["open_set"]["auroc"] == measured["open_set"]["auroc"] and again["ece"]["interval"]
     assert call_main("evaluate", "--run", run_dir, "--split", "val", *QUIET) == 0
     splits = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))
     num_val = sum(map(len, splits["val"].values()))
@@ -258,4 +258,6 @@ def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_ot
     assert np.array_equal(strict.stacks, plain.stacks)
     assert (strict.thresholds >= plain.thresholds).all() and (strict.thresholds > plain.thresholds).any()
     measured = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "measured")
-    assert measured["open_set"]["unknowns"] == len(paths["measure"]) and 0 <= measured["unknown_passed"] <= 1
+    assert measured["open_set"]["unknowns"] == len(paths["measure"]) and 0 <= measured["unknown_passed"]["value"] <= 1
+    others = measured["open_set"]["others"]
+    assert len(others) == 4 and all(own["unknowns"] == len(paths["measure"]) for own in others.values())

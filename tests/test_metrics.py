@@ -100,32 +100,40 @@ def test_a_query_whose_class_has_no_reference_has_no_retrieval_figure() -> None:
 
 def test_open_set_figures_equal_scikit_learn_and_the_definition() -> None:
     rng = np.random.default_rng(0)
-    known, unknown = np.round(rng.normal(0.6, 0.2, 200), 2), np.round(rng.normal(0.3, 0.2, 90), 2)
-    figures = lct.open_set_metrics(known, unknown)
-    truth, scores = np.r_[np.ones(200), np.zeros(90)], np.r_[known, unknown]
-    assert figures["auroc"] == pytest.approx(metrics.roc_auc_score(truth, scores))
-    false, true, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
-    assert figures["fpr95"] == pytest.approx(false[np.flatnonzero(true >= 0.95)[0]])
-    assert lct.open_set_metrics(known, unknown[:0]) == {"auroc": None, "fpr95": None}
+    scores = np.round(np.r_[rng.normal(0.6, 0.2, 200), rng.normal(0.3, 0.2, 90)], 2)
+    is_unknown = np.arange(290) >= 200
+    weights = np.stack([np.ones(290), *rng.integers(0, 4, (5, 290))])
+    figures = lct.open_set_metrics(scores, is_unknown, weights)
+    for draw, own in enumerate(weights.astype(int)):
+        truth, drawn = ~np.repeat(is_unknown, own), np.repeat(scores, own)
+        assert figures["auroc"][draw] == pytest.approx(metrics.roc_auc_score(truth, drawn))
+        false, true, _ = metrics.roc_curve(truth, drawn, drop_intermediate=False)
+        assert figures["fpr95"][draw] == pytest.approx(false[np.flatnonzero(true >= 0.95)[0]])
+    for nothing in (np.zeros(9, bool), np.ones(9, bool)):
+        assert all(np.isnan(own).all() for own in lct.open_set_metrics(scores[:9], nothing, weights[:, :9]).values())
 
 
 def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
+    def figures(scores: np.ndarray, unknown: np.ndarray | None = None) -> tuple[float, float]:
+        found = lct.open_set_figures(
+            scores, np.arange(len(scores)), unknown, lct.bootstrap_weights(np.arange(len(scores)))
+        )
+        assert found["auroc"]["interval"][0] <= found["auroc"]["value"] <= found["auroc"]["interval"][1]
+        return found["auroc"]["value"], found["fpr95"]["value"]
+
     scores = np.array([[0.9, 0.1, 0.2], [0.2, 0.8, 0.1], [0.1, 0.3, 0.7]])
-    figures = lct.open_set_figures(scores, np.arange(3), None)
-    assert figures["auroc"] == 1.0 and figures["fpr95"] == 0.0, "held out, each falls to 0.3 or less"
-    twins = np.full((2, 2), 0.9)
-    assert lct.open_set_figures(twins, np.arange(2), None)["auroc"] == 0.5
-    assert lct.open_set_figures(scores, np.arange(3), np.full((4, 3), 0.75))["fpr95"] == 1.0
+    assert figures(scores) == (1.0, 0.0), "held out, each falls to 0.3 or less"
+    assert figures(np.full((2, 2), 0.9))[0] == 0.5
+    assert figures(scores, np.full((4, 3), 0.75))[1] == 1.0
 
 
 def test_calibration_error_is_that_of_the_definition() -> None:
     confidence, is_right = np.array([0.95, 0.91, 0.55, 0.05]), np.array([True, False, True, False])
     expected = (abs(0.93 - 0.5) * 2 + abs(0.55 - 1) + 0.05) / 4
-    assert lct.calibration_error(confidence, is_right) == pytest.approx(expected)
-    assert (
-        lct.calibration_error(np.ones(3), np.ones(3, bool)) == 0.0
-        and lct.calibration_error(np.zeros(0), np.zeros(0)) is None
-    )
+    weights = np.array([[1.0, 1, 1, 1], [0, 0, 2, 0]])
+    assert lct.calibration_error(confidence, is_right, weights).tolist() == pytest.approx([expected, 0.45])
+    assert lct.calibration_error(np.ones(3), np.ones(3, bool), np.ones((1, 3)))[0] == 0.0
+    assert np.isnan(lct.calibration_error(np.zeros(0), np.zeros(0, bool), np.ones((1, 0)))[0])
 
 
 def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
@@ -141,18 +149,25 @@ def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     assert all(is_right[scores >= lower].mean() < 0.9 for lower in np.unique(scores) if lower < threshold)
 
 
-def test_bootstrap_interval_covers_the_binomial_one_and_keeps_views_of_an_image_together() -> None:
+def test_intervals_cover_the_binomial_ones_and_keep_views_of_an_image_together() -> None:
     values = (np.arange(200) % 5 > 0).astype(float)  # 0.8
-    low, high = lct.bootstrap_interval(lambda kept: values[kept].mean(), np.arange(200))
-    assert low == pytest.approx(0.8 - 1.96 * (0.16 / 200) ** 0.5, abs=0.015)
-    assert high == pytest.approx(0.8 + 1.96 * (0.16 / 200) ** 0.5, abs=0.015)
-    twice = np.repeat(values, 2)
-    assert lct.bootstrap_interval(lambda kept: twice[kept].mean(), np.repeat(np.arange(200), 2)) == [low, high]
-    assert lct.bootstrap_interval(lambda kept: None, np.arange(5)) is None
+    figure = lct.with_interval(lct.weighted_mean(values, lct.bootstrap_weights(np.arange(200))))
+    assert figure["value"] == pytest.approx(0.8)
+    deviation = 1.96 * (0.16 / 200) ** 0.5
+    assert figure["interval"] == pytest.approx([0.8 - deviation, 0.8 + deviation], abs=0.015)
+    twice = lct.weighted_mean(np.repeat(values, 2), lct.bootstrap_weights(np.repeat(np.arange(200), 2)))
+    assert lct.with_interval(twice)["interval"] == pytest.approx(figure["interval"])
+    nothing = lct.weighted_mean(np.full(5, np.nan), lct.bootstrap_weights(np.arange(5)))
+    assert lct.with_interval(nothing) == {"value": None, "interval": None}
+    assert lct.weighted_mean(np.array([1.0, np.nan, 4.0]), np.array([[1.0, 1, 1], [2, 5, 1]])).tolist() == [2.5, 2.0]
 
 
 def test_macro_f1_is_scikit_learn_s_and_an_unknown_answer_is_a_miss() -> None:
     scores, labels = draw_scores(300, 6)
-    answers = scores.argmax(axis=1)
-    assert lct.macro_f1(labels, answers, 6) == pytest.approx(metrics.f1_score(labels, answers, average="macro"))
-    assert lct.macro_f1(np.array([0, 0, 1]), np.array([0, -1, 1]), 2) == pytest.approx((2 / 3 + 1) / 2)
+    answers, weights = scores.argmax(axis=1), np.random.default_rng(0).integers(0, 3, (3, 300))
+    for found, own in zip(lct.macro_f1(labels, answers, 6, weights), weights, strict=True):
+        truth, drawn = np.repeat(labels, own), np.repeat(answers, own)
+        expected = metrics.f1_score(truth, drawn, labels=np.unique(truth), average="macro")
+        assert found == pytest.approx(expected)
+    missed = lct.macro_f1(np.array([0, 0, 1]), np.array([0, -1, 1]), 2, np.ones((1, 3)))
+    assert missed.tolist() == pytest.approx([(2 / 3 + 1) / 2])
