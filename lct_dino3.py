@@ -4241,6 +4241,22 @@ def open_set_metrics(scores: np.ndarray, is_unknown: np.ndarray, weights: np.nda
         return {"auroc": area / (num_known * num_unknown) + undefined, "fpr95": passed / num_unknown + undefined}
 
 
+def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
+    """Return the chance that a known object is answered right, and with a higher score than an unknown one.
+
+    It is the area under the curve of correct classification against false positives of Dhamija et al. (arXiv:1811.04110).
+
+    Args:
+        known, is_right: (N,), score of the answer, and whether it is right.
+        unknown: (U,), scores of the answers to unknown objects.
+    """
+    ranked = np.sort(unknown)
+    below = (
+        np.searchsorted(ranked, known, "left") + np.searchsorted(ranked, known, "right")
+    ) / 2  # half a point for a tie
+    return float((is_right * below).mean() / len(unknown))
+
+
 def calibration_error(
     confidence: np.ndarray, is_right: np.ndarray, weights: np.ndarray, num_bins: int = 10
 ) -> np.ndarray:
@@ -4783,7 +4799,7 @@ def build_gallery(
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )
-    gallery = choose_matcher(split_classes(gallery, references, config.prototypes_per_class), val)
+    gallery = choose_matcher(split_classes(gallery, references, config.prototypes_per_class), val, unknown)
     if config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
     return calibrate(gallery, val, config.target_precision, unknown)
@@ -4831,14 +4847,21 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
     return means if len(means) > 1 else centroid[None]
 
 
-def choose_matcher(gallery: Gallery, val: Embedded) -> Gallery:
-    """Return the gallery with the k of KNN_CHOICES, and the matcher, that are right most often on val; of equals the simpler."""
+def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None = None) -> Gallery:
+    """Return the gallery with the matcher, and the k of KNN_CHOICES, that do best on val; of equals the simpler.
 
-    def accuracy(own: Gallery) -> float:
-        return float(answers_right(own, val).mean())
+    Best is the one that is right most often; where there are objects of no class, (U, D), the one that is right and surer than of
+    them. On classes held out the embedder is too good for those to stand in here: it was trained to tell them.
+    """
 
-    knn = max((dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES), key=accuracy)
-    return knn if accuracy(knn) > accuracy(gallery) else dataclasses.replace(gallery, knn_k=knn.knn_k)
+    def quality(own: Gallery) -> float:
+        scores, is_right = own.scores(val.values), answers_right(own, val)
+        if unknown is None:
+            return float(is_right.mean())
+        return open_set_rate(scores.max(axis=1), is_right, own.scores(unknown).max(axis=1))
+
+    knn = max((dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES), key=quality)
+    return knn if quality(knn) > quality(gallery) else dataclasses.replace(gallery, knn_k=knn.knn_k)
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:

@@ -98,6 +98,24 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
+def test_objects_of_no_class_decide_between_matchers_that_are_right_equally_often() -> None:
+    rng = np.random.default_rng(0)
+
+    def arc(n: int, sign: float) -> np.ndarray:  # two classes, each at both ends of an arc, and nothing in its middle
+        angle = np.concatenate([rng.normal(0.6, 0.02, n), rng.normal(-0.6, 0.02, n)])
+        return np.stack([sign * np.cos(angle), np.sin(angle), np.zeros(2 * n)], 1).astype(np.float32)
+
+    def part(n: int) -> lct.Embedded:
+        values = np.concatenate([arc(n, 1.0), arc(n, -1.0)])
+        return lct.Embedded(np.arange(4 * n), np.zeros(4 * n, np.uint8), np.repeat([0, 1], 2 * n), values)
+
+    references, val, records = part(20), part(20), make_records(80, 2)
+    middle = np.tile(np.float32([[1, 0, 0], [-1, 0, 0]]), (5, 1))  # objects of no class lie where the centroids are
+    config = lct.Config(prototypes_per_class="1")
+    assert lct.build_gallery(records, references, val, config).matcher == "centroid"
+    assert lct.build_gallery(records, references, val, config, middle).matcher == "knn"
+
+
 def draw_two_sides(num: int, seed: int) -> lct.Embedded:
     """Four classes of two sides each, whose mean is nearer to another class than to either side."""
     rng = np.random.default_rng(seed)
