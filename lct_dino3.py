@@ -4657,7 +4657,9 @@ class Gallery:
     stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
     thresholds: np.ndarray  # (C,) float32, score below which the answer is `unknown`
     matcher: str  # centroid, prototypes (the nearest of a class) or knn
-    knn_k: int
+    knn_counts: (
+        np.ndarray
+    )  # (C,) int64, the nearest references of a class that make its score with knn; see `count_nearest`
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
     val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
@@ -4666,7 +4668,7 @@ class Gallery:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
         if self.matcher == "centroid":
             return queries @ self.centroids.T
-        return knn_scores(queries, *self.matched_against, len(self.class_names), self.nearest_count)
+        return knn_scores(queries, *self.matched_against, self.nearest_counts)
 
     @property
     def matched_against(self) -> tuple[np.ndarray, np.ndarray]:
@@ -4676,9 +4678,14 @@ class Gallery:
         return self.prototypes, self.prototype_labels
 
     @property
-    def nearest_count(self) -> int:
-        """How many of a class's vectors, those nearest to the query, make its score."""
-        return self.knn_k if self.matcher == "knn" else 1
+    def nearest_counts(self) -> np.ndarray:
+        """How many of a class's vectors, those nearest to the query, make its score, (C,)."""
+        return self.knn_counts if self.matcher == "knn" else np.ones_like(self.knn_counts)
+
+    @property
+    def knn_k(self) -> int:
+        """The k of the classes with the usual number of references."""
+        return int(self.knn_counts.max())
 
     @property
     def most_prototypes(self) -> int:
@@ -4703,20 +4710,31 @@ def class_borders(labels: np.ndarray, num_classes: int) -> list[tuple[int, int]]
     return list(itertools.pairwise(np.searchsorted(labels, np.arange(num_classes + 1)).tolist()))
 
 
-def knn_scores(
-    queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray, num_classes: int, k: int
-) -> np.ndarray:
-    """Return for each query and class the mean cosine of the k references of that class nearest to it, float32 (Q, C).
+def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
+    """Return how many nearest references (C,) make the score of each class: k, and less where a class has fewer than usual.
 
-    k = 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
+    Else a class of five references, all of them in its score, would stand against the five best of a hundred.
+
+    Args:
+        num_references: (C,).
+        usual: references of the median class.
+        k: of classes with that many or more.
     """
-    borders = class_borders(stack_labels, num_classes)
-    scores = np.full((len(queries), num_classes), -1.0, dtype=np.float32)
+    return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
+
+
+def knn_scores(queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return for each query and class the mean cosine of its `counts` (C,) nearest references of that class, float32 (Q, C).
+
+    A count of 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
+    """
+    borders = class_borders(stack_labels, len(counts))
+    scores = np.full((len(queries), len(counts)), -1.0, dtype=np.float32)
     for start in range(0, len(queries), 1024):  # bounds the (queries x references) matrix
         cosine = queries[start : start + 1024] @ stacks.T
         for label, (low, high) in enumerate(borders):
             if high > low:
-                kept = min(k, high - low)
+                kept = min(int(counts[label]), high - low)
                 nearest = np.partition(cosine[:, low:high], high - low - kept, axis=1)[:, -kept:]
                 scores[start : start + 1024, label] = nearest.mean(axis=1)
     return scores
@@ -4795,7 +4813,7 @@ def build_gallery(
         stack_views=stacks.views,
         thresholds=np.zeros(num_classes, np.float32),
         matcher="centroid",
-        knn_k=KNN_CHOICES[0],
+        knn_counts=np.ones(num_classes, np.int64),
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )
@@ -4860,8 +4878,10 @@ def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None =
             return float(is_right.mean())
         return open_set_rate(scores.max(axis=1), is_right, own.scores(unknown).max(axis=1))
 
-    knn = max((dataclasses.replace(gallery, matcher="knn", knn_k=k) for k in KNN_CHOICES), key=quality)
-    return knn if quality(knn) > quality(gallery) else dataclasses.replace(gallery, knn_k=knn.knn_k)
+    sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+    counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
+    knn = max((dataclasses.replace(gallery, matcher="knn", knn_counts=own) for own in counts), key=quality)
+    return knn if quality(knn) > quality(gallery) else dataclasses.replace(gallery, knn_counts=knn.knn_counts)
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
@@ -5043,7 +5063,7 @@ def open_set_figures(
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
-    meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature, "knn_k": gallery.knn_k}
+    meta = {"format": PROTOTYPES_FORMAT, **meta, "temperature": gallery.temperature}
     meta["val_thresholds"] = gallery.val_thresholds
     meta["pooled_thresholds"] = [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()]
     numbers = {name: index for index, name in enumerate(gallery.class_names)}
@@ -5060,6 +5080,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
             id2cls=np.array(gallery.class_names, dtype=np.str_),
             cls2id=np.array(json.dumps(numbers, ensure_ascii=False)),
             thresholds=gallery.thresholds,
+            knn_counts=gallery.knn_counts,
             matcher=np.array(gallery.matcher),
             meta=np.array(json.dumps(to_json(meta), ensure_ascii=False)),
         )
@@ -5114,8 +5135,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             stack_paths=tuple(arrays["stack_paths"].tolist()),
             matcher=str(arrays["matcher"]),
             **{name: arrays[name] for name in ("centroids", "prototypes", "prototype_labels", "thresholds")},
-            **{name: arrays[name] for name in ("stacks", "stack_labels", "stack_views")},
-            **{name: meta[name] for name in ("knn_k", "temperature")},
+            **{name: arrays[name] for name in ("stacks", "stack_labels", "stack_views", "knn_counts")},
+            temperature=meta["temperature"],
             is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
             val_thresholds=tuple(meta["val_thresholds"]),
         )
@@ -5354,6 +5375,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         stack_paths=tuple(all_paths[i] for i in order.tolist()),
         stack_views=np.concatenate([gallery.stack_views, added.views])[order],
         thresholds=np.concatenate([gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)]),
+        knn_counts=np.concatenate([gallery.knn_counts, _count_nearest_of_new(gallery, every)]),
         is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
     )
     grown = _renew_prototypes(grown, touched.tolist())
@@ -5365,6 +5387,13 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
             grown.thresholds[label] = precision_threshold(best[mine], is_right[mine], precision)
             grown.is_pooled[label] = False
     return grown
+
+
+def _count_nearest_of_new(gallery: Gallery, labels: np.ndarray) -> np.ndarray:
+    """Return the knn_counts of the classes that the gallery does not have yet, among the labels of all references."""
+    num_old = len(gallery.class_names)
+    usual = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
+    return count_nearest(np.bincount(labels)[num_old:], usual, gallery.knn_k)
 
 
 def _renew_prototypes(gallery: Gallery, touched: Sequence[int]) -> Gallery:
@@ -5396,7 +5425,7 @@ def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
         else:
             cosine = values @ values.T
             np.fill_diagonal(cosine, -np.inf)
-            kept = min(gallery.knn_k, len(mine) - 1)
+            kept = min(int(gallery.knn_counts[label]), len(mine) - 1)
             scores[mine, label] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
     return scores
 
@@ -5465,6 +5494,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
         stack_paths=tuple(itertools.compress(gallery.stack_paths, kept)),
         stack_views=gallery.stack_views[kept],
         thresholds=gallery.thresholds[classes],
+        knn_counts=gallery.knn_counts[classes],
         is_pooled=gallery.is_pooled[classes],
     )
 
@@ -5895,7 +5925,7 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
         queries = unit_features(job, features)
         cosines = {
             "centroid": queries.values @ centroids.T,
-            "nn1": knn_scores(queries.values, references.values, references.labels, len(names), 1),
+            "nn1": knn_scores(queries.values, references.values, references.labels, np.ones(len(names), np.int64)),
         }
         scores = {name: log_softmax(job.config.arc_scale * cosine) for name, cosine in cosines.items()}
         scores["logreg"] = np.full(
@@ -7034,7 +7064,7 @@ class ExportedModel(nn.Module):
             table[label, :count] = np.arange(start, start + count)
         self.register_buffer("table", torch.from_numpy(table))
         self.register_buffer("vectors", torch.from_numpy(vectors))
-        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.nearest_count)))
+        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.nearest_counts)))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3).
@@ -10043,7 +10073,7 @@ def simple_ways(
         f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
         "ArcFace, highest softmax": (arcface_logits, highest_softmax),
         "trained, nearest reference": (
-            lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, num_classes, 1),
+            lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, np.ones(num_classes, np.int64)),
             best_score,
         ),
         "prototypes, calibrated probability": (

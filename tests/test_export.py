@@ -33,7 +33,7 @@ def trained(run_dir: Path) -> lct.TrainedRun:
 
 @pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("prototypes", 1), ("knn", 1), ("knn", 10)])
 def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, matcher: str, k: int) -> None:
-    gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_k=k)
+    gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_counts=np.array([k, 1, k]))
     if matcher == "prototypes":
         stacks = [gallery.stacks[gallery.stack_labels == label] for label in range(3)]
         gallery = lct.take_prototypes(gallery, [stacks[0][:3], stacks[1][:1], stacks[2][:2]])

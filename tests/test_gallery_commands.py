@@ -228,7 +228,8 @@ def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> 
             class_names=("a", "b", "c"), centroids=(centroids := lct.class_centroids(values, labels, 3)),
             prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
             stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
-            thresholds=np.zeros(3, np.float32), matcher=matcher, knn_k=k, temperature=0.1, is_pooled=np.zeros(3, bool),
+            thresholds=np.zeros(3, np.float32), matcher=matcher, knn_counts=np.full(3, k), temperature=0.1,
+            is_pooled=np.zeros(3, bool),
         )  # fmt: skip
         scores = lct.leave_one_out_scores(gallery)
         for row in range(10):

@@ -237,7 +237,7 @@ def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, 
         if content["matcher"] == "centroid":
             scores = content["centroids"] @ query
         else:
-            scores = np.array([np.sort(cosine[labels == c])[-meta["knn_k"] :].mean() for c in range(len(CLASSES))])
+            scores = np.array([np.sort(cosine[labels == c])[-k:].mean() for c, k in enumerate(content["knn_counts"])])
         first, second = np.argsort(-scores)[:2]
         odds = np.exp((scores - scores.max()) / meta["temperature"])
         name = content["id2cls"][first] if scores[first] >= content["thresholds"][first] else "unknown"

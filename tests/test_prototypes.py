@@ -44,10 +44,11 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
 def test_knn_scores_equal_a_loop(k: int) -> None:
     values, labels = draw_embeddings(7, 3)
     queries, _ = draw_embeddings(5, 3, seed=1)
-    scores = lct.knn_scores(queries, values, labels, 4, k)
+    counts = np.array([k, 1, k, k])
+    scores = lct.knn_scores(queries, values, labels, counts)
     for row, query in enumerate(queries):
         for label in range(3):
-            best = np.sort(values[labels == label] @ query)[::-1][:k]
+            best = np.sort(values[labels == label] @ query)[::-1][: counts[label]]
             assert scores[row, label] == pytest.approx(best.mean(), abs=1e-5)
     assert (scores[:, 3] == -1).all()
 
@@ -209,6 +210,7 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
         "id2cls",
         "cls2id",
         "thresholds",
+        "knn_counts",
         "matcher",
         "meta",
     }
@@ -219,3 +221,11 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
     assert content["thresholds"].shape == (4,) and str(content["matcher"]) in ("centroid", "knn")
     meta = json.loads(str(content["meta"]))
     assert meta["format"] == 2 and meta["mean"] == [0.5, 0.5, 0.5] and meta["temperature"] > 0
+
+
+def test_a_small_class_is_scored_by_its_share_of_the_nearest_references() -> None:
+    sizes = np.array([100, 50, 50, 5, 1, 0, 50])
+    assert lct.count_nearest(sizes, 50, 5).tolist() == [5, 5, 5, 1, 1, 1, 5]
+    assert lct.count_nearest(sizes, 50, 10).tolist() == [10, 10, 10, 1, 1, 1, 10]
+    assert lct.count_nearest(np.array([20, 30, 60]), 60, 10).tolist() == [4, 5, 10]
+    assert lct.count_nearest(sizes, 50, 1).tolist() == [1] * 7

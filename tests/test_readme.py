@@ -54,7 +54,7 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
         gallery = lct.Gallery(
             class_names=("a", "b", "c"), centroids=centroids, prototypes=centroids, prototype_labels=np.arange(3),
             stacks=stacks, stack_labels=labels, stack_paths=("p",) * 18, stack_views=np.zeros(18, np.uint8),
-            thresholds=thresholds, matcher=matcher, knn_k=3, temperature=0.1, is_pooled=np.zeros(3, bool),
+            thresholds=thresholds, matcher=matcher, knn_counts=np.array([3, 1, 2]), temperature=0.1, is_pooled=np.zeros(3, bool),
         )  # fmt: skip
         if matcher == "prototypes":
             gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), "2")

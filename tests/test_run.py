@@ -144,10 +144,10 @@ def test_the_test_figures_are_those_of_the_exported_gallery(run: Path, data: Pat
     queries = rebuild_embeddings(run, data, [path for path, _ in pairs])
     labels = np.array([label for _, label in pairs])
     with np.load(run / "prototypes.npz") as file:
-        meta, cosine = json.loads(str(file["meta"])), queries @ file["stacks"].T
+        cosine = queries @ file["stacks"].T
         scores = queries @ file["centroids"].T
         if str(file["matcher"]) == "knn":
-            by_class = [np.sort(cosine[:, file["stack_labels"] == label])[:, -meta["knn_k"] :] for label in range(3)]
+            by_class = [np.sort(cosine[:, file["stack_labels"] == c])[:, -k:] for c, k in enumerate(file["knn_counts"])]
             scores = np.stack([best.mean(axis=1) for best in by_class], axis=1)
         nearest = file["stack_labels"][cosine.argmax(axis=1)]
     test = next(event for event in lct.read_events(run) if event["event"] == "test_end")
