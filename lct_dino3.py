@@ -5142,7 +5142,7 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
-        remedy = "run the training command again: it writes them anew from the best checkpoint"
+        remedy = f"python {SCRIPT_NAME} prototypes --run {path.parent} makes them anew from the best checkpoint"
         raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
     return gallery, meta
 
