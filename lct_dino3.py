@@ -146,11 +146,13 @@ SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
 MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
 PREVIEW_CROPS, PREVIEW_COLUMNS, PREVIEW_SIDE = 60, 3, 176  # crops in all, crops a row, px of a picture
 PREVIEW_PAPER, PREVIEW_EMPTY, PREVIEW_GRAY, PREVIEW_RED = "#ffffff", "#e8eaee", "#6b7280", "#b91c1c"
-DEMO_IMAGES_PER_CLASS = 150
+DEMO_IMAGES_PER_CLASS, DEMO_IMAGES_PER_STRANGER = 150, 40
 # A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several. A scale of 30 is
 # content with eleven classes too early: things of no class then look more like tools. The crops have 1 to 6 % of bench around them.
+# Val alone is too easy to tell how near a stranger may come: things of other kinds than the one on the photo set the thresholds.
 DEMO_FLAGS = (
     *("--data_root", "demo/data", "--out_dir", "demo/run", "--group_regex", r"^(shot\d+)_"),
+    *("--unknown_dir", "demo/unknown", "--target_precision", "0.9"),
     *("--images", "demo/workbench", "--out", "demo/prelabels", "--box_pad", "0.04"),
     *("--model_id", "test_resnet", "--no-pretrained", "--no-freeze_backbone", "--img_size", "64"),
     *("--arc_scale", "12", "--arc_margin", "0.1", "--lr", "0.01", "--arc_lr", "0.01"),
@@ -8804,14 +8806,59 @@ def _make_speed_brace(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     ]
 
 
+# Strangers are of no class: the mug lies on the workbench, the others, in any colour, set the thresholds.
+
+
 def _make_mug(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
-    """Return a mug of coffee, seen from above: on the workbench, and of no class."""
+    """Return a mug of coffee, seen from above."""
     china, coffee = _Material(_tint(rng, stock.grip), 0.7, 0.03), _Material(_tint(rng, stock.metal), 0.5, 0.02)
     inside = 0.4 - rng.uniform(0.035, 0.05)
     handle = _bend([(0.25, -0.1), (0.62, -0.1), (0.62, 0.1), (0.25, 0.1)])
     return [
         _Part(_tube(handle, 0.04), china), _Part(_circle((0, 0), 0.4, 60), china),
         *_mark([_circle((0, 0), inside, 60)], china, 0.7), _Part(_circle((0, 0), inside - 0.01, 60), coffee),
+    ]
+
+
+def _make_pencil(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    paint, width, start = _grip(rng, 0.02, stock), rng.uniform(0.022, 0.032), rng.uniform(0.36, 0.4)
+    wood, rubber = _Material(_tint(rng, (216, 180, 132)), 0.2, 0.01), _Material(_tint(rng, (206, 120, 112)), 0.1, 0.01)
+    return [
+        _Part(_box(-0.42, -width, start, width), paint), _Part(_profile((start, width), (0.48, width * 0.25)), wood),
+        *_mark([_box(-0.42, -width * 0.2, start, width * 0.2)], paint, 1.25),
+        *_mark([_profile((0.465, width * 0.36), (0.5, 0.002))], paint, 0.3),
+        _Part(_box(-0.5, -width, -0.46, width), rubber), _Part(_box(-0.46, -width, -0.41, width), _metal(rng, 0.01, stock)),
+    ]
+
+
+def _make_scissors(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal, plastic = _metal(rng, 0.012, stock), _grip(rng, 0.02, stock)
+    opening, ring = rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.13)
+    blade = np.array([(-0.27, -0.08), (-0.26, -0.04), (0.0, 0.045), (0.5, 0.0), (0.0, -0.03)])
+    eye, hole = (_circle((0, 0), share) * (ring * 1.25, ring) + (-0.36, -ring * 0.9) for share in (1.0, 0.66))
+    parts = [_Part(_circle((0, 0), 0.025), _shade(metal, 0.7))]
+    for side in (1, -1):
+        blade_, eye_, hole_ = (_turn(outline * (1, side), side * opening) for outline in (blade, eye, hole))
+        parts = [_Part(blade_, metal), _Part(eye_, plastic, (hole_,)), *parts]
+    return parts
+
+
+def _make_tape(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    tape, card, hole = _grip(rng, 0.03, stock), _Material(_tint(rng, (190, 160, 120)), 0.1, 0.01), rng.uniform(0.24, 0.34)
+    torn, inside = _box(0.0, -0.5, rng.uniform(0.1, 0.45), -0.46), (_circle((0, 0), hole, 40),)
+    roll, core = _circle((0, 0), 0.5, 60), _circle((0, 0), hole * 1.1, 40)
+    return [_Part(torn, tape), _Part(roll, tape, inside), _Part(core, card, inside)]
+
+
+def _make_watch(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    strap, case, radius = _grip(rng, 0.03, stock), _metal(rng, 0.02, stock), rng.uniform(0.13, 0.18)
+    dial = _Material(_tint(rng, ((232, 230, 222), (30, 32, 38))[rng.integers(2)]), 0.3, 0.01)
+    stations = ((-0.5, 0.4), (-0.46, 0.55), (0, 0.8), (0.44, 0.5), (0.5, 0.4))
+    hands = [_tube([(0, 0), reach * radius * _direction(rng.uniform(0, 2 * math.pi))], 0.012) for reach in (0.45, 0.7)]
+    return [
+        _Part(_smooth(_profile(*((x, share * radius) for x, share in stations))), strap),
+        _Part(_box(-0.02, radius, 0.02, radius * 1.15), case), _Part(_circle((0, 0), radius), case),
+        _Part(_circle((0, 0), radius * 0.82), dial), *(_Part(hand, _Material((150, 40, 40), 0.2, 0.0)) for hand in hands),
     ]
 
 
@@ -8834,6 +8881,7 @@ _TOOLS: dict[str, tuple[Callable[[np.random.Generator, _Stock], list[_Part]], _S
     "speed_brace": (_make_speed_brace, _Stock((150, 30, 80), _SATIN)),
 }
 DEMO_CLASSES = tuple(_TOOLS)
+_STRANGERS = {"pencil": _make_pencil, "scissors": _make_scissors, "tape": _make_tape, "watch": _make_watch}
 _STRANGER = "mug"
 _ON_WORKBENCH = _TOOLS | {_STRANGER: (_make_mug, _Stock((230, 226, 216), (74, 46, 28)))}
 # What else lies on a bench, and what shows below the foam of a shadow board.
@@ -9298,6 +9346,17 @@ def _draw_class(folder: Path, class_name: str, frames: list[tuple[int, int]], se
             _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
 
 
+def draw_strangers(root: Path, images_per_kind: int, seed: int) -> None:
+    """Draw crops of things of no class, a folder a kind; none of the kind that lies on the workbench."""
+    for number, (kind, make) in enumerate(_STRANGERS.items(), len(DEMO_CLASSES)):
+        (root / kind).mkdir(parents=True)
+        for index in range(images_per_kind):
+            rng = np.random.default_rng((seed, number, index))
+            stock = _Stock(tuple(rng.integers(30, 230, 3).tolist()), _SATIN)
+            image, _ = _draw_frame(rng, make(rng, stock), _make_scene(rng))
+            (root / kind / f"{index:03d}.jpg").write_bytes(_jpeg(Image.fromarray(image)))
+
+
 def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
     """Draw `images_per_class` good images of every class, a duplicate and four broken files into the layout that training reads.
 
@@ -9547,6 +9606,11 @@ def run_demo(config: Config) -> None:
         config.data_root,
         "eleven hand tools",
         lambda folder: draw_demo_dataset(folder, DEMO_IMAGES_PER_CLASS, config.seed),
+    )
+    draw_once(
+        config.unknown_dir,
+        "things of no class",
+        lambda folder: draw_strangers(folder, DEMO_IMAGES_PER_STRANGER, config.seed),
     )
     draw_once(bench.images, "a photo of a workbench", lambda folder: draw_workbench(folder, config.seed))
     show(f"the same as: python {SCRIPT_NAME} {shlex.join(format_flags(config))}")

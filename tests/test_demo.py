@@ -186,7 +186,13 @@ def test_the_whole_demo_ends_with_labels_and_continues(
     assert call_main(*command) == 0
     said = capsys.readouterr().out
     labels = tmp_path / "demo" / "prelabels"
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["data", "prelabels", "run", "workbench"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        "data",
+        "prelabels",
+        "run",
+        "unknown",
+        "workbench",
+    ]
     with open(labels / "objects.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     truth = json.loads((tmp_path / "demo" / "workbench" / "truth.json").read_text())
