@@ -155,25 +155,17 @@ SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
 MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
 PREVIEW_CROPS, PREVIEW_COLUMNS, PREVIEW_SIDE = 60, 3, 176  # crops in all, crops a row, px of a picture
 PREVIEW_PAPER, PREVIEW_EMPTY, PREVIEW_GRAY, PREVIEW_RED = "#ffffff", "#e8eaee", "#6b7280", "#b91c1c"
-DEMO_IMAGES_PER_CLASS = 100
-# A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several.
+DEMO_IMAGES_PER_CLASS, DEMO_IMAGES_PER_STRANGER = 150, 40
+# A small ResNet learns the drawn tools from scratch in a minute; with the margin of 0.30 it would need several. A scale of 30 is
+# content with eleven classes too early: things of no class then look more like tools. The crops have 1 to 6 % of bench around them.
+# Val alone is too easy to tell how near a stranger may come: things of other kinds than the one on the photo set the thresholds.
 DEMO_FLAGS = (
     *("--data_root", "demo/data", "--out_dir", "demo/run", "--group_regex", r"^(shot\d+)_"),
+    *("--unknown_dir", "demo/unknown", "--target_precision", "0.9"),
+    *("--images", "demo/workbench", "--out", "demo/prelabels", "--box_pad", "0.04"),
     *("--model_id", "test_resnet", "--no-pretrained", "--no-freeze_backbone", "--img_size", "64"),
-    *(
-        "--epochs",
-        "24",
-        "--batch",
-        "32",
-        "--lr",
-        "0.01",
-        "--arc_lr",
-        "0.01",
-        "--arc_margin",
-        "0.1",
-        "--save_every",
-        "0",
-    ),
+    *("--arc_scale", "12", "--arc_margin", "0.1", "--lr", "0.01", "--arc_lr", "0.01"),
+    *("--batch", "32", "--epochs", "18", "--save_every", "0"),
 )
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
 RUN_MARKERS = (
@@ -799,7 +791,7 @@ import itertools
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -5981,7 +5973,7 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 # or box is listed; raises UserError for what leaves nothing to label.
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
-OUTLINE = 4  # px of a box that is drawn, in an image of 1,000 px
+OUTLINE = 3  # px of a box that is drawn, in an image of 1,000 px
 
 
 class BoxError(ValueError):
@@ -7021,25 +7013,55 @@ def summarize_prelabels(prelabels: Prelabels) -> dict[str, Any]:
     }
 
 
-def draw_prelabels(image: Image.Image, objects: Sequence[Prelabel], class_names: Sequence[str]) -> Image.Image:
-    """Return a copy of an upright image with the boxes, their classes and probabilities; `unknown` in black, without a class."""
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in px
+
+
+def draw_prelabels(image: Image.Image, objects: Sequence[tuple[Sequence[float], int, str]]) -> Image.Image:
+    """Return a copy of an upright image with boxes in the colours of their classes, and words on them.
+
+    Args:
+        image: any mode.
+        objects: (box, label, words); the box is x, y, width, height in px, label -1 is `unknown`: black on white.
+    """
     drawn = image.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     scale = max(drawn.size) / 1000
-    line, font = max(1, round(OUTLINE * scale)), load_font(max(11, round(20 * scale)))
-    for item in objects:
-        x, y, w, h = item.box
-        ink = label_color(item.label) if item.is_known else "black"
-        draw.rectangle((x, y, x + w - 1, y + h - 1), outline=ink, width=line)
-        words = f"{class_names[item.label]} {item.probability:.2f}" if item.is_known else "unknown"
+    line, font = max(1, round(OUTLINE * scale)), load_font(max(11, round(18 * scale)))
+    frames = [(x - line, y - line, x + w - 1 + line, y + h - 1 + line) for (x, y, w, h), _, _ in objects]
+    tags: list[Rectangle] = []
+    for (_, label, words), frame in zip(objects, frames, strict=True):
+        ink = label_color(label) if label >= 0 else "black"
+        draw.rectangle(frame, outline=ink, width=line)  # around the box: what is in it stays visible
         words = fit_text(words, font, max(drawn.width - 8, 40))
         left, top, right, bottom = draw.textbbox((0, 0), words, font=font)
-        text_w, text_h = right - left + 2 * line, bottom - top + 2 * line
-        corner_x = min(max(0, x), max(0, drawn.width - text_w))
-        corner_y = y - text_h if y >= text_h else min(y + line, drawn.height - text_h)  # above the box, else inside it
-        draw.rectangle((corner_x, corner_y, corner_x + text_w, corner_y + text_h), fill=ink)
-        draw.text((corner_x + line - left, corner_y + line - top), words, "white", font)
+        size = (right - left + 4 * line, bottom - top + 4 * line)
+        tags.append(_place_tag(size, frame, drawn.size, [*tags, *(other for other in frames if other != frame)]))
+        draw.rectangle(tags[-1], fill=ink if label >= 0 else "white", outline=ink, width=line)
+        draw.text(
+            (tags[-1][0] + 2 * line - left, tags[-1][1] + 2 * line - top), words, "white" if label >= 0 else ink, font
+        )
     return drawn
+
+
+def _place_tag(
+    size: tuple[float, float], frame: Rectangle, canvas: tuple[int, int], taken: list[Rectangle]
+) -> Rectangle:
+    """Return where the words on a box go: on its top edge, else below it, else inside, where they hide least of other objects."""
+    (width, height), (left, top, right, bottom) = size, frame
+    tries = []
+    for y in (top - height, bottom, top):
+        for x in (left, right - width):
+            x, y = min(max(0.0, x), max(0.0, canvas[0] - width)), min(max(0.0, y), max(0.0, canvas[1] - height))
+            tries.append((x, y, x + width, y + height))
+
+    def hidden(tag: Rectangle) -> float:
+        sides = (
+            (min(tag[2], other[2]) - max(tag[0], other[0]), min(tag[3], other[3]) - max(tag[1], other[1]))
+            for other in taken
+        )
+        return sum(max(0.0, w) * max(0.0, h) for w, h in sides)
+
+    return min(tries, key=hidden)
 
 
 def label_color(label: int) -> str:
@@ -8661,6 +8683,7 @@ _REVIEW_HTML = """{% macro picture(uri, who, name, path, what) %}
 # Owns: a drawn data set of eleven hand tools with exact masks, so that every command can be tried without data.
 # Touches: files below the root it is given. Raises: nothing of its own.
 
+_PLACES, _PLACE_PX = (4, 3), 300  # for objects on the workbench: columns and rows, side of each in photo px
 _SUPERSAMPLE = 2  # tools and benches are drawn this much larger and box-filtered: PIL polygons have no antialiasing
 _BENCH_PX = 420  # side of a drawn piece of bench, supersampled: holds the longest crop (140 px) turned by a few degrees
 _TEXTURE_PX = 512  # side of a cached texture, from which benches are cut at any angle
@@ -8942,11 +8965,12 @@ def _pincer(rng: np.random.Generator, stock: _Stock, jaw: np.ndarray, opening: f
                    (-length, spread * rng.uniform(0.7, 1.15))])
     grip = curve[len(curve) // 4 :]
     inlay = _Material(_shade(sleeve, 0.5).colour, 0.4, 0.015) if rng.random() < 0.4 else None
-    arm = [_Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), _Part(_smooth(jaw * (1, -1), 1), metal)]
-    if rng.random() >= 0.12:  # the others are bare metal
-        arm.append(_Part(_smooth(_tube(grip, width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve))
-        if inlay:
-            arm.append(_Part(_tube(grip[3:-3], width * 0.35), inlay))
+    arm = [
+        _Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), _Part(_smooth(jaw * (1, -1), 1), metal),
+        _Part(_smooth(_tube(grip, width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve),
+    ]
+    if inlay:
+        arm.append(_Part(_tube(grip[3:-3], width * 0.35), inlay))
     pivot = rng.uniform(0.032, 0.042)
     return [
         *(_Part(_turn(part.outline * (1, side), -side * opening), part.material) for side in (-1, 1) for part in arm),
@@ -9048,6 +9072,62 @@ def _make_speed_brace(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
     ]
 
 
+# Strangers are of no class: the mug lies on the workbench, the others, in any colour, set the thresholds.
+
+
+def _make_mug(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    """Return a mug of coffee, seen from above."""
+    china, coffee = _Material(_tint(rng, stock.grip), 0.7, 0.03), _Material(_tint(rng, stock.metal), 0.5, 0.02)
+    inside = 0.4 - rng.uniform(0.035, 0.05)
+    handle = _bend([(0.25, -0.1), (0.62, -0.1), (0.62, 0.1), (0.25, 0.1)])
+    return [
+        _Part(_tube(handle, 0.04), china), _Part(_circle((0, 0), 0.4, 60), china),
+        *_mark([_circle((0, 0), inside, 60)], china, 0.7), _Part(_circle((0, 0), inside - 0.01, 60), coffee),
+    ]
+
+
+def _make_pencil(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    paint, width, start = _grip(rng, 0.02, stock), rng.uniform(0.022, 0.032), rng.uniform(0.36, 0.4)
+    wood, rubber = _Material(_tint(rng, (216, 180, 132)), 0.2, 0.01), _Material(_tint(rng, (206, 120, 112)), 0.1, 0.01)
+    return [
+        _Part(_box(-0.42, -width, start, width), paint), _Part(_profile((start, width), (0.48, width * 0.25)), wood),
+        *_mark([_box(-0.42, -width * 0.2, start, width * 0.2)], paint, 1.25),
+        *_mark([_profile((0.465, width * 0.36), (0.5, 0.002))], paint, 0.3),
+        _Part(_box(-0.5, -width, -0.46, width), rubber), _Part(_box(-0.46, -width, -0.41, width), _metal(rng, 0.01, stock)),
+    ]
+
+
+def _make_scissors(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    metal, plastic = _metal(rng, 0.012, stock), _grip(rng, 0.02, stock)
+    opening, ring = rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.13)
+    blade = np.array([(-0.27, -0.08), (-0.26, -0.04), (0.0, 0.045), (0.5, 0.0), (0.0, -0.03)])
+    eye, hole = (_circle((0, 0), share) * (ring * 1.25, ring) + (-0.36, -ring * 0.9) for share in (1.0, 0.66))
+    parts = [_Part(_circle((0, 0), 0.025), _shade(metal, 0.7))]
+    for side in (1, -1):
+        blade_, eye_, hole_ = (_turn(outline * (1, side), side * opening) for outline in (blade, eye, hole))
+        parts = [_Part(blade_, metal), _Part(eye_, plastic, (hole_,)), *parts]
+    return parts
+
+
+def _make_tape(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    tape, card, hole = _grip(rng, 0.03, stock), _Material(_tint(rng, (190, 160, 120)), 0.1, 0.01), rng.uniform(0.24, 0.34)
+    torn, inside = _box(0.0, -0.5, rng.uniform(0.1, 0.45), -0.46), (_circle((0, 0), hole, 40),)
+    roll, core = _circle((0, 0), 0.5, 60), _circle((0, 0), hole * 1.1, 40)
+    return [_Part(torn, tape), _Part(roll, tape, inside), _Part(core, card, inside)]
+
+
+def _make_watch(rng: np.random.Generator, stock: _Stock) -> list[_Part]:
+    strap, case, radius = _grip(rng, 0.03, stock), _metal(rng, 0.02, stock), rng.uniform(0.13, 0.18)
+    dial = _Material(_tint(rng, ((232, 230, 222), (30, 32, 38))[rng.integers(2)]), 0.3, 0.01)
+    stations = ((-0.5, 0.4), (-0.46, 0.55), (0, 0.8), (0.44, 0.5), (0.5, 0.4))
+    hands = [_tube([(0, 0), reach * radius * _direction(rng.uniform(0, 2 * math.pi))], 0.012) for reach in (0.45, 0.7)]
+    return [
+        _Part(_smooth(_profile(*((x, share * radius) for x, share in stations))), strap),
+        _Part(_box(-0.02, radius, 0.02, radius * 1.15), case), _Part(_circle((0, 0), radius), case),
+        _Part(_circle((0, 0), radius * 0.82), dial), *(_Part(hand, _Material((150, 40, 40), 0.2, 0.0)) for hand in hands),
+    ]
+
+
 # fmt: on
 
 
@@ -9067,6 +9147,9 @@ _TOOLS: dict[str, tuple[Callable[[np.random.Generator, _Stock], list[_Part]], _S
     "speed_brace": (_make_speed_brace, _Stock((150, 30, 80), _SATIN)),
 }
 DEMO_CLASSES = tuple(_TOOLS)
+_STRANGERS = {"pencil": _make_pencil, "scissors": _make_scissors, "tape": _make_tape, "watch": _make_watch}
+_STRANGER = "mug"
+_ON_WORKBENCH = _TOOLS | {_STRANGER: (_make_mug, _Stock((230, 226, 216), (74, 46, 28)))}
 # What else lies on a bench, and what shows below the foam of a shadow board.
 _NEIGHBOURS = (
     *((206, 210, 216), (178, 182, 188), (152, 155, 160), (124, 126, 130), (84, 86, 92), (190, 184, 170)),
@@ -9237,9 +9320,8 @@ def _draw_scratches(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None
         draw.line([*start.tolist(), *end.tolist()], fill=ink, width=width)
 
 
-def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
+def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw, at: np.ndarray, radius: float) -> None:
     """Draw a screw head, nut or washer with its shadow."""
-    at, radius = rng.uniform(0, _BENCH_PX, 2), rng.uniform(8, 17)
     tone, corners = int(rng.integers(95, 215)), int(rng.choice([6, 24, 24]))
     phase = rng.uniform(0, 1)
 
@@ -9291,7 +9373,7 @@ def _make_bench(rng: np.random.Generator) -> tuple[Image.Image, bool]:
         for _ in range(int(rng.integers(0, 3))):
             _draw_neighbour(rng, draw)
         for _ in range(int(rng.integers(0, 8))):
-            _draw_fastener(rng, draw)
+            _draw_fastener(rng, draw, rng.uniform(0, _BENCH_PX, 2), rng.uniform(8, 17))
     return bench, is_foam
 
 
@@ -9358,6 +9440,85 @@ def _draw_frame(rng: np.random.Generator, parts: Sequence[_Part], scene: _Scene)
     photo.paste(_to_image(_add_sheen(rng, colours)), (left, top), tool)
     image = _expose(rng, np.asarray(photo.reduce(_SUPERSAMPLE), dtype=np.float32), scene)
     return image, np.where(np.asarray(mask.reduce(_SUPERSAMPLE)) > 127, 255, 0).astype(np.uint8)
+
+
+# The workbench: a photo of tools and of one stranger, each in a place of its own, so that they cannot overlap.
+
+
+class _Laid(NamedTuple):
+    """An object on the workbench, in px of the supersampled photo."""
+
+    name: str
+    colours: np.ndarray  # (H, W, 3)
+    mask: Image.Image  # L, W x H
+    corner: tuple[int, int]  # left, top
+
+
+def _lay_out(rng: np.random.Generator, light: float) -> list[_Laid]:
+    """Return nine tools and the stranger in any pose."""
+    names, laid = [*rng.permutation(DEMO_CLASSES)[:9].tolist(), _STRANGER], []
+    for name, place in zip(names, rng.permutation(math.prod(_PLACES))[: len(names)].tolist(), strict=True):
+        make, stock = _ON_WORKBENCH[name]
+        longest_px = int(rng.integers(200, 251)) if name in _TOOLS else 160  # twice as near as in the crops
+        pose = _rotation(rng.uniform(0, 2 * math.pi)) @ np.diag([1.0, rng.choice([-1, 1])])
+        colours, mask = _render(make(rng, stock), pose, light, longest_px * _SUPERSAMPLE)
+        low = np.array([place % _PLACES[0], place // _PLACES[0]]) * _PLACE_PX + (6, 38)  # above a box stands its label
+        room = _PLACE_PX - np.array([12, 44]) - np.array(mask.shape[::-1]) / _SUPERSAMPLE
+        corner = np.round(low + rng.uniform(0, 1, 2) * room).astype(int) * _SUPERSAMPLE
+        laid.append(_Laid(name, colours, Image.fromarray(mask), tuple(corner.tolist())))
+    return laid
+
+
+def _photograph(rng: np.random.Generator, laid: Sequence[_Laid], scene: _Scene) -> tuple[Image.Image, list[np.ndarray]]:
+    """Return the photo of a workbench of wood, and the mask of each object on it, bool (H, W)."""
+    size = tuple(count * _PLACE_PX * _SUPERSAMPLE for count in _PLACES)
+    middle, zoom = np.full(2, _TEXTURE_PX / 2), max(size) / _TEXTURE_PX
+    photo = _cut_out(_texture(0, int(rng.integers(3))), size, middle, 0.0, zoom, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(photo, "RGBA")
+    for _ in range(12):
+        _draw_fastener(rng, draw, rng.uniform((0, 0), size), rng.uniform(14, 26))
+    masks = []
+    for item in laid:
+        masks.append(Image.new("L", size))
+        masks[-1].paste(item.mask, item.corner)
+    _lay_down(photo, functools.reduce(ImageChops.lighter, masks), scene)
+    for item in laid:
+        photo.paste(_to_image(_add_sheen(rng, item.colours)), item.corner, item.mask)
+    image = _expose(rng, np.asarray(photo.reduce(_SUPERSAMPLE), dtype=np.float32), scene)
+    return Image.fromarray(image), [np.asarray(mask.reduce(_SUPERSAMPLE)) > 127 for mask in masks]
+
+
+def _to_detection(number: int, mask: np.ndarray) -> dict[str, Any]:
+    """Return an object of no known class as COCO has it: the box around its mask, and the run lengths down the columns."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)).tolist(), np.flatnonzero(mask.any(axis=0)).tolist()
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    borders = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False)).tolist()
+    counts = np.diff([0, *borders, mask.size]).tolist()
+    segmentation = {"size": list(mask.shape), "counts": counts}
+    ids = {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0}
+    return {**ids, "bbox": box, "area": int(mask.sum()), "segmentation": segmentation}
+
+
+def draw_workbench(folder: Path, seed: int) -> None:
+    """Draw a photo of nine tools and a mug, and write what a detector would find on it, and what is true.
+
+    Files: workbench.jpg; detections.json, COCO with exact boxes and masks of category `object`; truth.json, names by their ids.
+    """
+    rng = np.random.default_rng((seed, len(DEMO_CLASSES)))
+    scene = _make_scene(rng)
+    length, blur, opacity = scene.shadow
+    scene = dataclasses.replace(scene, recess=None, shadow=(2 * length, 2 * blur, opacity))
+    laid = _lay_out(rng, scene.light)
+    photo, masks = _photograph(rng, laid, scene)
+    detections = {
+        "images": [{"id": 1, "file_name": "workbench.jpg", "width": photo.width, "height": photo.height}],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [_to_detection(number, mask) for number, mask in enumerate(masks, 1)],
+    }
+    folder.mkdir(parents=True)
+    (folder / "workbench.jpg").write_bytes(_jpeg(photo))
+    (folder / "detections.json").write_text(json.dumps(detections))
+    (folder / "truth.json").write_text(json.dumps({number: item.name for number, item in enumerate(laid, 1)}))
 
 
 # Files: most are plain; a few are odd but good, a few are broken, as in every real folder.
@@ -9449,6 +9610,17 @@ def _draw_class(folder: Path, class_name: str, frames: list[tuple[int, int]], se
         _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
         if class_name == _DUPLICATED_CLASS and position == 0:
             _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
+
+
+def draw_strangers(root: Path, images_per_kind: int, seed: int) -> None:
+    """Draw crops of things of no class, a folder a kind; none of the kind that lies on the workbench."""
+    for number, (kind, make) in enumerate(_STRANGERS.items(), len(DEMO_CLASSES)):
+        (root / kind).mkdir(parents=True)
+        for index in range(images_per_kind):
+            rng = np.random.default_rng((seed, number, index))
+            stock = _Stock(tuple(rng.integers(30, 230, 3).tolist()), _SATIN)
+            image, _ = _draw_frame(rng, make(rng, stock), _make_scene(rng))
+            (root / kind / f"{index:03d}.jpg").write_bytes(_jpeg(Image.fromarray(image)))
 
 
 def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
@@ -9739,15 +9911,71 @@ def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path 
 
 
 def run_demo(config: Config) -> None:
-    """Draw the demo data unless it is there, and train on it."""
-    if not config.data_root.exists():
-        show(f"drawing eleven hand tools into {config.data_root}")
-        unfinished = config.data_root.with_name(f".{config.data_root.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        draw_demo_dataset(unfinished, DEMO_IMAGES_PER_CLASS, config.seed)
-        unfinished.rename(config.data_root)
+    """Draw the demo data unless they are there, train on them, and pre-label a photo with the run; all of it can be continued."""
+    bench = Config(
+        command="prelabel",
+        run=config.out_dir,
+        images=config.images,
+        detections=config.images / "detections.json",
+        out=config.out,
+        box_pad=config.box_pad,
+        gpus=config.gpus,
+        workers=config.workers,
+    )
+    config = dataclasses.replace(config, images=None, out=None, box_pad=Config.box_pad)
+    draw_once(
+        config.data_root,
+        "eleven hand tools",
+        lambda folder: draw_demo_dataset(folder, DEMO_IMAGES_PER_CLASS, config.seed),
+    )
+    draw_once(
+        config.unknown_dir,
+        "things of no class",
+        lambda folder: draw_strangers(folder, DEMO_IMAGES_PER_STRANGER, config.seed),
+    )
+    draw_once(bench.images, "a photo of a workbench", lambda folder: draw_workbench(folder, config.seed))
     show(f"the same as: python {SCRIPT_NAME} {shlex.join(format_flags(config))}")
     run_train(config)
+    show(f"the same as: python {SCRIPT_NAME} prelabel {shlex.join(format_flags(bench))}")
+    run_prelabel(bench)
+    show_workbench(bench)
+
+
+def draw_once(folder: Path, what: str, draw: Callable[[Path], None]) -> None:
+    """Have a folder drawn unless it is there; half of one never is."""
+    if folder.exists():
+        return
+    show(f"drawing {what} into {folder}")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    draw(unfinished)
+    unfinished.rename(folder)
+
+
+def show_workbench(bench: Config) -> None:
+    """Draw the labels that were written for the photo of the demo, and say how many of them are right."""
+    labels = json.loads(read_file(bench.out / "coco" / "annotations" / "instances_default.json"))
+    truth = json.loads(read_file(bench.images / "truth.json"))
+    name_of = {category["id"]: category["name"] for category in labels["categories"]}
+    answers, drawn = {}, []
+    for item in labels["annotations"]:
+        name, is_known = name_of[item["category_id"]], item["category_id"] < len(name_of)
+        answers[str(item["attributes"]["detection_id"])] = name
+        words = f"{name} {item['score']:.2f}" if is_known else name
+        drawn.append((item["bbox"], item["category_id"] - 1 if is_known else -1, words))
+    photo = Image.fromarray(load_image(bench.images / labels["images"][0]["file_name"]))
+    picture = io.BytesIO()
+    draw_prelabels(photo, drawn).save(picture, "JPEG", quality=92)
+    write_bytes(bench.out / "workbench.jpg", picture.getvalue())
+    show(f"{describe_answers(truth, answers)}\ndrawn: {bench.out / 'workbench.jpg'}")
+
+
+def describe_answers(truth: dict[str, str], answers: dict[str, str]) -> str:
+    """Return how many tools of the photo are right, which are not, and what the stranger is taken for."""
+    tools = {number: name for number, name in truth.items() if name in DEMO_CLASSES}
+    wrong = [f"the {name} is `{answers[number]}`" for number, name in tools.items() if answers[number] != name]
+    strangers = [f"the {name} is `{answers[number]}`" for number, name in truth.items() if name not in DEMO_CLASSES]
+    return ", ".join([f"{len(tools) - len(wrong)} of {len(tools)} tools right", *wrong, *strangers])
 
 
 def run_train(config: Config) -> None:

@@ -1,11 +1,16 @@
-"""Tests of the DEMO section: same bytes every time, exact masks, odd files readable, broken files not."""
+"""Tests of the DEMO section: same bytes every time, exact masks, odd files readable, broken files not; and of the whole demo."""
 
+import csv
 import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 import lct_dino3 as demo
 
@@ -111,3 +116,97 @@ def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
         assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:])), "not tight"
         assert 0.05 < (mask > 0).mean() < 0.9
     assert len(shapes) == 20
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "workbench"
+    demo.draw_workbench(folder, seed=3)
+    return folder
+
+
+def read_workbench(bench: Path) -> tuple[list[dict], list[np.ndarray]]:
+    """Return the detections and their masks, bool (H, W)."""
+    objects = json.loads((bench / "detections.json").read_text())["annotations"]
+    height, width = objects[0]["segmentation"]["size"]
+    return objects, [demo.decode_rle(item["segmentation"]["counts"], width, height) for item in objects]
+
+
+def test_the_workbench_is_drawn_the_same_way_every_time(bench: Path, tmp_path: Path) -> None:
+    for seed in (3, 4):
+        demo.draw_workbench(tmp_path / str(seed), seed)
+    assert hash_tree(tmp_path / "3") == hash_tree(bench)
+    assert not set(hash_tree(tmp_path / "4").values()) & set(hash_tree(bench).values())
+
+
+def test_boxes_on_the_workbench_are_those_of_the_masks_and_apart(bench: Path) -> None:
+    objects, masks = read_workbench(bench)
+    with Image.open(bench / "workbench.jpg") as photo:
+        assert masks[0].shape == photo.size[::-1]
+    boxed = np.zeros(masks[0].shape, int)
+    for item, mask in zip(objects, masks, strict=True):
+        x, y, w, h = item["bbox"]
+        window = mask[y : y + h, x : x + w]
+        assert window.sum() == mask.sum() == item["area"] > 500
+        assert window[0].any() and window[-1].any() and window[:, 0].any() and window[:, -1].any()
+        assert 150 <= max(w, h) <= 250
+        boxed[y : y + h, x : x + w] += 1
+    assert boxed.max() == 1
+
+
+def test_what_is_no_wood_on_the_workbench_lies_under_a_mask(bench: Path) -> None:
+    """Wood is redder than green and blue in any light of the demo; a mask in a wrong place leaves paint outside."""
+    photo = np.asarray(Image.open(bench / "workbench.jpg").convert("RGB"), dtype=int)
+    painted = photo[..., 1:].max(axis=2) > photo[..., 0] + 25
+    covered = np.any(read_workbench(bench)[1], axis=0)
+    near = np.asarray(Image.fromarray(covered).convert("L").filter(ImageFilter.MaxFilter(7))) > 0  # JPEG blurs colours
+    assert painted.sum() > 3000 and (painted & ~near).sum() < 0.005 * painted.sum()
+
+
+def test_the_truth_names_nine_tools_and_a_stranger(bench: Path) -> None:
+    truth = json.loads((bench / "truth.json").read_text())
+    assert list(truth) == [str(item["id"]) for item in read_workbench(bench)[0]]
+    tools = [name for name in truth.values() if name in demo.DEMO_CLASSES]
+    assert len(tools) == len(set(tools)) == 9 and len(truth) == 10
+    assert "hammer" not in (bench / "detections.json").read_text()
+
+
+def test_the_detections_are_read_without_a_remark(bench: Path) -> None:
+    found = demo.read_detections(demo.Config(images=bench, detections=bench / "detections.json"))
+    assert (len(found.paths), len(found.objects), found.problems, found.notes) == (1, 10, [], [])
+
+
+def test_the_whole_demo_ends_with_labels_and_continues(
+    call_main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "DEMO_IMAGES_PER_CLASS", IMAGES_PER_CLASS)
+    command = ("demo", "--epochs", "1", "--workers", "0", "--gpus", "0")
+    (tmp_path / "demo" / ".workbench.unfinished").mkdir(parents=True)  # of a start that was interrupted
+    assert call_main(*command) == 0
+    said = capsys.readouterr().out
+    labels = tmp_path / "demo" / "prelabels"
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        "data",
+        "prelabels",
+        "run",
+        "unknown",
+        "workbench",
+    ]
+    with open(labels / "objects.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    truth = json.loads((tmp_path / "demo" / "workbench" / "truth.json").read_text())
+    assert sorted(row["detection_id"] for row in rows) == sorted(truth)
+    right = sum(truth[row["detection_id"]] == row["class"] for row in rows)
+    told = re.search(r"^(\d) of 9 tools right(.*), the mug is `(\w+)`$", said, re.MULTILINE)
+    mug = next(row["class"] for row in rows if truth[row["detection_id"]] == "mug")
+    assert (int(told[1]), told[2].count(" is `"), told[3]) == (right, 9 - right, mug)
+    picture = (labels / "workbench.jpg").read_bytes()
+    assert demo.decode_image(picture)[0].shape == (900, 1200, 3)
+
+    for name in ("workbench.jpg", "objects.csv"):  # as if it had been killed while it wrote the answers
+        (labels / name).unlink()
+    os.truncate(labels / ".progress.jsonl", (labels / ".progress.jsonl").stat().st_size - 9)
+    assert call_main(*command) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (labels / "workbench.jpg").read_bytes() == picture and (labels / "objects.csv").exists()
