@@ -117,6 +117,9 @@ MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a 
 MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
 SIGNIFICANCE = 0.05  # of the sign test by which several prototypes a class must be better
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
+PRIOR_ANSWERS = (
+    10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
+)
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -4265,14 +4268,29 @@ def calibration_error(
         return np.abs(weights @ in_bin).sum(axis=1) / weights.sum(axis=1)
 
 
-def precision_threshold(scores: np.ndarray, is_right: np.ndarray, precision: float) -> float:
+def precision_above(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """Return for each answer (N,) the share of right ones among the answers with its score or more."""
+    num = len(scores) - np.searchsorted(np.sort(scores), scores)
+    num_right = int(is_right.sum()) - np.searchsorted(np.sort(scores[is_right]), scores)
+    return num_right / num
+
+
+def precision_threshold(
+    scores: np.ndarray, is_right: np.ndarray, precision: float, prior: np.ndarray | None = None
+) -> float:
     """Return the least score (N,) at or above which that share of the answers is right; above all of them if there is none.
 
     Answers of one score come or go together.
+
+    Args:
+        scores, is_right: (N,).
+        precision: share of right answers.
+        prior: (N,), share expected at each score, which counts as PRIOR_ANSWERS further answers: one error among few is no proof.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    shares = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
+    expected, weight = (0.0, 0) if prior is None else (prior[order], PRIOR_ANSWERS)
+    shares = (np.cumsum(is_right[order]) + weight * expected) / (np.arange(1, len(order) + 1) + weight)
     is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     enough = np.flatnonzero((shares >= precision) & is_last_of_score)
     if not len(enough):
@@ -4931,7 +4949,8 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> tuple[np.ndarray, np.ndarray]:
     """Return per class the least score above which that share of its answers is right, and whether it is the pooled one.
 
-    A class with fewer than MIN_CALIBRATION_SAMPLES answers gets the threshold of all answers pooled.
+    What all answers together show is weighed in (see `precision_threshold`), and a class with fewer than MIN_CALIBRATION_SAMPLES
+    answers gets their threshold.
 
     Args:
         scores: (N, C) of val.
@@ -4943,10 +4962,13 @@ def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> 
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == labels
     thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, precision), dtype=np.float32)
-    is_pooled = np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES
+    is_pooled, pooled = (
+        np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES,
+        precision_above(best, is_right),
+    )
     for label in np.flatnonzero(~is_pooled):
         mine = answers == label
-        thresholds[label] = precision_threshold(best[mine], is_right[mine], precision)
+        thresholds[label] = precision_threshold(best[mine], is_right[mine], precision, pooled[mine])
     return thresholds, is_pooled
 
 

@@ -178,6 +178,20 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     assert is_pooled.tolist() == [False, True] and thresholds[1] == thresholds[0]
 
 
+def test_two_errors_do_not_silence_a_class_while_all_classes_together_are_right() -> None:
+    scores = np.zeros((335, 2), np.float32)
+    scores[:35, 0], scores[35:, 1] = np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)
+    labels = np.repeat([0, 1], (35, 300))
+    labels[[4, 5]] = 1  # 33 of 35 are less than 95 %, and the four before them are the only ones without an error
+    alone = lct.precision_threshold(scores[:35, 0], labels[:35] == 0, 0.95)
+    assert (scores[:35, 0] >= alone).sum() == 4
+    thresholds, is_pooled = lct.fit_thresholds(scores, labels, 0.95)
+    assert (scores[:35, 0] >= thresholds[0]).all() and not is_pooled.any()
+    ten = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
+    labels[:35] = np.where(ten, 0, 1)
+    assert (scores[:35, 0] >= lct.fit_thresholds(scores, labels, 0.95)[0][0]).mean() < 0.3
+
+
 def test_a_class_that_is_never_right_answers_unknown() -> None:
     scores = np.stack([np.linspace(0.2, 0.9, 30), np.zeros(30)], axis=1).astype(np.float32)
     thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int), 0.95)
