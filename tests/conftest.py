@@ -14,8 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# The tests run in as many processes as there are cores; and the last bits of a sum depend on the number of threads.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 import numpy as np
 import pytest
+from killing import Nursery
 from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
@@ -73,7 +77,7 @@ def run_cli(
     return subprocess.run(
         [sys.executable, *python, str(SCRIPT), *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -81,13 +85,10 @@ def run_cli(
     )
 
 
-def end_cli(
-    *args: object, out_dir: Path, env: dict[str, str] | None = None, whole_group: bool = False
-) -> tuple[int, str, int]:
-    """Start a run, send SIGTERM after its first epoch; return exit code, stderr and the process group's number."""
+def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
+    """Start a run, send SIGTERM to its process group after its first epoch; return exit code, stderr and the group's number."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,10 +100,7 @@ def end_cli(
         if process.poll() is not None:
             break
         time.sleep(0.05)
-    if whole_group:  # as schedulers do
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
     error = process.communicate(timeout=60)[1]
     return process.returncode, error, process.pid
 
@@ -124,6 +122,22 @@ def call_main() -> Iterator[Callable[..., int]]:
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight images. Shared by all tests: read only."""
     return make_dataset(tmp_path_factory.mktemp("small") / "data", {"hammer": 8, "pliers": 8, "wrench": 8})
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 42 images together, and one that is broken. Shared by all tests: read only."""
+    root = make_dataset(tmp_path_factory.mktemp("data") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
+    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    return root
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """A process that runs the script as often as needed, and imports torch once."""
+    nursery = Nursery(tmp_path_factory.mktemp("output"))
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

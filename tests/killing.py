@@ -148,6 +148,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
         os.close(reader)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
+    os.environ.update(job.get("env", {}))
     if "count" in job:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
@@ -190,13 +191,8 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, itertools.count()
-        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, **threads},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, *argv: object, **job: Any) -> tuple[int, str]:
