@@ -28,6 +28,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
 TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
+# A script that starts the tests with `&` has them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
@@ -105,17 +107,24 @@ def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
     return process.returncode, error, process.pid
 
 
-@pytest.fixture
-def call_main() -> Iterator[Callable[..., int]]:
-    """Return a function that runs `main` in this process, without leaving its signal handlers behind."""
+def run_main(*args: object) -> int:
+    """Run `main` in this process, without leaving its signal handlers behind."""
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    with warnings.catch_warnings():
-        yield lambda *args: lct.main([str(arg) for arg in args])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with warnings.catch_warnings():
+            return lct.main([str(arg) for arg in args])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def call_main() -> Callable[..., int]:
+    """Return `run_main`."""
+    return run_main
 
 
 @pytest.fixture(scope="session")

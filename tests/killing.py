@@ -143,6 +143,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
     if job.get("deaf"):  # a pipe that nobody reads any more
         reader, writer = os.pipe()
         os.close(reader)

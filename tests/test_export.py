@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY_RUN, draw_image, make_dataset
+from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
 
 import lct_dino3 as lct
 
@@ -22,14 +22,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on classes of unequal size."""
     folder = tmp_path_factory.mktemp("export")
     data = make_dataset(folder / "data", {"axe": 16, "bit": 7, "клещи": 10})
-    assert lct.main(["--data_root", str(data), "--out_dir", str(folder / "run"), *TINY_RUN]) == 0
+    assert run_main("--data_root", data, "--out_dir", folder / "run", *TINY_RUN) == 0
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def onnx_file(run_dir: Path) -> Path:
     pytest.importorskip("onnxruntime")
-    assert lct.main(["export", "--run", str(run_dir)]) == 0
+    assert run_main("export", "--run", run_dir) == 0
     return run_dir / "model.onnx"
 
 

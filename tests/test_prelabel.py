@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY_RUN, draw_image, make_dataset
+from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
 from killing import Nursery, kill
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -34,17 +34,9 @@ FLAGS = ("--gpus", "0", "--workers", "0")
 SIZE = (300, 240)
 
 
-def run_main(*words: object) -> None:
-    """Run the script in this process, without leaving its signal handlers behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    code = lct.main(list(map(str, words)))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert code == 0
-
-
 def train(folder: Path, data: Path, *flags: object) -> Path:
-    run_main("--data_root", data, "--out_dir", folder, *TRAINED, *flags)
+    """Train a real run."""
+    assert run_main("--data_root", data, "--out_dir", folder, *TRAINED, *flags) == 0
     return folder
 
 
@@ -110,7 +102,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, scene
     """The scene's pre-labels in every format; read only."""
     folder = tmp_path_factory.mktemp("labelled")
     source = scene.write_coco(folder / "detections.json")
-    run_main(*command(finished_run, scene.folder, folder / "out", source))
+    assert run_main(*command(finished_run, scene.folder, folder / "out", source)) == 0
     return folder / "out"
 
 
