@@ -2800,9 +2800,7 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
     """Return the mask files whose name belongs to no image, neither a usable nor a broken nor a left-out one."""
     every = (*listing.paths, *listing.left_out, *(path for path, _ in listing.problems))
-    known = {
-        _mask_key(f"{folder}/{name}") for folder, name in ((p.split("/", 1)[0], p.rsplit("/", 1)[-1]) for p in every)
-    }
+    known = {_mask_key(f"{path.split('/', 1)[0]}/{path.rsplit('/', 1)[-1]}") for path in every}
     known |= {name.rsplit(".", 1)[0] for name in known}
     orphans = []
     for key, path in files.paths.items():
@@ -2816,27 +2814,24 @@ def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
 def describe_masks(scan: Scan, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
     """Return the part of the data report that speaks of masks: kinds, what was refused, what SAM-2 did, counts by class."""
     records, log = scan.records, read_mask_log(config.out_dir)
-    kinds = Counter(_mask_kind(path, records.paths[i], config.masks_dirname) for i, path in enumerate(found))
-    outcomes = [log.get(records.paths[i]) for i in range(len(found))] if log else [None] * len(found)
-    columns = {
-        "masks": np.array([bool(path) for path in found]),
-        "made": np.array([bool(path and own and not own.reason) for path, own in zip(found, outcomes, strict=True)]),
-        "not_made": np.array(
-            [bool(not path and own and own.reason) for path, own in zip(found, outcomes, strict=True)]
-        ),
-    }
-    counts = {
-        key: np.bincount(records.labels[column], minlength=len(records.class_names)) for key, column in columns.items()
-    }
+    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
+    kinds, not_made = Counter(), []
+    for row, (mask, label) in enumerate(zip(found, records.labels.tolist(), strict=True)):
+        crop, counts = records.paths[row], classes[records.class_names[label]]
+        outcome = log.get(crop)
+        kinds[_mask_kind(mask, crop, config.masks_dirname)] += 1
+        counts["masks"] += bool(mask)
+        counts["made"] += bool(mask and outcome and not outcome.reason)
+        if outcome and outcome.reason and not mask:
+            counts["not_made"] += 1
+            not_made.append(outcome._asdict())
     return {
         "usable": len(found) - kinds["none"],
         **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
-        "made": int(columns["made"].sum()),
+        "made": sum(counts["made"] for counts in classes.values()),
         "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
-        "not_made": [outcomes[i]._asdict() for i in np.flatnonzero(columns["not_made"]).tolist()],
-        "classes": {
-            name: {key: int(counts[key][label]) for key in counts} for label, name in enumerate(records.class_names)
-        },
+        "not_made": not_made,
+        "classes": classes,
     }
 
 
@@ -7221,7 +7216,7 @@ def _calibration_view(test: _TestRows) -> dict[str, Any] | None:
     )
     return {
         "bins": list(zip(counts.tolist(), confidences.tolist(), accuracies.tolist(), strict=True)),
-        "error": float((counts * np.abs(accuracies - confidences)).sum() / len(test.rows)),
+        "error": calibration_error(test.confidences, is_right, CALIBRATION_BINS),
         "confidence": float(test.confidences.mean()),
         "accuracy": float(is_right.mean()),
     }
@@ -8159,23 +8154,6 @@ _REPORT_HTML = """
 # --- review of pre-labels
 
 
-class ReviewCard(NamedTuple):
-    """An object that a person should look at: pictures as data URIs, None where a file is gone."""
-
-    path: str
-    answer: str
-    is_known: bool
-    best: str  # most similar class
-    runner_up: str | None
-    figures: str
-    reason: str  # why it is worth a look
-    crop: str | None
-    reference: str | None
-    rival: str | None
-    reference_path: str
-    rival_path: str | None
-
-
 def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path, path: Path) -> None:
     """Write the objects whose answer is easiest to overturn as one self-contained page, the least certain first.
 
@@ -8199,25 +8177,25 @@ def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path,
     write_bytes(path, page.encode("utf-8", "backslashreplace"))
 
 
-def _review_card(prelabels: Prelabels, data_root: Path, image: LabelledImage, item: Prelabel) -> ReviewCard:
-    gallery = prelabels.gallery
-    threshold, has_second = float(gallery.thresholds[item.label]), item.runner_up >= 0
-    paths = gallery.stack_paths
+def _review_card(prelabels: Prelabels, data_root: Path, image: LabelledImage, item: Prelabel) -> dict[str, Any]:
+    """Return what the page shows of an object; pictures are data URIs, None where a file is gone."""
+    gallery, paths, has_second = prelabels.gallery, prelabels.gallery.stack_paths, item.runner_up >= 0
+    threshold = float(gallery.thresholds[item.label])
     figures = f"cosine {item.cosine:.3f}, threshold {threshold:.3f}, probability {item.probability:.2f}"
-    return ReviewCard(
-        path=image.path,
-        answer=prelabels.name(item),
-        is_known=item.is_known,
-        best=gallery.class_names[item.label],
-        runner_up=gallery.class_names[item.runner_up] if has_second else None,
-        figures=figures + f", margin {item.margin:.3f}" * has_second,
-        reason=_tell_doubt(item, threshold),
-        crop=_file_uri(prelabels.detections.root / image.path, pad_box(item.box, prelabels.box_pad, *image.size)),
-        reference=_file_uri(data_root / paths[item.reference]),
-        rival=_file_uri(data_root / paths[item.rival]) if has_second else None,
-        reference_path=paths[item.reference],
-        rival_path=paths[item.rival] if has_second else None,
-    )
+    return {
+        "path": image.path,
+        "answer": prelabels.name(item),
+        "is_known": item.is_known,
+        "best": gallery.class_names[item.label],
+        "runner_up": gallery.class_names[item.runner_up] if has_second else None,
+        "figures": figures + f", margin {item.margin:.3f}" * has_second,
+        "reason": _tell_doubt(item, threshold),
+        "crop": _file_uri(prelabels.detections.root / image.path, pad_box(item.box, prelabels.box_pad, *image.size)),
+        "reference": _file_uri(data_root / paths[item.reference]),
+        "rival": _file_uri(data_root / paths[item.rival]) if has_second else None,
+        "reference_path": paths[item.reference],
+        "rival_path": paths[item.rival] if has_second else None,
+    }
 
 
 def _tell_doubt(item: Prelabel, threshold: float) -> str:
