@@ -5667,8 +5667,6 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 # or box is listed; raises UserError for what leaves nothing to label.
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
-OUTLINE = 4  # px of a box that is drawn, in an image of 1,000 px
-GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
 
 
 class BoxError(ValueError):
@@ -6687,32 +6685,6 @@ def summarize_prelabels(prelabels: Prelabels) -> dict[str, Any]:
     }
 
 
-def draw_prelabels(image: Image.Image, objects: Sequence[Prelabel], class_names: Sequence[str]) -> Image.Image:
-    """Return a copy of an upright image with the boxes, their classes and probabilities; `unknown` in black, without a class."""
-    drawn = image.convert("RGB")
-    draw = ImageDraw.Draw(drawn)
-    scale = max(drawn.size) / 1000
-    line, font = max(1, round(OUTLINE * scale)), load_font(max(11, round(20 * scale)))
-    for item in objects:
-        x, y, w, h = item.box
-        ink = label_color(item.label) if item.is_known else "black"
-        draw.rectangle((x, y, x + w - 1, y + h - 1), outline=ink, width=line)
-        words = f"{class_names[item.label]} {item.probability:.2f}" if item.is_known else "unknown"
-        words = fit_text(words, font, max(drawn.width - 8, 40))
-        left, top, right, bottom = draw.textbbox((0, 0), words, font=font)
-        text_w, text_h = right - left + 2 * line, bottom - top + 2 * line
-        corner_x = min(max(0, x), max(0, drawn.width - text_w))
-        corner_y = y - text_h if y >= text_h else min(y + line, drawn.height - text_h)  # above the box, else inside it
-        draw.rectangle((corner_x, corner_y, corner_x + text_w, corner_y + text_h), fill=ink)
-        draw.text((corner_x + line - left, corner_y + line - top), words, "white", font)
-    return drawn
-
-
-def label_color(label: int) -> str:
-    """Return a colour that white text can be read on; neighbours in the list of classes are far apart on the circle."""
-    return f"hsl({label * GOLDEN_ANGLE % 360:.0f}, 75%, {(30, 36)[label % 2]}%)"
-
-
 class ExportedModel(nn.Module):
     """From crops fitted to a square to answers: normalisation, embedder, and the gallery's own matcher."""
 
@@ -6840,6 +6812,7 @@ MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
 CALIBRATION_BINS = 10
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
 MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
+GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
 # Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
 TEN_COLORS = (
     *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),

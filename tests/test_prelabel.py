@@ -814,20 +814,6 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     assert "2 images or objects have no answer" in page
 
 
-def test_drawn_prelabels_show_class_and_unknown(finished_run: Path, scene: Scene) -> None:
-    image = Image.new("RGB", (400, 300), "white")
-    known = lct.Prelabel(0, (50, 60, 100, 80), False, 1, True, 0.9, 0.97, 0, 0.4, 0, 0)
-    unknown = lct.Prelabel(1, (250, 2, 140, 200), False, 0, False, 0.2, 0.5, 1, 0.1, 0, 0)
-    drawn = lct.draw_prelabels(image, [known, unknown], CLASSES)
-    pixels = np.asarray(drawn)
-    assert drawn.size == (400, 300) and np.asarray(image).min() == 255  # the original is untouched
-    assert (pixels[100, 50] == Image.new("RGB", (1, 1), lct.label_color(1)).getpixel((0, 0))).all()
-    assert (pixels[100, 250] == 0).all() and (pixels[100, 100] == 255).all() and (pixels[100, 320] == 255).all()
-    assert (pixels[4:20, 255:330] == 255).any()  # the word, inside the box: above it there is no room
-    strips = [np.asarray(lct.draw_prelabels(image, [item], CLASSES)) for item in (known, unknown)]
-    assert not (strips[0] == strips[1]).all()
-
-
 def test_a_class_called_unknown_keeps_its_name(finished_run: Path) -> None:
     gallery = lct.load_gallery(finished_run / "prototypes.npz")[0]
     import dataclasses
