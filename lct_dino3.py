@@ -3332,10 +3332,8 @@ def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int) ->
     """Write a contact sheet as PNG: crop, mask and masked crop side by side, in the order given, of `total` crops in all."""
     columns = max(1, min(PREVIEW_COLUMNS, len(items)))
     refused = sum(bool(item.note) for item in items)
-    across, down = (
-        3 * PREVIEW_SIDE + 32,
-        PREVIEW_SIDE + (64 if refused else 44),
-    )  # px from crop to crop, text and gap too
+    # From crop to crop, in px: pictures, text, gap.
+    across, down = 3 * PREVIEW_SIDE + 32, PREVIEW_SIDE + (64 if refused else 44)
     sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
     draw = ImageDraw.Draw(sheet)
     title = f"{len(items):,} of {total:,} crops, the lowest scores first" + f"; {refused:,} refused" * bool(refused)
@@ -6764,8 +6762,8 @@ def export_onnx(run: TrainedRun, path: Path, crops: np.ndarray) -> float:
             embeddings, scores, *_ = (output.numpy() for output in model(torch.from_numpy(part)))
         found = session.run(names, {"images": part})
         differences += [np.abs(found[1] - scores).max(), (1 - (found[0] * embeddings).sum(axis=1)).max()]
-    difference = float(max(differences))
-    if difference > EXPORT_TOLERANCE:
+    difference = float(np.max(differences))
+    if not difference <= EXPORT_TOLERANCE:  # NaN too
         what = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
         raise UserError(what, str(path), "try --format safetensors, and tell us model_id and versions")
     write_bytes(path, data)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The tests run in as many processes as there are cores; and the last bits of a sum depend on the number of threads.
+# Two processes run the tests, on two cores; and the last bits of a sum depend on the number of threads.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import numpy as np

@@ -174,11 +174,9 @@ def test_usage_errors_take_two_lines_of_stderr_and_exit_2(argv):
     assert done.stderr.startswith("error: ") and 1 <= len(done.stderr.splitlines()) <= 2
 
 
-def test_only_debug_shows_the_traceback(tmp_path, call_main, capsys):
+def test_only_debug_shows_the_traceback(tmp_path):
     argv = ["--data_root", tmp_path / "nowhere", "--out_dir", tmp_path / "run", *TINY_RUN]
-    assert call_main(*argv) == 2
-    quiet = capsys.readouterr().err
-    assert "Traceback" not in quiet and str(tmp_path / "nowhere") in quiet
-    assert call_main(*argv, "--debug") == 2
-    loud = capsys.readouterr().err
-    assert "Traceback" in loud and "UserError" in loud
+    quiet, loud = run_cli(*argv), run_cli(*argv, "--debug")
+    assert quiet.returncode == loud.returncode == 2
+    assert "Traceback" not in quiet.stderr and str(tmp_path / "nowhere") in quiet.stderr
+    assert "Traceback" in loud.stderr and "UserError" in loud.stderr
