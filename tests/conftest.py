@@ -14,8 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Two processes run the tests, on two cores; and the last bits of a sum depend on the number of threads.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 import numpy as np
 import pytest
+from killing import Nursery
 from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
@@ -24,6 +28,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
 TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
+# A script that starts the tests with `&` has them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
@@ -73,7 +79,7 @@ def run_cli(
     return subprocess.run(
         [sys.executable, *python, str(SCRIPT), *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -81,13 +87,10 @@ def run_cli(
     )
 
 
-def end_cli(
-    *args: object, out_dir: Path, env: dict[str, str] | None = None, whole_group: bool = False
-) -> tuple[int, str, int]:
-    """Start a run, send SIGTERM after its first epoch; return exit code, stderr and the process group's number."""
+def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
+    """Start a run, send SIGTERM to its process group after its first epoch; return exit code, stderr and the group's number."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -99,31 +102,51 @@ def end_cli(
         if process.poll() is not None:
             break
         time.sleep(0.05)
-    if whole_group:  # as schedulers do
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
     error = process.communicate(timeout=60)[1]
     return process.returncode, error, process.pid
 
 
-@pytest.fixture
-def call_main() -> Iterator[Callable[..., int]]:
-    """Return a function that runs `main` in this process, without leaving its signal handlers behind."""
+def run_main(*args: object) -> int:
+    """Run `main` in this process, without leaving its signal handlers behind."""
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    with warnings.catch_warnings():
-        yield lambda *args: lct.main([str(arg) for arg in args])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with warnings.catch_warnings():
+            return lct.main([str(arg) for arg in args])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def call_main() -> Callable[..., int]:
+    """Return `run_main`."""
+    return run_main
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight images. Shared by all tests: read only."""
     return make_dataset(tmp_path_factory.mktemp("small") / "data", {"hammer": 8, "pliers": 8, "wrench": 8})
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 42 images together, and one that is broken. Shared by all tests: read only."""
+    root = make_dataset(tmp_path_factory.mktemp("data") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
+    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    return root
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """A process that runs the script as often as needed, and imports torch once."""
+    nursery = Nursery(tmp_path_factory.mktemp("output"))
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

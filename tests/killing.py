@@ -143,11 +143,13 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
     if job.get("deaf"):  # a pipe that nobody reads any more
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
+    os.environ.update(job.get("env", {}))
     if "count" in job:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
@@ -190,13 +192,8 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, itertools.count()
-        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, **threads},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, *argv: object, **job: Any) -> tuple[int, str]:

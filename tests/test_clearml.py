@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import end_cli, make_dataset, run_cli
+from conftest import make_dataset
+from killing import Nursery, kill
 
 import lct_dino3 as lct
 
@@ -52,11 +54,14 @@ def read_session(out_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return task, [event for line in lines for event in json.loads(line)]
 
 
-def test_without_a_server_the_run_is_recorded_offline(data: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
+def test_without_a_server_the_run_is_recorded_offline(
+    nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str]
+) -> None:
     out_dir = tmp_path / "run"
-    done = run_cli("--data_root", data, "--out_dir", out_dir, *FLAGS, "--clearml_project", "Tools", env=no_server)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ClearML:") == 1 and "recording offline" in done.stdout
+    flags = ("--data_root", data, "--out_dir", out_dir, *FLAGS, "--clearml_project", "Tools")
+    code, text = nursery.run(*flags, env=no_server)
+    assert code == 0, text
+    assert text.count("ClearML:") == 1 and "recording offline" in text
     task, events = read_session(out_dir)
     assert task["name"] == "run" and task["project_name"] == "Tools"
     assert task["hyperparams"]["options"]["model_id"]["value"] == "test_resnet"
@@ -74,7 +79,7 @@ def test_without_a_server_the_run_is_recorded_offline(data: Path, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["refuses", "accepts and never answers"])
 def test_a_dead_server_neither_stops_nor_stalls_the_run(
-    data: Path, tmp_path: Path, no_server: dict[str, str], kind: str
+    nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str], kind: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -88,18 +93,19 @@ def test_a_dead_server_neither_stops_nor_stalls_the_run(
             "CLEARML_API_ACCESS_KEY": "k",
             "CLEARML_API_SECRET_KEY": "s",
         }
-        done = run_cli(
-            "--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, env={**no_server, **server_env}, timeout=120
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ClearML:") == 1 and f"127.0.0.1:{port}" in done.stdout
+        flags = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS)
+        code, text = nursery.run(*flags, env={**no_server, **server_env})
+    assert code == 0, text
+    assert text.count("ClearML:") == 1 and f"127.0.0.1:{port}" in text
     assert read_session(tmp_path / "run")[1]
 
 
-def test_an_interrupted_run_closes_its_session(data: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
-    flags = ("--data_root", data, *FLAGS, "--epochs", 5000)
-    code, error, _ = end_cli(*flags, out_dir=tmp_path / "run", env=no_server)
-    assert code == 143, error
+def test_an_interrupted_run_closes_its_session(
+    nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str]
+) -> None:
+    flags = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS)
+    code, text = nursery.run(*flags, env=no_server, plans=[kill("evaluate_val", 2, signal.SIGTERM)])
+    assert code == 143, text
     assert read_session(tmp_path / "run")[1]
 
 
@@ -126,7 +132,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("kind", ["falls silent", "slow", "fails", "talks nonsense"])
 def test_a_server_that_fails_later_is_replaced_by_an_offline_record(
-    data: Path, tmp_path: Path, no_server: dict[str, str], kind: str
+    nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str], kind: str
 ) -> None:
     handler = type("Handler", (Server,), {"kind": kind})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -135,9 +141,9 @@ def test_a_server_that_fails_later_is_replaced_by_an_offline_record(
         address = f"http://127.0.0.1:{server.server_address[1]}"
         hosts = {f"CLEARML_{name}_HOST": address for name in ("API", "WEB", "FILES")}
         env = {**no_server, **hosts, "CLEARML_API_ACCESS_KEY": "k", "CLEARML_API_SECRET_KEY": "s"}
-        done = run_cli("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, env=env, timeout=120)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-        assert done.stdout.count("ClearML:") == 1 and "recording offline" in done.stdout
+        code, text = nursery.run("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, env=env)
+        assert code == 0 and "Traceback" not in text, text
+        assert text.count("ClearML:") == 1 and "recording offline" in text
         events = read_session(tmp_path / "run")[1]
         server.shutdown()
     assert {event["iter"] for event in events if event["metric"] == "acc"} == {1, 2}

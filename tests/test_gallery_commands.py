@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_RUN, draw_image, make_dataset
+from conftest import TINY_RUN, draw_image, make_dataset, run_main
 
 import lct_dino3 as lct
 
@@ -27,19 +27,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     recipe = (
         "--model_id test_resnet --no-freeze_backbone --epochs 10 --batch 16 --lr 0.01 --arc_lr 0.01 --arc_margin 0.1"
     )
-    words = [
-        "--data_root",
-        str(data),
-        "--out_dir",
-        str(folder / "run"),
-        "--class_map",
-        str(folder / "map.yaml"),
-        *TINY_RUN,
-        *recipe.split(),
-        "--save_every",
-        "0",
-    ]
-    assert lct.main(words) == 0
+    flags = (*TINY_RUN, *recipe.split(), "--save_every", 0, "--class_map", folder / "map.yaml")
+    assert run_main("--data_root", data, "--out_dir", folder / "run", *flags) == 0
     return data, folder / "run"
 
 

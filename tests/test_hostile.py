@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ SETTINGS = (
     "--model_id test_resnet --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16 --epochs 1"
 ).split()
 MARKUP = "<script>alert('x')</script>&\"%s{{7*7}}"
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("output"))
-    yield nursery
-    nursery.close()
 
 
 def scan(nursery: Nursery, root: Path, out_dir: Path, *flags: object) -> tuple[dict[str, str], dict[str, Any], str]:

@@ -405,13 +405,14 @@ def test_in_mask_mode_training_prototypes_and_test_see_no_background(tmp_path: P
 
 
 def test_masks_beat_bbox_where_the_background_changes_between_train_and_test(
-    tmp_path: Path, call_main: Callable
+    tmp_path: Path, call_main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn tools on benches that tell the class in training and validation, and mislead in the test."""
     accuracy = {}
     drawn = tmp_path / "drawn"
-    lct.draw_demo_dataset(drawn, 24, seed=3)
     classes = ("hammer", "oil_can", "pliers", "file")
+    monkeypatch.setattr(lct, "DEMO_CLASSES", classes)
+    lct.draw_demo_dataset(drawn, 24, seed=3)
     root = paste_on_misleading_benches(drawn, tmp_path / "data", classes)
     flags = "--group_regex ^(shot\\d+)_ --near_dup_bits 0 --model_id test_resnet --no-pretrained --no-freeze_backbone --workers 0"
     recipe = (

@@ -12,15 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SCRIPT, TINY_RUN, draw_image, make_dataset, run_cli
+from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
+from killing import Nursery, kill
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -35,12 +35,8 @@ SIZE = (300, 240)
 
 
 def train(folder: Path, data: Path, *flags: object) -> Path:
-    """Train a real run in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    code = lct.main(["--data_root", str(data), "--out_dir", str(folder), *TRAINED, *map(str, flags)])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert code == 0
+    """Train a real run."""
+    assert run_main("--data_root", data, "--out_dir", folder, *TRAINED, *flags) == 0
     return folder
 
 
@@ -106,8 +102,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, scene
     """The scene's pre-labels in every format; read only."""
     folder = tmp_path_factory.mktemp("labelled")
     source = scene.write_coco(folder / "detections.json")
-    done = run_cli(*command(finished_run, scene.folder, folder / "out", source))
-    assert done.returncode == 0, done.stderr
+    assert run_main(*command(finished_run, scene.folder, folder / "out", source)) == 0
     return folder / "out"
 
 
@@ -623,8 +618,8 @@ def test_bad_flags_cost_one_sentence(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert "neither empty" in told(*command(finished_run, scene.folder, tmp_path / "mine"))
-    done = run_cli("prelabel", "--run", tmp_path / "none", "--images", scene.folder, "--out", tmp_path / "o")
-    assert done.returncode == 2 and "--run" in done.stderr and "does not exist" in done.stderr
+    error = told("prelabel", "--run", tmp_path / "none", "--images", scene.folder, "--out", tmp_path / "o")
+    assert "--run" in error and "does not exist" in error
 
 
 def test_a_run_that_does_not_fit_together_is_refused(
@@ -703,33 +698,18 @@ def outputs(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As run_cli has it: the last bits of a sum depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_interrupted_and_started_again_it_goes_on(
-    finished_run: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+    finished_run: Path, tmp_path: Path, nursery: Nursery, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
 ) -> None:
-    source, images, flags = make_many(tmp_path, 200, per_image=5), tmp_path / "images", ("--batch", "8")
+    source, images, flags = make_many(tmp_path, 80, per_image=5), tmp_path / "images", ("--batch", "8")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert call_main(*command(finished_run, images, whole, source, *flags)) == 0
-    words = [sys.executable, str(SCRIPT), *map(str, command(finished_run, images, broken, source, *flags))]
-    words += ["--workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    progress, deadline = broken / ".progress.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and not (progress.exists() and progress.read_bytes().count(b"\n") > 20):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "the same command continues" in error, error
+    words = command(finished_run, images, broken, source, *flags, "--workers", "1")
+    code, text = nursery.run(*words, plans=[kill("AnswerFile.append", 12, signal.SIGTERM)])
+    assert code == 143 and "the same command continues" in text, text
     assert outputs(broken) == {}  # whole at the end, or not at all
-    assert 20 < progress.read_bytes().count(b"\n") < 200
+    progress = broken / ".progress.jsonl"
+    assert 20 < progress.read_bytes().count(b"\n") < 80
     progress.write_bytes(progress.read_bytes() + b'{"unit":"half a li')  # what a power failure leaves
 
     def again(*more: object) -> str:
@@ -737,12 +717,12 @@ def test_interrupted_and_started_again_it_goes_on(
         assert call_main(*command(finished_run, images, broken, source, *flags, *more)) == 0
         return capsys.readouterr().out
 
-    assert "of 200 images are answered already" in again()
+    assert "of 80 images are answered already" in again()
     assert outputs(broken) == outputs(whole)
     stamp = progress.stat().st_mtime_ns
-    assert "200 of 200 images" in again("--formats", "csv") and progress.stat().st_mtime_ns == stamp
+    assert "80 of 80 images" in again("--formats", "csv") and progress.stat().st_mtime_ns == stamp
     Image.open(tmp_path / "photo.jpg").rotate(180).save(images / "00007.jpg")  # another image: answered again
-    assert re.search(r"19\d of 200 images are answered", again("--formats", "csv"))
+    assert re.search(r"7\d of 80 images are answered", again("--formats", "csv"))
     changed = {a["image"] for a, b in zip(read_rows(broken), read_rows(whole), strict=True) if a != b}
     assert changed == {"00007.jpg"}
     assert "answered already" not in again("--box_pad", "0.1", "--formats", "csv")  # other settings: afresh
@@ -761,8 +741,7 @@ def test_workers_change_nothing_and_an_image_is_decoded_once(
     assert sorted(decoded) == sorted(
         str(scene.folder / name) for name in NAMES[:3]
     )  # the one without objects not at all
-    done = run_cli(*command(finished_run, scene.folder, tmp_path / "two", source, "--workers", 2))
-    assert done.returncode == 0
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "two", source, "--workers", 2)) == 0
     assert read_rows(tmp_path / "two") == read_rows(labelled)
 
 
@@ -789,18 +768,15 @@ def clip_to(box: list[float], width: int, height: int) -> list[float]:
 
 
 def test_memory_does_not_grow_with_the_number_of_objects(finished_run: Path, tmp_path: Path) -> None:
-    peaks = []
+    code = f"import sys, resource; sys.path.insert(0, {str(REPO)!r}); import lct_dino3\n"
     for num_images in (50, 500):
         source = make_many(tmp_path / str(num_images), num_images)
         words = [str(w) for w in command(finished_run, source.parent / "images", source.parent / "out", source)]
-        code = (
-            f"import sys, resource; sys.path.insert(0, {str(REPO)!r}); import lct_dino3\n"
-            f"assert lct_dino3.main({words!r}) == 0\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
+        code += f"assert lct_dino3.main({words!r}) == 0\n"
+        code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(number) / 1024 for number in re.findall(r"^peak (\d+)", done.stdout, re.MULTILINE)]
     assert peaks[1] - peaks[0] < 60, f"5,000 objects take {peaks[1]:.0f} MB, 500 take {peaks[0]:.0f} MB"
 
 

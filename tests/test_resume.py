@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import draw_image, make_dataset, snapshot
+from conftest import draw_image, snapshot
 from killing import Nursery, differences, do, fail, kill
 
 import lct_dino3 as lct
@@ -30,20 +30,6 @@ SETTINGS = (
 ).split()
 KILL, TERM, INT, HUP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 Main = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("output"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_dataset(tmp_path_factory.mktemp("resume") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
-    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -42,13 +42,6 @@ def epoch_records(out_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_dataset(tmp_path_factory.mktemp("run") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
-    (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
-    return root
-
-
-@pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four epochs, made as a user does."""
     out_dir = tmp_path_factory.mktemp("finished") / "run"
@@ -191,13 +184,6 @@ def test_four_epochs_are_three_and_an_interrupt_and_one(
     assert epoch_records(tmp_path / "straight") == epoch_records(tmp_path / "broken")
     with np.load(tmp_path / "straight/prototypes.npz") as a, np.load(tmp_path / "broken/prototypes.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files if name != "meta")
-
-
-def test_sigterm_from_outside_ends_with_143_and_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
-    code, error, _ = end_cli("--data_root", data, *SETTINGS, "--epochs", 4000, out_dir=tmp_path / "run")
-    assert code == 143 and "continues" in error and "Traceback" not in error
-    assert lct.read_events(tmp_path / "run")[-1]["status"] == "interrupted"
-    assert load_state(tmp_path / "run" / "checkpoint_last.pth")["epoch"] >= 1
 
 
 def test_a_run_killed_between_record_and_checkpoint_counts_the_epoch_once(
@@ -449,10 +435,12 @@ def test_scan_leaves_a_run_alone(run: Path, data: Path, call_main: Main, capsys:
     assert "holds a run" in capsys.readouterr().err and snapshot(run) == before
 
 
-def test_sigterm_to_the_whole_group_ends_workers_too_and_without_a_traceback(data: Path, tmp_path: Path) -> None:
+def test_sigterm_from_outside_ends_workers_too_and_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
     flags = ("--data_root", data, *SETTINGS, "--epochs", 4000, "--workers", 2)
-    code, error, group = end_cli(*flags, out_dir=tmp_path / "run", whole_group=True)
-    assert code == 143 and "Traceback" not in error
+    code, error, group = end_cli(*flags, out_dir=tmp_path / "run")
+    assert code == 143 and "continues" in error and "Traceback" not in error
+    assert lct.read_events(tmp_path / "run")[-1]["status"] == "interrupted"
+    assert load_state(tmp_path / "run" / "checkpoint_last.pth")["epoch"] >= 1
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.killpg(group, 0)

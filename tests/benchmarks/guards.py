@@ -8,7 +8,6 @@ fail then. Prints a line a guard, and the count; exit code 1 if one is not misse
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -210,11 +209,9 @@ def is_missed(name: str, folder: Path) -> bool | None:
     repo = folder / "repo"
     shutil.copytree(REPO, repo, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "runs"))
     (repo / "lct_dino3.py").write_text(source.replace(old, new), encoding="utf-8")
-    command = f"{sys.executable} -m pytest -x -q --no-header -p no:cacheprovider {tests}"
+    command = f"{sys.executable} -m pytest -n 0 -x -q --no-header -p no:cacheprovider {tests}"
     try:
-        done = subprocess.run(
-            command, shell=True, cwd=repo, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-        )
+        done = subprocess.run(command, shell=True, cwd=repo, capture_output=True, timeout=240)
         code = done.returncode
     except subprocess.TimeoutExpired:  # what the guard kept from waiting for ever
         code = 1
