@@ -4933,6 +4933,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         few: classes with fewer than FEW_IMAGES test images.
     """
     scores, weights = gallery.scores(test.values), bootstrap_weights(test.rows)
+    strangers = None if unknown is None else gallery.scores(unknown)
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == test.labels
     found = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
@@ -4942,9 +4943,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             name: _closed_set(dataclasses.replace(gallery, matcher=name), test, weights) for name in gallery.matchers
         },
         "retrieval": {name: with_interval(weighted_mean(values, weights)) for name, values in found.items()},
-        "open_set": open_set_figures(
-            scores, test.labels, None if unknown is None else gallery.scores(unknown), weights
-        ),
+        "open_set": open_set_figures(scores, test.labels, strangers, weights),
         "answers": [
             {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right, weights)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
@@ -4953,8 +4952,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         "ece": with_interval(calibration_error(highest_softmax(scores / gallery.temperature), is_right, weights)),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
-    if unknown is not None:
-        strangers = gallery.scores(unknown)
+    if strangers is not None:
         passed = (strangers.max(axis=1) >= gallery.thresholds[strangers.argmax(axis=1)]).astype(float)
         figures["unknown_passed"] = with_interval(weighted_mean(passed, bootstrap_weights(np.arange(len(passed)))))
     return figures
