@@ -425,6 +425,9 @@ class Config:
         "prototypes",
         low=1,
     )
+    matcher: str = _option(
+        "auto", "how a class is matched; auto = what is best on val", "prototypes", choices=("auto", "centroid", "knn")
+    )
     prototypes_per_class: str = _option(
         "auto",
         "prototypes that a class may have; auto = several where val says so, else its centroid alone",
@@ -4773,8 +4776,9 @@ def build_gallery(
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )
-    gallery = choose_matcher(split_classes(gallery, references, config.prototypes_per_class), val, unknown)
-    if config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
+    gallery = split_classes(gallery, references, config.prototypes_per_class)
+    gallery = choose_matcher(gallery, val, unknown, config.matcher)
+    if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
     return calibrate(gallery, val, config.target_precision, unknown)
 
@@ -4821,7 +4825,7 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
     return means if len(means) > 1 else centroid[None]
 
 
-def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None = None) -> Gallery:
+def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None = None, wanted: str = "auto") -> Gallery:
     """Return the gallery with the matcher, and the k of KNN_CHOICES, that do best on val; of equals the simpler.
 
     Best is the one that is right most often; where there are objects of no class, (U, D), the one that is right and surer than of
@@ -4837,7 +4841,9 @@ def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None =
     sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
     knn = max((dataclasses.replace(gallery, matcher="knn", knn_counts=own) for own in counts), key=quality)
-    return knn if quality(knn) > quality(gallery) else dataclasses.replace(gallery, knn_counts=knn.knn_counts)
+    if wanted == "knn" or (wanted == "auto" and quality(knn) > quality(gallery)):
+        return knn
+    return dataclasses.replace(gallery, knn_counts=knn.knn_counts)
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
@@ -5422,6 +5428,19 @@ def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
                 f" {others[nearest]:.3f}, {taken[nearest]} of its {int(mine.sum())} crops are taken for it"
             )
     return found
+
+
+def find_outnumbered(gallery: Gallery, names: Iterable[str]) -> list[str]:
+    """Return a sentence if classes of few references, among those named, are matched against the nearest of many."""
+    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+    few = [name for name, count in zip(gallery.class_names, counts, strict=True) if 5 * count < np.median(counts)]
+    few = [name for name in few if name in names]
+    if gallery.matcher != "knn" or not few:
+        return []
+    return [
+        f"{', '.join(few)}: of many references of another class one is often nearer than the few of these; matched by"
+        " centroids (prototypes --matcher centroid, then --add again) new classes are found more often"
+    ]
 
 
 def _close_gap(labels: np.ndarray, removed: int) -> np.ndarray:
@@ -9779,7 +9798,7 @@ def run_prototypes(config: Config) -> None:
             gallery, meta = rebuild_gallery(config)
         kept = replace_gallery(config.run / "prototypes.npz", gallery, meta)
     show(format_gallery(gallery))
-    for sentence in find_collisions(gallery, named):
+    for sentence in (*find_collisions(gallery, named), *find_outnumbered(gallery, named)):
         show(f"warning: {sentence}")
     show(f"written: {config.run / 'prototypes.npz'}" + (f"; as it was, it is {kept.name}" if kept else ""))
 
@@ -9819,7 +9838,7 @@ def rebuild_gallery(config: Config) -> tuple[Gallery, dict[str, Any]]:
 def choose_options(own: Config, typed: Config) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
-    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class"}
+    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
     return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.given})
 
 

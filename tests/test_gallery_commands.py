@@ -99,6 +99,21 @@ def test_a_new_class_is_enrolled_from_five_crops_and_recognised(
     assert figures["closed"][gallery.matcher]["acc"]["value"] > 0.6
 
 
+def test_a_class_of_few_crops_among_nearest_references_is_told_the_way_out(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    added = new_class(tmp_path / "more", "saw", 6, 2)
+    for matcher, is_warned in (("knn", True), ("centroid", False)):
+        assert call_main("prototypes", "--run", run_dir, "--matcher", matcher, *QUIET) == 0
+        assert lct.load_gallery(run_dir / "prototypes.npz")[0].matcher == matcher
+        for old in run_dir.glob("prototypes.2*"):  # the next one may come within the same second
+            old.unlink()
+        assert call_main("prototypes", "--run", run_dir, "--add", added, *QUIET) == 0
+        assert ("saw: of many references" in capsys.readouterr().out) == is_warned
+        for old in run_dir.glob("prototypes.2*"):
+            old.unlink()
+
+
 def test_more_crops_of_a_known_class_move_its_centroid_and_no_threshold(
     run_dir: Path, tmp_path: Path, call_main: Main
 ) -> None:
