@@ -1567,19 +1567,15 @@ class Team:
                 return
             yield received[0]
 
-    def conclude(self, code: int, lost: bool = False) -> tuple[int, bool]:
-        """Agree how the job ends: the first process to tell is believed. Return the exit code, and whether it is ours to explain.
+    def conclude(self, code: int) -> tuple[int, bool]:
+        """Agree how the job fails; return the exit code, and whether it is ours to explain.
 
-        Args:
-            lost: the code stands for nothing but the end of another process, which may have told why.
+        The first process to tell is believed. It tells before its sockets close, and so before others fail by that.
         """
         if self.size == 1:
             return code, True
-        with contextlib.suppress(RuntimeError):  # nobody has told; or the store is gone, with the process that held it
-            if lost:
-                self._store.wait(["lct_end"], timedelta(seconds=3))
         verdict = f"{self.rank} {code}"
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
             verdict = self._store.compare_set("lct_end", "", verdict).decode()
         rank, code = map(int, verdict.split())
         return code, rank == self.rank
@@ -1670,6 +1666,8 @@ TEAM = Team()
 def _peers() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what torch raises when a connection breaks
         raise PeerLost(str(error)) from error
 
@@ -1696,7 +1694,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
         total = own.clone()
-        dist.all_reduce(total)
+        with _peers():
+            dist.all_reduce(total)
         return total
 
     @staticmethod
@@ -1712,7 +1711,7 @@ def _normalise_together(norm: Any, values: torch.Tensor) -> torch.Tensor:
     if not norm.training:
         return type(norm).forward(norm, values)
     over, shape = (0, *range(2, values.ndim)), (1, -1) + (1,) * (values.ndim - 2)
-    exact = values.float()
+    exact = values.to(torch.promote_types(values.dtype, torch.float32))
     sums = _Sum.apply(F.pad(exact.sum(over), (0, 1), value=values.numel() / values.shape[1]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
@@ -10300,7 +10299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, Interrupted) as error:
         failure = error
     code, message = explain_end(failure, config)
-    code, is_ours = TEAM.conclude(code, lost=isinstance(failure, PeerLost))
+    code, is_ours = TEAM.conclude(code)
     if not is_ours:
         return code
     if not message:
