@@ -1544,12 +1544,33 @@ class Team:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         self.local_rank, self.local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
-        self._store, self.rank, self.size = next(dist.rendezvous("env://"))
+        store, self.rank, self.size = next(dist.rendezvous("env://"))
+        self._store = dist.PrefixStore(self._agree_on_name(store), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
         self._control = dist.new_group(
             backend="gloo", timeout=timedelta(days=365)
         )  # the first process may be long at work
+
+    def _agree_on_name(self, store: Any) -> str:
+        """Return a word that only the processes of this start know.
+
+        When torchrun starts all anew, its store still holds the addresses of the dead ones, and gloo would connect to them.
+        """
+        own = os.urandom(8).hex()
+        if self.rank:
+            store.set(f"lct_ask/{self.rank}", own)
+            name = store.get(f"lct_answer/{own}").decode()  # waits; only a living first process answers to a new word
+            store.set(f"{name}/{self.rank}", "known")
+            return name
+        waiting = set(range(1, self.size))
+        while waiting:
+            for rank in waiting:
+                if store.check([f"lct_ask/{rank}"]):
+                    store.set(f"lct_answer/{store.get(f'lct_ask/{rank}').decode()}", own)
+            waiting = {rank for rank in waiting if not store.check([f"{own}/{rank}"])}
+            time.sleep(0.02)
+        return own
 
     def call(self, name: str, *args: Any) -> None:
         """Have the others do `name` of `Helper` while the caller does the same."""
@@ -1574,6 +1595,7 @@ class Team:
         """
         if self.size == 1:
             return code, True
+        SIGNALS.listen()  # torchrun may end us by now, as another one has ended
         verdict = f"{self.rank} {code}"
         with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
             verdict = self._store.compare_set("lct_end", "", verdict).decode()
@@ -10349,8 +10371,9 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
 
 if __name__ == "__main__":
     EXIT_CODE = main()
-    if EXIT_CODE > 128 and any(
-        thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()
-    ):
-        os._exit(EXIT_CODE)  # a huge image that is still being decoded is not waited for
+    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
+    if (EXIT_CODE > 128 and is_busy) or (EXIT_CODE and TEAM.size > 1):
+        os._exit(
+            EXIT_CODE
+        )  # neither a huge image that is still being decoded is waited for, nor processes that have gone
     sys.exit(EXIT_CODE)

@@ -239,11 +239,18 @@ def test_a_process_that_ends_amid_sums_over_all_is_no_bug(nursery: Nursery, data
 
 
 def start_torchrun(*argv: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--max_restarts",
+        "1",
+        "--standalone",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, SCRIPT, *map(str, argv)], env=env, cwd=REPO, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*command, SCRIPT, *map(str, argv)], env=env, cwd=REPO, stderr=subprocess.PIPE, text=True)
 
 
 def child_with_rank(parent: int, rank: int) -> int:
