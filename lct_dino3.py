@@ -1699,6 +1699,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor, sizes: Sequence[int], rank: int) -> torch.Tensor:
+        """Return the rows of all."""
         ctx.sizes, ctx.rank = sizes, rank
         padded = F.pad(own, (0, 0, 0, max(sizes) - len(own)))
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -1707,6 +1708,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient of this process's rows."""
         return gradient.split(ctx.sizes)[ctx.rank], None, None
 
 
@@ -1715,6 +1717,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        """Return the sum."""
         total = own.clone()
         with _peers():
             dist.all_reduce(total)
@@ -1722,6 +1725,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the gradients."""
         return _Sum.forward(ctx, gradient.contiguous())
 
 
