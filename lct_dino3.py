@@ -4403,20 +4403,24 @@ def compute_metrics(
 
     Args:
         scores: (N, C), the largest of a row is the answer; columns must be comparable over rows (log-probabilities).
+            Or the answers themselves, int (N,): without AUC then.
         labels: int (N,) true classes.
 
     Returns:
         acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
         images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
-    num_classes = len(class_names)
-    confusion = confusion_matrix(labels, scores.argmax(axis=1), num_classes)
-    hits, support, answers = np.diag(confusion).astype(float), confusion.sum(axis=1), confusion.sum(axis=0)
+    num_classes, chosen = len(class_names), scores if scores.ndim == 1 else scores.argmax(axis=1)
+    # Counted one by one: a confusion matrix of 100,000 classes has 80 GB.
+    support, answers, hits = (
+        np.bincount(part, minlength=num_classes) for part in (labels, chosen, labels[chosen == labels])
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         recall = hits / support
         precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
         f1 = np.where(support > 0, 2 * hits / (support + answers), np.nan)
-    auc = one_vs_rest_auc(scores, labels) if scores.size <= MAX_SCORE_ENTRIES else np.full(num_classes, np.nan)
+    has_auc = scores.ndim == 2 and scores.size <= MAX_SCORE_ENTRIES
+    auc = one_vs_rest_auc(scores, labels) if has_auc else np.full(num_classes, np.nan)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {
         name: {key: none_if_nan(column[i]) for key, column in columns.items()} | {"support": int(support[i])}
@@ -4586,41 +4590,51 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device."""
+    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
+
+    Of more than MAX_SCORE_ENTRIES cosines only the answers are kept, on the device already: 1.2 million images of 1,000 classes
+    would have 5 GB, in each checkpoint too.
+    """
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.cosines: list[torch.Tensor] = []  # float32 (b, C) on the CPU
+        self.scores: list[torch.Tensor] = []  # on the CPU; cosines float32 (b, C), or answers int64 (b,)
         self.labels: list[torch.Tensor] = []  # int64 (b,)
         self.sizes: list[int] = []  # images of each step
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and cosines (b, C) of the last steps
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
+        self.num_cosines = 0
 
     def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
         self.pending.append((loss, cosine))
         self.labels.append(labels)
         self.sizes.append(len(labels))
+        self.num_cosines += cosine.numel()
+        if self.num_cosines > MAX_SCORE_ENTRIES:
+            self.scores = [to_answers(scores) for scores in self.scores]
+            self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
     def settle(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
         if not self.pending:
             return None
-        losses, cosines = zip(*self.pending, strict=True)
+        losses, scores = zip(*self.pending, strict=True)
         values = torch.stack(losses).cpu()
         self.losses.append(values)
-        self.cosines.append(torch.cat(cosines).cpu())
+        self.scores.append(torch.cat(scores).cpu())
         self.pending.clear()
         wrong = (~torch.isfinite(values)).nonzero()
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), cosines (N, C) and labels (N,) of the settled steps; {} before the first."""
+        """Return losses and sizes (steps,), labels (N,), and cosines (N, C) or answers (N,); {} before the first settled step."""
         if not self.losses:
             return {}
+        scores = torch.cat(self.scores)
         return {
             "losses": torch.cat(self.losses),
             "sizes": torch.tensor(self.sizes),
-            "cosines": torch.cat(self.cosines),
+            "cosines" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
 
@@ -4628,8 +4642,15 @@ class Tally:
         """Take up what `totals` gave."""
         self.__init__()
         if totals:
-            self.losses, self.cosines, self.labels = [totals["losses"]], [totals["cosines"]], [totals["labels"]]
+            scores = totals["cosines"] if "cosines" in totals else totals["answers"]
+            self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
             self.sizes = totals["sizes"].tolist()
+            self.num_cosines = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
+
+
+def to_answers(scores: torch.Tensor) -> torch.Tensor:
+    """Return the columns of the largest scores int64 (N,), which may already be what is given."""
+    return scores if scores.ndim == 1 else scores.argmax(dim=1)
 
 
 @dataclass
@@ -5856,8 +5877,9 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    log_probabilities = log_softmax(job.config.arc_scale * totals["cosines"].numpy())
-    figures, per_class = compute_metrics(log_probabilities, totals["labels"].numpy(), job.records.class_names)
+    has_cosines = "cosines" in totals
+    scores = log_softmax(job.config.arc_scale * totals["cosines"].numpy()) if has_cosines else totals["answers"].numpy()
+    figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
     return {"loss": mean_loss, **figures}, per_class
 
 
@@ -10242,6 +10264,7 @@ class Helper:
 
     def follow(self) -> None:
         """Do what is called for until all is done."""
+        keep_freed_memory()
         for name, args in TEAM.calls():
             getattr(self, name)(*args)
 
