@@ -1537,10 +1537,8 @@ class Team:
         """Meet the other processes, if torchrun has started any."""
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
             return
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # nothing is lost yet; Python's handler would wait for the others
+        # Nothing is lost yet, and a handler in Python would have to wait for the others.
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         self.local_rank, self.local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
@@ -1548,9 +1546,8 @@ class Team:
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
-        self._control = dist.new_group(
-            backend="gloo", timeout=timedelta(days=365)
-        )  # the first process may be long at work
+        # The first process may be long at work by itself; that it has died shows at once.
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def _agree_on_name(self, store: Any) -> str:
         """Return a word that only the processes of this start know.
@@ -1803,7 +1800,7 @@ class Runtime:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
         exact = ", deterministic" if self.deterministic else ""
-        exact += f", {TEAM.size} processes" if TEAM.size > 1 else ""
+        exact += f", one of {TEAM.size} processes" if TEAM.size > 1 else ""
         return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}{exact}"
 
 
