@@ -10307,8 +10307,9 @@ class Helper:
             state.batches += 1
 
     def log(self, text: str) -> None:
-        """Tell what would stand in train.log, had the first process noticed it."""
-        show(f"process {TEAM.rank}: {text}")
+        """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
+        if SIGNALS.asked is None:
+            show(f"process {TEAM.rank}: {text}")
 
 
 RECIPES = {
