@@ -157,7 +157,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
         install(module, plan["at"], next((kinds[key] for key in plan if key in kinds), do_at)(plan))
     if "ranks" in job:
         os.environ.update(job["env"])
-        signal.alarm(150)  # a process that waits for others forever
+        signal.alarm(400)  # a process that waits for others forever
     if "function" in job:
         file, name = job["function"]
         return getattr(importlib.import_module(file), name)(*job["argv"])
