@@ -1533,6 +1533,11 @@ class Team:
         self._store = self._control = None
         self._sums: list[Any] = []  # gradients on their way
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of several processes."""
+        return self.size > 1 and not self.rank
+
     def join(self) -> None:
         """Meet the other processes, if torchrun has started any."""
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
@@ -1570,8 +1575,8 @@ class Team:
         return own
 
     def call(self, name: str, *args: Any) -> None:
-        """Have the others do `name` of `Helper` while the caller does the same."""
-        if self.size > 1:
+        """Have the others do `name` of `Helper` while the caller does the same; what they do makes no calls."""
+        if self.leads:
             with _peers():
                 dist.broadcast_object_list([(name, args)], 0, group=self._control)
 
@@ -1641,9 +1646,12 @@ class Team:
             SIGNALS.receive(number)
 
     def gather(self, features: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Return the features (B, feature_dim) of all processes, of which each has `sizes[rank]`; their gradients flow back."""
+        """Return the features (B, feature_dim) of all processes, of which each has `sizes[rank]`; their gradients flow back.
+
+        Without sizes, the batch is whole already.
+        """
         with _peers():
-            return features if self.size == 1 else _Gather.apply(features, sizes, self.rank)
+            return _Gather.apply(features, sizes, self.rank) if sizes else features
 
     def copy_weights(self, module: nn.Module) -> None:
         """Give the module in all processes the weights that it has in the first."""
@@ -1658,7 +1666,9 @@ class Team:
         make of rounding, and become those of the first process. (torch's DistributedDataParallel would divide by the number of
         processes, and wants a loss each.)
         """
-        summed = set(shared.parameters())
+        summed = {parameter for parameter in shared.parameters() if parameter.requires_grad}
+        if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
+            return
         for parameter in module.parameters():
             if parameter.requires_grad:
                 send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
@@ -5438,7 +5448,6 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: C
     """
     keys = eval_keys(records, rows, run.config.crop_mode)
     batches = cut_batches(keys, config.batch)
-    TEAM.call("embed_records", records, batches, config)
     parts = []
     for failures, part in progress(embed_batches(run, records, batches, config), len(batches), "embedding"):
         for row, reason in failures:
@@ -5455,6 +5464,7 @@ def embed_batches(
     run: TrainedRun, records: Records, batches: list[list[SampleKey]], config: Config
 ) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
     """Yield of each batch what could not be read, and the embeddings of all else; the processes of a team take turns."""
+    TEAM.call("embed_records", records, batches, config)
     dataset = CropDataset(records, run.transform())
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
@@ -5671,7 +5681,6 @@ class FeatureBank:
             UserError: not one of them can be read.
         """
         job, batches = self._job, cut_batches(keys, self._job.config.batch)
-        TEAM.call("extract", dataclasses.replace(job, run=None, records=None), self._dataset, batches)
         rows, views, values = [], [], []
         parts = extract_batches(job, self._backbone, self._dataset, batches)
         for failures, part in progress(parts, len(batches), f"embedding {name}"):
@@ -5690,6 +5699,7 @@ def extract_batches(
     job: Job, backbone: Backbone, dataset: CropDataset, batches: list[list[SampleKey]]
 ) -> Iterator[tuple[list[tuple[int, str]], Features]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
+    TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
     network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
     if not backbone.frozen:
         TEAM.copy_weights(backbone)
@@ -5723,10 +5733,20 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
     return Embedded(features.rows, features.views, labels, torch.cat(parts).numpy())
 
 
-class TrainFeed:
-    """The training images in their order, from any batch of any epoch on."""
+def share_state(job: Job, state: TrainState) -> None:
+    """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
+    if TEAM.leads:
+        buffer = io.BytesIO()
+        torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
+        TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
+    TEAM.bind(state.model, state.model.backbone)
 
-    def __init__(self, job: Job) -> None:
+
+class TrainFeed:
+    """The training images in their order, from any batch of any epoch on; each process of a team has a part of each batch."""
+
+    def __init__(self, job: Job, state: TrainState) -> None:
+        share_state(job, state)
         self._job = job
         self._dataset = CropDataset(job.records, job.transform(augment=True))
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
@@ -5743,6 +5763,7 @@ class TrainFeed:
         Raises:
             UserError: workers are killed again and again.
         """
+        TEAM.call("train_epoch", state.epoch, state.batches)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         for restarts in itertools.count():
             if self._loader is None:
@@ -5790,8 +5811,7 @@ class SaveClock:
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    feed, clock = TrainFeed(job), SaveClock(job.config.save_minutes)
-    share_state(job, state)
+    feed, clock = TrainFeed(job, state), SaveClock(job.config.save_minutes)
     while state.epoch < job.config.epochs:
         started = time.monotonic() - state.seconds
         try:
@@ -5820,18 +5840,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             clock.restart()
 
 
-def share_state(job: Job, state: TrainState) -> None:
-    """Have the other processes of the team, which know the model, train it from where the state is."""
-    if TEAM.size > 1:
-        buffer = io.BytesIO()
-        torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
-        TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
-        TEAM.bind(state.model, state.model.backbone)
-
-
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) -> None:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered, without margin."""
-    TEAM.call("train_epoch", state.epoch, state.batches)
     network = job.runtime.wrap(state.model.train().backbone)
     total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
     for batch in feed.batches(state):
@@ -6833,7 +6843,6 @@ def label_objects(run: TrainedRun, detections: Detections, config: Config) -> Pr
     if done:
         show(f"{done:,} of {len(units):,} images are answered already")
     if waiting:
-        TEAM.call("answer", detections, waiting, config)
         bar = progress((), len(units), "pre-labelling", unit="image")
         bar.update(done)
         with contextlib.closing(bar):
@@ -6847,6 +6856,7 @@ def answer_batches(
     run: TrainedRun, detections: Detections, groups: list[list[Unit]], config: Config
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the records of each group of units; the processes of a team take turns."""
+    TEAM.call("answer", detections, groups, config)
     dataset = DetectionDataset(detections, run, config.box_pad)
     return take_turns(
         lambda own: make_loader(dataset, own, config, run.runtime),
@@ -9995,7 +10005,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
     backbone.dtype = job.runtime.dtype
-    if TEAM.size > 1:
+    if TEAM.leads:
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
     bank = FeatureBank(job, model.backbone)
@@ -10291,10 +10301,9 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.feed = TrainFeed(self.job)
         self.state = TrainState(self.model, build_optimizer(self.model, job.config), self.runtime.make_scaler())
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
-        TEAM.bind(self.model, self.model.backbone)
+        self.feed = TrainFeed(self.job, self.state)
 
     def train_epoch(self, epoch: int, batches: int) -> None:
         """Do a part of `train_epoch`; what it records and saves is not ours."""

@@ -115,8 +115,7 @@ def train_small(path: str) -> int:
     torch.manual_seed(lct.TEAM.rank)  # weights come from the first process
     model = lct.Recognizer(Small(), lct.Head(12, 8), lct.ArcFace(8, 5, 0.3, 30.0)).double().train()
     lct.TEAM.copy_weights(model)
-    if lct.TEAM.size > 1:
-        lct.TEAM.bind(model, model.backbone)
+    lct.TEAM.bind(model, model.backbone)
     config = lct.Config(freeze_backbone=False)
     state = lct.TrainState(model, lct.build_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False))
     runtime, losses = lct.Runtime(torch.device("cpu"), 0, torch.float32), []
