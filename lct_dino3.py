@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -75,7 +76,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -190,6 +191,8 @@ WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
 )
+# One of the processes that torchrun has started, and not the first.
+IS_HELPER = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 
 
@@ -781,22 +784,26 @@ def _check_regex(pattern: str) -> None:
 
 
 # --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
-# half-way down the file, and the heavy imports follow. When the file is imported, nothing is read.
+# half-way down the file, and the heavy imports follow. When the file is imported, nothing is read. Of the processes that
+# torchrun starts, the first alone says what is wrong; the others go on to wait for it, until torchrun ends them.
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
-        COMMAND_LINE = parse_command_line(sys.argv[1:])
+        with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
+            COMMAND_LINE = parse_command_line(sys.argv[1:])
         if (
-            COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug
-        ):  # demo draws its data first; --debug wants a traceback
+            COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug and not IS_HELPER
+        ):  # demo draws its data first; --debug wants a traceback; what the first process names, others need not see
             check_paths(COMMAND_LINE)
     except UserError as _error:
-        sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
+        if not IS_HELPER:
+            sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
@@ -828,6 +835,19 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
         signal.signal(signal.SIGUSR1, self._save)
+
+    def listen(self) -> None:
+        """Only note what is asked: another process decides what becomes of it."""
+        self.__init__()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: setattr(self, "asked", number))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def receive(self, number: int) -> None:
+        """Act on a signal that another process has got."""
+        if self.asked is None:
+            self._stop(number, None)
 
     def _stop(self, number: int, _: Any) -> None:
         if self.asked is not None:
@@ -1500,19 +1520,295 @@ CLEARML_PROGRAM = (find_clearml_obstacle, start_clearml, call_clearml, record_in
 # ======================================================================================================================
 # 04  RUNTIME
 # ======================================================================================================================
-# Device, precision, seeds, single device or DataParallel. The rest of the file does not ask which it is.
+# Device, precision, seeds; one device, DataParallel, or the processes that torchrun starts. The rest of the file does not ask which
+# it is. The only section that touches torch.distributed. Raises UserError for devices that are not there, PeerLost.
+class PeerLost(Exception):
+    """Another process of the team has ended before its time."""
+
+
+class Team:
+    """The processes that torchrun has started for one job; without torchrun, this one alone. There is one of these, `TEAM`.
+
+    The first process does the whole job, and is the only one that scans, decides and writes. What is worth sharing is images
+    through the backbone: for that it calls the others, who wait meanwhile, do their share of each batch and come back to wait.
+    All features of a training batch are gathered in every process, and head, ArcFace and loss computed on all of them: so
+    BatchNorm's statistics and the mean of the loss are those of one process, whatever the shares, and only the gradients of the
+    backbone have to be summed. A process that goes closes its sockets, which wakes those who wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self._store = self._control = None
+        self._sums: list[Any] = []  # gradients on their way
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of several processes."""
+        return self.size > 1 and not self.rank
+
+    def join(self) -> None:
+        """Meet the other processes, if torchrun has started any."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+            return
+        # Nothing is lost yet, and a handler in Python would have to wait for the others.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        self.local_rank, self.local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
+        store, self.rank, self.size = next(dist.rendezvous("env://"))
+        self._store = dist.PrefixStore(self._agree_on_name(store), store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
+        # The first process may be long at work by itself; that it has died shows at once.
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def _agree_on_name(self, store: Any) -> str:
+        """Return a word that only the processes of this start know.
+
+        When torchrun starts all anew, its store still holds the addresses of the dead ones, and gloo would connect to them.
+        """
+        own = os.urandom(8).hex()
+        if self.rank:
+            store.set(f"lct_ask/{self.rank}", own)
+            name = store.get(f"lct_answer/{own}").decode()  # waits; only a living first process answers to a new word
+            store.set(f"{name}/{self.rank}", "known")
+            return name
+        waiting = set(range(1, self.size))
+        while waiting:
+            for rank in waiting:
+                if store.check([f"lct_ask/{rank}"]):
+                    store.set(f"lct_answer/{store.get(f'lct_ask/{rank}').decode()}", own)
+            waiting = {rank for rank in waiting if not store.check([f"{own}/{rank}"])}
+            time.sleep(0.02)
+        return own
+
+    def call(self, name: str, *args: Any) -> None:
+        """Have the others do `name` of `Helper` while the caller does the same; what they do makes no calls."""
+        if self.leads:
+            with _peers():
+                dist.broadcast_object_list([(name, args)], 0, group=self._control)
+
+    def calls(self) -> Iterator[tuple[str, tuple]]:
+        """Yield what the first process calls for, until it says that all is done."""
+        while True:
+            received = [None]
+            with _peers():
+                dist.broadcast_object_list(received, 0, group=self._control)
+            if received[0][0] == "":
+                return
+            yield received[0]
+
+    def conclude(self, code: int) -> tuple[int, bool]:
+        """Agree how the job fails; return the exit code, and whether it is ours to explain.
+
+        The first process to tell is believed. It tells before its sockets close, and so before others fail by that.
+        """
+        if self.size == 1:
+            return code, True
+        SIGNALS.listen()  # torchrun may end us by now, as another one has ended
+        verdict = f"{self.rank} {code}"
+        with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
+            verdict = self._store.compare_set("lct_end", "", verdict).decode()
+        rank, code = map(int, verdict.split())
+        return code, rank == self.rank
+
+    def close(self) -> None:
+        """Leave in good order, together with the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def share(self, items: Sequence) -> Sequence:
+        """Return this process's part of what all do together; the parts of all in turn are the whole."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def pool(self, batch: Batch) -> Batch:
+        """Return this process's part of a training batch with the labels and failures of the whole, and the parts' sizes."""
+        if self.size == 1:
+            return batch
+        parts: list[Any] = [None] * self.size
+        own = (batch.labels, batch.failures, tuple(batch.images.shape[1:]))
+        with _peers():
+            dist.all_gather_object(parts, (own, SIGNALS.asked), group=self._control)
+        self._hear([asked for _, asked in parts])
+        labels, failures, shapes = zip(*(part for part, _ in parts), strict=True)
+        images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
+        failures = list(itertools.chain(*failures))
+        return batch._replace(images=images, labels=torch.cat(labels), failures=failures, sizes=tuple(map(len, labels)))
+
+    def collect(self, item: Any) -> list[Any]:
+        """Return the items of all processes in the first one, [] in the others; None stands for no item."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] | None = None if self.rank else [None] * self.size
+        with _peers():
+            dist.gather_object((item, SIGNALS.asked), items, 0, group=self._control)
+        if items is None:
+            return []
+        self._hear([asked for _, asked in items])
+        return [item for item, _ in items if item is not None]
+
+    def _hear(self, asked: Sequence[int | None]) -> None:
+        """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
+        number = next(filter(None, asked), None)
+        if number is not None and not self.rank:
+            SIGNALS.receive(number)
+
+    def gather(self, features: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Return the features (B, feature_dim) of all processes, of which each has `sizes[rank]`; their gradients flow back.
+
+        Without sizes, the batch is whole already.
+        """
+        with _peers():
+            return _Gather.apply(features, sizes, self.rank) if sizes else features
+
+    def copy_weights(self, module: nn.Module) -> None:
+        """Give the module in all processes the weights that it has in the first."""
+        with _peers():
+            for value in module.state_dict().values() if self.size > 1 else ():
+                dist.broadcast(value, 0)
+
+    def bind(self, module: nn.Module, shared: nn.Module) -> None:
+        """Keep the module equal in all processes while it is trained, of which `shared` sees a part of each batch only.
+
+        Gradients of `shared` are summed while the rest of them is still being computed. All others are equal but for what devices
+        make of rounding, and become those of the first process. (torch's DistributedDataParallel would divide by the number of
+        processes, and wants a loss each.)
+        """
+        summed = {parameter for parameter in shared.parameters() if parameter.requires_grad}
+        if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
+            return
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
+        for part in shared.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.forward = functools.partial(_normalise_together, part)
+
+    def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
+        with _peers():
+            self._sums.append(send(parameter.grad, async_op=True))
+
+    def finish_gradients(self) -> None:
+        """Wait until the gradients of this step are those of all processes; on a GPU its stream waits, and not Python."""
+        with _peers():
+            while self._sums:
+                self._sums.pop().wait()
+
+
+TEAM = Team()
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch raises when a connection breaks
+        raise PeerLost(str(error)) from error
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, one process after the other; a process gets back the gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, sizes: Sequence[int], rank: int) -> torch.Tensor:
+        """Return the rows of all."""
+        ctx.sizes, ctx.rank = sizes, rank
+        padded = F.pad(own, (0, 0, 0, max(sizes) - len(own)))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient of this process's rows."""
+        return gradient.split(ctx.sizes)[ctx.rank], None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes of a tensor that each has; each gets back the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        """Return the sum."""
+        total = own.clone()
+        with _peers():
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the gradients."""
+        return _Sum.forward(ctx, gradient.contiguous())
+
+
+def _normalise_together(norm: Any, values: torch.Tensor) -> torch.Tensor:
+    """Be the forward of a BatchNorm layer (timm's with activation too) whose statistics are those of the whole batch.
+
+    torch.nn.SyncBatchNorm does it on GPUs only. Two sums: the variance is that of centred values, as E[x^2] - E[x]^2 cancels.
+    """
+    if not norm.training:
+        return type(norm).forward(norm, values)
+    over, shape = (0, *range(2, values.ndim)), (1, -1) + (1,) * (values.ndim - 2)
+    exact = values.to(torch.promote_types(values.dtype, torch.float32))
+    sums = _Sum.apply(F.pad(exact.sum(over), (0, 1), value=values.numel() / values.shape[1]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    centred = exact - mean.view(shape)
+    variance = _Sum.apply(centred.square().sum(over)) / count
+    if norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+    normal = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        normal = normal * norm.weight.view(shape) + norm.bias.view(shape)
+    normal = normal.to(values.dtype)
+    return norm.act(norm.drop(normal)) if hasattr(norm, "act") else normal
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how numbers are computed."""
 
     device: torch.device
-    num_gpus: int
+    num_gpus: int  # that this process uses
     dtype: torch.dtype  # of the autocast region; float32 = no autocast
     deterministic: bool = False
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module spread over the GPUs. State dicts are always taken from the module itself, not from this."""
-        return nn.DataParallel(module, device_ids=list(range(self.num_gpus))) if self.num_gpus > 1 else module
+    def settle(self) -> Runtime:
+        """Return this for the device of the calling process, and make it the one in use.
+
+        Raises:
+            UserError: torchrun has started more processes on the machine than it has GPUs.
+        """
+        # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
+        if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        if not self.num_gpus or TEAM.size == 1:
+            return self
+        if TEAM.local_rank >= torch.cuda.device_count():
+            what = f"{os.uname().nodename} has {torch.cuda.device_count()} GPUs"
+            raise UserError(what, f"torchrun --nproc_per_node {TEAM.local_size}", "start one process a GPU")
+        torch.cuda.set_device(TEAM.local_rank)
+        return dataclasses.replace(self, device=torch.device("cuda", TEAM.local_rank))
+
+    def wrap(self, backbone: nn.Module) -> nn.Module:
+        """Return the backbone spread over the GPUs of this process; all that follows it sees whole batches, on the first of them.
+
+        Raises:
+            UserError: it would be trained with BatchNorm, whose statistics would be those of a GPU's part of the batch.
+        """
+        if self.num_gpus <= 1:
+            return backbone
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in backbone.modules()):
+            remedy = f"use torchrun --nproc_per_node {self.num_gpus} {SCRIPT_NAME} ..., which sums them, without --gpus"
+            raise UserError("the backbone has BatchNorm, which needs whole batches", f"--gpus {self.num_gpus}", remedy)
+        return nn.DataParallel(backbone, device_ids=list(range(self.num_gpus)))
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Return the gradient scaler; it is a no-op unless the precision is fp16."""
@@ -1522,6 +1818,7 @@ class Runtime:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
         exact = ", deterministic" if self.deterministic else ""
+        exact += f", one of {TEAM.size} processes" if TEAM.size > 1 else ""
         return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}{exact}"
 
 
@@ -1533,6 +1830,10 @@ def make_runtime(config: Config) -> Runtime:
     """
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if config.gpus is None else config.gpus
+    if TEAM.size > 1 and num_gpus > 1:
+        raise UserError(
+            "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
+        )
     if num_gpus > available:
         raise UserError(
             f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
@@ -1545,11 +1846,8 @@ def make_runtime(config: Config) -> Runtime:
     )
     if config.deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
-    return Runtime(device, num_gpus, dtype, config.deterministic)
+    return Runtime(device, num_gpus, dtype, config.deterministic).settle()
 
 
 def keep_freed_memory() -> None:
@@ -1572,15 +1870,18 @@ def count_cores() -> int:
 
 
 def seed_torch(*words: int) -> None:
-    """Seed torch's generators with a hash of the words, so that seeds 1, 2 and epochs 2, 1 do not meet."""
+    """Seed torch's generators with a hash of the words, so that seeds 1, 2 and epochs 2, 1 do not meet.
+
+    Each process of a team has its own images, and draws its own dropout.
+    """
+    words = (*words, TEAM.rank) if TEAM.rank else words
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
     """Return a progress bar; silent when stderr is not a terminal."""
-    return tqdm(
-        iterable, total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
-    )
+    silent = TEAM.rank > 0 or not sys.stderr.isatty()
+    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True, disable=silent)
 
 
 # ======================================================================================================================
@@ -3551,6 +3852,9 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
+    sizes: tuple[
+        int, ...
+    ] = ()  # of each process's part, where images are one of them and labels and failures those of all
 
 
 class SampleKey(NamedTuple):
@@ -3599,6 +3903,7 @@ class EpochSampler(Sampler):
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
         self.rows, self.labels, self.epoch, self.first_batch = rows, labels, 0, 0
+        self.share: Callable[[list[SampleKey]], list[SampleKey]] = list  # what to yield of a batch
         self.seed, self.batch = config.seed, config.batch
         self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
@@ -3612,7 +3917,7 @@ class EpochSampler(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return itertools.islice(self._all_batches(), self.first_batch, None)
+        return map(self.share, itertools.islice(self._all_batches(), self.first_batch, None))
 
     def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
@@ -3652,8 +3957,8 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Runtime) -> DataLoader:
-    """Return a loader over batches of sample keys; the number of workers does not change what it yields."""
-    workers = min(config.workers, count_cores())
+    """Return a loader over batches of sample keys; the number of workers, a process, does not change what it yields."""
+    workers = min(config.workers, -(-count_cores() // TEAM.local_size))
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -3663,6 +3968,21 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Run
         persistent_workers=workers > 0,
         pin_memory=runtime.num_gpus > 0,
     )
+
+
+def take_turns(
+    loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """Yield the answer to each batch, in order; in a team the processes take turns, and the first one yields all answers.
+
+    Args:
+        loader: gives a loader for some of the batches.
+        answer: of what the loader yields; goes from process to process.
+    """
+    own = iter(loader(batches[TEAM.rank :: TEAM.size]))
+    for _ in range(-(-len(batches) // TEAM.size)):
+        batch = next(own, None)
+        yield from TEAM.collect(None if batch is None else answer(batch))
 
 
 def _start_worker(_: int) -> None:
@@ -3682,7 +4002,8 @@ def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[Sample
 
 
 def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
-    """Return the keys in order, `batch` at a time."""
+    """Return the keys in order, `batch` at a time over all processes together."""
+    batch = -(-batch // TEAM.size)
     return [keys[start : start + batch] for start in range(0, len(keys), batch)]
 
 
@@ -3734,7 +4055,7 @@ class Head(nn.Module):
         hidden = self.hidden(features)
         if (
             self.training and len(hidden) == 1
-        ):  # a GPU's share of the last batch may be one image: no statistics in that
+        ):  # the others of the batch may have become unreadable: no statistics in one
             hidden = F.batch_norm(
                 hidden, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
             )
@@ -3956,7 +4277,7 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and ArcFace in one module, so that every wrapper sees all parameters and a (B, C) output."""
+    """Backbone, head and ArcFace. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
     def __init__(self, backbone: Backbone, head: Head, arcface: ArcFace) -> None:
         super().__init__()
@@ -3966,9 +4287,9 @@ class Recognizer(nn.Module):
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
         return F.normalize(self.head(features))
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C), of images uint8 (B, 3, H, W)."""
-        return self.arcface(self.embed(self.backbone(images)), labels)
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (logits with margin, cosine without), both (B, C), of features (B, feature_dim) of the backbone."""
+        return self.arcface(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without a frozen backbone, which its identity stands for."""
@@ -4054,20 +4375,24 @@ def compute_metrics(
 
     Args:
         scores: (N, C), the largest of a row is the answer; columns must be comparable over rows (log-probabilities).
+            Or the answers themselves, int (N,): without AUC then.
         labels: int (N,) true classes.
 
     Returns:
         acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
         images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
-    num_classes = len(class_names)
-    confusion = confusion_matrix(labels, scores.argmax(axis=1), num_classes)
-    hits, support, answers = np.diag(confusion).astype(float), confusion.sum(axis=1), confusion.sum(axis=0)
+    num_classes, chosen = len(class_names), scores if scores.ndim == 1 else scores.argmax(axis=1)
+    # Counted one by one: a confusion matrix of 100,000 classes has 80 GB.
+    support, answers, hits = (
+        np.bincount(part, minlength=num_classes) for part in (labels, chosen, labels[chosen == labels])
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         recall = hits / support
         precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
         f1 = np.where(support > 0, 2 * hits / (support + answers), np.nan)
-    auc = one_vs_rest_auc(scores, labels) if scores.size <= MAX_SCORE_ENTRIES else np.full(num_classes, np.nan)
+    has_auc = scores.ndim == 2 and scores.size <= MAX_SCORE_ENTRIES
+    auc = one_vs_rest_auc(scores, labels) if has_auc else np.full(num_classes, np.nan)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {
         name: {key: none_if_nan(column[i]) for key, column in columns.items()} | {"support": int(support[i])}
@@ -4308,41 +4633,51 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device."""
+    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
+
+    Of more than MAX_SCORE_ENTRIES cosines only the answers are kept, on the device already: 1.2 million images of 1,000 classes
+    would have 5 GB, in each checkpoint too.
+    """
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.cosines: list[torch.Tensor] = []  # float32 (b, C) on the CPU
+        self.scores: list[torch.Tensor] = []  # on the CPU; cosines float32 (b, C), or answers int64 (b,)
         self.labels: list[torch.Tensor] = []  # int64 (b,)
         self.sizes: list[int] = []  # images of each step
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and cosines (b, C) of the last steps
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
+        self.num_cosines = 0
 
     def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
         self.pending.append((loss, cosine))
         self.labels.append(labels)
         self.sizes.append(len(labels))
+        self.num_cosines += cosine.numel()
+        if self.num_cosines > MAX_SCORE_ENTRIES:
+            self.scores = [to_answers(scores) for scores in self.scores]
+            self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
     def settle(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
         if not self.pending:
             return None
-        losses, cosines = zip(*self.pending, strict=True)
+        losses, scores = zip(*self.pending, strict=True)
         values = torch.stack(losses).cpu()
         self.losses.append(values)
-        self.cosines.append(torch.cat(cosines).cpu())
+        self.scores.append(torch.cat(scores).cpu())
         self.pending.clear()
         wrong = (~torch.isfinite(values)).nonzero()
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), cosines (N, C) and labels (N,) of the settled steps; {} before the first."""
+        """Return losses and sizes (steps,), labels (N,), and cosines (N, C) or answers (N,); {} before the first settled step."""
         if not self.losses:
             return {}
+        scores = torch.cat(self.scores)
         return {
             "losses": torch.cat(self.losses),
             "sizes": torch.tensor(self.sizes),
-            "cosines": torch.cat(self.cosines),
+            "cosines" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
 
@@ -4350,8 +4685,15 @@ class Tally:
         """Take up what `totals` gave."""
         self.__init__()
         if totals:
-            self.losses, self.cosines, self.labels = [totals["losses"]], [totals["cosines"]], [totals["labels"]]
+            scores = totals["cosines"] if "cosines" in totals else totals["answers"]
+            self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
             self.sizes = totals["sizes"].tolist()
+            self.num_cosines = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
+
+
+def to_answers(scores: torch.Tensor) -> torch.Tensor:
+    """Return the columns of the largest scores int64 (N,), which may already be what is given."""
+    return scores if scores.ndim == 1 else scores.argmax(dim=1)
 
 
 @dataclass
@@ -4408,17 +4750,19 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     weights = state.model.trained_state()
     if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    payload = {
-        "format": CHECKPOINT_FORMAT,
-        "identity": identity,
-        **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": weights,
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "tally": state.tally.totals(),
-    }
+    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **pack_state(state), "tally": state.tally.totals()}
     with SIGNALS.hold(), sealed_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save(payload, file)
+
+
+def pack_state(state: TrainState) -> dict[str, Any]:
+    """Return the state but for the tally, as tensors and plain values."""
+    return {
+        **{key: getattr(state, key) for key in PLAIN_STATE},
+        "model": state.model.trained_state(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+    }
 
 
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
@@ -4467,7 +4811,7 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
         state.scaler.load_state_dict(payload["scaler"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally.restore(payload["tally"])
+    state.tally.restore(payload.get("tally", {}))
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -5118,7 +5462,7 @@ class TrainedRun:
     path: Path
     config: Config  # of its training
     info: BackboneInfo
-    model: Recognizer  # on the device, in eval mode
+    model: Recognizer  # in eval mode
     runtime: Runtime
     gallery: Gallery | None = None  # None as long as it is made anew
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
@@ -5156,11 +5500,11 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
     gallery, meta = load_gallery(path / "prototypes.npz")
     run = load_model(path, config, runtime, backbone_weights)
     _check_gallery(path, meta, to_json(describe_embedding(config, run.info, run.model)))
-    return dataclasses.replace(run, gallery=gallery, meta=meta)
+    return share_run(dataclasses.replace(run, gallery=gallery, meta=meta))
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run with these options, without its gallery.
+    """Load the best model of a run with these options, without its gallery and still on the CPU: `share_run` moves it.
 
     Raises:
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
@@ -5176,7 +5520,13 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     model.load_trained_state(payload["model"])
     model.backbone.dtype = runtime.dtype
-    return TrainedRun(path, config, info, model.to(runtime.device).eval(), runtime)
+    return TrainedRun(path, config, info, model.eval(), runtime)
+
+
+def share_run(run: TrainedRun) -> TrainedRun:
+    """Return the run with its model on the device, here and in the other processes of the team."""
+    TEAM.call("take_run", run)
+    return dataclasses.replace(run, model=run.model.to(run.runtime.device))
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -5282,19 +5632,31 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: C
         UserError: not one image can be read.
     """
     keys = eval_keys(records, rows, run.config.crop_mode)
-    dataset = CropDataset(records, run.transform())
-    loader = make_loader(dataset, cut_batches(keys, config.batch), config, run.runtime)
+    batches = cut_batches(keys, config.batch)
     parts = []
-    for batch in progress(loader, len(loader), "embedding"):
-        for row, reason in batch.failures:
+    for failures, part in progress(embed_batches(run, records, batches, config), len(batches), "embedding"):
+        for row, reason in failures:
             show(f"warning: {printable(records.paths[row])} {reason}")
-        if len(batch.rows):
-            values = run.embed(batch.images, config.batch)
-            parts.append(Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values))
+        if len(part.rows):
+            parts.append(part)
     if not parts:
         raise UserError(f"none of {len(keys)} images can be read", str(records.root), "check that the files are whole")
     names = [field.name for field in dataclasses.fields(Embedded)]
     return Embedded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def embed_batches(
+    run: TrainedRun, records: Records, batches: list[list[SampleKey]], config: Config
+) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
+    """Yield of each batch what could not be read, and the embeddings of all else; the processes of a team take turns."""
+    TEAM.call("embed_records", records, batches, config)
+    dataset = CropDataset(records, run.transform())
+
+    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
+        values = run.embed(batch.images, config.batch) if len(batch.rows) else np.zeros((0, 1), np.float32)
+        return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
+
+    return take_turns(lambda own: make_loader(dataset, own, config, run.runtime), batches, answer)
 
 
 def scan_for_run(run: TrainedRun, root: Path, config: Config) -> Scan:
@@ -5561,21 +5923,38 @@ class FeatureBank:
         Raises:
             UserError: not one of them can be read.
         """
-        job = self._job
-        network = job.runtime.wrap(self._backbone.eval())
-        loader = make_loader(self._dataset, cut_batches(keys, job.config.batch), job.config, job.runtime)
+        job, batches = self._job, cut_batches(keys, self._job.config.batch)
         rows, views, values = [], [], []
-        with torch.inference_mode():
-            for batch in progress(loader, len(loader), f"embedding {name}"):
-                job.note_failures(batch.failures)
-                if len(batch.rows):
-                    rows.append(batch.rows.numpy())
-                    views.append(batch.views.numpy())
-                    values.append(network(batch.images.to(job.runtime.device, non_blocking=True)).cpu())
+        parts = extract_batches(job, self._backbone, self._dataset, batches)
+        for failures, part in progress(parts, len(batches), f"embedding {name}"):
+            job.note_failures(failures)
+            if len(part.rows):
+                rows.append(part.rows)
+                views.append(part.views)
+                values.append(part.values)
         if not values:
             what = f"none of the {len(keys)} {name} images can be read any more"
             raise UserError(what, str(job.records.root), "restore the images")
         return Features(np.concatenate(rows), np.concatenate(views), torch.cat(values))
+
+
+def extract_batches(
+    job: Job, backbone: Backbone, dataset: CropDataset, batches: list[list[SampleKey]]
+) -> Iterator[tuple[list[tuple[int, str]], Features]]:
+    """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
+    TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
+    network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
+    if not backbone.frozen:
+        TEAM.copy_weights(backbone)
+
+    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
+        values = torch.zeros(0, 1)
+        if len(batch.rows):
+            with torch.inference_mode():
+                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu()
+        return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
+
+    return take_turns(lambda own: make_loader(dataset, own, job.config, runtime), batches, answer)
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
@@ -5597,13 +5976,24 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
     return Embedded(features.rows, features.views, labels, torch.cat(parts).numpy())
 
 
-class TrainFeed:
-    """The training images in their order, from any batch of any epoch on."""
+def share_state(job: Job, state: TrainState) -> None:
+    """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
+    if TEAM.leads:
+        buffer = io.BytesIO()
+        torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
+        TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
+    TEAM.bind(state.model, state.model.backbone)
 
-    def __init__(self, job: Job) -> None:
+
+class TrainFeed:
+    """The training images in their order, from any batch of any epoch on; each process of a team has a part of each batch."""
+
+    def __init__(self, job: Job, state: TrainState) -> None:
+        share_state(job, state)
         self._job = job
         self._dataset = CropDataset(job.records, job.transform(augment=True))
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
+        self._sampler.share = TEAM.share
         self._loader: DataLoader | None = None
 
     def __len__(self) -> int:
@@ -5616,6 +6006,7 @@ class TrainFeed:
         Raises:
             UserError: workers are killed again and again.
         """
+        TEAM.call("train_epoch", state.epoch, state.batches)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         for restarts in itertools.count():
             if self._loader is None:
@@ -5628,7 +6019,7 @@ class TrainFeed:
                 # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for batch in iterator:
-                    yield batch
+                    yield TEAM.pool(batch)
                     bar.update()
                 return
             except RuntimeError as error:
@@ -5663,7 +6054,7 @@ class SaveClock:
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    feed, clock = TrainFeed(job), SaveClock(job.config.save_minutes)
+    feed, clock = TrainFeed(job, state), SaveClock(job.config.save_minutes)
     while state.epoch < job.config.epochs:
         started = time.monotonic() - state.seconds
         try:
@@ -5694,14 +6085,13 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) -> None:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered, without margin."""
-    network = job.runtime.wrap(state.model.train())
+    network = job.runtime.wrap(state.model.train().backbone)
     total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
     for batch in feed.batches(state):
         job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
             if len(batch.labels):
-                set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
-                seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
+                prepare_step(job, state, total_steps)
                 state.tally.add(*train_step(job.runtime, network, state, batch), batch.labels)
             state.batches += 1
             state.seconds = time.monotonic() - started
@@ -5715,6 +6105,12 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) 
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
+
+
+def prepare_step(job: Job, state: TrainState, total_steps: int) -> None:
+    """Set what a step is a function of besides weights and batch: learning rates and torch's generators."""
+    set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
+    seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
 
 
 def save_state(job: Job, state: TrainState) -> None:
@@ -5731,21 +6127,26 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    log_probabilities = log_softmax(job.config.arc_scale * totals["cosines"].numpy())
-    figures, per_class = compute_metrics(log_probabilities, totals["labels"].numpy(), job.records.class_names)
+    has_cosines = "cosines" in totals
+    scores = log_softmax(job.config.arc_scale * totals["cosines"].numpy()) if has_cosines else totals["answers"].numpy()
+    figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
     return {"loss": mean_loss, **figures}, per_class
 
 
 def train_step(
     runtime: Runtime, network: nn.Module, state: TrainState, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return its loss () and the cosines (B, C), both still on the device."""
+    """Do one optimizer step; return its loss () and the cosines (B, C), both still on the device.
+
+    In a team, `batch` has a part of the images; features, loss and cosines are those of the whole batch.
+    """
     images = batch.images.to(runtime.device, non_blocking=True)
     labels = batch.labels.to(runtime.device, non_blocking=True)
-    logits, cosine = network(images, labels)
+    logits, cosine = state.model(TEAM.gather(network(images), batch.sizes), labels)
     loss = F.cross_entropy(logits, labels)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
+    TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
     nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), GRAD_CLIP_NORM)
     state.scaler.step(state.optimizer)
@@ -6673,14 +7074,26 @@ def label_objects(run: TrainedRun, detections: Detections, config: Config) -> Pr
     if done:
         show(f"{done:,} of {len(units):,} images are answered already")
     if waiting:
-        dataset = DetectionDataset(detections, run, config.box_pad)
         bar = progress((), len(units), "pre-labelling", unit="image")
         bar.update(done)
         with contextlib.closing(bar):
-            for batch in make_loader(dataset, waiting, config, run.runtime):
-                answers.append(_answer_batch(run, detections, batch, config.batch))
-                bar.update(len(batch.cuts))
+            for records in answer_batches(run, detections, waiting, config):
+                answers.append(records)
+                bar.update(len(records))
     return Prelabels(detections, units, answers, run.gallery, run.meta, config.box_pad)
+
+
+def answer_batches(
+    run: TrainedRun, detections: Detections, groups: list[list[Unit]], config: Config
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of each group of units; the processes of a team take turns."""
+    TEAM.call("answer", detections, groups, config)
+    dataset = DetectionDataset(detections, run, config.box_pad)
+    return take_turns(
+        lambda own: make_loader(dataset, own, config, run.runtime),
+        groups,
+        lambda batch: _answer_batch(run, detections, batch, -(-config.batch // TEAM.size)),
+    )
 
 
 def _hash_settings(run: TrainedRun, config: Config) -> str:
@@ -9818,7 +10231,7 @@ def rebuild_gallery(config: Config) -> tuple[Gallery, dict[str, Any]]:
     Raises:
         UserError: the run has no model, or its images have other classes now.
     """
-    run = load_model(config.run, read_run_config(config.run), make_runtime(config), config.backbone_weights)
+    run = share_run(load_model(config.run, read_run_config(config.run), make_runtime(config), config.backbone_weights))
     options = choose_options(run.config, config)
     records = scan_own_data(run, options)
     embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
@@ -10093,6 +10506,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
     backbone.dtype = job.runtime.dtype
+    if TEAM.leads:
+        TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
     bank = FeatureBank(job, model.backbone)
     if point:
@@ -10364,6 +10779,72 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
     )
 
 
+class Helper:
+    """What a process of a team does that is not the first: its part of what that one calls for, with arguments from there.
+
+    Each method is the counterpart of a function that the first process runs at the same time, down to the same collectives.
+    """
+
+    def __init__(self) -> None:
+        self.runtime: Runtime | None = None
+        self.model: Recognizer | None = None
+        self.run: TrainedRun | None = None
+        self.job: Job | None = None
+        self.state: TrainState | None = None
+        self.feed: TrainFeed | None = None
+
+    def follow(self) -> None:
+        """Do what is called for until all is done."""
+        keep_freed_memory()
+        for name, args in TEAM.calls():
+            getattr(self, name)(*args)
+
+    def take_run(self, run: TrainedRun) -> None:
+        """Take a finished run to answer with."""
+        runtime = run.runtime.settle()
+        self.run = dataclasses.replace(run, runtime=runtime, model=run.model.to(runtime.device))
+
+    def embed_records(self, *args: Any) -> None:
+        """Do a part of `embed_records`."""
+        deque(embed_batches(self.run, *args), maxlen=0)
+
+    def answer(self, *args: Any) -> None:
+        """Do a part of `label_objects`."""
+        deque(answer_batches(self.run, *args), maxlen=0)
+
+    def take_model(self, runtime: Runtime, model: Recognizer) -> None:
+        """Take the model of a run that is to be trained."""
+        self.runtime = runtime.settle()
+        self.model = model.to(self.runtime.device)
+
+    def extract(self, job: Job, *args: Any) -> None:
+        """Do a part of `FeatureBank.extract`."""
+        job = dataclasses.replace(job, runtime=self.runtime)
+        deque(extract_batches(job, self.model.backbone, *args), maxlen=0)
+
+    def take_state(self, job: Job, packed: bytes) -> None:
+        """Take up the training."""
+        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
+        self.state = TrainState(self.model, build_optimizer(self.model, job.config), self.runtime.make_scaler())
+        restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
+        self.feed = TrainFeed(self.job, self.state)
+
+    def train_epoch(self, epoch: int, batches: int) -> None:
+        """Do a part of `train_epoch`; what it records and saves is not ours."""
+        state, self.state.epoch, self.state.batches = self.state, epoch, batches
+        network = self.runtime.wrap(self.model.train().backbone)
+        for batch in self.feed.batches(state):
+            if len(batch.labels):
+                prepare_step(self.job, state, len(self.feed) * self.job.config.epochs)
+                train_step(self.runtime, network, state, batch)
+            state.batches += 1
+
+    def log(self, text: str) -> None:
+        """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
+        if SIGNALS.asked is None:
+            show(f"process {TEAM.rank}: {text}")
+
+
 RECIPES = {
     "train": run_train,
     "scan": run_scan,
@@ -10377,32 +10858,48 @@ RECIPES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted."""
-    SIGNALS.catch()
+    """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
+
+    Of the processes that torchrun has started, one explains a failure, and all return the same code.
+    """
+    TEAM.join()
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     config = Config()
     try:
-        config = COMMAND_LINE if argv is None else parse_command_line(argv)
-        RECIPES[config.command](config)
+        if TEAM.rank:
+            SIGNALS.listen()
+            Helper().follow()
+        else:
+            SIGNALS.catch()
+            config = COMMAND_LINE if argv is None else parse_command_line(argv)
+            RECIPES[config.command](config)
+            TEAM.call("")
+        TEAM.close()
         return EXIT_OK
-    except UserError as error:
-        code, failure, message = EXIT_USER, error, f"error: {error}"
-    except Diverged as error:
-        code, failure, message = EXIT_DIVERGED, error, f"error: {error}"
-    except Interrupted as error:
-        again = "the same command without --overwrite" if config.overwrite else "the same command"
-        message = f"interrupted ({error}); {again} continues where it stopped"
-        code, failure = 128 + error.signal_number, error
-    except Exception as error:  # memory, disk or a killed worker are the user's to mend; all else keeps its traceback
-        explained = explain_failure(error, config)
-        if explained is None:
-            raise
-        code, failure, message = EXIT_USER, error, f"error: {explained}"
+    except (Exception, Interrupted) as error:
+        failure = error
+    code, message = explain_end(failure, config)
+    code, is_ours = TEAM.conclude(code)
+    if not is_ours:
+        return code
+    if not message:
+        raise failure
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr)
     if config.debug:
         traceback.print_exception(failure)
     return code
+
+
+def explain_end(failure: BaseException, config: Config) -> tuple[int, str]:
+    """Return the exit code of a failure and what to tell of it; '' for a bug of ours, whose traceback says more."""
+    if isinstance(failure, Diverged):
+        return EXIT_DIVERGED, f"error: {failure}"
+    if isinstance(failure, Interrupted):
+        again = "the same command without --overwrite" if config.overwrite else "the same command"
+        return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
+    explained = failure if isinstance(failure, UserError) else explain_failure(failure, config)
+    return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
 
 def explain_failure(error: Exception, config: Config) -> UserError | None:
@@ -10414,6 +10911,10 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
             f"--batch {config.batch} --img_size {config.img_size} --precision {config.precision}",
             "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite;"
             " if something else fills the memory, the same command continues",
+        )
+    if isinstance(error, PeerLost):
+        return UserError(
+            "another process of the job has ended", f"torchrun, process {TEAM.rank}", "the same command continues"
         )
     if is_dead_worker(error):
         return UserError(
@@ -10428,8 +10929,9 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
 
 if __name__ == "__main__":
     EXIT_CODE = main()
-    if EXIT_CODE > 128 and any(
-        thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()
-    ):
-        os._exit(EXIT_CODE)  # a huge image that is still being decoded is not waited for
+    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
+    if (EXIT_CODE > 128 and is_busy) or (EXIT_CODE and TEAM.size > 1):
+        os._exit(
+            EXIT_CODE
+        )  # neither a huge image that is still being decoded is waited for, nor processes that have gone
     sys.exit(EXIT_CODE)

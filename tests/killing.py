@@ -157,6 +157,12 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
     for plan in job.get("plans", ()):
         kinds = {"signal": die_at, "errno": fail_at, "error": fail_at}
         install(module, plan["at"], next((kinds[key] for key in plan if key in kinds), do_at)(plan))
+    if "ranks" in job:
+        os.environ.update(job["env"])
+        signal.alarm(400)  # a process that waits for others forever
+    if "function" in job:
+        file, name = job["function"]
+        return getattr(importlib.import_module(file), name)(*job["argv"])
     code = module.main(job["argv"])
     if "count" in job:
         module.count_calls_done()
@@ -164,7 +170,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """Read jobs and fork a child for each, one at a time; only the exit code comes back."""
+    """Read jobs and fork a child for each, one job at a time, or one for each of its `ranks`; only exit codes come back."""
     sys.path.insert(0, str(REPO))
     module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
     for name in LAZY.split():
@@ -173,18 +179,25 @@ def serve() -> None:
         raise RuntimeError("a process with threads must not be forked")
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = run_child(module, job)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = [fork_child(module, {**job, **own}) for own in job.get("ranks", [{}])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(*codes, flush=True)
+
+
+def fork_child(module: Any, job: dict[str, Any]) -> int:
+    """Start one job in a forked process and return that one's number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        code = run_child(module, job)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Nursery:
@@ -200,12 +213,31 @@ class Nursery:
         """Run the script, return exit code (negative: killed by that signal) and what it printed."""
         output = self._folder / f"output{next(self._number)}.txt"
         job = {"argv": [str(word) for word in argv], "output": str(output), **job}
+        return self._ask(job)[0], output.read_text("utf-8", "replace")
+
+    def run_team(self, *argv: object, ranks: list[dict[str, Any]], **job: Any) -> list[tuple[int, str]]:
+        """Run the script in several processes, as torchrun starts them; a plan for each. Return exit code and text of each."""
+        import torch.distributed as dist
+
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent holds it
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "test"}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        env |= {name: str(len(ranks)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        output = self._folder / f"output{next(self._number)}"
+        for rank, own in enumerate(ranks):
+            own |= {"env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "output": f"{output}.{rank}.txt"}
+        codes = self._ask({"argv": [str(word) for word in argv], "ranks": ranks, **job})
+        return [
+            (code, Path(own["output"]).read_text("utf-8", "replace")) for code, own in zip(codes, ranks, strict=True)
+        ]
+
+    def _ask(self, job: dict[str, Any]) -> list[int]:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("the process that forks the runs has died")
-        return int(answer), output.read_text("utf-8", "replace")
+        return [int(word) for word in answer.split()]
 
     def close(self) -> None:
         """End the process."""

@@ -1,9 +1,11 @@
 """Section 12: figures against scikit-learn, and what happens where a class is absent."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics
 
 import lct_dino3 as lct
@@ -181,3 +183,37 @@ def test_macro_f1_is_scikit_learn_s_and_an_unknown_answer_is_a_miss() -> None:
         assert found == pytest.approx(expected)
     missed = lct.macro_f1(np.array([0, 0, 1]), np.array([0, -1, 1]), 2, np.ones((1, 3)))
     assert missed.tolist() == pytest.approx([(2 / 3 + 1) / 2])
+
+
+def test_cosines_of_very_many_classes_are_not_kept_and_cost_only_auc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run is interrupted before, or after, there are too many."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [(torch.rand(8, 50, generator=generator), torch.arange(8) + step) for step in range(20)]
+    figures = []
+    for limit in (10**9, 8 * 50 * 10):
+        monkeypatch.setattr(lct, "MAX_SCORE_ENTRIES", limit)
+        tally = lct.Tally()
+        for number, (cosine, labels) in enumerate(steps):
+            tally.add(torch.tensor(1.0), cosine, labels)
+            if number in (3, 7, 15):
+                assert tally.settle() is None
+                totals = tally.totals()
+                tally.restore(totals)
+        tally.settle()
+        totals = tally.totals()
+        scores = totals["cosines" if limit == 10**9 else "answers"]
+        names = [str(number) for number in range(50)]
+        figures.append(lct.compute_metrics(scores.numpy(), totals["labels"].numpy(), names))
+    assert figures[1][0] == figures[0][0] | {"auc_macro": None}
+    assert [own["f1"] for own in figures[1][1].values()] == [own["f1"] for own in figures[0][1].values()]
+
+
+def test_figures_of_very_many_classes_need_no_square_of_them() -> None:
+    labels = np.arange(20_000).repeat(2)
+    tracemalloc.start()
+    figures, per_class = lct.compute_metrics(labels % 19_999, labels, list(map(str, range(20_000))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert figures["acc"] == pytest.approx(1 - 5e-5)
+    assert per_class["19999"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "auc": None, "support": 2}
+    assert peak < 100e6  # the square has 3.2 GB

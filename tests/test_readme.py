@@ -22,7 +22,11 @@ def test_the_two_commands_stand_first() -> None:
 def test_every_flag_and_command_that_it_names_exists() -> None:
     known = {f"--{field.name}" for field in lct.option_fields()} | {"--help"}
     known |= {f"--no-{field.name}" for field in lct.option_fields() if lct.field_kind(field) is bool}
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r".*pip install .*", "", README)))
+    named = set(
+        re.findall(
+            r"(?<![\w-])--[a-z][\w-]*", re.sub(r".*pip install .*|torchrun --.*?(lct_dino3\.py|\.\.\.|`)", "", README)
+        )
+    )
     assert named - known == set()
     assert set(re.findall(r"python lct_dino3\.py ([a-z]+)\b", README)) <= set(lct.COMMANDS)
 

@@ -1,0 +1,272 @@
+"""Section 04: the processes that torchrun starts do together what one process does, and end together.
+
+Processes are forked as torchrun would start them; one test has a real torchrun, which starts them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, SCRIPT, make_dataset
+from killing import Nursery, differences, do, fail, kill
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import lct_dino3 as lct
+
+# 30 training images: the last batch of an epoch has two, which three processes cannot share.
+COMMON = "--no-pretrained --img_size 32 --batch 7 --workers 0 --gpus 0 --emb_dim 16".split()
+FROZEN = (
+    *COMMON,
+    *"--model_id test_resnet --epochs 3 --save_every 2 --save_minutes 1e-6".split(),
+)  # saves after every step
+FINE_TUNED = (*COMMON, *"--model_id test_vit --no-freeze_backbone --pool avg --epochs 4 --lr 1e-4".split())
+# Whatever is added before BatchNorm is taken out by it: these have no gradient but rounding errors, which AdamW makes steps of.
+ARBITRARY = ("backbone.model.fc_norm.bias", "head.hidden.bias", "head.norm.running_mean")
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("output"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("ddp") / "data", {"молоток": 14, "side cutter": 11, "wrench": 18})
+
+
+@pytest.fixture(scope="module")
+def alone(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process. Shared: read only."""
+    out_dir = tmp_path_factory.mktemp("alone") / "run"
+    code, text = nursery.run("--data_root", data, "--out_dir", out_dir, *FROZEN)
+    assert code == 0, text
+    return out_dir
+
+
+# --- the same numbers
+
+
+def test_a_frozen_run_of_three_processes_is_that_of_one_bit_for_bit(
+    nursery: Nursery, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN, ranks=[{}, {}, {}])
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert differences(alone, tmp_path / "run") == []
+    assert [text for _, text in ends[1:]] == ["", ""]
+
+
+def test_a_fine_tuned_run_of_two_processes_is_that_of_one(
+    nursery: Nursery, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    """An image vanishes when training begins: the parts of its batches are then of uneven size."""
+    splits = json.loads((alone / "splits.json").read_text(encoding="utf-8"))
+    gone = splits["train"]["wrench"][0]
+    ends = []
+    for name, ranks in (("one", [{}]), ("two", [{}, {}])):
+        shutil.copytree(data, tmp_path / name / "data")
+        ranks[0]["plans"] = [do("share_state", 1, shell=f"rm '{tmp_path / name / 'data' / gone}'")]
+        argv = ("--data_root", tmp_path / name / "data", "--out_dir", tmp_path / name / "run", *FINE_TUNED)
+        ends += nursery.run_team(*argv, ranks=ranks)
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert all(end[1].count(f"{gone} cannot be read any more") == 1 for end in ends[:2])
+    one, two = (torch.load(tmp_path / name / "run/checkpoint_last.pth", weights_only=True) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 20
+    far = {key: float((two["model"][key] - value).abs().max()) for key, value in one["model"].items()}
+    assert {key: value for key, value in far.items() if value > 1e-5 and key not in ARBITRARY} == {}
+    epochs = [[e for e in lct.read_events(tmp_path / n / "run") if e["event"] == "epoch_end"] for n in ("one", "two")]
+    for first, second in zip(*epochs, strict=True):
+        for split in ("train", "val"):
+            assert second[split] == pytest.approx(first[split], abs=1e-3), f"{split} of epoch {first['epoch']}"
+        supports = [[figures["support"] for figures in e["train_per_class"].values()] for e in (first, second)]
+        assert supports[0] == supports[1]
+        assert sum(supports[0]) == 29
+
+
+class Small(nn.Sequential):
+    """A backbone whose every layer counts on whole batches."""
+
+    frozen = False
+
+    def __init__(self) -> None:
+        layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), BatchNormAct2d(8, momentum=None)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(128, 12), nn.BatchNorm1d(12, affine=False))
+
+
+def train_small(path: str) -> int:
+    """Do 20 steps in float64, together with the other processes if there are any; write what comes out."""
+    lct.TEAM.join()
+    torch.manual_seed(lct.TEAM.rank)  # weights come from the first process
+    model = lct.Recognizer(Small(), lct.Head(12, 8), lct.ArcFace(8, 5, 0.3, 30.0)).double().train()
+    lct.TEAM.copy_weights(model)
+    lct.TEAM.bind(model, model.backbone)
+    config = lct.Config(freeze_backbone=False)
+    state = lct.TrainState(model, lct.build_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False))
+    runtime, losses = lct.Runtime(torch.device("cpu"), 0, torch.float32), []
+    for step in range(20):
+        rng = np.random.default_rng(step)
+        size = (7, 6, 2, 5)[step % 4]
+        images = torch.from_numpy(rng.normal(size=(size, 3, 8, 8)))
+        labels = torch.from_numpy(rng.integers(0, 5, size))
+        own = lct.TEAM.share(range(size))
+        batch = lct.Batch(images[own], labels[own], labels[own], labels[own], [])
+        losses.append(lct.train_step(runtime, model.backbone, state, lct.TEAM.pool(batch))[0])
+    torch.save({"losses": torch.stack(losses), **model.state_dict()}, f"{path}{lct.TEAM.rank}")
+    return 0
+
+
+def test_statistics_and_gradients_are_those_of_the_whole_batch(nursery: Nursery, tmp_path: Path) -> None:
+    """In float64, where rounding hides nothing; of the batches of two, one of three processes has no image."""
+    lct.TEAM.__init__()
+    assert train_small(str(tmp_path / "alone")) == 0
+    ends = nursery.run_team(str(tmp_path / "team"), ranks=[{}, {}, {}], function=("test_ddp", "train_small"))
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    expected = torch.load(tmp_path / "alone0", weights_only=True)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"team{rank}", weights_only=True)
+        for key, value in expected.items():
+            if key not in ("0.bias", *ARBITRARY) and not key.endswith(("0.bias", "3.bias", "6.bias")):
+                torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_gpus_of_one_process_share_the_backbone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataParallel's parts would have statistics of their own: head and ArcFace are not in it, BatchNorm in training is refused."""
+    runtime = lct.Runtime(torch.device("cpu"), 2, torch.float32)
+    monkeypatch.setattr(nn, "DataParallel", lambda module, device_ids: (module, device_ids))
+    backbone = lct.Backbone(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(lct.UserError, match="torchrun --nproc_per_node 2"):
+        runtime.wrap(backbone)
+    backbone.freeze()
+    assert runtime.wrap(backbone.train()) == (backbone, [0, 1])
+    assert dataclasses.replace(runtime, num_gpus=1).wrap(backbone) is backbone
+
+
+def test_evaluate_and_prelabel_share_their_images(nursery: Nursery, data: Path, alone: Path, tmp_path: Path) -> None:
+    answers = []
+    for size in (1, 2):
+        run, out = tmp_path / f"run{size}", tmp_path / f"out{size}"
+        shutil.copytree(alone, run)
+        flags = ("--workers", 0, "--gpus", 0, "--batch", 8)
+        for argv in (("evaluate", "--run", run), ("prelabel", "--run", run, "--images", data, "--out", out)):
+            ends = nursery.run_team(*argv, *flags, ranks=[{} for _ in range(size)])
+            assert [code for code, _ in ends] == [0] * size, ends
+        answers.append([(run / "evaluation.json").read_bytes(), (out / "objects.csv").read_bytes()])
+    assert answers[0] == answers[1]
+
+
+# --- the same end
+
+
+def one_message(ends: list[tuple[int, str]]) -> str:
+    """Return the line in which the processes say how it ended: one line of one of them."""
+    lines = [line for _, text in ends for line in text.splitlines() if line.startswith(("error: ", "interrupted "))]
+    assert len(lines) == 1, ends
+    assert "Traceback" not in str(ends)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [
+        (kill("load_image", 20, KILL), -9),
+        (kill("train_step", 8, TERM), 143),  # as when a scheduler wants one machine back
+        (fail("train_step", 8, error="MemoryError"), 2),
+    ],
+    ids=["killed", "terminated", "out of memory"],
+)
+def test_a_process_that_ends_ends_all_with_one_message_and_one_alone_can_go_on(
+    plan: dict[str, Any], code: int, nursery: Nursery, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    argv = ("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    ends = nursery.run_team(*argv, ranks=[{}, {}, {"plans": [plan]}])
+    assert [end for end, _ in ends] == [code if code > 0 else 2] * 2 + [code], ends
+    assert ("out of memory" in one_message(ends)) == ("error" in plan)
+    code, text = nursery.run(*argv)
+    assert code == 0, text
+    assert differences(alone, tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [
+        (kill("train_step", 8, KILL), -9),
+        (kill("train_step", 8, INT), 130),
+        (fail("train_step", 8, error="KeyError"), 1),
+    ],
+    ids=["killed", "Ctrl-C", "bug"],
+)
+def test_the_first_process_ends_all_with_its_code_and_two_can_go_on(
+    plan: dict[str, Any], code: int, nursery: Nursery, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    argv = ("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    ends = nursery.run_team(*argv, ranks=[{"plans": [plan]}, {}])
+    assert [end for end, _ in ends] == [code, 2 if code == -9 else code], ends
+    if code == 1:
+        assert "KeyError" in ends[0][1]
+        assert ends[1][1] == ""
+    else:
+        one_message(ends)
+    ends = nursery.run_team(*argv, ranks=[{}, {}])
+    assert [end for end, _ in ends] == [0, 0], ends
+    assert differences(alone, tmp_path / "run") == []
+
+
+def test_a_process_that_ends_amid_sums_over_all_is_no_bug(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+    ranks = [{}, {"plans": [kill("_normalise_together", 30, KILL)]}]
+    flags = ("--no-freeze_backbone", "--overwrite")
+    ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN, *flags, ranks=ranks)
+    assert [code for code, _ in ends] == [2, -9], ends
+    assert "another process" in one_message(ends)
+
+
+def start_torchrun(*argv: object) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--max_restarts",
+        "1",
+        "--standalone",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, SCRIPT, *map(str, argv)], env=env, cwd=REPO, stderr=subprocess.PIPE, text=True)
+
+
+def child_with_rank(parent: int, rank: int) -> int:
+    """Return the number of the process that torchrun has started with a rank."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        words = stat.read_text().rsplit(")", 1)[1].split() if stat.exists() else []
+        if words and int(words[1]) == parent and f"RANK={rank}" in (stat.parent / "environ").read_text().split("\0"):
+            return int(stat.parent.name)
+    raise AssertionError("torchrun has no such process")
+
+
+def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path: Path) -> None:
+    launcher = start_torchrun("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("run/checkpoint_last.pth")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child_with_rank(launcher.pid, 1), KILL)
+    error = launcher.communicate(timeout=400)[1]
+    assert launcher.returncode == 0, error
+    assert differences(alone, tmp_path / "run") == []
+    kinds = [event["event"] for event in lct.read_events(tmp_path / "run")]
+    assert kinds.count("resumed") == 1
