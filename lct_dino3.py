@@ -1584,13 +1584,13 @@ class ImageError(ValueError):
     """An image that cannot be used; the text is the reason."""
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """Read an image file as upright 8-bit RGB, uint8 (H, W, 3).
+def load_image(path: str | Path, side: int | None = None) -> np.ndarray:
+    """Read an image file as upright 8-bit RGB, uint8 (H, W, 3); `side` is that of `decode_image`.
 
     Raises:
         ImageError: with the reason, whatever is wrong with the file.
     """
-    return decode_image(read_file(path))[0]
+    return decode_image(read_file(path), side)[0]
 
 
 def read_file(path: str | Path) -> bytes:
@@ -1632,8 +1632,12 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
         raise ImageError(printable(reason or type(error).__name__)[:200]) from error
 
 
-def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
+def decode_image(data: bytes, side: int | None = None) -> tuple[np.ndarray, str, int]:
     """Decode the bytes of an image file.
+
+    Args:
+        data: of a file in one of IMAGE_FORMATS.
+        side: px; a JPEG may come at 1/2, 1/4 or 1/8 of its size where its longer side keeps as many. None = exact.
 
     Returns:
         The upright image, uint8 (H, W, 3); the mode that Pillow found, e.g. `CMYK`; the EXIF orientation, 1 to 8.
@@ -1643,6 +1647,8 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
     """
     with opened_image(data) as image:
         mode, orientation = image.mode, image.getexif().get(0x0112, 1)
+        if side is not None:
+            image.draft(None, [max(1, length * side // max(image.size)) for length in image.size])
         image.load()  # a TIFF turns itself upright in that
         left_to_do = image.getexif().get(0x0112, 1)
         return turn_upright(to_rgb(image), left_to_do), mode, orientation if orientation in range(1, 9) else 1
@@ -1664,6 +1670,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
     In strips: converted whole, an image of 100 megapixels would take 3 GB on the way.
     """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
     rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, STRIP_PIXELS // max(1, image.width))
     strips = [(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
@@ -2910,8 +2918,10 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
     raise UserError(what, f"--crop_mode {config.crop_mode}", MASKS_WAYS_OUT)
 
 
-def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read a crop and, for the masked view, its mask.
+def load_crop(
+    records: Records, row: int, view: int, side: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Read a crop and, for the masked view, its mask; `side` is that of `decode_image`.
 
     Returns:
         Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
@@ -2920,7 +2930,7 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     Raises:
         ImageError: the crop itself cannot be read.
     """
-    image = load_image(records.root / records.paths[row])
+    image = load_image(records.root / records.paths[row], side)
     mask_path = records.masks[row] if view and records.masks is not None else ""
     if not mask_path:
         return image, None, ""
@@ -2929,9 +2939,9 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     except ImageError as error:
         return image, None, str(error)
     if mask.shape != image.shape[:2]:
-        size = (image.shape[1], image.shape[0])
-        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return image, mask.astype(np.uint8) * 255, ""
+        resized = Image.fromarray(mask.view(np.uint8) * 255).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+        mask = np.asarray(resized) > MASK_LEVEL
+    return image, mask.view(np.uint8) * 255, ""
 
 
 class Fill(NamedTuple):
@@ -3497,61 +3507,136 @@ def preview_masks(scan: Scan, config: Config) -> None:
 # 07  AUGMENTATION
 # ======================================================================================================================
 # (image, mask, seed) -> uint8 image. Nothing global: the randomness of a sample is a function of its seed alone.
-# uint8 (H, W, 3), uint8 (H, W) or None for the crop as it is, seed -> uint8 (img_size, img_size, 3)
-Transform = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
+@dataclass(frozen=True)
+class Transform:
+    """Makes a crop a square model input: gray letterbox, in training followed by augmentation."""
+
+    img_size: int
+    fill: Fill  # replaces what is outside the mask, padding included (but for blur)
+    looks: Any  # albumentations.Compose of the changes of colour; None = no augmentation at all
+    decode_side: int | None  # that of `decode_image` for what goes in
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+        """Return uint8 (img_size, img_size, 3).
+
+        Image and mask move together; colours change last, and only those of the object.
+
+        Args:
+            image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
+            seed: of the augmentation.
+        """
+        import cv2
+
+        rng, colour_seed = np.random.default_rng(seed), seed if self.looks else None
+        if mask is None:
+            return self._change_looks(self._move(image, rng), rng, seed)
+        # Filled before it moves: interpolation would draw the background into the object's edge.
+        filled = fill_background(image, mask, self.fill, colour_seed)
+        # The mask moves like a colour, and is cut at half height again: nearest would shift its edge by up to half a pixel.
+        moved = self._move(cv2.merge((filled, mask)), rng)
+        image, mask = np.ascontiguousarray(moved[:, :, :3]), moved[:, :, 3]
+        if self.fill.kind != "blur":  # once more: the border that moving has opened
+            image = fill_background(image, mask, self.fill, colour_seed)
+        changed = self._change_looks(image, rng, seed)
+        # Only on the object: the fill keeps its value, for production will see no other.
+        return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy())
+
+    def _move(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        square = fit_square(image, self.img_size)
+        if not self.looks:
+            return square
+        import cv2
+
+        matrix = draw_move(rng, self.img_size)
+        if matrix is not None:  # all moves in one: each warp would soften the picture once more
+            border = (PADDING_GRAY,) * 3 + (0,)
+            square = cv2.warpPerspective(square, matrix, square.shape[:2], borderValue=border)
+        return cv2.flip(square, 1) if rng.random() < 0.5 else square
+
+    def _change_looks(self, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+        if not self.looks:
+            return image
+        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+        self.looks.set_random_state(rng, random.Random(seed))
+        return np.ascontiguousarray(self.looks(image=image, force_apply=True)["image"])
 
 
 def build_transform(img_size: int, augment: bool, fill: Fill | None = None) -> Transform:
-    """Return the function that makes a crop a square model input: gray letterbox, in training followed by augmentation.
+    """Return what makes a crop a square model input; `augment` is for training.
 
-    `fill` replaces what is outside the mask, padding included (but for blur); image and mask move together; colours change last,
-    and only those of the object.
+    Training decodes a large JPEG at a half, a quarter or an eighth where that still fills the square. Its accuracy is the same
+    (tests/benchmarks/run.py, rows `item`); evaluation is exact all the same, for it is what production is compared with.
     """
+    fill = fill or Fill("gray", (PADDING_GRAY,) * 3)
+    if not augment:
+        return Transform(img_size, fill, None, None)
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
-    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": PADDING_GRAY}
-    letterbox = [A.LongestMaxSize(img_size, area_for_downscale="image_mask"), A.PadIfNeeded(img_size, img_size, **gray)]
-    # Masks are interpolated like images, and cut at half height again: nearest would shift their edges by up to half a pixel.
-    moves = A.Compose(letterbox + (_moves(A, gray) if augment else []), mask_interpolation=cv2.INTER_LINEAR)
-    looks = A.Compose(_looks(A) if augment else [])
-    # Unlike a closure, a partial can be sent to a worker that was not forked.
-    return functools.partial(_transform, moves, looks, fill or Fill("gray", (PADDING_GRAY,) * 3))
+    return Transform(img_size, fill, A.Compose(_looks(A)), img_size)
 
 
-def _transform(moves: Any, looks: Any, fill: Fill, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+def fit_square(image: np.ndarray, side: int) -> np.ndarray:
+    """Fit an image into the middle of a square with a gray border: antialiased bilinear, the same as Pillow's BILINEAR.
+
+    Args:
+        image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
+        side: px of the square.
+    """
+    factor = side / max(image.shape[:2])
+    height, width = (max(1, round(length * factor)) for length in image.shape[:2])
+    if (height, width) != image.shape[:2]:
+        pixels = torch.from_numpy(image)[None].permute(
+            0, 3, 1, 2
+        )  # torch's uint8 kernel takes a quarter of cv2's INTER_AREA
+        pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+        image = pixels[0].permute(1, 2, 0).numpy()
+    square = np.full((side, side, image.shape[2]), PADDING_GRAY, dtype=np.uint8)
+    square[:, :, 3:] = 0
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
+    """Draw how a square moves: where its pixels go, as a matrix (3, 3) in homogeneous px; None, in half of the cases, not at all.
+
+    Views of a workbench: tools lie in any direction, crops are loose. The probabilities are low on purpose: a frozen backbone
+    knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
+    3 to 4 points, more than any other choice of the recipe moved.
+    """
+    moves = []
+    if rng.random() < 0.2:
+        angle = rng.uniform(-math.pi, math.pi)
+        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        moves.append(_about_centre(turn, np.zeros(2), side))
+    if rng.random() < 0.25:
+        moves.append(_about_centre(np.diag(rng.uniform(0.85, 1.1, 2)), rng.uniform(-0.06, 0.06, 2) * side, side))
+    if rng.random() < 0.12:
+        moves.append(_draw_perspective(rng, side))
+    return functools.reduce(lambda before, move: move @ before, moves) if moves else None
+
+
+def _about_centre(linear: np.ndarray, shift: np.ndarray, side: int) -> np.ndarray:
+    centre = np.full(2, side / 2 - 0.5)
+    matrix = np.eye(3)
+    matrix[:2, :2], matrix[:2, 2] = linear, shift + centre - linear @ centre
+    return matrix
+
+
+def _draw_perspective(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Draw the view of a camera that is not held straight, as albumentations' Perspective does."""
     import cv2
 
-    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    generators = np.random.default_rng(seed), random.Random(seed)
-    moves.set_random_state(*generators)
-    looks.set_random_state(*generators)
-    if mask is None:
-        return np.ascontiguousarray(looks(image=moves(image=image)["image"], force_apply=True)["image"])
-    colour_seed = seed if looks.transforms else None
-    # Filled before it moves: interpolation would draw the background into the object's edge.
-    moved = moves(image=fill_background(image, mask, fill, colour_seed), mask=mask)
-    image, mask = moved["image"], moved["mask"]
-    if fill.kind != "blur":  # once more: the border that moving has opened
-        image = fill_background(image, mask, fill, colour_seed)
-    changed = looks(image=image, force_apply=True)["image"]
-    # Only on the object: the fill keeps its value, for production will see no other.
-    return cv2.copyTo(np.ascontiguousarray(changed), (mask > MASK_LEVEL).view(np.uint8), image.copy())
-
-
-def _moves(A: Any, gray: dict[str, Any]) -> list[Any]:  # noqa: N803  the library's own short name
-    """Views of a workbench: tools lie in any direction, crops are loose.
-
-    The probabilities are low on purpose: a frozen backbone knows upright, clean photos best. On tools17 with twice these (and
-    rotation in half of the samples) prototype matching lost 3 to 4 points, more than any other choice of the recipe moved.
-    """
-    return [
-        A.HorizontalFlip(p=0.5),
-        A.Affine(rotate=(-180, 180), p=0.2, **gray),
-        A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
-        A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
-    ]
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    jitter = (
+        np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32
+    )  # corners stay in their quarter of the square
+    corners = np.abs(square - jitter)
+    top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
+    zoom = np.array([max(top, bottom), max(right, left)])  # what is seen is enlarged once more by what was lost
+    return cv2.getPerspectiveTransform((corners * side).astype(np.float32), (square / zoom * side).astype(np.float32))
 
 
 def _looks(A: Any) -> list[Any]:  # noqa: N803
@@ -3604,7 +3689,7 @@ class CropDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         try:
-            image, mask, reason = load_crop(self.records, key.row, key.view)
+            image, mask, reason = load_crop(self.records, key.row, key.view, self.transform.decode_side)
         except ImageError as error:
             return None, key, f"cannot be read any more and is left out: {error}"
         lost = f"is used with its background, since its mask cannot be read any more: {reason}" if reason else ""
