@@ -1779,7 +1779,6 @@ class Listing:
 
     paths: list[str]  # relative to data_root, with '/'
     folders: list[str]  # class folder of each path, NFC
-    stats: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
     left_out: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
@@ -1791,8 +1790,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
 
     One `os.scandir` a class; hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
     """
-    listing = Listing([], [], np.zeros((0, 2), np.int64), [], [])
-    stats: list[int] = []
+    listing = Listing([], [], [], [])
     for folder in sorted(visible_entries(data_root), key=operator.attrgetter("name")):
         if not is_folder(folder):
             continue
@@ -1818,12 +1816,22 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
             if problem:
                 listing.problems.append((f"{prefix}/{name}", problem))
                 continue
-            status = entry.stat()
-            stats += (status.st_size, status.st_mtime_ns)  # flat: a tuple a file would keep the garbage collector busy
             listing.paths.append(f"{prefix}/{name}")
             listing.folders.append(class_name)
-    listing.stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
     return listing
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Return size in bytes and mtime in ns of files, int64 (N, 2); zeros for one that is gone, as opening it will say."""
+    stats: list[int] = []  # flat: a tuple a file would keep the garbage collector busy
+    for path in paths:
+        try:
+            status = os.stat(f"{root}/{path}")  # noqa: PTH116  making a Path takes longer than the call
+        except OSError:
+            stats += (0, 0)
+        else:
+            stats += (status.st_size, status.st_mtime_ns)
+    return np.array(stats, dtype=np.int64).reshape(-1, 2)
 
 
 class ImageTree(NamedTuple):
@@ -2398,7 +2406,8 @@ def scan_dataset(config: Config) -> Scan:
     if not listing.paths:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         raise UserError(f"holds no images{instead}", f"--data_root {config.data_root}", DATA_TREE)
-    health = check_files(config.data_root, listing.paths, listing.stats, IMAGE_KIND, config.out_dir / "scan_cache.npz")
+    stats = stat_files(config.data_root, listing.paths)
+    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, config.out_dir / "scan_cache.npz")
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -2455,11 +2464,7 @@ def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequenc
         else:
             left_out.append(path)
     return dataclasses.replace(
-        listing,
-        paths=[listing.paths[i] for i in kept],
-        folders=[listing.folders[i] for i in kept],
-        stats=listing.stats[kept],
-        left_out=left_out,
+        listing, paths=[listing.paths[i] for i in kept], folders=[listing.folders[i] for i in kept], left_out=left_out
     ), matched
 
 
@@ -2825,7 +2830,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
     records, listing = scan.records, scan.listing
     files = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.left_out)})
-    crops = {path: (row, stat) for path, row, stat in zip(listing.paths, scan.health.rows, listing.stats, strict=True)}
+    crops = {
+        path: (row, stat) for path, row, stat in zip(listing.paths, scan.health.rows, scan.health.stats, strict=True)
+    }
     choices = [_mask_choices(records.paths[i], config, files, crops) for i in range(len(records.paths))]
     paths = sorted({path for choice in choices for path in choice})
     stats = [files.stats[path] if path in files.stats else crops[path][1] for path in paths]
@@ -4233,19 +4240,34 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    Mann-Whitney: AUC = (sum of the positives' ranks - n_pos (n_pos + 1) / 2) / (n_pos n_neg), ties get their mean rank.
+    By the trapezoids below the curve, so that a tie between the sides counts as a half. Scores are compared in float32, which
+    is what a model's logits are.
     """
-    from scipy.stats import rankdata
-
     num_samples, num_classes = scores.shape
-    positives = np.bincount(labels, minlength=num_classes).astype(float)
+    positives = np.bincount(labels, minlength=num_classes)
     area = np.full(num_classes, np.nan)
-    for label in np.flatnonzero((positives > 0) & (positives < num_samples)):
-        rank_sum = rankdata(scores[:, label])[labels == label].sum()
-        area[label] = (rank_sum - positives[label] * (positives[label] + 1) / 2) / (
-            positives[label] * (num_samples - positives[label])
-        )
+    for label in np.flatnonzero((positives > 0) & (positives < num_samples)).tolist():
+        ranked, order = _sort_float32(scores[:, label])
+        hits = np.cumsum((labels == label)[order])
+        lasts = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), num_samples - 1)  # of each run of equal scores
+        right = np.append(0, hits[lasts])
+        wrong = np.append(0, lasts + 1) - right
+        pairs = np.dot(np.diff(wrong).astype(float), (2 * positives[label] - right[1:] - right[:-1]).astype(float)) / 2
+        area[label] = pairs / positives[label] / (num_samples - positives[label])
     return area
+
+
+def _sort_float32(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys (N,) that order like the values, in their order, and that order.
+
+    The bits of a float order like its size, and numpy sorts 16 bits by radix: two such passes take a third of a float sort.
+    """
+    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    keys = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
+    low, high = keys.astype(np.uint16), (keys >> 16).astype(np.uint16)
+    order = np.argsort(low, kind="stable")
+    order = order[np.argsort(high[order], kind="stable")]
+    return keys[order], order
 
 
 def none_if_nan(value: float) -> float | None:
