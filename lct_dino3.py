@@ -3606,7 +3606,10 @@ def build_transform(img_size: int, augment: bool, fill: Fill | None = None) -> T
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image into the middle of a square with a gray border: antialiased bilinear, the same as Pillow's BILINEAR.
+    """Fit an image into the middle of a square with a gray border: antialiased bicubic, the same as Pillow's BICUBIC.
+
+    On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as INTER_AREA and better than BILINEAR (paired splits:
+    nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
 
     Args:
         image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
@@ -3615,10 +3618,9 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
     if (height, width) != image.shape[:2]:
-        pixels = torch.from_numpy(image)[None].permute(
-            0, 3, 1, 2
-        )  # torch's uint8 kernel takes a quarter of cv2's INTER_AREA
-        pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+        # torch's uint8 kernel takes a quarter of the time of cv2's INTER_AREA
+        pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         image = pixels[0].permute(1, 2, 0).numpy()
     square = np.full((side, side, image.shape[2]), PADDING_GRAY, dtype=np.uint8)
     square[:, :, 3:] = 0
