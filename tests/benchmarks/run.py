@@ -40,10 +40,10 @@ IMG_SIZE, BATCH = 224, 64
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison, set up and ready to be repeated; both sides return their cost, or None for the CPU time they took."""
+    """One comparison, set up and ready to be repeated; a side that returns a float returns its cost, else it is its CPU time."""
 
-    reference: Callable[[], float | None]
-    ours: Callable[[], float | None]
+    reference: Callable[[], object]
+    ours: Callable[[], object]
     unit: str = "ms"
     scale: float = 1e3  # from cost to unit, for one of what the row names
     check: Callable[[], tuple[bool, str]] | None = None  # also has to hold; the text is printed beneath the row
@@ -81,7 +81,7 @@ def row(name: str, target: float, limit: float | None = None) -> Callable:
     return enter
 
 
-def measure(side: Callable[[], float | None], keeps_memory: bool) -> float:
+def measure(side: Callable[[], object], keeps_memory: bool) -> float:
     """Return what one call costs in a fork, after one that warms it up."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -92,7 +92,8 @@ def measure(side: Callable[[], float | None], keeps_memory: bool) -> float:
             side()
             started = time.process_time()
             cost = side()
-            os.write(writer, struct.pack("d", time.process_time() - started if cost is None else cost))
+            took = time.process_time() - started
+            os.write(writer, struct.pack("d", cost if isinstance(cost, float) else took))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -282,16 +283,14 @@ def batch_sides() -> tuple[Callable[[], object], Callable[[], object]]:
 def batch_bytes(_: Settings) -> Case:
     """What a batch of 64 takes in memory and on its way to the device."""
     theirs, ours = batch_sides()
-    return Case(lambda: theirs().nbytes, lambda: ours().nbytes, "MB", 1e-6)
+    return Case(lambda: float(theirs().nbytes), lambda: float(ours().nbytes), "MB", 1e-6)
 
 
 @row("batch, collate time", 10.0)
 def batch_time(_: Settings) -> Case:
     """How long it takes to collate a batch of 64, 20 times."""
     theirs, ours = batch_sides()
-    return Case(
-        lambda: [theirs() for _ in range(20)] and None, lambda: [ours() for _ in range(20)] and None, "ms", 50.0
-    )
+    return Case(lambda: [theirs() for _ in range(20)], lambda: [ours() for _ in range(20)], "ms", 50.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- scan
@@ -319,7 +318,7 @@ def scan(settings: Settings) -> Case:
                 if os.path.isfile(path) and file.lower().endswith(lct.IMAGE_SUFFIXES):  # noqa: PTH113
                     found.append((path, label))
 
-    return Case(reference, lambda: lct.list_images(root) and None)
+    return Case(reference, lambda: lct.list_images(root))
 
 
 def count_private_mb() -> float:
@@ -381,7 +380,7 @@ def epoch_metrics(_: Settings) -> Case:
         gap = max(*gaps, abs(ours["acc"] - theirs["acc"]))
         return gap <= 1e-6, f"largest difference from sklearn: {gap:.1e}"
 
-    return Case(lambda: reference() and None, lambda: lct.compute_metrics(scores, labels, names) and None, check=check)
+    return Case(reference, lambda: lct.compute_metrics(scores, labels, names), check=check)
 
 
 def make_gallery(num_classes: int, per_class: int, matcher: str) -> lct.Gallery:
@@ -421,7 +420,7 @@ def matching_case(matcher: str, score: Callable[[np.ndarray, np.ndarray, np.ndar
         gap = np.abs(gallery.scores(queries) - wanted).max()
         return gap < 1e-5, f"largest difference from the loop: {gap:.1e}"
 
-    return Case(reference, lambda: gallery.scores(queries)[:0].size or None, check=check)
+    return Case(reference, lambda: gallery.scores(queries), check=check)
 
 
 @row("matching 256 x 1,000, centroid", 50.0)
@@ -437,10 +436,119 @@ def matching_knn(_: Settings) -> Case:
 
 
 # --------------------------------------------------------------------------------------------------------------- growth
+GROWTH: dict[str, Callable[[Settings, int], Callable[[], object]]] = {}
+SIZES = (1_000, 10_000, 100_000)
+
+
+def grows(name: str) -> Callable:
+    """Enter a function of (settings, n), which returns what is to be timed, into the table of growth."""
+
+    def enter(make: Callable[[Settings, int], Callable[[], object]]) -> Callable:
+        GROWTH[name] = make
+        return make
+
+    return enter
+
+
+def draw_labels(count: int, num_classes: int) -> np.ndarray:
+    """Return labels (N,), all classes equally often."""
+    return np.random.default_rng(0).permutation(np.arange(count) % num_classes)
+
+
+@grows("scan, n files")
+def grow_scan(settings: Settings, count: int) -> Callable[[], object]:
+    """List the files and look at the size and time of each."""
+    root = make_files(settings.scratch / f"files{count}", count)
+    return lambda: lct.stat_files(root, lct.list_images(root).paths)
+
+
+@grows("near duplicates, n images")
+def grow_duplicates(_: Settings, count: int) -> Callable[[], object]:
+    """Find them by their hashes."""
+    rng = np.random.default_rng(0)
+    hashes, thumbs = rng.integers(0, 2**63, count).astype(np.uint64), rng.integers(0, 255, (count, 192), dtype=np.uint8)
+    return lambda: lct.find_near_duplicates(hashes, thumbs, 4)
+
+
+@grows("split, n images, 100 classes")
+def grow_split(_: Settings, count: int) -> Callable[[], object]:
+    """Assign train, val and test; every other image has a sister."""
+    labels = np.sort(draw_labels(count, 100))
+    groups = np.arange(count) - (np.arange(count) % 4 == 1)
+    return lambda: lct.assign_splits(labels, groups, (0.7, 0.2, 0.1), 0)
+
+
+@grows("split, n classes of 10")
+def grow_split_classes(_: Settings, count: int) -> Callable[[], object]:
+    """Assign train, val and test."""
+    labels = np.repeat(np.arange(count), 10)
+    return lambda: lct.assign_splits(labels, np.arange(10 * count), (0.7, 0.2, 0.1), 0)
+
+
+@grows("order of an epoch, n images")
+def grow_epoch(_: Settings, count: int) -> Callable[[], object]:
+    """Draw order and seeds."""
+    sampler = lct.EpochSampler(np.arange(count), draw_labels(count, 100), lct.Config())
+    return lambda: list(sampler)
+
+
+@grows("balanced epoch, n classes of 10")
+def grow_balanced(_: Settings, count: int) -> Callable[[], object]:
+    """Draw the rows."""
+    config = lct.Config(balanced_per_class=True, samples_per_class=10)
+    sampler = lct.EpochSampler(np.arange(10 * count), np.repeat(np.arange(count), 10), config)
+    return sampler._balanced_rows
+
+
+@grows("metrics, n images, 11 classes")
+def grow_metrics(_: Settings, count: int) -> Callable[[], object]:
+    """Score an epoch."""
+    scores, names = np.random.default_rng(0).normal(size=(count, 11)).astype(np.float32), [str(i) for i in range(11)]
+    return lambda: lct.compute_metrics(scores, draw_labels(count, 11), names)
+
+
+@grows("metrics, 1,000 images, n classes")
+def grow_metrics_classes(_: Settings, count: int) -> Callable[[], object]:
+    """Score an epoch; above 200 million scores there is no ROC AUC."""
+    scores, names = np.random.default_rng(0).random((1000, count), np.float32), [str(i) for i in range(count)]
+    return lambda: lct.compute_metrics(scores, np.arange(1000) % count, names)
+
+
+@grows("prototypes, n classes of 10")
+def grow_prototypes(_: Settings, count: int) -> Callable[[], object]:
+    """Average the references of each class."""
+    rows, labels = np.ones((10 * count, 128), np.float32), np.repeat(np.arange(count), 10)
+    return lambda: lct.class_centroids(rows, labels, count)
+
+
+@grows("matching 256 to n classes, centroid")
+def grow_matching(_: Settings, count: int) -> Callable[[], object]:
+    """Score queries."""
+    gallery = make_gallery(count, 1, "centroid")
+    return lambda: gallery.scores(gallery.stacks[:256])
+
+
+@grows("matching 256 to n classes of 5, knn")
+def grow_knn(_: Settings, count: int) -> Callable[[], object]:
+    """Score queries."""
+    gallery = make_gallery(count, 5, "knn")
+    return lambda: gallery.scores(gallery.stacks[:256])
+
+
+def print_growth(settings: Settings) -> None:
+    """Print how long each takes at three sizes, and the exponent of the last tenfold: 1 is linear."""
+    print(f"{'what':<40}" + "".join(f"{size:>12,}" for size in SIZES) + f"{'exponent':>10}")
+    for name, make in GROWTH.items():
+        seconds = [min(measure(make(settings, size), True) for _ in range(2)) for size in SIZES]
+        cells = "".join(f"{1e3 * own:>9.1f} ms" for own in seconds)
+        print(f"{name:<40}{cells}{np.log10(seconds[2] / seconds[1]):>10.2f}", flush=True)
+
+
 def main() -> int:
     """Run the rows that the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of: {', '.join(ROWS)}; the first letters do")
+    parser.add_argument("--growth", action="store_true", help="print how cost grows with size instead")
     parser.add_argument("--quick", action="store_true", help="3 rounds and 3 seeds instead of 5 and 8")
     parser.add_argument("--data", type=Path, default=REPO.parent / "shared/data", help="real data, for accuracy")
     args = parser.parse_args()
@@ -450,6 +558,8 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(3 if args.quick else 5, 3 if args.quick else 8, args.data, Path(scratch))
+        if args.growth:
+            return print_growth(settings) or 0
         print(f"{'what':<34}{'reference':>16}{'ours':>16}{'ratio':>11}{'target':>14}")
         return int(not all([run_row(name, settings) for name in names]))
 
