@@ -4268,7 +4268,9 @@ def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         lasts = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), num_samples - 1)  # of each run of equal scores
         right = np.append(0, hits[lasts])
         wrong = np.append(0, lasts + 1) - right
-        pairs = np.dot(np.diff(wrong).astype(float), (2 * positives[label] - right[1:] - right[:-1]).astype(float)) / 2
+        pairs = (
+            np.diff(wrong) * (2 * positives[label] - right[1:] - right[:-1])
+        ).sum() / 2  # (positive, negative) in order
         area[label] = pairs / positives[label] / (num_samples - positives[label])
     return area
 

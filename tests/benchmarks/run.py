@@ -549,7 +549,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of: {', '.join(ROWS)}; the first letters do")
     parser.add_argument("--growth", action="store_true", help="print how cost grows with size instead")
-    parser.add_argument("--quick", action="store_true", help="3 rounds and 3 seeds instead of 5 and 8")
+    parser.add_argument("--quick", action="store_true", help="3 rounds and 2 seeds instead of 5 and 8")
     parser.add_argument("--data", type=Path, default=REPO.parent / "shared/data", help="real data, for accuracy")
     args = parser.parse_args()
     names = [name for name in ROWS if not args.rows or name.startswith(tuple(args.rows))]
@@ -557,7 +557,7 @@ def main() -> int:
         parser.error(f"no such row; there are: {', '.join(ROWS)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = Settings(3 if args.quick else 5, 3 if args.quick else 8, args.data, Path(scratch))
+        settings = Settings(3 if args.quick else 5, 2 if args.quick else 8, args.data, Path(scratch))
         if args.growth:
             return print_growth(settings) or 0
         print(f"{'what':<34}{'reference':>16}{'ours':>16}{'ratio':>11}{'target':>14}")
