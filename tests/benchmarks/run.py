@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import random
 import statistics
 import struct
 import sys
@@ -160,7 +161,9 @@ def albumentations_recipe(side: int, augment: bool, as_float: bool) -> Callable[
             A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
             *lct._looks(A),
         ]
-    compose = A.Compose(steps + ([A.Normalize(), ToTensorV2()] if as_float else []), seed=0)
+    compose = A.Compose(steps + ([A.Normalize(), ToTensorV2()] if as_float else []))
+    # Its `seed` would give every transform the same draws: they would fire together, and leave more pictures as they are.
+    compose.set_random_state(np.random.default_rng(0), random.Random(0))
     return lambda image: compose(image=image)["image"]
 
 
