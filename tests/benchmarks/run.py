@@ -207,6 +207,8 @@ def compare_accuracy(settings: Settings) -> tuple[bool, str]:
     40 kinds of groceries of 256 px at 96 px, so that they are decoded at a half; two views of each training image, ridge
     regression onto the classes, accuracy on clean val images. Holds when the default is not significantly worse.
     """
+    from scipy.stats import t as student
+
     root, weights = settings.data / "grocery40", settings.data / "weights/mobilenetv2_035.timm.pth"
     if not weights.is_file():
         return True, "effect on accuracy: not measured, there are no real data here (--data)"
@@ -240,7 +242,7 @@ def compare_accuracy(settings: Settings) -> tuple[bool, str]:
             f"accuracy, {name}: {means[2]:.3f} and {means[index]:.3f}, {differences.mean():+.2f} points, "
             f"standard error {error:.2f}, {settings.seeds} paired seeds"
         )
-        if differences.mean() < -2 * error - 0.05:
+        if differences.mean() < error * student.ppf(0.025, len(differences) - 1):
             return False, "\n".join([*lines, "significantly worse"])
     return True, "\n".join(lines)
 
