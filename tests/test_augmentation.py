@@ -1,9 +1,12 @@
 """Section 07: square crops with a gray border, and randomness that is a function of the seed alone."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_image
+from PIL import Image
 
 import lct_dino3 as lct
 
@@ -24,10 +27,17 @@ def test_fit_keeps_the_aspect_and_pads_with_gray() -> None:
     assert (image[16:48] == 200).all()
 
 
-def test_fit_reduces_by_area_not_by_picking_pixels() -> None:
-    stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(lct.build_transform(32, augment=False)(stripes, None, 0).astype(int) - 127).max() <= 1
+@pytest.mark.parametrize("size", [(256, 256), (90, 40), (31, 64), (5, 3), (3000, 2)])
+def test_fit_resizes_as_pillow_does_antialiased(size: tuple[int, int]) -> None:
+    """The README's consumer on numpy and Pillow must see what the model saw."""
+    crop = np.asarray(draw_image(1, 2).resize(size[::-1], Image.Resampling.BICUBIC))
+    height, width = (max(1, round(64 / max(size) * length)) for length in size)
+    resized = Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (64 - height) // 2, (64 - width) // 2
+    difference = np.abs(lct.fit_square(crop, 64)[top : top + height, left : left + width].astype(int) - resized)
+    assert (
+        difference.max() <= 10 and difference.mean() < 0.2
+    )  # overshoot is clipped between the two passes, whose order differs
 
 
 def test_the_same_seed_gives_the_same_picture_whatever_came_before(augment: lct.Transform) -> None:
@@ -67,3 +77,63 @@ def test_the_input_is_left_alone(augment: lct.Transform) -> None:
     for seed in range(20):
         augment(CROP, None, seed)
     assert np.array_equal(CROP, before)
+
+
+def test_moves_are_distributed_as_those_of_albumentations() -> None:
+    """Where the corners of a square go: shares of the moves, means and spreads, over 4,000 draws."""
+    import albumentations as A
+    import cv2
+
+    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": lct.PADDING_GRAY}
+    moves = [
+        A.Affine(rotate=(-180, 180), p=0.2, **gray),
+        A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
+        A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
+    ]
+    side, rng, generator = 200, np.random.default_rng(0), lct.random.Random(0)
+    corners = np.array([[[0, 0], [side, 0], [side, side], [0, side]]], dtype=float)
+    for move in moves:
+        move.set_random_state(rng, generator)
+
+    def draw_theirs() -> np.ndarray | None:
+        matrices = []
+        for move in moves:
+            if generator.random() < move.p:
+                drawn = move.get_params_dependent_on_data({"shape": (side, side, 3)}, {})
+                zoom = [side / drawn[key] if key in drawn else 1 for key in ("max_width", "max_height")]
+                matrices.append(np.diag([*zoom, 1]) @ drawn["matrix"])
+        return lct.functools.reduce(lambda before, move: move @ before, matrices) if matrices else None
+
+    ours, theirs = ([draw() for _ in range(4000)] for draw in (lambda: lct.draw_move(rng, side), draw_theirs))
+    for found in (ours, theirs):
+        found[:] = [cv2.perspectiveTransform(corners, matrix)[0] for matrix in found if matrix is not None]
+    assert abs(len(ours) - len(theirs)) < 200 and 1700 < len(ours) < 2100  # 1 - 0.8 * 0.75 * 0.88 = 0.472
+    for power in (1, 2):  # the standard error of a mean is about 1.5 px
+        means = [(np.abs(np.stack(found) - side / 2) ** power).mean(axis=0) ** (1 / power) for found in (ours, theirs)]
+        assert np.abs(means[0] - means[1]).max() < 4
+
+
+def test_flips_are_half_of_the_pictures() -> None:
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
+    transform = lct.build_transform(64, augment=True)
+    moved = [transform._move(ramp, np.random.default_rng(seed)) for seed in range(400)]
+    assert 30 < sum(np.array_equal(picture, ramp) for picture in moved) * 100 / 400 * 2 < 75
+    flipped = sum(np.array_equal(picture, ramp[:, ::-1]) for picture in moved)
+    assert 0.2 < flipped / 400 < 0.33  # 0.264
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((800, 600), (200, 150)), ((511, 90), (256, 45)), ((128, 127), (128, 127))]
+)
+def test_training_may_decode_a_jpeg_at_a_fraction_that_still_fills_the_square(
+    size: tuple[int, int], decoded: tuple[int, int], tmp_path: Path
+) -> None:
+    picture = draw_image(1, 2).resize(size)
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    exact, reduced = (lct.load_image(tmp_path / "a.jpg", side) for side in (None, 200))
+    assert exact.shape == (size[1], size[0], 3) and reduced.shape == (decoded[1], decoded[0], 3)
+    assert lct.load_image(tmp_path / "a.png", 200).shape == exact.shape
+    whole, small = (lct.fit_square(image, 64).astype(float) for image in (exact, reduced))
+    assert np.abs(whole - small).mean() < 1.5
+    assert lct.build_transform(200, augment=False).decode_side is None, "evaluation is exact"

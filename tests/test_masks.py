@@ -141,7 +141,7 @@ def test_masks_of_every_mode_are_read(tree: Path, mode: str) -> None:
     assert np.array_equal(mask, values)
 
 
-def test_a_mask_of_another_size_and_the_same_aspect_is_resized_by_nearest(tree: Path) -> None:
+def test_a_mask_of_another_size_and_the_same_aspect_is_resized(tree: Path) -> None:
     put(tree / "a/masks/1.png", (80, 60))
     _, mask, _ = lct.load_crop(scan(tree).records, 0, 1)
     assert mask.shape == (30, 40) and set(np.unique(mask)) == {0, 255} and (mask[:, :20] == 255).all()
@@ -235,19 +235,20 @@ def test_masks_asked_for_where_there_are_none_end_with_two_ways_out(
     assert not (tmp_path / "run").exists()
 
 
+def move(image: np.ndarray, mask: np.ndarray, side: int, seed: int) -> np.ndarray:
+    """Return image and mask as augmentation moves them, uint8 (side, side, 4)."""
+    return lct.build_transform(side, augment=True)._move(np.dstack([image, mask]), np.random.default_rng(seed))
+
+
 def test_augmented_mask_is_the_mask_of_the_augmented_object() -> None:
     """Image and mask move together: IoU above 0.98 over many seeds, at sizes that shrink and that enlarge."""
     for side, seed in [(side, seed) for side in (90, 300) for seed in range(40)]:
         image, mask = draw_object(seed % 3, seed, side, background=(0, 0, 0))
         drawn = np.asarray(mask)
         white = np.repeat(drawn[:, :, None], 3, axis=2)
-        moves = lct.build_transform(160, augment=True).args[0]
-        moves.set_random_state(np.random.default_rng(seed), lct.random.Random(seed))
-        moved = moves(image=white, mask=drawn)
-        border = (
-            np.abs(moved["image"][..., 0].astype(int) - lct.PADDING_GRAY) <= 1
-        )  # opened by moving, gray in the image
-        seen, expected = moved["mask"] > 127, (moved["image"][..., 0] > 127) & ~border
+        moved = move(white, drawn, 160, seed)
+        border = np.abs(moved[..., 0].astype(int) - lct.PADDING_GRAY) <= 1  # opened by moving, gray in the image
+        seen, expected = moved[..., 3] > 127, (moved[..., 0] > 127) & ~border
         assert (seen & expected).sum() / (seen | expected).sum() > 0.98, (side, seed)
         assert np.asarray(image).shape[:2] == drawn.shape
 
@@ -258,12 +259,10 @@ def test_augmented_mask_is_the_mask_of_the_augmented_object() -> None:
 )
 def test_the_fill_keeps_its_value_through_augmentation(fill: lct.Fill, values: set[int]) -> None:
     transform = lct.build_transform(64, augment=True, fill=fill)
-    moves = transform.args[0]
     for seed in range(40):
         image, mask = (np.asarray(part) for part in draw_object(0, seed))
         seen = transform(image, mask, seed)
-        moves.set_random_state(np.random.default_rng(seed), lct.random.Random(seed))
-        background = moves(image=image, mask=mask)["mask"] <= 127
+        background = move(image, mask, 64, seed)[..., 3] <= 127
         assert background.any() and set(np.unique(seen[background])) == values
         assert (seen[~background].reshape(-1, 3) != fill.colour).any()
 

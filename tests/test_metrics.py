@@ -17,7 +17,7 @@ def draw_scores(num_samples: int, num_classes: int, seed: int = 0) -> tuple[np.n
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, num_samples)
     logits = rng.normal(size=(num_samples, num_classes)) + 1.5 * np.eye(num_classes)[labels]
-    return lct.log_softmax(np.round(logits, 1)), labels  # rounding makes ties
+    return lct.log_softmax(np.round(logits, 1)).astype(np.float32), labels  # rounding makes ties
 
 
 @pytest.mark.parametrize("num_classes", [2, 6])

@@ -142,7 +142,9 @@ def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
         listing = lct.list_images(tmp_path)
         assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(10_000)]
         assert listing.folders == [path.split("/")[0] for path in listing.paths]
-        assert listing.stats[:, 0].tolist() == [9 - label for label in range(10) for _ in range(10_000)]
+        assert lct.stat_files(tmp_path, listing.paths)[:, 0].tolist() == [
+            9 - label for label in range(10) for _ in range(10_000)
+        ]
         assert not listing.problems
     finally:
         shutil.rmtree(tmp_path)  # pytest keeps temporary folders for a while
@@ -552,3 +554,29 @@ def test_a_million_records_cost_a_forked_worker_less_than_20_mb():
     os.close(reader)
     assert int(total) == len("class000/cropped/image_0000000.jpg") * count + int(labels.sum())
     assert float(growth) < 20
+
+
+def test_jpegs_load_with_the_very_pixels_of_pillow(tmp_path: Path) -> None:
+    """The loader's decoder and the scan's are two; what is upright, gray or for print must not depend on which."""
+    path, picture = tmp_path / "a.jpg", draw_image(1, 2, side=61).resize((61, 40))
+    for mode, options in itertools.product(
+        ("RGB", "L", "CMYK"), ({}, {"progressive": True}, {"subsampling": 0, "quality": 30})
+    ):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            path.write_bytes(image_bytes(picture.convert(mode), "JPEG", exif=exif, **options))
+            assert np.array_equal(lct.load_image(path), lct.decode_image(path.read_bytes())[0]), (mode, options)
+
+
+def test_jpegs_are_refused_by_the_loader_for_the_reason_of_the_scan(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.jpg", np.random.default_rng(0)
+    whole = image_bytes(draw_image(1, 2, side=90), "JPEG")
+    for length in rng.integers(1, len(whole) - 2, 60).tolist():
+        path.write_bytes(whole[:length])
+        with pytest.raises(lct.ImageError) as scanned:
+            lct.decode_image(whole[:length])
+        for side in (None, 20):
+            with pytest.raises(lct.ImageError) as loaded:
+                lct.load_image(path, side)
+            assert str(loaded.value) == str(scanned.value)

@@ -1,0 +1,573 @@
+"""How fast each part is against the usual way to do it, in one table.
+
+    python tests/benchmarks/run.py [--quick] [--growth] [--data DIR] [ROW ...]
+
+Reference and ours take turns, each time in a fork of their own with one thread, and what counts is process CPU time: the medians
+of the rounds are printed, in 20 minutes on two cores, with --quick in 3. Ours keeps freed memory, as a run does; the reference is a
+plain process. A lever that is not exact has its effect on accuracy beneath its row: paired seeds on real data (--data, with
+`grocery40` and `weights`; by default ../shared/data), not measured where that is absent. --growth prints how cost grows instead.
+
+A row is a function that returns a `Case`, with `@row(name, target)`. Exit code 1 if a row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import random
+import statistics
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by numpy's BLAS and by torch, and a fork must not lose threads
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import lct_dino3 as lct
+
+IMG_SIZE, BATCH = 224, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison, set up and ready to be repeated; a side that returns a float returns its cost, else it is its CPU time."""
+
+    reference: Callable[[], object]
+    ours: Callable[[], object]
+    unit: str = "ms"
+    scale: float = 1e3  # from cost to unit, for one of what the row names
+    check: Callable[[], tuple[bool, str]] | None = None  # also has to hold; the text is printed beneath the row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    rounds: int
+    seeds: int  # paired, for accuracy
+    data: Path
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    make: Callable[[Settings], Case]
+    target: float  # the least ratio of reference to ours
+    limit: float | None = None  # the highest cost of ours, in the unit shown; then the ratio does not matter
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str, target: float, limit: float | None = None) -> Callable:
+    """Enter a function that makes a case into the table."""
+
+    def enter(make: Callable[[Settings], Case]) -> Callable[[Settings], Case]:
+        ROWS[name] = Row(make, target, limit)
+        return make
+
+    return enter
+
+
+def measure(side: Callable[[], object], keeps_memory: bool) -> float:
+    """Return what one call costs in a fork, after one that warms it up."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if keeps_memory:
+                lct.keep_freed_memory()
+            side()
+            started = time.process_time()
+            cost = side()
+            took = time.process_time() - started
+            os.write(writer, struct.pack("d", cost if isinstance(cost, float) else took))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        raise SystemExit("a side of this row has failed")
+    return struct.unpack("d", answer)[0]
+
+
+def run_row(name: str, settings: Settings) -> bool:
+    """Measure a row, print its line, and say whether it passes."""
+    own = ROWS[name]
+    case = own.make(settings)
+    costs = [(measure(case.reference, False), measure(case.ours, True)) for _ in range(settings.rounds)]
+    reference, ours = (statistics.median(side) * case.scale for side in zip(*costs, strict=True))
+    ratio = statistics.median(theirs / max(mine, 1e-12) for theirs, mine in costs)
+    passes = ours <= own.limit if own.limit is not None else ratio >= own.target
+    holds, note = case.check() if case.check else (True, "")
+    target = f"<= {own.limit:g} {case.unit}" if own.limit is not None else f"{own.target:g} x"
+    shown = [f"{value:.4g} {case.unit}" for value in (reference, ours)]
+    verdict = "pass" if passes and holds else "FAIL"
+    print(f"{name:<34}{shown[0]:>16}{shown[1]:>16}{ratio:>9.2f} x{target:>14}  {verdict}", flush=True)
+    if note:
+        print(*(f"    {line}" for line in note.splitlines()), sep="\n", flush=True)
+    return passes and holds
+
+
+# ---------------------------------------------------------------------------------------------------------------- items
+def draw_photos(settings: Settings, count: int = 48) -> list[Path]:
+    """Return JPEGs of 0.64 megapixels: groceries enlarged, or drawn where there are none."""
+    folder = settings.scratch / "photos"
+    if not folder.is_dir():
+        folder.mkdir()
+        rng, sources = np.random.default_rng(0), sorted((settings.data / "grocery40").rglob("*.jpg"))
+        for index in range(count):
+            if sources:
+                image = Image.open(sources[int(rng.integers(len(sources)))]).convert("RGB")
+            else:
+                image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+            factor = (640_000 / (image.width * image.height)) ** 0.5
+            size = (round(image.width * factor), round(image.height * factor))
+            image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:03}.jpg", quality=90)
+    return sorted(folder.iterdir())
+
+
+def albumentations_recipe(side: int, augment: bool, as_float: bool) -> Callable[[np.ndarray], object]:
+    """Return the Compose that our augmentation is equal to in distribution: the usual way to write it."""
+    import albumentations as A
+    import cv2
+    from albumentations.pytorch import ToTensorV2
+
+    cv2.setNumThreads(0)
+    gray = {"border_mode": cv2.BORDER_CONSTANT, "fill": lct.PADDING_GRAY}
+    steps = [A.LongestMaxSize(side, area_for_downscale="image"), A.PadIfNeeded(side, side, **gray)]
+    if augment:
+        steps += [
+            A.HorizontalFlip(p=0.5),
+            A.Affine(rotate=(-180, 180), p=0.2, **gray),
+            A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
+            A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
+            *lct._looks(A),
+        ]
+    compose = A.Compose(steps + ([A.Normalize(), ToTensorV2()] if as_float else []))
+    # Its `seed` would give every transform the same draws: they would fire together, and leave more pictures as they are.
+    compose.set_random_state(np.random.default_rng(0), random.Random(0))
+    return lambda image: compose(image=image)["image"]
+
+
+def open_plainly(path: Path) -> np.ndarray:
+    """Decode an image as everybody does."""
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def item_case(settings: Settings, augment: bool) -> Case:
+    """Compare decoding and transforming all photos."""
+    photos = draw_photos(settings)
+    theirs, ours = albumentations_recipe(IMG_SIZE, augment, True), lct.build_transform(IMG_SIZE, augment)
+
+    def reference() -> None:
+        for path in photos:
+            theirs(open_plainly(path))
+
+    def own() -> None:
+        for seed, path in enumerate(photos):
+            ours(lct.load_image(path, ours.decode_side), None, seed)
+
+    check = functools.partial(compare_accuracy, settings) if augment else None
+    return Case(reference, own, "ms/image", 1e3 / len(photos), check)
+
+
+@row("train item", 2.0)
+def train_item(settings: Settings) -> Case:
+    """Decode and augment a training image; float tensors against uint8."""
+    return item_case(settings, True)
+
+
+@row("val item", 2.0)
+def val_item(settings: Settings) -> Case:
+    """Decode and fit an evaluation image, exactly."""
+    return item_case(settings, False)
+
+
+def compare_accuracy(settings: Settings) -> tuple[bool, str]:
+    """Compare what a frozen backbone learns from the views of the reference, of ours decoded exactly, and of ours as it is.
+
+    40 kinds of groceries of 256 px at 96 px, so that they are decoded at a half; two views of each training image, ridge
+    regression onto the classes, accuracy on clean val images. Holds when the default is not significantly worse.
+    """
+    from scipy.stats import t as student
+
+    root, weights = settings.data / "grocery40", settings.data / "weights/mobilenetv2_035.timm.pth"
+    if not weights.is_file():
+        return True, "effect on accuracy: not measured, there are no real data here (--data)"
+    paths = sorted(root.rglob("*.jpg"))
+    labels = np.unique([path.relative_to(root).parts[0] for path in paths], return_inverse=True)[1]
+    embed = functools.partial(embed_images, load_backbone(weights))
+    usual, transform = albumentations_recipe(96, True, False), lct.build_transform(96, True)
+    fits = albumentations_recipe(96, False, False), lct.build_transform(96, False)
+    clean = [
+        embed(fits[0](open_plainly(path)) for path in paths),
+        embed(fits[1](lct.load_image(path), None, 0) for path in paths),
+    ]
+    found = []
+    for seed in range(settings.seeds):
+        is_val = np.random.default_rng(seed).random(len(paths)) < 0.3
+        chosen = [paths[i] for i in np.flatnonzero(~is_val)] * 2
+        views = (
+            (usual(open_plainly(path)) for path in chosen),
+            (transform(lct.load_image(path), None, (seed << 20) + i) for i, path in enumerate(chosen)),
+            (transform(lct.load_image(path, 96), None, (seed << 20) + i) for i, path in enumerate(chosen)),
+        )
+        taught = np.tile(labels[~is_val], 2)
+        heads = [fit_ridge(embed(own), taught) for own in views]
+        vals = clean[0][is_val], clean[1][is_val], clean[1][is_val]
+        found.append([((val @ head).argmax(1) == labels[is_val]).mean() for val, head in zip(vals, heads, strict=True)])
+    means, lines = np.mean(found, axis=0), []
+    for name, index in (("reduced decode against exact", 1), ("ours against the reference", 0)):
+        differences = 100 * (np.array(found)[:, 2] - np.array(found)[:, index])
+        error = differences.std(ddof=1) / len(differences) ** 0.5
+        lines.append(
+            f"accuracy, {name}: {means[2]:.3f} and {means[index]:.3f}, {differences.mean():+.2f} points, "
+            f"standard error {error:.2f}, {settings.seeds} paired seeds"
+        )
+        if differences.mean() < error * student.ppf(0.025, len(differences) - 1):
+            return False, "\n".join([*lines, "significantly worse"])
+    return True, "\n".join(lines)
+
+
+def load_backbone(weights: Path) -> torch.nn.Module:
+    """Return mobilenetv2_035 with its ImageNet weights."""
+    import timm
+
+    model = timm.create_model("mobilenetv2_035", num_classes=0)
+    model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def embed_images(model: torch.nn.Module, images: object) -> np.ndarray:
+    """Return unit features (N, D) of uint8 images (H, W, 3)."""
+    stacked, parts = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2), []
+    with torch.inference_mode():
+        for part in stacked.split(64):
+            parts.append(torch.nn.functional.normalize(model(part.float() / 127.5 - 1)))
+    return torch.cat(parts).numpy()
+
+
+def fit_ridge(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return weights (D, C) of least squares onto the classes."""
+    gram = features.T @ features
+    return np.linalg.solve(gram + 0.3 * np.eye(len(gram)), features.T @ np.eye(labels.max() + 1)[labels])
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+def batch_sides() -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return how a batch of float tensors and how one of ours is collated."""
+    from torch.utils.data import default_collate
+
+    image = np.random.default_rng(0).integers(0, 255, (IMG_SIZE, IMG_SIZE, 3), dtype=np.uint8)
+    theirs = [(torch.from_numpy(image).permute(2, 0, 1).float().contiguous(), 0) for _ in range(BATCH)]
+    records = lct.Records(Path(), ("a",), lct.PathTable(["a/1.png"]), *np.zeros((3, 1), np.int32))
+    dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, False))
+    samples = [(image.copy(), lct.SampleKey(0, 0, 0), "") for _ in range(BATCH)]
+    return lambda: default_collate(theirs)[0], lambda: dataset.collate(samples).images
+
+
+@row("batch, bytes", 4.0)
+def batch_bytes(_: Settings) -> Case:
+    """What a batch of 64 takes in memory and on its way to the device."""
+    theirs, ours = batch_sides()
+    return Case(lambda: float(theirs().nbytes), lambda: float(ours().nbytes), "MB", 1e-6)
+
+
+@row("batch, collate time", 10.0)
+def batch_time(_: Settings) -> Case:
+    """How long it takes to collate a batch of 64, 20 times."""
+    theirs, ours = batch_sides()
+    return Case(lambda: [theirs() for _ in range(20)], lambda: [ours() for _ in range(20)], "ms", 50.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- scan
+def make_files(folder: Path, count: int, num_classes: int = 50) -> Path:
+    """Create empty images, in equal shares."""
+    if not folder.is_dir():
+        for label in range(num_classes):
+            (folder / f"class{label:03}").mkdir(parents=True)
+            for index in range(count // num_classes):
+                os.close(os.open(f"{folder}/class{label:03}/{index:06}.jpg", os.O_CREAT))
+    return folder
+
+
+@row("scan of 100k files", 3.0)
+def scan(settings: Settings) -> Case:
+    """List what is there to train on."""
+    root = make_files(settings.scratch / "files", 100_000)
+
+    def reference() -> None:
+        found = []
+        for label, name in enumerate(sorted(os.listdir(root))):
+            folder = f"{root}/{name}"
+            for file in sorted(os.listdir(folder)):
+                path = f"{folder}/{file}"
+                if os.path.isfile(path) and file.lower().endswith(lct.IMAGE_SUFFIXES):  # noqa: PTH113
+                    found.append((path, label))
+
+    return Case(reference, lambda: lct.list_images(root))
+
+
+def count_private_mb() -> float:
+    """Return the memory that is this process's alone, in MB."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1e3
+
+
+@row("1M records, growth of a worker", 1.0, limit=20.0)
+def worker_memory(_: Settings) -> Case:
+    """How much memory of its own a forked worker gets from reading each record once."""
+    paths = [f"class{index % 100:03}/image{index:07}.jpg" for index in range(1_000_000)]
+    listed = [(path, index % 100) for index, path in enumerate(paths)]
+    table, labels = lct.PathTable(paths), (np.arange(1_000_000) % 100).astype(np.int32)
+    state: dict[str, float] = {}  # the second call finds the pages that the first has copied
+
+    def grow(touch: Callable[[], object]) -> float:
+        before = state.setdefault("before", count_private_mb())
+        touch()
+        return count_private_mb() - before
+
+    def read_ours() -> None:
+        for index in range(1_000_000):
+            table[index], labels[index]
+
+    return Case(lambda: grow(lambda: [pair is None for pair in listed]), lambda: grow(read_ours), "MB", 1.0)
+
+
+# -------------------------------------------------------------------------------------------------- metrics and matching
+@row("epoch metrics, 70k x 11", 10.0)
+def epoch_metrics(_: Settings) -> Case:
+    """Accuracy, macro F1 and ROC AUC, and precision, recall, F1 and ROC AUC a class; sklearn by its function for each."""
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 11, 70_000), rng.normal(size=(70_000, 11)).astype(np.float32)
+    logits[np.arange(70_000), labels] += 1.5
+    scores, names = lct.log_softmax(logits), [str(label) for label in range(11)]
+    probabilities = np.exp(scores)
+
+    def reference() -> dict[str, object]:
+        answers = probabilities.argmax(axis=1)
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(labels, answers, zero_division=0)
+        auc = metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average=None)
+        return {
+            "acc": metrics.accuracy_score(labels, answers),
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "auc": auc,
+        }
+
+    def check() -> tuple[bool, str]:
+        theirs, (ours, per_class) = reference(), lct.compute_metrics(scores, labels, names)
+        gaps = [
+            np.abs([own[key] for own in per_class.values()] - theirs[key]).max()
+            for key in ("precision", "recall", "f1", "auc")
+        ]
+        gap = max(*gaps, abs(ours["acc"] - theirs["acc"]))
+        return gap <= 1e-6, f"largest difference from sklearn: {gap:.1e}"
+
+    return Case(reference, lambda: lct.compute_metrics(scores, labels, names), check=check)
+
+
+def make_gallery(num_classes: int, per_class: int, matcher: str) -> lct.Gallery:
+    """Draw a gallery of 128 dimensions."""
+    rng = np.random.default_rng(0)
+    stacks = rng.normal(size=(num_classes * per_class, 128)).astype(np.float32)
+    stacks /= np.linalg.norm(stacks, axis=1, keepdims=True)
+    labels = np.repeat(np.arange(num_classes), per_class)
+    return lct.Gallery(
+        class_names=tuple(str(label) for label in range(num_classes)),
+        centroids=lct.class_centroids(stacks, labels, num_classes),
+        stacks=stacks,
+        stack_labels=labels,
+        stack_paths=("",) * len(stacks),
+        stack_views=np.zeros(len(stacks), np.uint8),
+        thresholds=np.zeros(num_classes, np.float32),
+        matcher=matcher,
+        knn_k=5,
+        temperature=1.0,
+        is_pooled=np.ones(num_classes, bool),
+    )
+
+
+def matching_case(matcher: str, score: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> Case:
+    """Compare the scores of 256 queries against 1,000 classes of 20 references with a loop over queries and classes."""
+    gallery, queries = make_gallery(1000, 20, matcher), make_gallery(256, 1, matcher).stacks
+    stacks = np.split(gallery.stacks, 1000)
+    wanted = np.empty((256, 1000), np.float32)
+
+    def reference() -> None:
+        for i, query in enumerate(queries):
+            for label in range(1000):
+                wanted[i, label] = score(query, gallery.centroids[label], stacks[label])
+
+    def check() -> tuple[bool, str]:
+        reference()
+        gap = np.abs(gallery.scores(queries) - wanted).max()
+        return gap < 1e-5, f"largest difference from the loop: {gap:.1e}"
+
+    return Case(reference, lambda: gallery.scores(queries), check=check)
+
+
+@row("matching 256 x 1,000, centroid", 50.0)
+def matching_centroid(_: Settings) -> Case:
+    """Cosine to the centroid of each class."""
+    return matching_case("centroid", lambda query, centroid, _: float(np.dot(query, centroid)))
+
+
+@row("matching 256 x 1,000, knn", 20.0)
+def matching_knn(_: Settings) -> Case:
+    """Mean cosine of the five nearest of 20 references of each class."""
+    return matching_case("knn", lambda query, _, stack: float(np.sort(stack @ query)[-5:].mean()))
+
+
+# --------------------------------------------------------------------------------------------------------------- growth
+GROWTH: dict[str, Callable[[Settings, int], Callable[[], object]]] = {}
+SIZES = (1_000, 10_000, 100_000)
+
+
+def grows(name: str) -> Callable:
+    """Enter a function of (settings, n), which returns what is to be timed, into the table of growth."""
+
+    def enter(make: Callable[[Settings, int], Callable[[], object]]) -> Callable:
+        GROWTH[name] = make
+        return make
+
+    return enter
+
+
+def draw_labels(count: int, num_classes: int) -> np.ndarray:
+    """Return labels (N,), all classes equally often."""
+    return np.random.default_rng(0).permutation(np.arange(count) % num_classes)
+
+
+@grows("scan, n files")
+def grow_scan(settings: Settings, count: int) -> Callable[[], object]:
+    """List the files and look at the size and time of each."""
+    root = make_files(settings.scratch / f"files{count}", count)
+    return lambda: lct.stat_files(root, lct.list_images(root).paths)
+
+
+@grows("near duplicates, n images")
+def grow_duplicates(_: Settings, count: int) -> Callable[[], object]:
+    """Find them by their hashes."""
+    rng = np.random.default_rng(0)
+    hashes, thumbs = rng.integers(0, 2**63, count).astype(np.uint64), rng.integers(0, 255, (count, 192), dtype=np.uint8)
+    return lambda: lct.find_near_duplicates(hashes, thumbs, 4)
+
+
+@grows("split, n images, 100 classes")
+def grow_split(_: Settings, count: int) -> Callable[[], object]:
+    """Assign train, val and test; every other image has a sister."""
+    labels = np.sort(draw_labels(count, 100))
+    groups = np.arange(count) - (np.arange(count) % 4 == 1)
+    return lambda: lct.assign_splits(labels, groups, (0.7, 0.2, 0.1), 0)
+
+
+@grows("split, n classes of 10")
+def grow_split_classes(_: Settings, count: int) -> Callable[[], object]:
+    """Assign train, val and test."""
+    labels = np.repeat(np.arange(count), 10)
+    return lambda: lct.assign_splits(labels, np.arange(10 * count), (0.7, 0.2, 0.1), 0)
+
+
+@grows("order of an epoch, n images")
+def grow_epoch(_: Settings, count: int) -> Callable[[], object]:
+    """Draw order and seeds."""
+    sampler = lct.EpochSampler(np.arange(count), draw_labels(count, 100), lct.Config())
+    return lambda: list(sampler)
+
+
+@grows("balanced epoch, n classes of 10")
+def grow_balanced(_: Settings, count: int) -> Callable[[], object]:
+    """Draw the rows."""
+    config = lct.Config(balanced_per_class=True, samples_per_class=10)
+    sampler = lct.EpochSampler(np.arange(10 * count), np.repeat(np.arange(count), 10), config)
+    return sampler._balanced_rows
+
+
+@grows("metrics, n images, 11 classes")
+def grow_metrics(_: Settings, count: int) -> Callable[[], object]:
+    """Score an epoch."""
+    scores, names = np.random.default_rng(0).normal(size=(count, 11)).astype(np.float32), [str(i) for i in range(11)]
+    return lambda: lct.compute_metrics(scores, draw_labels(count, 11), names)
+
+
+@grows("metrics, 1,000 images, n classes")
+def grow_metrics_classes(_: Settings, count: int) -> Callable[[], object]:
+    """Score an epoch; above 200 million scores there is no ROC AUC."""
+    scores, names = np.random.default_rng(0).random((1000, count), np.float32), [str(i) for i in range(count)]
+    return lambda: lct.compute_metrics(scores, np.arange(1000) % count, names)
+
+
+@grows("prototypes, n classes of 10")
+def grow_prototypes(_: Settings, count: int) -> Callable[[], object]:
+    """Average the references of each class."""
+    rows, labels = np.ones((10 * count, 128), np.float32), np.repeat(np.arange(count), 10)
+    return lambda: lct.class_centroids(rows, labels, count)
+
+
+@grows("matching 256 to n classes, centroid")
+def grow_matching(_: Settings, count: int) -> Callable[[], object]:
+    """Score queries."""
+    gallery = make_gallery(count, 1, "centroid")
+    return lambda: gallery.scores(gallery.stacks[:256])
+
+
+@grows("matching 256 to n classes of 5, knn")
+def grow_knn(_: Settings, count: int) -> Callable[[], object]:
+    """Score queries."""
+    gallery = make_gallery(count, 5, "knn")
+    return lambda: gallery.scores(gallery.stacks[:256])
+
+
+def print_growth(settings: Settings) -> None:
+    """Print how long each takes at three sizes, and the exponent of the last tenfold: 1 is linear."""
+    print(f"{'what':<40}" + "".join(f"{size:>12,}" for size in SIZES) + f"{'exponent':>10}")
+    for name, make in GROWTH.items():
+        seconds = [min(measure(make(settings, size), True) for _ in range(2)) for size in SIZES]
+        cells = "".join(f"{1e3 * own:>9.1f} ms" for own in seconds)
+        print(f"{name:<40}{cells}{np.log10(seconds[2] / seconds[1]):>10.2f}", flush=True)
+
+
+def main() -> int:
+    """Run the rows that the command line names, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of: {', '.join(ROWS)}; the first letters do")
+    parser.add_argument("--growth", action="store_true", help="print how cost grows with size instead")
+    parser.add_argument("--quick", action="store_true", help="3 rounds and 2 seeds instead of 5 and 8")
+    parser.add_argument("--data", type=Path, default=REPO.parent / "shared/data", help="real data, for accuracy")
+    args = parser.parse_args()
+    names = [name for name in ROWS if not args.rows or name.startswith(tuple(args.rows))]
+    if not names:
+        parser.error(f"no such row; there are: {', '.join(ROWS)}")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Settings(3 if args.quick else 5, 2 if args.quick else 8, args.data, Path(scratch))
+        if args.growth:
+            return print_growth(settings) or 0
+        print(f"{'what':<34}{'reference':>16}{'ours':>16}{'ratio':>11}{'target':>14}")
+        return int(not all([run_row(name, settings) for name in names]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
