@@ -392,7 +392,7 @@ class Config:
     )
     cache_views: int = _option(
         0,
-        "embed so many augmented views of each training image once, and train on these and the clean one in turn; 0 = fresh ones",
+        "augmented views of an image that are embedded once and shown in turn with the clean one; 0 = fresh",
         "training",
         low=0,
         high=1000,
@@ -1570,7 +1570,7 @@ def make_runtime(config: Config) -> Runtime:
     if config.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
-    # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.6 to 1.9 times as many
+    # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
     rounds_frozen = config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
     return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None)
