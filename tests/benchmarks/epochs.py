@@ -319,7 +319,7 @@ ROWS: dict[str, tuple[float, Callable[[], float], Callable[[], float]]] = {  # t
     "checkpoint of a frozen ViT-L, bytes": (100, lambda: plain_checkpoint(True), lambda: our_checkpoint(True)),
     "checkpoint of a frozen ViT-L, wall seconds": (30, lambda: plain_checkpoint(False), lambda: our_checkpoint(False)),
     "images embedded after training, and one": (
-        len(lct.SPLIT_NAMES),
+        50,
         lambda: passes_after_training(False),
         lambda: passes_after_training(True),
     ),
