@@ -125,6 +125,9 @@ MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for RO
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
 FINITE_CHECK_STEPS = 50  # a check waits for the device
+MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
+CACHE_NOTE_SECONDS = 10  # embedding views is interrupted at the loss of no more
+FP16_MAX = 65504.0
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
@@ -395,6 +398,14 @@ class Config:
     samples_per_class: int = _option(
         300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True
     )
+    cache_views: int = _option(
+        0,
+        "augmented views of an image that are embedded once and shown in turn with the clean one; 0 = fresh",
+        "training",
+        low=0,
+        high=1000,
+        fixed=True,
+    )
     best_metric: str = _option(
         "acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
@@ -444,10 +455,13 @@ class Config:
     workers: int = _option(4, "processes that read images, capped at the cores there are", "machine", low=0, high=256)
     precision: str = _option(
         "auto",
-        "auto is bf16 or fp16 on a GPU, fp32 on the CPU",
+        "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
         "machine",
         choices=("auto", "fp32", "bf16", "fp16"),
         fixed=True,
+    )
+    compile: bool = _option(
+        False, "compile the backbone with torch.compile: minutes first, faster then", "machine", fixed=True
     )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
@@ -666,6 +680,13 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
+    if config.cache_views and not config.freeze_backbone:
+        what = "a backbone that is trained gives other features after each step"
+        raise UserError(what, "--cache_views, --no-freeze_backbone", "leave one of them out")
+    if config.compile and (config.gpus or 0) > 1:
+        raise UserError(
+            "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
+        )
     _check_words(config)
 
 
@@ -807,6 +828,7 @@ import torch.distributed as dist
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -1779,6 +1801,11 @@ class Runtime:
     num_gpus: int  # that this process uses
     dtype: torch.dtype  # of the autocast region; float32 = no autocast
     deterministic: bool = False
+    frozen_dtype: torch.dtype | None = None  # of a frozen backbone, where it differs
+
+    def dtype_of(self, backbone: nn.Module) -> torch.dtype:
+        """Return the type of a backbone's autocast region."""
+        return self.frozen_dtype or self.dtype if backbone.frozen else self.dtype
 
     def settle(self) -> Runtime:
         """Return this for the device of the calling process, and make it the one in use.
@@ -1818,8 +1845,10 @@ class Runtime:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
         exact = ", deterministic" if self.deterministic else ""
+        kinds = dict.fromkeys((self.dtype, self.frozen_dtype or self.dtype))
+        shown = ", frozen backbones in ".join(str(kind).removeprefix("torch.") for kind in kinds)
         exact += f", one of {TEAM.size} processes" if TEAM.size > 1 else ""
-        return f"{self.num_gpus or 1} x {name}, {str(self.dtype).removeprefix('torch.')}{exact}"
+        return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
 
 
 def make_runtime(config: Config) -> Runtime:
@@ -1847,7 +1876,15 @@ def make_runtime(config: Config) -> Runtime:
     if config.deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
-    return Runtime(device, num_gpus, dtype, config.deterministic).settle()
+    # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.5 to 1.9 times as many
+    # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
+    rounds_frozen = config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
+    return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None).settle()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Say whether the CPU has instructions for matrices of bf16 (AVX512-BF16, AMX); others convert, and are slower than in fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory() -> None:
@@ -3971,14 +4008,13 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory
+    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory; or their features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    sizes: tuple[
-        int, ...
-    ] = ()  # of each process's part, where images are one of them and labels and failures those of all
+    # Of each process's part, where images are one of them, and labels and failures those of all.
+    sizes: tuple[int, ...] = ()
 
 
 class SampleKey(NamedTuple):
@@ -3987,6 +4023,7 @@ class SampleKey(NamedTuple):
     row: int
     seed: int  # of its augmentation
     view: int  # into VIEW_NAMES; a crop without a usable mask is shown as it is in either
+    showing: int = 0  # epochs and repetitions before: with --cache_views it says whose turn it is
 
 
 class CropDataset(Dataset):
@@ -4051,7 +4088,8 @@ class EpochSampler(Sampler):
         for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
             keys = []
             for row, view in zip(rows[start:stop].tolist(), views[start:stop].tolist(), strict=True):
-                keys.append(SampleKey(row, sample_seed(self.seed, self.epoch, row, seen[row]), int(view)))
+                showing = self.epoch + seen[row]
+                keys.append(SampleKey(row, sample_seed(self.seed, self.epoch, row, seen[row]), int(view), showing))
                 seen[row] += 1
             yield keys
 
@@ -4170,6 +4208,67 @@ class Backbone(nn.Module):
         return features.float()
 
 
+class ClassTokenBlock(nn.Module):
+    """The last block of a ViT whose class token alone is pooled: keys and values of all tokens, everything else of that one.
+
+    Exact, and five sixths of the block saved. It takes over the parts of a timm block, so that weights keep their names.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(block.__dict__)
+
+    def forward(self, tokens: torch.Tensor, rope: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        """Return the class token (B, 1, D) of tokens (B, N, D)."""
+        class_token = tokens[:, :1] + self.drop_path1(self._scale(1, self._attend(self.norm1(tokens), rope)))
+        return class_token + self.drop_path2(self._scale(2, self.mlp(self.norm2(class_token))))
+
+    def _scale(self, number: int, branch: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, f"ls{number}"):
+            return getattr(self, f"ls{number}")(branch)
+        gamma = getattr(self, f"gamma_{number}")
+        return branch if gamma is None else gamma * branch
+
+    def _attend(self, tokens: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+        attn, class_token = self.attn, tokens[:, :1]
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:  # Eva keeps them apart, for there is none of the keys
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        width = len(weight) // 3
+        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.linear(class_token, weight[:width], bias_q)
+        parts = (query, *F.linear(tokens, weight[width:], bias_kv).chunk(2, dim=-1))
+        query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        if rope is not None:  # of the patches only
+            from timm.layers import apply_rot_embed_cat
+
+            prefix, patches = key.tensor_split([attn.num_prefix_tokens], dim=2)
+            key = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2).type_as(value)
+        dropout = attn.attn_drop.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query.type_as(value), key.type_as(value), value, dropout_p=dropout)
+        attended = attn.norm(attended.transpose(1, 2).flatten(2))
+        if getattr(attn, "gate", None) is not None:
+            attended = attended * attn.gate(class_token).sigmoid()
+        return attn.proj_drop(attn.proj(attended))
+
+
+def keep_class_token(model: nn.Module) -> None:
+    """Let the last block of a ViT compute its class token only, where that is all that is pooled and the block is a known one."""
+    from timm.layers import Attention
+    from timm.models import eva, vision_transformer
+
+    known = {
+        vision_transformer.VisionTransformer: (vision_transformer.Block, Attention),
+        eva.Eva: (eva.EvaBlock, eva.EvaAttention),
+    }
+    if type(model) not in known or model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
+        return
+    last = model.blocks[-1]
+    if (type(last), type(last.attn)) == known[type(model)] and last.attn.qkv is not None:
+        model.blocks[-1] = ClassTokenBlock(last)
+
+
 class Head(nn.Module):
     """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
 
@@ -4219,7 +4318,11 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
 
     seed_torch(config.seed, 0)
     if config.backbone_weights is not None:
-        model, source = timm.create_model(config.model_id, pretrained=False, **settings), str(config.backbone_weights)
+        with _Unfilled():
+            model, source = (
+                timm.create_model(config.model_id, pretrained=False, **settings),
+                str(config.backbone_weights),
+            )
         load_backbone_weights(model, config.backbone_weights, log)
     elif config.pretrained:
         model, source = _fetch_pretrained(config, settings, log), "timm"
@@ -4233,7 +4336,28 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     info = BackboneInfo(
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
+    keep_class_token(model)
     return Backbone(model.to(memory_format=torch.channels_last), mean, std), info
+
+
+class _Unfilled(TorchDispatchMode):
+    """Leave out the random numbers, which are most of the time of building a model, where weights will take their place.
+
+    NaN marks what has not been filled. (On the meta device, buffers that are not in the weights would be lost.)
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].fill_(math.nan)
+        return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
+
+
+def _check_filled(model: nn.Module) -> nn.Module:
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, value in named if value.is_floating_point() and value.flatten()[:1].isnan().any()]
+    if empty:
+        raise ValueError(f"they lack {', '.join(empty[:4])}")
+    return model
 
 
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
@@ -4242,9 +4366,14 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: unknown model, or a size or pooling that it cannot do.
     """
+    settings, feature_dim = _probe(config.model_id, config.img_size, config.pool)
+    return dict(settings), feature_dim
+
+
+@functools.cache  # it is asked for before the scan, and when the model is built
+def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, Any], int]:
     import timm
 
-    model_id = config.model_id
     base = model_id.removeprefix("hf-hub:").split(".")[0]
     if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
         raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
@@ -4253,21 +4382,19 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         with torch.device("meta"), torch.no_grad():
             model = timm.create_model(model_id, pretrained=False, **settings)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
-                settings["img_size"] = config.img_size
-            if config.pool or getattr(model, "cls_token", None) is not None:
-                settings["global_pool"] = config.pool or "token"
+                settings["img_size"] = img_size
+            if pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = pool or "token"
             model = timm.create_model(model_id, pretrained=False, **settings).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
             is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
-            if (
-                is_patchwork and config.img_size % stem.stride[0]
-            ):  # timm would silently leave out the rest at the border
-                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, 3, config.img_size, config.img_size)).shape
+            if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
+                raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
+            shape = model(torch.empty(1, 3, img_size, img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
         raise UserError(
             f"timm cannot build it: {printable(str(error))[:300]}",
-            f"--model_id {model_id} --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else ""),
+            f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else ""),
             "try another size or pooling",
         ) from error
     if len(shape) != 2:
@@ -4291,11 +4418,13 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     try:
         try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
             hub_constants.HF_HUB_OFFLINE = True
-            return timm.create_model(config.model_id, pretrained=True, **settings)
+            with _Unfilled():
+                return _check_filled(timm.create_model(config.model_id, pretrained=True, **settings))
         except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
-            return timm.create_model(config.model_id, pretrained=True, **settings)
+            with _Unfilled():
+                return _check_filled(timm.create_model(config.model_id, pretrained=True, **settings))
     except MemoryError:
         raise
     except Exception as error:  # hub, network and file errors of several libraries
@@ -4476,7 +4605,7 @@ def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
                 "weight_decay": BACKBONE_WEIGHT_DECAY,
             }
         )
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def lr_factor(step: int, total_steps: int) -> float:
@@ -4908,6 +5037,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
         "model": state.model.trained_state(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
     }
 
 
@@ -4958,6 +5088,9 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
     state.tally.restore(payload.get("tally", {}))
+    if state.model.backbone.frozen and "backbone_dtype" in payload:
+        # A run keeps to what it began with, also on another machine.
+        state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -5679,7 +5812,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     model.load_trained_state(payload["model"])
-    model.backbone.dtype = runtime.dtype
+    model.backbone.dtype = runtime.dtype_of(model.backbone)
     return TrainedRun(path, config, info, model.eval(), runtime)
 
 
@@ -6030,6 +6163,7 @@ class Job:
     runtime: Runtime
     run: RunDirectory
     info: BackboneInfo
+    fingerprint: str = ""  # of the data set
     unreadable: dict[int, str] = dataclasses.field(
         default_factory=dict
     )  # images that failed after the scan, each named once
@@ -6117,6 +6251,150 @@ def extract_batches(
     return take_turns(lambda own: make_loader(dataset, own, job.config, runtime), batches, answer)
 
 
+class ViewCache:
+    """Features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
+
+    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them how many are there,
+    and what they are a function of. An interrupted run goes on with its own; other weights, data or augmentations start anew.
+    """
+
+    def __init__(self, job: Job, backbone: Backbone, clean: Features) -> None:
+        self._job, self._backbone, self._rows = job, backbone, job.records.rows("train")
+        self._path = job.run.path / "cached_views.f16"
+        self._dataset = CropDataset(job.records, job.transform(augment=True))
+        share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
+        draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(job.config.cache_views + 1)]
+        has_mask = job.records.has_mask[self._rows]
+        # bool (1 + views, images): shown masked; the clean view is number 0
+        self._is_masked = np.stack([(rng.random(len(self._rows)) < share) & has_mask for rng in draws])
+        self._clean, self._clean_index = clean.values.numpy(), self._find_clean(clean)
+        self._shape = (job.config.cache_views, len(self._rows), self._clean.shape[1])
+        self._fill()
+        self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
+
+    def _find_clean(self, clean: Features) -> np.ndarray:
+        """Return the position of each image's clean view, -1 for those that could not be read, int64 (images,)."""
+        known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
+        order = np.argsort(known)
+        found = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
+        return np.where(known[found] == wanted, found, -1)
+
+    def take(self, keys: list[SampleKey]) -> Batch:
+        """Return the features of the views whose turn it is."""
+        positions = np.searchsorted(self._rows, [key.row for key in keys])
+        turns = (positions + [key.showing for key in keys]) % len(self._is_masked)
+        index = self._clean_index[positions]
+        features = np.where(index[:, None] < 0, np.nan, self._clean[index])
+        is_cached = turns > 0
+        features[is_cached] = self._features[turns[is_cached] - 1, positions[is_cached]]
+        is_readable = ~np.isnan(features[:, 0])
+        positions, turns = positions[is_readable], turns[is_readable]
+        rows = self._rows[positions]
+        return Batch(
+            torch.from_numpy(features[is_readable]),
+            torch.from_numpy(self._job.records.labels[rows].astype(np.int64)),
+            torch.from_numpy(rows),
+            torch.from_numpy(self._is_masked[turns, positions].astype(np.uint8)),
+            [],
+        )
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what the features are a function of."""
+        job, transform = self._job, self._dataset.transform
+        info = {key: value for key, value in dataclasses.asdict(job.info).items() if key != "weights"}
+        hashes = {"images": self._rows.tobytes(), "masked": self._is_masked.tobytes()}
+        return to_json(
+            {
+                **info,
+                "dtype": str(self._backbone.dtype),
+                "augmentation": fingerprint_transform(transform, job.config.img_size),
+                "data": [job.fingerprint, job.records.masks_hash],
+                "seed": job.config.seed,
+                "shape": self._shape,
+                **{key: hashlib.sha256(value).hexdigest()[:16] for key, value in hashes.items()},
+            }
+        )
+
+    def _fill(self) -> None:
+        """Embed what is not there yet.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        job, (num_views, num_images, feature_dim) = self._job, self._shape
+        settings, row_bytes = self._describe(), 2 * feature_dim
+        done = self._count_done(settings)
+        left = num_views * num_images - done
+        if not left:
+            return
+        if (free := shutil.disk_usage(self._path.parent).free) < left * row_bytes:
+            what = f"need {left * row_bytes:,} bytes, and {free:,} are free"
+            raise UserError(
+                what, f"--cache_views {num_views}", f"make room in {self._path.parent}, or cache fewer views"
+            )
+        there = f", {done:,} are there" * (done > 0)
+        job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
+        with open(self._path, "r+b" if done else "wb") as file:
+            file.seek(done * row_bytes)
+            file.truncate()
+            noted = time.monotonic()
+            try:
+                for rows in self._embed(done):
+                    file.write(rows.tobytes())
+                    done += len(rows)
+                    if time.monotonic() - noted > CACHE_NOTE_SECONDS:
+                        self._note(file, settings, done)
+                        noted = time.monotonic()
+            finally:
+                self._note(file, settings, done)
+
+    def _note(self, file: BinaryIO, settings: dict[str, Any], done: int) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        write_json(self._path.with_suffix(".json"), {"done": done, "settings": settings})
+
+    def _count_done(self, settings: dict[str, Any]) -> int:
+        """Return how many features of these settings are on disk."""
+        try:
+            noted = json.loads(self._path.with_suffix(".json").read_text(encoding="utf-8"))
+            there = self._path.stat().st_size // (2 * self._shape[2])
+            return min(noted["done"], there) if noted["settings"] == settings else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _embed(self, first: int) -> Iterator[np.ndarray]:
+        """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
+        num_views, num_images, feature_dim = self._shape
+        for view in range(first // num_images, num_views):
+            start = max(0, first - view * num_images)
+            masked = self._is_masked[view + 1].tolist()
+            keys = [
+                SampleKey(row, sample_seed(self._job.config.seed, view, row), int(masked[position]))
+                for position, row in enumerate(self._rows.tolist())
+            ]
+            batches = cut_batches(keys[start:], self._job.config.batch)
+            parts = extract_batches(self._job, self._backbone, self._dataset, batches)
+            bar = progress(parts, len(batches), f"embedding view {view + 1} of {num_views}")
+            for batch, (failures, part) in zip(batches, bar, strict=True):
+                self._job.note_failures(failures)
+                features = np.full((len(batch), feature_dim), np.nan, np.float16)
+                features[np.isin([key.row for key in batch], part.rows)] = part.values.clamp(
+                    -FP16_MAX, FP16_MAX
+                ).numpy()
+                yield features
+
+
+def fingerprint_transform(transform: Transform, img_size: int) -> str:
+    """Return a hash of what an augmentation makes of one picture, 64 times: other settings or another library give another."""
+    image = np.random.default_rng(0).integers(0, 256, (img_size, img_size, 3), np.uint8)
+    mask = np.zeros((img_size, img_size), np.uint8)
+    mask[img_size // 4 : -img_size // 4, img_size // 4 : -img_size // 4] = 255
+    digest = hashlib.sha256()
+    for seed in range(64):
+        digest.update(transform(image, mask if seed % 2 else None, seed))
+    return digest.hexdigest()[:16]
+
+
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
     """Return the rows without those beyond the first `per_class` of their class (None: all)."""
     if per_class is None:
@@ -6160,6 +6438,10 @@ class TrainFeed:
         """Return the number of batches in an epoch."""
         return len(self._sampler)
 
+    def network(self, model: Recognizer) -> nn.Module:
+        """Return what makes features of the batches."""
+        return self._job.runtime.wrap(model.backbone)
+
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch; when a loader worker is killed, start again from there.
 
@@ -6191,9 +6473,64 @@ class TrainFeed:
                 bar.close()
 
 
+class CachedFeed:
+    """The training images in the same order, as features that are on disk already."""
+
+    def __init__(self, job: Job, model: Recognizer, bank: FeatureBank) -> None:
+        self._job = job
+        self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
+        self._cache = ViewCache(job, model.backbone, bank.get("train"))
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self._sampler)
+
+    def network(self, _: Recognizer) -> nn.Module:
+        """Return what makes features of the batches, which they are."""
+        return nn.Identity()
+
+    def batches(self, state: TrainState) -> Iterator[Batch]:
+        """Yield what the state has not seen of its epoch."""
+        self._sampler.start_at(state.epoch, state.batches)
+        label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
+        yield from map(self._cache.take, progress(self._sampler, len(self) - state.batches, label))
+
+
 def is_dead_worker(error: BaseException) -> bool:
     """Say whether torch reports a loader worker that has been killed."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+@dataclass
+class Pace:
+    """How fast an epoch goes, as far as this process has seen it."""
+
+    images: int = 0
+    waited: float = 0.0  # seconds in which there was no batch to work on
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and note how long each was waited for."""
+        asked = time.monotonic()
+        for batch in batches:
+            self.waited += time.monotonic() - asked
+            self.images += len(batch.labels)
+            yield batch
+            asked = time.monotonic()
+
+    def figures(self) -> dict[str, float]:
+        """Return images/s up to now, and the share of the time that was waited for data; the device must have finished."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(self.waited / seconds, 3)}
+
+
+def name_knob(config: Config) -> str:
+    """Return what to change where the device waits for data."""
+    if config.cache_views:
+        return "put --out_dir on a faster disk"
+    if config.workers < count_cores():
+        return f"raise --workers, {config.workers} of {count_cores()} cores"
+    return "try --cache_views 4" if config.freeze_backbone else "store smaller images, or add CPU cores"
 
 
 class SaveClock:
@@ -6214,11 +6551,12 @@ class SaveClock:
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    feed, clock = TrainFeed(job, state), SaveClock(job.config.save_minutes)
+    feed = CachedFeed(job, state.model, bank) if job.config.cache_views else TrainFeed(job, state)
+    clock = SaveClock(job.config.save_minutes)
     while state.epoch < job.config.epochs:
         started = time.monotonic() - state.seconds
         try:
-            train_epoch(job, state, feed, clock)
+            pace = train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
             if state.saved_step != state.step:
                 save_state(job, state)
@@ -6232,22 +6570,23 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             "val": val,
             **({"val_by_view": val_by_view} if val_by_view else {}),
             "seconds": round(time.monotonic() - started, 2),
+            "pace": pace,
         }
         if not math.isfinite(val["loss"]):
             raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
-            job.run.log(format_epoch(record, job.config.epochs))
+            job.run.log(format_epoch(record, job.config))
             job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
             state.finish_epoch()
             save_epoch(job, state, update_best(job, state, val))
             clock.restart()
 
 
-def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) -> None:
-    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered, without margin."""
-    network = job.runtime.wrap(state.model.train().backbone)
+def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
+    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered. Return the pace."""
+    network, pace = feed.network(state.model.train()), Pace()
     total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
-    for batch in feed.batches(state):
+    for batch in pace.watch(feed.batches(state)):
         job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
             if len(batch.labels):
@@ -6265,6 +6604,7 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed, clock: SaveClock) 
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
+    return pace.figures()
 
 
 def prepare_step(job: Job, state: TrainState, total_steps: int) -> None:
@@ -6421,7 +6761,7 @@ def keep_best_of(job: Job, state: TrainState) -> None:
     state.best = {}
 
 
-def format_epoch(record: dict[str, Any], epochs: int) -> str:
+def format_epoch(record: dict[str, Any], config: Config) -> str:
     """Return the epoch's aligned line for train.log."""
 
     def figures(split: str) -> str:
@@ -6440,8 +6780,10 @@ def format_epoch(record: dict[str, Any], epochs: int) -> str:
         f"  |  {view} acc {own['acc']:.3f} proto {own['proto_acc']:.3f}"
         for view, own in record.get("val_by_view", {}).items()
     )
-    line = f"epoch {record['epoch']:>3}/{epochs}  train {figures('train')}  |  val {figures('val')}{by_view}"
-    return f"{line}  |  {record['seconds']:.1f} s"
+    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {figures('train')}  |  val {figures('val')}{by_view}"
+    rate, wait = record["pace"]["images_per_s"], record["pace"]["data_wait"]
+    knob = f" ({name_knob(config)})" if wait > MAX_DATA_WAIT else ""
+    return f"{line}  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data{knob}"
 
 
 def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
@@ -7260,7 +7602,14 @@ def _hash_settings(run: TrainedRun, config: Config) -> str:
     """Return a hash of what an answer is a function of besides the image and the object."""
     with open(run.path / "prototypes.npz", "rb") as file:
         gallery = hashlib.file_digest(file, "sha256").hexdigest()
-    words = [1, gallery, run.meta["weights_hash"], str(run.runtime.dtype), run.runtime.device.type, config.box_pad]
+    words = [
+        1,
+        gallery,
+        run.meta["weights_hash"],
+        str(run.model.backbone.dtype),
+        run.runtime.device.type,
+        config.box_pad,
+    ]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:24]
 
 
@@ -10519,7 +10868,7 @@ def run_train(config: Config) -> None:
     with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
         if config.auto_generate_masks:
             plan = draw_planned_masks(config, plan, point, runtime)
-        job = Job(config, plan.records, runtime, run, plan.info)
+        job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint)
         open_run(job, plan)
         bank, state = start_training(job, plan.backbone, point)
         fit(job, state, bank)
@@ -10600,7 +10949,7 @@ def open_run(job: Job, plan: Plan) -> None:
     config, run, scan = job.config, job.run, plan.scan
     scan.save_caches(run.path)
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
-    write_json(run.path / "config.json", describe_run(job, scan.fingerprint))
+    write_json(run.path / "config.json", describe_run(job))
     if job.records is scan.records:  # not resumed
         write_splits(run.path / "splits.json", job.records, config.seed)
         write_json(run.path / "data_report.json", scan.report)
@@ -10617,7 +10966,7 @@ def open_run(job: Job, plan: Plan) -> None:
         preview_masks(scan, config)
 
 
-def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
+def describe_run(job: Job) -> dict[str, Any]:
     """Return the content of config.json."""
     import platform
     from importlib.metadata import version
@@ -10635,7 +10984,7 @@ def describe_run(job: Job, fingerprint: str) -> dict[str, Any]:
         "schedule": "linear warm-up over 5 % of the steps, then half a cosine to 0",
         "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
         "data": {
-            "fingerprint": fingerprint,
+            "fingerprint": job.fingerprint,
             "masks_hash": job.records.masks_hash,
             "images": len(job.records.paths),
             "classes": list(job.records.class_names),
@@ -10665,9 +11014,11 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
-    backbone.dtype = job.runtime.dtype
+    backbone.dtype = job.runtime.dtype_of(backbone)
     if TEAM.leads:
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
+    if config.compile:
+        backbone.model.compile()
     state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
     bank = FeatureBank(job, model.backbone)
     if point:
@@ -10698,6 +11049,8 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
     position = describe_position(state.epoch, state.batches)
     run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
+    if (dtype := state.model.backbone.dtype) != job.runtime.dtype_of(state.model.backbone):
+        run.log(f"the backbone goes on in {str(dtype).removeprefix('torch.')}, as the run began")
     keep_best_of(job, state)
 
 

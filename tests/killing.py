@@ -278,7 +278,7 @@ def read_run(out_dir: Path) -> Iterator[tuple[str, Any]]:
     yield "prototypes meta", {key: value for key, value in meta.items() if key != "date"}
     events = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_bytes().splitlines()]
     for event in events:
-        event.pop("time"), event.pop("seconds", None)
+        event.pop("time"), event.pop("seconds", None), event.pop("pace", None)
     for kind in ("baseline_end", "epoch_end", "best_update"):
         yield kind, [event for event in events if event["event"] == kind]
     yield "test_end", [event for event in events if event["event"] == "test_end"][-1]

@@ -68,7 +68,7 @@ def test_balanced_epochs_show_every_class_equally_and_rotate_through_it(records:
     seen: Counter[int] = Counter()
     for sampler.epoch in range(4):
         batches = list(sampler)
-        rows = [row for batch in batches for row, _, _ in batch]
+        rows = [key.row for batch in batches for key in batch]
         assert np.bincount(records.labels[rows]).tolist() == [3, 3, 3]
         assert len(batches) == len(sampler)
         seen.update(rows)
@@ -80,7 +80,7 @@ def test_balanced_epochs_show_every_class_equally_and_rotate_through_it(records:
 def test_repetitions_of_an_image_in_one_epoch_are_augmented_differently(records: lct.Records) -> None:
     config = lct.Config(batch=4, balanced_per_class=True, samples_per_class=12)
     keys = [key for batch in lct.EpochSampler(records.rows("train"), records.labels, config) for key in batch]
-    assert len({row for row, _, _ in keys}) == 21 and len(set(keys)) == len(keys) == 36
+    assert len({key.row for key in keys}) == 21 and len({(key.row, key.seed) for key in keys}) == len(keys) == 36
 
 
 def test_an_unreadable_image_costs_itself_and_is_named(records: lct.Records, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Section 09: any timm model, weights from files, and refusal of what does not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,86 @@ def test_bf16_autocast_returns_float32_features() -> None:
 @pytest.mark.parametrize(("model_id", "img_size"), [("pvt_v2_b0", 160), ("xcit_nano_12_p16_224", 64)])
 def test_models_with_other_stems_are_not_refused(model_id: str, img_size: int) -> None:
     assert lct.probe_model(make_config(model_id=model_id, img_size=img_size))[1] > 0
+
+
+def vary_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Move weights from where they start: LayerScale, biases and tokens that are near zero would hide what goes wrong."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_tiny_patch16_224"])
+def test_the_last_block_computes_its_class_token_alone(name: str) -> None:
+    model = timm.create_model(name, num_classes=0, global_pool="token", img_size=112, depth=2)
+    model, names = vary_weights(model), list(model.state_dict())
+    images = torch.randn(3, 3, 112, 112)
+    expected = model(images)
+    weight = model.blocks[-1].attn.qkv.weight
+    (expected.square().sum()).backward()
+    gradient, weight.grad = weight.grad, None
+    lct.keep_class_token(model)
+    assert type(model.blocks[-1]) is lct.ClassTokenBlock and list(model.state_dict()) == names
+    features = model(images)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    (features.square().sum()).backward()
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert not torch.allclose(vary_weights(model)(images), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"), [("deit_tiny_distilled_patch16_224", "token"), ("vit_tiny_patch16_224", "avg")]
+)
+def test_last_blocks_that_serve_other_tokens_or_are_not_known_stay(name: str, pool: str) -> None:
+    model = timm.create_model(name, num_classes=0, global_pool=pool, depth=2)
+    block = model.blocks[-1]
+    lct.keep_class_token(model)
+    assert model.blocks[-1] is block
+
+
+def test_a_model_that_will_be_filled_is_built_without_random_numbers(tmp_path: Path) -> None:
+    donor = vary_weights(
+        timm.create_model("vit_small_patch16_dinov3", num_classes=0, global_pool="token", img_size=64)
+    ).eval()
+    safetensors.torch.save_file(donor.state_dict(), tmp_path / "weights.safetensors")
+    options = {
+        "model_id": "vit_small_patch16_dinov3",
+        "img_size": 64,
+        "backbone_weights": tmp_path / "weights.safetensors",
+    }
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    backbone, info = build(**options)
+    assert info.weights_hash == lct.hash_weights(donor)
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    expected = donor((images - backbone.mean) / backbone.std)  # buffers outside the state dict are there too
+    torch.testing.assert_close(backbone.eval()(images), expected, rtol=1e-5, atol=1e-5)
+    torch.set_rng_state(state)
+
+
+def test_fetched_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    donor = timm.create_model(TINY, num_classes=0)
+    weights = donor.state_dict()
+    settings = {"architecture": TINY, "num_classes": 0, "pretrained_cfg": donor.pretrained_cfg}
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    backbone, _ = build(model_id=f"local-dir:{tmp_path}", pretrained=True)
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.model.state_dict().items())
+    lost = next(key for key in weights if key.endswith("conv1.weight"))
+    safetensors.torch.save_file(
+        {key: value for key, value in weights.items() if key != lost}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(lct.UserError, match=lost.replace(".", r"\.")):
+        build(model_id=f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_precision_auto_rounds_frozen_backbones_only_and_fp32_none() -> None:
+    frozen, trained = build()[0], build()[0]
+    frozen.freeze()
+    automatic = lct.make_runtime(make_config(gpus=0))
+    fast = torch.bfloat16 if lct.cpu_multiplies_bf16() else torch.float32
+    assert (automatic.dtype_of(frozen), automatic.dtype_of(trained)) == (fast, torch.float32)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        runtime = lct.make_runtime(make_config(gpus=0, precision=name))
+        assert runtime.dtype_of(frozen) == runtime.dtype_of(trained) == dtype

@@ -35,7 +35,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 def epoch_records(out_dir: Path) -> list[dict[str, Any]]:
-    times = ("time", "seconds")
+    times = ("time", "seconds", "pace")
     return [
         {k: v for k, v in r.items() if k not in times} for r in lct.read_events(out_dir) if r["event"] == "epoch_end"
     ]
@@ -108,7 +108,9 @@ def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
     config = lct.Config(model_id=options["model_id"], pretrained=False, img_size=32, emb_dim=16, seed=options["seed"])
     backbone, info = lct.build_backbone(config, print)
     model = lct.build_recognizer(config, 3, backbone, info)
-    model.load_trained_state(load_state(run / "checkpoint_best.pth")["model"])
+    checkpoint = load_state(run / "checkpoint_best.pth")
+    model.load_trained_state(checkpoint["model"])
+    model.backbone.dtype = getattr(torch, checkpoint["backbone_dtype"])
     fit_square = lct.build_transform(32, augment=False)
     images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path in paths])
     with torch.no_grad():

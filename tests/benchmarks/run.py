@@ -394,16 +394,19 @@ def make_gallery(num_classes: int, per_class: int, matcher: str) -> lct.Gallery:
     stacks = rng.normal(size=(num_classes * per_class, 128)).astype(np.float32)
     stacks /= np.linalg.norm(stacks, axis=1, keepdims=True)
     labels = np.repeat(np.arange(num_classes), per_class)
+    centroids = lct.class_centroids(stacks, labels, num_classes)
     return lct.Gallery(
         class_names=tuple(str(label) for label in range(num_classes)),
-        centroids=lct.class_centroids(stacks, labels, num_classes),
+        centroids=centroids,
+        prototypes=centroids,
+        prototype_labels=np.arange(num_classes),
         stacks=stacks,
         stack_labels=labels,
         stack_paths=("",) * len(stacks),
         stack_views=np.zeros(len(stacks), np.uint8),
         thresholds=np.zeros(num_classes, np.float32),
         matcher=matcher,
-        knn_k=5,
+        knn_counts=np.full(num_classes, 5),
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )

@@ -1,0 +1,179 @@
+"""Section 15: features of augmented views on disk; what they are, whose turn it is, and that interruptions change nothing."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import end_cli, make_dataset
+from PIL import Image
+
+import lct_dino3 as lct
+
+FLAGS = "--model_id test_resnet --no-pretrained --img_size 32 --gpus 0 --batch 8 --cache_views 2".split()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Draw three classes of twelve images, two of three with a mask."""
+    root = make_dataset(tmp_path / "data", {"hammer": 12, "pliers": 12, "wrench": 12})
+    for path in sorted(root.rglob("*.png"))[::3] + sorted(root.rglob("*.png"))[1::3]:
+        (path.parent / "masks").mkdir(exist_ok=True)
+        mask = np.zeros((56, 56), np.uint8)
+        mask[8:48, 12:44] = 255
+        Image.fromarray(mask).save(path.parent / "masks" / f"{path.stem}_mask.png")
+    return root
+
+
+def open_cache(data: Path, **options: object) -> tuple[lct.ViewCache, lct.Job, lct.Backbone, lct.Features]:
+    fixed = {"model_id": "test_resnet", "pretrained": False, "img_size": 32, "gpus": 0, "workers": 0, "batch": 8}
+    config = lct.Config(
+        data_root=data, out_dir=data.parent / "run", **{**fixed, "cache_views": 2, "precision": "fp32", **options}
+    )
+    scan = lct.attach_masks(lct.scan_dataset(config), config)
+    backbone, info = lct.build_backbone(config, print)
+    backbone.freeze()
+    with lct.RunDirectory(config.out_dir) as run:
+        job = lct.Job(config, scan.records, lct.make_runtime(config), run, info, scan.fingerprint)
+        clean = lct.FeatureBank(job, backbone).get("train")
+        return lct.ViewCache(job, backbone, clean), job, backbone, clean
+
+
+def embed_alone(job: lct.Job, backbone: lct.Backbone, row: int, view: int, seed: int | None) -> np.ndarray:
+    """Embed one crop, apart from loaders and caches; without a seed it is not augmented."""
+    image, mask, _ = lct.load_crop(job.records, row, view)
+    crop = job.transform(seed is not None)(image, mask, seed or 0)
+    with torch.inference_mode():
+        return backbone(torch.from_numpy(crop)[None].permute(0, 3, 1, 2))[0].numpy()
+
+
+@pytest.mark.parametrize("crop_mode", ["bbox", "mask", "mix"])
+def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode: str) -> None:
+    cache, job, backbone, _ = open_cache(data, crop_mode=crop_mode, mix_mask_p=0.5)
+    rows = job.records.rows("train")
+    seen: dict[int, list[tuple]] = {row: [] for row in rows.tolist()}
+    for showing in range(3):
+        batch = cache.take([lct.SampleKey(row, 0, 0, showing) for row in rows.tolist()])
+        assert batch.rows.tolist() == rows.tolist() and torch.equal(
+            batch.labels, torch.from_numpy(job.records.labels[rows]).long()
+        )
+        for row, view, features in zip(batch.rows.tolist(), batch.views.tolist(), batch.images.numpy(), strict=True):
+            seen[row].append((view, features))
+    views = np.array([[view for view, _ in own] for own in seen.values()])
+    has_mask = job.records.has_mask[rows]
+    assert {"bbox": not views.any(), "mask": (views == has_mask[:, None]).all(), "mix": 0 < views.mean() < 0.6}[
+        crop_mode
+    ]
+    for row, own in list(seen.items())[::5]:
+        seeds = [None, *(lct.sample_seed(job.config.seed, view, row) for view in range(2))]
+        for view, features in own:  # in one of three orders
+            errors = [np.abs(features - embed_alone(job, backbone, row, view, seed)).max() for seed in seeds]
+            best = int(np.argmin(errors))
+            assert errors[best] < 2e-3 * max(1.0, np.abs(features).max())
+            seeds.pop(best)
+        assert not seeds
+
+
+def test_an_interrupted_cache_is_continued_and_one_of_other_settings_is_not(data: Path) -> None:
+    path = data.parent / "run" / "cached_views.f16"
+    images = len(open_cache(data)[1].records.rows("train"))
+    whole, noted = path.read_bytes(), json.loads(path.with_suffix(".json").read_text("utf-8"))
+    row_bytes = len(whole) // (2 * images)
+    assert noted["done"] == 2 * images
+    mark = np.full(row_bytes // 2, 7, np.float16).tobytes()
+    path.write_bytes(mark + whole[row_bytes : 19 * row_bytes])  # three rows were written and not noted
+    path.with_suffix(".json").write_text(json.dumps(noted | {"done": 16}), "utf-8")
+    open_cache(data, workers=2)
+    assert path.read_bytes() == mark + whole[row_bytes:]
+    open_cache(data, seed=43)
+    other = path.read_bytes()
+    assert len(other) == len(whole) and mark not in other
+    open_cache(data)
+    assert path.read_bytes() == whole
+
+
+def test_another_augmentation_has_another_fingerprint() -> None:
+    plain = lct.build_transform(32, augment=False)
+    prints = [
+        lct.fingerprint_transform(own, 32)
+        for own in (lct.build_transform(32, True), lct.build_transform(32, True), plain)
+    ]
+    assert prints[0] == prints[1] != prints[2]
+    blurred = lct.build_transform(32, True, lct.Fill("blur", (114, 114, 114)))
+    assert lct.fingerprint_transform(blurred, 32) != prints[0]
+
+
+def test_an_image_that_is_gone_is_left_out_and_named(data: Path) -> None:
+    _, job, backbone, clean = open_cache(data)
+    first, row = job.records.rows("train")[[0, 3]].tolist()
+    (data / job.records.paths[row]).unlink()
+    (job.run.path / "cached_views.json").unlink()
+    with lct.RunDirectory(job.run.path) as run:
+        cache = lct.ViewCache(dataclasses.replace(job, run=run), backbone, clean)
+    assert list(job.unreadable) == [row]
+    shown = [
+        cache.take([lct.SampleKey(row, 0, 0, showing), lct.SampleKey(first, 0, 0, 0)]).rows.tolist()
+        for showing in range(3)
+    ]
+    assert sorted(map(len, shown)) == [1, 1, 2]  # its clean view was embedded before
+
+
+def test_no_room_is_told_before_anything_is_embedded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    with pytest.raises(lct.UserError, match=r"--cache_views 1000: need [\d,]+ bytes, and 1,000 are free"):
+        open_cache(data, cache_views=1000)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
+    flags = [*FLAGS, "--data_root", data, "--epochs", "12", "--workers", "0"]
+    code, error, _ = end_cli(*flags, out_dir=tmp_path / "ended", env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert code == 143, error
+    assert call_main(*flags, "--out_dir", tmp_path / "ended") == 0
+    assert call_main(*flags, "--out_dir", tmp_path / "straight") == 0
+    ended, straight = (
+        [
+            {key: value for key, value in event.items() if key not in ("time", "seconds", "pace")}
+            for event in lct.read_events(tmp_path / name)
+            if event["event"] in ("epoch_end", "test_end")
+        ]
+        for name in ("ended", "straight")
+    )
+    assert ended == straight and len(straight) == 13
+    assert (tmp_path / "ended" / "cached_views.f16").read_bytes() == (
+        tmp_path / "straight" / "cached_views.f16"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [(("--cache_views", "4"), "--cache_views"), (("--compile", "--gpus", "2"), "--compile")]
+)
+def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], word: str) -> None:
+    with pytest.raises(lct.UserError, match=word):
+        lct.parse_command_line(["--no-freeze_backbone", *flags])
+
+
+def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
+    figures = {"loss": 1.0, "acc": 0.5, "f1_macro": 0.5, "auc_macro": None}
+    record = {"epoch": 2, "train": figures, "val": figures, "seconds": 12.34}
+
+    def line(wait: float, **options: object) -> str:
+        return lct.format_epoch(record | {"pace": {"images_per_s": 1234.5, "data_wait": wait}}, lct.Config(**options))
+
+    assert line(0.03).endswith("12.3 s, 1,234 images/s, 3% of it waiting for data")
+    assert "--workers" in line(0.4, workers=0)
+    assert "--cache_views" in line(0.4, workers=256)
+    assert "--" not in line(0.4, workers=256, freeze_backbone=False).split("waiting")[1]
+    assert "--out_dir" in line(0.4, cache_views=4)
+
+
+def test_pace_tells_waiting_from_work() -> None:
+    batch = lct.Batch(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), torch.zeros(4), [])
+    pace = lct.Pace()
+    assert sum(len(own.labels) for own in pace.watch(iter([batch] * 5))) == pace.images == 20
+    pace.started -= 10  # ten seconds of work between the batches
+    assert pace.figures()["images_per_s"] == pytest.approx(2, rel=0.05) and pace.figures()["data_wait"] < 0.01
