@@ -10768,13 +10768,13 @@ def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path 
     """Write prototypes.npz with a new date; return where the old one is kept, None if there was none.
 
     Raises:
-        UserError: it was replaced in this very second before, or cannot be written.
+        UserError: it cannot be written.
     """
     kept = None
     if path.exists():
         kept = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
-        if kept.exists():
-            raise UserError("was written in this very second", str(kept), "try again")
+        while kept.exists():
+            kept = kept.with_name(f"{kept.stem}_.npz")
         copy_checkpoint(path, kept)
     save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     return kept
