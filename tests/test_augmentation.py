@@ -1,7 +1,6 @@
 """Section 07: square crops with a gray border, and randomness that is a function of the seed alone."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,20 +119,3 @@ def test_flips_are_half_of_the_pictures() -> None:
     assert 30 < sum(np.array_equal(picture, ramp) for picture in moved) * 100 / 400 * 2 < 75
     flipped = sum(np.array_equal(picture, ramp[:, ::-1]) for picture in moved)
     assert 0.2 < flipped / 400 < 0.33  # 0.264
-
-
-@pytest.mark.parametrize(
-    ("size", "decoded"), [((800, 600), (200, 150)), ((511, 90), (256, 45)), ((128, 127), (128, 127))]
-)
-def test_training_may_decode_a_jpeg_at_a_fraction_that_still_fills_the_square(
-    size: tuple[int, int], decoded: tuple[int, int], tmp_path: Path
-) -> None:
-    picture = draw_image(1, 2).resize(size)
-    picture.save(tmp_path / "a.jpg", quality=95)
-    picture.save(tmp_path / "a.png")
-    exact, reduced = (lct.load_image(tmp_path / "a.jpg", side) for side in (None, 200))
-    assert exact.shape == (size[1], size[0], 3) and reduced.shape == (decoded[1], decoded[0], 3)
-    assert lct.load_image(tmp_path / "a.png", 200).shape == exact.shape
-    whole, small = (lct.fit_square(image, 64).astype(float) for image in (exact, reduced))
-    assert np.abs(whole - small).mean() < 1.5
-    assert lct.build_transform(200, augment=False).decode_side is None, "evaluation is exact"

@@ -335,7 +335,11 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_are_set_aside(
 ) -> None:
     for name in names:
         hurt(interrupted / f"checkpoint_{name}.pth")
-    text = assert_ends_like(straight, start, interrupted)
+    code, text = start()
+    # A damaged checkpoint of an epoch is not written again when an older best one is of that epoch too.
+    gone = {key for key in differences(straight, interrupted) if key != "files" and not key.startswith("ep002/")}
+    assert code == 0 and not gone, text
+    assert "ep002" in names or differences(straight, interrupted) == []
     assert position in text
     for name in names:
         assert len(list(interrupted.glob(f"checkpoint_{name}.pth.damaged-*"))) == 1
@@ -518,7 +522,8 @@ def test_a_write_that_fails_costs_nothing_that_was_written_before(
     at: str, nth: int, reason: int, start: Any, straight: Path, tmp_path: Path
 ) -> None:
     code, text = start(fail(at, nth, errno=reason))
-    assert code == 2 and os.strerror(reason) in text and f"{tmp_path}/run/" in text and " bytes" in text
+    assert code == 2, text
+    assert os.strerror(reason) in text and f"{tmp_path}/run/" in text and " bytes" in text
     assert "Traceback" not in text
     assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines())
     lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
@@ -596,7 +601,7 @@ def test_workers_that_are_killed_again_and_again_stop_the_run_with_its_checkpoin
     """Before the first batch of each loader: a worker that reads nothing."""
     flags = ("--workers", 1)
     code, text = start(
-        fail("iter", 3, on=True, error="RuntimeError", text="DataLoader worker (pid 7) is killed by signal: Killed."),
+        fail("iter", 4, on=True, error="RuntimeError", text="DataLoader worker (pid 7) is killed by signal: Killed."),
         flags=flags,
     )
     assert code == 2 and "was killed" in text and "--workers 1" in text and "Traceback" not in text

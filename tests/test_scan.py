@@ -576,7 +576,6 @@ def test_jpegs_are_refused_by_the_loader_for_the_reason_of_the_scan(tmp_path: Pa
         path.write_bytes(whole[:length])
         with pytest.raises(lct.ImageError) as scanned:
             lct.decode_image(whole[:length])
-        for side in (None, 20):
-            with pytest.raises(lct.ImageError) as loaded:
-                lct.load_image(path, side)
-            assert str(loaded.value) == str(scanned.value)
+        with pytest.raises(lct.ImageError) as loaded:
+            lct.load_image(path)
+        assert str(loaded.value) == str(scanned.value)
