@@ -1878,7 +1878,7 @@ def make_runtime(config: Config) -> Runtime:
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    rounds_frozen = config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
+    rounds_frozen = config.freeze_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
     return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None).settle()
 
 
