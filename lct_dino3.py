@@ -7957,7 +7957,9 @@ class ExportedModel(nn.Module):
             table[label, :count] = np.arange(start, start + count)
         self.register_buffer("table", torch.from_numpy(table))
         self.register_buffer("vectors", torch.from_numpy(vectors))
-        self.register_buffer("kept", torch.from_numpy(np.minimum(counts, gallery.nearest_counts)))
+        kept = np.minimum(counts, gallery.nearest_counts)
+        self.most = int(kept.max())  # of the buffer itself, the exporter would not know it
+        self.register_buffer("kept", torch.from_numpy(kept))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3).
@@ -7973,9 +7975,8 @@ class ExportedModel(nn.Module):
 
     def _mean_of_nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
         cosine = F.pad(embeddings @ self.vectors.T, (0, 1), value=-2.0)[:, self.table]
-        most = int(self.kept.max())
-        nearest = cosine.topk(most, dim=2).values  # (N, C, k), the nearest first
-        counts = torch.arange(most, device=nearest.device) < self.kept[:, None]
+        nearest = cosine.topk(self.most, dim=2).values  # (N, C, k), the nearest first
+        counts = torch.arange(self.most, device=nearest.device) < self.kept[:, None]
         means = (nearest * counts).sum(dim=2) / self.kept.clamp(min=1)
         return torch.where(self.kept > 0, means, torch.full_like(means, -1.0))
 

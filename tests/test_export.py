@@ -72,6 +72,17 @@ def test_onnx_runs_on_onnxruntime_alone_with_any_batch(onnx_file: Path, trained:
         assert labels.shape == (batch,) and set(labels.tolist()) <= {-1, 0, 1, 2}
 
 
+def test_a_gallery_matched_by_nearest_references_is_exported_without_a_word(
+    trained: lct.TrainedRun, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]))
+    crops = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    run = lct.dataclasses.replace(trained, gallery=gallery)
+    assert lct.export_onnx(run, tmp_path / "model.onnx", crops) < lct.EXPORT_TOLERANCE
+    told = capfd.readouterr()
+    assert told.err == "" and told.out == "", "the exporter shows its graph when a size depends on the data"
+
+
 @pytest.mark.parametrize("side", [20, 90])
 def test_the_consumer_of_the_readme_gives_our_answers(
     onnx_file: Path, trained: lct.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
