@@ -812,9 +812,8 @@ if __name__ == "__main__":
     try:
         with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
             COMMAND_LINE = parse_command_line(sys.argv[1:])
-        if (
-            COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug and not IS_HELPER
-        ):  # demo draws its data first; --debug wants a traceback; what the first process names, others need not see
+        # demo draws its data first; --debug wants a traceback; what the first process names, others need not see.
+        if COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug and not IS_HELPER:
             check_paths(COMMAND_LINE)
     except UserError as _error:
         if not IS_HELPER:
@@ -4266,9 +4265,8 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
         hidden = self.hidden(features)
-        if (
-            self.training and len(hidden) == 1
-        ):  # the others of the batch may have become unreadable: no statistics in one
+        if self.training and len(hidden) == 1:
+            # The others of the batch may have become unreadable: no statistics in one.
             hidden = F.batch_norm(
                 hidden, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
             )

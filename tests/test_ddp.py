@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ FINE_TUNED = (*COMMON, *"--model_id test_vit --no-freeze_backbone --pool avg --e
 # Whatever is added before BatchNorm is taken out by it: these have no gradient but rounding errors, which AdamW makes steps of.
 ARBITRARY = ("backbone.model.fc_norm.bias", "head.hidden.bias", "head.norm.running_mean")
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("output"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

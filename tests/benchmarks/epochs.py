@@ -81,14 +81,7 @@ def list_augmentations(A: Any, gray: dict[str, int]) -> list[Any]:  # noqa: N803
         A.Affine(rotate=(-180, 180), p=0.2, **gray),
         A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
         A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
-        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-        A.MotionBlur(blur_limit=(3, 7), p=0.05),
-        A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout((1, 4), (0.05, 0.18), (0.05, 0.18), fill=114, p=0.12),
+        *lct._looks(A),
     ]
 
 

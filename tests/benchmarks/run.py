@@ -433,7 +433,7 @@ def matching_centroid(_: Settings) -> Case:
     return matching_case("centroid", lambda query, centroid, _: float(np.dot(query, centroid)))
 
 
-@row("matching 256 x 1,000, knn", 20.0)
+@row("matching 256 x 1,000, knn", 50.0)
 def matching_knn(_: Settings) -> Case:
     """Mean cosine of the five nearest of 20 references of each class."""
     return matching_case("knn", lambda query, _, stack: float(np.sort(stack @ query)[-5:].mean()))
