@@ -3720,15 +3720,15 @@ def _write_mask(target: Path, mask: np.ndarray) -> None:
         raise UserError(f"cannot be written: {error.strerror or error}", str(target), MASKS_OUT_REMEDY) from error
 
 
-def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int) -> None:
-    """Write a contact sheet as PNG: crop, mask and masked crop side by side, in the order given, of `total` crops in all."""
+def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int, order: str) -> None:
+    """Write a contact sheet as PNG: crop, mask and masked crop side by side, of `total` crops in all, in an order told in words."""
     columns = max(1, min(PREVIEW_COLUMNS, len(items)))
     refused = sum(bool(item.note) for item in items)
     # From crop to crop, in px: pictures, text, gap.
     across, down = 3 * PREVIEW_SIDE + 32, PREVIEW_SIDE + (64 if refused else 44)
     sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
     draw = ImageDraw.Draw(sheet)
-    title = f"{len(items):,} of {total:,} crops, the lowest scores first" + f"; {refused:,} refused" * bool(refused)
+    title = f"{len(items):,} of {total:,} crops, {order}" + f"; {refused:,} refused" * bool(refused)
     draw.text((24, 16), title, "black", load_font(20))
     draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, load_font(13))
     for index, item in enumerate(items):
@@ -3828,7 +3828,8 @@ def preview_masks(scan: Scan, config: Config) -> None:
             score = f"   {outcome.score:.2f}" if outcome else ""
             note = outcome.reason if outcome and mask is None else ""  # refused once, and drawn by hand since: no note
             items.append(MaskPreview(records.paths[row] + score, image, mask, note))
-    write_masks_preview(config.out_dir / "masks_preview.png", items, len(number))
+    order = "the lowest scores first" if chosen else "spread over the classes"
+    write_masks_preview(config.out_dir / "masks_preview.png", items, len(number), order)
 
 
 # ======================================================================================================================

@@ -600,7 +600,7 @@ def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
         lct.MaskPreview("hammer/0000.png  0.91", image, mask),
         lct.MaskPreview("b", image, None, "score 0.2 is low"),
     ]
-    lct.write_masks_preview(tmp_path / "preview.png", items, 7)
+    lct.write_masks_preview(tmp_path / "preview.png", items, 7, "by score")
     sheet = np.asarray(Image.open(tmp_path / "preview.png")).astype(int)
     middle = 72 + side // 2
     left, right = side // 4, side * 3 // 4
@@ -621,15 +621,15 @@ def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
 def test_the_preview_takes_any_name_and_size(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     image = np.zeros((*size, 3), np.uint8)
     for mask in (None, np.full(size, 255, np.uint8)):
-        lct.write_masks_preview(tmp_path / "preview.png", [lct.MaskPreview(name, image, mask, name)], 1)
+        lct.write_masks_preview(tmp_path / "preview.png", [lct.MaskPreview(name, image, mask, name)], 1, "by score")
         with Image.open(tmp_path / "preview.png") as sheet:
             assert sheet.width < 1000 and sheet.height < 400
 
 
 def test_an_empty_preview_and_a_long_one(tmp_path: Path) -> None:
-    lct.write_masks_preview(tmp_path / "preview.png", [], 0)
+    lct.write_masks_preview(tmp_path / "preview.png", [], 0, "by score")
     item = lct.MaskPreview("a", np.zeros((9, 9, 3), np.uint8), None)
-    lct.write_masks_preview(tmp_path / "long.png", [item] * 7, 7)
+    lct.write_masks_preview(tmp_path / "long.png", [item] * 7, 7, "by score")
     heights = [Image.open(tmp_path / name).height for name in ("preview.png", "long.png")]
     assert heights[1] - heights[0] > 3 * lct.PREVIEW_SIDE, "three rows"
 
