@@ -73,7 +73,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -256,8 +256,15 @@ TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
 LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
 
+COMMAND_LINE_ORIGIN, DEMO_ORIGIN, DERIVED_ORIGIN = "command line", "demo", "--models and --experiment_name"
+
+
 def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option: `low`, `high` inclusive bounds, `choices`, `flag`, `fixed` = must not change at resume."""
+    """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
+
+    `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
+    for one start only, not for one that repeats it.
+    """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
@@ -266,8 +273,20 @@ class Config:
     """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
 
     command: str = "train"
-    given: frozenset[str] = frozenset()  # names of the options that were typed; the others have their defaults
-    data_root: Path | None = _option(None, "folder with one folder of crops a class", "data", metavar="DIR")
+    origins: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # of the options that were given
+    config: Path | None = _option(
+        None,
+        "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
+        "data",
+        metavar="FILE",
+        alias="config_filename",
+        once=True,
+    )
+    data_root: Path | None = _option(
+        None, "folder with one folder of crops a class", "data", metavar="DIR", key="directories.images"
+    )
     out_dir: Path | None = _option(
         None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR"
     )
@@ -288,9 +307,17 @@ class Config:
         4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16
     )
 
-    val_split: float = _option(0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True)
+    val_split: float = _option(
+        0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part"
+    )
     test_split: float = _option(
-        0.1, "share of the images for the final test; 0 = no test", "split", low=0.0, high=0.9, fixed=True
+        0.1,
+        "share of the images for the final test; 0 = no test",
+        "split",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="dataset.test_part",
     )
     group_regex: str | None = _option(
         None,
@@ -340,8 +367,17 @@ class Config:
     )
     mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
 
-    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
-    pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
+    model_id: str = _option(
+        "vit_large_patch16_dinov3.lvd1689m",
+        "any timm model",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        key="model.backbone_name",
+    )
+    pretrained: bool = _option(
+        True, "start from the weights that timm names for the model", "model", fixed=True, key="model.pretrained"
+    )
     backbone_weights: Path | None = _option(
         None, "start from this .pth or .safetensors instead", "model", metavar="FILE"
     )
@@ -368,16 +404,34 @@ class Config:
         high=1.0,
         fixed=True,
     )
-    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True)
-    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True)
-    freeze_backbone: bool = _option(
-        True, "train only the head; --no-freeze_backbone fine-tunes everything", "model", fixed=True
+    img_size: int = _option(
+        224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
     )
-    arc_scale: float = _option(30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True)
-    arc_margin: float = _option(0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True)
+    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
+    freeze_backbone: bool = _option(
+        True,
+        "train only the head; --no-freeze_backbone fine-tunes everything",
+        "model",
+        fixed=True,
+        key="model.freeze_backbone",
+    )
+    arc_scale: float = _option(
+        30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
+    )
+    arc_margin: float = _option(
+        0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True, key="criterion.margin"
+    )
 
-    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000)
-    batch: int = _option(64, "images a step, over all GPUs together", "training", low=2, high=65_536, fixed=True)
+    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
+    batch: int = _option(
+        64,
+        "images a step, over all GPUs together",
+        "training",
+        low=2,
+        high=65_536,
+        fixed=True,
+        key="dataset.data_loaders.train_batch_size",
+    )
     lr: float = _option(
         1e-3,
         "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
@@ -385,6 +439,7 @@ class Config:
         low=1e-8,
         high=10.0,
         fixed=True,
+        key="optimizer.lr",
     )
     arc_lr: float | None = _option(
         None,
@@ -452,16 +507,29 @@ class Config:
     gpus: int | None = _option(
         None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64
     )
-    workers: int = _option(4, "processes that read images, capped at the cores there are", "machine", low=0, high=256)
+    workers: int = _option(
+        4,
+        "processes that read images, capped at the cores there are",
+        "machine",
+        low=0,
+        high=256,
+        key="dataset.data_loaders.workers",
+    )
     precision: str = _option(
         "auto",
         "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
         "machine",
         choices=("auto", "fp32", "bf16", "fp16"),
+        spelled={"32": "fp32", "16": "fp16"},
         fixed=True,
+        key="training.precision",
     )
     compile: bool = _option(
-        False, "compile the backbone with torch.compile: minutes first, faster then", "machine", fixed=True
+        False,
+        "compile the backbone with torch.compile: minutes first, faster then",
+        "machine",
+        fixed=True,
+        key="training.compile",
     )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
@@ -474,8 +542,23 @@ class Config:
         metavar="PATH",
         nargs="?",
         const="last",
+        once=True,
     )
-    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run")
+    experiment_name: str | None = _option(
+        None,
+        "name of the run: its folder below --models, and its ClearML task",
+        "run",
+        metavar="NAME",
+        key="experiment_name",
+    )
+    models: Path | None = _option(
+        None,
+        "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
+        "run",
+        metavar="DIR",
+        key="directories.models",
+    )
+    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
     save_every: int = _option(
         5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
     )
@@ -483,7 +566,7 @@ class Config:
         10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
     )
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
-    debug: bool = _option(False, "show tracebacks", "run")
+    debug: bool = _option(False, "show tracebacks", "run", once=True)
 
     run: Path | None = _option(
         None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR"
@@ -515,13 +598,21 @@ class Config:
     )
     clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
     clearml_task_name: str | None = _option(
-        None, "task in ClearML (default: the name of out_dir)", "tracking", metavar="NAME"
+        None, "task in ClearML (default: experiment_name, or the name of out_dir)", "tracking", metavar="NAME"
     )
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the options as JSON values: paths become strings, tuples lists."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
-        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        """Return the options as JSON values: paths become absolute strings, tuples lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origins"}
+        return {
+            k: str(v.absolute()) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in plain.items()
+        }
+
+    def place(self, name: str) -> str:
+        """Return where an option stands, for a message about it: its flag, or file and key."""
+        origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
+        return f"--{name}" if origin == COMMAND_LINE_ORIGIN else origin
 
 
 def option_fields() -> list[dataclasses.Field]:
@@ -534,7 +625,7 @@ def format_flags(config: Config) -> list[str]:
     words: list[str] = []
     for field in option_fields():
         value = getattr(config, field.name)
-        if value == field.default:
+        if value == field.default or field.name == "config":  # the words say what is in the file
             continue
         if field_kind(field) is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
@@ -546,7 +637,7 @@ def format_flags(config: Config) -> list[str]:
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
     name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
-    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool}[name]
+    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -556,6 +647,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=150)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = action.option_strings[:1]
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
@@ -565,9 +658,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose usage errors are a UserError."""
 
     def error(self, message: str) -> Any:
-        raise UserError(
-            message.replace("argument ", "", 1), "command line", f"python {SCRIPT_NAME} --help lists all options"
-        )
+        what = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # the first of its names is enough
+        raise UserError(what, "command line", f"python {SCRIPT_NAME} --help lists all options")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -587,8 +679,16 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_name)
         for field in option_fields():
             if field.metadata["group"] == group_name:
-                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **_argparse_settings(field))
+                group.add_argument(
+                    *_flags(field), dest=field.name, default=argparse.SUPPRESS, **_argparse_settings(field)
+                )
     return parser
+
+
+def _flags(field: dataclasses.Field) -> list[str]:
+    """Return the ways to write an option on the command line: its name, an old name, its key in a config file."""
+    names = (field.name, field.metadata.get("alias"), field.metadata.get("key"))
+    return [f"--{name}" for name in dict.fromkeys(names) if name]
 
 
 def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
@@ -602,13 +702,28 @@ def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
         return settings | {"action": argparse.BooleanOptionalAction}
     if "metavar" not in settings and "choices" not in settings:
         settings["metavar"] = "N" if kind is int else "X"
-    return settings | {"type": _parse_path if kind is Path else kind}
+    if "spelled" in meta:
+        return settings | {"type": lambda text: meta["spelled"].get(text, text)}
+    return settings | {"type": {Path: _parse_path, dict: _parse_entries}.get(kind, kind)}
 
 
 def _parse_path(text: str) -> Path:
     if not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
+
+
+def _parse_entries(text: str) -> list[dict[str, Any]]:
+    """Return the list of mappings that a flag gives as YAML (or JSON) text."""
+    import yaml
+
+    try:
+        entries = yaml.load(text, _make_yaml_loader())
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"is no YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
+    return entries
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:
@@ -619,17 +734,224 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     """
     parser = build_parser()
     values, unknown = parser.parse_known_args(argv)
-    if values.command == "demo":  # its settings stand before what the user types, which therefore wins
-        values, unknown = parser.parse_known_args([*DEMO_FLAGS, *argv])
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
     if values.command not in COMMANDS:
         raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
-    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
-    config = Config(**typed, given=frozenset(typed))
+    demo = vars(parser.parse_args(["demo", *DEMO_FLAGS])) if values.command == "demo" else {}
+    typed = vars(values)
+    file, places = read_config_file(typed["config"]) if "config" in typed else ({}, {})
+    origins = {**dict.fromkeys(demo, DEMO_ORIGIN), **places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
+    merged = {**demo, **file, **typed}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+    config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
     check_ranges(config)
     return config
+
+
+def _name_run(config: Config) -> Config:
+    """Return the options with the out_dir that --models and --experiment_name stand for, unless it was given.
+
+    Raises:
+        UserError: the name is no name of a folder.
+    """
+    name, root = config.experiment_name, config.models
+    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
+        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
+    if config.out_dir is not None or name is None or root is None:
+        return config
+    return dataclasses.replace(config, out_dir=root / name, origins={**config.origins, "out_dir": DERIVED_ORIGIN})
+
+
+# What stands for an option in a config file.
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    dict: "a list of entries such as {type: median_blur, p: 0.1}",
+}
+
+
+def option_keys() -> dict[str, dataclasses.Field]:
+    """Return the options by what they are called in a config file: by flag name, and by key among the sections."""
+    names = {field.name: field for field in option_fields()}
+    return names | {field.metadata["key"]: field for field in option_fields() if "key" in field.metadata}
+
+
+def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options in a config file by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only.
+
+    Raises:
+        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
+    """
+    tree = _parse_config_file(path)
+    is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
+    if is_record:
+        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        once = {field.name for field in option_fields() if field.metadata.get("once")}
+        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    if not isinstance(tree, dict | None):
+        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+    options: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for key, value in _walk_keys(path, tree or {}):
+        field = option_keys()[key]
+        if field.name in options:
+            what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
+            raise UserError(what, f"{path}: {key}", "leave one of them out")
+        if value not in (None, []):  # which stand for the default
+            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
+            places[field.name] = f"{path}: {key}"
+    return options, places
+
+
+def _parse_config_file(path: Path) -> Any:
+    if path.suffix.lower() not in (".yaml", ".yml", ".toml", ".json"):
+        raise UserError("is not named .yaml, .toml or .json", f"--config {path}", "rename it after what it is")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(str(what), f"--config {path}", "check the path") from error
+    parse = {".toml": _parse_toml, ".json": _parse_json}.get(path.suffix.lower(), _parse_yaml)
+    try:
+        return parse(text)
+    except RecursionError as error:
+        raise UserError("is nested too deeply", f"--config {path}", "see configs/") from error
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", f"--config {path}", "see configs/ for how one looks") from error
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _parse_json(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=refuse)
+
+
+def _unique_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} stands there twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _make_yaml_loader())
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+
+
+@functools.cache
+def _make_yaml_loader() -> type:
+    """Return a safe loader that reads 4e-4 as a number, a date as text, and refuses a key that stands there twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
+            first: [
+                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
+            ]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        loader.flatten_mapping(node)
+        try:
+            return _unique_pairs(
+                (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
+                for key, value in node.value
+            )
+        except (TypeError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+    Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    Loader.add_constructor(
+        "tag:yaml.org,2002:float",
+        lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+    number = r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return Loader
+
+
+def _walk_keys(path: Path, tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each option's key and value; sections are mappings below the first parts of keys."""
+    known = option_keys()
+    sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
+            yield from _walk_keys(path, value or {}, f"{key}.")
+        elif key in known and not known[key].metadata.get("once"):
+            yield key, value
+        elif key in sections:
+            inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
+            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+        else:
+            once = key in known
+            what = "belongs on the command line" if once else "is no known key"
+            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, known))
+
+
+def _name_key(key: str, known: Iterable[str]) -> str:
+    """Return a remedy that names known keys close to `key`, or that lie elsewhere and end like it."""
+    last = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    return f"did you mean {' or '.join(same[:3])}?" if same else did_you_mean(key, known)
+
+
+def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
+
+    Raises:
+        UserError: it has the wrong type, or is none of the choices.
+    """
+    if not field.type.startswith("tuple["):
+        return _convert_item(field, value, where, folder)
+    count = field.metadata.get("nargs")
+    values = value if isinstance(value, list) else [value] if count == "+" else []
+    if not values or (isinstance(count, int) and len(values) != count):
+        expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
+        raise UserError(f"{value!r} is not {expected}", where, "correct the value")
+    return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
+
+
+def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    kind, choices = field_kind(field), field.metadata.get("choices")
+    if kind is str and type(value) in (int, float):  # precision: 16, prototypes_per_class: 3
+        value = str(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not (str if kind is Path else kind):
+        raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
+    value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
+    if choices and value not in choices:
+        raise UserError(f"{value!r} is none of {', '.join(choices)}", where, did_you_mean(value, choices))
+    if kind is not Path:
+        return value
+    if not value:
+        raise UserError("is empty", where, "give a path, or leave the key out")
+    return folder / Path(value).expanduser()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -667,10 +989,10 @@ def check_ranges(config: Config) -> None:
         value, low, high = getattr(config, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", f"--{field.name}", "give a plain number")
+                raise UserError(f"{number} is not a finite number", config.place(field.name), "give a plain number")
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", f"--{field.name}", f"give a value {allowed}")
+                raise UserError(f"{number} is out of range", config.place(field.name), f"give a value {allowed}")
     for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
         for word in set(words) & COMMANDS.keys():
             raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
@@ -702,64 +1024,67 @@ def check_paths(config: Config) -> None:
             raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} {usage}")
     for field in option_fields():
         if field_kind(field) is Path:
-            _check_reachable(field.name, getattr(config, field.name))
+            _check_reachable(config, field.name)
     for name in ("class_map", "backbone_weights"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise UserError(
-                "is not a file" if path.exists() else "does not exist", f"--{name} {path}", "check the path"
+                "is not a file" if path.exists() else "does not exist", f"{config.place(name)} {path}", "check the path"
             )
     if config.command == "prelabel":
         _check_prelabel_paths(config)
     if config.command in ("evaluate", "prototypes", "export"):
         _check_gallery_paths(config)
     if config.unknown_dir is not None:
-        _check_folder("unknown_dir", config.unknown_dir, "give a folder of images of no class")
+        _check_folder(config, "unknown_dir", "give a folder of images of no class")
     if config.command in NEEDED_FLAGS:
         return
-    _check_folder("data_root", config.data_root, DATA_TREE)
+    _check_folder(config, "data_root", DATA_TREE)
     _check_out_dir(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
 
 
-def _check_folder(name: str, path: Path, remedy: str) -> None:
+def _check_folder(config: Config, name: str, remedy: str) -> None:
+    path = getattr(config, name)
     if not path.is_dir():
-        raise UserError("is a file, not a folder" if path.exists() else "does not exist", f"--{name} {path}", remedy)
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(what, f"{config.place(name)} {path}", remedy)
 
 
 def _check_gallery_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
+    _check_folder(config, "run", "give the out_dir of a finished run")
     for name in ("data_root", "add"):
         if getattr(config, name) is not None:
-            _check_folder(name, getattr(config, name), DATA_TREE)
+            _check_folder(config, name, DATA_TREE)
     if sum((config.list, config.add is not None, config.remove is not None)) > 1:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
 def _check_prelabel_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
-    _check_folder("images", config.images, "give the folder that the detections' file names start from")
+    _check_folder(config, "run", "give the out_dir of a finished run")
+    _check_folder(config, "images", "give the folder that the detections' file names start from")
     if config.detections is not None and not config.detections.exists():
-        raise UserError("does not exist", f"--detections {config.detections}", "check the path")
+        raise UserError("does not exist", f"{config.place('detections')} {config.detections}", "check the path")
     out, images = config.out.resolve(), config.images.resolve()
     if out == images or images in out.parents:
         what = "lies inside --images, where it would be taken for images"
-        raise UserError(what, f"--out {config.out}", "choose a folder outside the images")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a folder outside the images")
     if out.exists() and not out.is_dir():
-        raise UserError("is a file, not a folder", f"--out {config.out}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out')} {config.out}", "choose another path")
     visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
-        raise UserError(what, f"--out {config.out}", "choose a new folder")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a new folder")
 
 
-def _check_reachable(name: str, path: Path | None) -> None:
+def _check_reachable(config: Config, name: str) -> None:
+    path = getattr(config, name)
     try:
         if path is not None:
             path.exists()
     except OSError as error:  # no permission on a parent, a name that is too long
-        raise UserError(str(error.strerror), f"--{name} {path}", "check the path") from error
+        raise UserError(str(error.strerror), f"{config.place(name)} {path}", "check the path") from error
 
 
 def _check_out_dir(config: Config) -> None:
@@ -767,27 +1092,29 @@ def _check_out_dir(config: Config) -> None:
     if out_dir == data_root or data_root in out_dir.parents:
         raise UserError(
             "lies inside data_root, where it would be taken for a class",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder outside the data",
         )
     if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
         what = "is the current folder, which --overwrite would move aside"
-        raise UserError(what, f"--out_dir {config.out_dir}", "start from another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "start from another folder")
     if out_dir in data_root.parents:
         what = "holds data_root, which --overwrite would move aside with it"
-        raise UserError(what, f"--out_dir {config.out_dir}", "choose another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "choose another folder")
     if out_dir.exists() and not out_dir.is_dir():
-        raise UserError("is a file, not a folder", f"--out_dir {config.out_dir}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out_dir')} {config.out_dir}", "choose another path")
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"{existing} is not a folder that can be written to",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder of your own",
         )
     if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
         raise UserError(
-            "is neither empty nor a run of this script", f"--out_dir {config.out_dir}", "choose a new folder"
+            "is neither empty nor a run of this script",
+            f"{config.place('out_dir')} {config.out_dir}",
+            "choose a new folder",
         )
 
 
@@ -1300,7 +1627,7 @@ class Tracker:
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
         self._warn, self._folder = warn, (config.out_dir / "clearml").resolve()
         options = {key: str(value) for key, value in config.as_plain().items()}
-        task = config.clearml_task_name or config.out_dir.resolve().name
+        task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
         self._messages: list[dict[str, Any]] = [
             {"do": "start", "project": config.clearml_project, "task": task, "options": options, "offline": False}
         ]
@@ -10746,7 +11073,7 @@ def choose_options(own: Config, typed: Config) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
-    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.given})
+    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
 
 
 def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path | None:
@@ -10959,6 +11286,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
     return {
         "options": job.config.as_plain(),
+        "origins": {field.name: job.config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
         "optimizer": {
             "type": "AdamW",
