@@ -19,7 +19,7 @@ Sections:
     07  AUGMENTATION
     08  LOADERS
     09  MODEL
-    10  ARCFACE
+    10  CRITERION
     11  OPTIMIZER & SCHEDULE
     12  METRICS
     13  TRAIN STATE & CHECKPOINTS
@@ -102,9 +102,9 @@ CUTOUTS_DIRNAME = "cutouts"
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 HEAD_WIDTH = 512  # hidden units of the embedding head
-GRAD_CLIP_NORM = 5.0
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
+LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 MATCHER_NAMES = {
@@ -415,14 +415,52 @@ class Config:
         fixed=True,
         key="model.freeze_backbone",
     )
+    criterion: str = _option(
+        "arcface",
+        "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
+        key="criterion.type",
+    )
+    sub_centers: int = _option(
+        3, "directions a class of subcenter_arcface", "model", low=1, high=100, fixed=True, key="criterion.sub_centers"
+    )
+    focal_gamma: float = _option(
+        2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma"
+    )
+    label_smoothing: float = _option(
+        0.0,
+        "share of the target spread over all classes",
+        "model",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="criterion.label_smoothing",
+    )
     arc_scale: float = _option(
-        30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
+        30.0, "scale of the cosines: the logits' range", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
     )
     arc_margin: float = _option(
-        0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True, key="criterion.margin"
+        0.30,
+        "margin: radians for ArcFace, cosine for CosFace",
+        "model",
+        low=0.0,
+        high=1.5,
+        fixed=True,
+        key="criterion.margin",
     )
 
     epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
+    val_batch: int | None = _option(
+        None,
+        "images a pass where nothing is trained (default: batch)",
+        "training",
+        low=1,
+        high=65_536,
+        key="dataset.data_loaders.val_batch_size",
+    )
     batch: int = _option(
         64,
         "images a step, over all GPUs together",
@@ -443,11 +481,113 @@ class Config:
     )
     arc_lr: float | None = _option(
         None,
-        "peak learning rate of the ArcFace class weights (default: 10 lr)",
+        "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
         "training",
         low=1e-8,
         high=100.0,
         fixed=True,
+    )
+    optimizer: str = _option(
+        "adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type"
+    )
+    betas: tuple[float, ...] = _option(
+        (),
+        "decay of the optimizer's two running means (default: its own)",
+        "optimizer",
+        nargs=2,
+        metavar=("B1", "B2"),
+        low=0.0,
+        high=0.9999999,
+        fixed=True,
+        key="optimizer.betas",
+    )
+    eps: float | None = _option(
+        None,
+        "what the optimizer adds to a denominator (default: its own)",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="optimizer.eps",
+    )
+    max_grad_norm: float = _option(
+        5.0,
+        "norm that gradients are clipped to; 0 = not clipped",
+        "optimizer",
+        low=0.0,
+        high=1e9,
+        fixed=True,
+        key="training.max_grad_norm",
+    )
+    accumulate_grad_batches: int = _option(
+        1,
+        "batches a step: exactly as one batch of all their images",
+        "optimizer",
+        low=1,
+        high=100_000,
+        fixed=True,
+        key="training.accumulate_grad_batches",
+    )
+    ema_decay: float = _option(
+        0.0,
+        "judge and keep a running mean of the weights with this decay; 0 = the weights",
+        "optimizer",
+        low=0.0,
+        high=0.999999,
+        fixed=True,
+        key="training.ema_decay",
+    )
+    scheduler: str = _option(
+        "cosine",
+        "learning rate over the steps: warm-up and half a cosine, or one cycle",
+        "optimizer",
+        fixed=True,
+        choices=("cosine", "onecycle"),
+        key="scheduler.type",
+    )
+    warmup_epochs: float | None = _option(
+        None,
+        "cosine: epochs of linear warm-up (default: 5 % of the steps)",
+        "optimizer",
+        low=0.0,
+        high=100_000,
+        fixed=True,
+        key="scheduler.warmup_epochs",
+    )
+    pct_start: float = _option(
+        0.3,
+        "onecycle: share of the steps with a rising learning rate",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="scheduler.pct_start",
+    )
+    div_factor: float = _option(
+        25.0,
+        "onecycle: peak over first learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e9,
+        fixed=True,
+        key="scheduler.div_factor",
+    )
+    final_div_factor: float = _option(
+        1e4,
+        "onecycle: first over last learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e12,
+        fixed=True,
+        key="scheduler.final_div_factor",
+    )
+    anneal_strategy: str = _option(
+        "cos",
+        "onecycle: how it rises and falls",
+        "optimizer",
+        fixed=True,
+        choices=("cos", "linear"),
+        key="scheduler.anneal_strategy",
     )
     balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = _option(
@@ -468,6 +608,14 @@ class Config:
         metavar="NAME",
         fixed=True,
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
+    )
+    patience: int = _option(
+        0,
+        "stop after so many epochs without a better best_metric; 0 = never",
+        "training",
+        low=0,
+        high=100_000,
+        key="training.patience",
     )
     target_precision: float = _option(
         0.95,
@@ -561,6 +709,15 @@ class Config:
     overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
     save_every: int = _option(
         5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
+    )
+    save_checkpoints: bool = _option(
+        True,
+        "keep checkpoints on the way; off = only what resuming and export need",
+        "run",
+        key="training.save_checkpoints",
+    )
+    save_metrics: bool = _option(
+        True, "record the figures of each class for each epoch; off = totals only", "run", key="training.save_metrics"
     )
     save_minutes: float = _option(
         10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
@@ -1664,7 +1821,7 @@ class Tracker:
         if record["event"] == "epoch_end":
             self._send(do="scalars", values=_epoch_scalars(record), iteration=record["epoch"])
         if record["event"] == "test_end":
-            ways = ("arcface", "prototypes")
+            ways = ("classifier", "prototypes")
             figures = [(f"test {way} {key}", value) for way in ways for key, value in record[way].items()]
             self._send(do="figures", values=[figure for figure in figures if figure[1] is not None])
 
@@ -1888,6 +2045,7 @@ class Team:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
         self._sums: list[Any] = []  # gradients on their way
+        self._holds = False  # gradients are not sent yet
 
     @property
     def leads(self) -> bool:
@@ -2034,8 +2192,18 @@ class Team:
                 part.forward = functools.partial(_normalise_together, part)
 
     def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
-        with _peers():
-            self._sums.append(send(parameter.grad, async_op=True))
+        if not self._holds:
+            with _peers():
+                self._sums.append(send(parameter.grad, async_op=True))
+
+    @contextlib.contextmanager
+    def holding(self, holds: bool) -> Iterator[None]:
+        """Keep gradients to this process for a while, as there is more to add to them."""
+        self._holds = holds
+        try:
+            yield
+        finally:
+            self._holds = False
 
     def finish_gradients(self) -> None:
         """Wait until the gradients of this step are those of all processes; on a GPU its stream waits, and not Python."""
@@ -4803,11 +4971,14 @@ def hash_weights(module: nn.Module) -> str:
 
 
 # ======================================================================================================================
-# 10  ARCFACE
+# 10  CRITERION
 # ======================================================================================================================
-# Additive angular margin, in float32. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3. Touches nothing.
+# What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class."""
+    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+
+    Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
+    """
 
     def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
         super().__init__()
@@ -4818,10 +4989,85 @@ class ArcFace(nn.Module):
         """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
         return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
 
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.cosine(embeddings)
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C) with that of the true class made smaller."""
+        return add_angular_margin(cosine, labels, self.margin)
+
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C). Evaluation uses scale * cosine and never the margin."""
+        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
         cosine = self.cosine(embeddings)
-        return self.scale * add_angular_margin(cosine, labels, self.margin), cosine
+        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+
+
+class CosFace(ArcFace):
+    """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C), that of the true class less the margin."""
+        return cosine.scatter_add(
+            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
+        )
+
+
+class SubCenterArcFace(ArcFace):
+    """Several directions a class, of which the nearest counts: wrong labels and other looks of a class get one of their own.
+
+    Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
+    """
+
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+        self.sub_centers = sub_centers
+
+    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
+        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+
+    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D)."""
+        return self.linear(self.scale * embeddings)
+
+    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
+        logits = self.plain_logits(embeddings)
+        return logits, logits
+
+
+def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+    """Return what --criterion names, random from torch's generator."""
+    sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    if config.criterion in LINEAR_CRITERIA:
+        return LinearClassifier(*sizes, scale)
+    if config.criterion == "subcenter_arcface":
+        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return the mean loss () of logits (B, C): cross-entropy, or the focal loss.
+
+    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    """
+    smoothing = config.label_smoothing
+    if config.criterion != "focal":
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (
+        (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    ).mean()  # the power's slope is finite
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -4846,19 +5092,19 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and ArcFace. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
+    """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, arcface: ArcFace) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
         super().__init__()
-        self.backbone, self.head, self.arcface = backbone, head, arcface
+        self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
         return F.normalize(self.head(features))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C), of features (B, feature_dim) of the backbone."""
-        return self.arcface(self.embed(features), labels)
+        """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
+        return self.criterion(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without a frozen backbone, which its identity stands for."""
@@ -4879,11 +5125,7 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(
-        backbone,
-        Head(info.feature_dim, config.emb_dim),
-        ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale),
-    )
+    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
     if config.freeze_backbone:
         model.backbone.freeze()
     return model
@@ -4892,10 +5134,12 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 # ======================================================================================================================
 # 11  OPTIMIZER & SCHEDULE
 # ======================================================================================================================
-# Parameter groups, and the learning rate as a function of the step: nothing to save, nothing to drift.
+# Parameter groups; the learning rate as a function of the step: nothing to save, nothing to drift; the running mean of weights.
 def arc_learning_rate(config: Config) -> float:
-    """Return the peak lr of the class directions: unit vectors, which move little by little with the lr of a layer."""
-    return config.arc_lr if config.arc_lr is not None else 10 * config.lr
+    """Return the peak lr of the class vectors: as directions they move little by little with the lr of a layer."""
+    if config.arc_lr is not None:
+        return config.arc_lr
+    return config.lr if config.criterion in LINEAR_CRITERIA else 10 * config.lr
 
 
 def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
@@ -4903,7 +5147,7 @@ def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
     groups = [
         {"params": list(model.head.parameters()), "peak_lr": config.lr, "weight_decay": HEAD_WEIGHT_DECAY},
         {
-            "params": list(model.arcface.parameters()),
+            "params": list(model.criterion.parameters()),
             "peak_lr": arc_learning_rate(config),
             "weight_decay": HEAD_WEIGHT_DECAY,
         },
@@ -4916,15 +5160,103 @@ def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
                 "weight_decay": BACKBONE_WEIGHT_DECAY,
             }
         )
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return make_optimizer(groups, config)
 
 
-def lr_factor(step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up over the first 5 %, then a half cosine to 0."""
-    warmup_steps = max(1, total_steps // 20)
+def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that --optimizer names over parameter groups."""
+    given = {name: value for name, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **given)
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **given)
+
+
+def check_optimizer(config: Config) -> None:
+    """Check the name of --optimizer, and that it has the settings that are given for it.
+
+    Raises:
+        UserError: timm has no such optimizer, it needs more than a gradient a step, or it has no betas or eps.
+    """
+    if config.optimizer == "adamw":
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    known, where = list_optimizers(), f"{config.place('optimizer')} {config.optimizer}"
+    if config.optimizer not in known:
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known))
+    if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
+        raise UserError("needs another training loop", where, "choose another, such as adamw")
+    given = {"betas": config.betas or None, "eps": config.eps}
+    try:
+        group = make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
+    except TypeError:
+        group = {}
+    for name, value in given.items():  # timm drops in silence what an optimizer has not
+        if value is not None and group.get(name) != value:
+            raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
+
+
+def lr_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0, or one cycle."""
+    if config.scheduler == "onecycle":
+        return _onecycle_factor(config, step, total_steps)
+    share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+    warmup_steps = max(1, int(total_steps * share + 1e-9))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def _onecycle_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return what torch's OneCycleLR gives, over its max_lr: from 1 / div_factor up to 1, and down to that / final_div_factor."""
+    first, last_step = 1 / config.div_factor, total_steps - 1
+    peak_step = config.pct_start * total_steps - 1
+    if step <= peak_step:
+        start, end, share = first, 1.0, step / peak_step if peak_step else 1.0
+    else:
+        peak_step = max(peak_step, 0.0)
+        share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
+        start, end = 1.0, first / config.final_div_factor
+    if config.anneal_strategy == "linear":
+        return start + (end - start) * share
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+class WeightAverage:
+    """Running mean of what is trained (EMA), float tensors only; the rest, counters, is as it is."""
+
+    def __init__(self, model: Recognizer, decay: float) -> None:
+        self._live, self._decay = model.trained_state(), decay  # views of the model's own tensors
+        self.values = {key: value.clone() for key, value in self._live.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1; early steps count for more, as there is nothing to average yet."""
+        floats = [key for key, value in self._live.items() if value.is_floating_point()]
+        decay = min(self._decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+        torch._foreach_lerp_([self.values[key] for key in floats], [self._live[key] for key in floats], 1 - decay)
+        for key in self._live.keys() - set(floats):
+            self.values[key].copy_(self._live[key])
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Have the model be its mean for a while."""
+        kept = {key: value.clone() for key, value in self._live.items()}
+        self._show(self.values)
+        try:
+            yield
+        finally:
+            self._show(kept)
+
+    def _show(self, values: dict[str, torch.Tensor]) -> None:
+        for key, live in self._live.items():
+            live.copy_(values[key])
+
+    def restore(self, values: dict[str, torch.Tensor]) -> None:
+        """Take up the values of a checkpoint."""
+        for key, value in self.values.items():
+            value.copy_(values[key])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -5221,25 +5553,25 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 class Tally:
     """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
 
-    Of more than MAX_SCORE_ENTRIES cosines only the answers are kept, on the device already: 1.2 million images of 1,000 classes
+    Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
     """
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.scores: list[torch.Tensor] = []  # on the CPU; cosines float32 (b, C), or answers int64 (b,)
+        self.scores: list[torch.Tensor] = []  # on the CPU; logits float32 (b, C), or answers int64 (b,)
         self.labels: list[torch.Tensor] = []  # int64 (b,)
         self.sizes: list[int] = []  # images of each step
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
-        self.num_cosines = 0
+        self.num_scores = 0
 
-    def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
-        self.pending.append((loss, cosine))
+        self.pending.append((loss, logits))
         self.labels.append(labels)
         self.sizes.append(len(labels))
-        self.num_cosines += cosine.numel()
-        if self.num_cosines > MAX_SCORE_ENTRIES:
+        self.num_scores += logits.numel()
+        if self.num_scores > MAX_SCORE_ENTRIES:
             self.scores = [to_answers(scores) for scores in self.scores]
             self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
@@ -5256,14 +5588,14 @@ class Tally:
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and cosines (N, C) or answers (N,); {} before the first settled step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first settled step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
         return {
             "losses": torch.cat(self.losses),
             "sizes": torch.tensor(self.sizes),
-            "cosines" if scores.ndim == 2 else "answers": scores,
+            "logits" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
 
@@ -5271,10 +5603,10 @@ class Tally:
         """Take up what `totals` gave."""
         self.__init__()
         if totals:
-            scores = totals["cosines"] if "cosines" in totals else totals["answers"]
+            scores = totals["logits"] if "logits" in totals else totals["answers"]
             self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
             self.sizes = totals["sizes"].tolist()
-            self.num_cosines = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
+            self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
 def to_answers(scores: torch.Tensor) -> torch.Tensor:
@@ -5289,6 +5621,7 @@ class TrainState:
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None  # of the weights, with --ema_decay
     epoch: int = 0  # finished epochs: trained, evaluated, recorded
     batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
     step: int = 0  # optimizer steps
@@ -5301,6 +5634,16 @@ class TrainState:
     def finish_epoch(self) -> None:
         """Move on to the start of the next epoch."""
         self.epoch, self.batches, self.seconds, self.tally = self.epoch + 1, 0, 0.0, Tally()
+
+    def judged(self) -> contextlib.AbstractContextManager:
+        """Have the model be what is judged and kept for a while: with --ema_decay the running mean of its weights."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
+
+
+def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
+    """Return the state of a model that has not been trained yet."""
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    return TrainState(model, build_optimizer(model, config), runtime.make_scaler(), average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -5348,6 +5691,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
         "model": state.model.trained_state(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
     }
 
@@ -5396,12 +5740,19 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
+    if state.average:
+        state.average.restore(payload["average"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
     state.tally.restore(payload.get("tally", {}))
     if state.model.backbone.frozen and "backbone_dtype" in payload:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that were judged: the running mean, if there is one."""
+    return payload.get("average", payload["model"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -6122,7 +6473,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     backbone, info = build_backbone(_find_weights(config, path, backbone_weights), show)
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
-    model.load_trained_state(payload["model"])
+    model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
     return TrainedRun(path, config, info, model.eval(), runtime)
 
@@ -6528,7 +6879,7 @@ class FeatureBank:
         Raises:
             UserError: not one of them can be read.
         """
-        job, batches = self._job, cut_batches(keys, self._job.config.batch)
+        job, batches = self._job, cut_batches(keys, self._job.config.val_batch or self._job.config.batch)
         rows, views, values = [], [], []
         parts = extract_batches(job, self._backbone, self._dataset, batches)
         for failures, part in progress(parts, len(batches), f"embedding {name}"):
@@ -6760,6 +7111,8 @@ class TrainFeed:
             UserError: workers are killed again and again.
         """
         TEAM.call("train_epoch", state.epoch, state.batches)
+        if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
+            TEAM.copy_weights(state.model.backbone)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         for restarts in itertools.count():
             if self._loader is None:
@@ -6860,11 +7213,16 @@ class SaveClock:
         SIGNALS.wants_save = False
 
 
+def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
+    """Say whether nothing is left to train after `epoch` epochs: all are done, or --patience is at its end."""
+    return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
+
+
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     feed = CachedFeed(job, state.model, bank) if job.config.cache_views else TrainFeed(job, state)
     clock = SaveClock(job.config.save_minutes)
-    while state.epoch < job.config.epochs:
+    while not has_ended(job.config, state.epoch, state.best):
         started = time.monotonic() - state.seconds
         try:
             pace = train_epoch(job, state, feed, clock)
@@ -6873,7 +7231,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
                 save_state(job, state)
             raise
         train, train_per_class = score_training(job, state)
-        val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
+        with state.judged():
+            val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
         record = {
             "epoch": state.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -6887,7 +7246,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
             job.run.log(format_epoch(record, job.config))
-            job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
+            per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class}
+            job.run.event("epoch_end", **record, **(per_class if job.config.save_metrics else {}))
             state.finish_epoch()
             save_epoch(job, state, update_best(job, state, val))
             clock.restart()
@@ -6896,14 +7256,12 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered. Return the pace."""
     network, pace = feed.network(state.model.train()), Pace()
-    total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
-    for batch in pace.watch(feed.batches(state)):
-        job.note_failures(batch.failures)
+    started = time.monotonic() - state.seconds
+    for batches in group_batches(pace.watch(feed.batches(state)), job.config):
+        for batch in batches:
+            job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
-            if len(batch.labels):
-                prepare_step(job, state, total_steps)
-                state.tally.add(*train_step(job.runtime, network, state, batch), batch.labels)
-            state.batches += 1
+            take_step(job, network, state, batches, len(feed))
             state.seconds = time.monotonic() - started
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(state, job.run.path)
@@ -6918,10 +7276,24 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock
     return pace.figures()
 
 
-def prepare_step(job: Job, state: TrainState, total_steps: int) -> None:
-    """Set what a step is a function of besides weights and batch: learning rates and torch's generators."""
-    set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
-    seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
+def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Batch]]:
+    """Yield the batches of one optimizer step after the other; the last step of an epoch may have fewer."""
+    while group := list(itertools.islice(batches, config.accumulate_grad_batches)):
+        yield group
+
+
+def take_step(job: Job, network: nn.Module, state: TrainState, batches: list[Batch], num_batches: int) -> None:
+    """Do the optimizer step of some batches, of `num_batches` in an epoch; without a readable image there is none."""
+    readable = [batch for batch in batches if len(batch.labels)]
+    if readable:
+        config = job.config
+        total_steps = -(-num_batches // config.accumulate_grad_batches) * config.epochs
+        set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
+        loss, logits = train_step(config, job.runtime, network, state, readable)
+        state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
+        if state.average:
+            state.average.update(state.step)
+    state.batches += len(batches)
 
 
 def save_state(job: Job, state: TrainState) -> None:
@@ -6938,32 +7310,82 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    has_cosines = "cosines" in totals
-    scores = log_softmax(job.config.arc_scale * totals["cosines"].numpy()) if has_cosines else totals["answers"].numpy()
+    scores = log_softmax(totals["logits"].numpy()) if "logits" in totals else totals["answers"].numpy()
     figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
     return {"loss": mean_loss, **figures}, per_class
 
 
 def train_step(
-    runtime: Runtime, network: nn.Module, state: TrainState, batch: Batch
+    config: Config, runtime: Runtime, network: nn.Module, state: TrainState, batches: list[Batch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return its loss () and the cosines (B, C), both still on the device.
+    """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    In a team, `batch` has a part of the images; features, loss and cosines are those of the whole batch.
+    In a team, a batch has a part of the images; features, loss and logits are those of all images of all batches together.
     """
-    images = batch.images.to(runtime.device, non_blocking=True)
-    labels = batch.labels.to(runtime.device, non_blocking=True)
-    logits, cosine = state.model(TEAM.gather(network(images), batch.sizes), labels)
-    loss = F.cross_entropy(logits, labels)
+    labels = torch.cat([batch.labels for batch in batches]).to(runtime.device, non_blocking=True)
+
+    def embed_part(
+        index: int,
+    ) -> torch.Tensor:  # the same when asked again: dropout is a function of seed, step and index
+        seed_torch(config.seed, 5, state.step, *([index] if index else []))
+        images = batches[index].images.to(runtime.device, non_blocking=True)
+        return TEAM.gather(network(images), batches[index].sizes)
+
+    logits, plain = state.model(join_parts(embed_part, len(batches), state.model.backbone), labels)
+    loss = classification_loss(logits, labels, config)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), GRAD_CLIP_NORM)
+    if config.max_grad_norm:
+        trained = (p for p in state.model.parameters() if p.requires_grad)
+        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    return loss.detach(), cosine.detach()
+    return loss.detach(), plain.detach()
+
+
+def join_parts(embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone) -> torch.Tensor:
+    """Return the features of several batches as those of one, at the memory of one.
+
+    A backbone that is trained sees each batch twice: for the features that head, BatchNorm and loss need all of, and again for its
+    gradients, as in Gao et al., "Scaling deep contrastive learning batch size", arXiv:2101.06983.
+    """
+    if count == 1:
+        return embed_part(0)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        return torch.cat([embed_part(index) for index in range(count)])
+    return _Recomputed.apply(torch.zeros((), requires_grad=True), embed_part, count, backbone)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Features of several batches, made again one batch after the other when their gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: torch.Tensor, embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone
+    ) -> torch.Tensor:
+        """Return the features of all batches, leaving the running statistics of BatchNorm for the second look."""
+        norms = [part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        tracking = [norm for norm in norms if norm.track_running_stats and norm.training]
+        for norm in tracking:
+            norm.track_running_stats = False
+        try:
+            parts = [embed_part(index) for index in range(count)]
+        finally:
+            for norm in tracking:
+                norm.track_running_stats = True
+        ctx.embed_part, ctx.sizes = embed_part, [len(part) for part in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
+        """Add the gradients of the backbone's weights; other processes hear of their sum."""
+        for index, own in enumerate(gradient.split(ctx.sizes)):
+            with torch.enable_grad(), TEAM.holding(index + 1 < len(ctx.sizes)):
+                torch.autograd.backward(ctx.embed_part(index), own)
+        return None, None, None, None
 
 
 def check_finite(state: TrainState, folder: Path) -> None:
@@ -6978,7 +7400,7 @@ def check_finite(state: TrainState, folder: Path) -> None:
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
-    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1.
+    """Score val by the classifier that is trained, and by matching with the training images: proto_acc and recall_at_1.
 
     Returns:
         Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
@@ -6987,7 +7409,7 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
 
     def score(queries: Embedded) -> tuple[dict, dict]:
-        figures, per_class = score_arcface(job, model, queries)
+        figures, per_class = score_classifier(job, model, queries)
         return figures | score_matching(references, queries, len(job.records.class_names)), per_class
 
     has_mask = job.records.has_mask[val.rows]
@@ -6996,13 +7418,17 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     return *score(val), by_view
 
 
-def score_arcface(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
+def score_classifier(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
     """Return loss and figures of the classifier that training used, without margin."""
-    with torch.inference_mode():
-        cosine = model.arcface.cosine(torch.from_numpy(queries.values).to(job.runtime.device)).cpu().numpy()
-    log_probabilities = log_softmax(job.config.arc_scale * cosine)
+    log_probabilities = log_softmax(classifier_logits(job, model, queries.values))
     figures, per_class = compute_metrics(log_probabilities, queries.labels, job.records.class_names)
     return {"loss": cross_entropy(log_probabilities, queries.labels), **figures}, per_class
+
+
+def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np.ndarray:
+    """Return the logits without margin float32 (n, C) of unit embeddings (n, emb_dim)."""
+    with torch.inference_mode():
+        return model.criterion.plain_logits(torch.from_numpy(embeddings).to(job.runtime.device)).cpu().numpy()
 
 
 def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
@@ -7041,7 +7467,7 @@ def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
     """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
     if is_best:
         save_checkpoint(job.run.path / BEST_NAME, state, job.identity)
-    if job.config.save_every and state.epoch % job.config.save_every == 0:
+    if job.config.save_checkpoints and job.config.save_every and state.epoch % job.config.save_every == 0:
         save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
@@ -8458,7 +8884,7 @@ class _Figures:
     views: dict[str, Any] | None  # test_views event
     measured: dict[str, Any] | None  # measured event
     scored: str  # the split that the page leads with: test, else val
-    scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
+    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # of that split, by class name
 
 
@@ -8535,10 +8961,10 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
     best, test = last.get("best_update"), last.get("test_end")
     if test:
-        scores, per_class = {**test["prototypes"], "arcface_acc": test["arcface"]["acc"]}, test["per_class"]
+        scores, per_class = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}, test["per_class"]
     else:
         epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
-        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "arcface_acc": epoch["val"].get("acc")}
+        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
         per_class = epoch["val_per_class"]
     return _Figures(
         epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
@@ -8638,7 +9064,7 @@ def _header_view(report: ReportInput, figures: _Figures) -> dict[str, Any]:
 def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]:
     """Return the key figures as (label, value, note)."""
     split, best = figures.scored, figures.best
-    by = "prototypes" if split == "test" else "ArcFace"
+    by = "prototypes" if split == "test" else "the classifier"
     best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
     in_split, in_class = {name: int(report.count_images(name).sum()) for name in SPLIT_NAMES}, report.count_images()
     scores = (
@@ -8646,7 +9072,7 @@ def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]
         ("Macro F1", "f1_macro", f"{by}, {split}"),
         ("Macro ROC AUC", "auc_macro", f"{by}, {split}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {split}"),
-        ("ArcFace accuracy", "arcface_acc", f"classifier, {split}"),
+        ("Classifier accuracy", "classifier_acc", f"trained one, {split}"),
     )
     return [
         *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
@@ -8660,7 +9086,7 @@ def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
     """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
     frozen = figures.baseline.get(figures.scored, {})
     bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
-    bars += [("trained, ArcFace", figures.scores.get("arcface_acc"), "trained")]
+    bars += [("trained, classifier", figures.scores.get("classifier_acc"), "trained")]
     bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
     return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
 
@@ -9352,7 +9778,7 @@ _REPORT_HTML = """
 
 <section id="curves"><h2>Curves</h2>
   <ul class="keys"><li><i style="--k: var(--train)"></i>train</li>
-    <li><i style="--k: var(--val)"></i>val, ArcFace</li>
+    <li><i style="--k: var(--val)"></i>val, classifier</li>
     <li><i style="--k: var(--proto)"></i>val, prototypes</li>
     {% if curves.baseline %}
     <li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline }}</li>
@@ -9397,7 +9823,7 @@ _REPORT_HTML = """
     {% if figures.test %}
     Scores of the test split, by prototype matching.
     {% else %}
-    No test split: scores of the validation split at the best epoch, by the ArcFace classifier.
+    No test split: scores of the validation split at the best epoch, by the classifier.
     {% endif %}
     An answer whose similarity is below the threshold of its class should be read as unknown. Click a heading to sort.</p>
   <div class="scroll"><table class="classes">
@@ -11168,6 +11594,7 @@ def run_train(config: Config) -> None:
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
+    check_optimizer(config)
     if config.auto_generate_masks:
         check_sam2(config)
     scan = scan_dataset(config)
@@ -11253,7 +11680,11 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
 def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
     """Say whether nothing is left to do: all epochs are trained, and the last thing recorded is a completed run."""
     events = read_events(config.out_dir)
-    return checkpoint["epoch"] >= config.epochs and bool(events) and events[-1].get("status") == "completed"
+    return (
+        has_ended(config, checkpoint["epoch"], checkpoint["best"])
+        and bool(events)
+        and events[-1].get("status") == "completed"
+    )
 
 
 def open_run(job: Job, plan: Plan) -> None:
@@ -11289,13 +11720,12 @@ def describe_run(job: Job) -> dict[str, Any]:
         "origins": {field.name: job.config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
         "optimizer": {
-            "type": "AdamW",
+            "type": job.config.optimizer,
             "head_weight_decay": HEAD_WEIGHT_DECAY,
             "backbone_weight_decay": BACKBONE_WEIGHT_DECAY,
-            "grad_clip_norm": GRAD_CLIP_NORM,
         },
-        "schedule": "linear warm-up over 5 % of the steps, then half a cosine to 0",
-        "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
+        "schedule": job.config.scheduler,
+        "loss": job.config.criterion,
         "data": {
             "fingerprint": job.fingerprint,
             "masks_hash": job.records.masks_hash,
@@ -11332,7 +11762,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     if config.compile:
         backbone.model.compile()
-    state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
+    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -11370,7 +11800,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
+    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -11412,15 +11842,17 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
-    """Score the test split by the ArcFace classifier and by the gallery, and record the verdict."""
+    """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
     names = job.records.class_names
     scores = gallery.scores(test.values)
     figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
     figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
-    arcface = score_arcface(job, model, test)[0]
+    classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     judgement = judge_training(baseline, figures["acc"], num_images)
-    job.run.event("test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=num_images, **judgement)
+    job.run.event(
+        "test_end", classifier=classifier, prototypes=figures, per_class=per_class, images=num_images, **judgement
+    )
     shown = (
         ("acc", figures["acc"]),
         ("macro F1", figures["f1_macro"]),
@@ -11430,7 +11862,7 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     job.run.log(
         "test by prototypes: "
         + ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown)
-        + f"; by ArcFace: acc {arcface['acc']:.3f}; {num_images} images, best epoch's weights"
+        + f"; by the classifier: acc {classifier['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
     if job.run.tracker is not None:
@@ -11480,15 +11912,10 @@ def simple_ways(
     stacks = stacks.take(np.argsort(stacks.labels, kind="stable"))
     centroids = class_centroids(features.values, features.labels, num_classes)
 
-    def arcface_logits(own: Vectors) -> np.ndarray:
-        with torch.inference_mode():
-            cosine = model.arcface.cosine(torch.from_numpy(own.embeddings).to(job.runtime.device))
-        return job.config.arc_scale * cosine.cpu().numpy()
-
     kind = "frozen" if job.config.freeze_backbone else "fine-tuned"
     return {
         f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
-        "ArcFace, highest softmax": (arcface_logits, highest_softmax),
+        "classifier, highest softmax": (lambda own: classifier_logits(job, model, own.embeddings), highest_softmax),
         "trained, nearest reference": (
             lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, np.ones(num_classes, np.int64)),
             best_score,
@@ -11651,19 +12078,16 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.state = TrainState(self.model, build_optimizer(self.model, job.config), self.runtime.make_scaler())
+        self.state = start_state(self.model, job.config, self.runtime)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self.feed = TrainFeed(self.job, self.state)
 
     def train_epoch(self, epoch: int, batches: int) -> None:
         """Do a part of `train_epoch`; what it records and saves is not ours."""
         state, self.state.epoch, self.state.batches = self.state, epoch, batches
-        network = self.runtime.wrap(self.model.train().backbone)
-        for batch in self.feed.batches(state):
-            if len(batch.labels):
-                prepare_step(self.job, state, len(self.feed) * self.job.config.epochs)
-                train_step(self.runtime, network, state, batch)
-            state.batches += 1
+        network = self.feed.network(self.model.train())
+        for group in group_batches(self.feed.batches(state), self.job.config):
+            take_step(self.job, network, state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
