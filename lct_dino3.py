@@ -121,6 +121,7 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 PRIOR_ANSWERS = (
     10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
 )
+TORCH_RADIX_SIZE = 1 << 15  # at::internal::GRAIN_SIZE: fewer integers torch sorts by comparing, at a tenth of the speed
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -133,6 +134,8 @@ BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which t
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
+KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in the cache; queries of them at most
+FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
 CHECKPOINT_FORMAT = 3
 SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
@@ -4657,36 +4660,50 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    By the trapezoids below the curve, so that a tie between the sides counts as a half. Scores are compared in float32, which
-    is what a model's logits are.
+    It is the share of (positive, negative) pairs in the right order, where a tie counts as a half; so it follows from the places of
+    the positives among all. Scores are compared in float32, which is what a model's logits are.
     """
     num_samples, num_classes = scores.shape
     positives = np.bincount(labels, minlength=num_classes)
     area = np.full(num_classes, np.nan)
+    columns = np.ascontiguousarray(scores.T, dtype=np.float32)
     for label in np.flatnonzero((positives > 0) & (positives < num_samples)).tolist():
-        ranked, order = _sort_float32(scores[:, label])
-        hits = np.cumsum((labels == label)[order])
-        lasts = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), num_samples - 1)  # of each run of equal scores
-        right = np.append(0, hits[lasts])
-        wrong = np.append(0, lasts + 1) - right
-        pairs = (
-            np.diff(wrong) * (2 * positives[label] - right[1:] - right[:-1])
-        ).sum() / 2  # (positive, negative) in order
-        area[label] = pairs / positives[label] / (num_samples - positives[label])
+        ranked, order = _sort_float32(columns[label])
+        places = np.flatnonzero((labels == label).take(order))
+        below = places.sum() + _correct_ties(ranked, places) - positives[label] * (positives[label] - 1) / 2
+        area[label] = below / positives[label] / (num_samples - positives[label])
     return area
+
+
+def _correct_ties(ranked: np.ndarray, places: np.ndarray) -> float:
+    """Return by how much the sum of places changes if those of equal values, which are arbitrary, become their mean.
+
+    Args:
+        ranked: (N,) ascending.
+        places: (n,) ascending positions in it.
+    """
+    is_tied = np.concatenate(([False], ranked[1:] == ranked[:-1], [False]))
+    edges = np.flatnonzero(is_tied[1:] != is_tied[:-1])
+    first, last = edges[::2], edges[1::2]  # of each run of equal values
+    low, high = np.searchsorted(places, first), np.searchsorted(places, last, "right")
+    sums = np.append(0, places.cumsum())
+    return float(((high - low) * (first + last) / 2 - (sums[high] - sums[low])).sum())
 
 
 def _sort_float32(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return keys (N,) that order like the values, in their order, and that order.
 
-    The bits of a float order like its size, and numpy sorts 16 bits by radix: two such passes take a third of a float sort.
+    The bits of a float order like its size, and integers are sorted by radix, several times as fast as floats: by torch if there
+    are many, by numpy 16 bits at a time.
     """
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    keys = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
-    low, high = keys.astype(np.uint16), (keys >> 16).astype(np.uint16)
-    order = np.argsort(low, kind="stable")
-    order = order[np.argsort(high[order], kind="stable")]
-    return keys[order], order
+    bits = (values + np.float32(0)).view(np.int32)  # -0 becomes 0
+    keys = bits ^ ((bits >> 31) & np.int32((1 << 31) - 1))
+    if len(keys) >= TORCH_RADIX_SIZE:
+        ranked, order = torch.sort(torch.from_numpy(keys), stable=True)
+        return ranked.numpy(), order.numpy()
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    order = order.take(np.argsort((keys >> 16).astype(np.int16).take(order), kind="stable"))
+    return keys.take(order), order
 
 
 def none_if_nan(value: float) -> float | None:
@@ -5298,26 +5315,58 @@ def knn_scores(queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
     A count of 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
     """
     borders = np.searchsorted(stack_labels, np.arange(len(counts) + 1))
+    sizes = np.diff(borders)
+    kept = np.minimum(counts, sizes)
     scores = np.full((len(queries), len(counts)), -1.0, dtype=np.float32)
-    for part in np.split(np.arange(len(queries)), range(1024, len(queries), 1024)):
-        for classes in _cut_classes(borders, RETRIEVAL_CHUNK // 1024):
-            first = borders[classes[0]]
-            cosine = queries[part] @ stacks[first : borders[classes[-1] + 1]].T
-            for label in classes:
-                own = cosine[:, borders[label] - first : borders[label + 1] - first]
-                kept = min(int(counts[label]), own.shape[1])
-                if kept:
-                    scores[part, label] = np.partition(own, own.shape[1] - kept, axis=1)[:, -kept:].mean(axis=1)
+    tiles = np.split(np.arange(len(queries)), range(KNN_QUERIES, len(queries), KNN_QUERIES))
+    for kind, average in ((sizes <= FEW_REFERENCES, _average_few), (sizes > FEW_REFERENCES, _average_many)):
+        for classes in _cut_classes(np.flatnonzero(kind & (kept > 0)), sizes, KNN_CHUNK // max(16, len(tiles[0]))):
+            starts = borders[classes] - np.cumsum(sizes[classes]) + sizes[classes]
+            rows = np.repeat(starts, sizes[classes]) + np.arange(sizes[classes].sum())
+            is_run = rows[-1] - rows[0] == len(rows) - 1
+            own = stacks[rows[0] : rows[-1] + 1] if is_run else stacks[rows]
+            for tile in tiles:
+                scores[np.ix_(tile, classes)] = average(queries[tile], own, sizes[classes], kept[classes])
     return scores
 
 
-def _cut_classes(borders: np.ndarray, limit: int) -> Iterator[range]:
-    """Yield runs of classes that have at most `limit` references together, or are a single one."""
-    start = 0
-    while start < len(borders) - 1:
-        stop = max(start + 1, int(np.searchsorted(borders, borders[start] + limit, "right")) - 1)
-        yield range(start, stop)
-        start = stop
+def _cut_classes(classes: np.ndarray, sizes: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Yield the classes in their order, so many that they have at most `limit` references together, or a single one."""
+    ends = sizes[classes].cumsum()
+    while len(classes):
+        count = max(1, int(np.searchsorted(ends, limit, "right")))
+        yield classes[:count]
+        classes, ends = classes[count:], ends[count:] - ends[count - 1]
+
+
+def _average_many(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the mean of the `kept` (C,) largest cosines of each class, (Q, C), whose references lie one class after the other."""
+    cosine, ends = queries @ stacks.T, sizes.cumsum().tolist()
+    means = [
+        np.partition(cosine[:, end - size : end], size - count, axis=1)[:, -count:].mean(axis=1)
+        for end, size, count in zip(ends, sizes.tolist(), kept.tolist(), strict=True)
+    ]
+    return np.stack(means, axis=1)
+
+
+def _average_few(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Be `_average_many`, in less time for small classes: the n-th references of all classes are looked at together.
+
+    Each goes down its class's list of the largest cosines so far, and changes places with those that it beats.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    cosine, first, kept = stacks @ queries.T, (np.cumsum(sizes) - sizes)[order], kept[order]
+    largest = np.full((int(kept.max()), len(sizes), len(queries)), -np.inf, np.float32)
+    for place in range(int(sizes.max())):
+        num = np.count_nonzero(sizes > place)
+        rising = cosine[first[:num] + place]
+        for level in largest[: place + 1, :num]:
+            beaten = np.minimum(level, rising)
+            np.maximum(level, rising, out=level)
+            rising = beaten
+    means = np.empty((len(queries), len(sizes)), np.float32)
+    means[:, order] = (np.cumsum(largest, axis=0)[kept - 1, np.arange(len(kept))] / kept[:, None]).T
+    return means
 
 
 def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:

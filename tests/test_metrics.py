@@ -20,9 +20,10 @@ def draw_scores(num_samples: int, num_classes: int, seed: int = 0) -> tuple[np.n
     return lct.log_softmax(np.round(logits, 1)).astype(np.float32), labels  # rounding makes ties
 
 
-@pytest.mark.parametrize("num_classes", [2, 6])
-def test_figures_equal_scikit_learn(num_classes: int) -> None:
-    scores, labels = draw_scores(400, num_classes)
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(400, 2), (400, 6), (40_000, 3)])
+def test_figures_equal_scikit_learn(num_samples: int, num_classes: int) -> None:
+    """Of many samples too, which another library sorts."""
+    scores, labels = draw_scores(num_samples, num_classes)
     figures, per_class = lct.compute_metrics(scores, labels, NAMES[:num_classes])
     predictions = scores.argmax(axis=1)
     assert figures["acc"] == pytest.approx(metrics.accuracy_score(labels, predictions))

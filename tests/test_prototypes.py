@@ -41,16 +41,22 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 100])
-def test_knn_scores_equal_a_loop(k: int) -> None:
-    values, labels = draw_embeddings(7, 3)
-    queries, _ = draw_embeddings(5, 3, seed=1)
-    counts = np.array([k, 1, k, k])
-    scores = lct.knn_scores(queries, values, labels, counts)
+def test_knn_scores_equal_a_loop(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of classes of few, of many and of no references, in one piece and in several."""
+    sizes = np.array([7, 90, 2, 0, 40, 1, 32])
+    labels = np.repeat(np.arange(7), sizes)
+    values, _ = draw_embeddings(len(labels), 1, spread=3.0)
+    queries, _ = draw_embeddings(50, 1, seed=1, spread=3.0)
+    counts = np.array([k, 1, k, k, k, k, 2])
+    found = [lct.knn_scores(queries, values, labels, counts)]
+    for name, size in (("KNN_CHUNK", 600), ("KNN_QUERIES", 13)):
+        monkeypatch.setattr(lct, name, size)
+    found.append(lct.knn_scores(queries, values, labels, counts))
     for row, query in enumerate(queries):
-        for label in range(3):
-            best = np.sort(values[labels == label] @ query)[::-1][: counts[label]]
-            assert scores[row, label] == pytest.approx(best.mean(), abs=1e-5)
-    assert (scores[:, 3] == -1).all()
+        for label in np.flatnonzero(sizes):
+            best = np.sort(values[labels == label] @ query)[::-1][: counts[label]].mean()
+            assert [scores[row, label] for scores in found] == pytest.approx([best, best], abs=1e-5)
+    assert (found[0][:, 3] == -1).all() and (found[1][:, 3] == -1).all()
 
 
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
