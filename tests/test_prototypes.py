@@ -105,6 +105,22 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
+def test_what_is_answered_stands_beside_the_truth_with_its_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many scores are made at a time."""
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
+    queries = make_embedded(5, 2, spread=2.0)
+    scores = gallery.scores(queries.values).astype(np.float64)
+    powers = np.exp(scores / gallery.temperature)
+    labels = np.stack([scores.argmax(axis=1), queries.labels], axis=1)
+    for size in (lct.RETRIEVAL_CHUNK, 4 * 3):
+        monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", size)
+        judged = gallery.judge(queries.values, queries.labels)
+        assert np.array_equal(judged.labels, labels) and (labels[:, 0] != labels[:, 1]).any()
+        np.testing.assert_allclose(judged.scores, np.take_along_axis(scores, labels, axis=1), rtol=1e-5)
+        shares = powers / powers.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(judged.probabilities, np.take_along_axis(shares, labels, axis=1), rtol=1e-4)
+
+
 def test_objects_of_no_class_decide_between_matchers_that_are_right_equally_often() -> None:
     rng = np.random.default_rng(0)
 
@@ -175,8 +191,7 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     rng = np.random.default_rng(3)
     best = rng.uniform(0, 1, 400)
     is_right = rng.uniform(0, 1, 400) < best
-    scores = np.stack([best, np.full(400, -1.0)], axis=1)
-    thresholds, is_pooled = lct.fit_thresholds(scores, np.where(is_right, 0, 1), 0.95)
+    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), best, is_right, 0.95, 2)
     passing = best >= thresholds[0] - 1e-6
     assert is_right[passing].mean() >= 0.95
     lower = np.sort(best[best < thresholds[0] - 1e-6])
@@ -185,22 +200,20 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
 
 
 def test_two_errors_do_not_silence_a_class_while_all_classes_together_are_right() -> None:
-    scores = np.zeros((335, 2), np.float32)
-    scores[:35, 0], scores[35:, 1] = np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)
-    labels = np.repeat([0, 1], (35, 300))
-    labels[[4, 5]] = 1  # 33 of 35 are less than 95 %, and the four before them are the only ones without an error
-    alone = lct.precision_threshold(scores[:35, 0], labels[:35] == 0, 0.95)
-    assert (scores[:35, 0] >= alone).sum() == 4
-    thresholds, is_pooled = lct.fit_thresholds(scores, labels, 0.95)
-    assert (scores[:35, 0] >= thresholds[0]).all() and not is_pooled.any()
-    ten = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
-    labels[:35] = np.where(ten, 0, 1)
-    assert (scores[:35, 0] >= lct.fit_thresholds(scores, labels, 0.95)[0][0]).mean() < 0.3
+    scores = np.concatenate([np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)]).astype(np.float32)
+    answers, is_right = np.repeat([0, 1], (35, 300)), np.ones(335, bool)
+    is_right[[4, 5]] = False  # 33 of 35 are less than 95 %, and the four before them are the only ones without an error
+    alone = lct.precision_threshold(scores[:35], is_right[:35], 0.95)
+    assert (scores[:35] >= alone).sum() == 4
+    thresholds, is_pooled = lct.fit_thresholds(answers, scores, is_right, 0.95, 2)
+    assert (scores[:35] >= thresholds[0]).all() and not is_pooled.any()
+    is_right[:35] = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
+    assert (scores[:35] >= lct.fit_thresholds(answers, scores, is_right, 0.95, 2)[0][0]).mean() < 0.3
 
 
 def test_a_class_that_is_never_right_answers_unknown() -> None:
-    scores = np.stack([np.linspace(0.2, 0.9, 30), np.zeros(30)], axis=1).astype(np.float32)
-    thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int), 0.95)
+    scores = np.linspace(0.2, 0.9, 30).astype(np.float32)
+    thresholds, _ = lct.fit_thresholds(np.zeros(30, int), scores, np.zeros(30, bool), 0.95, 2)
     assert thresholds[0] > scores.max()
 
 
