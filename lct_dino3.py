@@ -106,7 +106,9 @@ BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
+MAX_TRACKED_CLASSES = 1000  # beyond, the tracker gets no confusion matrix: it would have a million numbers
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
+LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
     "centroid": "nearest centroid",
     "prototypes": "nearest of several prototypes a class",
@@ -121,6 +123,7 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 PRIOR_ANSWERS = (
     10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
 )
+TORCH_RADIX_SIZE = 1 << 15  # at::internal::GRAIN_SIZE: fewer integers torch sorts by comparing, at a tenth of the speed
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -133,7 +136,9 @@ BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which t
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
-RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
+KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in the cache; queries of them at most
+FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
+RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
 CHECKPOINT_FORMAT = 3
 SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
 SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
@@ -5269,31 +5274,63 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
+def reduce_scores(
+    score: Callable[[np.ndarray], np.ndarray],
+    queries: np.ndarray,
+    reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """Return what `reduce` makes of the scores of the queries, which all at once need not fit into memory: 100,000 classes.
+
+    Args:
+        score: (n, D) -> (n, C).
+        queries: (N, D).
+        reduce: from scores (n, C), and where among all they are, to arrays (n, ...); those of all blocks are joined.
+    """
+    step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
+    return tuple(map(np.concatenate, zip(*(reduce(score(queries[own]), own) for own in blocks), strict=True)))
+
+
+def classify(
+    score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> tuple[float, dict[str, float], dict[str, dict]]:
+    """Return cross-entropy, figures and figures by class of a classifier whose logits (n, C) `score` makes of queries (n, D)."""
+    has_auc = len(queries) * len(class_names) <= MAX_SCORE_ENTRIES
+
+    def reduce(logits: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+        found = log_softmax(logits)
+        kept = found.astype(np.float32) if has_auc else np.zeros((len(found), 0), np.float32)
+        return found.argmax(axis=1), found[np.arange(len(found)), labels[own]], kept
+
+    answers, of_truth, log_probabilities = reduce_scores(score, queries, reduce)
+    figures, per_class = compute_metrics(answers, labels, class_names, log_probabilities if has_auc else None)
+    return float(-of_truth.mean()), figures, per_class
+
+
 def compute_metrics(
-    scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """Score a classification.
 
     Args:
-        scores: (N, C), the largest of a row is the answer; columns must be comparable over rows (log-probabilities).
-            Or the answers themselves, int (N,): without AUC then.
-        labels: int (N,) true classes.
+        answers, labels: int (N,), classes answered and true.
+        class_names: (C,).
+        scores: (N, C), columns comparable over rows (log-probabilities), for the AUC, which is None without.
 
     Returns:
         acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
         images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
-    num_classes, chosen = len(class_names), scores if scores.ndim == 1 else scores.argmax(axis=1)
+    num_classes = len(class_names)
     # Counted one by one: a confusion matrix of 100,000 classes has 80 GB.
-    support, answers, hits = (
-        np.bincount(part, minlength=num_classes) for part in (labels, chosen, labels[chosen == labels])
+    support, given, hits = (
+        np.bincount(part, minlength=num_classes) for part in (labels, answers, labels[answers == labels])
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         recall = hits / support
-        precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
-        f1 = np.where(support > 0, 2 * hits / (support + answers), np.nan)
-    has_auc = scores.ndim == 2 and scores.size <= MAX_SCORE_ENTRIES
-    auc = one_vs_rest_auc(scores, labels) if has_auc else np.full(num_classes, np.nan)
+        precision = np.where(given > 0, hits / given, np.where(support > 0, 0.0, np.nan))
+        f1 = np.where(support > 0, 2 * hits / (support + given), np.nan)
+    auc = np.full(num_classes, np.nan) if scores is None else one_vs_rest_auc(scores, labels)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {
         name: {key: none_if_nan(column[i]) for key, column in columns.items()} | {"support": int(support[i])}
@@ -5316,36 +5353,56 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    By the trapezoids below the curve, so that a tie between the sides counts as a half. Scores are compared in float32, which
-    is what a model's logits are.
+    It is the share of (positive, negative) pairs in the right order, where a tie counts as a half; so it follows from the places of
+    the positives among all. Scores are compared in float32, which is what a model's logits are.
     """
     num_samples, num_classes = scores.shape
     positives = np.bincount(labels, minlength=num_classes)
     area = np.full(num_classes, np.nan)
-    for label in np.flatnonzero((positives > 0) & (positives < num_samples)).tolist():
-        ranked, order = _sort_float32(scores[:, label])
-        hits = np.cumsum((labels == label)[order])
-        lasts = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), num_samples - 1)  # of each run of equal scores
-        right = np.append(0, hits[lasts])
-        wrong = np.append(0, lasts + 1) - right
-        pairs = (
-            np.diff(wrong) * (2 * positives[label] - right[1:] - right[:-1])
-        ).sum() / 2  # (positive, negative) in order
-        area[label] = pairs / positives[label] / (num_samples - positives[label])
+    wanted = np.flatnonzero((positives > 0) & (positives < num_samples))
+    for block in np.split(wanted, range(64, len(wanted), 64)):  # all columns at once would double the memory
+        columns = np.ascontiguousarray(scores[:, block].T, dtype=np.float32)
+        for label, column in zip(block.tolist(), columns, strict=True):
+            area[label] = _area_below(column, labels == label)
     return area
+
+
+def _area_below(values: np.ndarray, is_positive: np.ndarray) -> float:
+    ranked, order = _sort_float32(values)
+    places = np.flatnonzero(is_positive.take(order))
+    num_below = places.sum() + _correct_ties(ranked, places) - len(places) * (len(places) - 1) / 2
+    return num_below / len(places) / (len(values) - len(places))
+
+
+def _correct_ties(ranked: np.ndarray, places: np.ndarray) -> float:
+    """Return by how much the sum of places changes if those of equal values, which are arbitrary, become their mean.
+
+    Args:
+        ranked: (N,) ascending.
+        places: (n,) ascending positions in it.
+    """
+    is_tied = np.concatenate(([False], ranked[1:] == ranked[:-1], [False]))
+    edges = np.flatnonzero(is_tied[1:] != is_tied[:-1])
+    first, last = edges[::2], edges[1::2]  # of each run of equal values
+    low, high = np.searchsorted(places, first), np.searchsorted(places, last, "right")
+    sums = np.append(0, places.cumsum())
+    return float(((high - low) * (first + last) / 2 - (sums[high] - sums[low])).sum())
 
 
 def _sort_float32(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return keys (N,) that order like the values, in their order, and that order.
 
-    The bits of a float order like its size, and numpy sorts 16 bits by radix: two such passes take a third of a float sort.
+    The bits of a float order like its size, and integers are sorted by radix, several times as fast as floats: by torch if there
+    are many, by numpy 16 bits at a time.
     """
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    keys = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
-    low, high = keys.astype(np.uint16), (keys >> 16).astype(np.uint16)
-    order = np.argsort(low, kind="stable")
-    order = order[np.argsort(high[order], kind="stable")]
-    return keys[order], order
+    bits = (values + np.float32(0)).view(np.int32)  # -0 becomes 0
+    keys = bits ^ ((bits >> 31) & np.int32((1 << 31) - 1))
+    if len(keys) >= TORCH_RADIX_SIZE:
+        ranked, order = torch.sort(torch.from_numpy(keys), stable=True)
+        return ranked.numpy(), order.numpy()
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    order = order.take(np.argsort((keys >> 16).astype(np.int16).take(order), kind="stable"))
+    return keys.take(order), order
 
 
 def none_if_nan(value: float) -> float | None:
@@ -5887,6 +5944,14 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
 # ======================================================================================================================
 # Gallery of reference embeddings: built, matched, calibrated on val, written and read; and a finished run, its model and gallery
 # together, loaded to answer. Raises UserError for files that cannot be read, or do not belong together.
+class Judged(NamedTuple):
+    """Of each of Q crops the class that is answered, and beside it the true one."""
+
+    labels: np.ndarray  # (Q, 2) int64
+    scores: np.ndarray  # (Q, 2) similarity to them
+    probabilities: np.ndarray  # (Q, 2)
+
+
 @dataclass(frozen=True)
 class Gallery:
     """What production matches against; format 2 of prototypes.npz."""
@@ -5913,6 +5978,20 @@ class Gallery:
         if self.matcher == "centroid":
             return queries @ self.centroids.T
         return knn_scores(queries, *self.matched_against, self.nearest_counts)
+
+    def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
+        return reduce_scores(self.scores, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
+
+    def judge(self, queries: np.ndarray, labels: np.ndarray) -> Judged:
+        """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
+
+        def reduce(scores: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+            pair = np.stack([scores.argmax(axis=1), labels[own]], axis=1)
+            probabilities = np.exp(log_softmax(scores / self.temperature))
+            return pair, *(np.take_along_axis(values, pair, axis=1) for values in (scores, probabilities))
+
+        return Judged(*reduce_scores(self.scores, queries, reduce))
 
     @property
     def matched_against(self) -> tuple[np.ndarray, np.ndarray]:
@@ -5976,34 +6055,68 @@ def knn_scores(queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
     A count of 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
     """
     borders = np.searchsorted(stack_labels, np.arange(len(counts) + 1))
+    sizes = np.diff(borders)
+    kept = np.minimum(counts, sizes)
     scores = np.full((len(queries), len(counts)), -1.0, dtype=np.float32)
-    for part in np.split(np.arange(len(queries)), range(1024, len(queries), 1024)):
-        for classes in _cut_classes(borders, RETRIEVAL_CHUNK // 1024):
-            first = borders[classes[0]]
-            cosine = queries[part] @ stacks[first : borders[classes[-1] + 1]].T
-            for label in classes:
-                own = cosine[:, borders[label] - first : borders[label + 1] - first]
-                kept = min(int(counts[label]), own.shape[1])
-                if kept:
-                    scores[part, label] = np.partition(own, own.shape[1] - kept, axis=1)[:, -kept:].mean(axis=1)
+    tiles = np.split(np.arange(len(queries)), range(KNN_QUERIES, len(queries), KNN_QUERIES))
+    for kind, average in ((sizes <= FEW_REFERENCES, _average_few), (sizes > FEW_REFERENCES, _average_many)):
+        for classes in _cut_classes(np.flatnonzero(kind & (kept > 0)), sizes, KNN_CHUNK // max(16, len(tiles[0]))):
+            starts = borders[classes] - np.cumsum(sizes[classes]) + sizes[classes]
+            rows = np.repeat(starts, sizes[classes]) + np.arange(sizes[classes].sum())
+            is_run = rows[-1] - rows[0] == len(rows) - 1
+            own = stacks[rows[0] : rows[-1] + 1] if is_run else stacks[rows]
+            for tile in tiles:
+                scores[np.ix_(tile, classes)] = average(queries[tile], own, sizes[classes], kept[classes])
     return scores
 
 
-def _cut_classes(borders: np.ndarray, limit: int) -> Iterator[range]:
-    """Yield runs of classes that have at most `limit` references together, or are a single one."""
-    start = 0
-    while start < len(borders) - 1:
-        stop = max(start + 1, int(np.searchsorted(borders, borders[start] + limit, "right")) - 1)
-        yield range(start, stop)
-        start = stop
+def _cut_classes(classes: np.ndarray, sizes: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Yield the classes in their order, so many that they have at most `limit` references together, or a single one."""
+    ends = sizes[classes].cumsum()
+    while len(classes):
+        count = max(1, int(np.searchsorted(ends, limit, "right")))
+        yield classes[:count]
+        classes, ends = classes[count:], ends[count:] - ends[count - 1]
 
 
-def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
-    nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
-    for label, (low, high) in enumerate(class_borders(gallery.stack_labels, len(gallery.class_names))):
+def _average_many(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the mean of the `kept` (C,) largest cosines of each class, (Q, C), whose references lie one class after the other."""
+    cosine, ends = queries @ stacks.T, sizes.cumsum().tolist()
+    means = [
+        np.partition(cosine[:, end - size : end], size - count, axis=1)[:, -count:].mean(axis=1)
+        for end, size, count in zip(ends, sizes.tolist(), kept.tolist(), strict=True)
+    ]
+    return np.stack(means, axis=1)
+
+
+def _average_few(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Be `_average_many`, in less time for small classes: the n-th references of all classes are looked at together.
+
+    Each goes down its class's list of the largest cosines so far, and changes places with those that it beats.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    cosine, first, kept = stacks @ queries.T, (np.cumsum(sizes) - sizes)[order], kept[order]
+    largest = np.full((int(kept.max()), len(sizes), len(queries)), -np.inf, np.float32)
+    for place in range(int(sizes.max())):
+        num = np.count_nonzero(sizes > place)
+        rising = cosine[first[:num] + place]
+        for level in largest[: place + 1, :num]:
+            beaten = np.minimum(level, rising)
+            np.maximum(level, rising, out=level)
+            rising = beaten
+    means = np.empty((len(queries), len(sizes)), np.float32)
+    means[:, order] = (np.cumsum(largest, axis=0)[kept - 1, np.arange(len(kept))] / kept[:, None]).T
+    return means
+
+
+def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the position in the stacks of each query's nearest reference of a class that is given for it, int64 (Q,)."""
+    nearest, ends = np.zeros(len(queries), dtype=np.int64), np.arange(len(gallery.class_names) + 1)
+    borders = np.searchsorted(gallery.stack_labels, ends)
+    for label in np.unique(labels).tolist():
+        own, (low, high) = labels == label, borders[label : label + 2]
         if high > low:
-            nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
+            nearest[own] = low + (queries[own] @ gallery.stacks[low:high].T).argmax(axis=1)
     return nearest
 
 
@@ -6132,10 +6245,9 @@ def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None =
     """
 
     def quality(own: Gallery) -> float:
-        scores, is_right = own.scores(val.values), answers_right(own, val)
-        if unknown is None:
-            return float(is_right.mean())
-        return open_set_rate(scores.max(axis=1), is_right, own.scores(unknown).max(axis=1))
+        answers, best = own.answer(val.values)
+        is_right = answers == val.labels
+        return float(is_right.mean()) if unknown is None else open_set_rate(best, is_right, own.answer(unknown)[1])
 
     sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
@@ -6164,18 +6276,23 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
 
 def answers_right(gallery: Gallery, queries: Embedded) -> np.ndarray:
     """Say of each query, (n,) bool, whether the gallery's answer is its class."""
-    return gallery.scores(queries.values).argmax(axis=1) == queries.labels
+    return gallery.answer(queries.values)[0] == queries.labels
 
 
 def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None = None) -> Gallery:
     """Return the gallery with the temperature and the thresholds that val, and objects of no class, ask for."""
-    scores, labels = gallery.scores(val.values), val.labels
-    temperature = fit_temperature(scores, labels)
+    answers, best = gallery.answer(val.values)
+    is_right = answers == val.labels
+    # One number needs no more images than that.
+    few = np.linspace(0, len(answers) - 1, min(len(answers), 1 + RETRIEVAL_CHUNK // len(gallery.class_names))).astype(
+        int
+    )
+    temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
     if unknown is not None and len(unknown):
-        scores = np.concatenate([scores, gallery.scores(unknown)])
-        labels = np.concatenate([labels, np.full(len(unknown), -1)])
-    thresholds, is_pooled = fit_thresholds(scores, labels, precision)
-    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == labels
+        found = gallery.answer(unknown)
+        answers, best = np.concatenate([answers, found[0]]), np.concatenate([best, found[1]])
+        is_right = np.concatenate([is_right, np.zeros(len(unknown), bool)])
+    thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, len(gallery.class_names))
     return dataclasses.replace(
         gallery,
         temperature=temperature,
@@ -6197,26 +6314,25 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> tuple[np.ndarray, np.ndarray]:
+def fit_thresholds(
+    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return per class the least score above which that share of its answers is right, and whether it is the pooled one.
 
     What all answers together show is weighed in (see `precision_threshold`), and a class with fewer than MIN_CALIBRATION_SAMPLES
     answers gets their threshold.
 
     Args:
-        scores: (N, C) of val.
-        labels: (N,).
+        answers, best, is_right: (N,), class and score of each answer, and whether it is right.
+        precision: share of right answers.
+        num_classes: C.
 
     Returns:
         thresholds float32 (C,), is_pooled bool (C,).
     """
-    answers, best = scores.argmax(axis=1), scores.max(axis=1)
-    is_right = answers == labels
-    thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, precision), dtype=np.float32)
-    is_pooled, pooled = (
-        np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES,
-        precision_above(best, is_right),
-    )
+    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision), dtype=np.float32)
+    is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
+    pooled = precision_above(best, is_right)
     for label in np.flatnonzero(~is_pooled):
         mine = answers == label
         thresholds[label] = precision_threshold(best[mine], is_right[mine], precision, pooled[mine])
@@ -6237,9 +6353,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         threshold from val, precision and coverage on test; thresholds: the same with those of the classes; ece;
         few: classes with fewer than FEW_IMAGES test images.
     """
-    scores, weights = gallery.scores(test.values), bootstrap_weights(test.rows)
-    strangers = None if unknown is None else gallery.scores(unknown)
-    answers, best = scores.argmax(axis=1), scores.max(axis=1)
+    judged, weights = gallery.judge(test.values, test.labels), bootstrap_weights(test.rows)
+    answers, best = judged.labels[:, 0], judged.scores[:, 0]
     is_right = answers == test.labels
     found = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     support = np.bincount(test.labels, minlength=len(gallery.class_names))
@@ -6248,17 +6363,18 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             name: _closed_set(dataclasses.replace(gallery, matcher=name), test, weights) for name in gallery.matchers
         },
         "retrieval": {name: with_interval(weighted_mean(values, weights)) for name, values in found.items()},
-        "open_set": open_set_figures(scores, test.labels, strangers, weights),
+        "open_set": open_set_figures(gallery.scores, test.values, test.labels, unknown, weights),
         "answers": [
             {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right, weights)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": _answered(best >= gallery.thresholds[answers], is_right, weights),
-        "ece": with_interval(calibration_error(highest_softmax(scores / gallery.temperature), is_right, weights)),
+        "ece": with_interval(calibration_error(judged.probabilities[:, 0], is_right, weights)),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
-    if strangers is not None:
-        passed = (strangers.max(axis=1) >= gallery.thresholds[strangers.argmax(axis=1)]).astype(float)
+    if unknown is not None:
+        answers, best = gallery.answer(unknown)
+        passed = (best >= gallery.thresholds[answers]).astype(float)
         figures["unknown_passed"] = with_interval(weighted_mean(passed, bootstrap_weights(np.arange(len(passed)))))
     return figures
 
@@ -6271,7 +6387,7 @@ def _answered(passed: np.ndarray, is_right: np.ndarray, weights: np.ndarray) -> 
 
 
 def _closed_set(gallery: Gallery, test: Embedded, weights: np.ndarray) -> dict[str, Any]:
-    answers = gallery.scores(test.values).argmax(axis=1)
+    answers = gallery.answer(test.values)[0]
     right = (answers == test.labels).astype(float)
     f1_macro = macro_f1(test.labels, answers, len(gallery.class_names), weights)
     figures = {"acc": with_interval(weighted_mean(right, weights)), "f1_macro": with_interval(f1_macro)}
@@ -6289,7 +6405,8 @@ def highest_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_set_figures(
-    scores: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    queries: np.ndarray,
     labels: np.ndarray,
     unknown: np.ndarray | None,
     weights: np.ndarray,
@@ -6298,26 +6415,32 @@ def open_set_figures(
     """Return auroc and fpr95, as {value, interval}, of what `confide` makes of the scores, by default the best similarity.
 
     Args:
-        scores, labels: (N, C) and (N,), objects of known classes.
-        unknown: scores (U, C) of objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its
-            objects are the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so
-            that strangers will be harder.
+        score: from queries (n, D) to scores (n, C).
+        queries, labels: (N, D) and (N,), objects of known classes.
+        unknown: (U, D), objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its objects are
+            the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so that strangers
+            will be harder.
         weights: (1 + draws, N) of the known objects, see `bootstrap_weights`.
         confide: from the scores (n, c) of the classes in the gallery to a confidence (n,).
     """
     if unknown is not None:
         drawn = bootstrap_weights(np.arange(len(unknown)))
         draws = min(len(weights), len(drawn))
-        is_unknown = np.repeat([False, True], [len(scores), len(unknown)])
-        confidence = np.concatenate([confide(scores), confide(unknown)])
-        found = open_set_metrics(confidence, is_unknown, np.concatenate([weights[:draws], drawn[:draws]], axis=1))
+        is_unknown = np.repeat([False, True], [len(queries), len(unknown)])
+        known, strange = (
+            reduce_scores(score, own, lambda scores, _: (confide(scores),))[0] for own in (queries, unknown)
+        )
+        both = np.concatenate([weights[:draws], drawn[:draws]], axis=1)
+        found = open_set_metrics(np.concatenate([known, strange]), is_unknown, both)
         figures = {name: with_interval(values) for name, values in found.items()}
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
-    folds = np.arange(scores.shape[1]) % min(HELD_OUT_FOLDS, scores.shape[1])
-    parts = [
-        open_set_metrics(confide(scores[:, folds != fold]), folds[labels] == fold, weights)
-        for fold in range(int(folds.max(initial=0)) + 1)
-    ]
+
+    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
+        folds = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
+        return tuple(confide(scores[:, folds != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
+
+    confidences = reduce_scores(score, queries, hold_out)
+    parts = [open_set_metrics(own, labels % HELD_OUT_FOLDS == fold, weights) for fold, own in enumerate(confidences)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, as it should be
         figures = {name: with_interval(np.nanmean([own[name] for own in parts], axis=0)) for name in ("auroc", "fpr95")}
@@ -6660,8 +6783,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
     )
     grown = _renew_prototypes(grown, touched.tolist())
-    scores = leave_one_out_scores(grown)
-    answers, best, is_right = scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == grown.stack_labels
+    answers, best = answer_without_oneself(grown)
+    is_right = answers == grown.stack_labels
     for label in range(num_old, len(class_names)):
         mine = answers == label
         if (grown.stack_labels == label).sum() > 1 and mine.any():
@@ -6689,29 +6812,38 @@ def _renew_prototypes(gallery: Gallery, touched: Sequence[int]) -> Gallery:
     return take_prototypes(gallery, parts)
 
 
-def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
-    """Return the score (N, C) of each reference by a gallery without that reference; -1 for a class that has only it."""
-    rows, labels = np.arange(len(gallery.stacks)), gallery.stack_labels
-    scores = gallery.scores(gallery.stacks).astype(np.float32)
-    for label in np.unique(labels).tolist():
-        mine = rows[labels == label]
-        values = gallery.stacks[mine]
-        if len(mine) == 1:
-            scores[mine, label] = -1.0
-        elif gallery.matcher != "knn":
+def answer_without_oneself(gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
+    """Return class and score (N,) of the answer to each reference by a gallery without that reference."""
+    of_own_class = score_without_oneself(gallery)
+
+    def reduce(scores: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+        scores[np.arange(len(scores)), gallery.stack_labels[own]] = of_own_class[own]
+        return scores.argmax(axis=1), scores.max(axis=1)
+
+    return reduce_scores(gallery.scores, gallery.stacks, reduce)
+
+
+def score_without_oneself(gallery: Gallery) -> np.ndarray:
+    """Return how each reference (N,) scores for its own class in a gallery without it; -1 if the class has no other."""
+    scores = np.full(len(gallery.stacks), -1.0, np.float32)
+    for label, (low, high) in enumerate(class_borders(gallery.stack_labels, len(gallery.class_names))):
+        values = gallery.stacks[low:high]
+        if len(values) < 2:
+            continue
+        if gallery.matcher != "knn":
             own = gallery.centroids[[label]]
             if gallery.matcher == "prototypes":
                 own = gallery.prototypes[gallery.prototype_labels == label]
-            scores[mine, label] = _score_without_oneself(values, own)
+            scores[low:high] = _score_by_others(values, own)
         else:
             cosine = values @ values.T
             np.fill_diagonal(cosine, -np.inf)
-            kept = min(int(gallery.knn_counts[label]), len(mine) - 1)
-            scores[mine, label] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
+            kept = min(int(gallery.knn_counts[label]), len(values) - 1)
+            scores[low:high] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
     return scores
 
 
-def _score_without_oneself(values: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+def _score_by_others(values: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     """Return the cosine (n,) of each reference of a class to the nearest prototype, itself taken out of the one it belongs to."""
     cosine = values @ prototypes.T
     cluster = cosine.argmax(axis=1)
@@ -6727,16 +6859,14 @@ def _score_without_oneself(values: np.ndarray, prototypes: np.ndarray) -> np.nda
 
 def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
     """Return a sentence for each of the named classes that another one is hard to tell from."""
-    scores, found = leave_one_out_scores(gallery), []
-    answers = scores.argmax(axis=1)
-    similarity = gallery.centroids @ gallery.centroids.T
+    answers, found = answer_without_oneself(gallery)[0], []
     for label, name in enumerate(gallery.class_names):
         mine = gallery.stack_labels == label
         if name not in names or not mine.any():
             continue
         taken = np.bincount(answers[mine], minlength=len(gallery.class_names))
         taken[label] = 0
-        others = similarity[label].copy()
+        others = gallery.centroids @ gallery.centroids[label]
         others[label] = -1.0
         nearest = int(taken.argmax()) if taken.any() else int(others.argmax())
         if taken[nearest] or others[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
@@ -6795,18 +6925,21 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
 
 def format_gallery(gallery: Gallery) -> str:
     """Return per class how many references it has, its threshold, and the class nearest to it, as an aligned table."""
-    similarity = gallery.centroids @ gallery.centroids.T
-    np.fill_diagonal(similarity, -1.0)
+
+    def reduce(similarity: np.ndarray, own: slice) -> tuple[np.ndarray, np.ndarray]:
+        similarity[np.arange(len(similarity)), np.arange(own.start, own.start + len(similarity))] = -1.0  # to itself
+        return similarity.argmax(axis=1), similarity.max(axis=1)
+
+    nearest, similarity = reduce_scores(lambda own: own @ gallery.centroids.T, gallery.centroids, reduce)
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     width = max(5, *map(len, gallery.class_names))
     prototypes = np.bincount(gallery.prototype_labels, minlength=len(gallery.class_names))
     lines = [f"{'class':<{width}}{'references':>12}{'prototypes':>12}{'threshold':>11}  nearest class"]
     for label, name in enumerate(gallery.class_names):
-        nearest = int(similarity[label].argmax())
         pooled = "*" if gallery.is_pooled[label] else " "
         lines.append(
             f"{name:<{width}}{counts[label]:>12,}{prototypes[label]:>12}{gallery.thresholds[label]:>10.3f}{pooled}"
-            f"  {gallery.class_names[nearest]} ({similarity[label, nearest]:.3f})"
+            f"  {gallery.class_names[nearest[label]]} ({similarity[label]:.3f})"
         )
     note = ["* the threshold of all classes together"] if gallery.is_pooled.any() else []
     return "\n".join([*lines, *note])
@@ -7310,8 +7443,11 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    scores = log_softmax(totals["logits"].numpy()) if "logits" in totals else totals["answers"].numpy()
-    figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
+    labels, names = totals["labels"].numpy(), job.records.class_names
+    if "logits" in totals:
+        _, figures, per_class = classify(lambda own: own, totals["logits"].numpy(), labels, names)
+    else:
+        figures, per_class = compute_metrics(totals["answers"].numpy(), labels, names)
     return {"loss": mean_loss, **figures}, per_class
 
 
@@ -7420,9 +7556,9 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
 
 def score_classifier(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
     """Return loss and figures of the classifier that training used, without margin."""
-    log_probabilities = log_softmax(classifier_logits(job, model, queries.values))
-    figures, per_class = compute_metrics(log_probabilities, queries.labels, job.records.class_names)
-    return {"loss": cross_entropy(log_probabilities, queries.labels), **figures}, per_class
+    logits = functools.partial(classifier_logits, job, model)
+    loss, figures, per_class = classify(logits, queries.values, queries.labels, job.records.class_names)
+    return {"loss": loss, **figures}, per_class
 
 
 def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np.ndarray:
@@ -7433,22 +7569,20 @@ def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np
 
 def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
     """Return the share of queries whose nearest centroid, and whose nearest reference, is of their class."""
-    centroid_answers = (queries.values @ class_centroids(references.values, references.labels, num_classes).T).argmax(
-        axis=1
-    )
+    centroids = class_centroids(references.values, references.labels, num_classes)
     return {
-        "proto_acc": float((centroid_answers == queries.labels).mean()),
+        "proto_acc": float((_nearest(centroids, queries.values) == queries.labels).mean()),
         "recall_at_1": recall_at_1(references.values, references.labels, queries),
     }
 
 
 def recall_at_1(stacks: np.ndarray, stack_labels: np.ndarray, queries: Embedded) -> float:
     """Return the share of queries whose nearest reference is of their class."""
-    hits = 0
-    for start in range(0, len(queries.labels), 1024):
-        nearest = (queries.values[start : start + 1024] @ stacks.T).argmax(axis=1)
-        hits += int((stack_labels[nearest] == queries.labels[start : start + 1024]).sum())
-    return hits / len(queries.labels)
+    return float((stack_labels[_nearest(stacks, queries.values)] == queries.labels).mean())
+
+
+def _nearest(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    return reduce_scores(lambda own: own @ vectors.T, queries, lambda cosine, _: (cosine.argmax(axis=1),))[0]
 
 
 def update_best(job: Job, state: TrainState, val: dict[str, float | None]) -> bool:
@@ -7526,31 +7660,33 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
 def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
-    Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features.
+    Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features; of more than
+    LOGREG_MAX_CLASSES there is none.
 
     Returns:
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}.
     """
     train, names = bank.get("train"), job.records.class_names
-    references, classifier = unit_features(job, train), _fit_logistic_regression(job, train)
+    references = unit_features(job, train)
+    references = references.take(np.argsort(references.labels, kind="stable"))
     centroids = class_centroids(references.values, references.labels, len(names))
+    ones, scale = np.ones(len(names), np.int64), job.config.arc_scale
+    classifiers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "centroid": lambda own: scale * (own @ centroids.T),
+        "nn1": lambda own: scale * knn_scores(own, references.values, references.labels, ones),
+    }
+    if len(names) <= LOGREG_MAX_CLASSES:
+        classifiers["logreg"] = _fit_logistic_regression(job, train)
     baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         if not len(job.records.rows(split)):
             continue
         features = bank.get(split)
-        queries = unit_features(job, features)
-        cosines = {
-            "centroid": queries.values @ centroids.T,
-            "nn1": knn_scores(queries.values, references.values, references.labels, np.ones(len(names), np.int64)),
-        }
-        scores = {name: log_softmax(job.config.arc_scale * cosine) for name, cosine in cosines.items()}
-        scores["logreg"] = np.full(
-            (len(queries.labels), len(names)), -np.inf
-        )  # a class may lack in what it was fitted on
-        scores["logreg"][:, classifier.classes_] = classifier.predict_log_proba(features.values.numpy())
-        figures = {name: compute_metrics(values, queries.labels, names)[0] for name, values in scores.items()}
-        baseline[split] = {f"{name}_{key}": value for name, own in figures.items() for key, value in own.items()}
+        queries, baseline[split] = unit_features(job, features), {}
+        for name, score in classifiers.items():
+            vectors = features.values.numpy() if name == "logreg" else queries.values
+            figures = classify(score, vectors, queries.labels, names)[1]
+            baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     return baseline
 
 
@@ -7560,7 +7696,8 @@ def unit_features(job: Job, features: Features) -> Embedded:
     return Embedded(features.rows, features.views, labels, F.normalize(features.values).numpy())
 
 
-def _fit_logistic_regression(job: Job, features: Features) -> Any:
+def _fit_logistic_regression(job: Job, features: Features) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what makes log-probabilities (n, C) of features (n, feature_dim)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -7570,7 +7707,15 @@ def _fit_logistic_regression(job: Job, features: Features) -> Any:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
-        return classifier.fit(features.values.numpy()[chosen], labels[chosen])
+        classifier.fit(features.values.numpy()[chosen], labels[chosen])
+
+    def score(own: np.ndarray) -> np.ndarray:
+        scores = np.full((len(own), len(job.records.class_names)), -np.inf)  # a class may lack in what it was fitted on
+        if len(own):
+            scores[:, classifier.classes_] = classifier.predict_log_proba(own)
+        return scores
+
+    return score
 
 
 BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
@@ -7578,7 +7723,8 @@ BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "
 
 def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
     """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
-    name = max(BASELINE_NAMES, key=lambda name: baseline[f"{name}_acc"])
+    measured = [name for name in BASELINE_NAMES if f"{name}_acc" in baseline]
+    name = max(measured, key=lambda name: baseline[f"{name}_acc"])
     frozen = baseline[f"{name}_acc"]
     gain = accuracy - frozen
     noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + frozen * (1 - frozen)) / num_images)
@@ -8177,13 +8323,13 @@ def answer_crops(gallery: Gallery, embeddings: np.ndarray) -> list[tuple]:
     best = scores[rows, labels]
     is_known = best >= gallery.thresholds[labels]
     probabilities = np.exp(log_softmax(scores / gallery.temperature))[rows, labels]
-    nearest = nearest_references(gallery, embeddings)
     has_second = scores.shape[1] > 1
     seconds = order[:, 1] if has_second else np.full(len(rows), -1)
     margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)
-    rivals = nearest[rows, seconds] if has_second else seconds
+    rivals = nearest_references(gallery, embeddings, seconds) if has_second else seconds
     best, probabilities, margins = np.round(np.stack([best, probabilities, margins]).astype(np.float64), 6)
-    columns = (labels, is_known, best, probabilities, seconds, margins, nearest[rows, labels], rivals)
+    nearest = nearest_references(gallery, embeddings, labels)
+    columns = (labels, is_known, best, probabilities, seconds, margins, nearest, rivals)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -8842,7 +8988,7 @@ class ViewPairs:
 
     rows: np.ndarray  # (V,) int64 record numbers
     labels: np.ndarray  # (V,) int64
-    scores: np.ndarray  # (2, V, C) similarity to each class, by view
+    judged: tuple[Judged, Judged]  # by view
 
 
 @dataclass(frozen=True)
@@ -8860,9 +9006,8 @@ class ReportInput:
     shown: list[Shown]  # (N,)
     thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together
-    test_scores: np.ndarray  # (T, C) similarity to each class, rows with split test in order
+    judged: Judged  # the T rows with split test in order
     nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
-    temperature: float  # probability = softmax(score / temperature)
     view_pairs: ViewPairs | None = None  # None when no test crop has a mask
 
     def count_images(self, split: str | None = None) -> np.ndarray:
@@ -8895,7 +9040,6 @@ class _TestRows:
     rows: np.ndarray  # (T,) int, position among all N images
     labels: np.ndarray  # (T,) int
     predictions: np.ndarray  # (T,) int
-    probabilities: np.ndarray  # (T, C) float64
     confidences: np.ndarray  # (T,) float64, probability of the predicted class
 
 
@@ -8982,9 +9126,7 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
 
 def _collect_test_rows(report: ReportInput) -> _TestRows:
     rows = np.flatnonzero(report.split_names == "test")
-    probabilities = np.exp(log_softmax(report.test_scores / report.temperature))
-    predictions = report.test_scores.argmax(axis=1)
-    return _TestRows(rows, report.labels[rows], predictions, probabilities, probabilities.max(axis=1))
+    return _TestRows(rows, report.labels[rows], report.judged.labels[:, 0], report.judged.probabilities[:, 0])
 
 
 # --- text and pictures
@@ -9225,11 +9367,11 @@ def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, 
     if not len(test.rows):
         return None
     num_classes = len(class_names)
-    matrix = confusion_matrix(test.labels, test.predictions, num_classes)
-    totals = matrix.sum(axis=1)
+    totals = np.bincount(test.labels, minlength=num_classes)
+    cells, counts = np.unique(np.stack([test.labels, test.predictions], axis=1), axis=0, return_counts=True)
     pairs = [
-        {"true": true, "predicted": predicted, "count": int(matrix[true, predicted]), "total": int(totals[true])}
-        for true, predicted in np.argwhere(matrix).tolist()
+        {"true": true, "predicted": predicted, "count": count, "total": int(totals[true])}
+        for (true, predicted), count in zip(cells.tolist(), counts.tolist(), strict=True)
         if true != predicted
     ]
     pairs.sort(key=lambda pair: (-pair["count"], pair["total"]))
@@ -9237,7 +9379,7 @@ def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, 
     names = [_shorten(name, 30) for name in class_names]
     room = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
     return {
-        "matrix": matrix.tolist() if is_drawn else None,
+        "matrix": confusion_matrix(test.labels, test.predictions, num_classes).tolist() if is_drawn else None,
         "totals": totals.tolist(),
         "names": names,
         "cell": min(40, room // num_classes),  # px: fits without scrolling
@@ -9368,16 +9510,10 @@ def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
     surest = wrong[np.argsort(-test.confidences[wrong], kind="stable")][:MAX_ERRORS]
     cards = []
     for row in surest.tolist():
-        labels = {"predicted": int(test.predictions[row]), "true": int(test.labels[row])}
+        columns = (*(column[row].tolist() for column in report.judged), report.nearest[row])
         sides = [
-            {
-                "kind": kind,
-                "label": label,
-                "probability": float(test.probabilities[row, label]),
-                "score": float(report.test_scores[row, label]),
-                "reference": reference,
-            }
-            for (kind, label), reference in zip(labels.items(), report.nearest[row], strict=True)
+            {"kind": kind, "label": label, "score": score, "probability": probability, "reference": reference}
+            for kind, label, score, probability, reference in zip(("predicted", "true"), *columns, strict=True)
         ]
         shown = report.shown[test.rows[row]]
         cards.append({"shown": shown, "path": report.records.paths[shown.row], "sides": sides})
@@ -9389,9 +9525,8 @@ def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dic
     if figures is None or report.view_pairs is None:
         return None
     pairs = report.view_pairs
-    answers = pairs.scores.argmax(axis=2)
+    answers, scores, sureness = (np.stack(parts)[:, :, 0] for parts in zip(*pairs.judged, strict=True))
     is_right = answers == pairs.labels
-    sureness = np.stack([np.exp(log_softmax(own / report.temperature)).max(axis=1) for own in pairs.scores])
     differ = np.flatnonzero(answers[0] != answers[1])
     differ = differ[np.argsort(-sureness[:, differ].sum(axis=0), kind="stable")]
     cards = [
@@ -9404,7 +9539,7 @@ def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dic
                     "label": int(answers[view, i]),
                     "is_right": bool(is_right[view, i]),
                     "probability": float(sureness[view, i]),
-                    "score": float(pairs.scores[view, i].max()),
+                    "score": float(scores[view, i]),
                 }
                 for view in range(2)
             ],
@@ -11772,7 +11907,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     state.baseline = measure_baseline(job, bank)
     run.event("baseline_end", **state.baseline)
     for split, figures in state.baseline.items():
-        shown = (f"{text} {figures[f'{name}_acc']:.3f}" for name, text in BASELINE_NAMES.items())
+        accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
+        shown = (f"{text} {value:.3f}" for text, value in accuracies.items() if value is not None)
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
@@ -11844,8 +11980,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
     """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
     names = job.records.class_names
-    scores = gallery.scores(test.values)
-    figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
+    _, figures, per_class = classify(
+        lambda own: gallery.scores(own) / gallery.temperature, test.values, test.labels, names
+    )
     figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
     classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
@@ -11865,8 +12002,9 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
         + f"; by the classifier: acc {classifier['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
-    if job.run.tracker is not None:
-        job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
+    if job.run.tracker is not None and len(names) <= MAX_TRACKED_CLASSES:
+        answers = gallery.answer(test.values)[0]
+        job.run.tracker.confusion(confusion_matrix(test.labels, answers, len(names)), names)
 
 
 class Vectors(NamedTuple):
@@ -11892,20 +12030,21 @@ def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
     test = embed(job, model, bank.get("test"))
     figures = measure_gallery(gallery, test, None if unknown is None else unknown.embeddings)
     known, weights = Vectors(unit_features(job, bank.get("test")).values, test.values), bootstrap_weights(test.rows)
-    figures["open_set"]["others"] = {
-        name: open_set_figures(score(known), test.labels, None if unknown is None else score(unknown), weights, confide)
-        for name, (score, confide) in simple_ways(job, model, gallery, bank).items()
-    }
+    figures["open_set"]["others"] = {}
+    for name, (kind, score, confide) in simple_ways(job, model, gallery, bank).items():
+        strange = None if unknown is None else getattr(unknown, kind)
+        own = open_set_figures(score, getattr(known, kind), test.labels, strange, weights, confide)
+        figures["open_set"]["others"][name] = own
     job.run.event("measured", **figures)
     job.run.log(format_measures(figures))
 
 
 def simple_ways(
     job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
-) -> dict[str, tuple[Callable, Callable]]:
+) -> dict[str, tuple[str, Callable, Callable]]:
     """Return the ways to tell unknown objects that the gallery's similarity is compared with.
 
-    Each is a function from Vectors to scores (n, C), and one from scores to a confidence (n,).
+    Each is a field of `Vectors`, a function from that to scores (n, C), and one from scores to a confidence (n,).
     """
     train, num_classes = bank.get("train"), len(job.records.class_names)
     features, stacks = unit_features(job, train), embed(job, model, train)
@@ -11913,15 +12052,22 @@ def simple_ways(
     centroids = class_centroids(features.values, features.labels, num_classes)
 
     kind = "frozen" if job.config.freeze_backbone else "fine-tuned"
+    ones = np.ones(num_classes, np.int64)
     return {
-        f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
-        "classifier, highest softmax": (lambda own: classifier_logits(job, model, own.embeddings), highest_softmax),
+        f"{kind} backbone, nearest centroid": ("features", lambda own: own @ centroids.T, best_score),
+        "classifier, highest softmax": (
+            "embeddings",
+            functools.partial(classifier_logits, job, model),
+            highest_softmax,
+        ),
         "trained, nearest reference": (
-            lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, np.ones(num_classes, np.int64)),
+            "embeddings",
+            lambda own: knn_scores(own, stacks.values, stacks.labels, ones),
             best_score,
         ),
         "prototypes, calibrated probability": (
-            lambda own: gallery.scores(own.embeddings) / gallery.temperature,
+            "embeddings",
+            lambda own: gallery.scores(own) / gallery.temperature,
             highest_softmax,
         ),
     }
@@ -11981,27 +12127,29 @@ def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -
     labels = pair[0].labels
     if not len(labels):
         return None
-    scores = [gallery.scores(part.values) for part in pair]
+    judged = tuple(gallery.judge(part.values, labels) for part in pair)
     figures = {}
-    for name, part, own in zip(VIEW_NAMES, pair, scores, strict=True):
-        figures[name] = compute_metrics(log_softmax(own / gallery.temperature), labels, job.records.class_names)[0]
+    for name, part in zip(VIEW_NAMES, pair, strict=True):
+        figures[name] = classify(
+            lambda own: gallery.scores(own) / gallery.temperature, part.values, labels, job.records.class_names
+        )[1]
         figures[name]["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, part)
-    disagree = int((scores[0].argmax(axis=1) != scores[1].argmax(axis=1)).sum())
+    disagree = int((judged[0].labels[:, 0] != judged[1].labels[:, 0]).sum())
     job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
     shown = ", ".join(
         f"{text} acc {figures[name]['acc']:.3f} macro F1 {figures[name]['f1_macro']:.3f}"
         for name, text in (("bbox", "as they are"), ("mask", "masked"))
     )
     job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
-    return ViewPairs(pair[0].rows, labels, np.stack(scores))
+    return ViewPairs(pair[0].rows, labels, judged)
 
 
 def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
     """Collect what the page shows from the run's files and the final embeddings."""
     run, records = job.run, job.records
     test = embedded.get("test", embedded["train"].take(np.zeros(0, np.int64)))
-    scores = gallery.scores(test.values)
-    nearest = nearest_references(gallery, test.values)
+    judged = gallery.judge(test.values, test.labels)
+    nearest = [nearest_references(gallery, test.values, labels).tolist() for labels in judged.labels.T]
     number_of = {records.paths[row]: row for row in records.rows("train").tolist()}
     stacks = [
         Shown(number_of[path], view)
@@ -12023,12 +12171,8 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
         ],
         thresholds=gallery.thresholds,
         is_pooled=gallery.is_pooled,
-        test_scores=scores,
-        nearest=[
-            (stacks[nearest[i, answer]], stacks[nearest[i, label]])
-            for i, (answer, label) in enumerate(zip(scores.argmax(axis=1).tolist(), test.labels.tolist(), strict=True))
-        ],
-        temperature=gallery.temperature,
+        judged=judged,
+        nearest=[(stacks[answered], stacks[true]) for answered, true in zip(*nearest, strict=True)],
     )
 
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -69,8 +68,11 @@ def make_report(
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     truth = labels[splits == "test"]
     predictions = np.where(np.arange(len(truth)) % 2, (truth + 1) % len(names), truth)
-    scores = rng.uniform(-0.2, 0.4, (len(truth), len(names))).astype(np.float32)
-    scores[np.arange(len(truth)), predictions] = rng.uniform(0.5, 0.9, len(truth))
+    judged = lct.Judged(
+        np.stack([predictions, truth], axis=1),
+        rng.uniform(0.5, 0.9, (len(truth), 2)).astype(np.float32),
+        rng.uniform(0.2, 0.5, (len(truth), 2)),
+    )
     records = lct.Records(
         root, names, lct.PathTable(paths), labels.astype(np.int32), np.arange(len(paths)), np.zeros(len(paths), np.int8)
     )
@@ -80,8 +82,8 @@ def make_report(
         events=make_events(names, num_epochs, has_test), data_report=make_data_report(names, paths),
         class_names=names, records=records, embeddings=vectors, labels=labels, split_names=splits,
         shown=[lct.Shown(row, 0) for row in range(len(paths))],
-        thresholds=np.linspace(0.111, 0.999, len(names)), is_pooled=np.arange(len(names)) == 1, test_scores=scores,
-        nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()], temperature=0.1,
+        thresholds=np.linspace(0.111, 0.999, len(names)), is_pooled=np.arange(len(names)) == 1, judged=judged,
+        nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()],
     )  # fmt: skip
 
 
@@ -258,10 +260,10 @@ def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     sure = [card["sides"][0]["probability"] for card in views["cards"]]
     assert views["num_errors"] == 60 and len(sure) == lct.MAX_ERRORS and sure == sorted(sure, reverse=True)
     row = int(np.flatnonzero(report.split_names == "test")[1])
-    powers = [math.exp(float(cosine) / 0.1) for cosine in report.test_scores[1]]
     card = next(card for card in views["cards"] if card["path"] == report.records.paths[row])
     assert [side["kind"] for side in card["sides"]] == ["predicted", "true"]
-    assert card["sides"][0]["probability"] == pytest.approx(max(powers) / sum(powers), rel=1e-6)
+    for column, key in enumerate(("label", "score", "probability")):
+        assert [side[key] for side in card["sides"]] == report.judged[column][1].tolist()
 
 
 def test_calibration_error_equals_the_definition(tmp_path: Path) -> None:
@@ -335,9 +337,11 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
     report = make_report(tmp_path / "data")
     rows = np.flatnonzero(report.split_names == "test")
     labels = report.labels[rows]
-    scores = np.full((2, len(rows), len(PLAIN)), 0.1)
-    answers = np.stack([labels, np.where(np.arange(len(rows)) == 1, (labels + 1) % len(PLAIN), labels)])
-    np.put_along_axis(scores, answers[:, :, None], 0.8, axis=2)  # masked, the second crop is taken for another class
+    masked = np.where(
+        np.arange(len(rows)) == 1, (labels + 1) % len(PLAIN), labels
+    )  # the second crop is taken for another
+    same = np.full((len(rows), 2), 0.8)
+    judged = tuple(lct.Judged(np.stack([answers, labels], axis=1), same, same) for answers in (labels, masked))
     figures = {"acc": 1.0, "f1_macro": 1.0, "auc_macro": None, "recall_at_1": 0.9}
     event = {
         "event": "test_views",
@@ -346,7 +350,7 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
         "bbox": figures,
         "mask": figures | {"acc": 0.8333},
     }
-    pairs = lct.ViewPairs(rows, labels, scores)
+    pairs = lct.ViewPairs(rows, labels, judged)
     text = write(replace(report, events=[*report.events, event], view_pairs=pairs), tmp_path / "report.html")
     section = text[text.index('id="views"') : text.index('id="map"')]
     assert "0.833" in section and section.count('class="card"') == 1
@@ -373,10 +377,8 @@ def test_a_masked_test_image_is_shown_masked(tmp_path: Path) -> None:
 
 def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     report = make_report(tmp_path / "data")
-    twice = {
-        name: np.concatenate([getattr(report, name)] * 2)
-        for name in ("embeddings", "labels", "split_names", "test_scores")
-    }
+    twice = {name: np.concatenate([getattr(report, name)] * 2) for name in ("embeddings", "labels", "split_names")}
+    twice["judged"] = lct.Judged(*(np.concatenate([values] * 2) for values in report.judged))
     shown = [*report.shown, *(lct.Shown(row, 1) for row in range(len(report.labels)))]
     both = replace(report, **twice, shown=shown, nearest=report.nearest * 2)
     assert both.count_images().tolist() == report.count_images().tolist() == [12, 12, 12]
