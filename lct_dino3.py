@@ -759,7 +759,7 @@ def name_training(options: dict[str, Any]) -> str:
     if not options["freeze_backbone"]:
         return "fine-tuned"
     if blocks := options.get("unfreeze_blocks"):
-        return f"fine-tuned from the last {blocks} blocks on" if blocks > 1 else "fine-tuned in its last block"
+        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
     rank = options.get("lora_rank")
     return f"LoRA of rank {rank}" if rank else "frozen"
 
