@@ -99,6 +99,7 @@ VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background r
 MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
 MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
 CUTOUTS_DIRNAME = "cutouts"
+LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 HEAD_WIDTH = 512  # hidden units of the embedding head
@@ -140,6 +141,7 @@ KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in
 FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
 CHECKPOINT_FORMAT = 3
+LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
 SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
 ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
@@ -386,6 +388,24 @@ class Config:
     backbone_weights: Path | None = _option(
         None, "start from this .pth or .safetensors instead", "model", metavar="FILE"
     )
+    load_from: Path | None = _option(
+        None,
+        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
+        "model",
+        metavar="PATH",
+        key="model.load_from",
+    )
+    in_channels: int = _option(
+        3,
+        "channels that the model sees: 1 = gray, 3 = RGB",
+        "model",
+        choices=(1, 3),
+        key="model.in_channels",
+        fixed=True,
+    )
+    n_classes: int | None = _option(
+        None, "number of classes that there must be (default: any)", "model", low=2, key="model.n_classes"
+    )
     pool: str | None = _option(
         None, "pooling of the backbone, as timm names it (default: token for ViTs)", "model", metavar="NAME", fixed=True
     )
@@ -456,6 +476,27 @@ class Config:
         fixed=True,
         key="criterion.margin",
     )
+    unfreeze_blocks: int = _option(
+        0, "last blocks of a frozen backbone that are trained", "model", low=0, key="model.unfreeze_blocks", fixed=True
+    )
+    lora_rank: int = _option(
+        0,
+        "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
+        "model",
+        low=0,
+        high=1024,
+        key="model.lora_rank",
+        fixed=True,
+    )
+    drop_path: float = _option(
+        0.0,
+        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
+        "model",
+        low=0.0,
+        high=0.9,
+        key="model.drop_path",
+        fixed=True,
+    )
 
     epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
     val_batch: int | None = _option(
@@ -484,6 +525,41 @@ class Config:
         fixed=True,
         key="optimizer.lr",
     )
+    lr_type: str = _option(
+        "two_lrs",
+        "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
+        "training",
+        choices=("one_lr", "two_lrs"),
+        key="optimizer.lr_type",
+        fixed=True,
+    )
+    backbone_lr: float | None = _option(
+        None,
+        "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
+        "training",
+        low=1e-8,
+        high=10.0,
+        key="optimizer.backbone_lr",
+        fixed=True,
+    )
+    fc_lr: float | None = _option(
+        None,
+        "peak learning rate of the head (default: lr)",
+        "training",
+        low=1e-8,
+        high=10.0,
+        key="optimizer.fc_lr",
+        fixed=True,
+    )
+    layer_decay: float = _option(
+        1.0,
+        "factor on the backbone's learning rate from each block to the one before",
+        "training",
+        low=0.01,
+        high=1.0,
+        key="optimizer.layer_decay",
+        fixed=True,
+    )
     arc_lr: float | None = _option(
         None,
         "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
@@ -494,6 +570,15 @@ class Config:
     )
     optimizer: str = _option(
         "adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type"
+    )
+    weight_decay: float | None = _option(
+        None,
+        "of all that is decayed (default: 0.05 in the backbone, 1e-4 elsewhere)",
+        "optimizer",
+        low=0.0,
+        high=10.0,
+        fixed=True,
+        key="optimizer.weight_decay",
     )
     betas: tuple[float, ...] = _option(
         (),
@@ -762,6 +847,11 @@ class Config:
     clearml_task_name: str | None = _option(
         None, "task in ClearML (default: experiment_name, or the name of out_dir)", "tracking", metavar="NAME"
     )
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether training changes anything in the backbone."""
+        return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
@@ -1141,6 +1231,32 @@ def _check_words(config: Config) -> None:
         )
 
 
+def _check_trained_part(config: Config) -> None:
+    if config.load_from is not None and config.backbone_weights is not None:
+        what = "are two ways to start: load_from takes the weights of a backbone too"
+        raise UserError(what, "--load_from, --backbone_weights", "give one of them")
+    ways = [("--no-freeze_backbone", not config.freeze_backbone), ("--unfreeze_blocks", config.unfreeze_blocks > 0)]
+    flags = [flag for flag, is_given in (*ways, ("--lora_rank", config.lora_rank > 0)) if is_given]
+    if len(flags) > 1:
+        raise UserError("are different ways to train a backbone", ", ".join(flags), "give one of them")
+    if config.cache_views and flags:
+        what = "a backbone that is trained gives other features after each step"
+        raise UserError(what, f"--cache_views, {flags[0]}", "leave one of them out")
+    for name in ("backbone_lr", "fc_lr"):
+        if config.lr_type == "one_lr" and getattr(config, name) is not None:
+            raise UserError("contradict each other", f"--lr_type one_lr, --{name}", "leave one of them out")
+
+
+def name_training(options: dict[str, Any]) -> str:
+    """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
+    if not options["freeze_backbone"]:
+        return "fine-tuned"
+    if blocks := options.get("unfreeze_blocks"):
+        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
+    rank = options.get("lora_rank")
+    return f"LoRA of rank {rank}" if rank else "frozen"
+
+
 def check_ranges(config: Config) -> None:
     """Check each value against the bounds of its option, and the options against each other.
 
@@ -1164,9 +1280,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    if config.cache_views and not config.freeze_backbone:
-        what = "a backbone that is trained gives other features after each step"
-        raise UserError(what, "--cache_views, --no-freeze_backbone", "leave one of them out")
+    _check_trained_part(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -1202,9 +1316,29 @@ def check_paths(config: Config) -> None:
     if config.command in NEEDED_FLAGS:
         return
     _check_folder(config, "data_root", DATA_TREE)
+    locate_start(config)
     _check_out_dir(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
+
+
+def locate_start(config: Config) -> Path | None:
+    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path, where = config.load_from, f"{config.place('load_from')} {config.load_from}"
+    if path is not None and not path.exists() and config.models is not None and (config.models / path).exists():
+        path = config.models / path
+    if path is not None and path.is_dir():
+        names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
+        if not names:
+            raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
+        return path / names[0]
+    if path is not None and not path.is_file():
+        raise UserError("does not exist", where, "check the path")
+    return path
 
 
 def _check_folder(config: Config, name: str, remedy: str) -> None:
@@ -1500,6 +1634,14 @@ def sealed_file(path: Path) -> Iterator[SealWriter]:
         except RuntimeError as error:  # torch says "unexpected pos" whatever kept the file from growing
             raise (writer.failure or error) from error
         writer.seal()
+
+
+def has_seal(path: Path) -> bool:
+    """Say whether a file ends as those that `sealed_file` writes."""
+    with open(path, "rb") as file:
+        end = len(SEAL) + SEAL_DIGITS
+        file.seek(-min(end, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return file.read(len(SEAL)) == SEAL
 
 
 @contextlib.contextmanager
@@ -2377,7 +2519,7 @@ def make_runtime(config: Config) -> Runtime:
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    rounds_frozen = config.freeze_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
+    rounds_frozen = not config.trains_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
     return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None).settle()
 
 
@@ -3402,13 +3544,17 @@ def check_trainable(scan: Scan, config: Config) -> None:
     """Refuse data that cannot be trained on.
 
     Raises:
-        UserError: fewer than two classes, classes below --min_per_class (all are listed), or an empty split.
+        UserError: fewer than two classes, or another number than was asked for, classes below --min_per_class (all are listed), or
+            an empty split.
     """
     where = f"--data_root {config.data_root}"
     if len(scan.records.class_names) < 2:
         raise UserError(
             f"has one class only ({scan.records.class_names[0]}); a recogniser needs two", where, "add another class"
         )
+    if config.n_classes is not None and config.n_classes != len(scan.records.class_names):
+        what = f"has {len(scan.records.class_names)} classes, and --n_classes says {config.n_classes}"
+        raise UserError(what, where, "correct the number, or see what there is with the command scan")
     poor = {name: row for name, row in scan.report["classes"].items() if row["usable"] < config.min_per_class}
     if poor:
         lines = [
@@ -4664,23 +4810,40 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # ======================================================================================================================
 # Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
 class Backbone(nn.Module):
-    """A timm model without classifier that takes uint8 images and normalises them on the device."""
+    """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    A model of one channel gets them in gray, normalised by the mean of the three means and deviations.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
         super().__init__()
-        self.model, self.frozen, self.dtype = model, False, torch.float32
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+        self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
+        self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
+        self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        for name, values in (("mean", mean), ("std", std)):
+            value = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, value if in_channels == 3 else value.mean(1, keepdim=True), persistent=False)
+        luma = None if in_channels == 3 else torch.tensor(LUMA).view(1, 3, 1, 1)
+        self.register_buffer("luma", luma, persistent=False)
 
-    def freeze(self) -> None:
-        """Keep the backbone in eval mode and out of autograd from now on."""
-        self.frozen = True
-        self.requires_grad_(False)
+    def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
+        """Keep the model in eval mode and out of autograd from now on, but for those of its parts whose names are chosen.
+
+        What stands before the first of them leaves nothing in memory for a backward pass, having no weight that wants a gradient.
+        """
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(is_trained(name))
+        self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
+        self._trained_parts = [module for name, module in self.model.named_modules() if is_trained(name)]
+        self.frozen = not self.trained_keys
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which a frozen backbone ignores."""
-        return super().train(mode and not self.frozen)
+        """Set training mode, which frozen parts ignore."""
+        super().train(mode and self.trained_keys is None)
+        for part in self._trained_parts:
+            part.training = mode
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
@@ -4689,7 +4852,8 @@ class Backbone(nn.Module):
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
             torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32),
         ):
-            features = self.model((images.float() - self.mean) / self.std)
+            inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
+            features = self.model((inputs - self.mean) / self.std)
         return features.float()
 
 
@@ -4754,6 +4918,85 @@ def keep_class_token(model: nn.Module) -> None:
         model.blocks[-1] = ClassTokenBlock(last)
 
 
+def block_depths(model: nn.Module) -> dict[str, int]:
+    """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
+
+    The order is that of registration: tokens and position embedding, stem, blocks, last norm. timm's own layer numbers put whatever
+    they do not name, such as the register tokens of some releases, behind the last block.
+    """
+    matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
+    specs = [[(spec, None)] if isinstance(spec, str) else spec for group, spec in matcher.items() if group != "stem"]
+    patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
+    depth, depths = 0, {}
+    for name, module in model.named_modules():
+        depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
+        own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        depths |= {name: depth} | {f"{name}.{key}".lstrip("."): depth for key, _ in own}
+    return depths
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer W with a trained update U D of low rank. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
+
+    peft has one too, but brings transformers and accelerate with it; and Eva (DINOv3) and ClassTokenBlock compute with the weight
+    of a layer and not with its forward, so that peft's update would silently have no part in it. Here `weight` has it.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_down = nn.Parameter(torch.empty(rank, base.in_features))  # D
+        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank))  # U: training starts from W
+        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))  # as nn.Linear itself
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with its update (out, in)."""
+        return self.base.weight + self.lora_up @ self.lora_down
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the layer."""
+        return self.base.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return (..., out) of (..., in)."""
+        if not torch.is_grad_enabled():  # merged: one product over the inputs instead of three
+            return F.linear(inputs, self.weight, self.bias)
+        return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model's attention by name: those that make queries, keys, values, and the projection."""
+    kinds = ("qkv", "q", "kv", "q_proj", "k_proj", "v_proj", "proj")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, LoraLinear))
+        and name.split(".")[-2:-1] == ["attn"]
+        and name.split(".")[-1] in kinds
+    }
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Give every attention layer an update of this rank, random from torch's generator and without effect at first."""
+    for name, layer in attention_layers(model).items():
+        model.set_submodule(name, LoraLinear(layer, rank))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Put plain linear layers with the updated weights in the place of those with an update."""
+    for name, layer in attention_layers(model).items():
+        if isinstance(layer, LoraLinear):
+            layer.base.weight.data = add_update(layer.base.weight, layer.lora_up, layer.lora_down)
+            model.set_submodule(name, layer.base)
+
+
+def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return weight + up @ down, rounded once, so that all machines agree on it."""
+    return (weight.detach().double() + up.detach().double() @ down.detach().double()).float()
+
+
 class Head(nn.Module):
     """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
 
@@ -4798,20 +5041,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
     """
     settings, feature_dim = probe_model(config)
-    import timm
-
-    seed_torch(config.seed, 0)
-    if config.backbone_weights is not None:
-        with _Unfilled():
-            model, source = (
-                timm.create_model(config.model_id, pretrained=False, **settings),
-                str(config.backbone_weights),
-            )
-        load_backbone_weights(model, config.backbone_weights, log)
-    elif config.pretrained:
-        model, source = _fetch_pretrained(config, settings, log), "timm"
-    else:
-        model, source = timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
+    model, source = _create_model(config, settings, log)
     cfg = model.pretrained_cfg
     mean, std = tuple(config.mean or cfg["mean"]), tuple(config.std or cfg["std"])
     pool = str(
@@ -4821,7 +5051,22 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
     keep_class_token(model)
-    return Backbone(model.to(memory_format=torch.channels_last), mean, std), info
+    return Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels), info
+
+
+def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:
+    """Return the timm model with its weights, and in words where they come from."""
+    import timm
+
+    seed_torch(config.seed, 0)
+    if (start := read_start(config)) is not None:
+        with _Unfilled():
+            model = timm.create_model(config.model_id, pretrained=False, **settings)
+        load_backbone_weights(model, start, log)
+        return model, str(start.path)
+    if config.pretrained:
+        return _fetch_pretrained(config, settings, log), "timm"
+    return timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
 
 
 class _Unfilled(TorchDispatchMode):
@@ -4848,20 +5093,37 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     """Return timm's keyword arguments for the model, and its feature_dim, found on the meta device: no weights, no memory.
 
     Raises:
-        UserError: unknown model, or a size or pooling that it cannot do.
+        UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
     """
-    settings, feature_dim = _probe(config.model_id, config.img_size, config.pool)
-    return dict(settings), feature_dim
+    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    probe = _probe(config.model_id, config.img_size, config.pool, tuple(options.items()))
+    where = f"--model_id {config.model_id} "
+    if config.unfreeze_blocks > probe.num_blocks or (config.layer_decay < 1 and not probe.num_blocks):
+        flag = f"--unfreeze_blocks {config.unfreeze_blocks}" if config.unfreeze_blocks else "--layer_decay"
+        remedy = "give fewer, or train all with --no-freeze_backbone" if config.unfreeze_blocks else "leave it out"
+        raise UserError(f"has {probe.num_blocks or 'no'} blocks that timm names", where + flag, remedy)
+    if config.lora_rank and not probe.has_attention:
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where}--lora_rank {config.lora_rank}", remedy)
+    return dict(probe.settings), probe.feature_dim
+
+
+class _Probe(NamedTuple):
+    settings: dict[str, Any]
+    feature_dim: int
+    num_blocks: int
+    has_attention: bool
 
 
 @functools.cache  # it is asked for before the scan, and when the model is built
-def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, Any], int]:
+def _probe(model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]) -> _Probe:
     import timm
 
     base = model_id.removeprefix("hf-hub:").split(".")[0]
     if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
         raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
-    settings: dict[str, Any] = {"num_classes": 0}
+    settings: dict[str, Any] = {"num_classes": 0, **dict(options)}
     try:
         with torch.device("meta"), torch.no_grad():
             model = timm.create_model(model_id, pretrained=False, **settings)
@@ -4874,12 +5136,12 @@ def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, An
             is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
             if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
                 raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, 3, img_size, img_size)).shape
+            shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
         raise UserError(
             f"timm cannot build it: {printable(str(error))[:300]}",
             f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else ""),
-            "try another size or pooling",
+            "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options),
         ) from error
     if len(shape) != 2:
         raise UserError(
@@ -4887,7 +5149,7 @@ def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, An
             f"--model_id {model_id}",
             "choose a --pool such as avg",
         )
-    return settings, shape[1]
+    return _Probe(settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model)))
 
 
 def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
@@ -4921,32 +5183,139 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
-def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a .pth or .safetensors file; a classifier in the file is dropped and said so.
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from: one of our own checkpoints or exports, or what timm or others have saved."""
+
+    flag: str  # that names the file
+    path: Path
+    backbone: dict[str, torch.Tensor]  # of one of our checkpoints: what was trained of it
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
+    class_names: tuple[str, ...] = ()  # of the class directions
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
+
+    @property
+    def where(self) -> str:
+        """The flag and its value, for messages."""
+        return f"{self.flag} {self.path}"
+
+
+def read_start(config: Config) -> Start | None:
+    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either.
 
     Raises:
-        UserError: unreadable file, or keys or shapes that do not fit, naming them.
+        UserError: the file cannot be read.
     """
-    from timm.models._helpers import load_state_dict
-
+    is_whole = config.load_from is not None
+    flag, path = ("--load_from", locate_start(config)) if is_whole else ("--backbone_weights", config.backbone_weights)
+    if path is None:
+        return None
     try:
-        weights = load_state_dict(str(path), weights_only=True)
-        filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        weights = filter_function(weights, model) if filter_function else weights
+        state, class_names, identity = _read_weights(path)
+    except MemoryError:
+        raise
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
         raise UserError(
             f"cannot be read as weights: {printable(str(error))[:200]}",
-            f"--backbone_weights {path}",
+            f"{flag} {path}",
             "give a state dict saved by torch.save or safetensors",
+        ) from error
+    if not class_names:
+        return Start(flag, path, state)
+    prefix = "backbone.model."
+    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    head = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return Start(flag, path, backbone, head, tuple(class_names), identity)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], dict[str, Any]]:
+    """Return a state dict; and, where this script wrote the file, its classes and, of a checkpoint, its identity."""
+    from safetensors import safe_open
+    from timm.models._helpers import load_state_dict
+
+    if has_seal(path):
+        with open_sealed(path) as file:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+        return payload["model"], payload["identity"]["class_names"], payload["identity"]
+    state, meta = load_state_dict(str(path), weights_only=True), {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("lct_dino3", "{}"))
+    return state, meta.get("classes", ()), {}
+
+
+def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did.
+
+    Raises:
+        UserError: that gives other weights than the run had.
+    """
+    identity = start.identity
+    if not identity.get("freeze_backbone"):
+        return start.backbone
+    files: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no config.json: weights of timm, or random ones
+        options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
+        files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
+    names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
+    own = Config(**{name: identity[name] for name in names}, **files)
+    model, source = _create_model(own, probe_model(own)[0], log)
+    if hash_weights(model) != identity["backbone_hash"]:
+        what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
+        raise UserError(
+            f"{what} ({source})", start.where, "give it in the folder of its run, with config.json beside it"
+        )
+    state = model.state_dict()
+    for key, value in start.backbone.items():
+        if key.endswith(".lora_up"):
+            name = key.removesuffix("lora_up")
+            state[f"{name}weight"] = add_update(state[f"{name}weight"], value, start.backbone[f"{name}lora_down"])
+        elif not key.endswith(".lora_down"):
+            state[key] = value
+    return state
+
+
+def load_backbone_weights(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
+    """Fill a timm model from a file; a classifier in the file is dropped and said so, input channels follow timm's rule.
+
+    Raises:
+        UserError: keys or shapes that do not fit, naming them.
+    """
+    filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    weights = complete_backbone(start, log)
+    try:
+        weights = filter_function(weights, model) if filter_function else weights
+    except Exception as error:  # key and shape errors of the models' own code
+        raise UserError(
+            f"cannot be read as weights: {printable(str(error))[:200]}", start.where, "check --model_id"
         ) from error
     weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in names))]
     if dropped:
-        log(f"--backbone_weights: the classifier in the file is not used ({', '.join(dropped)})")
+        log(f"{start.flag}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
     own = model.state_dict()
+    _adapt_input(model, weights, own)
+    if problems := _name_misfits(weights, own):
+        raise UserError("does not fit the model: " + "; ".join(problems), start.where, "check --model_id")
+    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
+
+
+def _adapt_input(model: nn.Module, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Make weights for RGB images fit a model of other channels."""
+    from timm.models._manipulate import adapt_input_conv
+
+    names = model.pretrained_cfg.get("first_conv") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        key = f"{name}.weight"
+        if key in weights and key in own and weights[key].shape[1] == 3 != own[key].shape[1]:
+            weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
+
+
+def _name_misfits(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
+    """Return in words which keys and shapes of a file do not fit the model's own."""
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     foreign = [key for key in weights if key not in own]
     unfit = [
@@ -4954,16 +5323,11 @@ def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], Non
         for key in own
         if key in weights and weights[key].shape != own[key].shape
     ]
-    problems = [
+    return [
         f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
         for what, keys in (("keys missing", missing), ("foreign keys", foreign), ("wrong shapes", unfit))
         if keys
     ]
-    if problems:
-        raise UserError(
-            "does not fit the model: " + "; ".join(problems), f"--backbone_weights {path}", "check --model_id"
-        )
-    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -5112,11 +5476,12 @@ class Recognizer(nn.Module):
         return self.criterion(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Return the state dict without a frozen backbone, which its identity stands for."""
+        """Return the state dict without what is frozen of the backbone, which its identity stands for."""
+        kept, prefix = self.backbone.trained_keys, "backbone.model."
         return {
             key: value
             for key, value in self.state_dict().items()
-            if not (self.backbone.frozen and key.startswith("backbone."))
+            if kept is None or not key.startswith(prefix) or key.removeprefix(prefix) in kept
         }
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -5131,9 +5496,38 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
     model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
-    if config.freeze_backbone:
-        model.backbone.freeze()
+    if config.lora_rank:
+        add_lora(backbone.model, config.lora_rank)
+        backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
+    elif config.freeze_backbone:
+        depths = block_depths(backbone.model)
+        first = max(depths.values()) - config.unfreeze_blocks + 1
+        backbone.freeze(lambda name: depths[name] >= first)
     return model
+
+
+def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
+    """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    is_head = {key: key in start.head and not key.startswith("criterion.") for key in own}
+    taken = {key: start.head[key] for key in own if is_head[key] and own[key].shape == start.head[key].shape}
+    num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
+    rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
+    for key in (key for key in own if key.startswith("criterion.")):
+        new = own[key].clone().unflatten(0, (len(class_names), -1))  # several vectors a class with sub-centers
+        old = start.head.get(key, torch.zeros(0))
+        fits = len(old) and len(old) % len(start.class_names) == 0 and shared
+        old = old.unflatten(0, (len(start.class_names), -1)) if fits else old
+        if fits and old.shape[1:] == new.shape[1:]:
+            new[rows] = old[old_rows].to(new)
+            taken[key] = new.flatten(0, 1)
+    model.load_state_dict(taken, strict=False)
+    left = [key for key in own if key not in taken]
+    num_shared = len(shared) if len(taken) > num_layers else 0
+    log(
+        f"{start.where}: backbone, {num_layers} tensors of the head and the vectors of {num_shared} of"
+        f" {len(class_names)} classes are taken" + (f"; these start at random: {', '.join(left)}" if left else "")
+    )
 
 
 # ======================================================================================================================
@@ -5147,25 +5541,45 @@ def arc_learning_rate(config: Config) -> float:
     return config.lr if config.criterion in LINEAR_CRITERIA else 10 * config.lr
 
 
-def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW over head, class directions and, unless it is frozen, backbone; each group knows its peak lr."""
+def backbone_learning_rate(config: Config) -> float:
+    """Return the peak lr of the backbone's last block."""
+    if config.lr_type == "one_lr":
+        return config.lr
+    return config.backbone_lr if config.backbone_lr is not None else max(0.2 * config.lr, 5e-5)
+
+
+def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
+    """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
+    head_lr = config.lr if config.fc_lr is None else config.fc_lr
+    decay = {"weight_decay": HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay}
     groups = [
-        {"params": list(model.head.parameters()), "peak_lr": config.lr, "weight_decay": HEAD_WEIGHT_DECAY},
-        {
-            "params": list(model.criterion.parameters()),
-            "peak_lr": arc_learning_rate(config),
-            "weight_decay": HEAD_WEIGHT_DECAY,
-        },
+        {"params": list(model.head.parameters()), "peak_lr": head_lr, **decay},
+        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), **decay},
     ]
-    if not config.freeze_backbone:
-        groups.append(
-            {
-                "params": list(model.backbone.parameters()),
-                "peak_lr": max(0.2 * config.lr, 5e-5),
-                "weight_decay": BACKBONE_WEIGHT_DECAY,
-            }
-        )
-    return make_optimizer(groups, config)
+    return groups + _backbone_groups(model.backbone.model, config)
+
+
+def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Norms, biases, and the tokens and position embeddings that a model owns itself, go without weight decay."""
+    depths = block_depths(model)
+    deepest, exempt = max(depths.values()), getattr(model, "no_weight_decay", set)()
+    decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and "." in name and name not in exempt
+            scale = config.layer_decay ** (deepest - depths[name])
+            groups.setdefault((scale, decay if decays else 0.0), []).append(parameter)
+    peak_lr = backbone_learning_rate(config)
+    return [
+        {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay}
+        for (scale, weight_decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer over all that is trained."""
+    return make_optimizer(parameter_groups(model, config), config)
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
@@ -5602,7 +6016,6 @@ def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int, weights:
 # ======================================================================================================================
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
-LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline")  # of TrainState: goes to disk as it is
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
@@ -6497,6 +6910,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
         "interpolation": info.interpolation,
         "padding": PADDING_GRAY,
         "pool": info.pool,
+        "in_channels": config.in_channels,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
     }
@@ -6645,11 +7059,12 @@ def _restore_option(field: dataclasses.Field, value: Any) -> Any:
 def _find_weights(config: Config, path: Path, backbone_weights: Path | None) -> Config:
     """Return the options to build the backbone with; one that was fine-tuned gets its weights from the checkpoint."""
     if not config.freeze_backbone:
-        return dataclasses.replace(config, pretrained=False, backbone_weights=None)
+        return dataclasses.replace(config, pretrained=False, backbone_weights=None, load_from=None)
     if backbone_weights is not None:
-        return dataclasses.replace(config, backbone_weights=backbone_weights)
-    if config.backbone_weights is not None and not config.backbone_weights.is_file():
-        what = f"its backbone's weights are no longer at {config.backbone_weights}"
+        return dataclasses.replace(config, backbone_weights=backbone_weights, load_from=None)
+    start = config.load_from or config.backbone_weights
+    if start is not None and not start.exists():
+        what = f"its backbone's weights are no longer at {start}"
         raise UserError(what, f"--run {path}", "give --backbone_weights FILE")
     return config
 
@@ -7327,7 +7742,7 @@ def name_knob(config: Config) -> str:
         return "put --out_dir on a faster disk"
     if config.workers < count_cores():
         return f"raise --workers, {config.workers} of {count_cores()} cores"
-    return "try --cache_views 4" if config.freeze_backbone else "store smaller images, or add CPU cores"
+    return "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
 
 
 class SaveClock:
@@ -9249,7 +9664,7 @@ def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
     started = datetime.fromtimestamp(report.events[0]["time"], tz=UTC) if report.events else None
     return [
         ("Model", options["model_id"]),
-        ("Backbone", "frozen" if options["freeze_backbone"] else "fine-tuned"),
+        ("Backbone", name_training(options)),
         ("Embedding", options["emb_dim"]),
         ("Image size", options["img_size"]),
         ("Matcher", _describe_matcher(figures.prototypes)),
@@ -11547,6 +11962,7 @@ def run_export(config: Config) -> None:
     run = load_run(
         config.run, make_runtime(dataclasses.replace(config, gpus=0, precision="fp32")), config.backbone_weights
     )
+    merge_lora(run.model.backbone.model)
     path = config.out or run.path / ("model.onnx" if config.format == "onnx" else "model.safetensors")
     if path.is_dir():
         raise UserError("is a folder", f"--out {path}", "give the path of a file")
@@ -11836,7 +12252,7 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
-    training = "frozen" if config.freeze_backbone else "fine-tuned"
+    training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if config.preview:
         write_preview(job)
@@ -11893,6 +12309,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
     backbone.dtype = job.runtime.dtype_of(backbone)
+    if config.load_from is not None and point is None:
+        load_head(model, read_start(config), job.records.class_names, run.log)
     if TEAM.leads:
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     if config.compile:
@@ -12051,7 +12469,7 @@ def simple_ways(
     stacks = stacks.take(np.argsort(stacks.labels, kind="stable"))
     centroids = class_centroids(features.values, features.labels, num_classes)
 
-    kind = "frozen" if job.config.freeze_backbone else "fine-tuned"
+    kind = "fine-tuned" if job.config.trains_backbone else "frozen"
     ones = np.ones(num_classes, np.int64)
     return {
         f"{kind} backbone, nearest centroid": ("features", lambda own: own @ centroids.T, best_score),

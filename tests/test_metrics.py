@@ -203,7 +203,7 @@ def test_cosines_of_very_many_classes_are_not_kept_and_cost_only_auc(monkeypatch
         totals = tally.totals()
         labels, names = totals["labels"].numpy(), [str(number) for number in range(50)]
         if limit == 10**9:
-            figures.append(lct.classify(lambda own: 30 * own, totals["cosines"].numpy(), labels, names)[1:])
+            figures.append(lct.classify(lambda own: 30 * own, totals["logits"].numpy(), labels, names)[1:])
         else:
             figures.append(lct.compute_metrics(totals["answers"].numpy(), labels, names))
     assert figures[1][0] == figures[0][0] | {"auc_macro": None}
