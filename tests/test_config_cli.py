@@ -43,7 +43,7 @@ def test_help_lists_every_option_once_on_one_line_with_its_default():
 def test_every_option_describes_itself():
     for field in dataclasses.fields(lct.Config)[2:]:  # `command` and `given` are no flags
         assert field.metadata["help"] and field.metadata["group"], field.name
-        assert lct.field_kind(field) in (int, float, str, bool, lct.Path), field.name
+        assert lct.field_kind(field) in (int, float, str, bool, lct.Path, dict), field.name
 
 
 def test_defaults_are_those_of_the_design():
