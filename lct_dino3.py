@@ -3141,7 +3141,7 @@ def format_findings(report: dict[str, Any]) -> str:
     lines = [f"{report['num_usable']:,} of {report['num_images']:,} images usable"]
     if report["num_used"] < report["num_usable"]:
         lines.append(
-            f"--data_fraction: {report['num_used']:,} of them are used, the same share of every class and split"
+            f"--data_fraction: {report['num_used']:,} of them are used: whole groups, one of every class and split at least"
         )
     lines += _list_some("quarantined", report["quarantined"])
     masks = report["masks"]
@@ -4154,7 +4154,7 @@ def build_transform(
         UserError: an entry of a list is wrong.
     """
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
-    main = "train_augmentations" if augment else "val_augmentations"
+    chosen = "train_augmentations" if augment else "val_augmentations"
     if not lists and not augment:
         return Transform(img_size, fill)
     import albumentations as A
@@ -4164,10 +4164,10 @@ def build_transform(
     return Transform(
         img_size,
         fill,
-        looks=A.Compose(_looks(A)) if augment and main not in lists else None,
+        looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
         trains=augment,
         first=build_steps("pre_transforms", lists),
-        listed=build_steps(main, lists) if main in lists else None,
+        listed=build_steps(chosen, lists) if chosen in lists else None,
         last=build_steps("post_transforms", lists),
     )
 
@@ -4268,6 +4268,7 @@ RANGE_ARGUMENTS = {
     "scale_range": ("scale_min", "scale_max"),
 }
 POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision
+DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # what the device does anyway
 POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
@@ -4289,7 +4290,7 @@ def build_steps(name: str, lists: dict[str, tuple[dict[str, Any], ...]]) -> tupl
             steps.append(_build_policy_step(where, kind, arguments))
         elif kind == "normalize":
             read_normalization(where, arguments)
-        elif kind in ("totensor", "totensorv2"):  # images go to the device as they are
+        elif kind in DEVICE_TRANSFORMS:  # images go to the device as they are
             _check_arguments(where, A.ToTensorV2, arguments)
         else:
             steps.append(A.Compose([_build_albumentation(where, entry)]))
@@ -4322,11 +4323,15 @@ def _build_albumentation(where: str, entry: Any) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
     kind, arguments = _read_entry(where, entry)
     known = _albumentations_by_name()
+    if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
+        raise UserError(f"{entry['type']} cannot stand inside another transform", where, "put it into the list itself")
     if kind not in known:
         short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
         names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
         what = f"{entry['type']} is no transform of albumentations {_albumentations_version()}"
-        raise UserError(what, f"{where}.type", _closest(entry["type"], names, "its documentation lists them"))
+        raise UserError(
+            what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
+        )
     own = known[kind]
     arguments = _translate_arguments(own, arguments)
     _check_arguments(where, own, arguments)
@@ -4383,8 +4388,9 @@ def _check_arguments(where: str, own: Callable, arguments: dict[str, Any]) -> No
 def _construct(where: str, own: Callable, arguments: dict[str, Any]) -> Any:
     try:
         return own(**arguments)
-    except Exception as error:  # pydantic's, and whatever else a library raises
-        details = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+    except Exception as error:  # whatever a library raises; albumentations wraps what pydantic says
+        cause = error.__cause__ if hasattr(error.__cause__, "errors") else error
+        details = cause.errors()[0] if hasattr(cause, "errors") else {"loc": (), "msg": str(error)}
         place = ".".join(map(str, (where, *details["loc"][:1])))
         what = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
         raise UserError(what, place, f"see {own.__name__} in the documentation of its library") from error
@@ -4443,9 +4449,9 @@ def check_transforms(config: Config) -> None:
     if not lists:
         return
     own_normalization(config)
-    for main, augment in (("train_augmentations", True), ("val_augmentations", False)):
+    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
         transform = build_transform(config.img_size, augment, lists=lists)
-        _check_order(lists, ("pre_transforms", main, "post_transforms"))
+        _check_order(lists, ("pre_transforms", chosen, "post_transforms"))
         side = max(512, 2 * config.img_size)
         image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
         try:
@@ -4462,7 +4468,7 @@ def _check_order(lists: dict[str, tuple[dict[str, Any], ...]], names: Sequence[s
     for name in names:
         for number, entry in enumerate(lists.get(name, ())):
             kind = _read_entry("", entry)[0]
-            if after and kind not in ("normalize", "totensor", "totensorv2"):
+            if after and kind not in DEVICE_TRANSFORMS:
                 what = f"comes after {after}, which is done last, on the device"
                 raise UserError(what, f"dataset.{name}[{number}]", "put it before")
             after = after or (f"dataset.{name}[{number}] (normalize)" if kind == "normalize" else None)
