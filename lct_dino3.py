@@ -187,6 +187,7 @@ RUN_MARKERS = (
     "data_report.json",
     "mask_cache.npz",
     "scan_cache.npz",
+    "background_cache.npz",
 )  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
@@ -335,6 +336,16 @@ class Config:
     )
     seed: int = _option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
 
+    data_fraction: float = _option(
+        1.0,
+        "share of the data to use: whole groups, the same share of every class and split",
+        "data",
+        key="dataset.data_fraction",
+        low=1e-6,
+        high=1.0,
+        fixed=True,
+    )
+
     crop_mode: str = _option(
         "bbox",
         "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
@@ -373,6 +384,117 @@ class Config:
         0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0
     )
     mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
+
+    backgrounds: Path | None = _option(
+        None,
+        "folder of pictures to put crops on in training",
+        "augmentation",
+        key="directories.backgrounds",
+        metavar="DIR",
+    )
+    insert_background_p: float = _option(
+        0.0,
+        "share of the training samples that are put on one of them; those with a mask without their background",
+        "augmentation",
+        key="dataset.insert_background_p",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+    )
+    background_max_ratio: float = _option(
+        2.0,
+        "sides of what then surrounds a crop, at most so many times its own",
+        "augmentation",
+        key="dataset.background_max_ratio",
+        low=1.0,
+        high=10.0,
+        fixed=True,
+    )
+    pre_transforms: tuple[dict, ...] | None = _option(
+        None,
+        "list of {type: name, argument: value} for every image, first of all; any class of albumentations",
+        "augmentation",
+        key="dataset.pre_transforms",
+        metavar="LIST",
+        fixed=True,
+    )
+    train_augmentations: tuple[dict, ...] | None = _option(
+        None,
+        "list of transforms for training, instead of the built-in augmentation",
+        "augmentation",
+        key="dataset.train_augmentations",
+        metavar="LIST",
+        fixed=True,
+    )
+    val_augmentations: tuple[dict, ...] | None = _option(
+        None,
+        "list of transforms for evaluation and production, where training has its own",
+        "augmentation",
+        key="dataset.val_augmentations",
+        metavar="LIST",
+        fixed=True,
+    )
+    post_transforms: tuple[dict, ...] | None = _option(
+        None,
+        "list of transforms for every image, last of all",
+        "augmentation",
+        key="dataset.post_transforms",
+        metavar="LIST",
+        fixed=True,
+    )
+    aug_start_p: float = _option(
+        1.0,
+        "share of the samples of the first epoch that are augmented at all",
+        "augmentation",
+        key="dataset.augmentation_p_schedule.start_p",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+    )
+    aug_end_p: float = _option(
+        1.0,
+        "the same of the last epoch; p(e) = start + (end - start) (e / (epochs - 1))^exponent",
+        "augmentation",
+        key="dataset.augmentation_p_schedule.end_p",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+    )
+    aug_exponent: float = _option(
+        1.0,
+        "exponent of that",
+        "augmentation",
+        key="dataset.augmentation_p_schedule.exponent_factor",
+        low=1e-3,
+        high=1e3,
+        fixed=True,
+    )
+    mixing: str = _option(
+        "none",
+        "mix the images of a batch in pairs: mixup = their pixels, cutmix = a box",
+        "augmentation",
+        key="training.mixing.strategy",
+        choices=("none", "mixup", "cutmix"),
+        fixed=True,
+    )
+    mixing_p: float = _option(
+        0.5,
+        "share of the batches that are mixed",
+        "augmentation",
+        key="training.mixing.p",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+    )
+    mixing_alpha: float = _option(
+        1.0,
+        "shares of the two images are drawn from Beta(alpha, alpha)",
+        "augmentation",
+        key="training.mixing.alpha",
+        low=1e-3,
+        high=100.0,
+        fixed=True,
+    )
 
     model_id: str = _option(
         "vit_large_patch16_dinov3.lvd1689m",
@@ -881,13 +1003,15 @@ def format_flags(config: Config) -> list[str]:
             continue
         if field_kind(field) is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
+        elif field_kind(field) is dict:
+            words += [f"--{field.name}", json.dumps(value)]
         else:
             words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 
 def field_kind(field: dataclasses.Field) -> type:
-    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
+    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`, `dict` for a list of them."""
     name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
     return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
@@ -1257,6 +1381,14 @@ def name_training(options: dict[str, Any]) -> str:
     return f"LoRA of rank {rank}" if rank else "frozen"
 
 
+def _check_augmentation(config: Config) -> None:
+    if config.insert_background_p and config.backgrounds is None:
+        raise UserError("needs pictures", "--insert_background_p", "give their folder with --backgrounds DIR")
+    if config.mixing != "none" and config.cache_views:
+        what = "mixes pixels, and cached views are features"
+        raise UserError(what, f"--mixing {config.mixing}, --cache_views", "leave one of them out")
+
+
 def check_ranges(config: Config) -> None:
     """Check each value against the bounds of its option, and the options against each other.
 
@@ -1286,6 +1418,7 @@ def check_ranges(config: Config) -> None:
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
         )
     _check_words(config)
+    _check_augmentation(config)
 
 
 def check_paths(config: Config) -> None:
@@ -1318,6 +1451,7 @@ def check_paths(config: Config) -> None:
     _check_folder(config, "data_root", DATA_TREE)
     locate_start(config)
     _check_out_dir(config)
+    _check_backgrounds(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
 
@@ -1346,6 +1480,16 @@ def _check_folder(config: Config, name: str, remedy: str) -> None:
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(what, f"{config.place(name)} {path}", remedy)
+
+
+def _check_backgrounds(config: Config) -> None:
+    if config.backgrounds is None or not config.insert_background_p:
+        return
+    _check_folder("backgrounds", config.backgrounds, "give a folder of pictures")
+    pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
+    if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
+        what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
+        raise UserError(what, f"--backgrounds {config.backgrounds}", "choose a folder of other pictures")
 
 
 def _check_gallery_paths(config: Config) -> None:
@@ -2313,6 +2457,10 @@ class Team:
         """
         with _peers():
             return _Gather.apply(features, sizes, self.rank) if sizes else features
+
+    def cut(self, items: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Return this process's rows of what `gather` made whole."""
+        return items.split(sizes)[self.rank] if sizes else items
 
     def copy_weights(self, module: nn.Module) -> None:
         """Give the module in all processes the weights that it has in the first."""
@@ -3320,6 +3468,28 @@ def _move_cost(counts: Any, present: np.ndarray, place: np.ndarray, group: int) 
     return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
 
 
+def take_fraction(records: Records, fraction: float, seed: int) -> Records:
+    """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
+
+    Each split is then a part of what it is without: no image moves from one to another.
+    """
+    if fraction == 1:
+        return records
+    kept = np.zeros(len(records.labels), dtype=bool)
+    for split in SPLIT_NAMES:
+        rows = records.rows(split)
+        if len(rows):
+            halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
+            kept[rows] = halves == 0
+    return dataclasses.replace(
+        records,
+        paths=PathTable([records.paths[row] for row in np.flatnonzero(kept).tolist()]),
+        labels=records.labels[kept],
+        groups=records.groups[kept],
+        splits=records.splits[kept],
+    )
+
+
 def count_leaks(records: Records, shares: Sequence[float], seed: int) -> int:
     """Return how many val and test images would share a group with a training image under a split that ignores groups."""
     naive = assign_splits(records.labels, np.arange(len(records.labels)), shares, seed)
@@ -3391,31 +3561,31 @@ def scan_dataset(config: Config) -> Scan:
     paths = [listing.paths[i] for i in order]
     labels = np.array([number[class_of[listing.folders[i]]] for i in order], dtype=np.int32)
     looks = health.rows[order]
-    duplicates = {
-        "exact": chain_equal(looks["digest"]),  # the same bytes
-        "near": find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits),
-    }
+    near = find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits)
+    duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = connect(len(paths), edges)
     shares = tuple(split_shares(config).values())
     splits = assign_splits(labels, groups, shares, config.seed)
     records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname)
+    used = take_fraction(records, config.data_fraction, config.seed)
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
         "num_usable": len(paths),
+        "num_used": len(used.paths),
         "excluded": dict(excluded),
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         **describe_health(listing, health),
         **describe_duplicates(records, duplicates),
-        "leaks_prevented": count_leaks(records, shares, config.seed),
+        "leaks_prevented": count_leaks(used, shares, config.seed),
     }
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
-    classes = count_classes(records, listing, health, class_of)
+    classes = count_classes(used, listing, health, class_of)
     report["warnings"] += find_warnings(classes, config)
     fingerprint = hashlib.sha256("\n".join(paths).encode() + looks["digest"].tobytes()).hexdigest()[:16]
     report["classes"] = classes
-    return Scan(records, report, fingerprint, listing, health)
+    return Scan(used, report, fingerprint, listing, health)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
@@ -3601,11 +3771,15 @@ def _list_some(what: str, items: list[dict[str, str]]) -> list[str]:
 def format_findings(report: dict[str, Any]) -> str:
     """Return what a scan found wrong, a line each; long lists are cut, data_report.json has them whole."""
     lines = [f"{report['num_usable']:,} of {report['num_images']:,} images usable"]
+    if report["num_used"] < report["num_usable"]:
+        lines.append(
+            f"--data_fraction: {report['num_used']:,} of them are used: whole groups, one of every class and split at least"
+        )
     lines += _list_some("quarantined", report["quarantined"])
     masks = report["masks"]
     if masks["usable"] or masks["refused"]:
         made = f", {masks['made']:,} of them drawn by SAM-2" if masks["made"] else ""
-        lines.append(f"masks: {masks['usable']:,} of {report['num_usable']:,} crops have one that can be used{made}")
+        lines.append(f"masks: {masks['usable']:,} of {report['num_used']:,} crops have one that can be used{made}")
     lines += _list_some("refused", masks["refused"])
     if masks["not_made"]:
         path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
@@ -3642,11 +3816,12 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
     return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(come) or 'none'}"
 
 
-def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
+def reuse_splits(path: Path, records: Records, fraction: float = 1.0) -> tuple[Records, list[str]]:
     """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
 
     The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run.
+    them fails then, and costs that image), and new ones stay out of this run. `fraction` is the --data_fraction of the run: below
+    1 nobody can tell new images from those that were left out.
 
     Raises:
         UserError: splits.json has other classes.
@@ -3674,7 +3849,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     notes = []
     if gone := [item for _, item, _ in rows if item not in group_of]:
         notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
-    if new := [item for item in group_of if item not in kept]:
+    if fraction == 1 and (new := [item for item in group_of if item not in kept]):
         notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
@@ -4481,16 +4656,24 @@ def preview_masks(scan: Scan, config: Config) -> None:
 # ======================================================================================================================
 # 07  AUGMENTATION
 # ======================================================================================================================
-# (image, mask, seed) -> uint8 image. Nothing global: the randomness of a sample is a function of its seed alone.
+# (image, mask, seed) -> uint8 image, and images of a batch -> mixed images. Nothing global: randomness is a function of seeds
+# alone. Raises UserError for lists of transforms and folders of backgrounds that cannot be used.
+TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
+
+
 @dataclass(frozen=True)
 class Transform:
-    """Makes a crop a square model input: gray letterbox, in training followed by augmentation."""
+    """Makes a crop a square model input: gray letterbox, in training followed by augmentation; or by lists of transforms."""
 
     img_size: int
     fill: Fill  # replaces what is outside the mask, padding included (but for blur)
-    looks: Any  # albumentations.Compose of the changes of colour; None = no augmentation at all
+    looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
+    trains: bool = False  # whether what is random may be
+    first: tuple[Any, ...] = ()  # steps of --pre_transforms; a step is what `build_steps` makes of an entry
+    listed: tuple[Any, ...] | None = None  # steps that stand for the built-in augmentation; None = it is wanted
+    last: tuple[Any, ...] = ()  # steps of --post_transforms
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+    def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
         """Return uint8 (img_size, img_size, 3).
 
         Image and mask move together; colours change last, and only those of the object.
@@ -4498,26 +4681,55 @@ class Transform:
         Args:
             image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
             seed: of the augmentation.
+            augmented: False leaves the augmentation out, but not what stands before and after it.
+
+        Raises:
+            ImageError: a transform of a list cannot be applied to this image.
         """
+        image, mask = self._run(self.first, image, mask, (seed, 3))
+        if self.listed is None:
+            image, mask = self._augment(image, mask, seed, self.looks if augmented else None)
+        elif augmented or not self.trains:
+            image, mask = self._run(self.listed, image, mask, (seed, 4))
+        image, mask = self._run(self.last, image, mask, (seed, 5))
+        if image.shape == (self.img_size, self.img_size, 3):
+            return image
+        return self._fit(image, mask, seed)
+
+    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+        if mask is None:
+            return fit_square(image, self.img_size)
+        square = fit_square(np.dstack((image, mask)), self.img_size)
+        return self._refill(np.ascontiguousarray(square[:, :, :3]), square[:, :, 3], seed)
+
+    def _refill(self, image: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
+        """Return the image with the fill outside its mask once more, where moving has brought in something else."""
+        if self.fill.kind == "blur":
+            return image
+        return fill_background(image, mask, self.fill, seed if self.trains else None)
+
+    def _augment(
+        self, image: np.ndarray, mask: np.ndarray | None, seed: int, looks: Any
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the square image and mask of the built-in way; without `looks` only fitted."""
         import cv2
 
-        rng, colour_seed = np.random.default_rng(seed), seed if self.looks else None
+        rng = np.random.default_rng(seed)
         if mask is None:
-            return self._change_looks(self._move(image, rng), rng, seed)
+            return _change_looks(looks, self._move(image, rng, looks), rng, seed), None
         # Filled before it moves: interpolation would draw the background into the object's edge.
-        filled = fill_background(image, mask, self.fill, colour_seed)
+        filled = fill_background(image, mask, self.fill, seed if self.trains else None)
         # The mask moves like a colour, and is cut at half height again: nearest would shift its edge by up to half a pixel.
-        moved = self._move(cv2.merge((filled, mask)), rng)
-        image, mask = np.ascontiguousarray(moved[:, :, :3]), moved[:, :, 3]
-        if self.fill.kind != "blur":  # once more: the border that moving has opened
-            image = fill_background(image, mask, self.fill, colour_seed)
-        changed = self._change_looks(image, rng, seed)
+        moved = self._move(cv2.merge((filled, mask)), rng, looks)
+        mask = moved[:, :, 3]
+        image = self._refill(np.ascontiguousarray(moved[:, :, :3]), mask, seed)  # the border that moving has opened
+        changed = _change_looks(looks, image, rng, seed)
         # Only on the object: the fill keeps its value, for production will see no other.
-        return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy())
+        return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy()), mask
 
-    def _move(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _move(self, image: np.ndarray, rng: np.random.Generator, looks: Any) -> np.ndarray:
         square = fit_square(image, self.img_size)
-        if not self.looks:
+        if not looks:
             return square
         import cv2
 
@@ -4527,24 +4739,69 @@ class Transform:
             square = cv2.warpPerspective(square, matrix, square.shape[:2], borderValue=border)
         return cv2.flip(square, 1) if rng.random() < 0.5 else square
 
-    def _change_looks(self, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-        if not self.looks:
-            return image
-        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-        self.looks.set_random_state(rng, random.Random(seed))
-        return np.ascontiguousarray(self.looks(image=image, force_apply=True)["image"])
+    def _run(
+        self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, words: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what a list of transforms makes of image and mask; what is outside the mask stays the fill."""
+        if not steps:
+            return image, mask
+        if mask is not None:
+            image = fill_background(image, mask, self.fill, words[0] if self.trains else None)
+        rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
+        for step in steps:
+            step.set_random_state(rng, generator)
+            try:
+                changed = step(image=image, mask=mask) if mask is not None else step(image=image)
+            except Exception as error:  # what a library thinks of an image that is too small, say
+                reason = printable(f"{type(error).__name__}: {error}")[:200]
+                raise ImageError(f"{name_step(step)} cannot be applied to it: {reason}") from error
+            image, mask = changed["image"], changed.get("mask")
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                what = f"{image.dtype} {image.shape}"
+                raise ImageError(
+                    f"{name_step(step)} makes {what} of it, and what is needed is uint8 (height, width, 3)"
+                )
+        return np.ascontiguousarray(image), mask if mask is None else np.ascontiguousarray(mask)
 
 
-def build_transform(img_size: int, augment: bool, fill: Fill | None = None) -> Transform:
-    """Return what makes a crop a square model input; `augment` is for training."""
-    fill = fill or Fill("gray", (PADDING_GRAY,) * 3)
-    if not augment:
-        return Transform(img_size, fill, None)
+def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+    if not looks:
+        return image
+    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+    looks.set_random_state(rng, random.Random(seed))
+    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+
+
+def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Return the lists of transforms that are given, by option."""
+    return {name: getattr(config, name) for name in TRANSFORM_LISTS if getattr(config, name) is not None}
+
+
+def build_transform(
+    img_size: int, augment: bool, fill: Fill | None = None, lists: dict[str, tuple[dict[str, Any], ...]] | None = None
+) -> Transform:
+    """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
+
+    Raises:
+        UserError: an entry of a list is wrong.
+    """
+    fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
+    chosen = "train_augmentations" if augment else "val_augmentations"
+    if not lists and not augment:
+        return Transform(img_size, fill)
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
-    return Transform(img_size, fill, A.Compose(_looks(A)))
+    return Transform(
+        img_size,
+        fill,
+        looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
+        trains=augment,
+        first=build_steps("pre_transforms", lists),
+        listed=build_steps(chosen, lists) if chosen in lists else None,
+        last=build_steps("post_transforms", lists),
+    )
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
@@ -4632,6 +4889,470 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
     ]
 
 
+# What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
+RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
+# ... or two of them make a range, which begins where it ends if the lower one is not given.
+RANGE_ARGUMENTS = {
+    "num_holes_range": ("min_holes", "max_holes"),
+    "hole_height_range": ("min_height", "max_height"),
+    "hole_width_range": ("min_width", "max_width"),
+    "quality_range": ("quality_lower", "quality_upper"),
+    "scale_range": ("scale_min", "scale_max"),
+}
+POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision
+DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # what the device does anyway
+POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+def build_steps(name: str, lists: dict[str, tuple[dict[str, Any], ...]]) -> tuple[Any, ...]:
+    """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
+
+    A step is called with image and mask, and gives both; `set_random_state` comes first.
+
+    Raises:
+        UserError: naming the entry, what is wrong with it and what comes closest.
+    """
+    import albumentations as A
+
+    steps = []
+    for number, entry in enumerate(lists.get(name, ())):
+        where = f"dataset.{name}[{number}]"
+        kind, arguments = _read_entry(where, entry)
+        if kind in POLICIES:
+            steps.append(_build_policy_step(where, kind, arguments))
+        elif kind == "normalize":
+            read_normalization(where, arguments)
+        elif kind in DEVICE_TRANSFORMS:  # images go to the device as they are
+            _check_arguments(where, A.ToTensorV2, arguments)
+        else:
+            steps.append(A.Compose([_build_albumentation(where, entry)]))
+    return tuple(steps)
+
+
+def name_step(step: Any) -> str:
+    """Return the name of what a step does."""
+    return step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
+
+
+def _read_entry(where: str, entry: Any) -> tuple[str, dict[str, Any]]:
+    """Return the name of a transform without capitals and underscores, and its arguments."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        raise UserError("has no type", where, "write an entry such as {type: coarse_dropout, p: 0.5}")
+    return entry["type"].replace("_", "").lower(), {key: value for key, value in entry.items() if key != "type"}
+
+
+@functools.cache
+def _albumentations_by_name() -> dict[str, type]:
+    """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
+    import albumentations as A
+
+    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value)}
+    bases = (A.BasicTransform, A.BaseCompose)
+    return {name: value for name, value in found.items() if issubclass(value, bases) and not inspect.isabstract(value)}
+
+
+def _build_albumentation(where: str, entry: Any) -> Any:
+    """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+    kind, arguments = _read_entry(where, entry)
+    known = _albumentations_by_name()
+    if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
+        raise UserError(f"{entry['type']} cannot stand inside another transform", where, "put it into the list itself")
+    if kind not in known:
+        short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
+        names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
+        what = f"{entry['type']} is no transform of albumentations {_albumentations_version()}"
+        raise UserError(
+            what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
+        )
+    own = known[kind]
+    arguments = _translate_arguments(own, arguments)
+    _check_arguments(where, own, arguments)
+    if isinstance(arguments.get("transforms"), list):
+        inner = enumerate(arguments["transforms"])
+        arguments["transforms"] = [_build_albumentation(f"{where}.transforms[{i}]", item) for i, item in inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
+        return _construct(where, own, arguments)
+
+
+def _albumentations_version() -> str:
+    from importlib.metadata import version
+
+    return version("albumentations")
+
+
+def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(word, dict.fromkeys(known), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def _translate_arguments(own: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments as version 2 of albumentations wants them, where that is certain."""
+    import cv2
+
+    known, arguments = inspect.signature(own).parameters, dict(arguments)
+    for old, new in RENAMED_ARGUMENTS.items():
+        if old in arguments and old not in known and new in known and new not in arguments:
+            arguments[new] = arguments.pop(old)
+    for new, (low, high) in RANGE_ARGUMENTS.items():
+        if high in arguments and high not in known and new in known and new not in arguments:
+            end = arguments.pop(high)
+            start = arguments.pop(low, None)
+            arguments[new] = [end if start is None else start, end]
+    if isinstance(arguments.get("always_apply"), bool) and "p" in known:
+        arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
+    for key, value in arguments.items():
+        if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
+            arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
+    return arguments
+
+
+def _check_arguments(where: str, own: Callable, arguments: dict[str, Any]) -> None:
+    known = inspect.signature(own).parameters
+    for key in arguments:
+        if key not in known:
+            old = [new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known]
+            remedy = f"write {old[0]}: [low, high]" if old else _closest(str(key), known, f"it has {', '.join(known)}")
+            raise UserError(f"is no argument of {own.__name__}", f"{where}.{key}", remedy)
+
+
+def _construct(where: str, own: Callable, arguments: dict[str, Any]) -> Any:
+    try:
+        return own(**arguments)
+    except Exception as error:  # whatever a library raises; albumentations wraps what pydantic says
+        cause = error.__cause__ if hasattr(error.__cause__, "errors") else error
+        details = cause.errors()[0] if hasattr(cause, "errors") else {"loc": (), "msg": str(error)}
+        place = ".".join(map(str, (where, *details["loc"][:1])))
+        what = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
+        raise UserError(what, place, f"see {own.__name__} in the documentation of its library") from error
+
+
+def read_normalization(where: str, arguments: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and std of an entry `normalize`, for the device to subtract; None if it has none: those of the model stay.
+
+    Raises:
+        UserError: it is not (image / 255 - mean) / std of three channels.
+    """
+    import albumentations as A
+
+    _check_arguments(where, A.Normalize, arguments)
+    for key, wanted in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
+        if arguments.get(key, wanted) != wanted:
+            what = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
+            raise UserError(what, f"{where}.{key}", "leave it out, and give --mean and --std")
+    pair = []
+    for key in ("mean", "std"):
+        value = arguments.get(key)
+        if ("mean" in arguments or "std" in arguments) and not (
+            isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
+        ):
+            raise UserError("is not a list of three numbers", f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+        pair.append(tuple(map(float, value or ())))
+    return (pair[0], pair[1]) if pair[0] else None
+
+
+def own_normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
+
+    Raises:
+        UserError: the lists of transforms and --mean and --std contradict each other.
+    """
+    asked = (config.mean, config.std)
+    for name, entries in given_lists(config).items():
+        for number, entry in enumerate(entries):
+            where = f"dataset.{name}[{number}]"
+            kind, arguments = _read_entry(where, entry)
+            found = read_normalization(where, arguments) if kind == "normalize" else None
+            if found and asked[0] and found != asked:
+                what = f"has mean {found[0]} and std {found[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
+                raise UserError(what, where, "the device normalises once: give one mean and std")
+            asked = found or asked
+    return asked
+
+
+def check_transforms(config: Config) -> None:
+    """Build the lists of transforms and try them on a picture, before anything is loaded.
+
+    Raises:
+        UserError: an entry is wrong, or the lists make something that the device does not take.
+    """
+    lists = given_lists(config)
+    if not lists:
+        return
+    own_normalization(config)
+    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
+        transform = build_transform(config.img_size, augment, lists=lists)
+        _check_order(lists, ("pre_transforms", chosen, "post_transforms"))
+        side = max(512, 2 * config.img_size)
+        image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
+        try:
+            transform(image, None, 0)
+            transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
+        except ImageError as error:
+            names = ", ".join(f"dataset.{name}" for name in lists)
+            what = f"fail on a picture of {side} px: {error}"
+            raise UserError(what, names, "change that transform, or leave it out") from error
+
+
+def _check_order(lists: dict[str, tuple[dict[str, Any], ...]], names: Sequence[str]) -> None:
+    after = None
+    for name in names:
+        for number, entry in enumerate(lists.get(name, ())):
+            kind = _read_entry("", entry)[0]
+            if after and kind not in DEVICE_TRANSFORMS:
+                what = f"comes after {after}, which is done last, on the device"
+                raise UserError(what, f"dataset.{name}[{number}]", "put it before")
+            after = after or (f"dataset.{name}[{number}] (normalize)" if kind == "normalize" else None)
+
+
+@dataclass
+class Policy:
+    """RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), as torchvision has them, as a step of a list."""
+
+    kind: str  # of POLICIES
+    arguments: dict[str, Any]
+    share: float  # of the samples
+
+    def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+        """Draw from this generator."""
+        self._rng = rng
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+        """Return image and mask, which follows the moves."""
+        if self._rng.random() >= self.share:
+            return {"image": image, "mask": mask}
+        policy = _build_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
+        policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
+            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
+            moved = policy(torch.from_numpy(image.copy()).permute(2, 0, 1))
+        mask = None if mask is None else policy.mask[0].numpy()
+        return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
+
+
+@functools.cache
+def _build_policy(kind: str, arguments: str) -> Any:
+    """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
+    from torchvision.transforms import v2
+
+    class WithMask(getattr(v2, POLICIES[kind])):
+        mask: torch.Tensor | None = None
+
+        def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
+            apply = super()._apply_image_or_video_transform
+            if self.mask is not None and transform_id in POLICY_MOVES:
+                self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
+            return apply(image, transform_id, *args, **kwargs)
+
+    return WithMask(**{"fill": [PADDING_GRAY] * 3, **json.loads(arguments)})
+
+
+def _build_policy_step(where: str, kind: str, arguments: dict[str, Any]) -> Policy:
+    from torchvision.transforms import v2
+
+    share = arguments.pop("p", 1.0)
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise UserError(f"{share} is no probability", f"{where}.p", "give a number from 0 to 1")
+    own = getattr(v2, POLICIES[kind])
+    _check_arguments(where, own, arguments)
+    _construct(where, own, arguments)
+    bins = arguments.get("num_magnitude_bins", 31)
+    if not isinstance(bins, int) or bins < 2 or not 0 <= arguments.get("magnitude", 0) < bins:
+        what = f"magnitude {arguments.get('magnitude', 9)} is none of {bins} bins"
+        raise UserError(what, where, "give a magnitude from 0 to num_magnitude_bins - 1, and two bins or more")
+    return Policy(kind, arguments, float(share))
+
+
+def augmentation_share(config: Config, epoch: int) -> float:
+    """Return the share of the samples that an epoch augments: p(e) = start + (end - start) (e / (E - 1))^exponent.
+
+    Args:
+        epoch: from 0; a run of one epoch has p = start.
+    """
+    progress = min(1.0, epoch / max(1, config.epochs - 1))
+    return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
+
+
+@dataclass(frozen=True)
+class Backgrounds:
+    """Pictures that training puts crops on."""
+
+    health: FileHealth  # of all that lie in the folder
+    root: Path
+    paths: PathTable  # of those that can be read, relative to root
+    digest: str  # over names and contents of these
+    share: float  # of the samples that are put on one
+    max_ratio: float  # of the sides of the canvas to those of the crop
+
+    def draw(self, seed: int) -> np.random.Generator | None:
+        """Return the generator for a sample that is put on a picture, None for the others."""
+        rng = np.random.default_rng((seed, 2))
+        return rng if rng.random() < self.share else None
+
+    def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+        """Return the crop on a random picture, uint8 (H, W, 3), larger than the crop.
+
+        Raises:
+            ImageError: the picture cannot be read any more.
+        """
+        path = self.paths[int(rng.integers(len(self.paths)))]
+        try:
+            picture = load_image(self.root / path)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+        return insert_background(image, mask, picture, rng, self.max_ratio)
+
+
+def scan_backgrounds(config: Config) -> Backgrounds | None:
+    """Look at all pictures of --backgrounds; None if none are to be inserted. Writes nothing.
+
+    Raises:
+        UserError: not one can be used.
+    """
+    if not config.insert_background_p:
+        return None
+    root, tree = config.backgrounds, list_image_tree(config.backgrounds)
+    kind = IMAGE_KIND._replace(name="background")
+    health = check_files(root, tree.paths, tree.stamps, kind, config.out_dir / "background_cache.npz")
+    health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
+    good = np.flatnonzero(~health.rows["broken"])
+    if not len(good):
+        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", which has no images")
+        what = f"holds no picture that can be used{found}"
+        raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
+    contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+    paths = PathTable([tree.paths[i] for i in good.tolist()])
+    return Backgrounds(health, root, paths, digest, config.insert_background_p, config.background_max_ratio)
+
+
+def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
+    """Return what must be equal of the backgrounds for a run to go on."""
+    own = None if backgrounds is None else [backgrounds.digest, backgrounds.share, backgrounds.max_ratio]
+    return {"used_backgrounds": own}
+
+
+def describe_backgrounds(backgrounds: Backgrounds) -> str:
+    """Return in words how many pictures there are, and which cannot be used."""
+    unused = list(backgrounds.health.reasons.items())
+    lines = [f"backgrounds: {len(backgrounds.paths):,} pictures in {backgrounds.root}"]
+    lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
+    return "\n".join(lines + [f"  ... and {len(unused) - 10} more"] * (len(unused) > 10))
+
+
+def insert_background(
+    image: np.ndarray, mask: np.ndarray | None, picture: np.ndarray, rng: np.random.Generator, max_ratio: float
+) -> np.ndarray:
+    """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
+
+    With a mask the object alone is pasted, as it is; its edge fades over the first pixels outside it.
+
+    Args:
+        image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object, or None.
+        picture: uint8 (h, w, 3) of any size; covers the canvas.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
+    canvas = cover_canvas(picture, size[0], size[1], rng)
+    top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
+    place = canvas[top : top + height, left : left + width]
+    if mask is None:
+        place[:] = image
+        return canvas
+    solid = (mask > MASK_LEVEL).astype(np.float32)
+    softness = max(
+        1.0, 0.005 * max(height, width)
+    )  # px; of a large crop as much as of a small one once they are fitted
+    alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
+    place[:] = np.rint(alpha * image + (1 - alpha) * place)
+    return canvas
+
+
+def cover_canvas(picture: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a random part of a picture, turned by a multiple of 90 degrees and flipped at random, as uint8 (height, width, 3)."""
+    import cv2
+
+    turned = np.rot90(picture, int(rng.integers(4)))
+    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
+    scale = min(turned.shape[0] / height, turned.shape[1] / width) * rng.uniform(0.5, 1.0)
+    sides = [
+        min(max(1, round(length * scale)), most) for length, most in zip((height, width), turned.shape, strict=False)
+    ]
+    top, left = (int(rng.integers(most - side + 1)) for side, most in zip(sides, turned.shape, strict=False))
+    part = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+    return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+
+
+class Mixing(NamedTuple):
+    """How the images of a batch are mixed: each with that of its partner."""
+
+    partners: torch.Tensor  # int64 (B,), a permutation
+    share: float  # of the image's own pixels: lambda, at least a half, so that the own label dominates
+    box: (
+        tuple[int, int, int, int] | None
+    )  # top, bottom, left, right of what CutMix takes from the partner; None = MixUp
+
+
+def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
+    """Draw how a batch is mixed; None if it is not.
+
+    MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the box after it is clipped. lambda is folded to a
+    half or more, which for MixUp changes nothing but whose partner is whose.
+
+    Args:
+        place: epoch and batch, which with the seed decide all.
+        images: (b, C, H, W) of this process.
+        num_images: in the whole batch.
+    """
+    rng = np.random.default_rng((config.seed, 9, *place))
+    if config.mixing == "none" or rng.random() >= config.mixing_p:
+        return None
+    share = float(rng.beta(config.mixing_alpha, config.mixing_alpha))
+    share, partners = max(share, 1 - share), torch.from_numpy(rng.permutation(num_images))
+    if config.mixing == "mixup":
+        return Mixing(partners, share, None)
+    height, width = images.shape[-2:]
+    box = []
+    for length in (height, width):
+        reach, centre = length * math.sqrt(1 - share) / 2, rng.uniform(0, length)
+        box += [max(0, round(centre - reach)), min(length, round(centre + reach))]
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return Mixing(partners, 1 - area / (height * width), tuple(box))
+
+
+def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
+    """Return the images (B, C, H, W) of a whole batch mixed, in their own type."""
+    others = images[mixing.partners.to(images.device)]
+    if mixing.box is None:
+        return torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
+    top, bottom, left, right = mixing.box
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    return mixed
+
+
+def partner_labels(
+    labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the labels of the images that were mixed in, and the own share of each image, both (B,) over all batches."""
+    pairs = list(zip(labels, mixings, strict=True))
+    others = [own if mixing is None else own[mixing.partners] for own, mixing in pairs]
+    shares = [torch.full((len(own),), 1.0 if mixing is None else mixing.share) for own, mixing in pairs]
+    return torch.cat(others), torch.cat(shares)
+
+
+def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Return the mean of lambda times the losses (B,) for the own labels and 1 - lambda times those for the partners'.
+
+    Both labels are hard, as margins want.
+    """
+    return (shares * own + (1 - shares) * partners).mean()
+
+
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
@@ -4655,21 +5376,34 @@ class SampleKey(NamedTuple):
     seed: int  # of its augmentation
     view: int  # into VIEW_NAMES; a crop without a usable mask is shown as it is in either
     showing: int = 0  # epochs and repetitions before: with --cache_views it says whose turn it is
+    augmented: bool = True  # whether the schedule of the augmentation lets it be
 
 
 class CropDataset(Dataset):
     """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
-    def __init__(self, records: Records, transform: Transform) -> None:
-        self.records, self.transform = records, transform
+    def __init__(self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None) -> None:
+        self.records, self.transform, self.backgrounds = records, transform, backgrounds
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
+        rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
         try:
-            image, mask, reason = load_crop(self.records, key.row, key.view)
+            image, mask, reason = load_crop(self.records, key.row, 1 if rng else key.view)
         except ImageError as error:
             return None, key, f"cannot be read any more and is left out: {error}"
         lost = f"is used with its background, since its mask cannot be read any more: {reason}" if reason else ""
-        return self.transform(image, mask, key.seed), key, lost
+        if rng:
+            try:
+                image, mask = self.backgrounds.insert(image, mask, rng), None
+            except ImageError as error:
+                mask, lost = (
+                    mask if key.view else None,
+                    f"is used without the background that cannot be read any more: {error}",
+                )
+        try:
+            return self.transform(image, mask, key.seed, key.augmented), key, lost
+        except ImageError as error:
+            return None, key, f"is left out: {error}"
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
         """Stack the samples that could be read."""
@@ -4696,7 +5430,7 @@ class EpochSampler(Sampler):
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
         self.rows, self.labels, self.epoch, self.first_batch = rows, labels, 0, 0
         self.share: Callable[[list[SampleKey]], list[SampleKey]] = list  # what to yield of a batch
-        self.seed, self.batch = config.seed, config.batch
+        self.config, self.seed, self.batch = config, config.seed, config.batch
         self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
 
@@ -4715,12 +5449,15 @@ class EpochSampler(Sampler):
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
+        share = augmentation_share(self.config, self.epoch)
+        gates = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
         seen: Counter[int] = Counter()
         for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
             keys = []
-            for row, view in zip(rows[start:stop].tolist(), views[start:stop].tolist(), strict=True):
-                showing = self.epoch + seen[row]
-                keys.append(SampleKey(row, sample_seed(self.seed, self.epoch, row, seen[row]), int(view), showing))
+            drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
+            for row, view, gate in drawn:
+                seed, showing = sample_seed(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
+                keys.append(SampleKey(row, seed, int(view), showing, gate))
                 seen[row] += 1
             yield keys
 
@@ -5043,7 +5780,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     settings, feature_dim = probe_model(config)
     model, source = _create_model(config, settings, log)
     cfg = model.pretrained_cfg
-    mean, std = tuple(config.mean or cfg["mean"]), tuple(config.std or cfg["std"])
+    mean, std = (tuple(own or cfg[key]) for key, own in zip(("mean", "std"), own_normalization(config), strict=True))
     pool = str(
         settings.get("global_pool") or getattr(getattr(model, "global_pool", None), "pool_type", None) or "default"
     )
@@ -5424,19 +6161,21 @@ def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassif
     return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
-    """Return the mean loss () of logits (B, C): cross-entropy, or the focal loss.
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
+) -> torch.Tensor:
+    """Return the mean loss () of logits (B, C), or with reduction none that of each image (B,): cross-entropy, or the focal loss.
 
     The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
     """
     smoothing = config.label_smoothing
     if config.criterion != "focal":
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
     log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
     losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (
-        (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
-    ).mean()  # the power's slope is finite
+    # Where the class is certain, the slope of the power stays finite.
+    losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    return losses.mean() if reduction == "mean" else losses
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -6970,7 +7709,8 @@ class TrainedRun:
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
-        return build_transform(self.config.img_size, False, make_fill(self.config, self.info.mean))
+        fill = make_fill(self.config, self.info.mean)
+        return build_transform(self.config.img_size, False, fill, given_lists(self.config))
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -7159,7 +7899,7 @@ def scan_for_run(run: TrainedRun, root: Path, config: Config) -> Scan:
         UserError: no class folders, or no usable images.
     """
     options = {"data_root": root, "out_dir": run.path, "class_map": config.class_map, "exclude": config.exclude}
-    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out)
+    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out, data_fraction=1.0)
     return attach_masks(scan_dataset(own), own)
 
 
@@ -7374,6 +8114,7 @@ class Job:
     run: RunDirectory
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
+    backgrounds: Backgrounds | None = None
     unreadable: dict[int, str] = dataclasses.field(
         default_factory=dict
     )  # images that failed after the scan, each named once
@@ -7381,11 +8122,16 @@ class Job:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        return make_identity(self.config, self.records.class_names, self.info)
+        return make_identity(self.config, self.records.class_names, self.info) | identify_backgrounds(self.backgrounds)
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
-        return build_transform(self.config.img_size, augment, make_fill(self.config, self.info.mean))
+        fill = make_fill(self.config, self.info.mean)
+        return build_transform(self.config.img_size, augment, fill, given_lists(self.config))
+
+    def training_crops(self) -> CropDataset:
+        """Return the crops as training sees them."""
+        return CropDataset(self.records, self.transform(augment=True), self.backgrounds)
 
     def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         """Name the images and masks that could not be read, each once."""
@@ -7471,7 +8217,7 @@ class ViewCache:
     def __init__(self, job: Job, backbone: Backbone, clean: Features) -> None:
         self._job, self._backbone, self._rows = job, backbone, job.records.rows("train")
         self._path = job.run.path / "cached_views.f16"
-        self._dataset = CropDataset(job.records, job.transform(augment=True))
+        self._dataset = job.training_crops()
         share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
         draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(job.config.cache_views + 1)]
         has_mask = job.records.has_mask[self._rows]
@@ -7493,6 +8239,7 @@ class ViewCache:
         """Return the features of the views whose turn it is."""
         positions = np.searchsorted(self._rows, [key.row for key in keys])
         turns = (positions + [key.showing for key in keys]) % len(self._is_masked)
+        turns *= np.array([key.augmented for key in keys])
         index = self._clean_index[positions]
         features = np.where(index[:, None] < 0, np.nan, self._clean[index])
         is_cached = turns > 0
@@ -7521,6 +8268,7 @@ class ViewCache:
                 "data": [job.fingerprint, job.records.masks_hash],
                 "seed": job.config.seed,
                 "shape": self._shape,
+                **identify_backgrounds(job.backgrounds),
                 **{key: hashlib.sha256(value).hexdigest()[:16] for key, value in hashes.items()},
             }
         )
@@ -7601,7 +8349,10 @@ def fingerprint_transform(transform: Transform, img_size: int) -> str:
     mask[img_size // 4 : -img_size // 4, img_size // 4 : -img_size // 4] = 255
     digest = hashlib.sha256()
     for seed in range(64):
-        digest.update(transform(image, mask if seed % 2 else None, seed))
+        try:
+            digest.update(transform(image, mask if seed % 2 else None, seed))
+        except ImageError as error:  # a list that wants larger pictures
+            digest.update(str(error).encode())
     return digest.hexdigest()[:16]
 
 
@@ -7639,7 +8390,7 @@ class TrainFeed:
     def __init__(self, job: Job, state: TrainState) -> None:
         share_state(job, state)
         self._job = job
-        self._dataset = CropDataset(job.records, job.transform(augment=True))
+        self._dataset = job.training_crops()
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
         self._sampler.share = TEAM.share
         self._loader: DataLoader | None = None
@@ -7874,16 +8625,29 @@ def train_step(
     In a team, a batch has a part of the images; features, loss and logits are those of all images of all batches together.
     """
     labels = torch.cat([batch.labels for batch in batches]).to(runtime.device, non_blocking=True)
+    mixings = [
+        draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
+        for index, batch in enumerate(batches)
+    ]
 
-    def embed_part(
-        index: int,
-    ) -> torch.Tensor:  # the same when asked again: dropout is a function of seed, step and index
+    def embed_part(index: int) -> torch.Tensor:
+        """Return the features of a batch; the same when asked again, as dropout is a function of seed, step and index."""
+        batch, mixing = batches[index], mixings[index]
+        images = batch.images.to(runtime.device, non_blocking=True)
+        if mixing is not None:  # with images of the whole batch, which the other processes have
+            images = TEAM.cut(mix_images(TEAM.gather(images, batch.sizes), mixing), batch.sizes)
         seed_torch(config.seed, 5, state.step, *([index] if index else []))
-        images = batches[index].images.to(runtime.device, non_blocking=True)
-        return TEAM.gather(network(images), batches[index].sizes)
+        return TEAM.gather(network(images), batch.sizes)
 
-    logits, plain = state.model(join_parts(embed_part, len(batches), state.model.backbone), labels)
+    embeddings = state.model.embed(join_parts(embed_part, len(batches), state.model.backbone))
+    logits, plain = state.model.criterion(embeddings, labels)
     loss = classification_loss(logits, labels, config)
+    if any(mixings):
+        others, shares = partner_labels([batch.labels for batch in batches], mixings)
+        others, shares = others.to(runtime.device), shares.to(runtime.device)
+        other_logits, _ = state.model.criterion(embeddings, others)
+        losses = (classification_loss(*pair, config, "none") for pair in ((logits, labels), (other_logits, others)))
+        loss = mixed_loss(*losses, shares)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     TEAM.finish_gradients()
@@ -11932,7 +12696,8 @@ def _embed_split(run: TrainedRun, config: Config) -> Embedded:
 
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
     """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
-    records, notes = reuse_splits(run.path / "splits.json", scan_for_run(run, options.data_root, options).records)
+    records = scan_for_run(run, options.data_root, options).records
+    records, notes = reuse_splits(run.path / "splits.json", records, run.config.data_fraction)
     for note in notes:
         show(f"warning: {note}")
     return records
@@ -12140,6 +12905,7 @@ def describe_answers(truth: dict[str, str], answers: dict[str, str]) -> str:
 def run_train(config: Config) -> None:
     """Scan, split, train, export prototypes, test, report; or continue where an interrupted run stopped."""
     check_paths(config)
+    check_transforms(config)
     keep_freed_memory()
     runtime = make_runtime(config)
     refuse_if_in_use(config.out_dir)
@@ -12150,7 +12916,7 @@ def run_train(config: Config) -> None:
         check_sam2(config)
     scan = scan_dataset(config)
     with keep_scan(scan, config.out_dir):
-        plan = plan_run(config, attach_masks(scan, config), point)
+        plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config), point)
     if plan is None:
         return
     if config.overwrite and config.out_dir.exists():
@@ -12158,7 +12924,7 @@ def run_train(config: Config) -> None:
     with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
         if config.auto_generate_masks:
             plan = draw_planned_masks(config, plan, point, runtime)
-        job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint)
+        job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint, plan.backgrounds)
         open_run(job, plan)
         bank, state = start_training(job, plan.backbone, point)
         fit(job, state, bank)
@@ -12174,9 +12940,10 @@ class Plan:
     notes: list[str]  # what has changed since its last start
     backbone: Backbone
     info: BackboneInfo
+    backgrounds: Backgrounds | None
 
 
-def plan_run(config: Config, scan: Scan, point: ResumePoint | None) -> Plan | None:
+def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None) -> Plan | None:
     """Check that data, model and checkpoint go together; None when the run is finished.
 
     Raises:
@@ -12187,8 +12954,9 @@ def plan_run(config: Config, scan: Scan, point: ResumePoint | None) -> Plan | No
         check_masks_usable(scan, config)
     records, notes = scan.records, []
     if point:
-        records, notes = reuse_splits(point.path.with_name("splits.json"), records)
-        check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, None))
+        records, notes = reuse_splits(point.path.with_name("splits.json"), records, config.data_fraction)
+        identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
+        check_identity(point.path, point.payload["identity"], identity)
         if is_finished(config, point.payload):
             show(
                 f"the run in {config.out_dir} is finished: {point.payload['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
@@ -12199,7 +12967,7 @@ def plan_run(config: Config, scan: Scan, point: ResumePoint | None) -> Plan | No
     backbone, info = build_backbone(config, show)
     if point:
         check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, info))
-    return Plan(scan, records, notes, backbone, info)
+    return Plan(scan, records, notes, backbone, info, backgrounds)
 
 
 def draw_planned_masks(config: Config, plan: Plan, point: ResumePoint | None, runtime: Runtime) -> Plan:
@@ -12242,6 +13010,8 @@ def open_run(job: Job, plan: Plan) -> None:
     """Write what is known before training: options, splits, data report, the script itself; start the tracker."""
     config, run, scan = job.config, job.run, plan.scan
     scan.save_caches(run.path)
+    if job.backgrounds is not None:
+        save_scan_cache(run.path / "background_cache.npz", job.backgrounds.root, job.backgrounds.health)
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
     write_json(run.path / "config.json", describe_run(job))
     if job.records is scan.records:  # not resumed
@@ -12254,6 +13024,12 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
+    if job.backgrounds is not None:
+        run.log(describe_backgrounds(job.backgrounds))
+    if config.mixing != "none":
+        run.log(
+            f"warning: {config.mixing} usually costs a little with a margin loss; acc of train is that of the mixed images"
+        )
     if config.preview:
         write_preview(job)
     if config.crop_mode != "bbox" or config.auto_generate_masks:
@@ -12292,7 +13068,7 @@ def describe_run(job: Job) -> dict[str, Any]:
 def write_preview(job: Job) -> None:
     """Write preview.jpg: the first 64 augmented crops of the first epoch, 8 by 8."""
     sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-    dataset = CropDataset(job.records, job.transform(augment=True))
+    dataset = job.training_crops()
     keys = [key for keys in sampler for key in keys][:64]
     crops = [image for image, _, _ in map(dataset.__getitem__, keys) if image is not None]
     side = job.config.img_size

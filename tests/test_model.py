@@ -457,7 +457,7 @@ def start_from(path: Path, class_names: tuple[str, ...], **options: object) -> t
 
 def cosines(model: lct.Recognizer) -> torch.Tensor:
     with torch.inference_mode():
-        return model.arcface.cosine(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
+        return model.criterion.cosine(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
 
 
 @pytest.mark.parametrize("kind", [*WAYS, "export"])

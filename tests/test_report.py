@@ -90,7 +90,8 @@ def make_report(
 def make_data_report(names: tuple[str, ...], paths: list[str]) -> dict[str, Any]:
     sizes = {f"{side}_{name}": 10 for side in ("width", "height") for name in ("min", "median", "max")}
     return {
-        "num_images": 40, "num_usable": 36, "leaks_prevented": 1, "exif_rotated": 2, "sizes": sizes, "modes": {"RGB": 36},
+        "num_images": 40, "num_usable": 36, "num_used": 36,
+        "leaks_prevented": 1, "exif_rotated": 2, "sizes": sizes, "modes": {"RGB": 36},
         "quarantined": [{"path": f"bad/{name}", "reason": f"unreadable: {name}"} for name in names],
         "masks": {"usable": 17, "made": 4, "refused": [{"path": f"m/{name}", "reason": name} for name in names], "not_made": []},
         "warnings": list(names), "duplicates": {"exact": [], "near": [list(names)]},

@@ -535,7 +535,7 @@ def test_a_million_records_cost_a_forked_worker_less_than_20_mb():
     paths = lct.PathTable([f"class{i % 97:03d}/cropped/image_{i:07d}.jpg" for i in range(count)])
     labels = np.arange(count, dtype=np.int32) % 97
     records = lct.Records(Path("data"), tuple(map(str, range(97))), paths, labels, labels, labels.astype(np.int8))
-    dataset = lct.CropDataset(records, lambda image, mask, seed: image)
+    dataset = lct.CropDataset(records, lambda image, mask, seed, augmented: image)
     gc.collect()
     gc.freeze()  # pytest's own objects are not what is measured
     reader, writer = os.pipe()

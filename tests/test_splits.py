@@ -326,3 +326,37 @@ def test_real_crops_of_one_photo_stay_together_and_all_classes_are_everywhere(sh
         assert splits_of_class(records.labels, records.splits, label) == {0, 1, 2}
     assert np.abs(np.bincount(records.splits) / 1500 - SHARES).max() < 0.03
     assert found.report["leaks_prevented"] > 100 and snapshot(tmp_path) == {}
+
+
+# --- a part of the data
+
+
+def test_data_fraction_keeps_whole_groups_shares_and_splits(tmp_path):
+    root = make_dataset(tmp_path / "data", {"a": 60, "b": 30, "c": 6}, side=24)
+    for path in sorted(root.rglob("*.png")):  # three frames of each shot
+        path.rename(path.with_name(f"{path.parent.name}{int(path.stem) // 3}_{path.name}"))
+    options = {"data_root": root, "out_dir": tmp_path / "run", "group_regex": r"^(\w\d+)_", "near_dup_bits": 0}
+    whole = lct.scan_dataset(lct.Config(**options)).records
+    scan = lct.scan_dataset(lct.Config(data_fraction=0.3, **options))
+    part, split_of = scan.records, dict(zip(whole.paths, whole.splits.tolist(), strict=True))
+    assert all(split_of[path] == split for path, split in zip(part.paths, part.splits.tolist(), strict=True))
+    everyone, kept = ({path.split("_")[0] + "_" for path in own.paths} for own in (whole, part))
+    assert len(part.paths) == 3 * len(kept) < 3 * len(everyone), "groups are kept or left out as a whole"
+    counts = [np.histogram2d(own.labels, own.splits, bins=(3, 3))[0] / 3 for own in (whole, part)]
+    wanted = np.maximum(0.3 * counts[0], counts[0] > 0)
+    assert (np.abs(counts[1] - wanted) <= 1).all() and (counts[1][counts[0] > 0] >= 1).all(), counts
+    assert scan.report["num_usable"] == 96 and f"{len(part.paths)} of them are used" in lct.format_findings(
+        scan.report | {"masks": {"usable": 0, "refused": [], "not_made": []}}
+    )
+    again, other = (lct.scan_dataset(lct.Config(data_fraction=0.3, seed=seed, **options)).records for seed in (42, 7))
+    assert same_records(again, part) and list(other.paths) != list(part.paths)
+
+
+def test_a_part_of_the_data_is_resumed_without_notes_of_new_images(tmp_path):
+    root = make_dataset(tmp_path / "data", {"a": 20, "b": 20}, side=24)
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", data_fraction=0.5)
+    part = lct.scan_dataset(config).records
+    lct.write_splits(tmp_path / "splits.json", part, config.seed)
+    whole = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).records
+    again, notes = lct.reuse_splits(tmp_path / "splits.json", whole, 0.5)
+    assert list(again.paths) == list(part.paths) and notes == []
