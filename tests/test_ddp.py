@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -278,6 +279,23 @@ def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path
     assert differences(alone, tmp_path / "run") == []
     kinds = [event["event"] for event in lct.read_events(tmp_path / "run")]
     assert kinds.count("resumed") == 1
+
+
+def test_two_machines_do_what_one_does(data: Path, alone: Path, tmp_path: Path) -> None:
+    """Each has a torchrun of its own; here both are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank")
+    argv = (SCRIPT, "--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    launchers = []
+    for rank in range(2):
+        command = map(str, (sys.executable, "-m", "torch.distributed.run", *nodes, rank, *argv))
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        launchers.append(subprocess.Popen(list(command), env=env, cwd=REPO, stderr=subprocess.PIPE, text=True))
+    errors = [launcher.communicate(timeout=400)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    assert differences(alone, tmp_path / "run") == []
 
 
 # --- weights shared among the processes
