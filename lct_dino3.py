@@ -759,7 +759,7 @@ class Config:
     )
     warmup_epochs: float | None = _option(
         None,
-        "cosine: epochs of linear warm-up (default: 5 % of the steps)",
+        "cosine: epochs of linear warm-up (default: a twentieth of all)",
         "optimizer",
         low=0.0,
         high=100_000,

@@ -151,7 +151,7 @@ def test_optimizers_of_timm_take_the_groups(name: str) -> None:
     lct.check_optimizer(config)
     optimizer = lct.build_optimizer(model, config)
     assert name in type(optimizer).__name__.lower()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05, 0.0]
     before = [p.clone() for p in model.parameters()]
     lct.set_learning_rate(optimizer, 1.0)
     sum(p.square().sum() for p in model.parameters()).backward()
@@ -190,7 +190,7 @@ class Layers(nn.Module):
         self.layers.requires_grad_(not frozen)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layers(images)
+        return self.model(images)
 
 
 def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Recognizer, torch.Tensor]:
