@@ -184,10 +184,8 @@ class Layers(nn.Module):
     def __init__(self, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(12, 16), nn.LayerNorm(16), nn.Dropout(0.0), nn.Linear(16, 6)
-        )
-        self.layers.requires_grad_(not frozen)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 6))
+        self.model.requires_grad_(not frozen)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images)
