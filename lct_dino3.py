@@ -4145,6 +4145,15 @@ def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
     return {name: getattr(config, name) for name in TRANSFORM_LISTS if getattr(config, name) is not None}
 
 
+def production_transforms(config: Config) -> list[dict[str, Any]]:
+    """Return what evaluation does to a crop before it is fitted, and whoever else embeds one has to do."""
+    names = ("pre_transforms", "val_augmentations", "post_transforms")
+    lists = given_lists(config)
+    return [
+        entry for name in names for entry in lists.get(name, ()) if _read_entry(name, entry)[0] not in DEVICE_TRANSFORMS
+    ]
+
+
 def build_transform(
     img_size: int, augment: bool, fill: Fill | None = None, lists: dict[str, tuple[dict[str, Any], ...]] | None = None
 ) -> Transform:
@@ -4552,6 +4561,7 @@ class Backgrounds:
     digest: str  # over names and contents of these
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
+    max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
 
     def draw(self, seed: int) -> np.random.Generator | None:
         """Return the generator for a sample that is put on a picture, None for the others."""
@@ -4569,6 +4579,7 @@ class Backgrounds:
             picture = load_image(self.root / path)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
+        image, mask = (part if part is None else shrink(part, self.max_side) for part in (image, mask))
         return insert_background(image, mask, picture, rng, self.max_ratio)
 
 
@@ -4586,13 +4597,14 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     good = np.flatnonzero(~health.rows["broken"])
     if not len(good):
-        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", which has no images")
+        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         what = f"holds no picture that can be used{found}"
         raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
     contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     paths = PathTable([tree.paths[i] for i in good.tolist()])
-    return Backgrounds(health, root, paths, digest, config.insert_background_p, config.background_max_ratio)
+    share, max_ratio = config.insert_background_p, config.background_max_ratio
+    return Backgrounds(health, root, paths, digest, share, max_ratio, 2 * config.img_size)
 
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
@@ -4607,6 +4619,17 @@ def describe_backgrounds(backgrounds: Backgrounds) -> str:
     lines = [f"backgrounds: {len(backgrounds.paths):,} pictures in {backgrounds.root}"]
     lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
     return "\n".join(lines + [f"  ... and {len(unused) - 10} more"] * (len(unused) > 10))
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Return an image or mask whose longer side is `max_side` px at most."""
+    import cv2
+
+    factor = max_side / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def insert_background(
@@ -4693,14 +4716,15 @@ def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, nu
 
 
 def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return the images (B, C, H, W) of a whole batch mixed, in their own type."""
+    """Return the images (B, C, H, W) of a whole batch mixed, in their own type, channels last in memory."""
     others = images[mixing.partners.to(images.device)]
     if mixing.box is None:
-        return torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
-    top, bottom, left, right = mixing.box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-    return mixed
+        mixed = torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
+    else:
+        top, bottom, left, right = mixing.box
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    return mixed.contiguous(memory_format=torch.channels_last)
 
 
 def partner_labels(labels: torch.Tensor, mixing: Mixing) -> torch.Tensor:
@@ -6441,6 +6465,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
         "pool": info.pool,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
+        **({"transforms": transforms} if (transforms := production_transforms(config)) else {}),
     }
 
 
@@ -7389,7 +7414,8 @@ def train_step(
     images = batch.images.to(runtime.device, non_blocking=True)
     labels = batch.labels.to(runtime.device, non_blocking=True)
     if mixing is not None:  # with images of the whole batch, which the other processes have
-        images = TEAM.cut(mix_images(TEAM.gather(images, batch.sizes), mixing), batch.sizes)
+        everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
+        images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
     embeddings = state.model.embed(TEAM.gather(network(images), batch.sizes))
     logits, cosine = state.model.arcface(embeddings, labels)
     loss = F.cross_entropy(logits, labels)
@@ -8089,9 +8115,14 @@ class DetectionDataset(Dataset):
             return
         window = pad_box(box, self.box_pad, width, height)
         mask = self._find_mask(detection, source, window, cut)
-        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
         left, top, right, bottom = window
-        yield self.transform(image[top:bottom, left:right], mask, 0)
+        try:
+            crop = self.transform(image[top:bottom, left:right], mask, 0)
+        except ImageError as error:
+            cut.problems.append((source, str(error)))
+            return
+        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
+        yield crop
 
     def _find_mask(
         self, detection: dict[str, Any], source: int, window: tuple[int, int, int, int], cut: Cut
@@ -11271,6 +11302,7 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
+    check_transforms(config)
     refuse_finished_folder(config)
     scan = scan_dataset(config)
     with keep_scan(scan, config.out_dir):
@@ -11437,6 +11469,8 @@ def run_export(config: Config) -> None:
         show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
     else:
         export_safetensors(run, path)
+    if transforms := production_transforms(run.config):
+        show(f"warning: a crop must go through these before it is fitted: {json.dumps(transforms)}")
     show(f"written: {path}, {path.stat().st_size:,} bytes")
 
 
