@@ -4029,6 +4029,14 @@ def preview_masks(scan: Scan, config: Config) -> None:
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
 
 
+def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+    if not looks:
+        return image
+    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+    looks.set_random_state(rng, random.Random(seed))
+    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+
+
 @dataclass(frozen=True)
 class Transform:
     """Makes a crop a square model input: gray letterbox, in training followed by augmentation; or by lists of transforms."""
@@ -4130,14 +4138,6 @@ class Transform:
                     f"{name_step(step)} makes {what} of it, and what is needed is uint8 (height, width, 3)"
                 )
         return np.ascontiguousarray(image), mask if mask is None else np.ascontiguousarray(mask)
-
-
-def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-    if not looks:
-        return image
-    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    looks.set_random_state(rng, random.Random(seed))
-    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
 
 
 def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
@@ -4266,6 +4266,7 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
     ]
 
 
+# Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
 # What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
 RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
 # ... or two of them make a range, which begins where it ends if the lower one is not given.
@@ -4330,6 +4331,8 @@ def _albumentations_by_name() -> dict[str, type]:
 
 def _build_albumentation(where: str, entry: Any) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+    from importlib.metadata import version
+
     kind, arguments = _read_entry(where, entry)
     known = _albumentations_by_name()
     if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
@@ -4337,7 +4340,7 @@ def _build_albumentation(where: str, entry: Any) -> Any:
     if kind not in known:
         short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
         names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
-        what = f"{entry['type']} is no transform of albumentations {_albumentations_version()}"
+        what = f"{entry['type']} is no transform of albumentations {version('albumentations')}"
         raise UserError(
             what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
         )
@@ -4351,12 +4354,6 @@ def _build_albumentation(where: str, entry: Any) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
         return _construct(where, own, arguments)
-
-
-def _albumentations_version() -> str:
-    from importlib.metadata import version
-
-    return version("albumentations")
 
 
 def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -4551,6 +4548,7 @@ def augmentation_share(config: Config, epoch: int) -> float:
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
 
+# Backgrounds: what a crop is put on before it is transformed. Pictures are looked at once, like the images of the data set.
 @dataclass(frozen=True)
 class Backgrounds:
     """Pictures that training puts crops on."""
@@ -4678,6 +4676,7 @@ def cover_canvas(picture: np.ndarray, height: int, width: int, rng: np.random.Ge
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
 
 
+# Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
 class Mixing(NamedTuple):
     """How the images of a batch are mixed: each with that of its partner."""
 
@@ -11787,6 +11786,7 @@ def describe_run(job: Job) -> dict[str, Any]:
             "masks_hash": job.records.masks_hash,
             "images": len(job.records.paths),
             "classes": list(job.records.class_names),
+            **identify_backgrounds(job.backgrounds),
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
