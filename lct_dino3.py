@@ -19,7 +19,7 @@ Sections:
     07  AUGMENTATION
     08  LOADERS
     09  MODEL
-    10  ARCFACE
+    10  CRITERION
     11  OPTIMIZER & SCHEDULE
     12  METRICS
     13  TRAIN STATE & CHECKPOINTS
@@ -73,7 +73,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -99,14 +99,17 @@ VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background r
 MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
 MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
 CUTOUTS_DIRNAME = "cutouts"
+LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 HEAD_WIDTH = 512  # hidden units of the embedding head
-GRAD_CLIP_NORM = 5.0
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
+LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
+MAX_TRACKED_CLASSES = 1000  # beyond, the tracker gets no confusion matrix: it would have a million numbers
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
+LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
     "centroid": "nearest centroid",
     "prototypes": "nearest of several prototypes a class",
@@ -121,6 +124,7 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 PRIOR_ANSWERS = (
     10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
 )
+TORCH_RADIX_SIZE = 1 << 15  # at::internal::GRAIN_SIZE: fewer integers torch sorts by comparing, at a tenth of the speed
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -133,8 +137,11 @@ BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which t
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
-RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines at a time: 80 MB
+KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in the cache; queries of them at most
+FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
+RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
 CHECKPOINT_FORMAT = 3
+LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
 SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
 ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
@@ -257,8 +264,15 @@ TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
 LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
 
+COMMAND_LINE_ORIGIN, DEMO_ORIGIN, DERIVED_ORIGIN = "command line", "demo", "--models and --experiment_name"
+
+
 def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option: `low`, `high` inclusive bounds, `choices`, `key` in a config file, `fixed`: must not change at resume."""
+    """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
+
+    `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
+    for one start only, not for one that repeats it.
+    """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
@@ -267,8 +281,20 @@ class Config:
     """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
 
     command: str = "train"
-    given: frozenset[str] = frozenset()  # names of the options that were typed; the others have their defaults
-    data_root: Path | None = _option(None, "folder with one folder of crops a class", "data", metavar="DIR")
+    origins: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # of the options that were given
+    config: Path | None = _option(
+        None,
+        "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
+        "data",
+        metavar="FILE",
+        alias="config_filename",
+        once=True,
+    )
+    data_root: Path | None = _option(
+        None, "folder with one folder of crops a class", "data", metavar="DIR", key="directories.images"
+    )
     out_dir: Path | None = _option(
         None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR"
     )
@@ -289,9 +315,17 @@ class Config:
         4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16
     )
 
-    val_split: float = _option(0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True)
+    val_split: float = _option(
+        0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part"
+    )
     test_split: float = _option(
-        0.1, "share of the images for the final test; 0 = no test", "split", low=0.0, high=0.9, fixed=True
+        0.1,
+        "share of the images for the final test; 0 = no test",
+        "split",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="dataset.test_part",
     )
     group_regex: str | None = _option(
         None,
@@ -462,10 +496,37 @@ class Config:
         fixed=True,
     )
 
-    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
-    pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
+    model_id: str = _option(
+        "vit_large_patch16_dinov3.lvd1689m",
+        "any timm model",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        key="model.backbone_name",
+    )
+    pretrained: bool = _option(
+        True, "start from the weights that timm names for the model", "model", fixed=True, key="model.pretrained"
+    )
     backbone_weights: Path | None = _option(
         None, "start from this .pth or .safetensors instead", "model", metavar="FILE"
+    )
+    load_from: Path | None = _option(
+        None,
+        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
+        "model",
+        metavar="PATH",
+        key="model.load_from",
+    )
+    in_channels: int = _option(
+        3,
+        "channels that the model sees: 1 = gray, 3 = RGB",
+        "model",
+        choices=(1, 3),
+        key="model.in_channels",
+        fixed=True,
+    )
+    n_classes: int | None = _option(
+        None, "number of classes that there must be (default: any)", "model", low=2, key="model.n_classes"
     )
     pool: str | None = _option(
         None, "pooling of the backbone, as timm names it (default: token for ViTs)", "model", metavar="NAME", fixed=True
@@ -490,16 +551,93 @@ class Config:
         high=1.0,
         fixed=True,
     )
-    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True)
-    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True)
-    freeze_backbone: bool = _option(
-        True, "train only the head; --no-freeze_backbone fine-tunes everything", "model", fixed=True
+    img_size: int = _option(
+        224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
     )
-    arc_scale: float = _option(30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True)
-    arc_margin: float = _option(0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True)
+    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
+    freeze_backbone: bool = _option(
+        True,
+        "train only the head; --no-freeze_backbone fine-tunes everything",
+        "model",
+        fixed=True,
+        key="model.freeze_backbone",
+    )
+    criterion: str = _option(
+        "arcface",
+        "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
+        key="criterion.type",
+    )
+    sub_centers: int = _option(
+        3, "directions a class of subcenter_arcface", "model", low=1, high=100, fixed=True, key="criterion.sub_centers"
+    )
+    focal_gamma: float = _option(
+        2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma"
+    )
+    label_smoothing: float = _option(
+        0.0,
+        "share of the target spread over all classes",
+        "model",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="criterion.label_smoothing",
+    )
+    arc_scale: float = _option(
+        30.0, "scale of the cosines: the logits' range", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
+    )
+    arc_margin: float = _option(
+        0.30,
+        "margin: radians for ArcFace, cosine for CosFace",
+        "model",
+        low=0.0,
+        high=1.5,
+        fixed=True,
+        key="criterion.margin",
+    )
+    unfreeze_blocks: int = _option(
+        0, "last blocks of a frozen backbone that are trained", "model", low=0, key="model.unfreeze_blocks", fixed=True
+    )
+    lora_rank: int = _option(
+        0,
+        "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
+        "model",
+        low=0,
+        high=1024,
+        key="model.lora_rank",
+        fixed=True,
+    )
+    drop_path: float = _option(
+        0.0,
+        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
+        "model",
+        low=0.0,
+        high=0.9,
+        key="model.drop_path",
+        fixed=True,
+    )
 
-    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000)
-    batch: int = _option(64, "images a step, over all GPUs together", "training", low=2, high=65_536, fixed=True)
+    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
+    val_batch: int | None = _option(
+        None,
+        "images a pass where nothing is trained (default: batch)",
+        "training",
+        low=1,
+        high=65_536,
+        key="dataset.data_loaders.val_batch_size",
+    )
+    batch: int = _option(
+        64,
+        "images a step, over all GPUs together",
+        "training",
+        low=2,
+        high=65_536,
+        fixed=True,
+        key="dataset.data_loaders.train_batch_size",
+    )
     lr: float = _option(
         1e-3,
         "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
@@ -507,14 +645,161 @@ class Config:
         low=1e-8,
         high=10.0,
         fixed=True,
+        key="optimizer.lr",
+    )
+    lr_type: str = _option(
+        "two_lrs",
+        "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
+        "training",
+        choices=("one_lr", "two_lrs"),
+        key="optimizer.lr_type",
+        fixed=True,
+    )
+    backbone_lr: float | None = _option(
+        None,
+        "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
+        "training",
+        low=1e-8,
+        high=10.0,
+        key="optimizer.backbone_lr",
+        fixed=True,
+    )
+    fc_lr: float | None = _option(
+        None,
+        "peak learning rate of the head (default: lr)",
+        "training",
+        low=1e-8,
+        high=10.0,
+        key="optimizer.fc_lr",
+        fixed=True,
+    )
+    layer_decay: float = _option(
+        1.0,
+        "factor on the backbone's learning rate from each block to the one before",
+        "training",
+        low=0.01,
+        high=1.0,
+        key="optimizer.layer_decay",
+        fixed=True,
     )
     arc_lr: float | None = _option(
         None,
-        "peak learning rate of the ArcFace class weights (default: 10 lr)",
+        "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
         "training",
         low=1e-8,
         high=100.0,
         fixed=True,
+    )
+    optimizer: str = _option(
+        "adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type"
+    )
+    weight_decay: float | None = _option(
+        None,
+        "of all that is decayed (default: 0.05 in the backbone, 1e-4 elsewhere)",
+        "optimizer",
+        low=0.0,
+        high=10.0,
+        fixed=True,
+        key="optimizer.weight_decay",
+    )
+    betas: tuple[float, ...] = _option(
+        (),
+        "decay of the optimizer's two running means (default: its own)",
+        "optimizer",
+        nargs=2,
+        metavar=("B1", "B2"),
+        low=0.0,
+        high=0.9999999,
+        fixed=True,
+        key="optimizer.betas",
+    )
+    eps: float | None = _option(
+        None,
+        "what the optimizer adds to a denominator (default: its own)",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="optimizer.eps",
+    )
+    max_grad_norm: float = _option(
+        5.0,
+        "norm that gradients are clipped to; 0 = not clipped",
+        "optimizer",
+        low=0.0,
+        high=1e9,
+        fixed=True,
+        key="training.max_grad_norm",
+    )
+    accumulate_grad_batches: int = _option(
+        1,
+        "batches a step: exactly as one batch of all their images",
+        "optimizer",
+        low=1,
+        high=100_000,
+        fixed=True,
+        key="training.accumulate_grad_batches",
+    )
+    ema_decay: float = _option(
+        0.0,
+        "judge and keep a running mean of the weights with this decay; 0 = the weights",
+        "optimizer",
+        low=0.0,
+        high=0.999999,
+        fixed=True,
+        key="training.ema_decay",
+    )
+    scheduler: str = _option(
+        "cosine",
+        "learning rate over the steps: warm-up and half a cosine, or one cycle",
+        "optimizer",
+        fixed=True,
+        choices=("cosine", "onecycle"),
+        key="scheduler.type",
+    )
+    warmup_epochs: float | None = _option(
+        None,
+        "cosine: epochs of linear warm-up (default: a twentieth of all)",
+        "optimizer",
+        low=0.0,
+        high=100_000,
+        fixed=True,
+        key="scheduler.warmup_epochs",
+    )
+    pct_start: float = _option(
+        0.3,
+        "onecycle: share of the steps with a rising learning rate",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="scheduler.pct_start",
+    )
+    div_factor: float = _option(
+        25.0,
+        "onecycle: peak over first learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e9,
+        fixed=True,
+        key="scheduler.div_factor",
+    )
+    final_div_factor: float = _option(
+        1e4,
+        "onecycle: first over last learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e12,
+        fixed=True,
+        key="scheduler.final_div_factor",
+    )
+    anneal_strategy: str = _option(
+        "cos",
+        "onecycle: how it rises and falls",
+        "optimizer",
+        fixed=True,
+        choices=("cos", "linear"),
+        key="scheduler.anneal_strategy",
     )
     balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = _option(
@@ -535,6 +820,14 @@ class Config:
         metavar="NAME",
         fixed=True,
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
+    )
+    patience: int = _option(
+        0,
+        "stop after so many epochs without a better best_metric; 0 = never",
+        "training",
+        low=0,
+        high=100_000,
+        key="training.patience",
     )
     target_precision: float = _option(
         0.95,
@@ -574,16 +867,29 @@ class Config:
     gpus: int | None = _option(
         None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64
     )
-    workers: int = _option(4, "processes that read images, capped at the cores there are", "machine", low=0, high=256)
+    workers: int = _option(
+        4,
+        "processes that read images, capped at the cores there are",
+        "machine",
+        low=0,
+        high=256,
+        key="dataset.data_loaders.workers",
+    )
     precision: str = _option(
         "auto",
         "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
         "machine",
         choices=("auto", "fp32", "bf16", "fp16"),
+        spelled={"32": "fp32", "16": "fp16"},
         fixed=True,
+        key="training.precision",
     )
     compile: bool = _option(
-        False, "compile the backbone with torch.compile: minutes first, faster then", "machine", fixed=True
+        False,
+        "compile the backbone with torch.compile: minutes first, faster then",
+        "machine",
+        fixed=True,
+        key="training.compile",
     )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
@@ -596,16 +902,40 @@ class Config:
         metavar="PATH",
         nargs="?",
         const="last",
+        once=True,
     )
-    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run")
+    experiment_name: str | None = _option(
+        None,
+        "name of the run: its folder below --models, and its ClearML task",
+        "run",
+        metavar="NAME",
+        key="experiment_name",
+    )
+    models: Path | None = _option(
+        None,
+        "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
+        "run",
+        metavar="DIR",
+        key="directories.models",
+    )
+    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
     save_every: int = _option(
         5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
+    )
+    save_checkpoints: bool = _option(
+        True,
+        "keep checkpoints on the way; off = only what resuming and export need",
+        "run",
+        key="training.save_checkpoints",
+    )
+    save_metrics: bool = _option(
+        True, "record the figures of each class for each epoch; off = totals only", "run", key="training.save_metrics"
     )
     save_minutes: float = _option(
         10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
     )
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
-    debug: bool = _option(False, "show tracebacks", "run")
+    debug: bool = _option(False, "show tracebacks", "run", once=True)
 
     run: Path | None = _option(
         None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR"
@@ -637,13 +967,26 @@ class Config:
     )
     clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
     clearml_task_name: str | None = _option(
-        None, "task in ClearML (default: the name of out_dir)", "tracking", metavar="NAME"
+        None, "task in ClearML (default: experiment_name, or the name of out_dir)", "tracking", metavar="NAME"
     )
 
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether training changes anything in the backbone."""
+        return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
+
     def as_plain(self) -> dict[str, Any]:
-        """Return the options as JSON values: paths become strings, tuples lists."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
-        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        """Return the options as JSON values: paths become absolute strings, tuples lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origins"}
+        return {
+            k: str(v.absolute()) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in plain.items()
+        }
+
+    def place(self, name: str) -> str:
+        """Return where an option stands, for a message about it: its flag, or file and key."""
+        origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
+        return f"--{name}" if origin == COMMAND_LINE_ORIGIN else origin
 
 
 def option_fields() -> list[dataclasses.Field]:
@@ -656,7 +999,7 @@ def format_flags(config: Config) -> list[str]:
     words: list[str] = []
     for field in option_fields():
         value = getattr(config, field.name)
-        if value == field.default:
+        if value == field.default or field.name == "config":  # the words say what is in the file
             continue
         if field_kind(field) is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
@@ -680,6 +1023,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=150)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = action.option_strings[:1]
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
@@ -689,9 +1034,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose usage errors are a UserError."""
 
     def error(self, message: str) -> Any:
-        raise UserError(
-            message.replace("argument ", "", 1), "command line", f"python {SCRIPT_NAME} --help lists all options"
-        )
+        what = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # the first of its names is enough
+        raise UserError(what, "command line", f"python {SCRIPT_NAME} --help lists all options")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -711,8 +1055,16 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_name)
         for field in option_fields():
             if field.metadata["group"] == group_name:
-                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **_argparse_settings(field))
+                group.add_argument(
+                    *_flags(field), dest=field.name, default=argparse.SUPPRESS, **_argparse_settings(field)
+                )
     return parser
+
+
+def _flags(field: dataclasses.Field) -> list[str]:
+    """Return the ways to write an option on the command line: its name, an old name, its key in a config file."""
+    names = (field.name, field.metadata.get("alias"), field.metadata.get("key"))
+    return [f"--{name}" for name in dict.fromkeys(names) if name]
 
 
 def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
@@ -726,6 +1078,8 @@ def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
         return settings | {"action": argparse.BooleanOptionalAction}
     if "metavar" not in settings and "choices" not in settings:
         settings["metavar"] = "N" if kind is int else "X"
+    if "spelled" in meta:
+        return settings | {"type": lambda text: meta["spelled"].get(text, text)}
     return settings | {"type": {Path: _parse_path, dict: _parse_entries}.get(kind, kind)}
 
 
@@ -736,16 +1090,15 @@ def _parse_path(text: str) -> Path:
 
 
 def _parse_entries(text: str) -> list[dict[str, Any]]:
-    """Return a list of mappings written as YAML, which JSON is too."""
+    """Return the list of mappings that a flag gives as YAML (or JSON) text."""
     import yaml
 
     try:
-        entries = yaml.safe_load(text)
+        entries = yaml.load(text, _make_yaml_loader())
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise argparse.ArgumentTypeError(f"is neither YAML nor JSON: {reason}") from error
+        raise argparse.ArgumentTypeError(f"is no YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise argparse.ArgumentTypeError("is no list such as '[{type: coarse_dropout, p: 0.5}]'")
+        raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
     return entries
 
 
@@ -757,17 +1110,224 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     """
     parser = build_parser()
     values, unknown = parser.parse_known_args(argv)
-    if values.command == "demo":  # its settings stand before what the user types, which therefore wins
-        values, unknown = parser.parse_known_args([*DEMO_FLAGS, *argv])
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
     if values.command not in COMMANDS:
         raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
-    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
-    config = Config(**typed, given=frozenset(typed))
+    demo = vars(parser.parse_args(["demo", *DEMO_FLAGS])) if values.command == "demo" else {}
+    typed = vars(values)
+    file, places = read_config_file(typed["config"]) if "config" in typed else ({}, {})
+    origins = {**dict.fromkeys(demo, DEMO_ORIGIN), **places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
+    merged = {**demo, **file, **typed}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+    config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
     check_ranges(config)
     return config
+
+
+def _name_run(config: Config) -> Config:
+    """Return the options with the out_dir that --models and --experiment_name stand for, unless it was given.
+
+    Raises:
+        UserError: the name is no name of a folder.
+    """
+    name, root = config.experiment_name, config.models
+    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
+        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
+    if config.out_dir is not None or name is None or root is None:
+        return config
+    return dataclasses.replace(config, out_dir=root / name, origins={**config.origins, "out_dir": DERIVED_ORIGIN})
+
+
+# What stands for an option in a config file.
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    dict: "a list of entries such as {type: median_blur, p: 0.1}",
+}
+
+
+def option_keys() -> dict[str, dataclasses.Field]:
+    """Return the options by what they are called in a config file: by flag name, and by key among the sections."""
+    names = {field.name: field for field in option_fields()}
+    return names | {field.metadata["key"]: field for field in option_fields() if "key" in field.metadata}
+
+
+def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options in a config file by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only.
+
+    Raises:
+        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
+    """
+    tree = _parse_config_file(path)
+    is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
+    if is_record:
+        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        once = {field.name for field in option_fields() if field.metadata.get("once")}
+        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    if not isinstance(tree, dict | None):
+        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+    options: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for key, value in _walk_keys(path, tree or {}):
+        field = option_keys()[key]
+        if field.name in options:
+            what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
+            raise UserError(what, f"{path}: {key}", "leave one of them out")
+        if value not in (None, []):  # which stand for the default
+            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
+            places[field.name] = f"{path}: {key}"
+    return options, places
+
+
+def _parse_config_file(path: Path) -> Any:
+    if path.suffix.lower() not in (".yaml", ".yml", ".toml", ".json"):
+        raise UserError("is not named .yaml, .toml or .json", f"--config {path}", "rename it after what it is")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(str(what), f"--config {path}", "check the path") from error
+    parse = {".toml": _parse_toml, ".json": _parse_json}.get(path.suffix.lower(), _parse_yaml)
+    try:
+        return parse(text)
+    except RecursionError as error:
+        raise UserError("is nested too deeply", f"--config {path}", "see configs/") from error
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", f"--config {path}", "see configs/ for how one looks") from error
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _parse_json(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=refuse)
+
+
+def _unique_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} stands there twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _make_yaml_loader())
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+
+
+@functools.cache
+def _make_yaml_loader() -> type:
+    """Return a safe loader that reads 4e-4 as a number, a date as text, and refuses a key that stands there twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
+            first: [
+                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
+            ]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        loader.flatten_mapping(node)
+        try:
+            return _unique_pairs(
+                (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
+                for key, value in node.value
+            )
+        except (TypeError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+    Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    Loader.add_constructor(
+        "tag:yaml.org,2002:float",
+        lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+    number = r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return Loader
+
+
+def _walk_keys(path: Path, tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each option's key and value; sections are mappings below the first parts of keys."""
+    known = option_keys()
+    sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
+            yield from _walk_keys(path, value or {}, f"{key}.")
+        elif key in known and not known[key].metadata.get("once"):
+            yield key, value
+        elif key in sections:
+            inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
+            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+        else:
+            once = key in known
+            what = "belongs on the command line" if once else "is no known key"
+            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, known))
+
+
+def _name_key(key: str, known: Iterable[str]) -> str:
+    """Return a remedy that names known keys close to `key`, or that lie elsewhere and end like it."""
+    last = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    return f"did you mean {' or '.join(same[:3])}?" if same else did_you_mean(key, known)
+
+
+def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
+
+    Raises:
+        UserError: it has the wrong type, or is none of the choices.
+    """
+    if not field.type.startswith("tuple["):
+        return _convert_item(field, value, where, folder)
+    count = field.metadata.get("nargs")
+    values = value if isinstance(value, list) else [value] if count == "+" else []
+    if not values or (isinstance(count, int) and len(values) != count):
+        expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
+        raise UserError(f"{value!r} is not {expected}", where, "correct the value")
+    return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
+
+
+def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    kind, choices = field_kind(field), field.metadata.get("choices")
+    if kind is str and type(value) in (int, float):  # precision: 16, prototypes_per_class: 3
+        value = str(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not (str if kind is Path else kind):
+        raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
+    value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
+    if choices and value not in choices:
+        raise UserError(f"{value!r} is none of {', '.join(choices)}", where, did_you_mean(value, choices))
+    if kind is not Path:
+        return value
+    if not value:
+        raise UserError("is empty", where, "give a path, or leave the key out")
+    return folder / Path(value).expanduser()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -795,6 +1355,32 @@ def _check_words(config: Config) -> None:
         )
 
 
+def _check_trained_part(config: Config) -> None:
+    if config.load_from is not None and config.backbone_weights is not None:
+        what = "are two ways to start: load_from takes the weights of a backbone too"
+        raise UserError(what, "--load_from, --backbone_weights", "give one of them")
+    ways = [("--no-freeze_backbone", not config.freeze_backbone), ("--unfreeze_blocks", config.unfreeze_blocks > 0)]
+    flags = [flag for flag, is_given in (*ways, ("--lora_rank", config.lora_rank > 0)) if is_given]
+    if len(flags) > 1:
+        raise UserError("are different ways to train a backbone", ", ".join(flags), "give one of them")
+    if config.cache_views and flags:
+        what = "a backbone that is trained gives other features after each step"
+        raise UserError(what, f"--cache_views, {flags[0]}", "leave one of them out")
+    for name in ("backbone_lr", "fc_lr"):
+        if config.lr_type == "one_lr" and getattr(config, name) is not None:
+            raise UserError("contradict each other", f"--lr_type one_lr, --{name}", "leave one of them out")
+
+
+def name_training(options: dict[str, Any]) -> str:
+    """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
+    if not options["freeze_backbone"]:
+        return "fine-tuned"
+    if blocks := options.get("unfreeze_blocks"):
+        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
+    rank = options.get("lora_rank")
+    return f"LoRA of rank {rank}" if rank else "frozen"
+
+
 def _check_augmentation(config: Config) -> None:
     if config.insert_background_p and config.backgrounds is None:
         raise UserError("needs pictures", "--insert_background_p", "give their folder with --backgrounds DIR")
@@ -813,10 +1399,10 @@ def check_ranges(config: Config) -> None:
         value, low, high = getattr(config, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", f"--{field.name}", "give a plain number")
+                raise UserError(f"{number} is not a finite number", config.place(field.name), "give a plain number")
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", f"--{field.name}", f"give a value {allowed}")
+                raise UserError(f"{number} is out of range", config.place(field.name), f"give a value {allowed}")
     for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
         for word in set(words) & COMMANDS.keys():
             raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
@@ -826,9 +1412,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    if config.cache_views and not config.freeze_backbone:
-        what = "a backbone that is trained gives other features after each step"
-        raise UserError(what, "--cache_views, --no-freeze_backbone", "leave one of them out")
+    _check_trained_part(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -849,31 +1433,53 @@ def check_paths(config: Config) -> None:
             raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} {usage}")
     for field in option_fields():
         if field_kind(field) is Path:
-            _check_reachable(field.name, getattr(config, field.name))
+            _check_reachable(config, field.name)
     for name in ("class_map", "backbone_weights"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise UserError(
-                "is not a file" if path.exists() else "does not exist", f"--{name} {path}", "check the path"
+                "is not a file" if path.exists() else "does not exist", f"{config.place(name)} {path}", "check the path"
             )
     if config.command == "prelabel":
         _check_prelabel_paths(config)
     if config.command in ("evaluate", "prototypes", "export"):
         _check_gallery_paths(config)
     if config.unknown_dir is not None:
-        _check_folder("unknown_dir", config.unknown_dir, "give a folder of images of no class")
+        _check_folder(config, "unknown_dir", "give a folder of images of no class")
     if config.command in NEEDED_FLAGS:
         return
-    _check_folder("data_root", config.data_root, DATA_TREE)
+    _check_folder(config, "data_root", DATA_TREE)
+    locate_start(config)
     _check_out_dir(config)
     _check_backgrounds(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
 
 
-def _check_folder(name: str, path: Path, remedy: str) -> None:
+def locate_start(config: Config) -> Path | None:
+    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path, where = config.load_from, f"{config.place('load_from')} {config.load_from}"
+    if path is not None and not path.exists() and config.models is not None and (config.models / path).exists():
+        path = config.models / path
+    if path is not None and path.is_dir():
+        names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
+        if not names:
+            raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
+        return path / names[0]
+    if path is not None and not path.is_file():
+        raise UserError("does not exist", where, "check the path")
+    return path
+
+
+def _check_folder(config: Config, name: str, remedy: str) -> None:
+    path = getattr(config, name)
     if not path.is_dir():
-        raise UserError("is a file, not a folder" if path.exists() else "does not exist", f"--{name} {path}", remedy)
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(what, f"{config.place(name)} {path}", remedy)
 
 
 def _check_backgrounds(config: Config) -> None:
@@ -887,37 +1493,38 @@ def _check_backgrounds(config: Config) -> None:
 
 
 def _check_gallery_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
+    _check_folder(config, "run", "give the out_dir of a finished run")
     for name in ("data_root", "add"):
         if getattr(config, name) is not None:
-            _check_folder(name, getattr(config, name), DATA_TREE)
+            _check_folder(config, name, DATA_TREE)
     if sum((config.list, config.add is not None, config.remove is not None)) > 1:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
 def _check_prelabel_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
-    _check_folder("images", config.images, "give the folder that the detections' file names start from")
+    _check_folder(config, "run", "give the out_dir of a finished run")
+    _check_folder(config, "images", "give the folder that the detections' file names start from")
     if config.detections is not None and not config.detections.exists():
-        raise UserError("does not exist", f"--detections {config.detections}", "check the path")
+        raise UserError("does not exist", f"{config.place('detections')} {config.detections}", "check the path")
     out, images = config.out.resolve(), config.images.resolve()
     if out == images or images in out.parents:
         what = "lies inside --images, where it would be taken for images"
-        raise UserError(what, f"--out {config.out}", "choose a folder outside the images")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a folder outside the images")
     if out.exists() and not out.is_dir():
-        raise UserError("is a file, not a folder", f"--out {config.out}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out')} {config.out}", "choose another path")
     visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
-        raise UserError(what, f"--out {config.out}", "choose a new folder")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a new folder")
 
 
-def _check_reachable(name: str, path: Path | None) -> None:
+def _check_reachable(config: Config, name: str) -> None:
+    path = getattr(config, name)
     try:
         if path is not None:
             path.exists()
     except OSError as error:  # no permission on a parent, a name that is too long
-        raise UserError(str(error.strerror), f"--{name} {path}", "check the path") from error
+        raise UserError(str(error.strerror), f"{config.place(name)} {path}", "check the path") from error
 
 
 def _check_out_dir(config: Config) -> None:
@@ -925,27 +1532,29 @@ def _check_out_dir(config: Config) -> None:
     if out_dir == data_root or data_root in out_dir.parents:
         raise UserError(
             "lies inside data_root, where it would be taken for a class",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder outside the data",
         )
     if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
         what = "is the current folder, which --overwrite would move aside"
-        raise UserError(what, f"--out_dir {config.out_dir}", "start from another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "start from another folder")
     if out_dir in data_root.parents:
         what = "holds data_root, which --overwrite would move aside with it"
-        raise UserError(what, f"--out_dir {config.out_dir}", "choose another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "choose another folder")
     if out_dir.exists() and not out_dir.is_dir():
-        raise UserError("is a file, not a folder", f"--out_dir {config.out_dir}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out_dir')} {config.out_dir}", "choose another path")
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"{existing} is not a folder that can be written to",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder of your own",
         )
     if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
         raise UserError(
-            "is neither empty nor a run of this script", f"--out_dir {config.out_dir}", "choose a new folder"
+            "is neither empty nor a run of this script",
+            f"{config.place('out_dir')} {config.out_dir}",
+            "choose a new folder",
         )
 
 
@@ -1169,6 +1778,14 @@ def sealed_file(path: Path) -> Iterator[SealWriter]:
         except RuntimeError as error:  # torch says "unexpected pos" whatever kept the file from growing
             raise (writer.failure or error) from error
         writer.seal()
+
+
+def has_seal(path: Path) -> bool:
+    """Say whether a file ends as those that `sealed_file` writes."""
+    with open(path, "rb") as file:
+        end = len(SEAL) + SEAL_DIGITS
+        file.seek(-min(end, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return file.read(len(SEAL)) == SEAL
 
 
 @contextlib.contextmanager
@@ -1458,7 +2075,7 @@ class Tracker:
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
         self._warn, self._folder = warn, (config.out_dir / "clearml").resolve()
         options = {key: str(value) for key, value in config.as_plain().items()}
-        task = config.clearml_task_name or config.out_dir.resolve().name
+        task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
         self._messages: list[dict[str, Any]] = [
             {"do": "start", "project": config.clearml_project, "task": task, "options": options, "offline": False}
         ]
@@ -1495,7 +2112,7 @@ class Tracker:
         if record["event"] == "epoch_end":
             self._send(do="scalars", values=_epoch_scalars(record), iteration=record["epoch"])
         if record["event"] == "test_end":
-            ways = ("arcface", "prototypes")
+            ways = ("classifier", "prototypes")
             figures = [(f"test {way} {key}", value) for way in ways for key, value in record[way].items()]
             self._send(do="figures", values=[figure for figure in figures if figure[1] is not None])
 
@@ -1719,6 +2336,7 @@ class Team:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
         self._sums: list[Any] = []  # gradients on their way
+        self._holds = False  # gradients are not sent yet
 
     @property
     def leads(self) -> bool:
@@ -1869,8 +2487,18 @@ class Team:
                 part.forward = functools.partial(_normalise_together, part)
 
     def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
-        with _peers():
-            self._sums.append(send(parameter.grad, async_op=True))
+        if not self._holds:
+            with _peers():
+                self._sums.append(send(parameter.grad, async_op=True))
+
+    @contextlib.contextmanager
+    def holding(self, holds: bool) -> Iterator[None]:
+        """Keep gradients to this process for a while, as there is more to add to them."""
+        self._holds = holds
+        try:
+            yield
+        finally:
+            self._holds = False
 
     def finish_gradients(self) -> None:
         """Wait until the gradients of this step are those of all processes; on a GPU its stream waits, and not Python."""
@@ -2039,7 +2667,7 @@ def make_runtime(config: Config) -> Runtime:
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU has instructions for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    rounds_frozen = config.freeze_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
+    rounds_frozen = not config.trains_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
     return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None).settle()
 
 
@@ -3086,13 +3714,17 @@ def check_trainable(scan: Scan, config: Config) -> None:
     """Refuse data that cannot be trained on.
 
     Raises:
-        UserError: fewer than two classes, classes below --min_per_class (all are listed), or an empty split.
+        UserError: fewer than two classes, or another number than was asked for, classes below --min_per_class (all are listed), or
+            an empty split.
     """
     where = f"--data_root {config.data_root}"
     if len(scan.records.class_names) < 2:
         raise UserError(
             f"has one class only ({scan.records.class_names[0]}); a recogniser needs two", where, "add another class"
         )
+    if config.n_classes is not None and config.n_classes != len(scan.records.class_names):
+        what = f"has {len(scan.records.class_names)} classes, and --n_classes says {config.n_classes}"
+        raise UserError(what, where, "correct the number, or see what there is with the command scan")
     poor = {name: row for name, row in scan.report["classes"].items() if row["usable"] < config.min_per_class}
     if poor:
         lines = [
@@ -4726,14 +5358,22 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-def partner_labels(labels: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return the labels (B,) of the images that were mixed in."""
-    return labels[mixing.partners.to(labels.device)]
+def partner_labels(
+    labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the labels of the images that were mixed in, and the own share of each image, both (B,) over all batches."""
+    pairs = list(zip(labels, mixings, strict=True))
+    others = [own if mixing is None else own[mixing.partners] for own, mixing in pairs]
+    shares = [torch.full((len(own),), 1.0 if mixing is None else mixing.share) for own, mixing in pairs]
+    return torch.cat(others), torch.cat(shares)
 
 
-def mixed_loss(own: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return lambda times the loss for the own labels and 1 - lambda times that for the partners': hard labels, as margins want."""
-    return mixing.share * own + (1 - mixing.share) * partners
+def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Return the mean of lambda times the losses (B,) for the own labels and 1 - lambda times those for the partners'.
+
+    Both labels are hard, as margins want.
+    """
+    return (shares * own + (1 - shares) * partners).mean()
 
 
 # ======================================================================================================================
@@ -4930,23 +5570,40 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # ======================================================================================================================
 # Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
 class Backbone(nn.Module):
-    """A timm model without classifier that takes uint8 images and normalises them on the device."""
+    """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    A model of one channel gets them in gray, normalised by the mean of the three means and deviations.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
         super().__init__()
-        self.model, self.frozen, self.dtype = model, False, torch.float32
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1) * 255, persistent=False)
+        self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
+        self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
+        self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        for name, values in (("mean", mean), ("std", std)):
+            value = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, value if in_channels == 3 else value.mean(1, keepdim=True), persistent=False)
+        luma = None if in_channels == 3 else torch.tensor(LUMA).view(1, 3, 1, 1)
+        self.register_buffer("luma", luma, persistent=False)
 
-    def freeze(self) -> None:
-        """Keep the backbone in eval mode and out of autograd from now on."""
-        self.frozen = True
-        self.requires_grad_(False)
+    def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
+        """Keep the model in eval mode and out of autograd from now on, but for those of its parts whose names are chosen.
+
+        What stands before the first of them leaves nothing in memory for a backward pass, having no weight that wants a gradient.
+        """
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(is_trained(name))
+        self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
+        self._trained_parts = [module for name, module in self.model.named_modules() if is_trained(name)]
+        self.frozen = not self.trained_keys
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which a frozen backbone ignores."""
-        return super().train(mode and not self.frozen)
+        """Set training mode, which frozen parts ignore."""
+        super().train(mode and self.trained_keys is None)
+        for part in self._trained_parts:
+            part.training = mode
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
@@ -4955,7 +5612,8 @@ class Backbone(nn.Module):
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
             torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32),
         ):
-            features = self.model((images.float() - self.mean) / self.std)
+            inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
+            features = self.model((inputs - self.mean) / self.std)
         return features.float()
 
 
@@ -5020,6 +5678,85 @@ def keep_class_token(model: nn.Module) -> None:
         model.blocks[-1] = ClassTokenBlock(last)
 
 
+def block_depths(model: nn.Module) -> dict[str, int]:
+    """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
+
+    The order is that of registration: tokens and position embedding, stem, blocks, last norm. timm's own layer numbers put whatever
+    they do not name, such as the register tokens of some releases, behind the last block.
+    """
+    matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
+    specs = [[(spec, None)] if isinstance(spec, str) else spec for group, spec in matcher.items() if group != "stem"]
+    patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
+    depth, depths = 0, {}
+    for name, module in model.named_modules():
+        depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
+        own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        depths |= {name: depth} | {f"{name}.{key}".lstrip("."): depth for key, _ in own}
+    return depths
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer W with a trained update U D of low rank. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
+
+    peft has one too, but brings transformers and accelerate with it; and Eva (DINOv3) and ClassTokenBlock compute with the weight
+    of a layer and not with its forward, so that peft's update would silently have no part in it. Here `weight` has it.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_down = nn.Parameter(torch.empty(rank, base.in_features))  # D
+        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank))  # U: training starts from W
+        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))  # as nn.Linear itself
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with its update (out, in)."""
+        return self.base.weight + self.lora_up @ self.lora_down
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the layer."""
+        return self.base.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return (..., out) of (..., in)."""
+        if not torch.is_grad_enabled():  # merged: one product over the inputs instead of three
+            return F.linear(inputs, self.weight, self.bias)
+        return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model's attention by name: those that make queries, keys, values, and the projection."""
+    kinds = ("qkv", "q", "kv", "q_proj", "k_proj", "v_proj", "proj")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, LoraLinear))
+        and name.split(".")[-2:-1] == ["attn"]
+        and name.split(".")[-1] in kinds
+    }
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Give every attention layer an update of this rank, random from torch's generator and without effect at first."""
+    for name, layer in attention_layers(model).items():
+        model.set_submodule(name, LoraLinear(layer, rank))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Put plain linear layers with the updated weights in the place of those with an update."""
+    for name, layer in attention_layers(model).items():
+        if isinstance(layer, LoraLinear):
+            layer.base.weight.data = add_update(layer.base.weight, layer.lora_up, layer.lora_down)
+            model.set_submodule(name, layer.base)
+
+
+def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return weight + up @ down, rounded once, so that all machines agree on it."""
+    return (weight.detach().double() + up.detach().double() @ down.detach().double()).float()
+
+
 class Head(nn.Module):
     """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
 
@@ -5064,20 +5801,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
     """
     settings, feature_dim = probe_model(config)
-    import timm
-
-    seed_torch(config.seed, 0)
-    if config.backbone_weights is not None:
-        with _Unfilled():
-            model, source = (
-                timm.create_model(config.model_id, pretrained=False, **settings),
-                str(config.backbone_weights),
-            )
-        load_backbone_weights(model, config.backbone_weights, log)
-    elif config.pretrained:
-        model, source = _fetch_pretrained(config, settings, log), "timm"
-    else:
-        model, source = timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
+    model, source = _create_model(config, settings, log)
     cfg = model.pretrained_cfg
     mean, std = (tuple(own or cfg[key]) for key, own in zip(("mean", "std"), own_normalization(config), strict=True))
     pool = str(
@@ -5087,7 +5811,22 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
     keep_class_token(model)
-    return Backbone(model.to(memory_format=torch.channels_last), mean, std), info
+    return Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels), info
+
+
+def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:
+    """Return the timm model with its weights, and in words where they come from."""
+    import timm
+
+    seed_torch(config.seed, 0)
+    if (start := read_start(config)) is not None:
+        with _Unfilled():
+            model = timm.create_model(config.model_id, pretrained=False, **settings)
+        load_backbone_weights(model, start, log)
+        return model, str(start.path)
+    if config.pretrained:
+        return _fetch_pretrained(config, settings, log), "timm"
+    return timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
 
 
 class _Unfilled(TorchDispatchMode):
@@ -5114,20 +5853,37 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     """Return timm's keyword arguments for the model, and its feature_dim, found on the meta device: no weights, no memory.
 
     Raises:
-        UserError: unknown model, or a size or pooling that it cannot do.
+        UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
     """
-    settings, feature_dim = _probe(config.model_id, config.img_size, config.pool)
-    return dict(settings), feature_dim
+    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    probe = _probe(config.model_id, config.img_size, config.pool, tuple(options.items()))
+    where = f"--model_id {config.model_id} "
+    if config.unfreeze_blocks > probe.num_blocks or (config.layer_decay < 1 and not probe.num_blocks):
+        flag = f"--unfreeze_blocks {config.unfreeze_blocks}" if config.unfreeze_blocks else "--layer_decay"
+        remedy = "give fewer, or train all with --no-freeze_backbone" if config.unfreeze_blocks else "leave it out"
+        raise UserError(f"has {probe.num_blocks or 'no'} blocks that timm names", where + flag, remedy)
+    if config.lora_rank and not probe.has_attention:
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where}--lora_rank {config.lora_rank}", remedy)
+    return dict(probe.settings), probe.feature_dim
+
+
+class _Probe(NamedTuple):
+    settings: dict[str, Any]
+    feature_dim: int
+    num_blocks: int
+    has_attention: bool
 
 
 @functools.cache  # it is asked for before the scan, and when the model is built
-def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, Any], int]:
+def _probe(model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]) -> _Probe:
     import timm
 
     base = model_id.removeprefix("hf-hub:").split(".")[0]
     if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
         raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
-    settings: dict[str, Any] = {"num_classes": 0}
+    settings: dict[str, Any] = {"num_classes": 0, **dict(options)}
     try:
         with torch.device("meta"), torch.no_grad():
             model = timm.create_model(model_id, pretrained=False, **settings)
@@ -5140,12 +5896,12 @@ def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, An
             is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
             if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
                 raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, 3, img_size, img_size)).shape
+            shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
         raise UserError(
             f"timm cannot build it: {printable(str(error))[:300]}",
             f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else ""),
-            "try another size or pooling",
+            "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options),
         ) from error
     if len(shape) != 2:
         raise UserError(
@@ -5153,7 +5909,7 @@ def _probe(model_id: str, img_size: int, pool: str | None) -> tuple[dict[str, An
             f"--model_id {model_id}",
             "choose a --pool such as avg",
         )
-    return settings, shape[1]
+    return _Probe(settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model)))
 
 
 def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
@@ -5187,32 +5943,139 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
-def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a .pth or .safetensors file; a classifier in the file is dropped and said so.
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from: one of our own checkpoints or exports, or what timm or others have saved."""
+
+    flag: str  # that names the file
+    path: Path
+    backbone: dict[str, torch.Tensor]  # of one of our checkpoints: what was trained of it
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
+    class_names: tuple[str, ...] = ()  # of the class directions
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
+
+    @property
+    def where(self) -> str:
+        """The flag and its value, for messages."""
+        return f"{self.flag} {self.path}"
+
+
+def read_start(config: Config) -> Start | None:
+    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either.
 
     Raises:
-        UserError: unreadable file, or keys or shapes that do not fit, naming them.
+        UserError: the file cannot be read.
     """
-    from timm.models._helpers import load_state_dict
-
+    is_whole = config.load_from is not None
+    flag, path = ("--load_from", locate_start(config)) if is_whole else ("--backbone_weights", config.backbone_weights)
+    if path is None:
+        return None
     try:
-        weights = load_state_dict(str(path), weights_only=True)
-        filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        weights = filter_function(weights, model) if filter_function else weights
+        state, class_names, identity = _read_weights(path)
+    except MemoryError:
+        raise
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
         raise UserError(
             f"cannot be read as weights: {printable(str(error))[:200]}",
-            f"--backbone_weights {path}",
+            f"{flag} {path}",
             "give a state dict saved by torch.save or safetensors",
+        ) from error
+    if not class_names:
+        return Start(flag, path, state)
+    prefix = "backbone.model."
+    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    head = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    return Start(flag, path, backbone, head, tuple(class_names), identity)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], dict[str, Any]]:
+    """Return a state dict; and, where this script wrote the file, its classes and, of a checkpoint, its identity."""
+    from safetensors import safe_open
+    from timm.models._helpers import load_state_dict
+
+    if has_seal(path):
+        with open_sealed(path) as file:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+        return payload["model"], payload["identity"]["class_names"], payload["identity"]
+    state, meta = load_state_dict(str(path), weights_only=True), {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("lct_dino3", "{}"))
+    return state, meta.get("classes", ()), {}
+
+
+def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did.
+
+    Raises:
+        UserError: that gives other weights than the run had.
+    """
+    identity = start.identity
+    if not identity.get("freeze_backbone"):
+        return start.backbone
+    files: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no config.json: weights of timm, or random ones
+        options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
+        files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
+    names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
+    own = Config(**{name: identity[name] for name in names}, **files)
+    model, source = _create_model(own, probe_model(own)[0], log)
+    if hash_weights(model) != identity["backbone_hash"]:
+        what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
+        raise UserError(
+            f"{what} ({source})", start.where, "give it in the folder of its run, with config.json beside it"
+        )
+    state = model.state_dict()
+    for key, value in start.backbone.items():
+        if key.endswith(".lora_up"):
+            name = key.removesuffix("lora_up")
+            state[f"{name}weight"] = add_update(state[f"{name}weight"], value, start.backbone[f"{name}lora_down"])
+        elif not key.endswith(".lora_down"):
+            state[key] = value
+    return state
+
+
+def load_backbone_weights(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
+    """Fill a timm model from a file; a classifier in the file is dropped and said so, input channels follow timm's rule.
+
+    Raises:
+        UserError: keys or shapes that do not fit, naming them.
+    """
+    filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    weights = complete_backbone(start, log)
+    try:
+        weights = filter_function(weights, model) if filter_function else weights
+    except Exception as error:  # key and shape errors of the models' own code
+        raise UserError(
+            f"cannot be read as weights: {printable(str(error))[:200]}", start.where, "check --model_id"
         ) from error
     weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in names))]
     if dropped:
-        log(f"--backbone_weights: the classifier in the file is not used ({', '.join(dropped)})")
+        log(f"{start.flag}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
     own = model.state_dict()
+    _adapt_input(model, weights, own)
+    if problems := _name_misfits(weights, own):
+        raise UserError("does not fit the model: " + "; ".join(problems), start.where, "check --model_id")
+    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
+
+
+def _adapt_input(model: nn.Module, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Make weights for RGB images fit a model of other channels."""
+    from timm.models._manipulate import adapt_input_conv
+
+    names = model.pretrained_cfg.get("first_conv") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        key = f"{name}.weight"
+        if key in weights and key in own and weights[key].shape[1] == 3 != own[key].shape[1]:
+            weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
+
+
+def _name_misfits(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
+    """Return in words which keys and shapes of a file do not fit the model's own."""
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     foreign = [key for key in weights if key not in own]
     unfit = [
@@ -5220,16 +6083,11 @@ def load_backbone_weights(model: nn.Module, path: Path, log: Callable[[str], Non
         for key in own
         if key in weights and weights[key].shape != own[key].shape
     ]
-    problems = [
+    return [
         f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
         for what, keys in (("keys missing", missing), ("foreign keys", foreign), ("wrong shapes", unfit))
         if keys
     ]
-    if problems:
-        raise UserError(
-            "does not fit the model: " + "; ".join(problems), f"--backbone_weights {path}", "check --model_id"
-        )
-    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -5242,11 +6100,14 @@ def hash_weights(module: nn.Module) -> str:
 
 
 # ======================================================================================================================
-# 10  ARCFACE
+# 10  CRITERION
 # ======================================================================================================================
-# Additive angular margin, in float32. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3. Touches nothing.
+# What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class."""
+    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+
+    Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
+    """
 
     def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
         super().__init__()
@@ -5257,10 +6118,87 @@ class ArcFace(nn.Module):
         """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
         return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
 
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.cosine(embeddings)
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C) with that of the true class made smaller."""
+        return add_angular_margin(cosine, labels, self.margin)
+
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C). Evaluation uses scale * cosine and never the margin."""
+        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
         cosine = self.cosine(embeddings)
-        return self.scale * add_angular_margin(cosine, labels, self.margin), cosine
+        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+
+
+class CosFace(ArcFace):
+    """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C), that of the true class less the margin."""
+        return cosine.scatter_add(
+            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
+        )
+
+
+class SubCenterArcFace(ArcFace):
+    """Several directions a class, of which the nearest counts: wrong labels and other looks of a class get one of their own.
+
+    Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
+    """
+
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+        self.sub_centers = sub_centers
+
+    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
+        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+
+    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D)."""
+        return self.linear(self.scale * embeddings)
+
+    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
+        logits = self.plain_logits(embeddings)
+        return logits, logits
+
+
+def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+    """Return what --criterion names, random from torch's generator."""
+    sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    if config.criterion in LINEAR_CRITERIA:
+        return LinearClassifier(*sizes, scale)
+    if config.criterion == "subcenter_arcface":
+        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+
+
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
+) -> torch.Tensor:
+    """Return the mean loss () of logits (B, C), or with reduction none that of each image (B,): cross-entropy, or the focal loss.
+
+    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    """
+    smoothing = config.label_smoothing
+    if config.criterion != "focal":
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
+    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    # Where the class is certain, the slope of the power stays finite.
+    losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    return losses.mean() if reduction == "mean" else losses
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -5285,26 +6223,27 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and ArcFace. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
+    """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, arcface: ArcFace) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
         super().__init__()
-        self.backbone, self.head, self.arcface = backbone, head, arcface
+        self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
         return F.normalize(self.head(features))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C), of features (B, feature_dim) of the backbone."""
-        return self.arcface(self.embed(features), labels)
+        """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
+        return self.criterion(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Return the state dict without a frozen backbone, which its identity stands for."""
+        """Return the state dict without what is frozen of the backbone, which its identity stands for."""
+        kept, prefix = self.backbone.trained_keys, "backbone.model."
         return {
             key: value
             for key, value in self.state_dict().items()
-            if not (self.backbone.frozen and key.startswith("backbone."))
+            if kept is None or not key.startswith(prefix) or key.removeprefix(prefix) in kept
         }
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -5318,52 +6257,187 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(
-        backbone,
-        Head(info.feature_dim, config.emb_dim),
-        ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale),
-    )
-    if config.freeze_backbone:
-        model.backbone.freeze()
+    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
+    if config.lora_rank:
+        add_lora(backbone.model, config.lora_rank)
+        backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
+    elif config.freeze_backbone:
+        depths = block_depths(backbone.model)
+        first = max(depths.values()) - config.unfreeze_blocks + 1
+        backbone.freeze(lambda name: depths[name] >= first)
     return model
+
+
+def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
+    """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    is_head = {key: key in start.head and not key.startswith("criterion.") for key in own}
+    taken = {key: start.head[key] for key in own if is_head[key] and own[key].shape == start.head[key].shape}
+    num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
+    rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
+    for key in (key for key in own if key.startswith("criterion.")):
+        new = own[key].clone().unflatten(0, (len(class_names), -1))  # several vectors a class with sub-centers
+        old = start.head.get(key, torch.zeros(0))
+        fits = len(old) and len(old) % len(start.class_names) == 0 and shared
+        old = old.unflatten(0, (len(start.class_names), -1)) if fits else old
+        if fits and old.shape[1:] == new.shape[1:]:
+            new[rows] = old[old_rows].to(new)
+            taken[key] = new.flatten(0, 1)
+    model.load_state_dict(taken, strict=False)
+    left = [key for key in own if key not in taken]
+    num_shared = len(shared) if len(taken) > num_layers else 0
+    log(
+        f"{start.where}: backbone, {num_layers} tensors of the head and the vectors of {num_shared} of"
+        f" {len(class_names)} classes are taken" + (f"; these start at random: {', '.join(left)}" if left else "")
+    )
 
 
 # ======================================================================================================================
 # 11  OPTIMIZER & SCHEDULE
 # ======================================================================================================================
-# Parameter groups, and the learning rate as a function of the step: nothing to save, nothing to drift.
+# Parameter groups; the learning rate as a function of the step: nothing to save, nothing to drift; the running mean of weights.
 def arc_learning_rate(config: Config) -> float:
-    """Return the peak lr of the class directions: unit vectors, which move little by little with the lr of a layer."""
-    return config.arc_lr if config.arc_lr is not None else 10 * config.lr
+    """Return the peak lr of the class vectors: as directions they move little by little with the lr of a layer."""
+    if config.arc_lr is not None:
+        return config.arc_lr
+    return config.lr if config.criterion in LINEAR_CRITERIA else 10 * config.lr
+
+
+def backbone_learning_rate(config: Config) -> float:
+    """Return the peak lr of the backbone's last block."""
+    if config.lr_type == "one_lr":
+        return config.lr
+    return config.backbone_lr if config.backbone_lr is not None else max(0.2 * config.lr, 5e-5)
+
+
+def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
+    """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
+    head_lr = config.lr if config.fc_lr is None else config.fc_lr
+    decay = {"weight_decay": HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay}
+    groups = [
+        {"params": list(model.head.parameters()), "peak_lr": head_lr, **decay},
+        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), **decay},
+    ]
+    return groups + _backbone_groups(model.backbone.model, config)
+
+
+def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Norms, biases, and the tokens and position embeddings that a model owns itself, go without weight decay."""
+    depths = block_depths(model)
+    deepest, exempt = max(depths.values()), getattr(model, "no_weight_decay", set)()
+    decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and "." in name and name not in exempt
+            scale = config.layer_decay ** (deepest - depths[name])
+            groups.setdefault((scale, decay if decays else 0.0), []).append(parameter)
+    peak_lr = backbone_learning_rate(config)
+    return [
+        {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay}
+        for (scale, weight_decay), parameters in groups.items()
+    ]
 
 
 def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW over head, class directions and, unless it is frozen, backbone; each group knows its peak lr."""
-    groups = [
-        {"params": list(model.head.parameters()), "peak_lr": config.lr, "weight_decay": HEAD_WEIGHT_DECAY},
-        {
-            "params": list(model.arcface.parameters()),
-            "peak_lr": arc_learning_rate(config),
-            "weight_decay": HEAD_WEIGHT_DECAY,
-        },
-    ]
-    if not config.freeze_backbone:
-        groups.append(
-            {
-                "params": list(model.backbone.parameters()),
-                "peak_lr": max(0.2 * config.lr, 5e-5),
-                "weight_decay": BACKBONE_WEIGHT_DECAY,
-            }
-        )
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    """Return the optimizer over all that is trained."""
+    return make_optimizer(parameter_groups(model, config), config)
 
 
-def lr_factor(step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up over the first 5 %, then a half cosine to 0."""
-    warmup_steps = max(1, total_steps // 20)
+def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that --optimizer names over parameter groups."""
+    given = {name: value for name, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **given)
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **given)
+
+
+def check_optimizer(config: Config) -> None:
+    """Check the name of --optimizer, and that it has the settings that are given for it.
+
+    Raises:
+        UserError: timm has no such optimizer, it needs more than a gradient a step, or it has no betas or eps.
+    """
+    if config.optimizer == "adamw":
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    known, where = list_optimizers(), f"{config.place('optimizer')} {config.optimizer}"
+    if config.optimizer not in known:
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known))
+    if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
+        raise UserError("needs another training loop", where, "choose another, such as adamw")
+    given = {"betas": config.betas or None, "eps": config.eps}
+    try:
+        group = make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
+    except TypeError:
+        group = {}
+    for name, value in given.items():  # timm drops in silence what an optimizer has not
+        if value is not None and group.get(name) != value:
+            raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
+
+
+def lr_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0, or one cycle."""
+    if config.scheduler == "onecycle":
+        return _onecycle_factor(config, step, total_steps)
+    share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+    warmup_steps = max(1, int(total_steps * share + 1e-9))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def _onecycle_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return what torch's OneCycleLR gives, over its max_lr: from 1 / div_factor up to 1, and down to that / final_div_factor."""
+    first, last_step = 1 / config.div_factor, total_steps - 1
+    peak_step = config.pct_start * total_steps - 1
+    if step <= peak_step:
+        start, end, share = first, 1.0, step / peak_step if peak_step else 1.0
+    else:
+        peak_step = max(peak_step, 0.0)
+        share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
+        start, end = 1.0, first / config.final_div_factor
+    if config.anneal_strategy == "linear":
+        return start + (end - start) * share
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+class WeightAverage:
+    """Running mean of what is trained (EMA), float tensors only; the rest, counters, is as it is."""
+
+    def __init__(self, model: Recognizer, decay: float) -> None:
+        self._live, self._decay = model.trained_state(), decay  # views of the model's own tensors
+        self.values = {key: value.clone() for key, value in self._live.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1; early steps count for more, as there is nothing to average yet."""
+        floats = [key for key, value in self._live.items() if value.is_floating_point()]
+        decay = min(self._decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+        torch._foreach_lerp_([self.values[key] for key in floats], [self._live[key] for key in floats], 1 - decay)
+        for key in self._live.keys() - set(floats):
+            self.values[key].copy_(self._live[key])
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Have the model be its mean for a while."""
+        kept = {key: value.clone() for key, value in self._live.items()}
+        self._show(self.values)
+        try:
+            yield
+        finally:
+            self._show(kept)
+
+    def _show(self, values: dict[str, torch.Tensor]) -> None:
+        for key, live in self._live.items():
+            live.copy_(values[key])
+
+    def restore(self, values: dict[str, torch.Tensor]) -> None:
+        """Take up the values of a checkpoint."""
+        for key, value in self.values.items():
+            value.copy_(values[key])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -5376,31 +6450,63 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
+def reduce_scores(
+    score: Callable[[np.ndarray], np.ndarray],
+    queries: np.ndarray,
+    reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]],
+) -> tuple[np.ndarray, ...]:
+    """Return what `reduce` makes of the scores of the queries, which all at once need not fit into memory: 100,000 classes.
+
+    Args:
+        score: (n, D) -> (n, C).
+        queries: (N, D).
+        reduce: from scores (n, C), and where among all they are, to arrays (n, ...); those of all blocks are joined.
+    """
+    step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
+    return tuple(map(np.concatenate, zip(*(reduce(score(queries[own]), own) for own in blocks), strict=True)))
+
+
+def classify(
+    score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> tuple[float, dict[str, float], dict[str, dict]]:
+    """Return cross-entropy, figures and figures by class of a classifier whose logits (n, C) `score` makes of queries (n, D)."""
+    has_auc = len(queries) * len(class_names) <= MAX_SCORE_ENTRIES
+
+    def reduce(logits: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+        found = log_softmax(logits)
+        kept = found.astype(np.float32) if has_auc else np.zeros((len(found), 0), np.float32)
+        return found.argmax(axis=1), found[np.arange(len(found)), labels[own]], kept
+
+    answers, of_truth, log_probabilities = reduce_scores(score, queries, reduce)
+    figures, per_class = compute_metrics(answers, labels, class_names, log_probabilities if has_auc else None)
+    return float(-of_truth.mean()), figures, per_class
+
+
 def compute_metrics(
-    scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """Score a classification.
 
     Args:
-        scores: (N, C), the largest of a row is the answer; columns must be comparable over rows (log-probabilities).
-            Or the answers themselves, int (N,): without AUC then.
-        labels: int (N,) true classes.
+        answers, labels: int (N,), classes answered and true.
+        class_names: (C,).
+        scores: (N, C), columns comparable over rows (log-probabilities), for the AUC, which is None without.
 
     Returns:
         acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
         images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
-    num_classes, chosen = len(class_names), scores if scores.ndim == 1 else scores.argmax(axis=1)
+    num_classes = len(class_names)
     # Counted one by one: a confusion matrix of 100,000 classes has 80 GB.
-    support, answers, hits = (
-        np.bincount(part, minlength=num_classes) for part in (labels, chosen, labels[chosen == labels])
+    support, given, hits = (
+        np.bincount(part, minlength=num_classes) for part in (labels, answers, labels[answers == labels])
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         recall = hits / support
-        precision = np.where(answers > 0, hits / answers, np.where(support > 0, 0.0, np.nan))
-        f1 = np.where(support > 0, 2 * hits / (support + answers), np.nan)
-    has_auc = scores.ndim == 2 and scores.size <= MAX_SCORE_ENTRIES
-    auc = one_vs_rest_auc(scores, labels) if has_auc else np.full(num_classes, np.nan)
+        precision = np.where(given > 0, hits / given, np.where(support > 0, 0.0, np.nan))
+        f1 = np.where(support > 0, 2 * hits / (support + given), np.nan)
+    auc = np.full(num_classes, np.nan) if scores is None else one_vs_rest_auc(scores, labels)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {
         name: {key: none_if_nan(column[i]) for key, column in columns.items()} | {"support": int(support[i])}
@@ -5423,36 +6529,56 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    By the trapezoids below the curve, so that a tie between the sides counts as a half. Scores are compared in float32, which
-    is what a model's logits are.
+    It is the share of (positive, negative) pairs in the right order, where a tie counts as a half; so it follows from the places of
+    the positives among all. Scores are compared in float32, which is what a model's logits are.
     """
     num_samples, num_classes = scores.shape
     positives = np.bincount(labels, minlength=num_classes)
     area = np.full(num_classes, np.nan)
-    for label in np.flatnonzero((positives > 0) & (positives < num_samples)).tolist():
-        ranked, order = _sort_float32(scores[:, label])
-        hits = np.cumsum((labels == label)[order])
-        lasts = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), num_samples - 1)  # of each run of equal scores
-        right = np.append(0, hits[lasts])
-        wrong = np.append(0, lasts + 1) - right
-        pairs = (
-            np.diff(wrong) * (2 * positives[label] - right[1:] - right[:-1])
-        ).sum() / 2  # (positive, negative) in order
-        area[label] = pairs / positives[label] / (num_samples - positives[label])
+    wanted = np.flatnonzero((positives > 0) & (positives < num_samples))
+    for block in np.split(wanted, range(64, len(wanted), 64)):  # all columns at once would double the memory
+        columns = np.ascontiguousarray(scores[:, block].T, dtype=np.float32)
+        for label, column in zip(block.tolist(), columns, strict=True):
+            area[label] = _area_below(column, labels == label)
     return area
+
+
+def _area_below(values: np.ndarray, is_positive: np.ndarray) -> float:
+    ranked, order = _sort_float32(values)
+    places = np.flatnonzero(is_positive.take(order))
+    num_below = places.sum() + _correct_ties(ranked, places) - len(places) * (len(places) - 1) / 2
+    return num_below / len(places) / (len(values) - len(places))
+
+
+def _correct_ties(ranked: np.ndarray, places: np.ndarray) -> float:
+    """Return by how much the sum of places changes if those of equal values, which are arbitrary, become their mean.
+
+    Args:
+        ranked: (N,) ascending.
+        places: (n,) ascending positions in it.
+    """
+    is_tied = np.concatenate(([False], ranked[1:] == ranked[:-1], [False]))
+    edges = np.flatnonzero(is_tied[1:] != is_tied[:-1])
+    first, last = edges[::2], edges[1::2]  # of each run of equal values
+    low, high = np.searchsorted(places, first), np.searchsorted(places, last, "right")
+    sums = np.append(0, places.cumsum())
+    return float(((high - low) * (first + last) / 2 - (sums[high] - sums[low])).sum())
 
 
 def _sort_float32(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return keys (N,) that order like the values, in their order, and that order.
 
-    The bits of a float order like its size, and numpy sorts 16 bits by radix: two such passes take a third of a float sort.
+    The bits of a float order like its size, and integers are sorted by radix, several times as fast as floats: by torch if there
+    are many, by numpy 16 bits at a time.
     """
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    keys = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
-    low, high = keys.astype(np.uint16), (keys >> 16).astype(np.uint16)
-    order = np.argsort(low, kind="stable")
-    order = order[np.argsort(high[order], kind="stable")]
-    return keys[order], order
+    bits = (values + np.float32(0)).view(np.int32)  # -0 becomes 0
+    keys = bits ^ ((bits >> 31) & np.int32((1 << 31) - 1))
+    if len(keys) >= TORCH_RADIX_SIZE:
+        ranked, order = torch.sort(torch.from_numpy(keys), stable=True)
+        return ranked.numpy(), order.numpy()
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    order = order.take(np.argsort((keys >> 16).astype(np.int16).take(order), kind="stable"))
+    return keys.take(order), order
 
 
 def none_if_nan(value: float) -> float | None:
@@ -5652,7 +6778,6 @@ def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int, weights:
 # ======================================================================================================================
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
-LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline")  # of TrainState: goes to disk as it is
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
@@ -5660,25 +6785,25 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 class Tally:
     """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
 
-    Of more than MAX_SCORE_ENTRIES cosines only the answers are kept, on the device already: 1.2 million images of 1,000 classes
+    Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
     """
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.scores: list[torch.Tensor] = []  # on the CPU; cosines float32 (b, C), or answers int64 (b,)
+        self.scores: list[torch.Tensor] = []  # on the CPU; logits float32 (b, C), or answers int64 (b,)
         self.labels: list[torch.Tensor] = []  # int64 (b,)
         self.sizes: list[int] = []  # images of each step
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
-        self.num_cosines = 0
+        self.num_scores = 0
 
-    def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
-        self.pending.append((loss, cosine))
+        self.pending.append((loss, logits))
         self.labels.append(labels)
         self.sizes.append(len(labels))
-        self.num_cosines += cosine.numel()
-        if self.num_cosines > MAX_SCORE_ENTRIES:
+        self.num_scores += logits.numel()
+        if self.num_scores > MAX_SCORE_ENTRIES:
             self.scores = [to_answers(scores) for scores in self.scores]
             self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
@@ -5695,14 +6820,14 @@ class Tally:
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and cosines (N, C) or answers (N,); {} before the first settled step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first settled step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
         return {
             "losses": torch.cat(self.losses),
             "sizes": torch.tensor(self.sizes),
-            "cosines" if scores.ndim == 2 else "answers": scores,
+            "logits" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
 
@@ -5710,10 +6835,10 @@ class Tally:
         """Take up what `totals` gave."""
         self.__init__()
         if totals:
-            scores = totals["cosines"] if "cosines" in totals else totals["answers"]
+            scores = totals["logits"] if "logits" in totals else totals["answers"]
             self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
             self.sizes = totals["sizes"].tolist()
-            self.num_cosines = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
+            self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
 def to_answers(scores: torch.Tensor) -> torch.Tensor:
@@ -5728,6 +6853,7 @@ class TrainState:
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None  # of the weights, with --ema_decay
     epoch: int = 0  # finished epochs: trained, evaluated, recorded
     batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
     step: int = 0  # optimizer steps
@@ -5740,6 +6866,16 @@ class TrainState:
     def finish_epoch(self) -> None:
         """Move on to the start of the next epoch."""
         self.epoch, self.batches, self.seconds, self.tally = self.epoch + 1, 0, 0.0, Tally()
+
+    def judged(self) -> contextlib.AbstractContextManager:
+        """Have the model be what is judged and kept for a while: with --ema_decay the running mean of its weights."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
+
+
+def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
+    """Return the state of a model that has not been trained yet."""
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    return TrainState(model, build_optimizer(model, config), runtime.make_scaler(), average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -5787,6 +6923,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
         "model": state.model.trained_state(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
     }
 
@@ -5835,12 +6972,19 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
+    if state.average:
+        state.average.restore(payload["average"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
     state.tally.restore(payload.get("tally", {}))
     if state.model.backbone.frozen and "backbone_dtype" in payload:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that were judged: the running mean, if there is one."""
+    return payload.get("average", payload["model"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -5975,6 +7119,14 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
 # ======================================================================================================================
 # Gallery of reference embeddings: built, matched, calibrated on val, written and read; and a finished run, its model and gallery
 # together, loaded to answer. Raises UserError for files that cannot be read, or do not belong together.
+class Judged(NamedTuple):
+    """Of each of Q crops the class that is answered, and beside it the true one."""
+
+    labels: np.ndarray  # (Q, 2) int64
+    scores: np.ndarray  # (Q, 2) similarity to them
+    probabilities: np.ndarray  # (Q, 2)
+
+
 @dataclass(frozen=True)
 class Gallery:
     """What production matches against; format 2 of prototypes.npz."""
@@ -6001,6 +7153,20 @@ class Gallery:
         if self.matcher == "centroid":
             return queries @ self.centroids.T
         return knn_scores(queries, *self.matched_against, self.nearest_counts)
+
+    def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
+        return reduce_scores(self.scores, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
+
+    def judge(self, queries: np.ndarray, labels: np.ndarray) -> Judged:
+        """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
+
+        def reduce(scores: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+            pair = np.stack([scores.argmax(axis=1), labels[own]], axis=1)
+            probabilities = np.exp(log_softmax(scores / self.temperature))
+            return pair, *(np.take_along_axis(values, pair, axis=1) for values in (scores, probabilities))
+
+        return Judged(*reduce_scores(self.scores, queries, reduce))
 
     @property
     def matched_against(self) -> tuple[np.ndarray, np.ndarray]:
@@ -6064,34 +7230,68 @@ def knn_scores(queries: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
     A count of 1 is the nearest neighbour. A class with fewer references uses all; one without scores -1.
     """
     borders = np.searchsorted(stack_labels, np.arange(len(counts) + 1))
+    sizes = np.diff(borders)
+    kept = np.minimum(counts, sizes)
     scores = np.full((len(queries), len(counts)), -1.0, dtype=np.float32)
-    for part in np.split(np.arange(len(queries)), range(1024, len(queries), 1024)):
-        for classes in _cut_classes(borders, RETRIEVAL_CHUNK // 1024):
-            first = borders[classes[0]]
-            cosine = queries[part] @ stacks[first : borders[classes[-1] + 1]].T
-            for label in classes:
-                own = cosine[:, borders[label] - first : borders[label + 1] - first]
-                kept = min(int(counts[label]), own.shape[1])
-                if kept:
-                    scores[part, label] = np.partition(own, own.shape[1] - kept, axis=1)[:, -kept:].mean(axis=1)
+    tiles = np.split(np.arange(len(queries)), range(KNN_QUERIES, len(queries), KNN_QUERIES))
+    for kind, average in ((sizes <= FEW_REFERENCES, _average_few), (sizes > FEW_REFERENCES, _average_many)):
+        for classes in _cut_classes(np.flatnonzero(kind & (kept > 0)), sizes, KNN_CHUNK // max(16, len(tiles[0]))):
+            starts = borders[classes] - np.cumsum(sizes[classes]) + sizes[classes]
+            rows = np.repeat(starts, sizes[classes]) + np.arange(sizes[classes].sum())
+            is_run = rows[-1] - rows[0] == len(rows) - 1
+            own = stacks[rows[0] : rows[-1] + 1] if is_run else stacks[rows]
+            for tile in tiles:
+                scores[np.ix_(tile, classes)] = average(queries[tile], own, sizes[classes], kept[classes])
     return scores
 
 
-def _cut_classes(borders: np.ndarray, limit: int) -> Iterator[range]:
-    """Yield runs of classes that have at most `limit` references together, or are a single one."""
-    start = 0
-    while start < len(borders) - 1:
-        stop = max(start + 1, int(np.searchsorted(borders, borders[start] + limit, "right")) - 1)
-        yield range(start, stop)
-        start = stop
+def _cut_classes(classes: np.ndarray, sizes: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Yield the classes in their order, so many that they have at most `limit` references together, or a single one."""
+    ends = sizes[classes].cumsum()
+    while len(classes):
+        count = max(1, int(np.searchsorted(ends, limit, "right")))
+        yield classes[:count]
+        classes, ends = classes[count:], ends[count:] - ends[count - 1]
 
 
-def nearest_references(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference of each class, int64 (Q, C)."""
-    nearest = np.zeros((len(queries), len(gallery.class_names)), dtype=np.int64)
-    for label, (low, high) in enumerate(class_borders(gallery.stack_labels, len(gallery.class_names))):
+def _average_many(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the mean of the `kept` (C,) largest cosines of each class, (Q, C), whose references lie one class after the other."""
+    cosine, ends = queries @ stacks.T, sizes.cumsum().tolist()
+    means = [
+        np.partition(cosine[:, end - size : end], size - count, axis=1)[:, -count:].mean(axis=1)
+        for end, size, count in zip(ends, sizes.tolist(), kept.tolist(), strict=True)
+    ]
+    return np.stack(means, axis=1)
+
+
+def _average_few(queries: np.ndarray, stacks: np.ndarray, sizes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Be `_average_many`, in less time for small classes: the n-th references of all classes are looked at together.
+
+    Each goes down its class's list of the largest cosines so far, and changes places with those that it beats.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    cosine, first, kept = stacks @ queries.T, (np.cumsum(sizes) - sizes)[order], kept[order]
+    largest = np.full((int(kept.max()), len(sizes), len(queries)), -np.inf, np.float32)
+    for place in range(int(sizes.max())):
+        num = np.count_nonzero(sizes > place)
+        rising = cosine[first[:num] + place]
+        for level in largest[: place + 1, :num]:
+            beaten = np.minimum(level, rising)
+            np.maximum(level, rising, out=level)
+            rising = beaten
+    means = np.empty((len(queries), len(sizes)), np.float32)
+    means[:, order] = (np.cumsum(largest, axis=0)[kept - 1, np.arange(len(kept))] / kept[:, None]).T
+    return means
+
+
+def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the position in the stacks of each query's nearest reference of a class that is given for it, int64 (Q,)."""
+    nearest, ends = np.zeros(len(queries), dtype=np.int64), np.arange(len(gallery.class_names) + 1)
+    borders = np.searchsorted(gallery.stack_labels, ends)
+    for label in np.unique(labels).tolist():
+        own, (low, high) = labels == label, borders[label : label + 2]
         if high > low:
-            nearest[:, label] = low + (queries @ gallery.stacks[low:high].T).argmax(axis=1)
+            nearest[own] = low + (queries[own] @ gallery.stacks[low:high].T).argmax(axis=1)
     return nearest
 
 
@@ -6220,10 +7420,9 @@ def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None =
     """
 
     def quality(own: Gallery) -> float:
-        scores, is_right = own.scores(val.values), answers_right(own, val)
-        if unknown is None:
-            return float(is_right.mean())
-        return open_set_rate(scores.max(axis=1), is_right, own.scores(unknown).max(axis=1))
+        answers, best = own.answer(val.values)
+        is_right = answers == val.labels
+        return float(is_right.mean()) if unknown is None else open_set_rate(best, is_right, own.answer(unknown)[1])
 
     sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
@@ -6252,18 +7451,23 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
 
 def answers_right(gallery: Gallery, queries: Embedded) -> np.ndarray:
     """Say of each query, (n,) bool, whether the gallery's answer is its class."""
-    return gallery.scores(queries.values).argmax(axis=1) == queries.labels
+    return gallery.answer(queries.values)[0] == queries.labels
 
 
 def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None = None) -> Gallery:
     """Return the gallery with the temperature and the thresholds that val, and objects of no class, ask for."""
-    scores, labels = gallery.scores(val.values), val.labels
-    temperature = fit_temperature(scores, labels)
+    answers, best = gallery.answer(val.values)
+    is_right = answers == val.labels
+    # One number needs no more images than that.
+    few = np.linspace(0, len(answers) - 1, min(len(answers), 1 + RETRIEVAL_CHUNK // len(gallery.class_names))).astype(
+        int
+    )
+    temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
     if unknown is not None and len(unknown):
-        scores = np.concatenate([scores, gallery.scores(unknown)])
-        labels = np.concatenate([labels, np.full(len(unknown), -1)])
-    thresholds, is_pooled = fit_thresholds(scores, labels, precision)
-    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == labels
+        found = gallery.answer(unknown)
+        answers, best = np.concatenate([answers, found[0]]), np.concatenate([best, found[1]])
+        is_right = np.concatenate([is_right, np.zeros(len(unknown), bool)])
+    thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, len(gallery.class_names))
     return dataclasses.replace(
         gallery,
         temperature=temperature,
@@ -6285,26 +7489,25 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def fit_thresholds(scores: np.ndarray, labels: np.ndarray, precision: float) -> tuple[np.ndarray, np.ndarray]:
+def fit_thresholds(
+    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return per class the least score above which that share of its answers is right, and whether it is the pooled one.
 
     What all answers together show is weighed in (see `precision_threshold`), and a class with fewer than MIN_CALIBRATION_SAMPLES
     answers gets their threshold.
 
     Args:
-        scores: (N, C) of val.
-        labels: (N,).
+        answers, best, is_right: (N,), class and score of each answer, and whether it is right.
+        precision: share of right answers.
+        num_classes: C.
 
     Returns:
         thresholds float32 (C,), is_pooled bool (C,).
     """
-    answers, best = scores.argmax(axis=1), scores.max(axis=1)
-    is_right = answers == labels
-    thresholds = np.full(scores.shape[1], precision_threshold(best, is_right, precision), dtype=np.float32)
-    is_pooled, pooled = (
-        np.bincount(answers, minlength=scores.shape[1]) < MIN_CALIBRATION_SAMPLES,
-        precision_above(best, is_right),
-    )
+    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision), dtype=np.float32)
+    is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
+    pooled = precision_above(best, is_right)
     for label in np.flatnonzero(~is_pooled):
         mine = answers == label
         thresholds[label] = precision_threshold(best[mine], is_right[mine], precision, pooled[mine])
@@ -6325,9 +7528,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         threshold from val, precision and coverage on test; thresholds: the same with those of the classes; ece;
         few: classes with fewer than FEW_IMAGES test images.
     """
-    scores, weights = gallery.scores(test.values), bootstrap_weights(test.rows)
-    strangers = None if unknown is None else gallery.scores(unknown)
-    answers, best = scores.argmax(axis=1), scores.max(axis=1)
+    judged, weights = gallery.judge(test.values, test.labels), bootstrap_weights(test.rows)
+    answers, best = judged.labels[:, 0], judged.scores[:, 0]
     is_right = answers == test.labels
     found = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     support = np.bincount(test.labels, minlength=len(gallery.class_names))
@@ -6336,17 +7538,18 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             name: _closed_set(dataclasses.replace(gallery, matcher=name), test, weights) for name in gallery.matchers
         },
         "retrieval": {name: with_interval(weighted_mean(values, weights)) for name, values in found.items()},
-        "open_set": open_set_figures(scores, test.labels, strangers, weights),
+        "open_set": open_set_figures(gallery.scores, test.values, test.labels, unknown, weights),
         "answers": [
             {"target": target, "threshold": threshold, **_answered(best >= threshold, is_right, weights)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": _answered(best >= gallery.thresholds[answers], is_right, weights),
-        "ece": with_interval(calibration_error(highest_softmax(scores / gallery.temperature), is_right, weights)),
+        "ece": with_interval(calibration_error(judged.probabilities[:, 0], is_right, weights)),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
-    if strangers is not None:
-        passed = (strangers.max(axis=1) >= gallery.thresholds[strangers.argmax(axis=1)]).astype(float)
+    if unknown is not None:
+        answers, best = gallery.answer(unknown)
+        passed = (best >= gallery.thresholds[answers]).astype(float)
         figures["unknown_passed"] = with_interval(weighted_mean(passed, bootstrap_weights(np.arange(len(passed)))))
     return figures
 
@@ -6359,7 +7562,7 @@ def _answered(passed: np.ndarray, is_right: np.ndarray, weights: np.ndarray) -> 
 
 
 def _closed_set(gallery: Gallery, test: Embedded, weights: np.ndarray) -> dict[str, Any]:
-    answers = gallery.scores(test.values).argmax(axis=1)
+    answers = gallery.answer(test.values)[0]
     right = (answers == test.labels).astype(float)
     f1_macro = macro_f1(test.labels, answers, len(gallery.class_names), weights)
     figures = {"acc": with_interval(weighted_mean(right, weights)), "f1_macro": with_interval(f1_macro)}
@@ -6377,7 +7580,8 @@ def highest_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_set_figures(
-    scores: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    queries: np.ndarray,
     labels: np.ndarray,
     unknown: np.ndarray | None,
     weights: np.ndarray,
@@ -6386,26 +7590,32 @@ def open_set_figures(
     """Return auroc and fpr95, as {value, interval}, of what `confide` makes of the scores, by default the best similarity.
 
     Args:
-        scores, labels: (N, C) and (N,), objects of known classes.
-        unknown: scores (U, C) of objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its
-            objects are the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so
-            that strangers will be harder.
+        score: from queries (n, D) to scores (n, C).
+        queries, labels: (N, D) and (N,), objects of known classes.
+        unknown: (U, D), objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its objects are
+            the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so that strangers
+            will be harder.
         weights: (1 + draws, N) of the known objects, see `bootstrap_weights`.
         confide: from the scores (n, c) of the classes in the gallery to a confidence (n,).
     """
     if unknown is not None:
         drawn = bootstrap_weights(np.arange(len(unknown)))
         draws = min(len(weights), len(drawn))
-        is_unknown = np.repeat([False, True], [len(scores), len(unknown)])
-        confidence = np.concatenate([confide(scores), confide(unknown)])
-        found = open_set_metrics(confidence, is_unknown, np.concatenate([weights[:draws], drawn[:draws]], axis=1))
+        is_unknown = np.repeat([False, True], [len(queries), len(unknown)])
+        known, strange = (
+            reduce_scores(score, own, lambda scores, _: (confide(scores),))[0] for own in (queries, unknown)
+        )
+        both = np.concatenate([weights[:draws], drawn[:draws]], axis=1)
+        found = open_set_metrics(np.concatenate([known, strange]), is_unknown, both)
         figures = {name: with_interval(values) for name, values in found.items()}
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
-    folds = np.arange(scores.shape[1]) % min(HELD_OUT_FOLDS, scores.shape[1])
-    parts = [
-        open_set_metrics(confide(scores[:, folds != fold]), folds[labels] == fold, weights)
-        for fold in range(int(folds.max(initial=0)) + 1)
-    ]
+
+    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
+        folds = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
+        return tuple(confide(scores[:, folds != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
+
+    confidences = reduce_scores(score, queries, hold_out)
+    parts = [open_set_metrics(own, labels % HELD_OUT_FOLDS == fold, weights) for fold, own in enumerate(confidences)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, as it should be
         figures = {name: with_interval(np.nanmean([own[name] for own in parts], axis=0)) for name in ("auroc", "fpr95")}
@@ -6462,6 +7672,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
         "interpolation": info.interpolation,
         "padding": PADDING_GRAY,
         "pool": info.pool,
+        "in_channels": config.in_channels,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
         **({"transforms": transforms} if (transforms := production_transforms(config)) else {}),
@@ -6563,7 +7774,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     backbone, info = build_backbone(_find_weights(config, path, backbone_weights), show)
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
-    model.load_trained_state(payload["model"])
+    model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
     return TrainedRun(path, config, info, model.eval(), runtime)
 
@@ -6612,11 +7823,12 @@ def _restore_option(field: dataclasses.Field, value: Any) -> Any:
 def _find_weights(config: Config, path: Path, backbone_weights: Path | None) -> Config:
     """Return the options to build the backbone with; one that was fine-tuned gets its weights from the checkpoint."""
     if not config.freeze_backbone:
-        return dataclasses.replace(config, pretrained=False, backbone_weights=None)
+        return dataclasses.replace(config, pretrained=False, backbone_weights=None, load_from=None)
     if backbone_weights is not None:
-        return dataclasses.replace(config, backbone_weights=backbone_weights)
-    if config.backbone_weights is not None and not config.backbone_weights.is_file():
-        what = f"its backbone's weights are no longer at {config.backbone_weights}"
+        return dataclasses.replace(config, backbone_weights=backbone_weights, load_from=None)
+    start = config.load_from or config.backbone_weights
+    if start is not None and not start.exists():
+        what = f"its backbone's weights are no longer at {start}"
         raise UserError(what, f"--run {path}", "give --backbone_weights FILE")
     return config
 
@@ -6750,8 +7962,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
     )
     grown = _renew_prototypes(grown, touched.tolist())
-    scores = leave_one_out_scores(grown)
-    answers, best, is_right = scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == grown.stack_labels
+    answers, best = answer_without_oneself(grown)
+    is_right = answers == grown.stack_labels
     for label in range(num_old, len(class_names)):
         mine = answers == label
         if (grown.stack_labels == label).sum() > 1 and mine.any():
@@ -6779,29 +7991,38 @@ def _renew_prototypes(gallery: Gallery, touched: Sequence[int]) -> Gallery:
     return take_prototypes(gallery, parts)
 
 
-def leave_one_out_scores(gallery: Gallery) -> np.ndarray:
-    """Return the score (N, C) of each reference by a gallery without that reference; -1 for a class that has only it."""
-    rows, labels = np.arange(len(gallery.stacks)), gallery.stack_labels
-    scores = gallery.scores(gallery.stacks).astype(np.float32)
-    for label in np.unique(labels).tolist():
-        mine = rows[labels == label]
-        values = gallery.stacks[mine]
-        if len(mine) == 1:
-            scores[mine, label] = -1.0
-        elif gallery.matcher != "knn":
+def answer_without_oneself(gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
+    """Return class and score (N,) of the answer to each reference by a gallery without that reference."""
+    of_own_class = score_without_oneself(gallery)
+
+    def reduce(scores: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
+        scores[np.arange(len(scores)), gallery.stack_labels[own]] = of_own_class[own]
+        return scores.argmax(axis=1), scores.max(axis=1)
+
+    return reduce_scores(gallery.scores, gallery.stacks, reduce)
+
+
+def score_without_oneself(gallery: Gallery) -> np.ndarray:
+    """Return how each reference (N,) scores for its own class in a gallery without it; -1 if the class has no other."""
+    scores = np.full(len(gallery.stacks), -1.0, np.float32)
+    for label, (low, high) in enumerate(class_borders(gallery.stack_labels, len(gallery.class_names))):
+        values = gallery.stacks[low:high]
+        if len(values) < 2:
+            continue
+        if gallery.matcher != "knn":
             own = gallery.centroids[[label]]
             if gallery.matcher == "prototypes":
                 own = gallery.prototypes[gallery.prototype_labels == label]
-            scores[mine, label] = _score_without_oneself(values, own)
+            scores[low:high] = _score_by_others(values, own)
         else:
             cosine = values @ values.T
             np.fill_diagonal(cosine, -np.inf)
-            kept = min(int(gallery.knn_counts[label]), len(mine) - 1)
-            scores[mine, label] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
+            kept = min(int(gallery.knn_counts[label]), len(values) - 1)
+            scores[low:high] = np.sort(cosine, axis=1)[:, -kept:].mean(axis=1)
     return scores
 
 
-def _score_without_oneself(values: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+def _score_by_others(values: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     """Return the cosine (n,) of each reference of a class to the nearest prototype, itself taken out of the one it belongs to."""
     cosine = values @ prototypes.T
     cluster = cosine.argmax(axis=1)
@@ -6817,16 +8038,14 @@ def _score_without_oneself(values: np.ndarray, prototypes: np.ndarray) -> np.nda
 
 def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
     """Return a sentence for each of the named classes that another one is hard to tell from."""
-    scores, found = leave_one_out_scores(gallery), []
-    answers = scores.argmax(axis=1)
-    similarity = gallery.centroids @ gallery.centroids.T
+    answers, found = answer_without_oneself(gallery)[0], []
     for label, name in enumerate(gallery.class_names):
         mine = gallery.stack_labels == label
         if name not in names or not mine.any():
             continue
         taken = np.bincount(answers[mine], minlength=len(gallery.class_names))
         taken[label] = 0
-        others = similarity[label].copy()
+        others = gallery.centroids @ gallery.centroids[label]
         others[label] = -1.0
         nearest = int(taken.argmax()) if taken.any() else int(others.argmax())
         if taken[nearest] or others[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
@@ -6885,18 +8104,21 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
 
 def format_gallery(gallery: Gallery) -> str:
     """Return per class how many references it has, its threshold, and the class nearest to it, as an aligned table."""
-    similarity = gallery.centroids @ gallery.centroids.T
-    np.fill_diagonal(similarity, -1.0)
+
+    def reduce(similarity: np.ndarray, own: slice) -> tuple[np.ndarray, np.ndarray]:
+        similarity[np.arange(len(similarity)), np.arange(own.start, own.start + len(similarity))] = -1.0  # to itself
+        return similarity.argmax(axis=1), similarity.max(axis=1)
+
+    nearest, similarity = reduce_scores(lambda own: own @ gallery.centroids.T, gallery.centroids, reduce)
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     width = max(5, *map(len, gallery.class_names))
     prototypes = np.bincount(gallery.prototype_labels, minlength=len(gallery.class_names))
     lines = [f"{'class':<{width}}{'references':>12}{'prototypes':>12}{'threshold':>11}  nearest class"]
     for label, name in enumerate(gallery.class_names):
-        nearest = int(similarity[label].argmax())
         pooled = "*" if gallery.is_pooled[label] else " "
         lines.append(
             f"{name:<{width}}{counts[label]:>12,}{prototypes[label]:>12}{gallery.thresholds[label]:>10.3f}{pooled}"
-            f"  {gallery.class_names[nearest]} ({similarity[label, nearest]:.3f})"
+            f"  {gallery.class_names[nearest[label]]} ({similarity[label]:.3f})"
         )
     note = ["* the threshold of all classes together"] if gallery.is_pooled.any() else []
     return "\n".join([*lines, *note])
@@ -6975,7 +8197,7 @@ class FeatureBank:
         Raises:
             UserError: not one of them can be read.
         """
-        job, batches = self._job, cut_batches(keys, self._job.config.batch)
+        job, batches = self._job, cut_batches(keys, self._job.config.val_batch or self._job.config.batch)
         rows, views, values = [], [], []
         parts = extract_batches(job, self._backbone, self._dataset, batches)
         for failures, part in progress(parts, len(batches), f"embedding {name}"):
@@ -7212,6 +8434,8 @@ class TrainFeed:
             UserError: workers are killed again and again.
         """
         TEAM.call("train_epoch", state.epoch, state.batches)
+        if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
+            TEAM.copy_weights(state.model.backbone)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         for restarts in itertools.count():
             if self._loader is None:
@@ -7293,7 +8517,7 @@ def name_knob(config: Config) -> str:
         return "put --out_dir on a faster disk"
     if config.workers < count_cores():
         return f"raise --workers, {config.workers} of {count_cores()} cores"
-    return "try --cache_views 4" if config.freeze_backbone else "store smaller images, or add CPU cores"
+    return "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
 
 
 class SaveClock:
@@ -7312,11 +8536,16 @@ class SaveClock:
         SIGNALS.wants_save = False
 
 
+def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
+    """Say whether nothing is left to train after `epoch` epochs: all are done, or --patience is at its end."""
+    return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
+
+
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     feed = CachedFeed(job, state.model, bank) if job.config.cache_views else TrainFeed(job, state)
     clock = SaveClock(job.config.save_minutes)
-    while state.epoch < job.config.epochs:
+    while not has_ended(job.config, state.epoch, state.best):
         started = time.monotonic() - state.seconds
         try:
             pace = train_epoch(job, state, feed, clock)
@@ -7325,7 +8554,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
                 save_state(job, state)
             raise
         train, train_per_class = score_training(job, state)
-        val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
+        with state.judged():
+            val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
         record = {
             "epoch": state.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -7339,7 +8569,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
             job.run.log(format_epoch(record, job.config))
-            job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
+            per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class}
+            job.run.event("epoch_end", **record, **(per_class if job.config.save_metrics else {}))
             state.finish_epoch()
             save_epoch(job, state, update_best(job, state, val))
             clock.restart()
@@ -7348,16 +8579,12 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered. Return the pace."""
     network, pace = feed.network(state.model.train()), Pace()
-    total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
-    for batch in pace.watch(feed.batches(state)):
-        job.note_failures(batch.failures)
+    started = time.monotonic() - state.seconds
+    for batches in group_batches(pace.watch(feed.batches(state)), job.config):
+        for batch in batches:
+            job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
-            if len(batch.labels):
-                prepare_step(job, state, total_steps)
-                state.tally.add(
-                    *train_step(job.runtime, network, state, batch, plan_mixing(job, state, batch)), batch.labels
-                )
-            state.batches += 1
+            take_step(job, network, state, batches, len(feed))
             state.seconds = time.monotonic() - started
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(state, job.run.path)
@@ -7372,10 +8599,24 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock
     return pace.figures()
 
 
-def prepare_step(job: Job, state: TrainState, total_steps: int) -> None:
-    """Set what a step is a function of besides weights and batch: learning rates and torch's generators."""
-    set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
-    seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
+def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Batch]]:
+    """Yield the batches of one optimizer step after the other; the last step of an epoch may have fewer."""
+    while group := list(itertools.islice(batches, config.accumulate_grad_batches)):
+        yield group
+
+
+def take_step(job: Job, network: nn.Module, state: TrainState, batches: list[Batch], num_batches: int) -> None:
+    """Do the optimizer step of some batches, of `num_batches` in an epoch; without a readable image there is none."""
+    readable = [batch for batch in batches if len(batch.labels)]
+    if readable:
+        config = job.config
+        total_steps = -(-num_batches // config.accumulate_grad_batches) * config.epochs
+        set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
+        loss, logits = train_step(config, job.runtime, network, state, readable)
+        state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
+        if state.average:
+            state.average.update(state.step)
+    state.batches += len(batches)
 
 
 def save_state(job: Job, state: TrainState) -> None:
@@ -7392,44 +8633,99 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    has_cosines = "cosines" in totals
-    scores = log_softmax(job.config.arc_scale * totals["cosines"].numpy()) if has_cosines else totals["answers"].numpy()
-    figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
+    labels, names = totals["labels"].numpy(), job.records.class_names
+    if "logits" in totals:
+        _, figures, per_class = classify(lambda own: own, totals["logits"].numpy(), labels, names)
+    else:
+        figures, per_class = compute_metrics(totals["answers"].numpy(), labels, names)
     return {"loss": mean_loss, **figures}, per_class
 
 
-def plan_mixing(job: Job, state: TrainState, batch: Batch) -> Mixing | None:
-    """Draw how the next batch is mixed."""
-    return draw_mixing(job.config, (state.epoch, state.batches), batch.images, len(batch.labels))
-
-
 def train_step(
-    runtime: Runtime, network: nn.Module, state: TrainState, batch: Batch, mixing: Mixing | None = None
+    config: Config, runtime: Runtime, network: nn.Module, state: TrainState, batches: list[Batch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return its loss () and the cosines (B, C) of the mixed images, both still on the device.
+    """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    In a team, `batch` has a part of the images; features, loss and cosines are those of the whole batch.
+    In a team, a batch has a part of the images; features, loss and logits are those of all images of all batches together.
     """
-    images = batch.images.to(runtime.device, non_blocking=True)
-    labels = batch.labels.to(runtime.device, non_blocking=True)
-    if mixing is not None:  # with images of the whole batch, which the other processes have
-        everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
-        images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
-    embeddings = state.model.embed(TEAM.gather(network(images), batch.sizes))
-    logits, cosine = state.model.arcface(embeddings, labels)
-    loss = F.cross_entropy(logits, labels)
-    if mixing is not None:
-        others = partner_labels(labels, mixing)
-        loss = mixed_loss(loss, F.cross_entropy(state.model.arcface(embeddings, others)[0], others), mixing)
+    labels = torch.cat([batch.labels for batch in batches]).to(runtime.device, non_blocking=True)
+    mixings = [
+        draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
+        for index, batch in enumerate(batches)
+    ]
+
+    def embed_part(index: int) -> torch.Tensor:
+        """Return the features of a batch; the same when asked again, as dropout is a function of seed, step and index."""
+        batch, mixing = batches[index], mixings[index]
+        images = batch.images.to(runtime.device, non_blocking=True)
+        if mixing is not None:  # with images of the whole batch, which the other processes have
+            everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
+            images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
+        seed_torch(config.seed, 5, state.step, *([index] if index else []))
+        return TEAM.gather(network(images), batch.sizes)
+
+    embeddings = state.model.embed(join_parts(embed_part, len(batches), state.model.backbone))
+    logits, plain = state.model.criterion(embeddings, labels)
+    loss = classification_loss(logits, labels, config)
+    if any(mixings):
+        others, shares = partner_labels([batch.labels for batch in batches], mixings)
+        others, shares = others.to(runtime.device), shares.to(runtime.device)
+        other_logits, _ = state.model.criterion(embeddings, others)
+        losses = (classification_loss(*pair, config, "none") for pair in ((logits, labels), (other_logits, others)))
+        loss = mixed_loss(*losses, shares)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), GRAD_CLIP_NORM)
+    if config.max_grad_norm:
+        trained = (p for p in state.model.parameters() if p.requires_grad)
+        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    return loss.detach(), cosine.detach()
+    return loss.detach(), plain.detach()
+
+
+def join_parts(embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone) -> torch.Tensor:
+    """Return the features of several batches as those of one, at the memory of one.
+
+    A backbone that is trained sees each batch twice: for the features that head, BatchNorm and loss need all of, and again for its
+    gradients, as in Gao et al., "Scaling deep contrastive learning batch size", arXiv:2101.06983.
+    """
+    if count == 1:
+        return embed_part(0)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        return torch.cat([embed_part(index) for index in range(count)])
+    return _Recomputed.apply(torch.zeros((), requires_grad=True), embed_part, count, backbone)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Features of several batches, made again one batch after the other when their gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: torch.Tensor, embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone
+    ) -> torch.Tensor:
+        """Return the features of all batches, leaving the running statistics of BatchNorm for the second look."""
+        norms = [part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        tracking = [norm for norm in norms if norm.track_running_stats and norm.training]
+        for norm in tracking:
+            norm.track_running_stats = False
+        try:
+            parts = [embed_part(index) for index in range(count)]
+        finally:
+            for norm in tracking:
+                norm.track_running_stats = True
+        ctx.embed_part, ctx.sizes = embed_part, [len(part) for part in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
+        """Add the gradients of the backbone's weights; other processes hear of their sum."""
+        for index, own in enumerate(gradient.split(ctx.sizes)):
+            with torch.enable_grad(), TEAM.holding(index + 1 < len(ctx.sizes)):
+                torch.autograd.backward(ctx.embed_part(index), own)
+        return None, None, None, None
 
 
 def check_finite(state: TrainState, folder: Path) -> None:
@@ -7444,7 +8740,7 @@ def check_finite(state: TrainState, folder: Path) -> None:
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
-    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1.
+    """Score val by the classifier that is trained, and by matching with the training images: proto_acc and recall_at_1.
 
     Returns:
         Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
@@ -7453,7 +8749,7 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
 
     def score(queries: Embedded) -> tuple[dict, dict]:
-        figures, per_class = score_arcface(job, model, queries)
+        figures, per_class = score_classifier(job, model, queries)
         return figures | score_matching(references, queries, len(job.records.class_names)), per_class
 
     has_mask = job.records.has_mask[val.rows]
@@ -7462,33 +8758,35 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     return *score(val), by_view
 
 
-def score_arcface(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
+def score_classifier(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
     """Return loss and figures of the classifier that training used, without margin."""
+    logits = functools.partial(classifier_logits, job, model)
+    loss, figures, per_class = classify(logits, queries.values, queries.labels, job.records.class_names)
+    return {"loss": loss, **figures}, per_class
+
+
+def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np.ndarray:
+    """Return the logits without margin float32 (n, C) of unit embeddings (n, emb_dim)."""
     with torch.inference_mode():
-        cosine = model.arcface.cosine(torch.from_numpy(queries.values).to(job.runtime.device)).cpu().numpy()
-    log_probabilities = log_softmax(job.config.arc_scale * cosine)
-    figures, per_class = compute_metrics(log_probabilities, queries.labels, job.records.class_names)
-    return {"loss": cross_entropy(log_probabilities, queries.labels), **figures}, per_class
+        return model.criterion.plain_logits(torch.from_numpy(embeddings).to(job.runtime.device)).cpu().numpy()
 
 
 def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
     """Return the share of queries whose nearest centroid, and whose nearest reference, is of their class."""
-    centroid_answers = (queries.values @ class_centroids(references.values, references.labels, num_classes).T).argmax(
-        axis=1
-    )
+    centroids = class_centroids(references.values, references.labels, num_classes)
     return {
-        "proto_acc": float((centroid_answers == queries.labels).mean()),
+        "proto_acc": float((_nearest(centroids, queries.values) == queries.labels).mean()),
         "recall_at_1": recall_at_1(references.values, references.labels, queries),
     }
 
 
 def recall_at_1(stacks: np.ndarray, stack_labels: np.ndarray, queries: Embedded) -> float:
     """Return the share of queries whose nearest reference is of their class."""
-    hits = 0
-    for start in range(0, len(queries.labels), 1024):
-        nearest = (queries.values[start : start + 1024] @ stacks.T).argmax(axis=1)
-        hits += int((stack_labels[nearest] == queries.labels[start : start + 1024]).sum())
-    return hits / len(queries.labels)
+    return float((stack_labels[_nearest(stacks, queries.values)] == queries.labels).mean())
+
+
+def _nearest(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    return reduce_scores(lambda own: own @ vectors.T, queries, lambda cosine, _: (cosine.argmax(axis=1),))[0]
 
 
 def update_best(job: Job, state: TrainState, val: dict[str, float | None]) -> bool:
@@ -7507,7 +8805,7 @@ def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
     """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
     if is_best:
         save_checkpoint(job.run.path / BEST_NAME, state, job.identity)
-    if job.config.save_every and state.epoch % job.config.save_every == 0:
+    if job.config.save_checkpoints and job.config.save_every and state.epoch % job.config.save_every == 0:
         save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
@@ -7566,31 +8864,33 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
 def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
-    Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features.
+    Training has to beat the best of them. Logistic regression is scikit-learn's on standardised features; of more than
+    LOGREG_MAX_CLASSES there is none.
 
     Returns:
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}.
     """
     train, names = bank.get("train"), job.records.class_names
-    references, classifier = unit_features(job, train), _fit_logistic_regression(job, train)
+    references = unit_features(job, train)
+    references = references.take(np.argsort(references.labels, kind="stable"))
     centroids = class_centroids(references.values, references.labels, len(names))
+    ones, scale = np.ones(len(names), np.int64), job.config.arc_scale
+    classifiers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "centroid": lambda own: scale * (own @ centroids.T),
+        "nn1": lambda own: scale * knn_scores(own, references.values, references.labels, ones),
+    }
+    if len(names) <= LOGREG_MAX_CLASSES:
+        classifiers["logreg"] = _fit_logistic_regression(job, train)
     baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         if not len(job.records.rows(split)):
             continue
         features = bank.get(split)
-        queries = unit_features(job, features)
-        cosines = {
-            "centroid": queries.values @ centroids.T,
-            "nn1": knn_scores(queries.values, references.values, references.labels, np.ones(len(names), np.int64)),
-        }
-        scores = {name: log_softmax(job.config.arc_scale * cosine) for name, cosine in cosines.items()}
-        scores["logreg"] = np.full(
-            (len(queries.labels), len(names)), -np.inf
-        )  # a class may lack in what it was fitted on
-        scores["logreg"][:, classifier.classes_] = classifier.predict_log_proba(features.values.numpy())
-        figures = {name: compute_metrics(values, queries.labels, names)[0] for name, values in scores.items()}
-        baseline[split] = {f"{name}_{key}": value for name, own in figures.items() for key, value in own.items()}
+        queries, baseline[split] = unit_features(job, features), {}
+        for name, score in classifiers.items():
+            vectors = features.values.numpy() if name == "logreg" else queries.values
+            figures = classify(score, vectors, queries.labels, names)[1]
+            baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     return baseline
 
 
@@ -7600,7 +8900,8 @@ def unit_features(job: Job, features: Features) -> Embedded:
     return Embedded(features.rows, features.views, labels, F.normalize(features.values).numpy())
 
 
-def _fit_logistic_regression(job: Job, features: Features) -> Any:
+def _fit_logistic_regression(job: Job, features: Features) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what makes log-probabilities (n, C) of features (n, feature_dim)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -7610,7 +8911,15 @@ def _fit_logistic_regression(job: Job, features: Features) -> Any:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
-        return classifier.fit(features.values.numpy()[chosen], labels[chosen])
+        classifier.fit(features.values.numpy()[chosen], labels[chosen])
+
+    def score(own: np.ndarray) -> np.ndarray:
+        scores = np.full((len(own), len(job.records.class_names)), -np.inf)  # a class may lack in what it was fitted on
+        if len(own):
+            scores[:, classifier.classes_] = classifier.predict_log_proba(own)
+        return scores
+
+    return score
 
 
 BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
@@ -7618,7 +8927,8 @@ BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "
 
 def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
     """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
-    name = max(BASELINE_NAMES, key=lambda name: baseline[f"{name}_acc"])
+    measured = [name for name in BASELINE_NAMES if f"{name}_acc" in baseline]
+    name = max(measured, key=lambda name: baseline[f"{name}_acc"])
     frozen = baseline[f"{name}_acc"]
     gain = accuracy - frozen
     noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + frozen * (1 - frozen)) / num_images)
@@ -8222,13 +9532,13 @@ def answer_crops(gallery: Gallery, embeddings: np.ndarray) -> list[tuple]:
     best = scores[rows, labels]
     is_known = best >= gallery.thresholds[labels]
     probabilities = np.exp(log_softmax(scores / gallery.temperature))[rows, labels]
-    nearest = nearest_references(gallery, embeddings)
     has_second = scores.shape[1] > 1
     seconds = order[:, 1] if has_second else np.full(len(rows), -1)
     margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)
-    rivals = nearest[rows, seconds] if has_second else seconds
+    rivals = nearest_references(gallery, embeddings, seconds) if has_second else seconds
     best, probabilities, margins = np.round(np.stack([best, probabilities, margins]).astype(np.float64), 6)
-    columns = (labels, is_known, best, probabilities, seconds, margins, nearest[rows, labels], rivals)
+    nearest = nearest_references(gallery, embeddings, labels)
+    columns = (labels, is_known, best, probabilities, seconds, margins, nearest, rivals)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -8887,7 +10197,7 @@ class ViewPairs:
 
     rows: np.ndarray  # (V,) int64 record numbers
     labels: np.ndarray  # (V,) int64
-    scores: np.ndarray  # (2, V, C) similarity to each class, by view
+    judged: tuple[Judged, Judged]  # by view
 
 
 @dataclass(frozen=True)
@@ -8905,9 +10215,8 @@ class ReportInput:
     shown: list[Shown]  # (N,)
     thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together
-    test_scores: np.ndarray  # (T, C) similarity to each class, rows with split test in order
+    judged: Judged  # the T rows with split test in order
     nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
-    temperature: float  # probability = softmax(score / temperature)
     view_pairs: ViewPairs | None = None  # None when no test crop has a mask
 
     def count_images(self, split: str | None = None) -> np.ndarray:
@@ -8929,7 +10238,7 @@ class _Figures:
     views: dict[str, Any] | None  # test_views event
     measured: dict[str, Any] | None  # measured event
     scored: str  # the split that the page leads with: test, else val
-    scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
+    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # of that split, by class name
 
 
@@ -8940,7 +10249,6 @@ class _TestRows:
     rows: np.ndarray  # (T,) int, position among all N images
     labels: np.ndarray  # (T,) int
     predictions: np.ndarray  # (T,) int
-    probabilities: np.ndarray  # (T, C) float64
     confidences: np.ndarray  # (T,) float64, probability of the predicted class
 
 
@@ -9006,10 +10314,10 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
     best, test = last.get("best_update"), last.get("test_end")
     if test:
-        scores, per_class = {**test["prototypes"], "arcface_acc": test["arcface"]["acc"]}, test["per_class"]
+        scores, per_class = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}, test["per_class"]
     else:
         epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
-        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "arcface_acc": epoch["val"].get("acc")}
+        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
         per_class = epoch["val_per_class"]
     return _Figures(
         epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
@@ -9027,9 +10335,7 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
 
 def _collect_test_rows(report: ReportInput) -> _TestRows:
     rows = np.flatnonzero(report.split_names == "test")
-    probabilities = np.exp(log_softmax(report.test_scores / report.temperature))
-    predictions = report.test_scores.argmax(axis=1)
-    return _TestRows(rows, report.labels[rows], predictions, probabilities, probabilities.max(axis=1))
+    return _TestRows(rows, report.labels[rows], report.judged.labels[:, 0], report.judged.probabilities[:, 0])
 
 
 # --- text and pictures
@@ -9109,7 +10415,7 @@ def _header_view(report: ReportInput, figures: _Figures) -> dict[str, Any]:
 def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]:
     """Return the key figures as (label, value, note)."""
     split, best = figures.scored, figures.best
-    by = "prototypes" if split == "test" else "ArcFace"
+    by = "prototypes" if split == "test" else "the classifier"
     best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
     in_split, in_class = {name: int(report.count_images(name).sum()) for name in SPLIT_NAMES}, report.count_images()
     scores = (
@@ -9117,7 +10423,7 @@ def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]
         ("Macro F1", "f1_macro", f"{by}, {split}"),
         ("Macro ROC AUC", "auc_macro", f"{by}, {split}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {split}"),
-        ("ArcFace accuracy", "arcface_acc", f"classifier, {split}"),
+        ("Classifier accuracy", "classifier_acc", f"trained one, {split}"),
     )
     return [
         *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
@@ -9131,7 +10437,7 @@ def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
     """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
     frozen = figures.baseline.get(figures.scored, {})
     bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
-    bars += [("trained, ArcFace", figures.scores.get("arcface_acc"), "trained")]
+    bars += [("trained, classifier", figures.scores.get("classifier_acc"), "trained")]
     bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
     return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
 
@@ -9152,7 +10458,7 @@ def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
     started = datetime.fromtimestamp(report.events[0]["time"], tz=UTC) if report.events else None
     return [
         ("Model", options["model_id"]),
-        ("Backbone", "frozen" if options["freeze_backbone"] else "fine-tuned"),
+        ("Backbone", name_training(options)),
         ("Embedding", options["emb_dim"]),
         ("Image size", options["img_size"]),
         ("Matcher", _describe_matcher(figures.prototypes)),
@@ -9270,11 +10576,11 @@ def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, 
     if not len(test.rows):
         return None
     num_classes = len(class_names)
-    matrix = confusion_matrix(test.labels, test.predictions, num_classes)
-    totals = matrix.sum(axis=1)
+    totals = np.bincount(test.labels, minlength=num_classes)
+    cells, counts = np.unique(np.stack([test.labels, test.predictions], axis=1), axis=0, return_counts=True)
     pairs = [
-        {"true": true, "predicted": predicted, "count": int(matrix[true, predicted]), "total": int(totals[true])}
-        for true, predicted in np.argwhere(matrix).tolist()
+        {"true": true, "predicted": predicted, "count": count, "total": int(totals[true])}
+        for (true, predicted), count in zip(cells.tolist(), counts.tolist(), strict=True)
         if true != predicted
     ]
     pairs.sort(key=lambda pair: (-pair["count"], pair["total"]))
@@ -9282,7 +10588,7 @@ def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, 
     names = [_shorten(name, 30) for name in class_names]
     room = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
     return {
-        "matrix": matrix.tolist() if is_drawn else None,
+        "matrix": confusion_matrix(test.labels, test.predictions, num_classes).tolist() if is_drawn else None,
         "totals": totals.tolist(),
         "names": names,
         "cell": min(40, room // num_classes),  # px: fits without scrolling
@@ -9413,16 +10719,10 @@ def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
     surest = wrong[np.argsort(-test.confidences[wrong], kind="stable")][:MAX_ERRORS]
     cards = []
     for row in surest.tolist():
-        labels = {"predicted": int(test.predictions[row]), "true": int(test.labels[row])}
+        columns = (*(column[row].tolist() for column in report.judged), report.nearest[row])
         sides = [
-            {
-                "kind": kind,
-                "label": label,
-                "probability": float(test.probabilities[row, label]),
-                "score": float(report.test_scores[row, label]),
-                "reference": reference,
-            }
-            for (kind, label), reference in zip(labels.items(), report.nearest[row], strict=True)
+            {"kind": kind, "label": label, "score": score, "probability": probability, "reference": reference}
+            for kind, label, score, probability, reference in zip(("predicted", "true"), *columns, strict=True)
         ]
         shown = report.shown[test.rows[row]]
         cards.append({"shown": shown, "path": report.records.paths[shown.row], "sides": sides})
@@ -9434,9 +10734,8 @@ def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dic
     if figures is None or report.view_pairs is None:
         return None
     pairs = report.view_pairs
-    answers = pairs.scores.argmax(axis=2)
+    answers, scores, sureness = (np.stack(parts)[:, :, 0] for parts in zip(*pairs.judged, strict=True))
     is_right = answers == pairs.labels
-    sureness = np.stack([np.exp(log_softmax(own / report.temperature)).max(axis=1) for own in pairs.scores])
     differ = np.flatnonzero(answers[0] != answers[1])
     differ = differ[np.argsort(-sureness[:, differ].sum(axis=0), kind="stable")]
     cards = [
@@ -9449,7 +10748,7 @@ def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dic
                     "label": int(answers[view, i]),
                     "is_right": bool(is_right[view, i]),
                     "probability": float(sureness[view, i]),
-                    "score": float(pairs.scores[view, i].max()),
+                    "score": float(scores[view, i]),
                 }
                 for view in range(2)
             ],
@@ -9823,7 +11122,7 @@ _REPORT_HTML = """
 
 <section id="curves"><h2>Curves</h2>
   <ul class="keys"><li><i style="--k: var(--train)"></i>train</li>
-    <li><i style="--k: var(--val)"></i>val, ArcFace</li>
+    <li><i style="--k: var(--val)"></i>val, classifier</li>
     <li><i style="--k: var(--proto)"></i>val, prototypes</li>
     {% if curves.baseline %}
     <li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline }}</li>
@@ -9868,7 +11167,7 @@ _REPORT_HTML = """
     {% if figures.test %}
     Scores of the test split, by prototype matching.
     {% else %}
-    No test split: scores of the validation split at the best epoch, by the ArcFace classifier.
+    No test split: scores of the validation split at the best epoch, by the classifier.
     {% endif %}
     An answer whose similarity is below the threshold of its class should be read as unknown. Click a heading to sort.</p>
   <div class="scroll"><table class="classes">
@@ -11459,6 +12758,7 @@ def run_export(config: Config) -> None:
     run = load_run(
         config.run, make_runtime(dataclasses.replace(config, gpus=0, precision="fp32")), config.backbone_weights
     )
+    merge_lora(run.model.backbone.model)
     path = config.out or run.path / ("model.onnx" if config.format == "onnx" else "model.safetensors")
     if path.is_dir():
         raise UserError("is a folder", f"--out {path}", "give the path of a file")
@@ -11548,7 +12848,7 @@ def choose_options(own: Config, typed: Config) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
-    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.given})
+    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
 
 
 def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path | None:
@@ -11644,6 +12944,7 @@ def run_train(config: Config) -> None:
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
+    check_optimizer(config)
     if config.auto_generate_masks:
         check_sam2(config)
     scan = scan_dataset(config)
@@ -11731,7 +13032,11 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
 def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
     """Say whether nothing is left to do: all epochs are trained, and the last thing recorded is a completed run."""
     events = read_events(config.out_dir)
-    return checkpoint["epoch"] >= config.epochs and bool(events) and events[-1].get("status") == "completed"
+    return (
+        has_ended(config, checkpoint["epoch"], checkpoint["best"])
+        and bool(events)
+        and events[-1].get("status") == "completed"
+    )
 
 
 def open_run(job: Job, plan: Plan) -> None:
@@ -11750,14 +13055,16 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
-    training = "frozen" if config.freeze_backbone else "fine-tuned"
+    training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if job.backgrounds is not None:
         run.log(describe_backgrounds(job.backgrounds))
     if config.mixing != "none":
         run.log(
-            f"warning: {config.mixing} usually costs a little with a margin loss; acc of train is that of the mixed images"
+            f"{config.mixing}: the figures of train are those of mixed images, against the label of the larger part"
         )
+        if config.criterion not in LINEAR_CRITERIA and config.arc_margin:
+            run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
     if config.preview:
         write_preview(job)
     if config.crop_mode != "bbox" or config.auto_generate_masks:
@@ -11772,15 +13079,15 @@ def describe_run(job: Job) -> dict[str, Any]:
     packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
     return {
         "options": job.config.as_plain(),
+        "origins": {field.name: job.config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
         "optimizer": {
-            "type": "AdamW",
+            "type": job.config.optimizer,
             "head_weight_decay": HEAD_WEIGHT_DECAY,
             "backbone_weight_decay": BACKBONE_WEIGHT_DECAY,
-            "grad_clip_norm": GRAD_CLIP_NORM,
         },
-        "schedule": "linear warm-up over 5 % of the steps, then half a cosine to 0",
-        "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
+        "schedule": job.config.scheduler,
+        "loss": job.config.criterion,
         "data": {
             "fingerprint": job.fingerprint,
             "masks_hash": job.records.masks_hash,
@@ -11814,11 +13121,13 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
     backbone.dtype = job.runtime.dtype_of(backbone)
+    if config.load_from is not None and point is None:
+        load_head(model, read_start(config), job.records.class_names, run.log)
     if TEAM.leads:
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     if config.compile:
         backbone.model.compile()
-    state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
+    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -11828,7 +13137,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     state.baseline = measure_baseline(job, bank)
     run.event("baseline_end", **state.baseline)
     for split, figures in state.baseline.items():
-        shown = (f"{text} {figures[f'{name}_acc']:.3f}" for name, text in BASELINE_NAMES.items())
+        accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
+        shown = (f"{text} {value:.3f}" for text, value in accuracies.items() if value is not None)
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
@@ -11856,7 +13166,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
+    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -11898,15 +13208,18 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
-    """Score the test split by the ArcFace classifier and by the gallery, and record the verdict."""
+    """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
     names = job.records.class_names
-    scores = gallery.scores(test.values)
-    figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
+    _, figures, per_class = classify(
+        lambda own: gallery.scores(own) / gallery.temperature, test.values, test.labels, names
+    )
     figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
-    arcface = score_arcface(job, model, test)[0]
+    classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     judgement = judge_training(baseline, figures["acc"], num_images)
-    job.run.event("test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=num_images, **judgement)
+    job.run.event(
+        "test_end", classifier=classifier, prototypes=figures, per_class=per_class, images=num_images, **judgement
+    )
     shown = (
         ("acc", figures["acc"]),
         ("macro F1", figures["f1_macro"]),
@@ -11916,11 +13229,12 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     job.run.log(
         "test by prototypes: "
         + ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown)
-        + f"; by ArcFace: acc {arcface['acc']:.3f}; {num_images} images, best epoch's weights"
+        + f"; by the classifier: acc {classifier['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
-    if job.run.tracker is not None:
-        job.run.tracker.confusion(confusion_matrix(test.labels, scores.argmax(axis=1), len(names)), names)
+    if job.run.tracker is not None and len(names) <= MAX_TRACKED_CLASSES:
+        answers = gallery.answer(test.values)[0]
+        job.run.tracker.confusion(confusion_matrix(test.labels, answers, len(names)), names)
 
 
 class Vectors(NamedTuple):
@@ -11946,41 +13260,44 @@ def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
     test = embed(job, model, bank.get("test"))
     figures = measure_gallery(gallery, test, None if unknown is None else unknown.embeddings)
     known, weights = Vectors(unit_features(job, bank.get("test")).values, test.values), bootstrap_weights(test.rows)
-    figures["open_set"]["others"] = {
-        name: open_set_figures(score(known), test.labels, None if unknown is None else score(unknown), weights, confide)
-        for name, (score, confide) in simple_ways(job, model, gallery, bank).items()
-    }
+    figures["open_set"]["others"] = {}
+    for name, (kind, score, confide) in simple_ways(job, model, gallery, bank).items():
+        strange = None if unknown is None else getattr(unknown, kind)
+        own = open_set_figures(score, getattr(known, kind), test.labels, strange, weights, confide)
+        figures["open_set"]["others"][name] = own
     job.run.event("measured", **figures)
     job.run.log(format_measures(figures))
 
 
 def simple_ways(
     job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
-) -> dict[str, tuple[Callable, Callable]]:
+) -> dict[str, tuple[str, Callable, Callable]]:
     """Return the ways to tell unknown objects that the gallery's similarity is compared with.
 
-    Each is a function from Vectors to scores (n, C), and one from scores to a confidence (n,).
+    Each is a field of `Vectors`, a function from that to scores (n, C), and one from scores to a confidence (n,).
     """
     train, num_classes = bank.get("train"), len(job.records.class_names)
     features, stacks = unit_features(job, train), embed(job, model, train)
     stacks = stacks.take(np.argsort(stacks.labels, kind="stable"))
     centroids = class_centroids(features.values, features.labels, num_classes)
 
-    def arcface_logits(own: Vectors) -> np.ndarray:
-        with torch.inference_mode():
-            cosine = model.arcface.cosine(torch.from_numpy(own.embeddings).to(job.runtime.device))
-        return job.config.arc_scale * cosine.cpu().numpy()
-
-    kind = "frozen" if job.config.freeze_backbone else "fine-tuned"
+    kind = "fine-tuned" if job.config.trains_backbone else "frozen"
+    ones = np.ones(num_classes, np.int64)
     return {
-        f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
-        "ArcFace, highest softmax": (arcface_logits, highest_softmax),
+        f"{kind} backbone, nearest centroid": ("features", lambda own: own @ centroids.T, best_score),
+        "classifier, highest softmax": (
+            "embeddings",
+            functools.partial(classifier_logits, job, model),
+            highest_softmax,
+        ),
         "trained, nearest reference": (
-            lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, np.ones(num_classes, np.int64)),
+            "embeddings",
+            lambda own: knn_scores(own, stacks.values, stacks.labels, ones),
             best_score,
         ),
         "prototypes, calibrated probability": (
-            lambda own: gallery.scores(own.embeddings) / gallery.temperature,
+            "embeddings",
+            lambda own: gallery.scores(own) / gallery.temperature,
             highest_softmax,
         ),
     }
@@ -12040,27 +13357,29 @@ def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -
     labels = pair[0].labels
     if not len(labels):
         return None
-    scores = [gallery.scores(part.values) for part in pair]
+    judged = tuple(gallery.judge(part.values, labels) for part in pair)
     figures = {}
-    for name, part, own in zip(VIEW_NAMES, pair, scores, strict=True):
-        figures[name] = compute_metrics(log_softmax(own / gallery.temperature), labels, job.records.class_names)[0]
+    for name, part in zip(VIEW_NAMES, pair, strict=True):
+        figures[name] = classify(
+            lambda own: gallery.scores(own) / gallery.temperature, part.values, labels, job.records.class_names
+        )[1]
         figures[name]["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, part)
-    disagree = int((scores[0].argmax(axis=1) != scores[1].argmax(axis=1)).sum())
+    disagree = int((judged[0].labels[:, 0] != judged[1].labels[:, 0]).sum())
     job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
     shown = ", ".join(
         f"{text} acc {figures[name]['acc']:.3f} macro F1 {figures[name]['f1_macro']:.3f}"
         for name, text in (("bbox", "as they are"), ("mask", "masked"))
     )
     job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
-    return ViewPairs(pair[0].rows, labels, np.stack(scores))
+    return ViewPairs(pair[0].rows, labels, judged)
 
 
 def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
     """Collect what the page shows from the run's files and the final embeddings."""
     run, records = job.run, job.records
     test = embedded.get("test", embedded["train"].take(np.zeros(0, np.int64)))
-    scores = gallery.scores(test.values)
-    nearest = nearest_references(gallery, test.values)
+    judged = gallery.judge(test.values, test.labels)
+    nearest = [nearest_references(gallery, test.values, labels).tolist() for labels in judged.labels.T]
     number_of = {records.paths[row]: row for row in records.rows("train").tolist()}
     stacks = [
         Shown(number_of[path], view)
@@ -12082,12 +13401,8 @@ def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> 
         ],
         thresholds=gallery.thresholds,
         is_pooled=gallery.is_pooled,
-        test_scores=scores,
-        nearest=[
-            (stacks[nearest[i, answer]], stacks[nearest[i, label]])
-            for i, (answer, label) in enumerate(zip(scores.argmax(axis=1).tolist(), test.labels.tolist(), strict=True))
-        ],
-        temperature=gallery.temperature,
+        judged=judged,
+        nearest=[(stacks[answered], stacks[true]) for answered, true in zip(*nearest, strict=True)],
     )
 
 
@@ -12137,19 +13452,16 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.state = TrainState(self.model, build_optimizer(self.model, job.config), self.runtime.make_scaler())
+        self.state = start_state(self.model, job.config, self.runtime)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self.feed = TrainFeed(self.job, self.state)
 
     def train_epoch(self, epoch: int, batches: int) -> None:
         """Do a part of `train_epoch`; what it records and saves is not ours."""
         state, self.state.epoch, self.state.batches = self.state, epoch, batches
-        network = self.runtime.wrap(self.model.train().backbone)
-        for batch in self.feed.batches(state):
-            if len(batch.labels):
-                prepare_step(self.job, state, len(self.feed) * self.job.config.epochs)
-                train_step(self.runtime, network, state, batch, plan_mixing(self.job, state, batch))
-            state.batches += 1
+        network = self.feed.network(self.model.train())
+        for group in group_batches(self.feed.batches(state), self.job.config):
+            take_step(self.job, network, state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""

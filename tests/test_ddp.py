@@ -91,10 +91,26 @@ def test_a_fine_tuned_run_of_two_processes_is_that_of_one(
         assert sum(supports[0]) == 29
 
 
+@pytest.mark.parametrize("flags", ["--lora_rank 2 --backbone_lr 1e-3", "--unfreeze_blocks 2"])
+def test_two_processes_train_a_part_of_the_backbone_as_one_does(
+    flags: str, nursery: Nursery, data: Path, tmp_path: Path
+) -> None:
+    words = (*FINE_TUNED, "--freeze_backbone", "--epochs", 1, "--batch", 15, *flags.split())
+    for name, ranks in (("one", [{}]), ("two", [{}, {}])):
+        argv = ("--data_root", data, "--out_dir", tmp_path / name, *words)
+        assert {code for code, _ in nursery.run_team(*argv, ranks=ranks)} == {0}
+    one, two = (
+        torch.load(tmp_path / name / "checkpoint_last.pth", weights_only=True)["model"] for name in ("one", "two")
+    )
+    assert len(one) < 40 and any(key.startswith("backbone.") for key in one)
+    for key in one.keys() - set(ARBITRARY):
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
+
+
 class Small(nn.Sequential):
     """A backbone whose every layer counts on whole batches."""
 
-    frozen = False
+    frozen, trained_keys, model = False, None, property(lambda self: self)
 
     def __init__(self) -> None:
         layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), BatchNormAct2d(8, momentum=None)
@@ -118,7 +134,7 @@ def train_small(path: str) -> int:
         labels = torch.from_numpy(rng.integers(0, 5, size))
         own = lct.TEAM.share(range(size))
         batch = lct.Batch(images[own], labels[own], labels[own], labels[own], [])
-        losses.append(lct.train_step(runtime, model.backbone, state, lct.TEAM.pool(batch))[0])
+        losses.append(lct.train_step(config, runtime, model.backbone, state, [lct.TEAM.pool(batch)])[0])
     torch.save({"losses": torch.stack(losses), **model.state_dict()}, f"{path}{lct.TEAM.rank}")
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
 
@@ -70,6 +71,20 @@ def test_onnx_runs_on_onnxruntime_alone_with_any_batch(onnx_file: Path, trained:
         np.testing.assert_allclose(embeddings, expected, atol=1e-4)
         np.testing.assert_allclose(scores, trained.gallery.scores(expected), atol=1e-4)
         assert labels.shape == (batch,) and set(labels.tolist()) <= {-1, 0, 1, 2}
+
+
+def test_a_gray_model_with_lora_is_exported_whole(run_dir: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    flags = (*TINY_RUN, "--model_id", "test_vit", "--lora_rank", 2, "--backbone_lr", 0.01, "--in_channels", 1)
+    assert run_main("--data_root", run_dir.parent / "data", "--out_dir", tmp_path / "run", *flags) == 0
+    run = lct.load_run(tmp_path / "run", lct.Runtime(torch.device("cpu"), 0, torch.float32))
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    expected = run.embed(torch.from_numpy(images).permute(0, 3, 1, 2), 8)
+    for name in ("onnx", "safetensors"):
+        assert run_main("export", "--run", tmp_path / "run", "--format", name) == 0
+    found = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx").run(["embeddings"], {"images": images})
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    assert not any("lora" in key for key in safetensors.torch.load_file(tmp_path / "run" / "model.safetensors"))
 
 
 def test_a_gallery_matched_by_nearest_references_is_exported_without_a_word(

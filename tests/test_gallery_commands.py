@@ -218,7 +218,7 @@ def test_bad_words_cost_one_sentence(
     assert text in capsys.readouterr().err
 
 
-def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> None:
+def test_a_reference_is_answered_by_a_gallery_without_it() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), (6, 4, 1))
     values = rng.normal(size=(11, 8)).astype(np.float32)
@@ -231,18 +231,20 @@ def test_leave_one_out_scores_are_those_of_a_gallery_without_the_reference() -> 
             thresholds=np.zeros(3, np.float32), matcher=matcher, knn_counts=np.full(3, k), temperature=0.1,
             is_pooled=np.zeros(3, bool),
         )  # fmt: skip
-        scores = lct.leave_one_out_scores(gallery)
+        scores, (answers, best) = lct.score_without_oneself(gallery), lct.answer_without_oneself(gallery)
         for row in range(10):
             kept = np.arange(11) != row
             centroids = lct.class_centroids(values[kept], labels[kept], 3)
             without = lct.dataclasses.replace(
                 gallery, centroids=centroids, stacks=values[kept], stack_labels=labels[kept]
             )
-            np.testing.assert_allclose(scores[row], without.scores(values[row : row + 1])[0], atol=1e-5)
-        assert scores[10, 2] == -1.0
+            expected = without.scores(values[row : row + 1])[0]
+            assert (scores[row], best[row]) == pytest.approx((expected[labels[row]], expected.max()), abs=1e-5)
+            assert answers[row] == expected.argmax()
+        assert scores[10] == -1.0
         apart = lct.take_prototypes(gallery, [values[:3], values[6:10], values[10:]])
-        scores = lct.leave_one_out_scores(lct.dataclasses.replace(apart, matcher="prototypes"))
-        assert (scores[:3, 0] < 0.999).all() and scores[6, 0] == pytest.approx((values[6] @ values[:3].T).max())
+        scores = lct.score_without_oneself(lct.dataclasses.replace(apart, matcher="prototypes"))
+        assert (scores[:3] < 0.999).all() and scores[3] == pytest.approx((values[3] @ values[:3].T).max())
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(

@@ -20,10 +20,11 @@ def draw_scores(num_samples: int, num_classes: int, seed: int = 0) -> tuple[np.n
     return lct.log_softmax(np.round(logits, 1)).astype(np.float32), labels  # rounding makes ties
 
 
-@pytest.mark.parametrize("num_classes", [2, 6])
-def test_figures_equal_scikit_learn(num_classes: int) -> None:
-    scores, labels = draw_scores(400, num_classes)
-    figures, per_class = lct.compute_metrics(scores, labels, NAMES[:num_classes])
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(400, 2), (400, 6), (40_000, 3)])
+def test_figures_equal_scikit_learn(num_samples: int, num_classes: int) -> None:
+    """Of many samples too, which another library sorts."""
+    scores, labels = draw_scores(num_samples, num_classes)
+    figures, per_class = lct.compute_metrics(scores.argmax(axis=1), labels, NAMES[:num_classes], scores)
     predictions = scores.argmax(axis=1)
     assert figures["acc"] == pytest.approx(metrics.accuracy_score(labels, predictions))
     assert figures["f1_macro"] == pytest.approx(metrics.f1_score(labels, predictions, average="macro"))
@@ -42,7 +43,7 @@ def test_figures_equal_scikit_learn(num_classes: int) -> None:
 def test_an_absent_class_is_none_and_leaves_the_means_alone() -> None:
     scores, labels = draw_scores(300, 6)
     labels[labels == 2] = 3
-    figures, per_class = lct.compute_metrics(scores, labels, NAMES)
+    figures, per_class = lct.compute_metrics(scores.argmax(axis=1), labels, NAMES, scores)
     assert per_class["c"] == {"precision": 0.0, "recall": None, "f1": None, "auc": None, "support": 0}
     present = [0, 1, 3, 4, 5]
     expected = metrics.f1_score(labels, scores.argmax(axis=1), labels=present, average="macro")
@@ -51,14 +52,13 @@ def test_an_absent_class_is_none_and_leaves_the_means_alone() -> None:
 
 
 def test_a_class_never_answered_has_precision_zero_not_nan() -> None:
-    scores = np.log(np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]))
-    figures, per_class = lct.compute_metrics(scores, np.array([0, 0, 1]), ("a", "b"))
+    figures, per_class = lct.compute_metrics(np.array([0, 0, 0]), np.array([0, 0, 1]), ("a", "b"))
     assert per_class["b"]["precision"] == 0.0 and per_class["b"]["f1"] == 0.0
     assert figures["acc"] == pytest.approx(2 / 3)
 
 
 def test_only_one_class_present_has_no_auc() -> None:
-    figures, _ = lct.compute_metrics(np.log(np.array([[0.9, 0.1], [0.4, 0.6]])), np.array([0, 0]), ("a", "b"))
+    figures, _ = lct.compute_metrics(np.array([0, 1]), np.array([0, 0]), ("a", "b"), np.log([[0.9, 0.1], [0.4, 0.6]]))
     assert figures == {"acc": 0.5, "f1_macro": pytest.approx(2 / 3), "auc_macro": None}
 
 
@@ -127,9 +127,9 @@ def test_open_set_rate_is_the_share_of_pairs_and_auroc_when_all_is_right() -> No
 
 def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
     def figures(scores: np.ndarray, unknown: np.ndarray | None = None) -> tuple[float, float]:
-        found = lct.open_set_figures(
-            scores, np.arange(len(scores)), unknown, lct.bootstrap_weights(np.arange(len(scores)))
-        )
+        labels = np.arange(len(scores))
+        weights = lct.bootstrap_weights(labels)
+        found = lct.open_set_figures(lambda own: own, scores, labels, unknown, weights)
         assert found["auroc"]["interval"][0] <= found["auroc"]["value"] <= found["auroc"]["interval"][1]
         return found["auroc"]["value"], found["fpr95"]["value"]
 
@@ -201,11 +201,26 @@ def test_cosines_of_very_many_classes_are_not_kept_and_cost_only_auc(monkeypatch
                 tally.restore(totals)
         tally.settle()
         totals = tally.totals()
-        scores = totals["cosines" if limit == 10**9 else "answers"]
-        names = [str(number) for number in range(50)]
-        figures.append(lct.compute_metrics(scores.numpy(), totals["labels"].numpy(), names))
+        labels, names = totals["labels"].numpy(), [str(number) for number in range(50)]
+        if limit == 10**9:
+            figures.append(lct.classify(lambda own: 30 * own, totals["logits"].numpy(), labels, names)[1:])
+        else:
+            figures.append(lct.compute_metrics(totals["answers"].numpy(), labels, names))
     assert figures[1][0] == figures[0][0] | {"auc_macro": None}
     assert [own["f1"] for own in figures[1][1].values()] == [own["f1"] for own in figures[0][1].values()]
+
+
+def test_figures_do_not_depend_on_how_many_scores_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, labels = draw_scores(100, 6)
+    whole = lct.classify(lambda own: own, scores, labels, NAMES)
+    assert whole[0] == pytest.approx(metrics.log_loss(labels, np.exp(scores)))
+    for size in (1, 6 * 7):
+        monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", size)
+        assert lct.classify(lambda own: own, scores, labels, NAMES) == whole
+    monkeypatch.setattr(lct, "MAX_SCORE_ENTRIES", 599)
+    figures, per_class = lct.classify(lambda own: own, scores, labels, NAMES)[1:]
+    assert figures == whole[1] | {"auc_macro": None}
+    assert per_class == {name: own | {"auc": None} for name, own in whole[2].items()}
 
 
 def test_figures_of_very_many_classes_need_no_square_of_them() -> None:

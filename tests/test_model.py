@@ -1,12 +1,15 @@
 """Section 09: any timm model, weights from files, and refusal of what does not fit."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from killing import Nursery
 
 import lct_dino3 as lct
 
@@ -228,3 +231,306 @@ def test_precision_auto_rounds_frozen_backbones_only_and_fp32_none() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         runtime = lct.make_runtime(make_config(gpus=0, precision=name))
         assert runtime.dtype_of(frozen) == runtime.dtype_of(trained) == dtype
+
+
+# --- trained in part
+
+EVA = "vit_small_patch16_dinov3_qkvb"  # adds its own bias to what the weight of qkv gives
+
+
+def build_whole(**options: object) -> tuple[lct.Recognizer, lct.Config]:
+    config = make_config(emb_dim=8, **options)
+    backbone, info = lct.build_backbone(config, lambda text: None)
+    vary_weights(backbone.model)
+    return lct.build_recognizer(config, 3, backbone, info), config
+
+
+def draw_images(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def train_a_little(model: lct.Recognizer, config: lct.Config) -> None:
+    optimizer = lct.build_optimizer(model, config)
+    model.train()
+    for _ in range(2):
+        logits, _ = model(model.backbone(draw_images(4, 3, config.img_size, config.img_size)), torch.arange(4) % 3)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.arange(4) % 3).backward()
+        optimizer.step()
+
+
+def changed_keys(model: lct.Recognizer, before: dict[str, torch.Tensor]) -> set[str]:
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+def copy_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "resnet10t", "mobilenetv2_035", "test_maxvit"])
+def test_depths_are_timms_own_where_it_names_all_layers(name: str) -> None:
+    from timm.models._manipulate import group_parameters
+
+    model = timm.create_model(name, num_classes=0)
+    expected = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    depths = lct.block_depths(model)
+    assert {key: depths[key] for key in expected} == expected and max(expected.values()) > 3
+    assert depths.keys() >= model.state_dict().keys()
+
+
+def test_register_tokens_stand_before_the_first_block() -> None:
+    depths = lct.block_depths(timm.create_model(EVA, num_classes=0, depth=3))
+    assert (depths["reg_token"], depths["blocks.0.attn.q_bias"], depths["norm.weight"]) == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "last", "below"),
+    [
+        ("test_vit", 2, ("blocks.4.", "blocks.5.", "norm."), "blocks.3"),
+        (EVA, 1, ("blocks.11.", "norm."), "blocks.10"),
+        ("resnet10t", 1, ("layer4.0.",), "layer3.0"),
+        ("mobilenetv2_035", 2, ("blocks.5.2.", "blocks.6.0.", "conv_head.", "bn2."), "blocks.5.1"),
+    ],
+)
+def test_the_last_blocks_alone_are_trained_and_stored(name: str, number: int, last: tuple, below: str) -> None:
+    model, config = build_whole(model_id=name, unfreeze_blocks=number)
+    before, prefix = copy_state(model), "backbone.model."
+    wants_gradient: list[bool] = []
+    for part in (below, last[0][:-1]):
+        hook = lambda module, inputs, output: wants_gradient.append(output.requires_grad)  # noqa: E731
+        model.backbone.model.get_submodule(part).register_forward_hook(hook)
+    train_a_little(model, config)
+    assert wants_gradient == [False, True] * 2, "the trunk leaves nothing in memory for a backward pass"
+    changed = {key.removeprefix(prefix) for key in changed_keys(model, before) if key.startswith(prefix)}
+    assert changed and all(key.startswith(last) for key in changed), "running statistics among them"
+    assert all(any(key.startswith(part) for key in changed) for part in last)
+    layers = {key: part for key, part in model.backbone.model.named_modules() if list(part.parameters(recurse=False))}
+    assert all(part.training == f"{key}.".startswith(last) for key, part in layers.items() if key)
+    stored = model.trained_state()
+    assert {key.removeprefix(prefix) for key in stored if key.startswith(prefix)} == {
+        key for key in model.backbone.model.state_dict() if key.startswith(last)
+    }
+    again, _ = build_whole(model_id=name, unfreeze_blocks=number)
+    again.load_trained_state(stored)
+    assert changed_keys(again, copy_state(model)) == set()
+
+
+@pytest.mark.parametrize("name", ["test_vit", EVA])
+def test_lora_starts_from_the_base_trains_its_own_weights_and_merges(name: str) -> None:
+    options = {"model_id": name, "img_size": 32, "lora_rank": 3}
+    images = draw_images(4, 3, 32, 32)
+    base, _ = build_whole(**{**options, "lora_rank": 0})
+    model, config = build_whole(**options)
+    expected, before = base.eval().backbone(images), copy_state(model)
+    assert torch.equal(model.eval().backbone(images), expected), "with the class token alone in the last block, too"
+    train_a_little(model, config)
+    changed = {key for key in changed_keys(model, before) if key.startswith("backbone.")}
+    layers = 2 * len(model.backbone.model.blocks)
+    assert len(changed) == 2 * layers and all(".lora_" in key for key in changed)
+    assert {key for key in model.trained_state() if key.startswith("backbone.")} == changed
+    lora = [parameter for key, parameter in model.named_parameters() if key in changed]
+    optimised = [p for group in lct.build_optimizer(model, config).param_groups for p in group["params"]]
+    assert {id(p) for p in optimised} >= {id(p) for p in lora}
+    model.eval()
+    unmerged = model.backbone(images)
+    assert not torch.allclose(unmerged, expected, rtol=1e-3)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.backbone(images), unmerged, rtol=1e-4, atol=1e-4)
+    lct.merge_lora(model.backbone.model)
+    assert model.backbone.model.state_dict().keys() == base.backbone.model.state_dict().keys()
+    torch.testing.assert_close(model.backbone(images), unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_of_full_rank_learns_what_the_layer_would() -> None:
+    layer = torch.nn.Linear(5, 4)
+    lora = lct.LoraLinear(layer, 2)
+    lora.lora_up.data.normal_()
+    inputs = torch.randn(3, 5)
+    expected = inputs @ (layer.weight + lora.lora_up @ lora.lora_down).T + layer.bias
+    torch.testing.assert_close(lora(inputs), expected)
+    torch.testing.assert_close(lora.weight, lct.add_update(layer.weight, lora.lora_up, lora.lora_down))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"lora_rank": 4}, "no attention"),
+        ({"unfreeze_blocks": 99}, "has 4 blocks"),
+        ({"model_id": "test_vit", "unfreeze_blocks": 7}, "has 6 blocks"),
+        ({"model_id": "vgg11", "drop_path": 0.1}, "drop_path_rate"),
+    ],
+)
+def test_parts_that_a_model_has_not_are_refused_before_the_scan(options: dict, complaint: str) -> None:
+    with pytest.raises(lct.UserError, match=complaint):
+        lct.probe_model(make_config(**options))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora_rank 4 --unfreeze_blocks 1",
+        "--no-freeze_backbone --lora_rank 4",
+        "--no-freeze_backbone --unfreeze_blocks 1",
+        "--cache_views 2 --lora_rank 4",
+        "--lr_type one_lr --fc_lr 0.1",
+        "--load_from a.pth --backbone_weights b.pth",
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(flags: str) -> None:
+    with pytest.raises(lct.UserError) as caught:
+        lct.parse_command_line(flags.split())
+    assert all(flag in str(caught.value) for flag in flags.split() if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("options", [{"freeze_backbone": False}, {"unfreeze_blocks": 6}, {"lora_rank": 2}])
+def test_branches_are_dropped_at_random_in_training_only(options: dict) -> None:
+    model, _ = build_whole(model_id="test_vit", drop_path=0.5, **options)
+    images = draw_images(2, 3, 32, 32)
+    model.train()
+    lct.seed_torch(1)
+    first, second = model.backbone(images), model.backbone(images)
+    lct.seed_torch(1)
+    assert torch.equal(model.backbone(images), first) and not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model.backbone(images), model.backbone(images))
+
+
+# --- input channels
+
+
+@pytest.mark.parametrize("name", [TINY, "test_vit"])
+def test_gray_models_see_the_luminance(name: str, tmp_path: Path) -> None:
+    donor = timm.create_model(name, num_classes=0, **({"img_size": 32} if name == "test_vit" else {}))
+    torch.save(donor.state_dict(), tmp_path / "rgb.pth")
+    options = {"model_id": name, "backbone_weights": tmp_path / "rgb.pth", "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    gray, colour = build(in_channels=1, **options)[0].eval(), build(**options)[0].eval()
+    images = draw_images(2, 3, 32, 32)
+    luma = images.float().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    # timm sums the weights over the channels: the same as showing the gray picture in all three
+    expected = colour.model(((luma / 255 - 0.5) / 0.25).expand(-1, 3, -1, -1))
+    torch.testing.assert_close(gray(images), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(gray(images), colour(images), rtol=1e-2)
+
+
+def test_mean_and_deviation_of_gray_are_those_of_the_channels() -> None:
+    backbone, info = build(in_channels=1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert (backbone.mean.item(), backbone.std.item()) == pytest.approx((0.2 * 255, 0.5 * 255))
+    assert info.mean == (0.1, 0.2, 0.3), "what --mask_fill mean paints is in colour"
+
+
+# --- starting from what another training left
+
+VIT_RUN = "--model_id test_vit --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 8 --epochs 1 --save_every 0"
+WAYS = {
+    "frozen": "--backbone_weights {donor}",
+    "blocks": "--unfreeze_blocks 2 --lr 0.01",
+    "lora": "--lora_rank 3 --backbone_lr 0.01",
+    "fine-tuned": "--no-freeze_backbone --lr 0.01",
+}
+
+
+@pytest.fixture(scope="module")
+def sources(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run for each of WAYS. Shared: read only."""
+    root = tmp_path_factory.mktemp("sources")
+    donor = timm.create_model("test_vit", num_classes=0, img_size=32)
+    torch.save(vary_weights(donor).state_dict(), root / "donor.pth")
+    for name, flags in WAYS.items():
+        words = (*VIT_RUN.split(), *flags.format(donor=root / "donor.pth").split())
+        code, text = nursery.run("--data_root", data, "--out_dir", root / name, *words)
+        assert code == 0, text
+    return root
+
+
+def load_source(path: Path) -> lct.TrainedRun:
+    return lct.load_model(path, lct.read_run_config(path), lct.make_runtime(make_config(gpus=0, precision="fp32")))
+
+
+def start_from(path: Path, class_names: tuple[str, ...], **options: object) -> tuple[lct.Recognizer, str]:
+    said: list[str] = []
+    config = make_config(**{"model_id": "test_vit", "emb_dim": 8, "seed": 7, "load_from": path, **options})
+    backbone, info = lct.build_backbone(config, said.append)
+    model = lct.build_recognizer(config, len(class_names), backbone, info)
+    lct.load_head(model, lct.read_start(config), class_names, said.append)
+    return model.eval(), "\n".join(said)
+
+
+def cosines(model: lct.Recognizer) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.criterion.cosine(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
+
+
+@pytest.mark.parametrize("kind", [*WAYS, "export"])
+def test_a_run_starts_from_all_that_another_one_has_learned(kind: str, sources: Path, tmp_path: Path) -> None:
+    source = load_source(sources / ("lora" if kind == "export" else kind))
+    classes = tuple(lct.load_checkpoint(source.path / "checkpoint_best.pth")["identity"]["class_names"])
+    path = source.path
+    if kind == "export":
+        gallery, meta = lct.load_gallery(path / "prototypes.npz")
+        path = tmp_path / "model.safetensors"
+        lct.merge_lora(source.model.backbone.model)
+        lct.export_safetensors(dataclasses.replace(source, gallery=gallery, meta=meta), path)
+    model, said = start_from(path, classes)
+    torch.testing.assert_close(cosines(model), cosines(source.model), rtol=1e-4, atol=1e-4)
+    assert "the directions of 3 of 3 classes are taken" in said and "at random" not in said
+
+
+def test_of_other_classes_and_shapes_what_fits_is_taken(sources: Path) -> None:
+    source = load_source(sources / "blocks").model
+    model, said = start_from(sources / "blocks", ("saw", "wrench", "молоток"))
+    assert torch.equal(model.arcface.weight[1:], source.arcface.weight[[1, 2]]), "by name: side cutter, wrench, молоток"
+    assert "2 of 3 classes" in said
+    model, said = start_from(sources / "blocks", ("wrench", "saw"), emb_dim=5, img_size=64)
+    assert torch.equal(model.head.hidden.weight, source.head.hidden.weight)
+    assert model.backbone.model.pos_embed.shape[1] == 17, "the position embedding is interpolated"
+    assert "0 of 2 classes" in said
+    assert all(
+        key in said.split("at random")[1] for key in ("head.output.weight", "head.output.bias", "arcface.weight")
+    )
+
+
+def test_weights_for_colour_start_a_gray_model(sources: Path) -> None:
+    model, _ = start_from(sources / "fine-tuned", ("a", "b"), in_channels=1)
+    expected = load_source(sources / "fine-tuned").model.backbone.model.patch_embed.proj.weight
+    torch.testing.assert_close(model.backbone.model.patch_embed.proj.weight, expected.sum(1, keepdim=True))
+
+
+def test_a_start_that_does_not_fit_is_refused_by_its_keys(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(lct.UserError, match=r"--load_from .*missing.*conv1.*foreign.*cls_token"):
+        start_from(sources / "fine-tuned", ("a", "b"), model_id=TINY)
+    alone = tmp_path / "checkpoint.pth"
+    alone.write_bytes((sources / "frozen" / "checkpoint_best.pth").read_bytes())
+    with pytest.raises(lct.UserError, match="backbone, which is not stored in it"):
+        start_from(alone, ("a", "b"))
+    alone.write_bytes(alone.read_bytes()[:-2000] + bytes(1000) + alone.read_bytes()[-1000:])
+    with pytest.raises(lct.UserError, match="damaged"):
+        start_from(alone, ("a", "b"))
+    for path, complaint in ((tmp_path, "holds no checkpoint"), (tmp_path / "none.pth", "does not exist")):
+        with pytest.raises(lct.UserError, match=complaint):
+            lct.locate_start(make_config(load_from=path))
+
+
+def test_a_run_that_starts_from_another_answers_by_itself_and_asks_for_what_is_gone(
+    sources: Path, small_data: Path, nursery: Nursery, tmp_path: Path
+) -> None:
+    source, out_dir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(sources / "lora", source)
+    words = (*VIT_RUN.split(), "--data_root", small_data, "--out_dir", out_dir)
+    code, text = nursery.run(*words, "--load_from", source, "--n_classes", 4)
+    assert code == 2 and "has 3 classes, and --n_classes says 4" in text
+    code, text = nursery.run(*words, "--load_from", source, "--n_classes", 3)
+    assert code == 0 and "the directions of 1 of 3 classes are taken" in text, text
+    again = load_source(out_dir).model
+    start = lct.read_start(make_config(load_from=source))
+    expected = lct.complete_backbone(start, print)
+    assert all(torch.equal(value, expected[key]) for key, value in again.backbone.model.state_dict().items())
+    source.rename(tmp_path / "gone")
+    with pytest.raises(lct.UserError, match=r"no longer at .*source.*\n.*--backbone_weights FILE"):
+        load_source(out_dir)
+    found = lct.load_model(
+        out_dir,
+        lct.read_run_config(out_dir),
+        lct.make_runtime(make_config(gpus=0)),
+        tmp_path / "gone/checkpoint_best.pth",
+    )
+    assert lct.hash_weights(found.model) == lct.hash_weights(again)

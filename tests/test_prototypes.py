@@ -41,16 +41,22 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 100])
-def test_knn_scores_equal_a_loop(k: int) -> None:
-    values, labels = draw_embeddings(7, 3)
-    queries, _ = draw_embeddings(5, 3, seed=1)
-    counts = np.array([k, 1, k, k])
-    scores = lct.knn_scores(queries, values, labels, counts)
+def test_knn_scores_equal_a_loop(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of classes of few, of many and of no references, in one piece and in several."""
+    sizes = np.array([7, 90, 2, 0, 40, 1, 32])
+    labels = np.repeat(np.arange(7), sizes)
+    values, _ = draw_embeddings(len(labels), 1, spread=3.0)
+    queries, _ = draw_embeddings(50, 1, seed=1, spread=3.0)
+    counts = np.array([k, 1, k, k, k, k, 2])
+    found = [lct.knn_scores(queries, values, labels, counts)]
+    for name, size in (("KNN_CHUNK", 600), ("KNN_QUERIES", 13)):
+        monkeypatch.setattr(lct, name, size)
+    found.append(lct.knn_scores(queries, values, labels, counts))
     for row, query in enumerate(queries):
-        for label in range(3):
-            best = np.sort(values[labels == label] @ query)[::-1][: counts[label]]
-            assert scores[row, label] == pytest.approx(best.mean(), abs=1e-5)
-    assert (scores[:, 3] == -1).all()
+        for label in np.flatnonzero(sizes):
+            best = np.sort(values[labels == label] @ query)[::-1][: counts[label]].mean()
+            assert [scores[row, label] for scores in found] == pytest.approx([best, best], abs=1e-5)
+    assert (found[0][:, 3] == -1).all() and (found[1][:, 3] == -1).all()
 
 
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
@@ -97,6 +103,22 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
         make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), lct.Config()
     )
     assert easy.matcher == "centroid", "a tie goes to the simpler"
+
+
+def test_what_is_answered_stands_beside_the_truth_with_its_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many scores are made at a time."""
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
+    queries = make_embedded(5, 2, spread=2.0)
+    scores = gallery.scores(queries.values).astype(np.float64)
+    powers = np.exp(scores / gallery.temperature)
+    labels = np.stack([scores.argmax(axis=1), queries.labels], axis=1)
+    for size in (lct.RETRIEVAL_CHUNK, 4 * 3):
+        monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", size)
+        judged = gallery.judge(queries.values, queries.labels)
+        assert np.array_equal(judged.labels, labels) and (labels[:, 0] != labels[:, 1]).any()
+        np.testing.assert_allclose(judged.scores, np.take_along_axis(scores, labels, axis=1), rtol=1e-5)
+        shares = powers / powers.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(judged.probabilities, np.take_along_axis(shares, labels, axis=1), rtol=1e-4)
 
 
 def test_objects_of_no_class_decide_between_matchers_that_are_right_equally_often() -> None:
@@ -169,8 +191,7 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     rng = np.random.default_rng(3)
     best = rng.uniform(0, 1, 400)
     is_right = rng.uniform(0, 1, 400) < best
-    scores = np.stack([best, np.full(400, -1.0)], axis=1)
-    thresholds, is_pooled = lct.fit_thresholds(scores, np.where(is_right, 0, 1), 0.95)
+    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), best, is_right, 0.95, 2)
     passing = best >= thresholds[0] - 1e-6
     assert is_right[passing].mean() >= 0.95
     lower = np.sort(best[best < thresholds[0] - 1e-6])
@@ -179,22 +200,20 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
 
 
 def test_two_errors_do_not_silence_a_class_while_all_classes_together_are_right() -> None:
-    scores = np.zeros((335, 2), np.float32)
-    scores[:35, 0], scores[35:, 1] = np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)
-    labels = np.repeat([0, 1], (35, 300))
-    labels[[4, 5]] = 1  # 33 of 35 are less than 95 %, and the four before them are the only ones without an error
-    alone = lct.precision_threshold(scores[:35, 0], labels[:35] == 0, 0.95)
-    assert (scores[:35, 0] >= alone).sum() == 4
-    thresholds, is_pooled = lct.fit_thresholds(scores, labels, 0.95)
-    assert (scores[:35, 0] >= thresholds[0]).all() and not is_pooled.any()
-    ten = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
-    labels[:35] = np.where(ten, 0, 1)
-    assert (scores[:35, 0] >= lct.fit_thresholds(scores, labels, 0.95)[0][0]).mean() < 0.3
+    scores = np.concatenate([np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)]).astype(np.float32)
+    answers, is_right = np.repeat([0, 1], (35, 300)), np.ones(335, bool)
+    is_right[[4, 5]] = False  # 33 of 35 are less than 95 %, and the four before them are the only ones without an error
+    alone = lct.precision_threshold(scores[:35], is_right[:35], 0.95)
+    assert (scores[:35] >= alone).sum() == 4
+    thresholds, is_pooled = lct.fit_thresholds(answers, scores, is_right, 0.95, 2)
+    assert (scores[:35] >= thresholds[0]).all() and not is_pooled.any()
+    is_right[:35] = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
+    assert (scores[:35] >= lct.fit_thresholds(answers, scores, is_right, 0.95, 2)[0][0]).mean() < 0.3
 
 
 def test_a_class_that_is_never_right_answers_unknown() -> None:
-    scores = np.stack([np.linspace(0.2, 0.9, 30), np.zeros(30)], axis=1).astype(np.float32)
-    thresholds, _ = lct.fit_thresholds(scores, np.ones(30, dtype=int), 0.95)
+    scores = np.linspace(0.2, 0.9, 30).astype(np.float32)
+    thresholds, _ = lct.fit_thresholds(np.zeros(30, int), scores, np.zeros(30, bool), 0.95, 2)
     assert thresholds[0] > scores.max()
 
 

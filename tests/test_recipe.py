@@ -259,27 +259,30 @@ def test_mixing_is_a_function_of_seed_epoch_and_batch_and_hits_its_share() -> No
     assert torch.equal(first.partners, again.partners) and first.share == again.share != other.share
 
 
-def test_the_mixed_loss_is_that_of_the_two_hard_labels() -> None:
-    """With a margin each label has its own logits: against the formula, and against soft labels where the margin is 0."""
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_the_mixed_loss_is_that_of_the_two_hard_labels(margin: float) -> None:
+    """With a margin each label has its own logits; without, it is the cross-entropy of soft labels. A batch is not mixed."""
     torch.manual_seed(0)
-    embeddings, labels = F.normalize(torch.randn(10, 8)), torch.arange(10) % 5
-    mixing = draw("mixup", 4)
-    for margin in (0.0, 0.3):
-        arcface = lct.ArcFace(8, 5, margin, 30.0)
-        others = lct.partner_labels(labels, mixing)
-        losses = [F.cross_entropy(arcface(embeddings, own)[0], own) for own in (labels, others)]
-        found = lct.mixed_loss(*losses, mixing)
-        by_hand = 0.0
-        for row in range(10):
-            for share, own in ((mixing.share, labels), (1 - mixing.share, labels[mixing.partners])):
-                cosine = F.normalize(arcface.weight) @ embeddings[row]
-                logits = 30 * cosine
-                logits[own[row]] = 30 * torch.cos(torch.acos(cosine[own[row]]) + margin)
-                by_hand += share * (torch.logsumexp(logits, 0) - logits[own[row]]) / 10
-        torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
-        soft = mixing.share * F.one_hot(labels, 5) + (1 - mixing.share) * F.one_hot(others, 5)
-        is_soft = torch.isclose(found, F.cross_entropy(30 * arcface.cosine(embeddings), soft), rtol=1e-4)
-        assert bool(is_soft) == (margin == 0)
+    embeddings, labels = F.normalize(torch.randn(14, 8)), torch.arange(14) % 5
+    mixing, arcface = draw("mixup", 4), lct.ArcFace(8, 5, margin, 30.0)
+    others, shares = lct.partner_labels([labels[:10], labels[10:]], [mixing, None])
+    assert torch.equal(others[:10], labels[:10][mixing.partners]) and torch.equal(others[10:], labels[10:])
+    assert (shares[:10] == mixing.share).all() and (shares[10:] == 1).all()
+    losses = [
+        lct.classification_loss(arcface(embeddings, own)[0], own, lct.Config(), "none") for own in (labels, others)
+    ]
+    found = lct.mixed_loss(*losses, shares)
+    by_hand = 0.0
+    for row in range(14):
+        for share, own in ((shares[row], labels), (1 - shares[row], others)):
+            cosine = F.normalize(arcface.weight) @ embeddings[row]
+            logits = 30 * cosine
+            logits[own[row]] = 30 * torch.cos(torch.acos(cosine[own[row]]) + margin)
+            by_hand += share * (torch.logsumexp(logits, 0) - logits[own[row]]) / 14
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
+    soft = shares[:, None] * F.one_hot(labels, 5) + (1 - shares[:, None]) * F.one_hot(others, 5)
+    is_soft = torch.isclose(found, F.cross_entropy(30 * arcface.cosine(embeddings), soft), rtol=1e-4)
+    assert bool(is_soft) == (margin == 0)
 
 
 # --- all of it at once

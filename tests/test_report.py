@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
-        events.append({"event": "test_end", "time": 1.0, "arcface": arcface, "prototypes": prototypes,
+        events.append({"event": "test_end", "time": 1.0, "classifier": arcface, "prototypes": prototypes,
                        "per_class": per_class, "baseline": {"name": "logreg", "acc": 0.544},
                        "verdict": "training helped by 16.8 points"})  # fmt: skip
     return events
@@ -69,8 +68,11 @@ def make_report(
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     truth = labels[splits == "test"]
     predictions = np.where(np.arange(len(truth)) % 2, (truth + 1) % len(names), truth)
-    scores = rng.uniform(-0.2, 0.4, (len(truth), len(names))).astype(np.float32)
-    scores[np.arange(len(truth)), predictions] = rng.uniform(0.5, 0.9, len(truth))
+    judged = lct.Judged(
+        np.stack([predictions, truth], axis=1),
+        rng.uniform(0.5, 0.9, (len(truth), 2)).astype(np.float32),
+        rng.uniform(0.2, 0.5, (len(truth), 2)),
+    )
     records = lct.Records(
         root, names, lct.PathTable(paths), labels.astype(np.int32), np.arange(len(paths)), np.zeros(len(paths), np.int8)
     )
@@ -80,8 +82,8 @@ def make_report(
         events=make_events(names, num_epochs, has_test), data_report=make_data_report(names, paths),
         class_names=names, records=records, embeddings=vectors, labels=labels, split_names=splits,
         shown=[lct.Shown(row, 0) for row in range(len(paths))],
-        thresholds=np.linspace(0.111, 0.999, len(names)), is_pooled=np.arange(len(names)) == 1, test_scores=scores,
-        nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()], temperature=0.1,
+        thresholds=np.linspace(0.111, 0.999, len(names)), is_pooled=np.arange(len(names)) == 1, judged=judged,
+        nearest=[(lct.Shown(0, 0), lct.Shown(12 * a + 1, 0)) for a in truth.tolist()],
     )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def read_tiles(text: str) -> dict[str, str]:
 def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data"), tmp_path / "report.html")
     assert read_tiles(text) == {"Accuracy": "0.712", "Macro F1": "0.723", "Macro ROC AUC": "0.835", "Recall@1": "0.746",
-                                "ArcFace accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
+                                "Classifier accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
     assert '<h1 class="good">Training helped by 16.8 points</h1>' in text
     assert re.findall(r'class="right">(.*?)</span></div>', text) == ["0.712", "0.701", "0.544", "0.522", "0.511"]
     assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references" in text
@@ -229,7 +231,7 @@ def test_no_test_split_shows_val_and_says_so(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data", has_test=False), tmp_path / "report.html")
     assert text.count("No test split") >= 4 and '<h1 class="plain">' in text
     tiles = read_tiles(text)
-    assert tiles["Accuracy"] == "0.600" and tiles["ArcFace accuracy"] == "0.602"
+    assert tiles["Accuracy"] == "0.600" and tiles["Classifier accuracy"] == "0.602"
 
 
 def test_lost_events_leave_dashes(tmp_path: Path) -> None:
@@ -259,10 +261,10 @@ def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     sure = [card["sides"][0]["probability"] for card in views["cards"]]
     assert views["num_errors"] == 60 and len(sure) == lct.MAX_ERRORS and sure == sorted(sure, reverse=True)
     row = int(np.flatnonzero(report.split_names == "test")[1])
-    powers = [math.exp(float(cosine) / 0.1) for cosine in report.test_scores[1]]
     card = next(card for card in views["cards"] if card["path"] == report.records.paths[row])
     assert [side["kind"] for side in card["sides"]] == ["predicted", "true"]
-    assert card["sides"][0]["probability"] == pytest.approx(max(powers) / sum(powers), rel=1e-6)
+    for column, key in enumerate(("label", "score", "probability")):
+        assert [side[key] for side in card["sides"]] == report.judged[column][1].tolist()
 
 
 def test_calibration_error_equals_the_definition(tmp_path: Path) -> None:
@@ -336,9 +338,11 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
     report = make_report(tmp_path / "data")
     rows = np.flatnonzero(report.split_names == "test")
     labels = report.labels[rows]
-    scores = np.full((2, len(rows), len(PLAIN)), 0.1)
-    answers = np.stack([labels, np.where(np.arange(len(rows)) == 1, (labels + 1) % len(PLAIN), labels)])
-    np.put_along_axis(scores, answers[:, :, None], 0.8, axis=2)  # masked, the second crop is taken for another class
+    masked = np.where(
+        np.arange(len(rows)) == 1, (labels + 1) % len(PLAIN), labels
+    )  # the second crop is taken for another
+    same = np.full((len(rows), 2), 0.8)
+    judged = tuple(lct.Judged(np.stack([answers, labels], axis=1), same, same) for answers in (labels, masked))
     figures = {"acc": 1.0, "f1_macro": 1.0, "auc_macro": None, "recall_at_1": 0.9}
     event = {
         "event": "test_views",
@@ -347,7 +351,7 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
         "bbox": figures,
         "mask": figures | {"acc": 0.8333},
     }
-    pairs = lct.ViewPairs(rows, labels, scores)
+    pairs = lct.ViewPairs(rows, labels, judged)
     text = write(replace(report, events=[*report.events, event], view_pairs=pairs), tmp_path / "report.html")
     section = text[text.index('id="views"') : text.index('id="map"')]
     assert "0.833" in section and section.count('class="card"') == 1
@@ -374,10 +378,8 @@ def test_a_masked_test_image_is_shown_masked(tmp_path: Path) -> None:
 
 def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     report = make_report(tmp_path / "data")
-    twice = {
-        name: np.concatenate([getattr(report, name)] * 2)
-        for name in ("embeddings", "labels", "split_names", "test_scores")
-    }
+    twice = {name: np.concatenate([getattr(report, name)] * 2) for name in ("embeddings", "labels", "split_names")}
+    twice["judged"] = lct.Judged(*(np.concatenate([values] * 2) for values in report.judged))
     shown = [*report.shown, *(lct.Shown(row, 1) for row in range(len(report.labels)))]
     both = replace(report, **twice, shown=shown, nearest=report.nearest * 2)
     assert both.count_images().tolist() == report.count_images().tolist() == [12, 12, 12]

@@ -96,7 +96,7 @@ DEATHS = {
     "building prototypes": kill("build_gallery", 1, TERM),
     "writing prototypes": kill("save_gallery", 1, KILL),
     "test": kill("test_run", 1, KILL),
-    "test, Ctrl-C": kill("score_arcface", 4, INT),
+    "test, Ctrl-C": kill("score_classifier", 4, INT),
     "report": kill("gather_report", 1, TERM),
     "report, written": kill("write_report", 1, KILL, when="after"),
 }
@@ -117,6 +117,27 @@ def test_a_run_that_is_killed_and_started_again_ends_as_if_nothing_had_happened(
         last = lct.load_checkpoint(out_dir / "checkpoint_last.pth")
         assert lct.progress_of(kept) == lct.progress_of(last)
     assert_ends_like(straight, start, out_dir)
+
+
+VIT = "--model_id test_vit --batch 16 --epochs 2 --save_every 0"
+RECIPES = {
+    "lora": f"{VIT} --freeze_backbone --lora_rank 2 --drop_path 0.2 --backbone_lr 0.01",
+    "last blocks": f"{VIT} --freeze_backbone --unfreeze_blocks 2 --drop_path 0.2 --fc_lr 0.002 --in_channels 1",
+    "layers": f"{VIT} --drop_path 0.3 --layer_decay 0.7 --lr_type one_lr",
+    "running statistics": "--model_id test_efficientnet --epochs 2 --save_every 0 --freeze_backbone --unfreeze_blocks 1",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_way_to_train_goes_on_as_if_nothing_had_happened(
+    name: str, nursery: Nursery, data: Path, start: Any, tmp_path: Path
+) -> None:
+    flags, straight = RECIPES[name].split(), tmp_path / "straight"
+    code, text = nursery.run("--data_root", data, "--out_dir", straight, *SETTINGS, *flags)
+    assert code == 0, text
+    assert start(kill("train_step", 2, KILL), flags=flags)[0] == -9
+    text = assert_ends_like(straight, start, tmp_path / "run", *flags)
+    assert "resumed after epoch 0 and 1 batches" in text
 
 
 def test_an_interrupt_costs_no_step(start: Any, tmp_path: Path) -> None:

@@ -373,7 +373,7 @@ def epoch_metrics(_: Settings) -> Case:
         }
 
     def check() -> tuple[bool, str]:
-        theirs, (ours, per_class) = reference(), lct.compute_metrics(scores, labels, names)
+        theirs, (ours, per_class) = reference(), lct.compute_metrics(scores.argmax(axis=1), labels, names, scores)
         gaps = [
             np.abs([own[key] for own in per_class.values()] - theirs[key]).max()
             for key in ("precision", "recall", "f1", "auc")
@@ -381,7 +381,7 @@ def epoch_metrics(_: Settings) -> Case:
         gap = max(*gaps, abs(ours["acc"] - theirs["acc"]))
         return gap <= 1e-6, f"largest difference from sklearn: {gap:.1e}"
 
-    return Case(reference, lambda: lct.compute_metrics(scores, labels, names), check=check)
+    return Case(reference, lambda: lct.compute_metrics(scores.argmax(axis=1), labels, names, scores), check=check)
 
 
 def make_gallery(num_classes: int, per_class: int, matcher: str) -> lct.Gallery:
@@ -508,14 +508,14 @@ def grow_balanced(_: Settings, count: int) -> Callable[[], object]:
 def grow_metrics(_: Settings, count: int) -> Callable[[], object]:
     """Score an epoch."""
     scores, names = np.random.default_rng(0).normal(size=(count, 11)).astype(np.float32), [str(i) for i in range(11)]
-    return lambda: lct.compute_metrics(scores, draw_labels(count, 11), names)
+    return lambda: lct.compute_metrics(scores.argmax(axis=1), draw_labels(count, 11), names, scores)
 
 
 @grows("metrics, 1,000 images, n classes")
 def grow_metrics_classes(_: Settings, count: int) -> Callable[[], object]:
     """Score an epoch; above 200 million scores there is no ROC AUC."""
     scores, names = np.random.default_rng(0).random((1000, count), np.float32), [str(i) for i in range(count)]
-    return lambda: lct.compute_metrics(scores, np.arange(1000) % count, names)
+    return lambda: lct.compute_metrics(scores.argmax(axis=1), np.arange(1000) % count, names, scores)
 
 
 @grows("prototypes, n classes of 10")
