@@ -4661,6 +4661,14 @@ def preview_masks(scan: Scan, config: Config) -> None:
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
 
 
+def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+    if not looks:
+        return image
+    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+    looks.set_random_state(rng, random.Random(seed))
+    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+
+
 @dataclass(frozen=True)
 class Transform:
     """Makes a crop a square model input: gray letterbox, in training followed by augmentation; or by lists of transforms."""
@@ -4764,17 +4772,18 @@ class Transform:
         return np.ascontiguousarray(image), mask if mask is None else np.ascontiguousarray(mask)
 
 
-def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-    if not looks:
-        return image
-    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    looks.set_random_state(rng, random.Random(seed))
-    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
-
-
 def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
     """Return the lists of transforms that are given, by option."""
     return {name: getattr(config, name) for name in TRANSFORM_LISTS if getattr(config, name) is not None}
+
+
+def production_transforms(config: Config) -> list[dict[str, Any]]:
+    """Return what evaluation does to a crop before it is fitted, and whoever else embeds one has to do."""
+    names = ("pre_transforms", "val_augmentations", "post_transforms")
+    lists = given_lists(config)
+    return [
+        entry for name in names for entry in lists.get(name, ()) if _read_entry(name, entry)[0] not in DEVICE_TRANSFORMS
+    ]
 
 
 def build_transform(
@@ -4889,6 +4898,7 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
     ]
 
 
+# Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
 # What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
 RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
 # ... or two of them make a range, which begins where it ends if the lower one is not given.
@@ -4953,6 +4963,8 @@ def _albumentations_by_name() -> dict[str, type]:
 
 def _build_albumentation(where: str, entry: Any) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+    from importlib.metadata import version
+
     kind, arguments = _read_entry(where, entry)
     known = _albumentations_by_name()
     if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
@@ -4960,7 +4972,7 @@ def _build_albumentation(where: str, entry: Any) -> Any:
     if kind not in known:
         short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
         names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
-        what = f"{entry['type']} is no transform of albumentations {_albumentations_version()}"
+        what = f"{entry['type']} is no transform of albumentations {version('albumentations')}"
         raise UserError(
             what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
         )
@@ -4974,12 +4986,6 @@ def _build_albumentation(where: str, entry: Any) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
         return _construct(where, own, arguments)
-
-
-def _albumentations_version() -> str:
-    from importlib.metadata import version
-
-    return version("albumentations")
 
 
 def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -5174,6 +5180,7 @@ def augmentation_share(config: Config, epoch: int) -> float:
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
 
+# Backgrounds: what a crop is put on before it is transformed. Pictures are looked at once, like the images of the data set.
 @dataclass(frozen=True)
 class Backgrounds:
     """Pictures that training puts crops on."""
@@ -5184,6 +5191,7 @@ class Backgrounds:
     digest: str  # over names and contents of these
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
+    max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
 
     def draw(self, seed: int) -> np.random.Generator | None:
         """Return the generator for a sample that is put on a picture, None for the others."""
@@ -5201,6 +5209,7 @@ class Backgrounds:
             picture = load_image(self.root / path)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
+        image, mask = (part if part is None else shrink(part, self.max_side) for part in (image, mask))
         return insert_background(image, mask, picture, rng, self.max_ratio)
 
 
@@ -5218,13 +5227,14 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     good = np.flatnonzero(~health.rows["broken"])
     if not len(good):
-        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", which has no images")
+        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         what = f"holds no picture that can be used{found}"
         raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
     contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     paths = PathTable([tree.paths[i] for i in good.tolist()])
-    return Backgrounds(health, root, paths, digest, config.insert_background_p, config.background_max_ratio)
+    share, max_ratio = config.insert_background_p, config.background_max_ratio
+    return Backgrounds(health, root, paths, digest, share, max_ratio, 2 * config.img_size)
 
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
@@ -5239,6 +5249,17 @@ def describe_backgrounds(backgrounds: Backgrounds) -> str:
     lines = [f"backgrounds: {len(backgrounds.paths):,} pictures in {backgrounds.root}"]
     lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
     return "\n".join(lines + [f"  ... and {len(unused) - 10} more"] * (len(unused) > 10))
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Return an image or mask whose longer side is `max_side` px at most."""
+    import cv2
+
+    factor = max_side / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def insert_background(
@@ -5287,6 +5308,7 @@ def cover_canvas(picture: np.ndarray, height: int, width: int, rng: np.random.Ge
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
 
 
+# Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
 class Mixing(NamedTuple):
     """How the images of a batch are mixed: each with that of its partner."""
 
@@ -5325,14 +5347,15 @@ def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, nu
 
 
 def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return the images (B, C, H, W) of a whole batch mixed, in their own type."""
+    """Return the images (B, C, H, W) of a whole batch mixed, in their own type, channels last in memory."""
     others = images[mixing.partners.to(images.device)]
     if mixing.box is None:
-        return torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
-    top, bottom, left, right = mixing.box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-    return mixed
+        mixed = torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
+    else:
+        top, bottom, left, right = mixing.box
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    return mixed.contiguous(memory_format=torch.channels_last)
 
 
 def partner_labels(
@@ -7652,6 +7675,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
         "in_channels": config.in_channels,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
+        **({"transforms": transforms} if (transforms := production_transforms(config)) else {}),
     }
 
 
@@ -8635,7 +8659,8 @@ def train_step(
         batch, mixing = batches[index], mixings[index]
         images = batch.images.to(runtime.device, non_blocking=True)
         if mixing is not None:  # with images of the whole batch, which the other processes have
-            images = TEAM.cut(mix_images(TEAM.gather(images, batch.sizes), mixing), batch.sizes)
+            everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
+            images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
         seed_torch(config.seed, 5, state.step, *([index] if index else []))
         return TEAM.gather(network(images), batch.sizes)
 
@@ -9399,9 +9424,14 @@ class DetectionDataset(Dataset):
             return
         window = pad_box(box, self.box_pad, width, height)
         mask = self._find_mask(detection, source, window, cut)
-        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
         left, top, right, bottom = window
-        yield self.transform(image[top:bottom, left:right], mask, 0)
+        try:
+            crop = self.transform(image[top:bottom, left:right], mask, 0)
+        except ImageError as error:
+            cut.problems.append((source, str(error)))
+            return
+        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
+        yield crop
 
     def _find_mask(
         self, detection: dict[str, Any], source: int, window: tuple[int, int, int, int], cut: Cut
@@ -12570,6 +12600,7 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
+    check_transforms(config)
     refuse_finished_folder(config)
     scan = scan_dataset(config)
     with keep_scan(scan, config.out_dir):
@@ -12737,6 +12768,8 @@ def run_export(config: Config) -> None:
         show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
     else:
         export_safetensors(run, path)
+    if transforms := production_transforms(run.config):
+        show(f"warning: a crop must go through these before it is fitted: {json.dumps(transforms)}")
     show(f"written: {path}, {path.stat().st_size:,} bytes")
 
 
@@ -13028,8 +13061,10 @@ def open_run(job: Job, plan: Plan) -> None:
         run.log(describe_backgrounds(job.backgrounds))
     if config.mixing != "none":
         run.log(
-            f"warning: {config.mixing} usually costs a little with a margin loss; acc of train is that of the mixed images"
+            f"{config.mixing}: the figures of train are those of mixed images, against the label of the larger part"
         )
+        if config.criterion not in LINEAR_CRITERIA and config.arc_margin:
+            run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
     if config.preview:
         write_preview(job)
     if config.crop_mode != "bbox" or config.auto_generate_masks:
@@ -13058,6 +13093,7 @@ def describe_run(job: Job) -> dict[str, Any]:
             "masks_hash": job.records.masks_hash,
             "images": len(job.records.paths),
             "classes": list(job.records.class_names),
+            **identify_backgrounds(job.backgrounds),
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
