@@ -19,7 +19,7 @@ Sections:
     07  AUGMENTATION
     08  LOADERS
     09  MODEL
-    10  ARCFACE
+    10  CRITERION
     11  OPTIMIZER & SCHEDULE
     12  METRICS
     13  TRAIN STATE & CHECKPOINTS
@@ -73,7 +73,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -103,9 +103,9 @@ LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and 
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 HEAD_WIDTH = 512  # hidden units of the embedding head
-GRAD_CLIP_NORM = 5.0
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
+LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 MATCHER_NAMES = {
@@ -258,8 +258,15 @@ TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
 LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
 
+COMMAND_LINE_ORIGIN, DEMO_ORIGIN, DERIVED_ORIGIN = "command line", "demo", "--models and --experiment_name"
+
+
 def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option: `low`, `high` inclusive bounds, `choices`, `flag`, `fixed` = must not change at resume."""
+    """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
+
+    `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
+    for one start only, not for one that repeats it. A path `in_models` is looked for below --models too.
+    """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
@@ -268,8 +275,20 @@ class Config:
     """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
 
     command: str = "train"
-    given: frozenset[str] = frozenset()  # names of the options that were typed; the others have their defaults
-    data_root: Path | None = _option(None, "folder with one folder of crops a class", "data", metavar="DIR")
+    origins: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # of the options that were given
+    config: Path | None = _option(
+        None,
+        "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
+        "data",
+        metavar="FILE",
+        alias="config_filename",
+        once=True,
+    )
+    data_root: Path | None = _option(
+        None, "folder with one folder of crops a class", "data", metavar="DIR", key="directories.images"
+    )
     out_dir: Path | None = _option(
         None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR"
     )
@@ -290,9 +309,17 @@ class Config:
         4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16
     )
 
-    val_split: float = _option(0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True)
+    val_split: float = _option(
+        0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part"
+    )
     test_split: float = _option(
-        0.1, "share of the images for the final test; 0 = no test", "split", low=0.0, high=0.9, fixed=True
+        0.1,
+        "share of the images for the final test; 0 = no test",
+        "split",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="dataset.test_part",
     )
     group_regex: str | None = _option(
         None,
@@ -342,8 +369,17 @@ class Config:
     )
     mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
 
-    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model", "model", metavar="NAME", fixed=True)
-    pretrained: bool = _option(True, "start from the weights that timm names for the model", "model", fixed=True)
+    model_id: str = _option(
+        "vit_large_patch16_dinov3.lvd1689m",
+        "any timm model",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        key="model.backbone_name",
+    )
+    pretrained: bool = _option(
+        True, "start from the weights that timm names for the model", "model", fixed=True, key="model.pretrained"
+    )
     backbone_weights: Path | None = _option(
         None, "start from this .pth or .safetensors instead", "model", metavar="FILE"
     )
@@ -353,6 +389,7 @@ class Config:
         "model",
         metavar="PATH",
         key="model.load_from",
+        in_models=True,
     )
     in_channels: int = _option(
         3,
@@ -388,10 +425,52 @@ class Config:
         high=1.0,
         fixed=True,
     )
-    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True)
-    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True)
+    img_size: int = _option(
+        224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
+    )
+    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
     freeze_backbone: bool = _option(
-        True, "train only the head; --no-freeze_backbone fine-tunes everything", "model", fixed=True
+        True,
+        "train only the head; --no-freeze_backbone fine-tunes everything",
+        "model",
+        fixed=True,
+        key="model.freeze_backbone",
+    )
+    criterion: str = _option(
+        "arcface",
+        "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
+        "model",
+        metavar="NAME",
+        fixed=True,
+        choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
+        key="criterion.type",
+    )
+    sub_centers: int = _option(
+        3, "directions a class of subcenter_arcface", "model", low=1, high=100, fixed=True, key="criterion.sub_centers"
+    )
+    focal_gamma: float = _option(
+        2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma"
+    )
+    label_smoothing: float = _option(
+        0.0,
+        "share of the target spread over all classes",
+        "model",
+        low=0.0,
+        high=0.9,
+        fixed=True,
+        key="criterion.label_smoothing",
+    )
+    arc_scale: float = _option(
+        30.0, "scale of the cosines: the logits' range", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
+    )
+    arc_margin: float = _option(
+        0.30,
+        "margin: radians for ArcFace, cosine for CosFace",
+        "model",
+        low=0.0,
+        high=1.5,
+        fixed=True,
+        key="criterion.margin",
     )
     unfreeze_blocks: int = _option(
         0, "last blocks of a frozen backbone that are trained", "model", low=0, key="model.unfreeze_blocks", fixed=True
@@ -414,11 +493,25 @@ class Config:
         key="model.drop_path",
         fixed=True,
     )
-    arc_scale: float = _option(30.0, "scale of ArcFace", "model", low=1.0, high=512.0, fixed=True)
-    arc_margin: float = _option(0.30, "angular margin of ArcFace in radians", "model", low=0.0, high=1.5, fixed=True)
 
-    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000)
-    batch: int = _option(64, "images a step, over all GPUs together", "training", low=2, high=65_536, fixed=True)
+    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
+    val_batch: int | None = _option(
+        None,
+        "images a pass where nothing is trained (default: batch)",
+        "training",
+        low=1,
+        high=65_536,
+        key="dataset.data_loaders.val_batch_size",
+    )
+    batch: int = _option(
+        64,
+        "images a step, over all GPUs together",
+        "training",
+        low=2,
+        high=65_536,
+        fixed=True,
+        key="dataset.data_loaders.train_batch_size",
+    )
     lr: float = _option(
         1e-3,
         "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
@@ -426,11 +519,12 @@ class Config:
         low=1e-8,
         high=10.0,
         fixed=True,
+        key="optimizer.lr",
     )
     lr_type: str = _option(
         "two_lrs",
         "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
-        "training",
+        "optimizer",
         choices=("one_lr", "two_lrs"),
         key="optimizer.lr_type",
         fixed=True,
@@ -438,7 +532,7 @@ class Config:
     backbone_lr: float | None = _option(
         None,
         "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.backbone_lr",
@@ -447,16 +541,25 @@ class Config:
     fc_lr: float | None = _option(
         None,
         "peak learning rate of the head (default: lr)",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.fc_lr",
         fixed=True,
     )
+    weight_decay: float | None = _option(
+        None,
+        "weight decay (default: head 1e-4, backbone 0.05); a backbone's norms, biases and tokens have none",
+        "optimizer",
+        low=0.0,
+        high=10.0,
+        key="optimizer.weight_decay",
+        fixed=True,
+    )
     layer_decay: float = _option(
         1.0,
         "factor on the backbone's learning rate from each block to the one before",
-        "training",
+        "optimizer",
         low=0.01,
         high=1.0,
         key="optimizer.layer_decay",
@@ -464,11 +567,113 @@ class Config:
     )
     arc_lr: float | None = _option(
         None,
-        "peak learning rate of the ArcFace class weights (default: 10 lr)",
+        "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
         "training",
         low=1e-8,
         high=100.0,
         fixed=True,
+    )
+    optimizer: str = _option(
+        "adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type"
+    )
+    betas: tuple[float, ...] = _option(
+        (),
+        "decay of the optimizer's two running means (default: its own)",
+        "optimizer",
+        nargs=2,
+        metavar=("B1", "B2"),
+        low=0.0,
+        high=0.9999999,
+        fixed=True,
+        key="optimizer.betas",
+    )
+    eps: float | None = _option(
+        None,
+        "what the optimizer adds to a denominator (default: its own)",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="optimizer.eps",
+    )
+    max_grad_norm: float = _option(
+        5.0,
+        "norm that gradients are clipped to; 0 = not clipped",
+        "optimizer",
+        low=0.0,
+        high=1e9,
+        fixed=True,
+        key="training.max_grad_norm",
+    )
+    accumulate_grad_batches: int = _option(
+        1,
+        "batches a step: exactly as one batch of all their images",
+        "optimizer",
+        low=1,
+        high=100_000,
+        fixed=True,
+        key="training.accumulate_grad_batches",
+    )
+    ema_decay: float = _option(
+        0.0,
+        "judge and keep a running mean of the weights with this decay; 0 = the weights",
+        "optimizer",
+        low=0.0,
+        high=0.999999,
+        fixed=True,
+        key="training.ema_decay",
+    )
+    scheduler: str = _option(
+        "cosine",
+        "learning rate over the steps: warm-up and half a cosine, or one cycle",
+        "optimizer",
+        fixed=True,
+        choices=("cosine", "onecycle"),
+        key="scheduler.type",
+    )
+    warmup_epochs: float | None = _option(
+        None,
+        "cosine: epochs of linear warm-up (default: 5 % of the steps)",
+        "optimizer",
+        low=0.0,
+        high=100_000,
+        fixed=True,
+        key="scheduler.warmup_epochs",
+    )
+    pct_start: float = _option(
+        0.3,
+        "onecycle: share of the steps with a rising learning rate",
+        "optimizer",
+        low=0.0,
+        high=1.0,
+        fixed=True,
+        key="scheduler.pct_start",
+    )
+    div_factor: float = _option(
+        25.0,
+        "onecycle: peak over first learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e9,
+        fixed=True,
+        key="scheduler.div_factor",
+    )
+    final_div_factor: float = _option(
+        1e4,
+        "onecycle: first over last learning rate",
+        "optimizer",
+        low=1.0,
+        high=1e12,
+        fixed=True,
+        key="scheduler.final_div_factor",
+    )
+    anneal_strategy: str = _option(
+        "cos",
+        "onecycle: how it rises and falls",
+        "optimizer",
+        fixed=True,
+        choices=("cos", "linear"),
+        key="scheduler.anneal_strategy",
     )
     balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = _option(
@@ -489,6 +694,14 @@ class Config:
         metavar="NAME",
         fixed=True,
         choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
+    )
+    patience: int = _option(
+        0,
+        "stop after so many epochs without a better best_metric; 0 = never",
+        "training",
+        low=0,
+        high=100_000,
+        key="training.patience",
     )
     target_precision: float = _option(
         0.95,
@@ -528,16 +741,29 @@ class Config:
     gpus: int | None = _option(
         None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64
     )
-    workers: int = _option(4, "processes that read images, capped at the cores there are", "machine", low=0, high=256)
+    workers: int = _option(
+        4,
+        "processes that read images, capped at the cores there are",
+        "machine",
+        low=0,
+        high=256,
+        key="dataset.data_loaders.workers",
+    )
     precision: str = _option(
         "auto",
         "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
         "machine",
         choices=("auto", "fp32", "bf16", "fp16"),
+        spelled={"32": "fp32", "16": "fp16"},
         fixed=True,
+        key="training.precision",
     )
     compile: bool = _option(
-        False, "compile the backbone with torch.compile: minutes first, faster then", "machine", fixed=True
+        False,
+        "compile the backbone with torch.compile: minutes first, faster then",
+        "machine",
+        fixed=True,
+        key="training.compile",
     )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
@@ -550,16 +776,40 @@ class Config:
         metavar="PATH",
         nargs="?",
         const="last",
+        once=True,
     )
-    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run")
+    experiment_name: str | None = _option(
+        None,
+        "name of the run: its folder below --models, and its ClearML task",
+        "run",
+        metavar="NAME",
+        key="experiment_name",
+    )
+    models: Path | None = _option(
+        None,
+        "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
+        "run",
+        metavar="DIR",
+        key="directories.models",
+    )
+    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
     save_every: int = _option(
         5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
+    )
+    save_checkpoints: bool = _option(
+        True,
+        "keep checkpoints on the way; off = only what resuming and export need",
+        "run",
+        key="training.save_checkpoints",
+    )
+    save_metrics: bool = _option(
+        True, "record the figures of each class for each epoch; off = totals only", "run", key="training.save_metrics"
     )
     save_minutes: float = _option(
         10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
     )
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
-    debug: bool = _option(False, "show tracebacks", "run")
+    debug: bool = _option(False, "show tracebacks", "run", once=True)
 
     run: Path | None = _option(
         None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR"
@@ -591,7 +841,7 @@ class Config:
     )
     clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
     clearml_task_name: str | None = _option(
-        None, "task in ClearML (default: the name of out_dir)", "tracking", metavar="NAME"
+        None, "task in ClearML (default: experiment_name, or the name of out_dir)", "tracking", metavar="NAME"
     )
 
     @property
@@ -600,9 +850,17 @@ class Config:
         return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the options as JSON values: paths become strings, tuples lists."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
-        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        """Return the options as JSON values: paths become absolute strings, tuples lists."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origins"}
+        return {
+            k: str(v.absolute()) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in plain.items()
+        }
+
+    def place(self, name: str) -> str:
+        """Return where an option stands, for a message about it: its flag, or file and key."""
+        origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
+        return f"--{name}" if origin == COMMAND_LINE_ORIGIN else origin
 
 
 def option_fields() -> list[dataclasses.Field]:
@@ -615,7 +873,7 @@ def format_flags(config: Config) -> list[str]:
     words: list[str] = []
     for field in option_fields():
         value = getattr(config, field.name)
-        if value == field.default:
+        if value == field.default or field.name == "config":  # the words say what is in the file
             continue
         if field_kind(field) is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
@@ -627,7 +885,7 @@ def format_flags(config: Config) -> list[str]:
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
     name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
-    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool}[name]
+    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -637,6 +895,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=150)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = action.option_strings[:1]
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0].replace("--", "--[no-]", 1)
         return super()._format_action_invocation(action)
@@ -646,9 +906,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose usage errors are a UserError."""
 
     def error(self, message: str) -> Any:
-        raise UserError(
-            message.replace("argument ", "", 1), "command line", f"python {SCRIPT_NAME} --help lists all options"
-        )
+        what = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # the first of its names is enough
+        raise UserError(what, "command line", f"python {SCRIPT_NAME} --help lists all options")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -668,8 +927,16 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_name)
         for field in option_fields():
             if field.metadata["group"] == group_name:
-                group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **_argparse_settings(field))
+                group.add_argument(
+                    *_flags(field), dest=field.name, default=argparse.SUPPRESS, **_argparse_settings(field)
+                )
     return parser
+
+
+def _flags(field: dataclasses.Field) -> list[str]:
+    """Return the ways to write an option on the command line: its name, an old name, its key in a config file."""
+    names = (field.name, field.metadata.get("alias"), field.metadata.get("key"))
+    return [f"--{name}" for name in dict.fromkeys(names) if name]
 
 
 def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
@@ -683,13 +950,28 @@ def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
         return settings | {"action": argparse.BooleanOptionalAction}
     if "metavar" not in settings and "choices" not in settings:
         settings["metavar"] = "N" if kind is int else "X"
-    return settings | {"type": _parse_path if kind is Path else kind}
+    if "spelled" in meta:
+        return settings | {"type": lambda text: meta["spelled"].get(text, text)}
+    return settings | {"type": {Path: _parse_path, dict: _parse_entries}.get(kind, kind)}
 
 
 def _parse_path(text: str) -> Path:
     if not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
+
+
+def _parse_entries(text: str) -> list[dict[str, Any]]:
+    """Return the list of mappings that a flag gives as YAML (or JSON) text."""
+    import yaml
+
+    try:
+        entries = yaml.load(text, _make_yaml_loader())
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"is no YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
+    return entries
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:
@@ -700,17 +982,228 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     """
     parser = build_parser()
     values, unknown = parser.parse_known_args(argv)
-    if values.command == "demo":  # its settings stand before what the user types, which therefore wins
-        values, unknown = parser.parse_known_args([*DEMO_FLAGS, *argv])
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
     if values.command not in COMMANDS:
         raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
-    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(values).items()}
-    config = Config(**typed, given=frozenset(typed))
+    demo = vars(parser.parse_args(["demo", *DEMO_FLAGS])) if values.command == "demo" else {}
+    typed = vars(values)
+    file, places = read_config_file(typed["config"]) if "config" in typed else ({}, {})
+    origins = {**dict.fromkeys(demo, DEMO_ORIGIN), **places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
+    merged = {**demo, **file, **typed}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+    config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
+    if config.load_from and config.models and not config.load_from.exists():
+        config = dataclasses.replace(config, load_from=config.models / config.load_from)
     check_ranges(config)
     return config
+
+
+def _name_run(config: Config) -> Config:
+    """Return the options with the out_dir that --models and --experiment_name stand for, unless it was given.
+
+    Raises:
+        UserError: the name is no name of a folder.
+    """
+    name, root = config.experiment_name, config.models
+    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
+        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
+    if config.out_dir is not None or name is None or root is None:
+        return config
+    return dataclasses.replace(config, out_dir=root / name, origins={**config.origins, "out_dir": DERIVED_ORIGIN})
+
+
+# What stands for an option in a config file.
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    dict: "a list of entries such as {type: median_blur, p: 0.1}",
+}
+
+
+def option_keys() -> dict[str, dataclasses.Field]:
+    """Return the options by what they are called in a config file: by flag name, and by key among the sections."""
+    names = {field.name: field for field in option_fields()}
+    return names | {field.metadata["key"]: field for field in option_fields() if "key" in field.metadata}
+
+
+def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options in a config file by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only.
+
+    Raises:
+        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
+    """
+    tree = _parse_config_file(path)
+    is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
+    if is_record:
+        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        once = {field.name for field in option_fields() if field.metadata.get("once")}
+        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    if not isinstance(tree, dict | None):
+        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+    options: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for key, value in _walk_keys(path, tree or {}):
+        field = option_keys()[key]
+        if field.name in options:
+            what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
+            raise UserError(what, f"{path}: {key}", "leave one of them out")
+        if value not in (None, []):  # which stand for the default
+            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
+            places[field.name] = f"{path}: {key}"
+    return options, places
+
+
+def _parse_config_file(path: Path) -> Any:
+    if path.suffix.lower() not in (".yaml", ".yml", ".toml", ".json"):
+        raise UserError("is not named .yaml, .toml or .json", f"--config {path}", "rename it after what it is")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(str(what), f"--config {path}", "check the path") from error
+    parse = {".toml": _parse_toml, ".json": _parse_json}.get(path.suffix.lower(), _parse_yaml)
+    try:
+        return parse(text)
+    except RecursionError as error:
+        raise UserError("is nested too deeply", f"--config {path}", "see configs/") from error
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", f"--config {path}", "see configs/ for how one looks") from error
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _parse_json(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=refuse)
+
+
+def _unique_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} stands there twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _make_yaml_loader())
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+
+
+@functools.cache
+def _make_yaml_loader() -> type:
+    """Return a safe loader that reads 4e-4 as a number, a date as text, and refuses a key that stands there twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
+            first: [
+                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
+            ]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        loader.flatten_mapping(node)
+        try:
+            return _unique_pairs(
+                (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
+                for key, value in node.value
+            )
+        except (TypeError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+    Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    Loader.add_constructor(
+        "tag:yaml.org,2002:float",
+        lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+    number = r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return Loader
+
+
+def _walk_keys(path: Path, tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each option's key and value; sections are mappings below the first parts of keys."""
+    known = option_keys()
+    sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
+            yield from _walk_keys(path, value or {}, f"{key}.")
+        elif key in known and not known[key].metadata.get("once"):
+            yield key, value
+        elif key in sections:
+            inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
+            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+        else:
+            once = key in known
+            what = "belongs on the command line" if once else "is no known key"
+            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, known))
+
+
+def _name_key(key: str, known: Iterable[str]) -> str:
+    """Return a remedy that names known keys close to `key`, or that lie elsewhere and end like it."""
+    last = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    return f"did you mean {' or '.join(same[:3])}?" if same else did_you_mean(key, known)
+
+
+def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
+
+    Raises:
+        UserError: it has the wrong type, or is none of the choices.
+    """
+    if not field.type.startswith("tuple["):
+        return _convert_item(field, value, where, folder)
+    count = field.metadata.get("nargs")
+    values = value if isinstance(value, list) else [value] if count == "+" else []
+    if not values or (isinstance(count, int) and len(values) != count):
+        expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
+        raise UserError(f"{value!r} is not {expected}", where, "correct the value")
+    return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
+
+
+def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
+    kind, choices = field_kind(field), field.metadata.get("choices")
+    if kind is str and type(value) in (int, float):  # precision: 16, prototypes_per_class: 3
+        value = str(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not (str if kind is Path else kind):
+        raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
+    value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
+    if choices and value not in choices:
+        words = [str(choice) for choice in choices]
+        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
+    if kind is not Path:
+        return value
+    if not value:
+        raise UserError("is empty", where, "give a path, or leave the key out")
+    path = folder / Path(value).expanduser()
+    return Path(value) if field.metadata.get("in_models") and not path.exists() else path
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -738,20 +1231,25 @@ def _check_words(config: Config) -> None:
         )
 
 
-def _check_trained_part(config: Config) -> None:
+def _check_model(config: Config) -> None:
+    """Refuse options of the model and its training that contradict each other."""
+
+    def refuse(what: str, *names: str) -> None:
+        raise UserError(what, ", ".join(map(config.place, names)), "give one of them")
+
+    ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
+    ways += [] if config.freeze_backbone else ["freeze_backbone"]
+    if len(ways) > 1:
+        refuse("are different ways to train a backbone", *ways)
+    if config.cache_views and ways:
+        refuse(
+            "do not go together: a backbone that is trained gives other features after each step", "cache_views", *ways
+        )
     if config.load_from is not None and config.backbone_weights is not None:
-        what = "are two ways to start: load_from takes the weights of a backbone too"
-        raise UserError(what, "--load_from, --backbone_weights", "give one of them")
-    ways = [("--no-freeze_backbone", not config.freeze_backbone), ("--unfreeze_blocks", config.unfreeze_blocks > 0)]
-    flags = [flag for flag, is_given in (*ways, ("--lora_rank", config.lora_rank > 0)) if is_given]
-    if len(flags) > 1:
-        raise UserError("are different ways to train a backbone", ", ".join(flags), "give one of them")
-    if config.cache_views and flags:
-        what = "a backbone that is trained gives other features after each step"
-        raise UserError(what, f"--cache_views, {flags[0]}", "leave one of them out")
+        refuse("are two ways to start, of which load_from does what the other does", "load_from", "backbone_weights")
     for name in ("backbone_lr", "fc_lr"):
         if config.lr_type == "one_lr" and getattr(config, name) is not None:
-            raise UserError("contradict each other", f"--lr_type one_lr, --{name}", "leave one of them out")
+            refuse("contradict each other", "lr_type", name)
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -774,10 +1272,10 @@ def check_ranges(config: Config) -> None:
         value, low, high = getattr(config, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", f"--{field.name}", "give a plain number")
+                raise UserError(f"{number} is not a finite number", config.place(field.name), "give a plain number")
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", f"--{field.name}", f"give a value {allowed}")
+                raise UserError(f"{number} is out of range", config.place(field.name), f"give a value {allowed}")
     for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
         for word in set(words) & COMMANDS.keys():
             raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
@@ -787,7 +1285,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    _check_trained_part(config)
+    _check_model(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -807,22 +1305,22 @@ def check_paths(config: Config) -> None:
             raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} {usage}")
     for field in option_fields():
         if field_kind(field) is Path:
-            _check_reachable(field.name, getattr(config, field.name))
+            _check_reachable(config, field.name)
     for name in ("class_map", "backbone_weights"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise UserError(
-                "is not a file" if path.exists() else "does not exist", f"--{name} {path}", "check the path"
+                "is not a file" if path.exists() else "does not exist", f"{config.place(name)} {path}", "check the path"
             )
     if config.command == "prelabel":
         _check_prelabel_paths(config)
     if config.command in ("evaluate", "prototypes", "export"):
         _check_gallery_paths(config)
     if config.unknown_dir is not None:
-        _check_folder("unknown_dir", config.unknown_dir, "give a folder of images of no class")
+        _check_folder(config, "unknown_dir", "give a folder of images of no class")
     if config.command in NEEDED_FLAGS:
         return
-    _check_folder("data_root", config.data_root, DATA_TREE)
+    _check_folder(config, "data_root", DATA_TREE)
     locate_start(config)
     _check_out_dir(config)
     if config.group_regex is not None:
@@ -839,50 +1337,55 @@ def locate_start(config: Config) -> Path | None:
     if path is not None and path.is_dir():
         names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
         if not names:
-            raise UserError("holds no checkpoint", f"--load_from {path}", "give the folder of a run, or a file")
+            raise UserError(
+                "holds no checkpoint", f"{config.place('load_from')} {path}", "give the folder of a run, or a file"
+            )
         return path / names[0]
     if path is not None and not path.is_file():
-        raise UserError("does not exist", f"--load_from {path}", "check the path")
+        raise UserError("does not exist", f"{config.place('load_from')} {path}", "check the path")
     return path
 
 
-def _check_folder(name: str, path: Path, remedy: str) -> None:
+def _check_folder(config: Config, name: str, remedy: str) -> None:
+    path = getattr(config, name)
     if not path.is_dir():
-        raise UserError("is a file, not a folder" if path.exists() else "does not exist", f"--{name} {path}", remedy)
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(what, f"{config.place(name)} {path}", remedy)
 
 
 def _check_gallery_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
+    _check_folder(config, "run", "give the out_dir of a finished run")
     for name in ("data_root", "add"):
         if getattr(config, name) is not None:
-            _check_folder(name, getattr(config, name), DATA_TREE)
+            _check_folder(config, name, DATA_TREE)
     if sum((config.list, config.add is not None, config.remove is not None)) > 1:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
 def _check_prelabel_paths(config: Config) -> None:
-    _check_folder("run", config.run, "give the out_dir of a finished run")
-    _check_folder("images", config.images, "give the folder that the detections' file names start from")
+    _check_folder(config, "run", "give the out_dir of a finished run")
+    _check_folder(config, "images", "give the folder that the detections' file names start from")
     if config.detections is not None and not config.detections.exists():
-        raise UserError("does not exist", f"--detections {config.detections}", "check the path")
+        raise UserError("does not exist", f"{config.place('detections')} {config.detections}", "check the path")
     out, images = config.out.resolve(), config.images.resolve()
     if out == images or images in out.parents:
         what = "lies inside --images, where it would be taken for images"
-        raise UserError(what, f"--out {config.out}", "choose a folder outside the images")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a folder outside the images")
     if out.exists() and not out.is_dir():
-        raise UserError("is a file, not a folder", f"--out {config.out}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out')} {config.out}", "choose another path")
     visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
-        raise UserError(what, f"--out {config.out}", "choose a new folder")
+        raise UserError(what, f"{config.place('out')} {config.out}", "choose a new folder")
 
 
-def _check_reachable(name: str, path: Path | None) -> None:
+def _check_reachable(config: Config, name: str) -> None:
+    path = getattr(config, name)
     try:
         if path is not None:
             path.exists()
     except OSError as error:  # no permission on a parent, a name that is too long
-        raise UserError(str(error.strerror), f"--{name} {path}", "check the path") from error
+        raise UserError(str(error.strerror), f"{config.place(name)} {path}", "check the path") from error
 
 
 def _check_out_dir(config: Config) -> None:
@@ -890,27 +1393,29 @@ def _check_out_dir(config: Config) -> None:
     if out_dir == data_root or data_root in out_dir.parents:
         raise UserError(
             "lies inside data_root, where it would be taken for a class",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder outside the data",
         )
     if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
         what = "is the current folder, which --overwrite would move aside"
-        raise UserError(what, f"--out_dir {config.out_dir}", "start from another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "start from another folder")
     if out_dir in data_root.parents:
         what = "holds data_root, which --overwrite would move aside with it"
-        raise UserError(what, f"--out_dir {config.out_dir}", "choose another folder")
+        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "choose another folder")
     if out_dir.exists() and not out_dir.is_dir():
-        raise UserError("is a file, not a folder", f"--out_dir {config.out_dir}", "choose another path")
+        raise UserError("is a file, not a folder", f"{config.place('out_dir')} {config.out_dir}", "choose another path")
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"{existing} is not a folder that can be written to",
-            f"--out_dir {config.out_dir}",
+            f"{config.place('out_dir')} {config.out_dir}",
             "choose a folder of your own",
         )
     if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
         raise UserError(
-            "is neither empty nor a run of this script", f"--out_dir {config.out_dir}", "choose a new folder"
+            "is neither empty nor a run of this script",
+            f"{config.place('out_dir')} {config.out_dir}",
+            "choose a new folder",
         )
 
 
@@ -1431,7 +1936,7 @@ class Tracker:
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
         self._warn, self._folder = warn, (config.out_dir / "clearml").resolve()
         options = {key: str(value) for key, value in config.as_plain().items()}
-        task = config.clearml_task_name or config.out_dir.resolve().name
+        task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
         self._messages: list[dict[str, Any]] = [
             {"do": "start", "project": config.clearml_project, "task": task, "options": options, "offline": False}
         ]
@@ -1468,7 +1973,7 @@ class Tracker:
         if record["event"] == "epoch_end":
             self._send(do="scalars", values=_epoch_scalars(record), iteration=record["epoch"])
         if record["event"] == "test_end":
-            ways = ("arcface", "prototypes")
+            ways = ("classifier", "prototypes")
             figures = [(f"test {way} {key}", value) for way in ways for key, value in record[way].items()]
             self._send(do="figures", values=[figure for figure in figures if figure[1] is not None])
 
@@ -1692,6 +2197,7 @@ class Team:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
         self._sums: list[Any] = []  # gradients on their way
+        self._holds = False  # gradients are not sent yet
 
     @property
     def leads(self) -> bool:
@@ -1838,8 +2344,18 @@ class Team:
                 part.forward = functools.partial(_normalise_together, part)
 
     def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
-        with _peers():
-            self._sums.append(send(parameter.grad, async_op=True))
+        if not self._holds:
+            with _peers():
+                self._sums.append(send(parameter.grad, async_op=True))
+
+    @contextlib.contextmanager
+    def holding(self, holds: bool) -> Iterator[None]:
+        """Keep gradients to this process for a while, as there is more to add to them."""
+        self._holds = holds
+        try:
+            yield
+        finally:
+            self._holds = False
 
     def finish_gradients(self) -> None:
         """Wait until the gradients of this step are those of all processes; on a GPU its stream waits, and not Python."""
@@ -4450,7 +4966,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return (..., out) of (..., in)."""
-        if not torch.is_grad_enabled():  # merged: one product over the inputs instead of three
+        if torch.is_inference_mode_enabled():  # merged: one product over the inputs instead of three
             return F.linear(inputs, self.weight, self.bias)
         return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
 
@@ -4725,7 +5241,8 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], d
     if has_seal(path):
         with open_sealed(path) as file:
             payload = torch.load(file, map_location="cpu", weights_only=True)
-        return payload["model"], payload["identity"]["class_names"], payload["identity"]
+        weights = payload.get("average", payload["model"])  # those that were judged
+        return weights, payload["identity"]["class_names"], payload["identity"]
     state, meta = load_state_dict(str(path), weights_only=True), {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -4829,11 +5346,14 @@ def hash_weights(module: nn.Module) -> str:
 
 
 # ======================================================================================================================
-# 10  ARCFACE
+# 10  CRITERION
 # ======================================================================================================================
-# Additive angular margin, in float32. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3. Touches nothing.
+# What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class."""
+    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+
+    Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
+    """
 
     def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
         super().__init__()
@@ -4844,10 +5364,85 @@ class ArcFace(nn.Module):
         """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
         return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
 
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.cosine(embeddings)
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C) with that of the true class made smaller."""
+        return add_angular_margin(cosine, labels, self.margin)
+
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C). Evaluation uses scale * cosine and never the margin."""
+        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
         cosine = self.cosine(embeddings)
-        return self.scale * add_angular_margin(cosine, labels, self.margin), cosine
+        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+
+
+class CosFace(ArcFace):
+    """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
+
+    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C), that of the true class less the margin."""
+        return cosine.scatter_add(
+            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
+        )
+
+
+class SubCenterArcFace(ArcFace):
+    """Several directions a class, of which the nearest counts: wrong labels and other looks of a class get one of their own.
+
+    Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
+    """
+
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+        self.sub_centers = sub_centers
+
+    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
+        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+
+    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of unit embeddings (B, D)."""
+        return self.linear(self.scale * embeddings)
+
+    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
+        logits = self.plain_logits(embeddings)
+        return logits, logits
+
+
+def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+    """Return what --criterion names, random from torch's generator."""
+    sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    if config.criterion in LINEAR_CRITERIA:
+        return LinearClassifier(*sizes, scale)
+    if config.criterion == "subcenter_arcface":
+        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return the mean loss () of logits (B, C): cross-entropy, or the focal loss.
+
+    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    """
+    smoothing = config.label_smoothing
+    if config.criterion != "focal":
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (
+        (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    ).mean()  # the power's slope is finite
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -4872,19 +5467,19 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and ArcFace. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
+    """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, arcface: ArcFace) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
         super().__init__()
-        self.backbone, self.head, self.arcface = backbone, head, arcface
+        self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
         return F.normalize(self.head(features))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C), of features (B, feature_dim) of the backbone."""
-        return self.arcface(self.embed(features), labels)
+        """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
+        return self.criterion(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without what is frozen of the backbone, which its identity stands for."""
@@ -4906,11 +5501,7 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(
-        backbone,
-        Head(info.feature_dim, config.emb_dim),
-        ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale),
-    )
+    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
     if config.lora_rank:
         add_lora(backbone.model, config.lora_rank)
         backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
@@ -4922,24 +5513,24 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 
 
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
-    """Take head and class directions from one of our files where they fit: layers of equal shape, classes of equal name."""
+    """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    taken = {key: value for key, value in start.head.items() if key in own and own[key].shape == value.shape}
-    old, new = start.head.get("arcface.weight"), own["arcface.weight"]
-    shared = [name for name in class_names if name in start.class_names]
-    if old is None or len(old) != len(start.class_names) or old.shape[1:] != new.shape[1:]:
-        shared = []
-    taken.pop("arcface.weight", None)
-    if shared:
-        new = new.clone()
-        new[[class_names.index(name) for name in shared]] = old[[start.class_names.index(name) for name in shared]].to(
-            new
-        )
-        taken["arcface.weight"] = new
+    taken = {
+        key: value for key, value in start.head.items() if key.startswith("head.") and own[key].shape == value.shape
+    }
+    num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
+    rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
+    for key in own.keys() & start.head.keys() if shared else ():
+        if key.startswith("criterion."):  # one row a class, or several
+            old, new = start.head[key], own[key].clone()
+            per_class = len(new) // len(class_names)
+            if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
+                new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
+                taken[key] = new
     model.load_state_dict(taken, strict=False)
     left = [key for key in own if key not in taken]
     log(
-        f"{start.where}: backbone, {len(taken) - bool(shared)} tensors of the head and the directions of {len(shared)} of"
+        f"{start.where}: backbone, {num_layers} tensors of the head and {len(shared) * (len(taken) > num_layers)} of"
         f" {len(class_names)} classes are taken" + (f"; these start at random: {', '.join(left)}" if left else "")
     )
 
@@ -4947,10 +5538,12 @@ def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: 
 # ======================================================================================================================
 # 11  OPTIMIZER & SCHEDULE
 # ======================================================================================================================
-# Parameter groups, and the learning rate as a function of the step: nothing to save, nothing to drift.
+# Parameter groups; the learning rate as a function of the step: nothing to save, nothing to drift; the running mean of weights.
 def arc_learning_rate(config: Config) -> float:
-    """Return the peak lr of the class directions: unit vectors, which move little by little with the lr of a layer."""
-    return config.arc_lr if config.arc_lr is not None else 10 * config.lr
+    """Return the peak lr of the class vectors: as directions they move little by little with the lr of a layer."""
+    if config.arc_lr is not None:
+        return config.arc_lr
+    return config.lr if config.criterion in LINEAR_CRITERIA else 10 * config.lr
 
 
 def backbone_learning_rate(config: Config) -> float:
@@ -4963,27 +5556,25 @@ def backbone_learning_rate(config: Config) -> float:
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
     head_lr = config.lr if config.fc_lr is None else config.fc_lr
-    groups = [
-        {"params": list(model.head.parameters()), "peak_lr": head_lr, "weight_decay": HEAD_WEIGHT_DECAY},
-        {
-            "params": list(model.arcface.parameters()),
-            "peak_lr": arc_learning_rate(config),
-            "weight_decay": HEAD_WEIGHT_DECAY,
-        },
+    decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return [
+        {"params": list(model.head.parameters()), "peak_lr": head_lr, "weight_decay": decay},
+        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), "weight_decay": decay},
+        *_backbone_groups(model.backbone.model, config),
     ]
-    return groups + _backbone_groups(model.backbone.model, config)
 
 
 def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Norms, biases, and the tokens and position embeddings that a model owns itself, go without weight decay."""
     depths = block_depths(model)
     deepest, exempt = max(depths.values()), getattr(model, "no_weight_decay", set)()
+    decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and "." in name and name not in exempt
             scale = config.layer_decay ** (deepest - depths[name])
-            groups.setdefault((scale, BACKBONE_WEIGHT_DECAY if decays else 0.0), []).append(parameter)
+            groups.setdefault((scale, decay if decays else 0.0), []).append(parameter)
     peak_lr = backbone_learning_rate(config)
     return [
         {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay}
@@ -4992,17 +5583,104 @@ def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW over all that is trained."""
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    """Return the optimizer of all that is trained."""
+    return make_optimizer(parameter_groups(model, config), config)
 
 
-def lr_factor(step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up over the first 5 %, then a half cosine to 0."""
-    warmup_steps = max(1, total_steps // 20)
+def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that --optimizer names over parameter groups."""
+    given = {name: value for name, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **given)
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **given)
+
+
+def check_optimizer(config: Config) -> None:
+    """Check the name of --optimizer, and that it has the settings that are given for it.
+
+    Raises:
+        UserError: timm has no such optimizer, it needs more than a gradient a step, or it has no betas or eps.
+    """
+    if config.optimizer == "adamw":
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    known, where = list_optimizers(), f"{config.place('optimizer')} {config.optimizer}"
+    if config.optimizer not in known:
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known))
+    if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
+        raise UserError("needs another training loop", where, "choose another, such as adamw")
+    given = {"betas": config.betas or None, "eps": config.eps}
+    try:
+        group = make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
+    except TypeError:
+        group = {}
+    for name, value in given.items():  # timm drops in silence what an optimizer has not
+        if value is not None and group.get(name) != value:
+            raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
+
+
+def lr_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0, or one cycle."""
+    if config.scheduler == "onecycle":
+        return _onecycle_factor(config, step, total_steps)
+    share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+    warmup_steps = max(1, int(total_steps * share + 1e-9))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def _onecycle_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return what torch's OneCycleLR gives, over its max_lr: from 1 / div_factor up to 1, and down to that / final_div_factor."""
+    first, last_step = 1 / config.div_factor, total_steps - 1
+    peak_step = config.pct_start * total_steps - 1
+    if step <= peak_step:
+        start, end, share = first, 1.0, step / peak_step if peak_step else 1.0
+    else:
+        peak_step = max(peak_step, 0.0)
+        share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
+        start, end = 1.0, first / config.final_div_factor
+    if config.anneal_strategy == "linear":
+        return start + (end - start) * share
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+class WeightAverage:
+    """Running mean of what is trained (EMA), float tensors only; the rest, counters, is as it is."""
+
+    def __init__(self, model: Recognizer, decay: float) -> None:
+        self._live, self._decay = model.trained_state(), decay  # views of the model's own tensors
+        self.values = {key: value.clone() for key, value in self._live.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1; early steps count for more, as there is nothing to average yet."""
+        floats = [key for key, value in self._live.items() if value.is_floating_point()]
+        decay = min(self._decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+        torch._foreach_lerp_([self.values[key] for key in floats], [self._live[key] for key in floats], 1 - decay)
+        for key in self._live.keys() - set(floats):
+            self.values[key].copy_(self._live[key])
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Have the model be its mean for a while."""
+        kept = {key: value.clone() for key, value in self._live.items()}
+        self._show(self.values)
+        try:
+            yield
+        finally:
+            self._show(kept)
+
+    def _show(self, values: dict[str, torch.Tensor]) -> None:
+        for key, live in self._live.items():
+            live.copy_(values[key])
+
+    def restore(self, values: dict[str, torch.Tensor]) -> None:
+        """Take up the values of a checkpoint."""
+        for key, value in self.values.items():
+            value.copy_(values[key])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -5298,25 +5976,25 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 class Tally:
     """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
 
-    Of more than MAX_SCORE_ENTRIES cosines only the answers are kept, on the device already: 1.2 million images of 1,000 classes
+    Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
     """
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.scores: list[torch.Tensor] = []  # on the CPU; cosines float32 (b, C), or answers int64 (b,)
+        self.scores: list[torch.Tensor] = []  # on the CPU; logits float32 (b, C), or answers int64 (b,)
         self.labels: list[torch.Tensor] = []  # int64 (b,)
         self.sizes: list[int] = []  # images of each step
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
-        self.num_cosines = 0
+        self.num_scores = 0
 
-    def add(self, loss: torch.Tensor, cosine: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
-        self.pending.append((loss, cosine))
+        self.pending.append((loss, logits))
         self.labels.append(labels)
         self.sizes.append(len(labels))
-        self.num_cosines += cosine.numel()
-        if self.num_cosines > MAX_SCORE_ENTRIES:
+        self.num_scores += logits.numel()
+        if self.num_scores > MAX_SCORE_ENTRIES:
             self.scores = [to_answers(scores) for scores in self.scores]
             self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
@@ -5333,14 +6011,14 @@ class Tally:
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and cosines (N, C) or answers (N,); {} before the first settled step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first settled step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
         return {
             "losses": torch.cat(self.losses),
             "sizes": torch.tensor(self.sizes),
-            "cosines" if scores.ndim == 2 else "answers": scores,
+            "logits" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
 
@@ -5348,10 +6026,10 @@ class Tally:
         """Take up what `totals` gave."""
         self.__init__()
         if totals:
-            scores = totals["cosines"] if "cosines" in totals else totals["answers"]
+            scores = totals["logits"] if "logits" in totals else totals["answers"]
             self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
             self.sizes = totals["sizes"].tolist()
-            self.num_cosines = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
+            self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
 def to_answers(scores: torch.Tensor) -> torch.Tensor:
@@ -5366,6 +6044,7 @@ class TrainState:
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None  # of the weights, with --ema_decay
     epoch: int = 0  # finished epochs: trained, evaluated, recorded
     batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
     step: int = 0  # optimizer steps
@@ -5378,6 +6057,16 @@ class TrainState:
     def finish_epoch(self) -> None:
         """Move on to the start of the next epoch."""
         self.epoch, self.batches, self.seconds, self.tally = self.epoch + 1, 0, 0.0, Tally()
+
+    def judged(self) -> contextlib.AbstractContextManager:
+        """Have the model be what is judged and kept for a while: with --ema_decay the running mean of its weights."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
+
+
+def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
+    """Return the state of a model that has not been trained yet."""
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    return TrainState(model, build_optimizer(model, config), runtime.make_scaler(), average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -5425,6 +6114,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
         "model": state.model.trained_state(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
     }
 
@@ -5473,12 +6163,19 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
+    if state.average:
+        state.average.restore(payload["average"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
     state.tally.restore(payload.get("tally", {}))
     if state.model.backbone.frozen and "backbone_dtype" in payload:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that were judged: the running mean, if there is one."""
+    return payload.get("average", payload["model"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -6200,7 +6897,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     backbone, info = build_backbone(_find_weights(config, path, backbone_weights), show)
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
-    model.load_trained_state(payload["model"])
+    model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
     return TrainedRun(path, config, info, model.eval(), runtime)
 
@@ -6607,7 +7304,7 @@ class FeatureBank:
         Raises:
             UserError: not one of them can be read.
         """
-        job, batches = self._job, cut_batches(keys, self._job.config.batch)
+        job, batches = self._job, cut_batches(keys, self._job.config.val_batch or self._job.config.batch)
         rows, views, values = [], [], []
         parts = extract_batches(job, self._backbone, self._dataset, batches)
         for failures, part in progress(parts, len(batches), f"embedding {name}"):
@@ -6839,6 +7536,8 @@ class TrainFeed:
             UserError: workers are killed again and again.
         """
         TEAM.call("train_epoch", state.epoch, state.batches)
+        if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
+            TEAM.copy_weights(state.model.backbone)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         for restarts in itertools.count():
             if self._loader is None:
@@ -6939,11 +7638,16 @@ class SaveClock:
         SIGNALS.wants_save = False
 
 
+def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
+    """Say whether nothing is left to train after `epoch` epochs: all are done, or --patience is at its end."""
+    return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
+
+
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     feed = CachedFeed(job, state.model, bank) if job.config.cache_views else TrainFeed(job, state)
     clock = SaveClock(job.config.save_minutes)
-    while state.epoch < job.config.epochs:
+    while not has_ended(job.config, state.epoch, state.best):
         started = time.monotonic() - state.seconds
         try:
             pace = train_epoch(job, state, feed, clock)
@@ -6952,7 +7656,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
                 save_state(job, state)
             raise
         train, train_per_class = score_training(job, state)
-        val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
+        with state.judged():
+            val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
         record = {
             "epoch": state.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -6966,7 +7671,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
             job.run.log(format_epoch(record, job.config))
-            job.run.event("epoch_end", **record, train_per_class=train_per_class, val_per_class=val_per_class)
+            per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class}
+            job.run.event("epoch_end", **record, **(per_class if job.config.save_metrics else {}))
             state.finish_epoch()
             save_epoch(job, state, update_best(job, state, val))
             clock.restart()
@@ -6975,14 +7681,12 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered. Return the pace."""
     network, pace = feed.network(state.model.train()), Pace()
-    total_steps, started = len(feed) * job.config.epochs, time.monotonic() - state.seconds
-    for batch in pace.watch(feed.batches(state)):
-        job.note_failures(batch.failures)
+    started = time.monotonic() - state.seconds
+    for batches in group_batches(pace.watch(feed.batches(state)), job.config):
+        for batch in batches:
+            job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
-            if len(batch.labels):
-                prepare_step(job, state, total_steps)
-                state.tally.add(*train_step(job.runtime, network, state, batch), batch.labels)
-            state.batches += 1
+            take_step(job, network, state, batches, len(feed))
             state.seconds = time.monotonic() - started
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(state, job.run.path)
@@ -6997,10 +7701,24 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock
     return pace.figures()
 
 
-def prepare_step(job: Job, state: TrainState, total_steps: int) -> None:
-    """Set what a step is a function of besides weights and batch: learning rates and torch's generators."""
-    set_learning_rate(state.optimizer, lr_factor(state.step, total_steps))
-    seed_torch(job.config.seed, 5, state.step)  # for the dropout that some backbones have when fine-tuned
+def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Batch]]:
+    """Yield the batches of one optimizer step after the other; the last step of an epoch may have fewer."""
+    while group := list(itertools.islice(batches, config.accumulate_grad_batches)):
+        yield group
+
+
+def take_step(job: Job, network: nn.Module, state: TrainState, batches: list[Batch], num_batches: int) -> None:
+    """Do the optimizer step of some batches, of `num_batches` in an epoch; without a readable image there is none."""
+    readable = [batch for batch in batches if len(batch.labels)]
+    if readable:
+        config = job.config
+        total_steps = -(-num_batches // config.accumulate_grad_batches) * config.epochs
+        set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
+        loss, logits = train_step(config, job.runtime, network, state, readable)
+        state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
+        if state.average:
+            state.average.update(state.step)
+    state.batches += len(batches)
 
 
 def save_state(job: Job, state: TrainState) -> None:
@@ -7017,32 +7735,82 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     sizes = totals["sizes"].double()
     mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    has_cosines = "cosines" in totals
-    scores = log_softmax(job.config.arc_scale * totals["cosines"].numpy()) if has_cosines else totals["answers"].numpy()
+    scores = log_softmax(totals["logits"].numpy()) if "logits" in totals else totals["answers"].numpy()
     figures, per_class = compute_metrics(scores, totals["labels"].numpy(), job.records.class_names)
     return {"loss": mean_loss, **figures}, per_class
 
 
 def train_step(
-    runtime: Runtime, network: nn.Module, state: TrainState, batch: Batch
+    config: Config, runtime: Runtime, network: nn.Module, state: TrainState, batches: list[Batch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return its loss () and the cosines (B, C), both still on the device.
+    """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    In a team, `batch` has a part of the images; features, loss and cosines are those of the whole batch.
+    In a team, a batch has a part of the images; features, loss and logits are those of all images of all batches together.
     """
-    images = batch.images.to(runtime.device, non_blocking=True)
-    labels = batch.labels.to(runtime.device, non_blocking=True)
-    logits, cosine = state.model(TEAM.gather(network(images), batch.sizes), labels)
-    loss = F.cross_entropy(logits, labels)
+    labels = torch.cat([batch.labels for batch in batches]).to(runtime.device, non_blocking=True)
+
+    def embed_part(
+        index: int,
+    ) -> torch.Tensor:  # the same when asked again: dropout is a function of seed, step and index
+        seed_torch(config.seed, 5, state.step, *([index] if index else []))
+        images = batches[index].images.to(runtime.device, non_blocking=True)
+        return TEAM.gather(network(images), batches[index].sizes)
+
+    logits, plain = state.model(join_parts(embed_part, len(batches), state.model.backbone), labels)
+    loss = classification_loss(logits, labels, config)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), GRAD_CLIP_NORM)
+    if config.max_grad_norm:
+        trained = (p for p in state.model.parameters() if p.requires_grad)
+        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    return loss.detach(), cosine.detach()
+    return loss.detach(), plain.detach()
+
+
+def join_parts(embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone) -> torch.Tensor:
+    """Return the features of several batches as those of one, at the memory of one.
+
+    A backbone that is trained sees each batch twice: for the features that head, BatchNorm and loss need all of, and again for its
+    gradients, as in Gao et al., "Scaling deep contrastive learning batch size", arXiv:2101.06983.
+    """
+    if count == 1:
+        return embed_part(0)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        return torch.cat([embed_part(index) for index in range(count)])
+    return _Recomputed.apply(torch.zeros((), requires_grad=True), embed_part, count, backbone)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Features of several batches, made again one batch after the other when their gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: torch.Tensor, embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone
+    ) -> torch.Tensor:
+        """Return the features of all batches, leaving the running statistics of BatchNorm for the second look."""
+        norms = [part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        tracking = [norm for norm in norms if norm.track_running_stats and norm.training]
+        for norm in tracking:
+            norm.track_running_stats = False
+        try:
+            parts = [embed_part(index) for index in range(count)]
+        finally:
+            for norm in tracking:
+                norm.track_running_stats = True
+        ctx.embed_part, ctx.sizes = embed_part, [len(part) for part in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
+        """Add the gradients of the backbone's weights; other processes hear of their sum."""
+        for index, own in enumerate(gradient.split(ctx.sizes)):
+            with torch.enable_grad(), TEAM.holding(index + 1 < len(ctx.sizes)):
+                torch.autograd.backward(ctx.embed_part(index), own)
+        return None, None, None, None
 
 
 def check_finite(state: TrainState, folder: Path) -> None:
@@ -7057,7 +7825,7 @@ def check_finite(state: TrainState, folder: Path) -> None:
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
-    """Score val by the ArcFace classifier, and by matching with the training images: proto_acc and recall_at_1.
+    """Score val by the classifier that is trained, and by matching with the training images: proto_acc and recall_at_1.
 
     Returns:
         Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
@@ -7066,7 +7834,7 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
 
     def score(queries: Embedded) -> tuple[dict, dict]:
-        figures, per_class = score_arcface(job, model, queries)
+        figures, per_class = score_classifier(job, model, queries)
         return figures | score_matching(references, queries, len(job.records.class_names)), per_class
 
     has_mask = job.records.has_mask[val.rows]
@@ -7075,13 +7843,17 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     return *score(val), by_view
 
 
-def score_arcface(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
+def score_classifier(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
     """Return loss and figures of the classifier that training used, without margin."""
-    with torch.inference_mode():
-        cosine = model.arcface.cosine(torch.from_numpy(queries.values).to(job.runtime.device)).cpu().numpy()
-    log_probabilities = log_softmax(job.config.arc_scale * cosine)
+    log_probabilities = log_softmax(classifier_logits(job, model, queries.values))
     figures, per_class = compute_metrics(log_probabilities, queries.labels, job.records.class_names)
     return {"loss": cross_entropy(log_probabilities, queries.labels), **figures}, per_class
+
+
+def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np.ndarray:
+    """Return the logits without margin float32 (n, C) of unit embeddings (n, emb_dim)."""
+    with torch.inference_mode():
+        return model.criterion.plain_logits(torch.from_numpy(embeddings).to(job.runtime.device)).cpu().numpy()
 
 
 def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
@@ -7120,7 +7892,7 @@ def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
     """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
     if is_best:
         save_checkpoint(job.run.path / BEST_NAME, state, job.identity)
-    if job.config.save_every and state.epoch % job.config.save_every == 0:
+    if job.config.save_checkpoints and job.config.save_every and state.epoch % job.config.save_every == 0:
         save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
@@ -8537,7 +9309,7 @@ class _Figures:
     views: dict[str, Any] | None  # test_views event
     measured: dict[str, Any] | None  # measured event
     scored: str  # the split that the page leads with: test, else val
-    scores: dict[str, Any]  # of that split: acc by prototypes, arcface_acc, f1_macro, auc_macro, recall_at_1
+    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # of that split, by class name
 
 
@@ -8614,10 +9386,10 @@ def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
     best, test = last.get("best_update"), last.get("test_end")
     if test:
-        scores, per_class = {**test["prototypes"], "arcface_acc": test["arcface"]["acc"]}, test["per_class"]
+        scores, per_class = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}, test["per_class"]
     else:
         epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
-        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "arcface_acc": epoch["val"].get("acc")}
+        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
         per_class = epoch["val_per_class"]
     return _Figures(
         epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
@@ -8717,7 +9489,7 @@ def _header_view(report: ReportInput, figures: _Figures) -> dict[str, Any]:
 def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]:
     """Return the key figures as (label, value, note)."""
     split, best = figures.scored, figures.best
-    by = "prototypes" if split == "test" else "ArcFace"
+    by = "prototypes" if split == "test" else "the classifier"
     best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
     in_split, in_class = {name: int(report.count_images(name).sum()) for name in SPLIT_NAMES}, report.count_images()
     scores = (
@@ -8725,7 +9497,7 @@ def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]
         ("Macro F1", "f1_macro", f"{by}, {split}"),
         ("Macro ROC AUC", "auc_macro", f"{by}, {split}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {split}"),
-        ("ArcFace accuracy", "arcface_acc", f"classifier, {split}"),
+        ("Classifier accuracy", "classifier_acc", f"trained one, {split}"),
     )
     return [
         *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
@@ -8739,7 +9511,7 @@ def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
     """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
     frozen = figures.baseline.get(figures.scored, {})
     bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
-    bars += [("trained, ArcFace", figures.scores.get("arcface_acc"), "trained")]
+    bars += [("trained, classifier", figures.scores.get("classifier_acc"), "trained")]
     bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
     return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
 
@@ -9431,7 +10203,7 @@ _REPORT_HTML = """
 
 <section id="curves"><h2>Curves</h2>
   <ul class="keys"><li><i style="--k: var(--train)"></i>train</li>
-    <li><i style="--k: var(--val)"></i>val, ArcFace</li>
+    <li><i style="--k: var(--val)"></i>val, classifier</li>
     <li><i style="--k: var(--proto)"></i>val, prototypes</li>
     {% if curves.baseline %}
     <li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline }}</li>
@@ -9476,7 +10248,7 @@ _REPORT_HTML = """
     {% if figures.test %}
     Scores of the test split, by prototype matching.
     {% else %}
-    No test split: scores of the validation split at the best epoch, by the ArcFace classifier.
+    No test split: scores of the validation split at the best epoch, by the classifier.
     {% endif %}
     An answer whose similarity is below the threshold of its class should be read as unknown. Click a heading to sort.</p>
   <div class="scroll"><table class="classes">
@@ -11153,7 +11925,7 @@ def choose_options(own: Config, typed: Config) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
-    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.given})
+    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
 
 
 def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path | None:
@@ -11248,6 +12020,7 @@ def run_train(config: Config) -> None:
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
+    check_optimizer(config)
     if config.auto_generate_masks:
         check_sam2(config)
     scan = scan_dataset(config)
@@ -11333,7 +12106,11 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
 def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
     """Say whether nothing is left to do: all epochs are trained, and the last thing recorded is a completed run."""
     events = read_events(config.out_dir)
-    return checkpoint["epoch"] >= config.epochs and bool(events) and events[-1].get("status") == "completed"
+    return (
+        has_ended(config, checkpoint["epoch"], checkpoint["best"])
+        and bool(events)
+        and events[-1].get("status") == "completed"
+    )
 
 
 def open_run(job: Job, plan: Plan) -> None:
@@ -11366,15 +12143,15 @@ def describe_run(job: Job) -> dict[str, Any]:
     packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
     return {
         "options": job.config.as_plain(),
+        "origins": {field.name: job.config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
         "optimizer": {
-            "type": "AdamW",
+            "type": job.config.optimizer,
             "head_weight_decay": HEAD_WEIGHT_DECAY,
             "backbone_weight_decay": BACKBONE_WEIGHT_DECAY,
-            "grad_clip_norm": GRAD_CLIP_NORM,
         },
-        "schedule": "linear warm-up over 5 % of the steps, then half a cosine to 0",
-        "loss": {"type": "ArcFace", "scale": job.config.arc_scale, "margin": job.config.arc_margin},
+        "schedule": job.config.scheduler,
+        "loss": job.config.criterion,
         "data": {
             "fingerprint": job.fingerprint,
             "masks_hash": job.records.masks_hash,
@@ -11413,7 +12190,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
     if config.compile:
         backbone.model.compile()
-    state = TrainState(model, build_optimizer(model, config), job.runtime.make_scaler())
+    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -11451,7 +12228,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(load_checkpoint(run.path / "checkpoint_best.pth")["model"])
+    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -11493,15 +12270,17 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
-    """Score the test split by the ArcFace classifier and by the gallery, and record the verdict."""
+    """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
     names = job.records.class_names
     scores = gallery.scores(test.values)
     figures, per_class = compute_metrics(log_softmax(scores / gallery.temperature), test.labels, names)
     figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
-    arcface = score_arcface(job, model, test)[0]
+    classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     judgement = judge_training(baseline, figures["acc"], num_images)
-    job.run.event("test_end", arcface=arcface, prototypes=figures, per_class=per_class, images=num_images, **judgement)
+    job.run.event(
+        "test_end", classifier=classifier, prototypes=figures, per_class=per_class, images=num_images, **judgement
+    )
     shown = (
         ("acc", figures["acc"]),
         ("macro F1", figures["f1_macro"]),
@@ -11511,7 +12290,7 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     job.run.log(
         "test by prototypes: "
         + ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown)
-        + f"; by ArcFace: acc {arcface['acc']:.3f}; {num_images} images, best epoch's weights"
+        + f"; by the classifier: acc {classifier['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
     if job.run.tracker is not None:
@@ -11561,15 +12340,10 @@ def simple_ways(
     stacks = stacks.take(np.argsort(stacks.labels, kind="stable"))
     centroids = class_centroids(features.values, features.labels, num_classes)
 
-    def arcface_logits(own: Vectors) -> np.ndarray:
-        with torch.inference_mode():
-            cosine = model.arcface.cosine(torch.from_numpy(own.embeddings).to(job.runtime.device))
-        return job.config.arc_scale * cosine.cpu().numpy()
-
     kind = "fine-tuned" if job.config.trains_backbone else "frozen"
     return {
         f"{kind} backbone, nearest centroid": (lambda own: own.features @ centroids.T, best_score),
-        "ArcFace, highest softmax": (arcface_logits, highest_softmax),
+        "classifier, highest softmax": (lambda own: classifier_logits(job, model, own.embeddings), highest_softmax),
         "trained, nearest reference": (
             lambda own: knn_scores(own.embeddings, stacks.values, stacks.labels, np.ones(num_classes, np.int64)),
             best_score,
@@ -11732,19 +12506,16 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.state = TrainState(self.model, build_optimizer(self.model, job.config), self.runtime.make_scaler())
+        self.state = start_state(self.model, job.config, self.runtime)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self.feed = TrainFeed(self.job, self.state)
 
     def train_epoch(self, epoch: int, batches: int) -> None:
         """Do a part of `train_epoch`; what it records and saves is not ours."""
         state, self.state.epoch, self.state.batches = self.state, epoch, batches
-        network = self.runtime.wrap(self.model.train().backbone)
-        for batch in self.feed.batches(state):
-            if len(batch.labels):
-                prepare_step(self.job, state, len(self.feed) * self.job.config.epochs)
-                train_step(self.runtime, network, state, batch)
-            state.batches += 1
+        network = self.feed.network(self.model.train())
+        for group in group_batches(self.feed.batches(state), self.job.config):
+            take_step(self.job, network, state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""

@@ -41,9 +41,9 @@ def test_help_lists_every_option_once_on_one_line_with_its_default():
 
 
 def test_every_option_describes_itself():
-    for field in dataclasses.fields(lct.Config)[2:]:  # `command` and `given` are no flags
+    for field in dataclasses.fields(lct.Config)[2:]:  # `command` and `origins` are no flags
         assert field.metadata["help"] and field.metadata["group"], field.name
-        assert lct.field_kind(field) in (int, float, str, bool, lct.Path), field.name
+        assert lct.field_kind(field) in (int, float, str, bool, lct.Path, dict), field.name
 
 
 def test_defaults_are_those_of_the_design():
@@ -66,7 +66,7 @@ def test_values_arrive_with_their_types():
     assert (config.command, config.data_root, config.exclude) == ("scan", lct.Path("a"), ("*.bmp", "x*"))
     assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert (config.freeze_backbone, config.gpus, config.resume) == (False, 0, "last")
-    assert config.as_plain()["data_root"] == "a" and config.as_plain()["mean"] == [0.1, 0.2, 0.3]
+    assert config.as_plain()["data_root"] == str(lct.Path.cwd() / "a") and config.as_plain()["mean"] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(

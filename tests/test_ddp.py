@@ -134,7 +134,7 @@ def train_small(path: str) -> int:
         labels = torch.from_numpy(rng.integers(0, 5, size))
         own = lct.TEAM.share(range(size))
         batch = lct.Batch(images[own], labels[own], labels[own], labels[own], [])
-        losses.append(lct.train_step(runtime, model.backbone, state, lct.TEAM.pool(batch))[0])
+        losses.append(lct.train_step(config, runtime, model.backbone, state, [lct.TEAM.pool(batch)])[0])
     torch.save({"losses": torch.stack(losses), **model.state_dict()}, f"{path}{lct.TEAM.rank}")
     return 0
 

@@ -19,11 +19,11 @@ def make_model(freeze: bool) -> tuple[lct.Recognizer, lct.Config]:
 
 
 def test_schedule_warms_up_and_falls_to_zero() -> None:
-    factors = [lct.lr_factor(step, 200) for step in range(200)]
+    factors = [lct.lr_factor(lct.Config(), step, 200) for step in range(200)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(factors) == 1.0 and factors[-1] < 1e-3
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
-    assert lct.lr_factor(105, 200) == pytest.approx(0.5 * (1 + math.cos(math.pi * 95 / 190)))
+    assert lct.lr_factor(lct.Config(), 105, 200) == pytest.approx(0.5 * (1 + math.cos(math.pi * 95 / 190)))
 
 
 def test_groups_have_the_rates_and_decays_of_the_contract() -> None:
@@ -51,6 +51,12 @@ def test_head_and_backbone_have_rates_of_their_own(options: dict, head: float, b
     model, config = make_model(freeze=False)
     rates = [group["peak_lr"] for group in lct.parameter_groups(model, dataclasses.replace(config, **options))]
     assert rates == pytest.approx([head, 10 * options.get("lr", 1e-3), backbone, backbone])
+
+
+def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
+    model, config = make_model(freeze=False)
+    groups = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.2))
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.2, 0.2, 0.0]
 
 
 def rates_and_decays(groups: list[dict], model: nn.Module) -> dict[str, tuple[float, float]]:
@@ -102,3 +108,176 @@ def test_a_frozen_backbone_is_not_optimised_and_stays_in_eval_mode() -> None:
     assert model.head.training and not model.backbone.training and not model.backbone.model.training
     features = model.backbone(torch.zeros(2, 3, 2, 2, dtype=torch.uint8))
     assert not features.requires_grad
+
+
+ONECYCLE = {"scheduler": "onecycle", "div_factor": 10.0, "final_div_factor": 100.0}
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("total, pct_start", [(10, 0.3), (301, 0.05), (301, 0.3), (3, 0.9), (10, 0.95)])
+def test_onecycle_equals_that_of_torch_value_by_value(total: int, pct_start: float, strategy: str) -> None:
+    config = lct.Config(**ONECYCLE, anneal_strategy=strategy, pct_start=pct_start)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    peer = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=0.7,
+        total_steps=total,
+        pct_start=pct_start,
+        anneal_strategy=strategy,
+        div_factor=10.0,
+        final_div_factor=100.0,
+    )
+    for step in range(total):
+        assert 0.7 * lct.lr_factor(config, step, total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step < total - 1:
+            peer.step()
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7])
+@pytest.mark.parametrize("pct_start", [0.0, 0.1, 0.5, 1.0])
+def test_onecycle_of_few_steps_where_torch_divides_by_zero(total: int, pct_start: float) -> None:
+    factors = [lct.lr_factor(lct.Config(**ONECYCLE, pct_start=pct_start), step, total) for step in range(total)]
+    assert all(0.001 - 1e-12 <= factor <= 1 for factor in factors)
+
+
+def test_warmup_epochs_are_steps_of_that_many_epochs() -> None:
+    config = lct.Config(epochs=10, warmup_epochs=2.5)
+    factors = [lct.lr_factor(config, step, 100) for step in range(100)]
+    assert factors[:25] == pytest.approx([(step + 1) / 25 for step in range(25)])
+    assert factors[25:] == sorted(factors[25:], reverse=True)
+    none = lct.Config(epochs=10, warmup_epochs=0.0)
+    assert lct.lr_factor(none, 0, 100) == 1.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lion", "nadamw"])
+def test_optimizers_of_timm_take_the_groups(name: str) -> None:
+    model, config = make_model(freeze=False)
+    config = dataclasses.replace(config, optimizer=name)
+    lct.check_optimizer(config)
+    optimizer = lct.build_optimizer(model, config)
+    assert name in type(optimizer).__name__.lower()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05, 0.0]
+    before = [p.clone() for p in model.parameters()]
+    lct.set_learning_rate(optimizer, 1.0)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True) if a.abs().sum())
+
+
+def test_betas_and_eps_reach_the_optimizer_that_has_them() -> None:
+    model, config = make_model(freeze=True)
+    for name in ("adamw", "lamb"):
+        own = dataclasses.replace(config, optimizer=name, betas=(0.8, 0.9), eps=1e-3)
+        group = lct.build_optimizer(model, own).param_groups[0]
+        assert tuple(group["betas"]) == (0.8, 0.9) and group["eps"] == 1e-3
+        lct.check_optimizer(own)
+    with pytest.raises(lct.UserError, match="betas: rmsprop has no such setting"):
+        lct.check_optimizer(dataclasses.replace(config, optimizer="rmsprop", betas=(0.8, 0.9)))
+    with pytest.raises(lct.UserError, match="eps: lion has no such setting"):
+        lct.check_optimizer(dataclasses.replace(config, optimizer="lion", eps=1e-3))
+
+
+@pytest.mark.parametrize("name, part", [("adamww", "did you mean adamw"), ("adahessian", "another training loop")])
+def test_names_of_optimizers_are_checked(name: str, part: str) -> None:
+    with pytest.raises(lct.UserError, match=part):
+        lct.check_optimizer(lct.Config(optimizer=name))
+
+
+class Layers(nn.Module):
+    """A backbone of some layers that depends on no other image of its batch."""
+
+    trained_keys, model = None, property(lambda self: self.layers)
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(12, 16), nn.LayerNorm(16), nn.Dropout(0.0), nn.Linear(16, 6)
+        )
+        self.layers.requires_grad_(not frozen)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Recognizer, torch.Tensor]:
+    """Do one step on 32 images in batches of the sizes given; return the model with its gradients and the loss."""
+    torch.manual_seed(3)
+    config = lct.Config(freeze_backbone=frozen, emb_dim=4, **options)
+    model = lct.Recognizer(Layers(frozen), lct.Head(6, 4), lct.build_criterion(config, 3)).double().train()
+    state = lct.start_state(model, config, CPU)
+    images, labels = torch.randn(32, 3, 2, 2, dtype=torch.float64), torch.arange(32) % 3
+    parts = zip(images.split(sizes), labels.split(sizes), strict=True)
+    batches = [lct.Batch(own, known, known, known, []) for own, known in parts]
+    loss, _ = lct.train_step(config, CPU, model.backbone, state, batches)
+    return model, loss
+
+
+CPU = lct.Runtime(torch.device("cpu"), 0, torch.float32)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_accumulated_batches_are_one_batch(frozen: bool) -> None:
+    """BatchNorm of the head included: its statistics, too, are those of all 32 images."""
+    whole, loss = step_on([32], frozen, max_grad_norm=0.0)
+    parts, loss_of_parts = step_on([8, 8, 8, 8], frozen, max_grad_norm=0.0)
+    ragged, _ = step_on([15, 15, 2], frozen, max_grad_norm=0.0)
+    assert float(loss) == pytest.approx(float(loss_of_parts), rel=1e-12)
+    trained = [name for name, p in whole.named_parameters() if p.requires_grad]
+    assert any(name.startswith("backbone") for name in trained) != frozen
+    for other in (parts, ragged):
+        for name in trained:
+            gradient = whole.get_parameter(name).grad
+            assert gradient.abs().sum() > 0 or name == "head.hidden.bias"  # which BatchNorm takes away again
+            torch.testing.assert_close(other.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(other.head.norm.running_mean, whole.head.norm.running_mean)
+
+
+def test_running_statistics_of_the_backbone_see_each_accumulated_batch_once() -> None:
+    norm = nn.BatchNorm1d(12)
+    backbone = nn.Sequential(nn.Flatten(), norm).train()
+    images = torch.randn(3, 10, 3, 2, 2) + torch.arange(3).view(3, 1, 1, 1, 1)
+    lct.join_parts(lambda index: backbone(images[index]), 3, backbone).sum().backward()
+    expected = torch.zeros(12)
+    for part in images:
+        expected = 0.9 * expected + 0.1 * part.flatten(1).mean(0)
+    torch.testing.assert_close(norm.running_mean, expected)
+    assert int(norm.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.1])
+def test_clipping_bounds_the_norm_of_all_gradients(limit: float) -> None:
+    free, _ = step_on([32], False, max_grad_norm=0.0)
+    clipped, _ = step_on([32], False, max_grad_norm=limit)
+
+    def norm(model: lct.Recognizer) -> float:
+        return math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+
+    assert norm(free) > 0.1
+    assert norm(clipped) == pytest.approx(limit, rel=1e-4)
+
+
+def test_the_running_mean_follows_its_formula_and_is_shown_for_a_while_only() -> None:
+    model, _ = make_model(freeze=False)
+    average = lct.WeightAverage(model, 0.5)
+    weight, expected = model.head.output.weight, model.head.output.weight.detach().clone()
+    for step in range(1, 30):
+        with torch.no_grad():
+            weight.add_(torch.randn_like(weight))
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight.detach()
+        average.update(step)
+    torch.testing.assert_close(average.values["head.output.weight"], expected)
+    live = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(KeyError), average.shown():
+        torch.testing.assert_close(weight.detach(), expected)
+        raise KeyError
+    assert all(torch.equal(value, live[key]) for key, value in model.state_dict().items())
+
+
+def test_patience_counts_the_epochs_since_the_best() -> None:
+    config = lct.Config(epochs=20, patience=3)
+    assert not lct.has_ended(config, 0, {})
+    assert [lct.has_ended(config, epoch, {"epoch": 4}) for epoch in (4, 6, 7, 8)] == [False, False, True, True]
+    assert not lct.has_ended(lct.Config(epochs=20), 19, {"epoch": 1}) and lct.has_ended(config, 20, {"epoch": 20})

@@ -44,7 +44,7 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
-        events.append({"event": "test_end", "time": 1.0, "arcface": arcface, "prototypes": prototypes,
+        events.append({"event": "test_end", "time": 1.0, "classifier": arcface, "prototypes": prototypes,
                        "per_class": per_class, "baseline": {"name": "logreg", "acc": 0.544},
                        "verdict": "training helped by 16.8 points"})  # fmt: skip
     return events
@@ -126,7 +126,7 @@ def read_tiles(text: str) -> dict[str, str]:
 def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data"), tmp_path / "report.html")
     assert read_tiles(text) == {"Accuracy": "0.712", "Macro F1": "0.723", "Macro ROC AUC": "0.835", "Recall@1": "0.746",
-                                "ArcFace accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
+                                "Classifier accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
     assert '<h1 class="good">Training helped by 16.8 points</h1>' in text
     assert re.findall(r'class="right">(.*?)</span></div>', text) == ["0.712", "0.701", "0.544", "0.522", "0.511"]
     assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references" in text
@@ -228,7 +228,7 @@ def test_no_test_split_shows_val_and_says_so(tmp_path: Path) -> None:
     text = write(make_report(tmp_path / "data", has_test=False), tmp_path / "report.html")
     assert text.count("No test split") >= 4 and '<h1 class="plain">' in text
     tiles = read_tiles(text)
-    assert tiles["Accuracy"] == "0.600" and tiles["ArcFace accuracy"] == "0.602"
+    assert tiles["Accuracy"] == "0.600" and tiles["Classifier accuracy"] == "0.602"
 
 
 def test_lost_events_leave_dashes(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ DEATHS = {
     "building prototypes": kill("build_gallery", 1, TERM),
     "writing prototypes": kill("save_gallery", 1, KILL),
     "test": kill("test_run", 1, KILL),
-    "test, Ctrl-C": kill("score_arcface", 4, INT),
+    "test, Ctrl-C": kill("score_classifier", 4, INT),
     "report": kill("gather_report", 1, TERM),
     "report, written": kill("write_report", 1, KILL, when="after"),
 }

@@ -71,7 +71,7 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
     job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
     model = lct.build_recognizer(config, 4, backbone, info)
     backbone.dtype = runtime.dtype_of(backbone)
-    return job, lct.TrainState(model, lct.build_optimizer(model, config), runtime.make_scaler())
+    return job, lct.start_state(model, config, runtime)
 
 
 def list_augmentations(A: Any, gray: dict[str, int]) -> list[Any]:  # noqa: N803
@@ -200,7 +200,7 @@ def our_parts(precision: str) -> tuple[float, float]:
     started = time.process_time()
     lct.train_epoch(job, state, lct.TrainFeed(job), lct.SaveClock(0))
     trained = time.process_time()
-    lct.score_arcface(
+    lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
     )
     return trained - started, time.process_time() - trained
@@ -267,7 +267,7 @@ def our_start() -> float:
 def large_state() -> lct.TrainState:
     config = lct.Config(model_id=LARGE, backbone_weights=large_weights())
     model = lct.build_recognizer(config, 100, *lct.build_backbone(config, print))
-    state = lct.TrainState(model, lct.build_optimizer(model, config), lct.make_runtime(config).make_scaler())
+    state = lct.start_state(model, config, lct.make_runtime(config))
     logits, _ = model(torch.randn(64, 1024), torch.zeros(64, dtype=torch.int64))
     logits.sum().backward()
     state.optimizer.step()

@@ -73,7 +73,7 @@ class Subject:
             self.records, splits=lct.assign_splits(self.records.labels, self.records.groups, SPLIT, seed)
         )
         model = lct.build_recognizer(config, len(records.class_names), self.backbone, self.info)
-        state = lct.TrainState(model, lct.build_optimizer(model, config), CPU.make_scaler())
+        state = lct.start_state(model, config, CPU)
         sampler = lct.EpochSampler(records.rows("train"), records.labels, config)
         order = 1 + np.random.default_rng((seed, 99)).permutation(config.epochs)
         for epoch in range(config.epochs):
@@ -88,8 +88,8 @@ class Subject:
                     features = self.features[dtype][turns, rows].astype(np.float16).astype(np.float32)
                 labels = torch.from_numpy(records.labels[rows].astype(np.int64))
                 batch = lct.Batch(torch.from_numpy(features), labels, torch.from_numpy(rows), None, [])
-                lct.set_learning_rate(state.optimizer, lct.lr_factor(state.step, len(sampler) * config.epochs))
-                lct.train_step(CPU, torch.nn.Identity(), state, batch)
+                lct.set_learning_rate(state.optimizer, lct.lr_factor(config, state.step, len(sampler) * config.epochs))
+                lct.train_step(config, CPU, torch.nn.Identity(), state, [batch])
         return self._score(config, records, model.eval(), self.features[dtype][0])
 
     def _score(self, config: lct.Config, records: lct.Records, model: lct.Recognizer, clean: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Section 10: the angular margin against a float64 formula and a peer, and its gradient where others give NaN."""
+"""Section 10: margins and losses against float64 formulas and a peer, and gradients where others give NaN."""
 
 import math
 
@@ -47,8 +47,8 @@ def test_loss_and_gradient_are_finite_at_the_poles(value: float) -> None:
 def test_gradient_through_unit_vectors_equal_to_their_class_direction_is_finite() -> None:
     arcface = lct.ArcFace(8, 5, margin=0.3, scale=30.0)
     raw = arcface.weight.detach().repeat(40, 1).mul(torch.rand(200, 1) * 5).requires_grad_()
-    logits, cosine = arcface(F.normalize(raw), torch.arange(5).repeat(40))
-    assert (cosine.diagonal() > 0.999999).all()
+    logits, plain = arcface(F.normalize(raw), torch.arange(5).repeat(40))
+    assert (plain.diagonal() > 30 * 0.999999).all()
     F.cross_entropy(logits, torch.arange(5).repeat(40)).backward()
     assert torch.isfinite(raw.grad).all() and torch.isfinite(arcface.weight.grad).all()
 
@@ -82,4 +82,68 @@ def test_evaluation_never_sees_the_margin() -> None:
     embeddings = F.normalize(torch.randn(10, 8))
     expected = embeddings @ F.normalize(arcface.weight).T
     torch.testing.assert_close(arcface.cosine(embeddings), expected)
-    torch.testing.assert_close(arcface(embeddings, torch.arange(10) % 4)[1], expected)
+    torch.testing.assert_close(arcface(embeddings, torch.arange(10) % 4)[1], 30 * expected)
+    torch.testing.assert_close(arcface.plain_logits(embeddings), 30 * expected)
+
+
+def build(criterion: str, **options: object) -> tuple[torch.nn.Module, lct.Config]:
+    torch.manual_seed(0)
+    config = lct.Config(criterion=criterion, emb_dim=8, **options)
+    return lct.build_criterion(config, 4), config
+
+
+def some_embeddings() -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings = F.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(1)))
+    return embeddings, torch.arange(20) % 4
+
+
+def test_cosface_takes_the_margin_from_the_cosine_of_the_true_class() -> None:
+    cosface, _ = build("cosface", arc_margin=0.35, arc_scale=16.0)
+    embeddings, labels = some_embeddings()
+    logits, plain = cosface(embeddings, labels)
+    torch.testing.assert_close(plain - logits, 16 * 0.35 * F.one_hot(labels, 4).float())
+
+
+def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcface_with_one() -> None:
+    several, _ = build("subcenter_arcface", sub_centers=3)
+    embeddings, labels = some_embeddings()
+    assert several.weight.shape == (12, 8)
+    directions = F.normalize(several.weight).view(4, 3, 8)
+    expected = torch.stack([(embeddings @ own.T).max(dim=1).values for own in directions], dim=1)
+    torch.testing.assert_close(several.cosine(embeddings), expected)
+    torch.testing.assert_close(several(embeddings, labels)[0], 30 * lct.add_angular_margin(expected, labels, 0.3))
+    single, _ = build("subcenter_arcface", sub_centers=1)
+    plain, _ = build("arcface")
+    torch.testing.assert_close(single(embeddings, labels), plain(embeddings, labels))
+
+
+def test_cross_entropy_is_a_linear_classifier_without_margin() -> None:
+    linear, config = build("cross_entropy")
+    embeddings, labels = some_embeddings()
+    logits, plain = linear(embeddings, labels)
+    expected = 30 * embeddings @ linear.linear.weight.T + linear.linear.bias
+    assert logits is plain
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(lct.classification_loss(logits, labels, config), F.cross_entropy(expected, labels))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_equals_its_formula_also_where_the_class_is_certain(gamma: float) -> None:
+    _, config = build("focal", focal_gamma=gamma)
+    logits = torch.cat([torch.randn(50, 4, dtype=torch.float64), torch.tensor([[90.0, 0, 0, 0]])]).requires_grad_()
+    labels = torch.arange(51) % 4
+    labels[-1] = 0
+    p = torch.softmax(logits.detach(), dim=1)[torch.arange(51), labels]
+    loss = lct.classification_loss(logits, labels, config)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float((-((1 - p) ** gamma) * p.log()).mean()), rel=1e-6)
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("criterion", ["arcface", "focal"])
+def test_label_smoothing_spreads_a_share_of_the_target(criterion: str) -> None:
+    _, config = build(criterion, label_smoothing=0.2, focal_gamma=0.0)
+    logits, labels = torch.randn(30, 4), torch.arange(30) % 4
+    target = 0.8 * F.one_hot(labels, 4) + 0.05
+    expected = -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(lct.classification_loss(logits, labels, config), expected)

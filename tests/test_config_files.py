@@ -1,0 +1,239 @@
+"""Section 02: config files. Every key is tested, from `Config` itself, so that a new one cannot be forgotten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_RUN, run_main
+
+import lct_dino3 as lct
+
+FIELDS = [field for field in lct.option_fields() if not field.metadata.get("once")]
+# Two values, neither of them the default, for options whose values have a form of their own; all others are made below.
+SPECIAL = {
+    "prototypes_per_class": ("2", "3"),
+    "formats": ("coco", "csv"),
+    "val_split": (0.3, 0.4),
+    "test_split": (0.3, 0.4),
+    "mean": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+    "std": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+}
+BESIDE = {"mean": {"std": [0.5] * 3}, "std": {"mean": [0.5] * 3}}  # what an option cannot stand without
+
+
+def two_values(field):
+    """Return two values of an option, as the config has them, that differ from each other and from the default."""
+    if field.name in SPECIAL:
+        return SPECIAL[field.name]
+    kind, meta = lct.field_kind(field), field.metadata
+    if kind is bool:
+        return not field.default, field.default
+    low, high = meta.get("low"), meta.get("high")
+    if "choices" in meta:
+        choices = list(meta["choices"])
+    elif kind is int:
+        choices = [low or 1, (low or 1) + 1, (low or 1) + 2]
+    elif kind is float:
+        choices = [low + (min(high, low + 1) - low) * share for share in (0.25, 0.5, 0.75)]
+    elif kind is lct.Path:
+        return Path("/a/file"), Path("/b/file")
+    else:
+        choices = ["one", "two"]
+    if field.type.startswith("tuple["):
+        count = meta["nargs"] if isinstance(meta.get("nargs"), int) else 1
+        choices = [({"type": choice},) if kind is dict else (choice,) * count for choice in choices]
+    written, *others = [choice for choice in choices if choice != field.default]
+    return written, (others or [field.default])[0]
+
+
+def plain(value):
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def flag_words(field, value):
+    if lct.field_kind(field) is bool:
+        return [f"--{'' if value else 'no-'}{field.name}"]
+    if lct.field_kind(field) is dict:
+        return [f"--{field.name}", json.dumps(value)]
+    return [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def resolve(tmp_path, text, *argv, name="run.yaml"):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return lct.parse_command_line(["--config", str(tmp_path / name), *map(str, argv)])
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(lct.UserError) as caught:
+        resolve(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_command_line_beats_file_beats_default_for_every_option(tmp_path, field):
+    written, typed = two_values(field)
+    beside = BESIDE.get(field.name, {})
+    for key in (field.name, field.metadata.get("key", field.name)):
+        tree = inner = dict(beside)
+        *sections, last = key.split(".")
+        for section in sections:
+            inner[section] = inner = {}
+        inner[last] = plain(written)
+        config = resolve(tmp_path, yaml.safe_dump(tree))
+        assert getattr(config, field.name) == written
+        assert config.origins[field.name] == f"{tmp_path / 'run.yaml'}: {key}" == config.place(field.name)
+        both = resolve(tmp_path, yaml.safe_dump(tree), *flag_words(field, typed))
+        assert getattr(both, field.name) == typed
+        assert both.origins[field.name] == "command line" and both.place(field.name) == f"--{field.name}"
+        inner[last] = None
+        if not beside:
+            config = resolve(tmp_path, yaml.safe_dump(tree))
+            assert getattr(config, field.name) == field.default and field.name not in config.origins
+
+
+def test_yaml_toml_and_json_say_the_same(tmp_path):
+    tree = {
+        "seed": 7,
+        "optimizer": {"lr": 4e-4},
+        "dataset": {"data_loaders": {"train_batch_size": 16}},
+        "mean": [0.5] * 3,
+    }
+    tree["std"] = [0.25] * 3
+    toml = (
+        "seed = 7\nmean = [0.5, 0.5, 0.5]\nstd = [0.25, 0.25, 0.25]\n[optimizer]\nlr = 4e-4\n"
+        "[dataset.data_loaders]\ntrain_batch_size = 16\n"
+    )
+    configs = [
+        resolve(tmp_path, text, name=name)
+        for name, text in (("a.yaml", yaml.safe_dump(tree)), ("a.toml", toml), ("a.json", json.dumps(tree)))
+    ]
+    for config in configs:
+        assert (config.seed, config.lr, config.batch) == (7, 4e-4, 16)
+        assert (config.mean, config.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize(
+    "text, value", [("4e-4", 4e-4), ("4E-4", 4e-4), ("1", 1.0), (".5", 0.5), ("1e1", 10.0), ("+2.5e-1", 0.25)]
+)
+def test_numbers_of_yaml_are_numbers(tmp_path, text, value):
+    config = resolve(tmp_path, f"lr: {text}")
+    assert config.lr == value and type(config.lr) is float
+
+
+def test_old_name_of_the_flag_and_dotted_flags(tmp_path):
+    (tmp_path / "run.yaml").write_text("training: {epochs: 3}")
+    config = lct.parse_command_line(
+        ["--config_filename", str(tmp_path / "run.yaml"), "--optimizer.lr", "0.5", "--no-model.pretrained"]
+    )
+    assert (config.epochs, config.lr, config.pretrained) == (3, 0.5, False)
+
+
+def test_paths_of_a_file_start_from_its_folder(tmp_path):
+    config = resolve(
+        tmp_path, "directories: {images: crops}\nout_dir: /abs/run\nunknown_dir: ~/strangers", "--class_map", "m.yaml"
+    )
+    assert config.data_root == tmp_path / "crops"
+    assert config.out_dir == Path("/abs/run")
+    assert config.unknown_dir == Path.home() / "strangers"
+    assert config.class_map == Path("m.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("optimizer: {lrr: 1}", ["optimizer.lrr", "no known key", "optimizer.lr"]),
+        ("epoch: 3", ["epoch", "did you mean", "epochs"]),
+        ("model: {lr: 1}", ["model.lr", "did you mean", "optimizer.lr"]),
+        ("training: {epochs: ten}", ["training.epochs", "'ten' is not a whole number"]),
+        ("training: {epochs: 3.5}", ["training.epochs", "3.5 is not a whole number"]),
+        ("epochs: true", ["epochs", "True is not a whole number"]),
+        ("optimizer: {lr: '4e-4'}", ["optimizer.lr", "'4e-4' is not a number"]),
+        ("optimizer: {lr: 99}", ["optimizer.lr", "99.0 is out of range"]),
+        ("lr: .nan", ["lr", "not a finite number"]),
+        ("model: {pretrained: 'no'}", ["model.pretrained", "'no' is not true or false"]),
+        ("crop_mode: bbx", ["crop_mode", "did you mean bbox"]),
+        ("mean: [1, 2]", ["mean", "is not a list of 3 numbers"]),
+        ("mean: [0.1, x, 0.2]", ["mean[1]", "'x' is not a number"]),
+        ("dataset: 3", ["dataset", "is a section", "dataset.image_size"]),
+        ("lr: 1\nlr: 2", ["lr stands there twice"]),
+        ("optimizer: {lr: 1, lr: 2}", ["lr stands there twice"]),
+        ("lr: 1\noptimizer: {lr: 2}", ["optimizer.lr", "says the same as lr"]),
+        ("overwrite: true", ["overwrite", "command line"]),
+        ("config: other.yaml", ["config", "command line"]),
+        ("- lr", ["holds no options"]),
+        ("lr: [", ["cannot be read", "line 1"]),
+        ("out_dir: ''", ["out_dir", "is empty"]),
+        ("? [a, b]\n: 1", ["run.yaml"]),
+    ],
+)
+def test_mistakes_name_file_key_and_remedy(tmp_path, text, parts):
+    message = refusal(tmp_path, text)
+    assert str(tmp_path / "run.yaml") in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "name, text, part",
+    [
+        ("a.json", '{"lr": 1, "lr": 2}', "lr stands there twice"),
+        ("a.json", '{"lr": NaN}', "NaN is no number"),
+        ("a.json", "{", "cannot be read"),
+        ("a.toml", "lr = 1\nlr = 2", "cannot be read"),
+        ("a.ini", "lr = 1", "not named .yaml"),
+    ],
+)
+def test_mistakes_in_the_other_formats(tmp_path, name, text, part):
+    message = refusal(tmp_path, text, name=name)
+    assert str(tmp_path / name) in message and part in message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(lct.UserError, match="No such file"):
+        lct.parse_command_line(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_an_empty_file_and_empty_sections_are_defaults(tmp_path):
+    assert resolve(tmp_path, "# nothing yet\n").lr == lct.Config.lr
+    assert resolve(tmp_path, "optimizer:\nmodel: {}\n").lr == lct.Config.lr
+
+
+def test_a_range_that_the_command_line_breaks_names_the_flag(tmp_path):
+    assert refusal(tmp_path, "epochs: 3", "--epochs", "0").startswith("--epochs: 0 is out of range")
+
+
+def test_experiment_name_names_the_folder_unless_out_dir_does(tmp_path):
+    text = "experiment_name: bench_a\ndirectories: {models: runs}"
+    assert resolve(tmp_path, text).out_dir == tmp_path / "runs" / "bench_a"
+    assert resolve(tmp_path, text, "--out_dir", "own").out_dir == Path("own")
+    assert "not the name of a folder" in refusal(tmp_path, "experiment_name: a/b")
+
+
+def test_demo_settings_are_below_file_and_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("epochs: 3\nbatch: 8")
+    config = lct.parse_command_line(["demo", "--config", str(tmp_path / "run.yaml"), "--batch", "16"])
+    assert (config.img_size, config.epochs, config.batch) == (64, 3, 16)
+    assert config.origins["img_size"] == "demo"
+
+
+def test_config_json_of_a_run_says_where_each_value_comes_from_and_repeats_it(tmp_path, small_data, capsys):
+    words = [word for word in TINY_RUN if word not in ("--epochs", "1")]
+    text = f"training: {{epochs: 2}}\nbatch: 4\ndirectories: {{images: {small_data}}}"
+    (tmp_path / "run.yaml").write_text(text)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_main("--config", tmp_path / "run.yaml", *words, "--overwrite", "--out_dir", first) == 0
+    record = json.loads((first / "config.json").read_text())
+    assert record["origins"]["epochs"] == f"{tmp_path / 'run.yaml'}: training.epochs"
+    assert (record["origins"]["img_size"], record["origins"]["lr"]) == ("command line", "default")
+    assert record["origins"].keys() == record["options"].keys() - {"command"}
+    assert run_main("--config", first / "config.json", "--out_dir", second) == 0, capsys.readouterr().err
+    assert [event["val"] for event in epochs_of(first)] == [event["val"] for event in epochs_of(second)]
+    repeated = json.loads((second / "config.json").read_text())
+    changed = {key for key, value in record["options"].items() if repeated["options"][key] != value}
+    assert changed == {"out_dir", "overwrite", "config"}
+
+
+def epochs_of(run):
+    return [event for event in lct.read_events(run) if event["event"] == "epoch_end"]
