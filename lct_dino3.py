@@ -271,7 +271,7 @@ def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
 
     `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
-    for one start only, not for one that repeats it.
+    for one start only, not for one that repeats it. A path `in_models` is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -516,6 +516,7 @@ class Config:
         "model",
         metavar="PATH",
         key="model.load_from",
+        in_models=True,
     )
     in_channels: int = _option(
         3,
@@ -650,7 +651,7 @@ class Config:
     lr_type: str = _option(
         "two_lrs",
         "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
-        "training",
+        "optimizer",
         choices=("one_lr", "two_lrs"),
         key="optimizer.lr_type",
         fixed=True,
@@ -658,7 +659,7 @@ class Config:
     backbone_lr: float | None = _option(
         None,
         "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.backbone_lr",
@@ -667,16 +668,25 @@ class Config:
     fc_lr: float | None = _option(
         None,
         "peak learning rate of the head (default: lr)",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.fc_lr",
         fixed=True,
     )
+    weight_decay: float | None = _option(
+        None,
+        "weight decay (default: head 1e-4, backbone 0.05); a backbone's norms, biases and tokens have none",
+        "optimizer",
+        low=0.0,
+        high=10.0,
+        key="optimizer.weight_decay",
+        fixed=True,
+    )
     layer_decay: float = _option(
         1.0,
         "factor on the backbone's learning rate from each block to the one before",
-        "training",
+        "optimizer",
         low=0.01,
         high=1.0,
         key="optimizer.layer_decay",
@@ -1122,6 +1132,8 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     merged = {**demo, **file, **typed}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
+    if config.load_from and config.models and not config.load_from.exists():
+        config = dataclasses.replace(config, load_from=config.models / config.load_from)
     check_ranges(config)
     return config
 
@@ -1322,12 +1334,14 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
         raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
     if choices and value not in choices:
-        raise UserError(f"{value!r} is none of {', '.join(choices)}", where, did_you_mean(value, choices))
+        words = [str(choice) for choice in choices]
+        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
     if kind is not Path:
         return value
     if not value:
         raise UserError("is empty", where, "give a path, or leave the key out")
-    return folder / Path(value).expanduser()
+    path = folder / Path(value).expanduser()
+    return Path(value) if field.metadata.get("in_models") and not path.exists() else path
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1355,20 +1369,25 @@ def _check_words(config: Config) -> None:
         )
 
 
-def _check_trained_part(config: Config) -> None:
+def _check_model(config: Config) -> None:
+    """Refuse options of the model and its training that contradict each other."""
+
+    def refuse(what: str, *names: str) -> None:
+        raise UserError(what, ", ".join(map(config.place, names)), "give one of them")
+
+    ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
+    ways += [] if config.freeze_backbone else ["freeze_backbone"]
+    if len(ways) > 1:
+        refuse("are different ways to train a backbone", *ways)
+    if config.cache_views and ways:
+        refuse(
+            "do not go together: a backbone that is trained gives other features after each step", "cache_views", *ways
+        )
     if config.load_from is not None and config.backbone_weights is not None:
-        what = "are two ways to start: load_from takes the weights of a backbone too"
-        raise UserError(what, "--load_from, --backbone_weights", "give one of them")
-    ways = [("--no-freeze_backbone", not config.freeze_backbone), ("--unfreeze_blocks", config.unfreeze_blocks > 0)]
-    flags = [flag for flag, is_given in (*ways, ("--lora_rank", config.lora_rank > 0)) if is_given]
-    if len(flags) > 1:
-        raise UserError("are different ways to train a backbone", ", ".join(flags), "give one of them")
-    if config.cache_views and flags:
-        what = "a backbone that is trained gives other features after each step"
-        raise UserError(what, f"--cache_views, {flags[0]}", "leave one of them out")
+        refuse("are two ways to start, of which load_from does what the other does", "load_from", "backbone_weights")
     for name in ("backbone_lr", "fc_lr"):
         if config.lr_type == "one_lr" and getattr(config, name) is not None:
-            raise UserError("contradict each other", f"--lr_type one_lr, --{name}", "leave one of them out")
+            refuse("contradict each other", "lr_type", name)
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -1412,7 +1431,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    _check_trained_part(config)
+    _check_model(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -5721,7 +5740,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return (..., out) of (..., in)."""
-        if not torch.is_grad_enabled():  # merged: one product over the inputs instead of three
+        if torch.is_inference_mode_enabled():  # merged: one product over the inputs instead of three
             return F.linear(inputs, self.weight, self.bias)
         return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
 
@@ -5996,7 +6015,8 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], d
     if has_seal(path):
         with open_sealed(path) as file:
             payload = torch.load(file, map_location="cpu", weights_only=True)
-        return payload["model"], payload["identity"]["class_names"], payload["identity"]
+        weights = payload.get("average", payload["model"])  # those that were judged
+        return weights, payload["identity"]["class_names"], payload["identity"]
     state, meta = load_state_dict(str(path), weights_only=True), {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -6271,18 +6291,18 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    is_head = {key: key in start.head and not key.startswith("criterion.") for key in own}
-    taken = {key: start.head[key] for key in own if is_head[key] and own[key].shape == start.head[key].shape}
+    taken = {
+        key: value for key, value in start.head.items() if key.startswith("head.") and own[key].shape == value.shape
+    }
     num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
     rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
-    for key in (key for key in own if key.startswith("criterion.")):
-        new = own[key].clone().unflatten(0, (len(class_names), -1))  # several vectors a class with sub-centers
-        old = start.head.get(key, torch.zeros(0))
-        fits = len(old) and len(old) % len(start.class_names) == 0 and shared
-        old = old.unflatten(0, (len(start.class_names), -1)) if fits else old
-        if fits and old.shape[1:] == new.shape[1:]:
-            new[rows] = old[old_rows].to(new)
-            taken[key] = new.flatten(0, 1)
+    for key in own.keys() & start.head.keys() if shared else ():
+        if key.startswith("criterion."):  # one row a class, or several
+            old, new = start.head[key], own[key].clone()
+            per_class = len(new) // len(class_names)
+            if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
+                new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
+                taken[key] = new
     model.load_state_dict(taken, strict=False)
     left = [key for key in own if key not in taken]
     num_shared = len(shared) if len(taken) > num_layers else 0
@@ -6313,12 +6333,12 @@ def backbone_learning_rate(config: Config) -> float:
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
     head_lr = config.lr if config.fc_lr is None else config.fc_lr
-    decay = {"weight_decay": HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay}
-    groups = [
-        {"params": list(model.head.parameters()), "peak_lr": head_lr, **decay},
-        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), **decay},
+    decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return [
+        {"params": list(model.head.parameters()), "peak_lr": head_lr, "weight_decay": decay},
+        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), "weight_decay": decay},
+        *_backbone_groups(model.backbone.model, config),
     ]
-    return groups + _backbone_groups(model.backbone.model, config)
 
 
 def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -33,14 +33,16 @@ def two_values(field):
     if kind is bool:
         return not field.default, field.default
     low, high = meta.get("low"), meta.get("high")
-    if kind is int:
+    if "choices" in meta:
+        choices = list(meta["choices"])
+    elif kind is int:
         choices = [low or 1, (low or 1) + 1, (low or 1) + 2]
     elif kind is float:
         choices = [low + (min(high, low + 1) - low) * share for share in (0.25, 0.5, 0.75)]
     elif kind is lct.Path:
         return Path("/a/file"), Path("/b/file")
     else:
-        choices = list(meta.get("choices", ("one", "two")))
+        choices = ["one", "two"]
     if field.type.startswith("tuple["):
         count = meta["nargs"] if isinstance(meta.get("nargs"), int) else 1
         choices = [({"type": choice},) if kind is dict else (choice,) * count for choice in choices]

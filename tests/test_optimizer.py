@@ -53,6 +53,12 @@ def test_head_and_backbone_have_rates_of_their_own(options: dict, head: float, b
     assert rates == pytest.approx([head, 10 * options.get("lr", 1e-3), backbone, backbone])
 
 
+def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
+    model, config = make_model(freeze=False)
+    groups = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.2))
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.2, 0.2, 0.0]
+
+
 def rates_and_decays(groups: list[dict], model: nn.Module) -> dict[str, tuple[float, float]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -180,6 +186,8 @@ def test_names_of_optimizers_are_checked(name: str, part: str) -> None:
 
 class Layers(nn.Module):
     """A backbone of some layers that depends on no other image of its batch."""
+
+    trained_keys, model = None, property(lambda self: self.layers)
 
     def __init__(self, frozen: bool) -> None:
         super().__init__()

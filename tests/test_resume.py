@@ -122,9 +122,9 @@ def test_a_run_that_is_killed_and_started_again_ends_as_if_nothing_had_happened(
 
 VIT = "--model_id test_vit --batch 16 --epochs 2 --save_every 0"
 RECIPES = {
-    "lora": f"{VIT} --freeze_backbone --lora_rank 2 --drop_path 0.2 --backbone_lr 0.01",
+    "lora": f"{VIT} --freeze_backbone --lora_rank 2 --drop_path 0.2 --backbone_lr 0.01 --ema_decay 0.5",
     "last blocks": f"{VIT} --freeze_backbone --unfreeze_blocks 2 --drop_path 0.2 --fc_lr 0.002 --in_channels 1",
-    "layers": f"{VIT} --drop_path 0.3 --layer_decay 0.7 --lr_type one_lr",
+    "layers": f"{VIT} --batch 8 --accumulate_grad_batches 2 --drop_path 0.3 --layer_decay 0.7 --lr_type one_lr",
     "mean of the weights": (
         "--epochs 2 --save_every 0 --ema_decay 0.9 --accumulate_grad_batches 2 --criterion subcenter_arcface --optimizer lamb"
         " --scheduler onecycle --val_batch 5 --max_grad_norm 1"
