@@ -271,7 +271,7 @@ def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
 
     `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
-    for one start only, not for one that repeats it.
+    for one start only, not for one that repeats it. A path `in_models` is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -516,6 +516,7 @@ class Config:
         "model",
         metavar="PATH",
         key="model.load_from",
+        in_models=True,
     )
     in_channels: int = _option(
         3,
@@ -650,7 +651,7 @@ class Config:
     lr_type: str = _option(
         "two_lrs",
         "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
-        "training",
+        "optimizer",
         choices=("one_lr", "two_lrs"),
         key="optimizer.lr_type",
         fixed=True,
@@ -658,7 +659,7 @@ class Config:
     backbone_lr: float | None = _option(
         None,
         "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.backbone_lr",
@@ -667,16 +668,25 @@ class Config:
     fc_lr: float | None = _option(
         None,
         "peak learning rate of the head (default: lr)",
-        "training",
+        "optimizer",
         low=1e-8,
         high=10.0,
         key="optimizer.fc_lr",
         fixed=True,
     )
+    weight_decay: float | None = _option(
+        None,
+        "weight decay (default: head 1e-4, backbone 0.05); a backbone's norms, biases and tokens have none",
+        "optimizer",
+        low=0.0,
+        high=10.0,
+        key="optimizer.weight_decay",
+        fixed=True,
+    )
     layer_decay: float = _option(
         1.0,
         "factor on the backbone's learning rate from each block to the one before",
-        "training",
+        "optimizer",
         low=0.01,
         high=1.0,
         key="optimizer.layer_decay",
@@ -759,7 +769,7 @@ class Config:
     )
     warmup_epochs: float | None = _option(
         None,
-        "cosine: epochs of linear warm-up (default: 5 % of the steps)",
+        "cosine: epochs of linear warm-up (default: a twentieth of all)",
         "optimizer",
         low=0.0,
         high=100_000,
@@ -1128,6 +1138,8 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     merged = {**demo, **file, **typed}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
+    if config.load_from and config.models and not config.load_from.exists():
+        config = dataclasses.replace(config, load_from=config.models / config.load_from)
     check_ranges(config)
     return config
 
@@ -1328,12 +1340,14 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
         raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
     if choices and value not in choices:
-        raise UserError(f"{value!r} is none of {', '.join(choices)}", where, did_you_mean(value, choices))
+        words = [str(choice) for choice in choices]
+        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
     if kind is not Path:
         return value
     if not value:
         raise UserError("is empty", where, "give a path, or leave the key out")
-    return folder / Path(value).expanduser()
+    path = folder / Path(value).expanduser()
+    return Path(value) if field.metadata.get("in_models") and not path.exists() else path
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1361,20 +1375,25 @@ def _check_words(config: Config) -> None:
         )
 
 
-def _check_trained_part(config: Config) -> None:
+def _check_model(config: Config) -> None:
+    """Refuse options of the model and its training that contradict each other."""
+
+    def refuse(what: str, *names: str) -> None:
+        raise UserError(what, ", ".join(map(config.place, names)), "give one of them")
+
+    ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
+    ways += [] if config.freeze_backbone else ["freeze_backbone"]
+    if len(ways) > 1:
+        refuse("are different ways to train a backbone", *ways)
+    if config.cache_views and ways:
+        refuse(
+            "do not go together: a backbone that is trained gives other features after each step", "cache_views", *ways
+        )
     if config.load_from is not None and config.backbone_weights is not None:
-        what = "are two ways to start: load_from takes the weights of a backbone too"
-        raise UserError(what, "--load_from, --backbone_weights", "give one of them")
-    ways = [("--no-freeze_backbone", not config.freeze_backbone), ("--unfreeze_blocks", config.unfreeze_blocks > 0)]
-    flags = [flag for flag, is_given in (*ways, ("--lora_rank", config.lora_rank > 0)) if is_given]
-    if len(flags) > 1:
-        raise UserError("are different ways to train a backbone", ", ".join(flags), "give one of them")
-    if config.cache_views and flags:
-        what = "a backbone that is trained gives other features after each step"
-        raise UserError(what, f"--cache_views, {flags[0]}", "leave one of them out")
+        refuse("are two ways to start, of which load_from does what the other does", "load_from", "backbone_weights")
     for name in ("backbone_lr", "fc_lr"):
         if config.lr_type == "one_lr" and getattr(config, name) is not None:
-            raise UserError("contradict each other", f"--lr_type one_lr, --{name}", "leave one of them out")
+            refuse("contradict each other", "lr_type", name)
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -1418,7 +1437,7 @@ def check_ranges(config: Config) -> None:
         )
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    _check_trained_part(config)
+    _check_model(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -4748,6 +4767,14 @@ def preview_masks(scan: Scan, config: Config) -> None:
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
 
 
+def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+    if not looks:
+        return image
+    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+    looks.set_random_state(rng, random.Random(seed))
+    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+
+
 @dataclass(frozen=True)
 class Transform:
     """Makes a crop a square model input: gray letterbox, in training followed by augmentation; or by lists of transforms."""
@@ -4851,17 +4878,18 @@ class Transform:
         return np.ascontiguousarray(image), mask if mask is None else np.ascontiguousarray(mask)
 
 
-def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-    if not looks:
-        return image
-    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    looks.set_random_state(rng, random.Random(seed))
-    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
-
-
 def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
     """Return the lists of transforms that are given, by option."""
     return {name: getattr(config, name) for name in TRANSFORM_LISTS if getattr(config, name) is not None}
+
+
+def production_transforms(config: Config) -> list[dict[str, Any]]:
+    """Return what evaluation does to a crop before it is fitted, and whoever else embeds one has to do."""
+    names = ("pre_transforms", "val_augmentations", "post_transforms")
+    lists = given_lists(config)
+    return [
+        entry for name in names for entry in lists.get(name, ()) if _read_entry(name, entry)[0] not in DEVICE_TRANSFORMS
+    ]
 
 
 def build_transform(
@@ -4976,6 +5004,7 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
     ]
 
 
+# Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
 # What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
 RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
 # ... or two of them make a range, which begins where it ends if the lower one is not given.
@@ -5040,6 +5069,8 @@ def _albumentations_by_name() -> dict[str, type]:
 
 def _build_albumentation(where: str, entry: Any) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+    from importlib.metadata import version
+
     kind, arguments = _read_entry(where, entry)
     known = _albumentations_by_name()
     if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
@@ -5047,7 +5078,7 @@ def _build_albumentation(where: str, entry: Any) -> Any:
     if kind not in known:
         short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
         names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
-        what = f"{entry['type']} is no transform of albumentations {_albumentations_version()}"
+        what = f"{entry['type']} is no transform of albumentations {version('albumentations')}"
         raise UserError(
             what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
         )
@@ -5061,12 +5092,6 @@ def _build_albumentation(where: str, entry: Any) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
         return _construct(where, own, arguments)
-
-
-def _albumentations_version() -> str:
-    from importlib.metadata import version
-
-    return version("albumentations")
 
 
 def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -5261,6 +5286,7 @@ def augmentation_share(config: Config, epoch: int) -> float:
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
 
+# Backgrounds: what a crop is put on before it is transformed. Pictures are looked at once, like the images of the data set.
 @dataclass(frozen=True)
 class Backgrounds:
     """Pictures that training puts crops on."""
@@ -5271,6 +5297,7 @@ class Backgrounds:
     digest: str  # over names and contents of these
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
+    max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
 
     def draw(self, seed: int) -> np.random.Generator | None:
         """Return the generator for a sample that is put on a picture, None for the others."""
@@ -5288,6 +5315,7 @@ class Backgrounds:
             picture = load_image(self.root / path)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
+        image, mask = (part if part is None else shrink(part, self.max_side) for part in (image, mask))
         return insert_background(image, mask, picture, rng, self.max_ratio)
 
 
@@ -5305,13 +5333,14 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     good = np.flatnonzero(~health.rows["broken"])
     if not len(good):
-        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", which has no images")
+        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         what = f"holds no picture that can be used{found}"
         raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
     contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     paths = PathTable([tree.paths[i] for i in good.tolist()])
-    return Backgrounds(health, root, paths, digest, config.insert_background_p, config.background_max_ratio)
+    share, max_ratio = config.insert_background_p, config.background_max_ratio
+    return Backgrounds(health, root, paths, digest, share, max_ratio, 2 * config.img_size)
 
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
@@ -5326,6 +5355,17 @@ def describe_backgrounds(backgrounds: Backgrounds) -> str:
     lines = [f"backgrounds: {len(backgrounds.paths):,} pictures in {backgrounds.root}"]
     lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
     return "\n".join(lines + [f"  ... and {len(unused) - 10} more"] * (len(unused) > 10))
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """Return an image or mask whose longer side is `max_side` px at most."""
+    import cv2
+
+    factor = max_side / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def insert_background(
@@ -5374,6 +5414,7 @@ def cover_canvas(picture: np.ndarray, height: int, width: int, rng: np.random.Ge
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
 
 
+# Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
 class Mixing(NamedTuple):
     """How the images of a batch are mixed: each with that of its partner."""
 
@@ -5412,14 +5453,15 @@ def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, nu
 
 
 def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return the images (B, C, H, W) of a whole batch mixed, in their own type."""
+    """Return the images (B, C, H, W) of a whole batch mixed, in their own type, channels last in memory."""
     others = images[mixing.partners.to(images.device)]
     if mixing.box is None:
-        return torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
-    top, bottom, left, right = mixing.box
-    mixed = images.clone()
-    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-    return mixed
+        mixed = torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
+    else:
+        top, bottom, left, right = mixing.box
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    return mixed.contiguous(memory_format=torch.channels_last)
 
 
 def partner_labels(
@@ -5788,7 +5830,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return (..., out) of (..., in)."""
-        if not torch.is_grad_enabled():  # merged: one product over the inputs instead of three
+        if torch.is_inference_mode_enabled():  # merged: one product over the inputs instead of three
             return F.linear(inputs, self.weight, self.bias)
         return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
 
@@ -6063,7 +6105,8 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], d
     if has_seal(path):
         with open_sealed(path) as file:
             payload = torch.load(file, map_location="cpu", weights_only=True)
-        return payload["model"], payload["identity"]["class_names"], payload["identity"]
+        weights = payload.get("average", payload["model"])  # those that were judged
+        return weights, payload["identity"]["class_names"], payload["identity"]
     state, meta = load_state_dict(str(path), weights_only=True), {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -6339,18 +6382,18 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    is_head = {key: key in start.head and not key.startswith("criterion.") for key in own}
-    taken = {key: start.head[key] for key in own if is_head[key] and own[key].shape == start.head[key].shape}
+    taken = {
+        key: value for key, value in start.head.items() if key.startswith("head.") and own[key].shape == value.shape
+    }
     num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
     rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
-    for key in (key for key in own if key.startswith("criterion.")):
-        new = own[key].clone().unflatten(0, (len(class_names), -1))  # several vectors a class with sub-centers
-        old = start.head.get(key, torch.zeros(0))
-        fits = len(old) and len(old) % len(start.class_names) == 0 and shared
-        old = old.unflatten(0, (len(start.class_names), -1)) if fits else old
-        if fits and old.shape[1:] == new.shape[1:]:
-            new[rows] = old[old_rows].to(new)
-            taken[key] = new.flatten(0, 1)
+    for key in own.keys() & start.head.keys() if shared else ():
+        if key.startswith("criterion."):  # one row a class, or several
+            old, new = start.head[key], own[key].clone()
+            per_class = len(new) // len(class_names)
+            if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
+                new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
+                taken[key] = new
     model.load_state_dict(taken, strict=False)
     left = [key for key in own if key not in taken]
     num_shared = len(shared) if len(taken) > num_layers else 0
@@ -6381,12 +6424,12 @@ def backbone_learning_rate(config: Config) -> float:
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
     head_lr = config.lr if config.fc_lr is None else config.fc_lr
-    decay = {"weight_decay": HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay}
-    groups = [
-        {"params": list(model.head.parameters()), "peak_lr": head_lr, **decay},
-        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), **decay},
+    decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return [
+        {"params": list(model.head.parameters()), "peak_lr": head_lr, "weight_decay": decay},
+        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), "weight_decay": decay},
+        *_backbone_groups(model.backbone.model, config),
     ]
-    return groups + _backbone_groups(model.backbone.model, config)
 
 
 def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -7784,6 +7827,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
         "in_channels": config.in_channels,
         "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
+        **({"transforms": transforms} if (transforms := production_transforms(config)) else {}),
     }
 
 
@@ -8783,7 +8827,8 @@ def train_step(
         batch, mixing = batches[index], mixings[index]
         images = batch.images.to(runtime.device, non_blocking=True)
         if mixing is not None:  # with images of the whole batch, which the other processes have
-            images = TEAM.cut(mix_images(TEAM.gather(images, batch.sizes), mixing), batch.sizes)
+            everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
+            images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
         seed_torch(config.seed, 5, state.step, *([index] if index else []))
         return TEAM.gather(network(images), batch.sizes)
 
@@ -9547,9 +9592,14 @@ class DetectionDataset(Dataset):
             return
         window = pad_box(box, self.box_pad, width, height)
         mask = self._find_mask(detection, source, window, cut)
-        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
         left, top, right, bottom = window
-        yield self.transform(image[top:bottom, left:right], mask, 0)
+        try:
+            crop = self.transform(image[top:bottom, left:right], mask, 0)
+        except ImageError as error:
+            cut.problems.append((source, str(error)))
+            return
+        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
+        yield crop
 
     def _find_mask(
         self, detection: dict[str, Any], source: int, window: tuple[int, int, int, int], cut: Cut
@@ -12718,6 +12768,7 @@ def draw_demo_dataset(root: Path, images_per_class: int, seed: int) -> None:
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json, train nothing."""
     check_paths(config)
+    check_transforms(config)
     refuse_finished_folder(config)
     scan = scan_dataset(config)
     with keep_scan(scan, config.out_dir):
@@ -12885,6 +12936,8 @@ def run_export(config: Config) -> None:
         show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
     else:
         export_safetensors(run, path)
+    if transforms := production_transforms(run.config):
+        show(f"warning: a crop must go through these before it is fitted: {json.dumps(transforms)}")
     show(f"written: {path}, {path.stat().st_size:,} bytes")
 
 
@@ -13176,8 +13229,10 @@ def open_run(job: Job, plan: Plan) -> None:
         run.log(describe_backgrounds(job.backgrounds))
     if config.mixing != "none":
         run.log(
-            f"warning: {config.mixing} usually costs a little with a margin loss; acc of train is that of the mixed images"
+            f"{config.mixing}: the figures of train are those of mixed images, against the label of the larger part"
         )
+        if config.criterion not in LINEAR_CRITERIA and config.arc_margin:
+            run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
     if config.preview:
         write_preview(job)
     if config.crop_mode != "bbox" or config.auto_generate_masks:
@@ -13206,6 +13261,7 @@ def describe_run(job: Job) -> dict[str, Any]:
             "masks_hash": job.records.masks_hash,
             "images": len(job.records.paths),
             "classes": list(job.records.class_names),
+            **identify_backgrounds(job.backgrounds),
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -27,7 +27,8 @@ REPO = Path(__file__).resolve().parents[1]
 # What a run imports when it needs it, and a fork then has already.
 LAZY = (
     "albumentations cv2 jinja2 scipy.fft scipy.optimize scipy.sparse.csgraph"
-    " scipy.stats sklearn.cluster sklearn.linear_model sklearn.manifold sklearn.pipeline sklearn.preprocessing timm yaml"
+    " scipy.stats sklearn.cluster sklearn.linear_model sklearn.manifold sklearn.pipeline sklearn.preprocessing timm"
+    " torchvision.transforms.v2 yaml"
 )
 # Calls at which a run can be told to die; the soak draws among all calls of all of them.
 TARGETS = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from conftest import TINY_RUN, run_main
+from conftest import REPO, TINY_RUN, run_main
 
 import lct_dino3 as lct
 
@@ -32,14 +33,16 @@ def two_values(field):
     if kind is bool:
         return not field.default, field.default
     low, high = meta.get("low"), meta.get("high")
-    if kind is int:
+    if "choices" in meta:
+        choices = list(meta["choices"])
+    elif kind is int:
         choices = [low or 1, (low or 1) + 1, (low or 1) + 2]
     elif kind is float:
         choices = [low + (min(high, low + 1) - low) * share for share in (0.25, 0.5, 0.75)]
     elif kind is lct.Path:
         return Path("/a/file"), Path("/b/file")
     else:
-        choices = list(meta.get("choices", ("one", "two")))
+        choices = ["one", "two"]
     if field.type.startswith("tuple["):
         count = meta["nargs"] if isinstance(meta.get("nargs"), int) else 1
         choices = [({"type": choice},) if kind is dict else (choice,) * count for choice in choices]
@@ -235,3 +238,58 @@ def test_config_json_of_a_run_says_where_each_value_comes_from_and_repeats_it(tm
 
 def epochs_of(run):
     return [event for event in lct.read_events(run) if event["event"] == "epoch_end"]
+
+
+# --- the files in configs/
+
+CONFIGS = sorted((REPO / "configs").glob("*"))
+
+
+def test_the_ready_files_are_there():
+    assert [path.name for path in CONFIGS] == [
+        "classifier.yaml",
+        "finetune.yaml",
+        "smoke.yaml",
+        "tools_bbox.yaml",
+        "tools_mix.yaml",
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_ready_file_resolves_and_says_what_it_is_for(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    starts = [line[2:].split(":")[0] for line in lines if line.startswith("# ") and not line.startswith("#  ")]
+    assert starts == ["purpose", "command", "hardware", "time", "expected"]
+    assert f"--config configs/{path.name}" in lines[1] or f"--config configs/{path.name}" in lines[2]
+    config = lct.parse_command_line(["--config", str(path), "--data_root", "data"])
+    lct.check_optimizer(config)
+    for augment in (True, False):
+        picture = lct.build_transform(64, augment, None, lct.given_lists(config))(
+            np.zeros((70, 50, 3), np.uint8), None, 0
+        )
+        assert picture.shape == (64, 64, 3)
+
+
+def test_classifier_yaml_shows_every_key_of_the_sections():
+    def walk(tree, prefix=""):
+        for name, value in tree.items():
+            yield from walk(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+
+    tree = yaml.safe_load((REPO / "configs" / "classifier.yaml").read_text(encoding="utf-8"))
+    assert {field.metadata["key"] for field in FIELDS if "key" in field.metadata} <= set(walk(tree))
+
+
+def test_the_smoke_file_trains(tmp_path, small_data, capsys):
+    argv = ("--config", REPO / "configs" / "smoke.yaml", "--data_root", small_data, "--out_dir", tmp_path / "run")
+    assert run_main(*argv, "--gpus", 0) == 0, capsys.readouterr().err
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "prototypes.npz").is_file()
+    assert not list((tmp_path / "run").glob("checkpoint_ep*"))
+
+
+def test_classifier_yaml_trains(tmp_path, small_data, capsys):
+    """With a network small enough to start from random weights."""
+    argv = ("--config", REPO / "configs" / "classifier.yaml", "--data_root", small_data, "--out_dir", tmp_path / "run")
+    small = "--model_id test_resnet --no-pretrained --img_size 48 --epochs 2 --gpus 0 --workers 0 --batch 8".split()
+    assert run_main(*argv, *small, "--no-save_metrics") == 0, capsys.readouterr().err
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert all("val_per_class" not in event and "acc" in event["val"] for event in epochs_of(tmp_path / "run"))

@@ -53,6 +53,12 @@ def test_head_and_backbone_have_rates_of_their_own(options: dict, head: float, b
     assert rates == pytest.approx([head, 10 * options.get("lr", 1e-3), backbone, backbone])
 
 
+def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
+    model, config = make_model(freeze=False)
+    groups = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.2))
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.2, 0.2, 0.0]
+
+
 def rates_and_decays(groups: list[dict], model: nn.Module) -> dict[str, tuple[float, float]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -151,7 +157,7 @@ def test_optimizers_of_timm_take_the_groups(name: str) -> None:
     lct.check_optimizer(config)
     optimizer = lct.build_optimizer(model, config)
     assert name in type(optimizer).__name__.lower()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05, 0.0]
     before = [p.clone() for p in model.parameters()]
     lct.set_learning_rate(optimizer, 1.0)
     sum(p.square().sum() for p in model.parameters()).backward()
@@ -181,16 +187,16 @@ def test_names_of_optimizers_are_checked(name: str, part: str) -> None:
 class Layers(nn.Module):
     """A backbone of some layers that depends on no other image of its batch."""
 
+    trained_keys, model = None, property(lambda self: self.layers)
+
     def __init__(self, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(12, 16), nn.LayerNorm(16), nn.Dropout(0.0), nn.Linear(16, 6)
-        )
-        self.layers.requires_grad_(not frozen)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 6))
+        self.model.requires_grad_(not frozen)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layers(images)
+        return self.model(images)
 
 
 def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Recognizer, torch.Tensor]:
