@@ -1449,6 +1449,8 @@ def check_ranges(config: Config) -> None:
 
 def _check_fsdp(config: Config) -> None:
     """Refuse what a backbone whose weights are shared among processes cannot do."""
+    if config.fsdp and config.command not in ("train", "demo"):
+        raise UserError("is for training", config.place("fsdp"), "leave it out, on a GPU that holds the backbone")
     others = {
         "compile": config.compile,
         "ema_decay": config.ema_decay > 0,
@@ -2527,17 +2529,22 @@ class Team:
         )  # of in-place changes to features: there are none
         self.splits, mesh = True, init_device_mesh(device.type, (self.size,))
         for part in (*parts, module):
-            for owner in part.modules():
-                for name, weight in owner.named_parameters(recurse=False):
-                    if not is_split(weight):
-                        whole = weight.detach().contiguous()  # FSDP2 wants it so
-                        whole = torch.empty_like(whole, device=device) if self.rank else whole.to(device)
-                        with _peers():
-                            dist.broadcast(whole, 0)
-                        setattr(owner, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
+            self._take_weights(part, device)
             fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+    def _take_weights(self, part: nn.Module, device: torch.device) -> None:
+        """Have the part's weights that are not shared yet on the device in all processes, as the first one has them."""
+        owners = [(owner, *own) for owner in part.modules() for own in owner.named_parameters(recurse=False)]
+        for owner, name, weight in owners:
+            if is_split(weight):
+                continue
+            whole = weight.detach().contiguous()  # FSDP2 wants it so
+            whole = torch.empty_like(whole, device=device) if self.rank else whole.to(device)
+            with _peers():
+                dist.broadcast(whole, 0)
+            setattr(owner, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
 
     def whole(self, value: Any) -> Any:
         """Return a tensor that all processes have a share of, on the CPU, in all of them; anything else as it is."""

@@ -350,6 +350,7 @@ def test_what_cannot_be_shared_is_refused(nursery: Nursery, data: Path, tmp_path
     for more, ranks, text in (
         (("test_vit",), [{}], "torchrun"),
         (("test_vit", "--compile"), [{}, {}], "--compile"),
+        (("test_vit", "--ema_decay", 0.9), [{}, {}], "--ema_decay 0.9"),
         (("test_resnet",), [{}, {}], "choose a ViT"),
     ):
         ends = nursery.run_team(*argv, *more, ranks=ranks)
