@@ -25,7 +25,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lct_dino3 as lct
 
-NAME, LARGE, NUM_EPOCHS = "vit_small_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.lvd1689m", 15
+NAME, LARGE = "vit_small_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.lvd1689m"
+
+
+class Costs(tuple):
+    """What a side costs, in parts."""
+
+    __slots__ = ()
 
 
 @functools.cache
@@ -104,7 +110,7 @@ def plain_parts() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module, to
         .eval()
         .requires_grad_(False)
     )
-    head, arcface = lct.Head(384, 128), lct.ArcFace(128, 4, 0.3, 30.0)
+    head, arcface = lct.Head(trunk.num_features, 128), lct.ArcFace(128, 4, 0.3, 30.0)
     return trunk, head, arcface, torch.optim.AdamW([*head.parameters(), *arcface.parameters()], lr=1e-3)
 
 
@@ -112,7 +118,7 @@ def loader(split: str) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(PlainData(split), 64, shuffle=split == "train")
 
 
-def plain_epoch() -> tuple[float]:
+def plain_epoch() -> Costs:
     """Train and validate as a plain PyTorch loop does."""
     trunk, head, arcface, optimizer = plain_parts()
     batches, val = loader("train"), loader("val")
@@ -131,10 +137,10 @@ def plain_epoch() -> tuple[float]:
     with torch.no_grad():
         for images, labels in val:
             (arcface.cosine(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
-    return (time.process_time() - started,)
+    return Costs((time.process_time() - started,))
 
 
-def oml_epoch() -> tuple[float]:
+def oml_epoch() -> Costs:
     """Train and validate as open-metric-learning's examples do: one extractor, criterion on embeddings, `inference`, Recall@1."""
     trunk, head, arcface, optimizer = plain_parts()
     extractor = torch.nn.Sequential(trunk, head)
@@ -154,10 +160,10 @@ def oml_epoch() -> tuple[float]:
         )
         nearest = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf).argmin(1)
         (labels[nearest] == labels).float().mean().item()
-    return (time.process_time() - started,)
+    return Costs((time.process_time() - started,))
 
 
-def pml_epoch() -> tuple[float]:
+def pml_epoch() -> Costs:
     """Train with pytorch-metric-learning's trainer, and embed val with its tester."""
     from pytorch_metric_learning import distances, losses, testers, trainers
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -178,10 +184,10 @@ def pml_epoch() -> tuple[float]:
     started = time.process_time()
     trainer.train(num_epochs=1)
     tester.get_all_embeddings(PlainData("val"), trunk, head)
-    return (time.process_time() - started,)
+    return Costs((time.process_time() - started,))
 
 
-def our_epoch(precision: str) -> tuple[float, float]:
+def our_epoch(precision: str) -> Costs:
     """Return the cost of a training epoch, its checkpoint included, and of embedding and scoring val."""
     lct.keep_freed_memory()  # as a run does
     job, state = make_job(precision)
@@ -192,10 +198,10 @@ def our_epoch(precision: str) -> tuple[float, float]:
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
     )
-    return trained - started, time.process_time() - trained
+    return Costs((trained - started, time.process_time() - trained))
 
 
-def our_cached_epoch() -> tuple[float, float, float]:
+def our_cached_epoch() -> Costs:
     """Return the cost of embedding one augmented view and one clean view of the training images, and of an epoch on them."""
     lct.keep_freed_memory()
     job, state = make_job("auto", 1)
@@ -208,7 +214,7 @@ def our_cached_epoch() -> tuple[float, float, float]:
     view = time.process_time()
     state.batches, state.tally = 0, lct.Tally()
     lct.train_epoch(job, state, feed, lct.SaveClock(0))
-    return view - clean, clean - started, time.process_time() - view
+    return Costs((view - clean, clean - started, time.process_time() - view))
 
 
 @functools.cache
@@ -242,26 +248,26 @@ def large_state() -> lct.TrainState:
     config = lct.Config(model_id=LARGE, backbone_weights=large_weights())
     model = lct.build_recognizer(config, 100, *lct.build_backbone(config, print))
     state = lct.start_state(model, config, lct.make_runtime(config))
-    logits, _ = model(torch.randn(64, 1024), torch.zeros(64, dtype=torch.int64))
+    logits, _ = model(torch.randn(64, model.head.hidden.in_features), torch.zeros(64, dtype=torch.int64))
     logits.sum().backward()
     state.optimizer.step()
     return state
 
 
-def plain_checkpoint() -> tuple[float, float]:
+def plain_checkpoint() -> Costs:
     """Return bytes and wall seconds of everything in one file."""
     state, path = large_state(), Path(scratch().name) / "plain.pth"
     started = time.perf_counter()
     torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, path)
-    return path.stat().st_size, time.perf_counter() - started
+    return Costs((path.stat().st_size, time.perf_counter() - started))
 
 
-def our_checkpoint() -> tuple[float, float]:
+def our_checkpoint() -> Costs:
     """Return bytes and wall seconds of ours."""
     state, path = large_state(), Path(scratch().name) / "ours.pth"
     started = time.perf_counter()
     lct.save_checkpoint(path, state, {})
-    return path.stat().st_size, time.perf_counter() - started
+    return Costs((path.stat().st_size, time.perf_counter() - started))
 
 
 def passes_after_training(keep: bool) -> float:

@@ -109,7 +109,7 @@ def measure(side: Callable[[], object], keeps_memory: bool, warm: bool = True) -
             started = time.process_time()
             cost = side()
             took = time.process_time() - started
-            costs = cost if isinstance(cost, tuple) else (cost if isinstance(cost, float) else took,)
+            costs = cost if isinstance(cost, epochs.Costs) else (cost if isinstance(cost, float) else took,)
             os.write(writer, struct.pack(f"{len(costs)}d", *costs))
         except BaseException:
             traceback.print_exc()
