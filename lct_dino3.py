@@ -1401,11 +1401,9 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def _check_augmentation(config: Config) -> None:
-    if config.insert_background_p and config.backgrounds is None:
-        raise UserError("needs pictures", "--insert_background_p", "give their folder with --backgrounds DIR")
     if config.mixing != "none" and config.cache_views:
         what = "mixes pixels, and cached views are features"
-        raise UserError(what, f"--mixing {config.mixing}, --cache_views", "leave one of them out")
+        raise UserError(what, f"{config.place('mixing')} {config.mixing}, --cache_views", "leave one of them out")
 
 
 def check_ranges(config: Config) -> None:
@@ -1502,13 +1500,19 @@ def _check_folder(config: Config, name: str, remedy: str) -> None:
 
 
 def _check_backgrounds(config: Config) -> None:
-    if config.backgrounds is None or not config.insert_background_p:
+    if not config.insert_background_p:
         return
-    _check_folder("backgrounds", config.backgrounds, "give a folder of pictures")
+    if config.backgrounds is None:
+        raise UserError(
+            "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
+        )
+    _check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
     if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
-        raise UserError(what, f"--backgrounds {config.backgrounds}", "choose a folder of other pictures")
+        raise UserError(
+            what, f"{config.place('backgrounds')} {config.backgrounds}", "choose a folder of other pictures"
+        )
 
 
 def _check_gallery_paths(config: Config) -> None:
@@ -5248,7 +5252,9 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     if not len(good):
         found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         what = f"holds no picture that can be used{found}"
-        raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
+        raise UserError(
+            what, f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
+        )
     contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     paths = PathTable([tree.paths[i] for i in good.tolist()])
