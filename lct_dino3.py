@@ -101,7 +101,9 @@ MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspec
 CUTOUTS_DIRNAME = "cutouts"
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-HEAD_WIDTH = 512  # hidden units of the embedding head
+HEAD_PARTS = 4  # small heads side by side: their errors differ, and matching averages them
+HEAD_WIDTH = 256  # hidden units of each
+MIN_PART_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 GRAD_CLIP_NORM = 5.0
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
@@ -4255,13 +4257,16 @@ def keep_class_token(model: nn.Module) -> None:
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
+    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
 
-    def __init__(self, feature_dim: int, emb_dim: int) -> None:
+    The last layer is cut into `parts` blocks, so that these are as many independent heads, each with its share of the embedding.
+    """
+
+    def __init__(self, feature_dim: int, emb_dim: int, parts: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(feature_dim, HEAD_WIDTH)
-        self.norm = nn.BatchNorm1d(HEAD_WIDTH)
-        self.output = nn.Linear(HEAD_WIDTH, emb_dim)
+        self.hidden = nn.Linear(feature_dim, parts * HEAD_WIDTH)
+        self.norm = nn.BatchNorm1d(parts * HEAD_WIDTH)
+        self.output = nn.Conv1d(parts * HEAD_WIDTH, emb_dim, kernel_size=1, groups=parts)  # a Linear for each part
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
@@ -4273,7 +4278,17 @@ class Head(nn.Module):
             )
         else:
             hidden = self.norm(hidden)
-        return self.output(F.relu(hidden))
+        return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
+
+
+def count_parts(emb_dim: int) -> int:
+    """Return how many equal parts an embedding has: HEAD_PARTS, fewer where they do not divide it, one where it is short."""
+    return math.gcd(emb_dim, HEAD_PARTS) if emb_dim >= HEAD_PARTS * MIN_PART_DIM else 1
+
+
+def normalize_parts(vectors: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return vectors (N, D) of unit length, all of whose parts are equally long: dot products are mean cosines of the parts."""
+    return F.normalize(vectors.unflatten(1, (parts, -1)), dim=2).flatten(1) / math.sqrt(parts)
 
 
 @dataclass(frozen=True)
@@ -4480,21 +4495,29 @@ def hash_weights(module: nn.Module) -> str:
 # ======================================================================================================================
 # Additive angular margin, in float32. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3. Touches nothing.
 class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class."""
+    """Class directions on the unit sphere, and logits with the angular margin for the true class, for each part of an embedding."""
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, parts: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, emb_dim)))
-        self.margin, self.scale = margin, scale
+        self.weight = nn.Parameter(normalize_parts(torch.randn(num_classes, emb_dim), parts))
+        self.margin, self.scale, self.parts = margin, scale, parts
 
     def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
-        return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
+        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions: the mean over the parts."""
+        return F.linear(embeddings, normalize_parts(self.weight, self.parts)).clamp(-1.0, 1.0)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C). Evaluation uses scale * cosine and never the margin."""
-        cosine = self.cosine(embeddings)
-        return self.scale * add_angular_margin(cosine, labels, self.margin), cosine
+        """Return logits with margin (B, C, parts), to be learned part by part, and the cosine without (B, C).
+
+        Evaluation uses scale * cosine and never the margin.
+        """
+        directions = normalize_parts(self.weight, self.parts).unflatten(1, (self.parts, -1))
+        own = self.parts * torch.einsum("bpd,cpd->bpc", embeddings.unflatten(1, (self.parts, -1)), directions)
+        shifted = add_angular_margin(
+            own.clamp(-1.0, 1.0).flatten(0, 1), labels.repeat_interleave(self.parts), self.margin
+        )
+        logits = self.scale * shifted.unflatten(0, (-1, self.parts)).transpose(1, 2)
+        return logits, own.mean(dim=1).clamp(-1.0, 1.0)
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -4527,10 +4550,10 @@ class Recognizer(nn.Module):
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
-        return F.normalize(self.head(features))
+        return normalize_parts(self.head(features), self.arcface.parts)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logits with margin, cosine without), both (B, C), of features (B, feature_dim) of the backbone."""
+        """Return logits with margin (B, C, parts) and the cosine without (B, C) of features (B, feature_dim) of the backbone."""
         return self.arcface(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
@@ -4552,10 +4575,11 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
+    parts = count_parts(config.emb_dim)
     model = Recognizer(
         backbone,
-        Head(info.feature_dim, config.emb_dim),
-        ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale),
+        Head(info.feature_dim, config.emb_dim, parts),
+        ArcFace(config.emb_dim, num_classes, config.arc_margin, config.arc_scale, parts),
     )
     if config.freeze_backbone:
         model.backbone.freeze()
@@ -4990,6 +5014,7 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
         if info is None
         else {
             "feature_dim": info.feature_dim,
+            "head_parts": HEAD_PARTS,
             "head_width": HEAD_WIDTH,
             "backbone_hash": info.weights_hash,
             "used_pool": info.pool,
@@ -6627,7 +6652,7 @@ def train_step(
     images = batch.images.to(runtime.device, non_blocking=True)
     labels = batch.labels.to(runtime.device, non_blocking=True)
     logits, cosine = state.model(TEAM.gather(network(images), batch.sizes), labels)
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, labels[:, None].expand(-1, logits.shape[2]))
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     TEAM.finish_gradients()

@@ -49,7 +49,7 @@ def test_gradient_through_unit_vectors_equal_to_their_class_direction_is_finite(
     raw = arcface.weight.detach().repeat(40, 1).mul(torch.rand(200, 1) * 5).requires_grad_()
     logits, cosine = arcface(F.normalize(raw), torch.arange(5).repeat(40))
     assert (cosine.diagonal() > 0.999999).all()
-    F.cross_entropy(logits, torch.arange(5).repeat(40)).backward()
+    F.cross_entropy(logits[:, :, 0], torch.arange(5).repeat(40)).backward()
     assert torch.isfinite(raw.grad).all() and torch.isfinite(arcface.weight.grad).all()
 
 
@@ -69,7 +69,7 @@ def test_loss_and_gradient_equal_pytorch_metric_learning() -> None:
     labels = torch.arange(64) % 7
     raw = torch.randn(64, 16)
     mine, theirs = raw.clone().requires_grad_(), raw.clone().requires_grad_()
-    loss = F.cross_entropy(arcface(F.normalize(mine), labels)[0], labels)
+    loss = F.cross_entropy(arcface(F.normalize(mine), labels)[0][:, :, 0], labels)
     peer_loss = peer(theirs, labels)
     loss.backward()
     peer_loss.backward()
@@ -83,3 +83,20 @@ def test_evaluation_never_sees_the_margin() -> None:
     expected = embeddings @ F.normalize(arcface.weight).T
     torch.testing.assert_close(arcface.cosine(embeddings), expected)
     torch.testing.assert_close(arcface(embeddings, torch.arange(10) % 4)[1], expected)
+
+
+def test_parts_learn_as_heads_of_their_own_and_answer_together() -> None:
+    torch.manual_seed(0)
+    together, labels = lct.ArcFace(12, 5, margin=0.3, scale=30.0, parts=3), torch.arange(10) % 5
+    raw = torch.randn(10, 12)
+    logits, cosine = together(lct.normalize_parts(raw, 3), labels)
+    assert logits.shape == (10, 5, 3)
+    cosines = []
+    for part in range(3):
+        alone, own = lct.ArcFace(4, 5, margin=0.3, scale=30.0), slice(4 * part, 4 * part + 4)
+        alone.weight.data = together.weight.detach()[:, own].clone()
+        expected, own_cosine = alone(F.normalize(raw[:, own]), labels)
+        torch.testing.assert_close(logits[:, :, part], expected[:, :, 0])
+        cosines.append(own_cosine)
+    torch.testing.assert_close(cosine, torch.stack(cosines).mean(dim=0))
+    torch.testing.assert_close(together.cosine(lct.normalize_parts(raw, 3)), cosine)

@@ -125,11 +125,27 @@ def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
 
 
 def test_one_image_on_a_replica_does_not_crash_the_head() -> None:
-    head = lct.Head(6, 4).train()
+    head = lct.Head(6, 4, parts=2).train()
     assert head(torch.randn(1, 6)).shape == (1, 4)
     assert head.norm.num_batches_tracked == 0
     head(torch.randn(2, 6))
     assert head.norm.num_batches_tracked == 1
+
+
+def test_the_parts_of_a_head_share_nothing_but_their_input() -> None:
+    head = lct.Head(6, 8, parts=4).eval()
+    hidden = head.hidden.weight
+    (gradient,) = torch.autograd.grad(head(torch.randn(3, 6))[:, 2:4].sum(), hidden)  # the second part of the embedding
+    touched = gradient.abs().sum(dim=1).unflatten(0, (4, -1)).sum(dim=1) > 0
+    assert touched.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("emb_dim", "parts"), [(128, 4), (64, 4), (66, 2), (67, 1), (32, 1), (2, 1)])
+def test_any_length_of_embedding_is_cut_into_equal_parts(emb_dim: int, parts: int) -> None:
+    assert lct.count_parts(emb_dim) == parts
+    vectors = lct.normalize_parts(torch.randn(3, emb_dim), parts)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(vectors.unflatten(1, (parts, -1)).norm(dim=2), torch.full((3, parts), parts**-0.5))
 
 
 def test_bf16_autocast_returns_float32_features() -> None:
