@@ -102,7 +102,8 @@ CUTOUTS_DIRNAME = "cutouts"
 LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-HEAD_WIDTH = 512  # hidden units of the embedding head
+HEAD_WIDTHS = (512, 256)  # hidden units of the embedding head, and of each of several side by side
+MIN_PART_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
@@ -554,6 +555,15 @@ class Config:
     )
     img_size: int = _option(
         224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
+    )
+    heads: int = _option(
+        4,
+        "small heads side by side, each with its share of emb_dim and a loss of its own",
+        "model",
+        low=1,
+        high=64,
+        fixed=True,
+        key="model.heads",
     )
     emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
     freeze_backbone: bool = _option(
@@ -5783,13 +5793,17 @@ def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> to
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
+    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
 
-    def __init__(self, feature_dim: int, emb_dim: int) -> None:
+    The last layer is cut into `parts` blocks, so that these are as many independent heads, each with its share of the embedding.
+    """
+
+    def __init__(self, feature_dim: int, emb_dim: int, parts: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(feature_dim, HEAD_WIDTH)
-        self.norm = nn.BatchNorm1d(HEAD_WIDTH)
-        self.output = nn.Linear(HEAD_WIDTH, emb_dim)
+        width = parts * HEAD_WIDTHS[parts > 1]
+        self.hidden = nn.Linear(feature_dim, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=parts)  # a Linear for each part
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
@@ -5801,7 +5815,17 @@ class Head(nn.Module):
             )
         else:
             hidden = self.norm(hidden)
-        return self.output(F.relu(hidden))
+        return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
+
+
+def count_parts(config: Config) -> int:
+    """Return how many equal parts an embedding has: --heads, fewer where they do not divide it, one where it is short."""
+    return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_PART_DIM else 1
+
+
+def normalize_parts(vectors: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return vectors (N, D) of unit length, all of whose parts are equally long: dot products are mean cosines of the parts."""
+    return F.normalize(vectors.unflatten(1, (parts, -1)), dim=2).flatten(1) / math.sqrt(parts)
 
 
 @dataclass(frozen=True)
@@ -6129,43 +6153,66 @@ def hash_weights(module: nn.Module) -> str:
 # 10  CRITERION
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
-class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+class Criterion(nn.Module):
+    """What the criteria have in common: an embedding has equal parts, one from each head, and each part learns by itself.
+
+    Evaluation uses the mean of the parts' logits, and never a margin.
+    """
+
+    def __init__(self, scale: float, parts: int) -> None:
+        super().__init__()
+        self.scale, self.parts = scale, parts
+
+    def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the parts (B, P, D / P), of unit norm, of embeddings (B, D) from `normalize_parts`."""
+        return math.sqrt(self.parts) * embeddings.unflatten(1, (self.parts, -1))
+
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what each part says without margin (B, P, C): cosines, or logits over the scale."""
+        raise NotImplementedError
+
+    def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """Return the scores (N, C) with that of the true class, labels (N,), made smaller."""
+        return scores
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.score_parts(embeddings).mean(dim=1)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits with margin (B, P, C), to be learned part by part, and those without (B, C)."""
+        scores = self.score_parts(embeddings)
+        shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.parts))
+        return self.scale * shifted.view_as(scores), self.scale * scores.mean(dim=1)
+
+
+class ArcFace(Criterion):
+    """Class directions on the unit sphere of each part, and logits with an angular margin for the true class.
 
     Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, emb_dim)))
-        self.margin, self.scale = margin, scale
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        self.weight = nn.Parameter(normalize_parts(torch.randn(num_classes, emb_dim), parts))
+        self.margin = margin
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
-        return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the class directions."""
+        directions = F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2)
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
-        return self.scale * self.cosine(embeddings)
-
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C) with that of the true class made smaller."""
-        return add_angular_margin(cosine, labels, self.margin)
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
-        cosine = self.cosine(embeddings)
-        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes turned away by the margin."""
+        return add_angular_margin(scores, labels, self.margin)
 
 
 class CosFace(ArcFace):
     """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
 
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C), that of the true class less the margin."""
-        return cosine.scatter_add(
-            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
-        )
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes less the margin."""
+        return scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
 
 
 class SubCenterArcFace(ArcFace):
@@ -6174,57 +6221,57 @@ class SubCenterArcFace(ArcFace):
     Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
-        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+    def __init__(self, sub_centers: int, emb_dim: int, num_classes: int, *settings: Any) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, *settings)
         self.sub_centers = sub_centers
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
-        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the nearest direction of each class."""
+        return super().score_parts(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
 
 
-class LinearClassifier(nn.Module):
-    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+class LinearClassifier(Criterion):
+    """A linear layer on the scaled parts: cross-entropy as of old, with embeddings that cosines can compare."""
 
-    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
-        super().__init__()
-        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+    def __init__(self, emb_dim: int, num_classes: int, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        bound = math.sqrt(parts / emb_dim)  # as torch.nn.Linear draws them
+        self.weight = nn.Parameter(torch.empty(num_classes, emb_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_classes, parts))
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D)."""
-        return self.linear(self.scale * embeddings)
-
-    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
-        logits = self.plain_logits(embeddings)
-        return logits, logits
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, P, C) of the parts, over the scale."""
+        weight = self.weight.unflatten(1, (self.parts, -1))
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), weight) + self.bias.T / self.scale
 
 
-def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+def build_criterion(config: Config, num_classes: int) -> Criterion:
     """Return what --criterion names, random from torch's generator."""
     sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    parts = count_parts(config)
     if config.criterion in LINEAR_CRITERIA:
-        return LinearClassifier(*sizes, scale)
+        return LinearClassifier(*sizes, scale, parts)
     if config.criterion == "subcenter_arcface":
-        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
-    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+        return SubCenterArcFace(config.sub_centers, *sizes, margin, scale, parts)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale, parts)
 
 
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Return the mean loss () of logits (B, C), or with reduction none that of each image (B,): cross-entropy, or the focal loss.
+    """Return the mean loss () of logits (B, P, C), or with reduction none that of each image (B,).
 
-    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    It is cross-entropy, or the focal loss, which weighs each answer by (1 - p)^gamma, p being the probability of its class: Lin et
+    al., arXiv:1708.02002, eq. 4.
     """
-    smoothing = config.label_smoothing
-    if config.criterion != "focal":
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
-    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
-    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    # Where the class is certain, the slope of the power stays finite.
-    losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
-    return losses.mean() if reduction == "mean" else losses
+    parts = logits.shape[1]
+    logits, labels = logits.flatten(0, 1), labels.repeat_interleave(parts)
+    losses = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing, reduction="none")
+    if config.criterion == "focal":
+        log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+        # Where the class is certain, the slope of the power stays finite.
+        losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    return losses.mean() if reduction == "mean" else losses.unflatten(0, (-1, parts)).mean(dim=1)
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -6251,13 +6298,13 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 class Recognizer(nn.Module):
     """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: Criterion) -> None:
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
-        return F.normalize(self.head(features))
+        return normalize_parts(self.head(features), self.criterion.parts)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
@@ -6283,7 +6330,9 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
+    model = Recognizer(
+        backbone, Head(info.feature_dim, config.emb_dim, count_parts(config)), build_criterion(config, num_classes)
+    )
     if config.lora_rank:
         add_lora(backbone.model, config.lora_rank)
         backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
@@ -6918,7 +6967,7 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
         if info is None
         else {
             "feature_dim": info.feature_dim,
-            "head_width": HEAD_WIDTH,
+            "head_widths": list(HEAD_WIDTHS),
             "backbone_hash": info.weights_hash,
             "used_pool": info.pool,
             "used_mean": list(info.mean),

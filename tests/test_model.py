@@ -128,11 +128,27 @@ def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
 
 
 def test_one_image_on_a_replica_does_not_crash_the_head() -> None:
-    head = lct.Head(6, 4).train()
+    head = lct.Head(6, 4, parts=2).train()
     assert head(torch.randn(1, 6)).shape == (1, 4)
     assert head.norm.num_batches_tracked == 0
     head(torch.randn(2, 6))
     assert head.norm.num_batches_tracked == 1
+
+
+def test_the_parts_of_a_head_share_nothing_but_their_input() -> None:
+    head = lct.Head(6, 8, parts=4).eval()
+    hidden = head.hidden.weight
+    (gradient,) = torch.autograd.grad(head(torch.randn(3, 6))[:, 2:4].sum(), hidden)  # the second part of the embedding
+    touched = gradient.abs().sum(dim=1).unflatten(0, (4, -1)).sum(dim=1) > 0
+    assert touched.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("emb_dim", "parts"), [(128, 4), (64, 4), (66, 2), (67, 1), (32, 1), (2, 1)])
+def test_any_length_of_embedding_is_cut_into_equal_parts(emb_dim: int, parts: int) -> None:
+    assert lct.count_parts(lct.Config(emb_dim=emb_dim)) == parts
+    vectors = lct.normalize_parts(torch.randn(3, emb_dim), parts)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(vectors.unflatten(1, (parts, -1)).norm(dim=2), torch.full((3, parts), parts**-0.5))
 
 
 def test_bf16_autocast_returns_float32_features() -> None:
@@ -255,7 +271,7 @@ def train_a_little(model: lct.Recognizer, config: lct.Config) -> None:
     for _ in range(2):
         logits, _ = model(model.backbone(draw_images(4, 3, config.img_size, config.img_size)), torch.arange(4) % 3)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits, torch.arange(4) % 3).backward()
+        lct.classification_loss(logits, torch.arange(4) % 3, config).backward()
         optimizer.step()
 
 
@@ -458,7 +474,7 @@ def start_from(path: Path, class_names: tuple[str, ...], **options: object) -> t
 
 def cosines(model: lct.Recognizer) -> torch.Tensor:
     with torch.inference_mode():
-        return model.criterion.cosine(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
+        return model.criterion.plain_logits(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
 
 
 @pytest.mark.parametrize("kind", [*WAYS, "export"])

@@ -115,7 +115,7 @@ def plain_parts() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module, to
         .eval()
         .requires_grad_(False)
     )
-    head, arcface = lct.Head(384, 128), lct.ArcFace(128, 4, 0.3, 30.0)
+    head, arcface = lct.Head(384, 128, 1), lct.ArcFace(128, 4, 0.3, 30.0)
     return trunk, head, arcface, torch.optim.AdamW([*head.parameters(), *arcface.parameters()], lr=1e-3)
 
 
@@ -133,7 +133,7 @@ def plain_epoch() -> float:
         with torch.no_grad():
             features = trunk(images)
         logits, _ = arcface(F.normalize(head(features)), labels)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits[:, 0], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -141,7 +141,7 @@ def plain_epoch() -> float:
     head.eval()
     with torch.no_grad():
         for images, labels in val:
-            (arcface.cosine(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
+            (arcface.plain_logits(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
     return time.process_time() - started
 
 
@@ -153,7 +153,7 @@ def oml_epoch() -> float:
     started = time.process_time()
     extractor.train()
     for images, labels in batches:
-        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0], labels)
+        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0][:, 0], labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
