@@ -137,6 +137,11 @@ WRONG = {
     "[{type: to_float, p: 1}]": ("train_augmentations: fail", "ToFloat makes float32"),
     "[{type: normalize, normalization: image}]": ("[0].normalization", "--mean and --std"),
     "[{type: normalize, mean: 0.5, std: 0.5}]": ("[0].mean", "three numbers"),
+    "[{type: normalize, mean: [0.5, 0.5, 0.5], std: [0, 0, 0]}]": ("[0].std", "from 0.001 to 1"),
+    "[{type: randaugment, magnitude: high}]": ("[0]", "magnitude high is none of 31 bins"),
+    "[{type: DualTransform}]": ("[0].type", "is no transform"),
+    "[{type: HistogramMatching, p: 1}]": ("train_augmentations: fail", "metadata"),
+    "[{type: OneOf}]": ("[0]: cannot be used", "transforms"),
     "[{type: normalize}, {type: median_blur}]": ("[1]: comes after dataset.train_augmentations[0]", "put it before"),
 }
 
