@@ -1507,12 +1507,14 @@ def _check_backgrounds(config: Config) -> None:
             "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
         )
     _check_folder(config, "backgrounds", "give a folder of pictures")
-    pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
-    if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
+    pictures, where = config.backgrounds.resolve(), f"{config.place('backgrounds')} {config.backgrounds}"
+    data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
+    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
-        raise UserError(
-            what, f"{config.place('backgrounds')} {config.backgrounds}", "choose a folder of other pictures"
-        )
+        raise UserError(what, where, "choose a folder of other pictures")
+    if pictures in (out_dir, *out_dir.parents):
+        what = "holds out_dir, whose own pictures would be taken for backgrounds"
+        raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
 def _check_gallery_paths(config: Config) -> None:
@@ -10837,6 +10839,7 @@ def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tu
     return [
         ("Images found", f"{data['num_images']:,}"),
         ("Usable", f"{data['num_usable']:,}"),
+        *([("Used", f"{data['num_used']:,}")] if data["num_used"] < data["num_usable"] else []),
         ("With a mask", f"{data['masks']['usable']:,}, {data['masks']['made']:,} of them drawn by SAM-2"),
         *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
         ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),
