@@ -1517,12 +1517,14 @@ def _check_backgrounds(config: Config) -> None:
             "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
         )
     _check_folder(config, "backgrounds", "give a folder of pictures")
-    pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
-    if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
+    pictures, where = config.backgrounds.resolve(), f"{config.place('backgrounds')} {config.backgrounds}"
+    data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
+    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
-        raise UserError(
-            what, f"{config.place('backgrounds')} {config.backgrounds}", "choose a folder of other pictures"
-        )
+        raise UserError(what, where, "choose a folder of other pictures")
+    if pictures in (out_dir, *out_dir.parents):
+        what = "holds out_dir, whose own pictures would be taken for backgrounds"
+        raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
 def _check_gallery_paths(config: Config) -> None:
@@ -4989,9 +4991,9 @@ def _albumentations_by_name() -> dict[str, type]:
     """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
     import albumentations as A
 
-    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value)}
-    bases = (A.BasicTransform, A.BaseCompose)
-    return {name: value for name, value in found.items() if issubclass(value, bases) and not inspect.isabstract(value)}
+    bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
+    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value) and value not in bases}
+    return {name: value for name, value in found.items() if issubclass(value, bases)}
 
 
 def _build_albumentation(where: str, entry: Any) -> Any:
@@ -5017,7 +5019,7 @@ def _build_albumentation(where: str, entry: Any) -> Any:
         arguments["transforms"] = [_build_albumentation(f"{where}.transforms[{i}]", item) for i, item in inner]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
         return _construct(where, own, arguments)
 
 
@@ -5084,9 +5086,12 @@ def read_normalization(where: str, arguments: dict[str, Any]) -> tuple[tuple[flo
     for key in ("mean", "std"):
         value = arguments.get(key)
         if ("mean" in arguments or "std" in arguments) and not (
-            isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
+            isinstance(value, (list, tuple))
+            and len(value) == 3
+            and all(isinstance(x, (int, float)) and (key == "std") / 1000 <= x <= 1 for x in value)
         ):
-            raise UserError("is not a list of three numbers", f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+            what = f"is not a list of three numbers from {'0.001' if key == 'std' else '0'} to 1"
+            raise UserError(what, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
         pair.append(tuple(map(float, value or ())))
     return (pair[0], pair[1]) if pair[0] else None
 
@@ -5196,10 +5201,10 @@ def _build_policy_step(where: str, kind: str, arguments: dict[str, Any]) -> Poli
     own = getattr(v2, POLICIES[kind])
     _check_arguments(where, own, arguments)
     _construct(where, own, arguments)
-    bins = arguments.get("num_magnitude_bins", 31)
-    if not isinstance(bins, int) or bins < 2 or not 0 <= arguments.get("magnitude", 0) < bins:
-        what = f"magnitude {arguments.get('magnitude', 9)} is none of {bins} bins"
-        raise UserError(what, where, "give a magnitude from 0 to num_magnitude_bins - 1, and two bins or more")
+    bins, magnitude = arguments.get("num_magnitude_bins", 31), arguments.get("magnitude", 0)
+    if not (isinstance(bins, int) and isinstance(magnitude, int) and 0 <= magnitude < bins > 1):
+        what = f"magnitude {magnitude} is none of {bins} bins"
+        raise UserError(what, where, "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more")
     return Policy(kind, arguments, float(share))
 
 
@@ -10883,6 +10888,7 @@ def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tu
     return [
         ("Images found", f"{data['num_images']:,}"),
         ("Usable", f"{data['num_usable']:,}"),
+        *([("Used", f"{data['num_used']:,}")] if data["num_used"] < data["num_usable"] else []),
         ("With a mask", f"{data['masks']['usable']:,}, {data['masks']['made']:,} of them drawn by SAM-2"),
         *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
         ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),
