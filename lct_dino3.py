@@ -1517,7 +1517,7 @@ def _check_folder(config: Config, name: str, remedy: str) -> None:
 def _check_backgrounds(config: Config) -> None:
     if config.backgrounds is None or not config.insert_background_p:
         return
-    _check_folder("backgrounds", config.backgrounds, "give a folder of pictures")
+    _check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
     if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
@@ -6067,7 +6067,7 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
         options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
         files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    own = Config(**{name: identity[name] for name in names}, **files)
+    own = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = _create_model(own, probe_model(own)[0], log)
     if hash_weights(model) != identity["backbone_hash"]:
         what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
