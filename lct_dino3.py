@@ -359,9 +359,9 @@ class Config:
     )
     mask_fill: str = _option(
         "gray",
-        "new background: gray, black, blur, mean (of the model), random (in training)",
+        "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
         "masks",
-        choices=("gray", "black", "blur", "mean", "random"),
+        choices=("gray", "black", "blur", "mean", "random", "keep"),
         metavar="NAME",
         fixed=True,
     )
@@ -521,9 +521,9 @@ class Config:
     )
     in_channels: int = _option(
         3,
-        "channels that the model sees: 1 = gray, 3 = RGB",
+        "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model",
-        choices=(1, 3),
+        choices=(1, 3, 4),
         key="model.in_channels",
         fixed=True,
     )
@@ -1400,6 +1400,18 @@ def _check_model(config: Config) -> None:
             refuse("contradict each other", "lr_type", name)
 
 
+def _check_channels(config: Config) -> None:
+    if config.in_channels == 4 and config.crop_mode == "bbox":
+        where = f"{config.place('in_channels')} 4, {config.place('crop_mode')} bbox"
+        raise UserError("the fourth channel would never see a mask", where, "give --crop_mode mask or mix")
+    if config.in_channels == 4 and config.insert_background_p:
+        where = f"{config.place('in_channels')} 4, {config.place('insert_background_p')}"
+        raise UserError("a crop on another picture has no mask any more", where, "leave one of them out")
+    if config.in_channels != 4 and config.mask_fill == "keep":
+        where = f"{config.place('mask_fill')} keep"
+        raise UserError("leaves nothing to be seen of a mask", where, "show it to the model with --in_channels 4")
+
+
 def name_training(options: dict[str, Any]) -> str:
     """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
     if not options["freeze_backbone"]:
@@ -1440,6 +1452,7 @@ def check_ranges(config: Config) -> None:
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
     _check_model(config)
+    _check_channels(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -4160,6 +4173,8 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
     """
     import cv2
 
+    if fill.kind == "keep":
+        return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
     if fill.kind == "blur":
         behind = _blur_background(image, is_object == 0)
@@ -4715,9 +4730,10 @@ class Transform:
     first: tuple[Any, ...] = ()  # steps of --pre_transforms; a step is what `build_steps` makes of an entry
     listed: tuple[Any, ...] | None = None  # steps that stand for the built-in augmentation; None = it is wanted
     last: tuple[Any, ...] = ()  # steps of --post_transforms
+    shows_mask: bool = False  # as a fourth channel
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return uint8 (img_size, img_size, 3).
+        """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
         Image and mask move together; colours change last, and only those of the object.
 
@@ -4735,15 +4751,18 @@ class Transform:
         elif augmented or not self.trains:
             image, mask = self._run(self.listed, image, mask, (seed, 4))
         image, mask = self._run(self.last, image, mask, (seed, 5))
-        if image.shape == (self.img_size, self.img_size, 3):
+        if image.shape != (self.img_size, self.img_size, 3):
+            image, mask = self._fit(image, mask, seed)
+        if not self.shows_mask:
             return image
-        return self._fit(image, mask, seed)
+        return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
-    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         if mask is None:
-            return fit_square(image, self.img_size)
+            return fit_square(image, self.img_size), None
         square = fit_square(np.dstack((image, mask)), self.img_size)
-        return self._refill(np.ascontiguousarray(square[:, :, :3]), square[:, :, 3], seed)
+        mask = square[:, :, 3]
+        return self._refill(np.ascontiguousarray(square[:, :, :3]), mask, seed), mask
 
     def _refill(self, image: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
         """Return the image with the fill outside its mask once more, where moving has brought in something else."""
@@ -4767,6 +4786,8 @@ class Transform:
         mask = moved[:, :, 3]
         image = self._refill(np.ascontiguousarray(moved[:, :, :3]), mask, seed)  # the border that moving has opened
         changed = _change_looks(looks, image, rng, seed)
+        if self.fill.kind == "keep":
+            return changed, mask
         # Only on the object: the fill keeps its value, for production will see no other.
         return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy()), mask
 
@@ -4822,7 +4843,11 @@ def production_transforms(config: Config) -> list[dict[str, Any]]:
 
 
 def build_transform(
-    img_size: int, augment: bool, fill: Fill | None = None, lists: dict[str, tuple[dict[str, Any], ...]] | None = None
+    img_size: int,
+    augment: bool,
+    fill: Fill | None = None,
+    lists: dict[str, tuple[dict[str, Any], ...]] | None = None,
+    shows_mask: bool = False,
 ) -> Transform:
     """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
 
@@ -4832,7 +4857,7 @@ def build_transform(
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     chosen = "train_augmentations" if augment else "val_augmentations"
     if not lists and not augment:
-        return Transform(img_size, fill)
+        return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
     import cv2
 
@@ -4845,6 +4870,7 @@ def build_transform(
         first=build_steps("pre_transforms", lists),
         listed=build_steps(chosen, lists) if chosen in lists else None,
         last=build_steps("post_transforms", lists),
+        shows_mask=shows_mask,
     )
 
 
@@ -5423,7 +5449,9 @@ def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) 
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    images: (
+        torch.Tensor
+    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
@@ -5612,7 +5640,8 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 class Backbone(nn.Module):
     """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    A model of one channel gets them in gray, normalised by the mean of the three means and deviations.
+    A model of one channel gets them in gray, normalised by the mean of the three means and deviations; one of four gets the mask
+    as the last, from -1 (background) to 1 (object).
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
@@ -5621,9 +5650,9 @@ class Backbone(nn.Module):
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
         for name, values in (("mean", mean), ("std", std)):
-            value = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, value if in_channels == 3 else value.mean(1, keepdim=True), persistent=False)
-        luma = None if in_channels == 3 else torch.tensor(LUMA).view(1, 3, 1, 1)
+            value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
+            self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
+        luma = torch.tensor(LUMA).view(1, 3, 1, 1) if in_channels == 1 else None
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
@@ -5646,7 +5675,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
+        """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
@@ -6073,7 +6102,7 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
         options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
         files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    own = Config(**{name: identity[name] for name in names}, **files)
+    own = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = _create_model(own, probe_model(own)[0], log)
     if hash_weights(model) != identity["backbone_hash"]:
         what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
@@ -7803,7 +7832,7 @@ class TrainedRun:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
 
     def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3, H, W), `batch` at a time."""
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
         backbone, device = self.runtime.wrap(self.model.backbone), self.runtime.device
         with torch.inference_mode():
             parts = [
@@ -7813,8 +7842,8 @@ class TrainedRun:
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, False, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, False, fill, given_lists(config), config.in_channels == 4)
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -8230,8 +8259,8 @@ class Job:
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, augment, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
@@ -9461,7 +9490,7 @@ class Cut(NamedTuple):
 class CutBatch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W): the crops of all units in turn
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units in turn
     cuts: list[Cut]
 
 
@@ -10149,7 +10178,7 @@ class ExportedModel(nn.Module):
         self.register_buffer("kept", torch.from_numpy(kept))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer images uint8 (N, H, W, 3).
+        """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
             embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
@@ -10172,7 +10201,7 @@ def export_onnx(run: TrainedRun, path: Path, crops: np.ndarray) -> float:
     """Write the run as one ONNX file with dynamic batch, and return the largest cosine difference from PyTorch on real crops.
 
     Args:
-        crops: uint8 (N, img_size, img_size, 3), as the transform of the run makes them.
+        crops: uint8 (N, img_size, img_size, 3 or 4), as the transform of the run makes them.
 
     Raises:
         UserError: a package is missing, or the file answers otherwise than PyTorch.

@@ -22,7 +22,11 @@ SPECIAL = {
     "mean": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
     "std": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
 }
-BESIDE = {"mean": {"std": [0.5] * 3}, "std": {"mean": [0.5] * 3}}  # what an option cannot stand without
+BESIDE = {
+    "mean": {"std": [0.5] * 3},
+    "std": {"mean": [0.5] * 3},
+    "in_channels": {"crop_mode": "mask"},
+}  # what an option cannot stand without
 
 
 def two_values(field):

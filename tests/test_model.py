@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -570,3 +571,41 @@ def test_a_run_that_starts_from_another_answers_by_itself_and_asks_for_what_is_g
         tmp_path / "gone/checkpoint_best.pth",
     )
     assert lct.hash_weights(found.model) == lct.hash_weights(again)
+
+
+@pytest.mark.parametrize("fill", ["gray", "keep"])
+def test_a_model_of_four_channels_sees_the_mask_beside_the_picture(fill: str) -> None:
+    image = np.ascontiguousarray(draw_images(3, 40, 40).permute(1, 2, 0))
+    mask = np.zeros((40, 40), np.uint8)
+    mask[5:20, 10:40] = 255
+    crop = lct.build_transform(40, False, lct.Fill(fill, (7, 8, 9)), shows_mask=True)
+    masked, whole = crop(image, mask, 0), crop(image, None, 0)
+    assert (masked[:, :, 3] == mask).all() and (whole[:, :, 3] == 255).all()
+    assert (whole[:, :, :3] == image).all() and (masked[mask > 0, :3] == image[mask > 0]).all()
+    assert (masked[mask == 0, :3] == (image[mask == 0] if fill == "keep" else (7, 8, 9))).all()
+    train = lct.build_transform(40, True, lct.Fill(fill, (114,) * 3), shows_mask=True)
+    flat = np.full_like(image, 114) + mask[:, :, None] // 3  # what is bright is object
+    moved = [train(flat, mask, seed) for seed in range(20)]
+    for views in moved:  # they move together
+        is_object = views[:, :, 3] > 127
+        assert views[is_object, 0].mean() > views[~is_object, 0].mean() + 20
+    assert any((views[:, :, 3] != mask).any() for views in moved)
+    backbone, _ = build(in_channels=4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    seen: list[torch.Tensor] = []
+    backbone.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    backbone.eval()(torch.from_numpy(masked).permute(2, 0, 1)[None])
+    torch.testing.assert_close(seen[0][0, 3], torch.from_numpy(mask / 127.5 - 1).float())
+    torch.testing.assert_close(seen[0][0, 1], torch.from_numpy((masked[:, :, 1] / 255 - 0.2) / 0.5).float())
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--in_channels 4", "--crop_mode mask"),
+        ("--crop_mode mask --mask_fill keep", "--in_channels 4"),
+        ("--crop_mode mix --in_channels 4 --insert_background_p 0.5 --backgrounds pictures", "--insert_background_p"),
+    ],
+)
+def test_a_mask_that_nothing_would_show_is_refused(flags: str, complaint: str) -> None:
+    with pytest.raises(lct.UserError, match=complaint):
+        lct.parse_command_line(flags.split())
