@@ -911,6 +911,12 @@ class Config:
         fixed=True,
         key="training.compile",
     )
+    fsdp: bool = _option(
+        False,
+        "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
+        "machine",
+        key="training.fsdp",
+    )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
     )
@@ -1457,8 +1463,29 @@ def check_ranges(config: Config) -> None:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
         )
+    _check_fsdp(config)
     _check_words(config)
     _check_augmentation(config)
+
+
+def _check_fsdp(config: Config) -> None:
+    """Refuse what a backbone whose weights are shared among processes cannot do."""
+    if config.fsdp and config.command not in ("train", "demo"):
+        raise UserError("is for training", config.place("fsdp"), "leave it out, on a GPU that holds the backbone")
+    others = {
+        "compile": config.compile,
+        "ema_decay": config.ema_decay > 0,
+        "accumulate_grad_batches": config.accumulate_grad_batches > 1,
+        "unfreeze_blocks": config.unfreeze_blocks > 0,
+        "lora_rank": config.lora_rank > 0,
+        "optimizer": config.optimizer != "adamw",
+        "precision": config.precision == "fp16",
+    }
+    clash = [name for name, is_given in others.items() if is_given]
+    if config.fsdp and clash:
+        value = getattr(config, clash[0])
+        shown = f"{config.place(clash[0])}{'' if value is True else f' {value}'}"
+        raise UserError("do not go together", f"--fsdp, {shown}", "leave one of them out")
 
 
 def check_paths(config: Config) -> None:
@@ -2383,6 +2410,7 @@ class Team:
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
+        self.splits = False  # whether the processes share the backbone's weights
         self._sums: list[Any] = []  # gradients on their way
         self._holds = False  # gradients are not sent yet
 
@@ -2516,6 +2544,64 @@ class Team:
             for value in module.state_dict().values() if self.size > 1 else ():
                 dist.broadcast(value, 0)
 
+    def split(self, module: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
+        """Leave each process a share of a module's weights; each of its parts is made whole while it computes (FSDP2).
+
+        The weights are those of the first process; in the others they may be on the meta device. Part by part: all of them need not
+        fit onto a device. Their gradients are summed, as of one batch.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of in-place changes to features: there are none
+        self.splits, mesh = True, init_device_mesh(device.type, (self.size,))
+        for part in (*parts, module):
+            self._take_weights(part, device)
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+    def _take_weights(self, part: nn.Module, device: torch.device) -> None:
+        """Have the part's weights that are not shared yet on the device in all processes, as the first one has them."""
+        owners = [(owner, *own) for owner in part.modules() for own in owner.named_parameters(recurse=False)]
+        for owner, name, weight in owners:
+            if is_split(weight):
+                continue
+            whole = weight.detach().contiguous()  # FSDP2 wants it so
+            whole = torch.empty_like(whole, device=device) if self.rank else whole.to(device)
+            with _peers():
+                dist.broadcast(whole, 0)
+            setattr(owner, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
+
+    def whole(self, value: Any) -> Any:
+        """Return a tensor that all processes have a share of, on the CPU, in all of them; anything else as it is."""
+        with _peers():
+            return value.full_tensor().cpu() if is_split(value) else value
+
+    def spread(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return this process's share of what the first one has whole, where `like` is shared; the others give what they have."""
+        if not is_split(like) or value.shape != like.shape:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = torch.empty_like(value, device=like.device) if self.rank else value.to(like.device)
+        with _peers():
+            dist.broadcast(whole, 0)
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+    def clip_gradients(self, parameters: Iterable[torch.Tensor], limit: float) -> None:
+        """Scale all gradients so that their norm together is at most `limit`."""
+        if not self.splits:
+            nn.utils.clip_grad_norm_(parameters, limit)
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squares = [self.whole(torch.linalg.vector_norm(own).square()).to(own.device) for own in gradients]
+        factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+        for own in gradients:
+            (own.to_local() if is_split(own) else own).mul_(factor)
+
     def bind(self, module: nn.Module, shared: nn.Module) -> None:
         """Keep the module equal in all processes while it is trained, of which `shared` sees a part of each batch only.
 
@@ -2527,7 +2613,7 @@ class Team:
         if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
             return
         for parameter in module.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_split(parameter):
                 send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
         for part in shared.modules():
@@ -2556,6 +2642,11 @@ class Team:
 
 
 TEAM = Team()
+
+
+def is_split(value: Any) -> bool:
+    """Say whether it is a tensor that the processes of the team have a share of each."""
+    return hasattr(value, "full_tensor")
 
 
 @contextlib.contextmanager
@@ -2700,6 +2791,9 @@ def make_runtime(config: Config) -> Runtime:
         raise UserError(
             "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
         )
+    if config.fsdp and TEAM.size == 1:
+        remedy = f"start several: torchrun --nproc_per_node N {SCRIPT_NAME} ..."
+        raise UserError("shares the backbone among processes, and there is one", config.place("fsdp"), remedy)
     if num_gpus > available:
         raise UserError(
             f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
@@ -5676,6 +5770,9 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
+        if not len(images) and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+            # A process without a share of the batch; timm's ViTs stumble over none, and weights may have to be gathered.
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
@@ -6179,6 +6276,7 @@ def hash_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        value = TEAM.whole(value)
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -7017,20 +7115,23 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     Raises:
         Diverged: a weight is not finite. Nothing is written then.
     """
-    weights = state.model.trained_state()
-    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
+    packed = pack_state(state)
+    if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **pack_state(state), "tally": state.tally.totals()}
+    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **packed, "tally": state.tally.totals()}
     with SIGNALS.hold(), sealed_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save(payload, file)
 
 
 def pack_state(state: TrainState) -> dict[str, Any]:
-    """Return the state but for the tally, as tensors and plain values."""
+    """Return the state but for the tally, as whole tensors and plain values."""
+    if TEAM.splits:
+        TEAM.call("pack_state")
     return {
         **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": state.model.trained_state(),
-        "optimizer": state.optimizer.state_dict(),
+        **torch.utils._pytree.tree_map(
+            TEAM.whole, {"model": state.model.trained_state(), "optimizer": state.optimizer.state_dict()}
+        ),
         "scaler": state.scaler.state_dict(),
         **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
@@ -7077,8 +7178,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
-    state.model.load_trained_state(payload["model"])
-    state.optimizer.load_state_dict(payload["optimizer"])
+    load_weights(state.model, payload["model"])
+    load_optimizer(state, payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
@@ -7089,6 +7190,37 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     if state.model.backbone.frozen and "backbone_dtype" in payload:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def load_weights(model: Recognizer, weights: dict[str, torch.Tensor]) -> None:
+    """Put what has been trained into the model, in all processes that share it."""
+    own = model.trained_state()
+    if TEAM.splits:
+        TEAM.call("load_weights", {key: _outline(value, own[key]) for key, value in weights.items()})
+        weights = {key: TEAM.spread(value, own[key]) for key, value in weights.items()}
+    model.load_trained_state(weights)
+
+
+def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
+    """Put what an optimizer keeps for each weight into that of the state, in all processes that share the weights."""
+    own = list(itertools.chain(*(group["params"] for group in state.optimizer.param_groups)))
+
+    def change(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        kept = {
+            number: {name: function(value, own[number]) for name, value in values.items()}
+            for number, values in saved["state"].items()
+        }
+        return {**saved, "state": kept}
+
+    if TEAM.splits:
+        TEAM.call("load_optimizer", change(_outline))
+        saved = change(TEAM.spread)
+    state.optimizer.load_state_dict(saved)
+
+
+def _outline(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return what the other processes need of a tensor before they get their share of it: a shared one's shape and type."""
+    return value.to("meta") if is_split(like) and value.shape == like.shape else value
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -7769,11 +7901,18 @@ def describe_gallery(
     }
 
 
+def hash_embedder(model: Recognizer) -> str:
+    """Return 16 hex digits over all weights that an embedding is a function of."""
+    if TEAM.splits:
+        TEAM.call("hash_embedder")
+    return hash_weights(nn.ModuleList([model.backbone.model, model.head]))
+
+
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
     """Return all that an embedding is a function of, besides the crop."""
     return {
         "model_id": info.model_id,
-        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
+        "weights_hash": hash_embedder(model),
         "emb_dim": config.emb_dim,
         "img_size": info.img_size,
         "mean": info.mean,
@@ -8326,18 +8465,22 @@ def extract_batches(
 ) -> Iterator[tuple[list[tuple[int, str]], Features]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
     TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
-    network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
-    if not backbone.frozen:
+    network, runtime, side = job.runtime.wrap(backbone.eval()), job.runtime, job.config.img_size
+    if not backbone.frozen and not TEAM.splits:
         TEAM.copy_weights(backbone)
+    # Weights that are shared are gathered by all processes, or by none.
+    padding = [[]] * (-len(batches) % TEAM.size) if TEAM.splits else []
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
         values = torch.zeros(0, 1)
-        if len(batch.rows):
-            with torch.inference_mode():
-                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu()
+        if len(batch.rows) or TEAM.splits:
+            images = batch.images if len(batch.rows) else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+            with torch.no_grad() if TEAM.splits else torch.inference_mode():
+                values = network(images.to(runtime.device, non_blocking=True)).cpu()
         return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
 
-    return take_turns(lambda own: make_loader(dataset, own, job.config, runtime), batches, answer)
+    answers = take_turns(lambda own: make_loader(dataset, own, job.config, runtime), [*batches, *padding], answer)
+    return itertools.islice(answers, len(batches)) if TEAM.leads else answers
 
 
 class ViewCache:
@@ -8510,7 +8653,10 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
 
 def share_state(job: Job, state: TrainState) -> None:
     """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
-    if TEAM.leads:
+    if TEAM.leads and TEAM.splits:  # which they have had as they joined, and when it was restored
+        plain = {key: getattr(state, key) for key in PLAIN_STATE}
+        TEAM.call("take_position", dataclasses.replace(job, run=None), plain)
+    elif TEAM.leads:
         buffer = io.BytesIO()
         torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
         TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
@@ -8557,7 +8703,8 @@ class TrainFeed:
                 # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for batch in iterator:
-                    yield TEAM.pool(batch)
+                    with _joint_step() if TEAM.splits else contextlib.nullcontext():
+                        yield TEAM.pool(batch)
                     bar.update()
                 return
             except RuntimeError as error:
@@ -8567,6 +8714,14 @@ class TrainFeed:
                 self._job.run.log(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
             finally:
                 bar.close()
+
+
+@contextlib.contextmanager
+def _joint_step() -> Iterator[None]:
+    """Have all processes that share weights do a step, and do it wholly: to stop, the first one needs the others for saving."""
+    with SIGNALS.hold():
+        TEAM.call("take_step")
+        yield
 
 
 class CachedFeed:
@@ -8787,8 +8942,8 @@ def train_step(
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
-        trained = (p for p in state.model.parameters() if p.requires_grad)
-        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        TEAM.clip_gradients(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -13229,15 +13384,15 @@ def write_preview(job: Job) -> None:
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
     """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
-    model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
+    model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     backbone.dtype = job.runtime.dtype_of(backbone)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
     if TEAM.leads:
-        TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
+        TEAM.call("take_model", job.runtime, config, outline_model(model) if config.fsdp else model)
+    state = place_model(model, config, job.runtime)
     if config.compile:
         backbone.model.compile()
-    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -13252,6 +13407,31 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
+
+
+def outline_model(model: Recognizer) -> Recognizer:
+    """Return a copy of the model whose backbone has no weights but their shapes."""
+    weights = model.backbone.model.parameters()
+    return copy.deepcopy(model, {id(own): nn.Parameter(own.detach().to("meta"), own.requires_grad) for own in weights})
+
+
+def place_model(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
+    """Put the model onto the device, with --fsdp a share of the backbone; return the state of its training.
+
+    Raises:
+        UserError: the backbone has no blocks to share.
+    """
+    if config.fsdp:
+        blocks = getattr(model.backbone.model, "blocks", None)
+        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            raise UserError("has no list of blocks to share", f"--fsdp, --model_id {config.model_id}", "choose a ViT")
+        TEAM.split(model.backbone.model, blocks, runtime.device)
+        model.head.to(runtime.device), model.criterion.to(runtime.device)
+        for name, value in list(model.backbone.named_buffers(recurse=False)):
+            setattr(model.backbone, name, value.to(runtime.device))
+    else:
+        model.to(runtime.device)
+    return start_state(model, config, runtime)
 
 
 def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
@@ -13276,7 +13456,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
+    load_weights(model, deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -13529,6 +13709,7 @@ class Helper:
         self.job: Job | None = None
         self.state: TrainState | None = None
         self.feed: TrainFeed | None = None
+        self.steps: Iterator[None] = iter(())  # of the epoch
 
     def follow(self) -> None:
         """Do what is called for until all is done."""
@@ -13549,10 +13730,10 @@ class Helper:
         """Do a part of `label_objects`."""
         deque(answer_batches(self.run, *args), maxlen=0)
 
-    def take_model(self, runtime: Runtime, model: Recognizer) -> None:
+    def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
         """Take the model of a run that is to be trained."""
-        self.runtime = runtime.settle()
-        self.model = model.to(self.runtime.device)
+        self.runtime, self.model = runtime.settle(), model
+        self.state = place_model(model, config, self.runtime)
 
     def extract(self, job: Job, *args: Any) -> None:
         """Do a part of `FeatureBank.extract`."""
@@ -13562,16 +13743,47 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.state = start_state(self.model, job.config, self.runtime)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self.feed = TrainFeed(self.job, self.state)
 
+    def take_position(self, job: Job, plain: dict[str, Any]) -> None:
+        """Take up the training of a model whose weights are shared, and here already."""
+        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
+        for key, value in plain.items():
+            setattr(self.state, key, value)
+        self.feed = TrainFeed(self.job, self.state)
+
+    def pack_state(self) -> None:
+        """Give a share of `pack_state`."""
+        pack_state(self.state)
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take a share of `load_weights`."""
+        load_weights(self.model, weights)
+
+    def load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Take a share of `load_optimizer`."""
+        load_optimizer(self.state, saved)
+
+    def hash_embedder(self) -> None:
+        """Give a share of `hash_embedder`."""
+        hash_embedder(self.model)
+
     def train_epoch(self, epoch: int, batches: int) -> None:
-        """Do a part of `train_epoch`; what it records and saves is not ours."""
-        state, self.state.epoch, self.state.batches = self.state, epoch, batches
+        """Do a part of `train_epoch`; what it records and saves is not ours. With --fsdp each step is called for."""
+        self.state.epoch, self.state.batches = epoch, batches
+        self.steps = self._take_steps()
+        if not TEAM.splits:
+            deque(self.steps, maxlen=0)
+
+    def take_step(self) -> None:
+        """Do a part of the next `take_step`."""
+        next(self.steps)
+
+    def _take_steps(self) -> Iterator[None]:
         network = self.feed.network(self.model.train())
-        for group in group_batches(self.feed.batches(state), self.job.config):
-            take_step(self.job, network, state, group, len(self.feed))
+        for group in group_batches(self.feed.batches(self.state), self.job.config):
+            yield take_step(self.job, network, self.state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
