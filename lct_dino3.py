@@ -5743,6 +5743,7 @@ class Backbone(nn.Module):
         self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        self.keeps_statistics = False  # those of BatchNorm are not moved by training
         for name, values in (("mean", mean), ("std", std)):
             value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
             self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
@@ -5762,10 +5763,13 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which frozen parts ignore."""
+        """Set training mode, which frozen parts ignore, and BatchNorm too where it keeps its statistics."""
         super().train(mode and self.trained_keys is None)
         for part in self._trained_parts:
             part.training = mode
+        if self.keeps_statistics:
+            for part in self.modules():
+                part.training &= not isinstance(part, nn.modules.batchnorm._BatchNorm)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -5991,7 +5995,10 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
     keep_class_token(model)
-    return Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels), info
+    backbone = Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels)
+    # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
+    backbone.keeps_statistics = bool(config.pretrained or config.backbone_weights or config.load_from)
+    return backbone, info
 
 
 def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:

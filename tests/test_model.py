@@ -152,6 +152,19 @@ def test_any_length_of_embedding_is_cut_into_equal_parts(emb_dim: int, parts: in
     torch.testing.assert_close(vectors.unflatten(1, (parts, -1)).norm(dim=2), torch.full((3, parts), parts**-0.5))
 
 
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_training_moves_the_statistics_of_batchnorm_only_where_weights_are_random(
+    has_weights: bool, tmp_path: Path
+) -> None:
+    torch.save(build()[0].model.state_dict(), tmp_path / "weights.pth")
+    backbone, _ = build(backbone_weights=tmp_path / "weights.pth" if has_weights else None)
+    norm = next(part for part in backbone.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    backbone.train()(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)).sum().backward()
+    assert backbone.model.training and norm.weight.grad is not None
+    assert torch.equal(norm.running_mean, before) == has_weights
+
+
 def test_bf16_autocast_returns_float32_features() -> None:
     backbone, _ = build()
     images = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
