@@ -1188,11 +1188,12 @@ def option_keys() -> dict[str, dataclasses.Field]:
 def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options in a config file by flag name, and for each the file and key where it stands.
 
-    A run's config.json gives all options of that run, but for those that are for one start only.
+    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
 
     Raises:
         UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
     """
+    path = path / "config.json" if path.is_dir() else path
     tree = _parse_config_file(path)
     is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
     if is_record:
