@@ -5856,7 +5856,10 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     they do not name, such as the register tokens of some releases, behind the last block.
     """
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    specs = [[(spec, None)] if isinstance(spec, str) else spec for group, spec in matcher.items() if group != "stem"]
+    groups = matcher if isinstance(matcher, dict) else {}  # cait has a function, which tells blocks from nothing else
+    specs = [
+        [(spec, None)] if isinstance(spec, str) else spec for group, spec in groups.items() if group != "stem" and spec
+    ]
     patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
     depth, depths = 0, {}
     for name, module in model.named_modules():
@@ -6479,7 +6482,7 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
     elif config.freeze_backbone:
         depths = block_depths(backbone.model)
         first = max(depths.values()) - config.unfreeze_blocks + 1
-        backbone.freeze(lambda name: depths[name] >= first)
+        backbone.freeze(lambda name: depths.get(name, 0) >= first)  # a layer that blocks share has one name there
     return model
 
 

@@ -308,6 +308,17 @@ def test_depths_are_timms_own_where_it_names_all_layers(name: str) -> None:
     assert depths.keys() >= model.state_dict().keys()
 
 
+def test_models_whose_blocks_are_shared_or_not_told_can_still_be_frozen() -> None:
+    for name, has_blocks in (("cait_xxs24_224", False), ("coat_tiny", True)):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        assert (max(lct.block_depths(model).values()) > 3) == has_blocks
+        backbone = lct.Backbone(model, (0.5,) * 3, (0.5,) * 3)
+        config = make_config(emb_dim=4)
+        info = lct.BackboneInfo(name, "random", "0", 8, 32, "token", (0.5,) * 3, (0.5,) * 3, "area")
+        assert lct.build_recognizer(config, 3, backbone, info).backbone.frozen
+
+
 def test_register_tokens_stand_before_the_first_block() -> None:
     depths = lct.block_depths(timm.create_model(EVA, num_classes=0, depth=3))
     assert (depths["reg_token"], depths["blocks.0.attn.q_bias"], depths["norm.weight"]) == (0, 1, 3)
