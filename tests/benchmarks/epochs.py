@@ -193,7 +193,7 @@ def our_epoch(precision: str) -> Costs:
     job, state = make_job(precision)
     state.batches, state.tally = 0, lct.Tally()
     started = time.process_time()
-    lct.train_epoch(job, state, lct.TrainFeed(job), lct.SaveClock(0))
+    lct.train_epoch(job, state, lct.TrainFeed(job, state), lct.SaveClock(0))
     trained = time.process_time()
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
