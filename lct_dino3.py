@@ -102,7 +102,8 @@ CUTOUTS_DIRNAME = "cutouts"
 LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-HEAD_WIDTH = 512  # hidden units of the embedding head
+HEAD_WIDTHS = (512, 256)  # hidden units of the embedding head, and of each of several side by side
+MIN_PART_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
@@ -358,9 +359,9 @@ class Config:
     )
     mask_fill: str = _option(
         "gray",
-        "new background: gray, black, blur, mean (of the model), random (in training)",
+        "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
         "masks",
-        choices=("gray", "black", "blur", "mean", "random"),
+        choices=("gray", "black", "blur", "mean", "random", "keep"),
         metavar="NAME",
         fixed=True,
     )
@@ -520,9 +521,9 @@ class Config:
     )
     in_channels: int = _option(
         3,
-        "channels that the model sees: 1 = gray, 3 = RGB",
+        "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model",
-        choices=(1, 3),
+        choices=(1, 3, 4),
         key="model.in_channels",
         fixed=True,
     )
@@ -554,6 +555,15 @@ class Config:
     )
     img_size: int = _option(
         224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
+    )
+    heads: int = _option(
+        4,
+        "small heads side by side, each with its share of emb_dim and a loss of its own",
+        "model",
+        low=1,
+        high=64,
+        fixed=True,
+        key="model.heads",
     )
     emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
     freeze_backbone: bool = _option(
@@ -1178,11 +1188,12 @@ def option_keys() -> dict[str, dataclasses.Field]:
 def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options in a config file by flag name, and for each the file and key where it stands.
 
-    A run's config.json gives all options of that run, but for those that are for one start only.
+    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
 
     Raises:
         UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
     """
+    path = path / "config.json" if path.is_dir() else path
     tree = _parse_config_file(path)
     is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
     if is_record:
@@ -1396,6 +1407,18 @@ def _check_model(config: Config) -> None:
             refuse("contradict each other", "lr_type", name)
 
 
+def _check_channels(config: Config) -> None:
+    if config.in_channels == 4 and config.crop_mode == "bbox":
+        where = f"{config.place('in_channels')} 4, {config.place('crop_mode')} bbox"
+        raise UserError("the fourth channel would never see a mask", where, "give --crop_mode mask or mix")
+    if config.in_channels == 4 and config.insert_background_p:
+        where = f"{config.place('in_channels')} 4, {config.place('insert_background_p')}"
+        raise UserError("a crop on another picture has no mask any more", where, "leave one of them out")
+    if config.in_channels != 4 and config.mask_fill == "keep":
+        where = f"{config.place('mask_fill')} keep"
+        raise UserError("leaves nothing to be seen of a mask", where, "show it to the model with --in_channels 4")
+
+
 def name_training(options: dict[str, Any]) -> str:
     """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
     if not options["freeze_backbone"]:
@@ -1407,11 +1430,9 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def _check_augmentation(config: Config) -> None:
-    if config.insert_background_p and config.backgrounds is None:
-        raise UserError("needs pictures", "--insert_background_p", "give their folder with --backgrounds DIR")
     if config.mixing != "none" and config.cache_views:
         what = "mixes pixels, and cached views are features"
-        raise UserError(what, f"--mixing {config.mixing}, --cache_views", "leave one of them out")
+        raise UserError(what, f"{config.place('mixing')} {config.mixing}, --cache_views", "leave one of them out")
 
 
 def check_ranges(config: Config) -> None:
@@ -1438,6 +1459,7 @@ def check_ranges(config: Config) -> None:
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
     _check_model(config)
+    _check_channels(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
@@ -1529,13 +1551,21 @@ def _check_folder(config: Config, name: str, remedy: str) -> None:
 
 
 def _check_backgrounds(config: Config) -> None:
-    if config.backgrounds is None or not config.insert_background_p:
+    if not config.insert_background_p:
         return
-    _check_folder("backgrounds", config.backgrounds, "give a folder of pictures")
-    pictures, data_root = config.backgrounds.resolve(), config.data_root.resolve()
-    if pictures == data_root or pictures in data_root.parents or data_root in pictures.parents:
+    if config.backgrounds is None:
+        raise UserError(
+            "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
+        )
+    _check_folder(config, "backgrounds", "give a folder of pictures")
+    pictures, where = config.backgrounds.resolve(), f"{config.place('backgrounds')} {config.backgrounds}"
+    data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
+    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
-        raise UserError(what, f"--backgrounds {config.backgrounds}", "choose a folder of other pictures")
+        raise UserError(what, where, "choose a folder of other pictures")
+    if pictures in (out_dir, *out_dir.parents):
+        what = "holds out_dir, whose own pictures would be taken for backgrounds"
+        raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
 def _check_gallery_paths(config: Config) -> None:
@@ -4239,6 +4269,8 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
     """
     import cv2
 
+    if fill.kind == "keep":
+        return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
     if fill.kind == "blur":
         behind = _blur_background(image, is_object == 0)
@@ -4794,9 +4826,10 @@ class Transform:
     first: tuple[Any, ...] = ()  # steps of --pre_transforms; a step is what `build_steps` makes of an entry
     listed: tuple[Any, ...] | None = None  # steps that stand for the built-in augmentation; None = it is wanted
     last: tuple[Any, ...] = ()  # steps of --post_transforms
+    shows_mask: bool = False  # as a fourth channel
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return uint8 (img_size, img_size, 3).
+        """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
         Image and mask move together; colours change last, and only those of the object.
 
@@ -4814,15 +4847,18 @@ class Transform:
         elif augmented or not self.trains:
             image, mask = self._run(self.listed, image, mask, (seed, 4))
         image, mask = self._run(self.last, image, mask, (seed, 5))
-        if image.shape == (self.img_size, self.img_size, 3):
+        if image.shape != (self.img_size, self.img_size, 3):
+            image, mask = self._fit(image, mask, seed)
+        if not self.shows_mask:
             return image
-        return self._fit(image, mask, seed)
+        return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
-    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         if mask is None:
-            return fit_square(image, self.img_size)
+            return fit_square(image, self.img_size), None
         square = fit_square(np.dstack((image, mask)), self.img_size)
-        return self._refill(np.ascontiguousarray(square[:, :, :3]), square[:, :, 3], seed)
+        mask = square[:, :, 3]
+        return self._refill(np.ascontiguousarray(square[:, :, :3]), mask, seed), mask
 
     def _refill(self, image: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
         """Return the image with the fill outside its mask once more, where moving has brought in something else."""
@@ -4846,6 +4882,8 @@ class Transform:
         mask = moved[:, :, 3]
         image = self._refill(np.ascontiguousarray(moved[:, :, :3]), mask, seed)  # the border that moving has opened
         changed = _change_looks(looks, image, rng, seed)
+        if self.fill.kind == "keep":
+            return changed, mask
         # Only on the object: the fill keeps its value, for production will see no other.
         return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy()), mask
 
@@ -4901,7 +4939,11 @@ def production_transforms(config: Config) -> list[dict[str, Any]]:
 
 
 def build_transform(
-    img_size: int, augment: bool, fill: Fill | None = None, lists: dict[str, tuple[dict[str, Any], ...]] | None = None
+    img_size: int,
+    augment: bool,
+    fill: Fill | None = None,
+    lists: dict[str, tuple[dict[str, Any], ...]] | None = None,
+    shows_mask: bool = False,
 ) -> Transform:
     """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
 
@@ -4911,7 +4953,7 @@ def build_transform(
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     chosen = "train_augmentations" if augment else "val_augmentations"
     if not lists and not augment:
-        return Transform(img_size, fill)
+        return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
     import cv2
 
@@ -4924,6 +4966,7 @@ def build_transform(
         first=build_steps("pre_transforms", lists),
         listed=build_steps(chosen, lists) if chosen in lists else None,
         last=build_steps("post_transforms", lists),
+        shows_mask=shows_mask,
     )
 
 
@@ -5070,9 +5113,9 @@ def _albumentations_by_name() -> dict[str, type]:
     """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
     import albumentations as A
 
-    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value)}
-    bases = (A.BasicTransform, A.BaseCompose)
-    return {name: value for name, value in found.items() if issubclass(value, bases) and not inspect.isabstract(value)}
+    bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
+    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value) and value not in bases}
+    return {name: value for name, value in found.items() if issubclass(value, bases)}
 
 
 def _build_albumentation(where: str, entry: Any) -> Any:
@@ -5098,7 +5141,7 @@ def _build_albumentation(where: str, entry: Any) -> Any:
         arguments["transforms"] = [_build_albumentation(f"{where}.transforms[{i}]", item) for i, item in inner]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*special case of Affine")  # ShiftScaleRotate does what it says
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
         return _construct(where, own, arguments)
 
 
@@ -5165,9 +5208,12 @@ def read_normalization(where: str, arguments: dict[str, Any]) -> tuple[tuple[flo
     for key in ("mean", "std"):
         value = arguments.get(key)
         if ("mean" in arguments or "std" in arguments) and not (
-            isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
+            isinstance(value, (list, tuple))
+            and len(value) == 3
+            and all(isinstance(x, (int, float)) and (key == "std") / 1000 <= x <= 1 for x in value)
         ):
-            raise UserError("is not a list of three numbers", f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+            what = f"is not a list of three numbers from {'0.001' if key == 'std' else '0'} to 1"
+            raise UserError(what, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
         pair.append(tuple(map(float, value or ())))
     return (pair[0], pair[1]) if pair[0] else None
 
@@ -5277,10 +5323,10 @@ def _build_policy_step(where: str, kind: str, arguments: dict[str, Any]) -> Poli
     own = getattr(v2, POLICIES[kind])
     _check_arguments(where, own, arguments)
     _construct(where, own, arguments)
-    bins = arguments.get("num_magnitude_bins", 31)
-    if not isinstance(bins, int) or bins < 2 or not 0 <= arguments.get("magnitude", 0) < bins:
-        what = f"magnitude {arguments.get('magnitude', 9)} is none of {bins} bins"
-        raise UserError(what, where, "give a magnitude from 0 to num_magnitude_bins - 1, and two bins or more")
+    bins, magnitude = arguments.get("num_magnitude_bins", 31), arguments.get("magnitude", 0)
+    if not (isinstance(bins, int) and isinstance(magnitude, int) and 0 <= magnitude < bins > 1):
+        what = f"magnitude {magnitude} is none of {bins} bins"
+        raise UserError(what, where, "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more")
     return Policy(kind, arguments, float(share))
 
 
@@ -5343,7 +5389,9 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     if not len(good):
         found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         what = f"holds no picture that can be used{found}"
-        raise UserError(what, f"--backgrounds {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files")
+        raise UserError(
+            what, f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
+        )
     contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     paths = PathTable([tree.paths[i] for i in good.tolist()])
@@ -5497,7 +5545,9 @@ def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) 
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    images: (
+        torch.Tensor
+    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
@@ -5686,7 +5736,8 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 class Backbone(nn.Module):
     """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    A model of one channel gets them in gray, normalised by the mean of the three means and deviations.
+    A model of one channel gets them in gray, normalised by the mean of the three means and deviations; one of four gets the mask
+    as the last, from -1 (background) to 1 (object).
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
@@ -5694,10 +5745,11 @@ class Backbone(nn.Module):
         self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        self.keeps_statistics = False  # those of BatchNorm are not moved by training
         for name, values in (("mean", mean), ("std", std)):
-            value = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, value if in_channels == 3 else value.mean(1, keepdim=True), persistent=False)
-        luma = None if in_channels == 3 else torch.tensor(LUMA).view(1, 3, 1, 1)
+            value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
+            self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
+        luma = torch.tensor(LUMA).view(1, 3, 1, 1) if in_channels == 1 else None
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
@@ -5713,14 +5765,17 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which frozen parts ignore."""
+        """Set training mode, which frozen parts ignore, and BatchNorm too where it keeps its statistics."""
         super().train(mode and self.trained_keys is None)
         for part in self._trained_parts:
             part.training = mode
+        if self.keeps_statistics:
+            for part in self.modules():
+                part.training &= not isinstance(part, nn.modules.batchnorm._BatchNorm)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
+        """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
         if not len(images) and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
             # A process without a share of the batch; timm's ViTs stumble over none, and weights may have to be gathered.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
@@ -5802,7 +5857,10 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     they do not name, such as the register tokens of some releases, behind the last block.
     """
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    specs = [[(spec, None)] if isinstance(spec, str) else spec for group, spec in matcher.items() if group != "stem"]
+    groups = matcher if isinstance(matcher, dict) else {}  # cait has a function, which tells blocks from nothing else
+    specs = [
+        [(spec, None)] if isinstance(spec, str) else spec for group, spec in groups.items() if group != "stem" and spec
+    ]
     patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
     depth, depths = 0, {}
     for name, module in model.named_modules():
@@ -5875,13 +5933,17 @@ def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> to
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
+    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
 
-    def __init__(self, feature_dim: int, emb_dim: int) -> None:
+    The last layer is cut into `parts` blocks, so that these are as many independent heads, each with its share of the embedding.
+    """
+
+    def __init__(self, feature_dim: int, emb_dim: int, parts: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(feature_dim, HEAD_WIDTH)
-        self.norm = nn.BatchNorm1d(HEAD_WIDTH)
-        self.output = nn.Linear(HEAD_WIDTH, emb_dim)
+        width = parts * HEAD_WIDTHS[parts > 1]
+        self.hidden = nn.Linear(feature_dim, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=parts)  # a Linear for each part
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
@@ -5893,7 +5955,17 @@ class Head(nn.Module):
             )
         else:
             hidden = self.norm(hidden)
-        return self.output(F.relu(hidden))
+        return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
+
+
+def count_parts(config: Config) -> int:
+    """Return how many equal parts an embedding has: --heads, fewer where they do not divide it, one where it is short."""
+    return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_PART_DIM else 1
+
+
+def normalize_parts(vectors: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return vectors (N, D) of unit length, all of whose parts are equally long: dot products are mean cosines of the parts."""
+    return F.normalize(vectors.unflatten(1, (parts, -1)), dim=2).flatten(1) / math.sqrt(parts)
 
 
 @dataclass(frozen=True)
@@ -5928,7 +6000,10 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
     keep_class_token(model)
-    return Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels), info
+    backbone = Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels)
+    # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
+    backbone.keeps_statistics = bool(config.pretrained or config.backbone_weights or config.load_from)
+    return backbone, info
 
 
 def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:
@@ -6136,7 +6211,7 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
         options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
         files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    own = Config(**{name: identity[name] for name in names}, **files)
+    own = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = _create_model(own, probe_model(own)[0], log)
     if hash_weights(model) != identity["backbone_hash"]:
         what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
@@ -6222,43 +6297,66 @@ def hash_weights(module: nn.Module) -> str:
 # 10  CRITERION
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
-class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+class Criterion(nn.Module):
+    """What the criteria have in common: an embedding has equal parts, one from each head, and each part learns by itself.
+
+    Evaluation uses the mean of the parts' logits, and never a margin.
+    """
+
+    def __init__(self, scale: float, parts: int) -> None:
+        super().__init__()
+        self.scale, self.parts = scale, parts
+
+    def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the parts (B, P, D / P), of unit norm, of embeddings (B, D) from `normalize_parts`."""
+        return math.sqrt(self.parts) * embeddings.unflatten(1, (self.parts, -1))
+
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what each part says without margin (B, P, C): cosines, or logits over the scale."""
+        raise NotImplementedError
+
+    def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """Return the scores (N, C) with that of the true class, labels (N,), made smaller."""
+        return scores
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.score_parts(embeddings).mean(dim=1)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits with margin (B, P, C), to be learned part by part, and those without (B, C)."""
+        scores = self.score_parts(embeddings)
+        shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.parts))
+        return self.scale * shifted.view_as(scores), self.scale * scores.mean(dim=1)
+
+
+class ArcFace(Criterion):
+    """Class directions on the unit sphere of each part, and logits with an angular margin for the true class.
 
     Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, emb_dim)))
-        self.margin, self.scale = margin, scale
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        self.weight = nn.Parameter(normalize_parts(torch.randn(num_classes, emb_dim), parts))
+        self.margin = margin
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
-        return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the class directions."""
+        directions = F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2)
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
-        return self.scale * self.cosine(embeddings)
-
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C) with that of the true class made smaller."""
-        return add_angular_margin(cosine, labels, self.margin)
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
-        cosine = self.cosine(embeddings)
-        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes turned away by the margin."""
+        return add_angular_margin(scores, labels, self.margin)
 
 
 class CosFace(ArcFace):
     """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
 
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C), that of the true class less the margin."""
-        return cosine.scatter_add(
-            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
-        )
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes less the margin."""
+        return scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
 
 
 class SubCenterArcFace(ArcFace):
@@ -6267,57 +6365,57 @@ class SubCenterArcFace(ArcFace):
     Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
-        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+    def __init__(self, sub_centers: int, emb_dim: int, num_classes: int, *settings: Any) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, *settings)
         self.sub_centers = sub_centers
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
-        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the nearest direction of each class."""
+        return super().score_parts(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
 
 
-class LinearClassifier(nn.Module):
-    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+class LinearClassifier(Criterion):
+    """A linear layer on the scaled parts: cross-entropy as of old, with embeddings that cosines can compare."""
 
-    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
-        super().__init__()
-        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+    def __init__(self, emb_dim: int, num_classes: int, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        bound = math.sqrt(parts / emb_dim)  # as torch.nn.Linear draws them
+        self.weight = nn.Parameter(torch.empty(num_classes, emb_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_classes, parts))
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D)."""
-        return self.linear(self.scale * embeddings)
-
-    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
-        logits = self.plain_logits(embeddings)
-        return logits, logits
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, P, C) of the parts, over the scale."""
+        weight = self.weight.unflatten(1, (self.parts, -1))
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), weight) + self.bias.T / self.scale
 
 
-def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+def build_criterion(config: Config, num_classes: int) -> Criterion:
     """Return what --criterion names, random from torch's generator."""
     sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    parts = count_parts(config)
     if config.criterion in LINEAR_CRITERIA:
-        return LinearClassifier(*sizes, scale)
+        return LinearClassifier(*sizes, scale, parts)
     if config.criterion == "subcenter_arcface":
-        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
-    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+        return SubCenterArcFace(config.sub_centers, *sizes, margin, scale, parts)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale, parts)
 
 
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Return the mean loss () of logits (B, C), or with reduction none that of each image (B,): cross-entropy, or the focal loss.
+    """Return the mean loss () of logits (B, P, C), or with reduction none that of each image (B,).
 
-    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    It is cross-entropy, or the focal loss, which weighs each answer by (1 - p)^gamma, p being the probability of its class: Lin et
+    al., arXiv:1708.02002, eq. 4.
     """
-    smoothing = config.label_smoothing
-    if config.criterion != "focal":
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
-    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
-    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    # Where the class is certain, the slope of the power stays finite.
-    losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
-    return losses.mean() if reduction == "mean" else losses
+    parts = logits.shape[1]
+    logits, labels = logits.flatten(0, 1), labels.repeat_interleave(parts)
+    losses = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing, reduction="none")
+    if config.criterion == "focal":
+        log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+        # Where the class is certain, the slope of the power stays finite.
+        losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    return losses.mean() if reduction == "mean" else losses.unflatten(0, (-1, parts)).mean(dim=1)
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -6344,13 +6442,13 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 class Recognizer(nn.Module):
     """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: Criterion) -> None:
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
-        return F.normalize(self.head(features))
+        return normalize_parts(self.head(features), self.criterion.parts)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
@@ -6376,14 +6474,16 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
+    model = Recognizer(
+        backbone, Head(info.feature_dim, config.emb_dim, count_parts(config)), build_criterion(config, num_classes)
+    )
     if config.lora_rank:
         add_lora(backbone.model, config.lora_rank)
         backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
     elif config.freeze_backbone:
         depths = block_depths(backbone.model)
         first = max(depths.values()) - config.unfreeze_blocks + 1
-        backbone.freeze(lambda name: depths[name] >= first)
+        backbone.freeze(lambda name: depths.get(name, 0) >= first)  # a layer that blocks share has one name there
     return model
 
 
@@ -7011,7 +7111,7 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
         if info is None
         else {
             "feature_dim": info.feature_dim,
-            "head_width": HEAD_WIDTH,
+            "head_widths": list(HEAD_WIDTHS),
             "backbone_hash": info.weights_hash,
             "used_pool": info.pool,
             "used_mean": list(info.mean),
@@ -7893,7 +7993,7 @@ class TrainedRun:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
 
     def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3, H, W), `batch` at a time."""
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
         backbone, device = self.runtime.wrap(self.model.backbone), self.runtime.device
         with torch.inference_mode():
             parts = [
@@ -7903,8 +8003,8 @@ class TrainedRun:
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, False, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, False, fill, given_lists(config), config.in_channels == 4)
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -8320,8 +8420,8 @@ class Job:
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, augment, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
@@ -9567,7 +9667,7 @@ class Cut(NamedTuple):
 class CutBatch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W): the crops of all units in turn
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units in turn
     cuts: list[Cut]
 
 
@@ -10255,7 +10355,7 @@ class ExportedModel(nn.Module):
         self.register_buffer("kept", torch.from_numpy(kept))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer images uint8 (N, H, W, 3).
+        """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
             embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
@@ -10278,7 +10378,7 @@ def export_onnx(run: TrainedRun, path: Path, crops: np.ndarray) -> float:
     """Write the run as one ONNX file with dynamic batch, and return the largest cosine difference from PyTorch on real crops.
 
     Args:
-        crops: uint8 (N, img_size, img_size, 3), as the transform of the run makes them.
+        crops: uint8 (N, img_size, img_size, 3 or 4), as the transform of the run makes them.
 
     Raises:
         UserError: a package is missing, or the file answers otherwise than PyTorch.
@@ -10994,6 +11094,7 @@ def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tu
     return [
         ("Images found", f"{data['num_images']:,}"),
         ("Usable", f"{data['num_usable']:,}"),
+        *([("Used", f"{data['num_used']:,}")] if data["num_used"] < data["num_usable"] else []),
         ("With a mask", f"{data['masks']['usable']:,}, {data['masks']['made']:,} of them drawn by SAM-2"),
         *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
         ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),

@@ -92,7 +92,10 @@ def test_a_fine_tuned_run_of_two_processes_is_that_of_one(
         assert sum(supports[0]) == 29
 
 
-@pytest.mark.parametrize("flags", ["--lora_rank 2 --backbone_lr 1e-3", "--unfreeze_blocks 2"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--lora_rank 2 --backbone_lr 1e-3", "--unfreeze_blocks 2 --epochs 2 --ema_decay 0.5 --accumulate_grad_batches 2"],
+)
 def test_two_processes_train_a_part_of_the_backbone_as_one_does(
     flags: str, nursery: Nursery, data: Path, tmp_path: Path
 ) -> None:
@@ -119,23 +122,24 @@ class Small(nn.Sequential):
 
 
 def train_small(path: str) -> int:
-    """Do 20 steps in float64, together with the other processes if there are any; write what comes out."""
+    """Do 20 steps in float64, some of two batches, together with other processes if there are any; write what comes out."""
     lct.TEAM.join()
     torch.manual_seed(lct.TEAM.rank)  # weights come from the first process
-    model = lct.Recognizer(Small(), lct.Head(12, 8), lct.ArcFace(8, 5, 0.3, 30.0)).double().train()
+    model = lct.Recognizer(Small(), lct.Head(12, 8, 2), lct.ArcFace(8, 5, 0.3, 30.0, 2)).double().train()
     lct.TEAM.copy_weights(model)
     lct.TEAM.bind(model, model.backbone)
     config = lct.Config(freeze_backbone=False)
-    state = lct.TrainState(model, lct.build_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False))
+    state = lct.start_state(model, config, lct.Runtime(torch.device("cpu"), 0, torch.float32))
     runtime, losses = lct.Runtime(torch.device("cpu"), 0, torch.float32), []
     for step in range(20):
         rng = np.random.default_rng(step)
-        size = (7, 6, 2, 5)[step % 4]
-        images = torch.from_numpy(rng.normal(size=(size, 3, 8, 8)))
-        labels = torch.from_numpy(rng.integers(0, 5, size))
-        own = lct.TEAM.share(range(size))
-        batch = lct.Batch(images[own], labels[own], labels[own], labels[own], [])
-        losses.append(lct.train_step(config, runtime, model.backbone, state, [lct.TEAM.pool(batch)])[0])
+        batches = []
+        for size in ((7,), (6, 3), (2,), (5, 4))[step % 4]:
+            images = torch.from_numpy(rng.normal(size=(size, 3, 8, 8)))
+            labels = torch.from_numpy(rng.integers(0, 5, size))
+            own = lct.TEAM.share(range(size))
+            batches.append(lct.TEAM.pool(lct.Batch(images[own], labels[own], labels[own], labels[own], [])))
+        losses.append(lct.train_step(config, runtime, model.backbone, state, batches)[0])
     torch.save({"losses": torch.stack(losses), **model.state_dict()}, f"{path}{lct.TEAM.rank}")
     return 0
 

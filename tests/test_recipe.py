@@ -153,6 +153,7 @@ def test_a_background_that_vanishes_costs_itself_alone(masked_data: Path, pictur
         (["--insert_background_p", 0.5, "--backgrounds", "data/hammer"], "lie one inside the other"),
         (["--insert_background_p", 0.5, "--backgrounds", "data"], "lie one inside the other"),
         (["--insert_background_p", 0.5, "--backgrounds", "."], "lie one inside the other"),
+        (["--insert_background_p", 0.5, "--backgrounds", "output"], "holds out_dir"),
         (["--insert_background_p", 0.5, "--backgrounds", "empty"], "holds no picture that can be used, for it has no"),
         (["--insert_background_p", 0.5, "--backgrounds", "broken"], "broken.jpg"),
         (["--freeze_backbone", "--mixing", "cutmix", "--cache_views", 2], "cached views are features"),
@@ -162,13 +163,13 @@ def test_what_cannot_be_done_is_said_before_training(
     flags: list, said: str, nursery: Nursery, masked_data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(masked_data, tmp_path / "data")
-    for name in ("empty", "broken"):
+    for name in ("empty", "broken", "output"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     flags = [
         tmp_path / word if flag == "--backgrounds" else word for flag, word in zip(["", *flags], flags, strict=False)
     ]
-    out_dir = tmp_path.parent / f"{tmp_path.name} run"
+    out_dir = tmp_path / "output" / "run"
     code, text = nursery.run("--data_root", tmp_path / "data", "--out_dir", out_dir, *TRAINED, *flags)
     assert code == 2 and said in text
     assert not (out_dir / "metrics.jsonl").exists()

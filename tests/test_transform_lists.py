@@ -101,6 +101,21 @@ def test_masks_travel_along_and_the_fill_stays(name: str) -> None:
     assert moved > 10
 
 
+@pytest.mark.parametrize("kind", lct.POLICIES)
+def test_the_mask_of_a_policy_is_the_mask_of_what_has_moved(kind: str) -> None:
+    """A picture of the mask itself: wherever only its place has changed, mask and picture are still the same."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:50, 10:35], mask[5:15, 50:70] = 255, 255
+    policy, rng, moved = lct.Policy(kind, {"fill": 0}, 1.0), np.random.default_rng(0), 0
+    policy.set_random_state(rng, lct.random.Random(0))
+    for _ in range(60):
+        found = policy(image=np.dstack([mask] * 3), mask=mask)
+        if set(np.unique(found["image"])) <= {0, 255} and found["image"].any():
+            assert np.array_equal(found["image"][:, :, 0], found["mask"])
+            moved += not np.array_equal(found["mask"], mask)
+    assert moved > 5
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -137,6 +152,11 @@ WRONG = {
     "[{type: to_float, p: 1}]": ("train_augmentations: fail", "ToFloat makes float32"),
     "[{type: normalize, normalization: image}]": ("[0].normalization", "--mean and --std"),
     "[{type: normalize, mean: 0.5, std: 0.5}]": ("[0].mean", "three numbers"),
+    "[{type: normalize, mean: [0.5, 0.5, 0.5], std: [0, 0, 0]}]": ("[0].std", "from 0.001 to 1"),
+    "[{type: randaugment, magnitude: high}]": ("[0]", "magnitude high is none of 31 bins"),
+    "[{type: DualTransform}]": ("[0].type", "is no transform"),
+    "[{type: HistogramMatching, p: 1}]": ("train_augmentations: fail", "metadata"),
+    "[{type: OneOf}]": ("[0]: cannot be used", "transforms"),
     "[{type: normalize}, {type: median_blur}]": ("[1]: comes after dataset.train_augmentations[0]", "put it before"),
 }
 

@@ -51,6 +51,19 @@ def embed_alone(job: lct.Job, backbone: lct.Backbone, row: int, view: int, seed:
         return backbone(torch.from_numpy(crop)[None].permute(0, 3, 1, 2))[0].numpy()
 
 
+def test_what_the_schedule_does_not_augment_is_shown_clean(data: Path) -> None:
+    cache, job, _, clean = open_cache(data, aug_start_p=0.0)
+    rows = job.records.rows("train").tolist()
+    for showing in range(3):
+        keys = [
+            lct.SampleKey(row, 0, 0, showing, augmented)
+            for row, augmented in zip(rows, [False, True] * 99, strict=False)
+        ]
+        features, expected = cache.take(keys).images[::2], clean.values[np.searchsorted(clean.rows, rows)][::2]
+        assert torch.equal(features, expected)
+    assert not torch.equal(cache.take([lct.SampleKey(row, 0, 0, 1) for row in rows]).images, clean.values)
+
+
 @pytest.mark.parametrize("crop_mode", ["bbox", "mask", "mix"])
 def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode: str) -> None:
     cache, job, backbone, _ = open_cache(data, crop_mode=crop_mode, mix_mask_p=0.5)

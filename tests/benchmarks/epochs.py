@@ -110,7 +110,7 @@ def plain_parts() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module, to
         .eval()
         .requires_grad_(False)
     )
-    head, arcface = lct.Head(trunk.num_features, 128), lct.ArcFace(128, 4, 0.3, 30.0)
+    head, arcface = lct.Head(trunk.num_features, 128, 1), lct.ArcFace(128, 4, 0.3, 30.0)
     return trunk, head, arcface, torch.optim.AdamW([*head.parameters(), *arcface.parameters()], lr=1e-3)
 
 
@@ -128,7 +128,7 @@ def plain_epoch() -> Costs:
         with torch.no_grad():
             features = trunk(images)
         logits, _ = arcface(F.normalize(head(features)), labels)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits[:, 0], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,7 +136,7 @@ def plain_epoch() -> Costs:
     head.eval()
     with torch.no_grad():
         for images, labels in val:
-            (arcface.cosine(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
+            (arcface.plain_logits(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
     return Costs((time.process_time() - started,))
 
 
@@ -148,7 +148,7 @@ def oml_epoch() -> Costs:
     started = time.process_time()
     extractor.train()
     for images, labels in batches:
-        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0], labels)
+        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0][:, 0], labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
