@@ -102,7 +102,8 @@ CUTOUTS_DIRNAME = "cutouts"
 LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-HEAD_WIDTH = 512  # hidden units of the embedding head
+HEAD_WIDTHS = (512, 256)  # hidden units of the embedding head, and of each of several side by side
+MIN_PART_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
@@ -358,9 +359,9 @@ class Config:
     )
     mask_fill: str = _option(
         "gray",
-        "new background: gray, black, blur, mean (of the model), random (in training)",
+        "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
         "masks",
-        choices=("gray", "black", "blur", "mean", "random"),
+        choices=("gray", "black", "blur", "mean", "random", "keep"),
         metavar="NAME",
         fixed=True,
     )
@@ -520,9 +521,9 @@ class Config:
     )
     in_channels: int = _option(
         3,
-        "channels that the model sees: 1 = gray, 3 = RGB",
+        "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model",
-        choices=(1, 3),
+        choices=(1, 3, 4),
         key="model.in_channels",
         fixed=True,
     )
@@ -554,6 +555,15 @@ class Config:
     )
     img_size: int = _option(
         224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
+    )
+    heads: int = _option(
+        4,
+        "small heads side by side, each with its share of emb_dim and a loss of its own",
+        "model",
+        low=1,
+        high=64,
+        fixed=True,
+        key="model.heads",
     )
     emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
     freeze_backbone: bool = _option(
@@ -901,6 +911,12 @@ class Config:
         fixed=True,
         key="training.compile",
     )
+    fsdp: bool = _option(
+        False,
+        "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
+        "machine",
+        key="training.fsdp",
+    )
     deterministic: bool = _option(
         False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
     )
@@ -1172,11 +1188,12 @@ def option_keys() -> dict[str, dataclasses.Field]:
 def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options in a config file by flag name, and for each the file and key where it stands.
 
-    A run's config.json gives all options of that run, but for those that are for one start only.
+    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
 
     Raises:
         UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
     """
+    path = path / "config.json" if path.is_dir() else path
     tree = _parse_config_file(path)
     is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
     if is_record:
@@ -1390,6 +1407,18 @@ def _check_model(config: Config) -> None:
             refuse("contradict each other", "lr_type", name)
 
 
+def _check_channels(config: Config) -> None:
+    if config.in_channels == 4 and config.crop_mode == "bbox":
+        where = f"{config.place('in_channels')} 4, {config.place('crop_mode')} bbox"
+        raise UserError("the fourth channel would never see a mask", where, "give --crop_mode mask or mix")
+    if config.in_channels == 4 and config.insert_background_p:
+        where = f"{config.place('in_channels')} 4, {config.place('insert_background_p')}"
+        raise UserError("a crop on another picture has no mask any more", where, "leave one of them out")
+    if config.in_channels != 4 and config.mask_fill == "keep":
+        where = f"{config.place('mask_fill')} keep"
+        raise UserError("leaves nothing to be seen of a mask", where, "show it to the model with --in_channels 4")
+
+
 def name_training(options: dict[str, Any]) -> str:
     """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
     if not options["freeze_backbone"]:
@@ -1430,12 +1459,34 @@ def check_ranges(config: Config) -> None:
     if config.val_split <= 0:
         raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
     _check_model(config)
+    _check_channels(config)
     if config.compile and (config.gpus or 0) > 1:
         raise UserError(
             "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
         )
+    _check_fsdp(config)
     _check_words(config)
     _check_augmentation(config)
+
+
+def _check_fsdp(config: Config) -> None:
+    """Refuse what a backbone whose weights are shared among processes cannot do."""
+    if config.fsdp and config.command not in ("train", "demo"):
+        raise UserError("is for training", config.place("fsdp"), "leave it out, on a GPU that holds the backbone")
+    others = {
+        "compile": config.compile,
+        "ema_decay": config.ema_decay > 0,
+        "accumulate_grad_batches": config.accumulate_grad_batches > 1,
+        "unfreeze_blocks": config.unfreeze_blocks > 0,
+        "lora_rank": config.lora_rank > 0,
+        "optimizer": config.optimizer != "adamw",
+        "precision": config.precision == "fp16",
+    }
+    clash = [name for name, is_given in others.items() if is_given]
+    if config.fsdp and clash:
+        value = getattr(config, clash[0])
+        shown = f"{config.place(clash[0])}{'' if value is True else f' {value}'}"
+        raise UserError("do not go together", f"--fsdp, {shown}", "leave one of them out")
 
 
 def check_paths(config: Config) -> None:
@@ -2360,6 +2411,7 @@ class Team:
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
+        self.splits = False  # whether the processes share the backbone's weights
         self._sums: list[Any] = []  # gradients on their way
         self._holds = False  # gradients are not sent yet
 
@@ -2493,6 +2545,64 @@ class Team:
             for value in module.state_dict().values() if self.size > 1 else ():
                 dist.broadcast(value, 0)
 
+    def split(self, module: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
+        """Leave each process a share of a module's weights; each of its parts is made whole while it computes (FSDP2).
+
+        The weights are those of the first process; in the others they may be on the meta device. Part by part: all of them need not
+        fit onto a device. Their gradients are summed, as of one batch.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of in-place changes to features: there are none
+        self.splits, mesh = True, init_device_mesh(device.type, (self.size,))
+        for part in (*parts, module):
+            self._take_weights(part, device)
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+    def _take_weights(self, part: nn.Module, device: torch.device) -> None:
+        """Have the part's weights that are not shared yet on the device in all processes, as the first one has them."""
+        owners = [(owner, *own) for owner in part.modules() for own in owner.named_parameters(recurse=False)]
+        for owner, name, weight in owners:
+            if is_split(weight):
+                continue
+            whole = weight.detach().contiguous()  # FSDP2 wants it so
+            whole = torch.empty_like(whole, device=device) if self.rank else whole.to(device)
+            with _peers():
+                dist.broadcast(whole, 0)
+            setattr(owner, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
+
+    def whole(self, value: Any) -> Any:
+        """Return a tensor that all processes have a share of, on the CPU, in all of them; anything else as it is."""
+        with _peers():
+            return value.full_tensor().cpu() if is_split(value) else value
+
+    def spread(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return this process's share of what the first one has whole, where `like` is shared; the others give what they have."""
+        if not is_split(like) or value.shape != like.shape:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = torch.empty_like(value, device=like.device) if self.rank else value.to(like.device)
+        with _peers():
+            dist.broadcast(whole, 0)
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+    def clip_gradients(self, parameters: Iterable[torch.Tensor], limit: float) -> None:
+        """Scale all gradients so that their norm together is at most `limit`."""
+        if not self.splits:
+            nn.utils.clip_grad_norm_(parameters, limit)
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squares = [self.whole(torch.linalg.vector_norm(own).square()).to(own.device) for own in gradients]
+        factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+        for own in gradients:
+            (own.to_local() if is_split(own) else own).mul_(factor)
+
     def bind(self, module: nn.Module, shared: nn.Module) -> None:
         """Keep the module equal in all processes while it is trained, of which `shared` sees a part of each batch only.
 
@@ -2504,7 +2614,7 @@ class Team:
         if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
             return
         for parameter in module.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_split(parameter):
                 send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
         for part in shared.modules():
@@ -2533,6 +2643,11 @@ class Team:
 
 
 TEAM = Team()
+
+
+def is_split(value: Any) -> bool:
+    """Say whether it is a tensor that the processes of the team have a share of each."""
+    return hasattr(value, "full_tensor")
 
 
 @contextlib.contextmanager
@@ -2677,6 +2792,9 @@ def make_runtime(config: Config) -> Runtime:
         raise UserError(
             "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
         )
+    if config.fsdp and TEAM.size == 1:
+        remedy = f"start several: torchrun --nproc_per_node N {SCRIPT_NAME} ..."
+        raise UserError("shares the backbone among processes, and there is one", config.place("fsdp"), remedy)
     if num_gpus > available:
         raise UserError(
             f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
@@ -4150,6 +4268,8 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
     """
     import cv2
 
+    if fill.kind == "keep":
+        return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
     if fill.kind == "blur":
         behind = _blur_background(image, is_object == 0)
@@ -4705,9 +4825,10 @@ class Transform:
     first: tuple[Any, ...] = ()  # steps of --pre_transforms; a step is what `build_steps` makes of an entry
     listed: tuple[Any, ...] | None = None  # steps that stand for the built-in augmentation; None = it is wanted
     last: tuple[Any, ...] = ()  # steps of --post_transforms
+    shows_mask: bool = False  # as a fourth channel
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return uint8 (img_size, img_size, 3).
+        """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
         Image and mask move together; colours change last, and only those of the object.
 
@@ -4725,15 +4846,18 @@ class Transform:
         elif augmented or not self.trains:
             image, mask = self._run(self.listed, image, mask, (seed, 4))
         image, mask = self._run(self.last, image, mask, (seed, 5))
-        if image.shape == (self.img_size, self.img_size, 3):
+        if image.shape != (self.img_size, self.img_size, 3):
+            image, mask = self._fit(image, mask, seed)
+        if not self.shows_mask:
             return image
-        return self._fit(image, mask, seed)
+        return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
-    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
+    def _fit(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         if mask is None:
-            return fit_square(image, self.img_size)
+            return fit_square(image, self.img_size), None
         square = fit_square(np.dstack((image, mask)), self.img_size)
-        return self._refill(np.ascontiguousarray(square[:, :, :3]), square[:, :, 3], seed)
+        mask = square[:, :, 3]
+        return self._refill(np.ascontiguousarray(square[:, :, :3]), mask, seed), mask
 
     def _refill(self, image: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
         """Return the image with the fill outside its mask once more, where moving has brought in something else."""
@@ -4757,6 +4881,8 @@ class Transform:
         mask = moved[:, :, 3]
         image = self._refill(np.ascontiguousarray(moved[:, :, :3]), mask, seed)  # the border that moving has opened
         changed = _change_looks(looks, image, rng, seed)
+        if self.fill.kind == "keep":
+            return changed, mask
         # Only on the object: the fill keeps its value, for production will see no other.
         return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy()), mask
 
@@ -4812,7 +4938,11 @@ def production_transforms(config: Config) -> list[dict[str, Any]]:
 
 
 def build_transform(
-    img_size: int, augment: bool, fill: Fill | None = None, lists: dict[str, tuple[dict[str, Any], ...]] | None = None
+    img_size: int,
+    augment: bool,
+    fill: Fill | None = None,
+    lists: dict[str, tuple[dict[str, Any], ...]] | None = None,
+    shows_mask: bool = False,
 ) -> Transform:
     """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
 
@@ -4822,7 +4952,7 @@ def build_transform(
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     chosen = "train_augmentations" if augment else "val_augmentations"
     if not lists and not augment:
-        return Transform(img_size, fill)
+        return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
     import cv2
 
@@ -4835,6 +4965,7 @@ def build_transform(
         first=build_steps("pre_transforms", lists),
         listed=build_steps(chosen, lists) if chosen in lists else None,
         last=build_steps("post_transforms", lists),
+        shows_mask=shows_mask,
     )
 
 
@@ -5413,7 +5544,9 @@ def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) 
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    images: (
+        torch.Tensor
+    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
@@ -5602,7 +5735,8 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 class Backbone(nn.Module):
     """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    A model of one channel gets them in gray, normalised by the mean of the three means and deviations.
+    A model of one channel gets them in gray, normalised by the mean of the three means and deviations; one of four gets the mask
+    as the last, from -1 (background) to 1 (object).
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
@@ -5610,10 +5744,11 @@ class Backbone(nn.Module):
         self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        self.keeps_statistics = False  # those of BatchNorm are not moved by training
         for name, values in (("mean", mean), ("std", std)):
-            value = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, value if in_channels == 3 else value.mean(1, keepdim=True), persistent=False)
-        luma = None if in_channels == 3 else torch.tensor(LUMA).view(1, 3, 1, 1)
+            value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
+            self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
+        luma = torch.tensor(LUMA).view(1, 3, 1, 1) if in_channels == 1 else None
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
@@ -5629,14 +5764,20 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which frozen parts ignore."""
+        """Set training mode, which frozen parts ignore, and BatchNorm too where it keeps its statistics."""
         super().train(mode and self.trained_keys is None)
         for part in self._trained_parts:
             part.training = mode
+        if self.keeps_statistics:
+            for part in self.modules():
+                part.training &= not isinstance(part, nn.modules.batchnorm._BatchNorm)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return features float32 (B, feature_dim) of images uint8 (B, 3, H, W)."""
+        """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
+        if not len(images) and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+            # A process without a share of the batch; timm's ViTs stumble over none, and weights may have to be gathered.
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
@@ -5715,7 +5856,10 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     they do not name, such as the register tokens of some releases, behind the last block.
     """
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    specs = [[(spec, None)] if isinstance(spec, str) else spec for group, spec in matcher.items() if group != "stem"]
+    groups = matcher if isinstance(matcher, dict) else {}  # cait has a function, which tells blocks from nothing else
+    specs = [
+        [(spec, None)] if isinstance(spec, str) else spec for group, spec in groups.items() if group != "stem" and spec
+    ]
     patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
     depth, depths = 0, {}
     for name, module in model.named_modules():
@@ -5788,13 +5932,17 @@ def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> to
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised."""
+    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
 
-    def __init__(self, feature_dim: int, emb_dim: int) -> None:
+    The last layer is cut into `parts` blocks, so that these are as many independent heads, each with its share of the embedding.
+    """
+
+    def __init__(self, feature_dim: int, emb_dim: int, parts: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(feature_dim, HEAD_WIDTH)
-        self.norm = nn.BatchNorm1d(HEAD_WIDTH)
-        self.output = nn.Linear(HEAD_WIDTH, emb_dim)
+        width = parts * HEAD_WIDTHS[parts > 1]
+        self.hidden = nn.Linear(feature_dim, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=parts)  # a Linear for each part
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
@@ -5806,7 +5954,17 @@ class Head(nn.Module):
             )
         else:
             hidden = self.norm(hidden)
-        return self.output(F.relu(hidden))
+        return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
+
+
+def count_parts(config: Config) -> int:
+    """Return how many equal parts an embedding has: --heads, fewer where they do not divide it, one where it is short."""
+    return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_PART_DIM else 1
+
+
+def normalize_parts(vectors: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return vectors (N, D) of unit length, all of whose parts are equally long: dot products are mean cosines of the parts."""
+    return F.normalize(vectors.unflatten(1, (parts, -1)), dim=2).flatten(1) / math.sqrt(parts)
 
 
 @dataclass(frozen=True)
@@ -5841,7 +5999,10 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
     )
     keep_class_token(model)
-    return Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels), info
+    backbone = Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels)
+    # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
+    backbone.keeps_statistics = bool(config.pretrained or config.backbone_weights or config.load_from)
+    return backbone, info
 
 
 def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:
@@ -6049,7 +6210,7 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
         options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
         files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    own = Config(**{name: identity[name] for name in names}, **files)
+    own = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = _create_model(own, probe_model(own)[0], log)
     if hash_weights(model) != identity["backbone_hash"]:
         what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
@@ -6126,6 +6287,7 @@ def hash_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        value = TEAM.whole(value)
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -6134,43 +6296,66 @@ def hash_weights(module: nn.Module) -> str:
 # 10  CRITERION
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
-class ArcFace(nn.Module):
-    """Class directions on the unit sphere, and logits with the angular margin for the true class.
+class Criterion(nn.Module):
+    """What the criteria have in common: an embedding has equal parts, one from each head, and each part learns by itself.
+
+    Evaluation uses the mean of the parts' logits, and never a margin.
+    """
+
+    def __init__(self, scale: float, parts: int) -> None:
+        super().__init__()
+        self.scale, self.parts = scale, parts
+
+    def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the parts (B, P, D / P), of unit norm, of embeddings (B, D) from `normalize_parts`."""
+        return math.sqrt(self.parts) * embeddings.unflatten(1, (self.parts, -1))
+
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what each part says without margin (B, P, C): cosines, or logits over the scale."""
+        raise NotImplementedError
+
+    def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """Return the scores (N, C) with that of the true class, labels (N,), made smaller."""
+        return scores
+
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of embeddings (B, D) without margin, which evaluation uses."""
+        return self.scale * self.score_parts(embeddings).mean(dim=1)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits with margin (B, P, C), to be learned part by part, and those without (B, C)."""
+        scores = self.score_parts(embeddings)
+        shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.parts))
+        return self.scale * shifted.view_as(scores), self.scale * scores.mean(dim=1)
+
+
+class ArcFace(Criterion):
+    """Class directions on the unit sphere of each part, and logits with an angular margin for the true class.
 
     Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, emb_dim)))
-        self.margin, self.scale = margin, scale
+    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        self.weight = nn.Parameter(normalize_parts(torch.randn(num_classes, emb_dim), parts))
+        self.margin = margin
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the class directions."""
-        return F.linear(embeddings, F.normalize(self.weight)).clamp(-1.0, 1.0)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the class directions."""
+        directions = F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2)
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D) without margin, which evaluation uses."""
-        return self.scale * self.cosine(embeddings)
-
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C) with that of the true class made smaller."""
-        return add_angular_margin(cosine, labels, self.margin)
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin and without, both (B, C), of unit embeddings (B, D)."""
-        cosine = self.cosine(embeddings)
-        return self.scale * self.add_margin(cosine, labels), self.scale * cosine
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes turned away by the margin."""
+        return add_angular_margin(scores, labels, self.margin)
 
 
 class CosFace(ArcFace):
     """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
 
-    def add_margin(self, cosine: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C), that of the true class less the margin."""
-        return cosine.scatter_add(
-            1, labels[:, None], torch.full_like(labels[:, None], -self.margin, dtype=cosine.dtype)
-        )
+    def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (N, C), those of the true classes less the margin."""
+        return scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
 
 
 class SubCenterArcFace(ArcFace):
@@ -6179,57 +6364,57 @@ class SubCenterArcFace(ArcFace):
     Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, sub_centers: int) -> None:
-        super().__init__(emb_dim, num_classes * sub_centers, margin, scale)
+    def __init__(self, sub_centers: int, emb_dim: int, num_classes: int, *settings: Any) -> None:
+        super().__init__(emb_dim, num_classes * sub_centers, *settings)
         self.sub_centers = sub_centers
 
-    def cosine(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosine (B, C) of unit embeddings (B, D) to the nearest direction of each class."""
-        return super().cosine(embeddings).unflatten(1, (-1, self.sub_centers)).amax(2)
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, P, C) of the parts to the nearest direction of each class."""
+        return super().score_parts(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
 
 
-class LinearClassifier(nn.Module):
-    """A linear layer on unit embeddings times a scale: cross-entropy as of old, and embeddings that cosines can compare."""
+class LinearClassifier(Criterion):
+    """A linear layer on the scaled parts: cross-entropy as of old, with embeddings that cosines can compare."""
 
-    def __init__(self, emb_dim: int, num_classes: int, scale: float) -> None:
-        super().__init__()
-        self.linear, self.scale = nn.Linear(emb_dim, num_classes), scale
+    def __init__(self, emb_dim: int, num_classes: int, scale: float, parts: int = 1) -> None:
+        super().__init__(scale, parts)
+        bound = math.sqrt(parts / emb_dim)  # as torch.nn.Linear draws them
+        self.weight = nn.Parameter(torch.empty(num_classes, emb_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_classes, parts))
 
-    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of unit embeddings (B, D)."""
-        return self.linear(self.scale * embeddings)
-
-    def forward(self, embeddings: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (B, C) of unit embeddings (B, D), twice: there is no margin."""
-        logits = self.plain_logits(embeddings)
-        return logits, logits
+    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, P, C) of the parts, over the scale."""
+        weight = self.weight.unflatten(1, (self.parts, -1))
+        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), weight) + self.bias.T / self.scale
 
 
-def build_criterion(config: Config, num_classes: int) -> ArcFace | LinearClassifier:
+def build_criterion(config: Config, num_classes: int) -> Criterion:
     """Return what --criterion names, random from torch's generator."""
     sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
+    parts = count_parts(config)
     if config.criterion in LINEAR_CRITERIA:
-        return LinearClassifier(*sizes, scale)
+        return LinearClassifier(*sizes, scale, parts)
     if config.criterion == "subcenter_arcface":
-        return SubCenterArcFace(*sizes, margin, scale, config.sub_centers)
-    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale)
+        return SubCenterArcFace(config.sub_centers, *sizes, margin, scale, parts)
+    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale, parts)
 
 
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Return the mean loss () of logits (B, C), or with reduction none that of each image (B,): cross-entropy, or the focal loss.
+    """Return the mean loss () of logits (B, P, C), or with reduction none that of each image (B,).
 
-    The focal loss weighs each image by (1 - p)^gamma, p being the probability of its class: Lin et al., arXiv:1708.02002, eq. 4.
+    It is cross-entropy, or the focal loss, which weighs each answer by (1 - p)^gamma, p being the probability of its class: Lin et
+    al., arXiv:1708.02002, eq. 4.
     """
-    smoothing = config.label_smoothing
-    if config.criterion != "focal":
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
-    log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
-    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    # Where the class is certain, the slope of the power stays finite.
-    losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
-    return losses.mean() if reduction == "mean" else losses
+    parts = logits.shape[1]
+    logits, labels = logits.flatten(0, 1), labels.repeat_interleave(parts)
+    losses = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing, reduction="none")
+    if config.criterion == "focal":
+        log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+        # Where the class is certain, the slope of the power stays finite.
+        losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
+    return losses.mean() if reduction == "mean" else losses.unflatten(0, (-1, parts)).mean(dim=1)
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -6256,13 +6441,13 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 class Recognizer(nn.Module):
     """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
 
-    def __init__(self, backbone: Backbone, head: Head, criterion: ArcFace | LinearClassifier) -> None:
+    def __init__(self, backbone: Backbone, head: Head, criterion: Criterion) -> None:
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, head, criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
-        return F.normalize(self.head(features))
+        return normalize_parts(self.head(features), self.criterion.parts)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
@@ -6288,14 +6473,16 @@ class Recognizer(nn.Module):
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
     """Put a new head and class directions, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(backbone, Head(info.feature_dim, config.emb_dim), build_criterion(config, num_classes))
+    model = Recognizer(
+        backbone, Head(info.feature_dim, config.emb_dim, count_parts(config)), build_criterion(config, num_classes)
+    )
     if config.lora_rank:
         add_lora(backbone.model, config.lora_rank)
         backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
     elif config.freeze_backbone:
         depths = block_depths(backbone.model)
         first = max(depths.values()) - config.unfreeze_blocks + 1
-        backbone.freeze(lambda name: depths[name] >= first)
+        backbone.freeze(lambda name: depths.get(name, 0) >= first)  # a layer that blocks share has one name there
     return model
 
 
@@ -6923,7 +7110,7 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
         if info is None
         else {
             "feature_dim": info.feature_dim,
-            "head_width": HEAD_WIDTH,
+            "head_widths": list(HEAD_WIDTHS),
             "backbone_hash": info.weights_hash,
             "used_pool": info.pool,
             "used_mean": list(info.mean),
@@ -6939,20 +7126,23 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     Raises:
         Diverged: a weight is not finite. Nothing is written then.
     """
-    weights = state.model.trained_state()
-    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
+    packed = pack_state(state)
+    if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **pack_state(state), "tally": state.tally.totals()}
+    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **packed, "tally": state.tally.totals()}
     with SIGNALS.hold(), sealed_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save(payload, file)
 
 
 def pack_state(state: TrainState) -> dict[str, Any]:
-    """Return the state but for the tally, as tensors and plain values."""
+    """Return the state but for the tally, as whole tensors and plain values."""
+    if TEAM.splits:
+        TEAM.call("pack_state")
     return {
         **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": state.model.trained_state(),
-        "optimizer": state.optimizer.state_dict(),
+        **torch.utils._pytree.tree_map(
+            TEAM.whole, {"model": state.model.trained_state(), "optimizer": state.optimizer.state_dict()}
+        ),
         "scaler": state.scaler.state_dict(),
         **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
@@ -6999,8 +7189,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
-    state.model.load_trained_state(payload["model"])
-    state.optimizer.load_state_dict(payload["optimizer"])
+    load_weights(state.model, payload["model"])
+    load_optimizer(state, payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
@@ -7011,6 +7201,37 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     if state.model.backbone.frozen and "backbone_dtype" in payload:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def load_weights(model: Recognizer, weights: dict[str, torch.Tensor]) -> None:
+    """Put what has been trained into the model, in all processes that share it."""
+    own = model.trained_state()
+    if TEAM.splits:
+        TEAM.call("load_weights", {key: _outline(value, own[key]) for key, value in weights.items()})
+        weights = {key: TEAM.spread(value, own[key]) for key, value in weights.items()}
+    model.load_trained_state(weights)
+
+
+def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
+    """Put what an optimizer keeps for each weight into that of the state, in all processes that share the weights."""
+    own = list(itertools.chain(*(group["params"] for group in state.optimizer.param_groups)))
+
+    def change(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        kept = {
+            number: {name: function(value, own[number]) for name, value in values.items()}
+            for number, values in saved["state"].items()
+        }
+        return {**saved, "state": kept}
+
+    if TEAM.splits:
+        TEAM.call("load_optimizer", change(_outline))
+        saved = change(TEAM.spread)
+    state.optimizer.load_state_dict(saved)
+
+
+def _outline(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return what the other processes need of a tensor before they get their share of it: a shared one's shape and type."""
+    return value.to("meta") if is_split(like) and value.shape == like.shape else value
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -7691,11 +7912,18 @@ def describe_gallery(
     }
 
 
+def hash_embedder(model: Recognizer) -> str:
+    """Return 16 hex digits over all weights that an embedding is a function of."""
+    if TEAM.splits:
+        TEAM.call("hash_embedder")
+    return hash_weights(nn.ModuleList([model.backbone.model, model.head]))
+
+
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
     """Return all that an embedding is a function of, besides the crop."""
     return {
         "model_id": info.model_id,
-        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
+        "weights_hash": hash_embedder(model),
         "emb_dim": config.emb_dim,
         "img_size": info.img_size,
         "mean": info.mean,
@@ -7754,7 +7982,7 @@ class TrainedRun:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
 
     def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3, H, W), `batch` at a time."""
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
         backbone, device = self.runtime.wrap(self.model.backbone), self.runtime.device
         with torch.inference_mode():
             parts = [
@@ -7764,8 +7992,8 @@ class TrainedRun:
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, False, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, False, fill, given_lists(config), config.in_channels == 4)
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -8181,8 +8409,8 @@ class Job:
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
-        fill = make_fill(self.config, self.info.mean)
-        return build_transform(self.config.img_size, augment, fill, given_lists(self.config))
+        config, fill = self.config, make_fill(self.config, self.info.mean)
+        return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
@@ -8248,18 +8476,22 @@ def extract_batches(
 ) -> Iterator[tuple[list[tuple[int, str]], Features]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
     TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
-    network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
-    if not backbone.frozen:
+    network, runtime, side = job.runtime.wrap(backbone.eval()), job.runtime, job.config.img_size
+    if not backbone.frozen and not TEAM.splits:
         TEAM.copy_weights(backbone)
+    # Weights that are shared are gathered by all processes, or by none.
+    padding = [[]] * (-len(batches) % TEAM.size) if TEAM.splits else []
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
         values = torch.zeros(0, 1)
-        if len(batch.rows):
-            with torch.inference_mode():
-                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu()
+        if len(batch.rows) or TEAM.splits:
+            images = batch.images if len(batch.rows) else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+            with torch.no_grad() if TEAM.splits else torch.inference_mode():
+                values = network(images.to(runtime.device, non_blocking=True)).cpu()
         return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
 
-    return take_turns(lambda own: make_loader(dataset, own, job.config, runtime), batches, answer)
+    answers = take_turns(lambda own: make_loader(dataset, own, job.config, runtime), [*batches, *padding], answer)
+    return itertools.islice(answers, len(batches)) if TEAM.leads else answers
 
 
 class ViewCache:
@@ -8432,7 +8664,10 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
 
 def share_state(job: Job, state: TrainState) -> None:
     """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
-    if TEAM.leads:
+    if TEAM.leads and TEAM.splits:  # which they have had as they joined, and when it was restored
+        plain = {key: getattr(state, key) for key in PLAIN_STATE}
+        TEAM.call("take_position", dataclasses.replace(job, run=None), plain)
+    elif TEAM.leads:
         buffer = io.BytesIO()
         torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
         TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
@@ -8479,7 +8714,8 @@ class TrainFeed:
                 # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for batch in iterator:
-                    yield TEAM.pool(batch)
+                    with _joint_step() if TEAM.splits else contextlib.nullcontext():
+                        yield TEAM.pool(batch)
                     bar.update()
                 return
             except RuntimeError as error:
@@ -8489,6 +8725,14 @@ class TrainFeed:
                 self._job.run.log(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
             finally:
                 bar.close()
+
+
+@contextlib.contextmanager
+def _joint_step() -> Iterator[None]:
+    """Have all processes that share weights do a step, and do it wholly: to stop, the first one needs the others for saving."""
+    with SIGNALS.hold():
+        TEAM.call("take_step")
+        yield
 
 
 class CachedFeed:
@@ -8709,8 +8953,8 @@ def train_step(
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
-        trained = (p for p in state.model.parameters() if p.requires_grad)
-        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        TEAM.clip_gradients(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -9412,7 +9656,7 @@ class Cut(NamedTuple):
 class CutBatch(NamedTuple):
     """What a loader yields."""
 
-    images: torch.Tensor  # uint8 (B, 3, H, W): the crops of all units in turn
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units in turn
     cuts: list[Cut]
 
 
@@ -10100,7 +10344,7 @@ class ExportedModel(nn.Module):
         self.register_buffer("kept", torch.from_numpy(kept))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer images uint8 (N, H, W, 3).
+        """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
             embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
@@ -10123,7 +10367,7 @@ def export_onnx(run: TrainedRun, path: Path, crops: np.ndarray) -> float:
     """Write the run as one ONNX file with dynamic batch, and return the largest cosine difference from PyTorch on real crops.
 
     Args:
-        crops: uint8 (N, img_size, img_size, 3), as the transform of the run makes them.
+        crops: uint8 (N, img_size, img_size, 3 or 4), as the transform of the run makes them.
 
     Raises:
         UserError: a package is missing, or the file answers otherwise than PyTorch.
@@ -13151,15 +13395,15 @@ def write_preview(job: Job) -> None:
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
     """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
-    model = build_recognizer(config, len(job.records.class_names), backbone, job.info).to(job.runtime.device)
+    model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     backbone.dtype = job.runtime.dtype_of(backbone)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
     if TEAM.leads:
-        TEAM.call("take_model", job.runtime, copy.deepcopy(model).cpu())
+        TEAM.call("take_model", job.runtime, config, outline_model(model) if config.fsdp else model)
+    state = place_model(model, config, job.runtime)
     if config.compile:
         backbone.model.compile()
-    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -13174,6 +13418,31 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
+
+
+def outline_model(model: Recognizer) -> Recognizer:
+    """Return a copy of the model whose backbone has no weights but their shapes."""
+    weights = model.backbone.model.parameters()
+    return copy.deepcopy(model, {id(own): nn.Parameter(own.detach().to("meta"), own.requires_grad) for own in weights})
+
+
+def place_model(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
+    """Put the model onto the device, with --fsdp a share of the backbone; return the state of its training.
+
+    Raises:
+        UserError: the backbone has no blocks to share.
+    """
+    if config.fsdp:
+        blocks = getattr(model.backbone.model, "blocks", None)
+        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            raise UserError("has no list of blocks to share", f"--fsdp, --model_id {config.model_id}", "choose a ViT")
+        TEAM.split(model.backbone.model, blocks, runtime.device)
+        model.head.to(runtime.device), model.criterion.to(runtime.device)
+        for name, value in list(model.backbone.named_buffers(recurse=False)):
+            setattr(model.backbone, name, value.to(runtime.device))
+    else:
+        model.to(runtime.device)
+    return start_state(model, config, runtime)
 
 
 def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
@@ -13198,7 +13467,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
+    load_weights(model, deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -13451,6 +13720,7 @@ class Helper:
         self.job: Job | None = None
         self.state: TrainState | None = None
         self.feed: TrainFeed | None = None
+        self.steps: Iterator[None] = iter(())  # of the epoch
 
     def follow(self) -> None:
         """Do what is called for until all is done."""
@@ -13471,10 +13741,10 @@ class Helper:
         """Do a part of `label_objects`."""
         deque(answer_batches(self.run, *args), maxlen=0)
 
-    def take_model(self, runtime: Runtime, model: Recognizer) -> None:
+    def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
         """Take the model of a run that is to be trained."""
-        self.runtime = runtime.settle()
-        self.model = model.to(self.runtime.device)
+        self.runtime, self.model = runtime.settle(), model
+        self.state = place_model(model, config, self.runtime)
 
     def extract(self, job: Job, *args: Any) -> None:
         """Do a part of `FeatureBank.extract`."""
@@ -13484,16 +13754,47 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.state = start_state(self.model, job.config, self.runtime)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self.feed = TrainFeed(self.job, self.state)
 
+    def take_position(self, job: Job, plain: dict[str, Any]) -> None:
+        """Take up the training of a model whose weights are shared, and here already."""
+        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
+        for key, value in plain.items():
+            setattr(self.state, key, value)
+        self.feed = TrainFeed(self.job, self.state)
+
+    def pack_state(self) -> None:
+        """Give a share of `pack_state`."""
+        pack_state(self.state)
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take a share of `load_weights`."""
+        load_weights(self.model, weights)
+
+    def load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Take a share of `load_optimizer`."""
+        load_optimizer(self.state, saved)
+
+    def hash_embedder(self) -> None:
+        """Give a share of `hash_embedder`."""
+        hash_embedder(self.model)
+
     def train_epoch(self, epoch: int, batches: int) -> None:
-        """Do a part of `train_epoch`; what it records and saves is not ours."""
-        state, self.state.epoch, self.state.batches = self.state, epoch, batches
+        """Do a part of `train_epoch`; what it records and saves is not ours. With --fsdp each step is called for."""
+        self.state.epoch, self.state.batches = epoch, batches
+        self.steps = self._take_steps()
+        if not TEAM.splits:
+            deque(self.steps, maxlen=0)
+
+    def take_step(self) -> None:
+        """Do a part of the next `take_step`."""
+        next(self.steps)
+
+    def _take_steps(self) -> Iterator[None]:
         network = self.feed.network(self.model.train())
-        for group in group_batches(self.feed.batches(state), self.job.config):
-            take_step(self.job, network, state, group, len(self.feed))
+        for group in group_batches(self.feed.batches(self.state), self.job.config):
+            yield take_step(self.job, network, self.state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""

@@ -22,7 +22,11 @@ SPECIAL = {
     "mean": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
     "std": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
 }
-BESIDE = {"mean": {"std": [0.5] * 3}, "std": {"mean": [0.5] * 3}}  # what an option cannot stand without
+BESIDE = {
+    "mean": {"std": [0.5] * 3},
+    "std": {"mean": [0.5] * 3},
+    "in_channels": {"crop_mode": "mask"},
+}  # what an option cannot stand without
 
 
 def two_values(field):
@@ -229,7 +233,7 @@ def test_config_json_of_a_run_says_where_each_value_comes_from_and_repeats_it(tm
     assert record["origins"]["epochs"] == f"{tmp_path / 'run.yaml'}: training.epochs"
     assert (record["origins"]["img_size"], record["origins"]["lr"]) == ("command line", "default")
     assert record["origins"].keys() == record["options"].keys() - {"command"}
-    assert run_main("--config", first / "config.json", "--out_dir", second) == 0, capsys.readouterr().err
+    assert run_main("--config", first, "--out_dir", second) == 0, capsys.readouterr().err
     assert [event["val"] for event in epochs_of(first)] == [event["val"] for event in epochs_of(second)]
     repeated = json.loads((second / "config.json").read_text())
     changed = {key for key, value in record["options"].items() if repeated["options"][key] != value}

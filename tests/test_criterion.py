@@ -49,7 +49,7 @@ def test_gradient_through_unit_vectors_equal_to_their_class_direction_is_finite(
     raw = arcface.weight.detach().repeat(40, 1).mul(torch.rand(200, 1) * 5).requires_grad_()
     logits, plain = arcface(F.normalize(raw), torch.arange(5).repeat(40))
     assert (plain.diagonal() > 30 * 0.999999).all()
-    F.cross_entropy(logits, torch.arange(5).repeat(40)).backward()
+    F.cross_entropy(logits[:, 0], torch.arange(5).repeat(40)).backward()
     assert torch.isfinite(raw.grad).all() and torch.isfinite(arcface.weight.grad).all()
 
 
@@ -69,7 +69,7 @@ def test_loss_and_gradient_equal_pytorch_metric_learning() -> None:
     labels = torch.arange(64) % 7
     raw = torch.randn(64, 16)
     mine, theirs = raw.clone().requires_grad_(), raw.clone().requires_grad_()
-    loss = F.cross_entropy(arcface(F.normalize(mine), labels)[0], labels)
+    loss = F.cross_entropy(arcface(F.normalize(mine), labels)[0][:, 0], labels)
     peer_loss = peer(theirs, labels)
     loss.backward()
     peer_loss.backward()
@@ -81,14 +81,13 @@ def test_evaluation_never_sees_the_margin() -> None:
     arcface = lct.ArcFace(8, 4, margin=0.5, scale=30.0)
     embeddings = F.normalize(torch.randn(10, 8))
     expected = embeddings @ F.normalize(arcface.weight).T
-    torch.testing.assert_close(arcface.cosine(embeddings), expected)
     torch.testing.assert_close(arcface(embeddings, torch.arange(10) % 4)[1], 30 * expected)
     torch.testing.assert_close(arcface.plain_logits(embeddings), 30 * expected)
 
 
-def build(criterion: str, **options: object) -> tuple[torch.nn.Module, lct.Config]:
+def build(criterion: str, **options: object) -> tuple[lct.Criterion, lct.Config]:
     torch.manual_seed(0)
-    config = lct.Config(criterion=criterion, emb_dim=8, **options)
+    config = lct.Config(criterion=criterion, emb_dim=8, **options)  # too short for several parts
     return lct.build_criterion(config, 4), config
 
 
@@ -101,7 +100,7 @@ def test_cosface_takes_the_margin_from_the_cosine_of_the_true_class() -> None:
     cosface, _ = build("cosface", arc_margin=0.35, arc_scale=16.0)
     embeddings, labels = some_embeddings()
     logits, plain = cosface(embeddings, labels)
-    torch.testing.assert_close(plain - logits, 16 * 0.35 * F.one_hot(labels, 4).float())
+    torch.testing.assert_close(plain - logits[:, 0], 16 * 0.35 * F.one_hot(labels, 4).float())
 
 
 def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcface_with_one() -> None:
@@ -110,8 +109,9 @@ def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcfac
     assert several.weight.shape == (12, 8)
     directions = F.normalize(several.weight).view(4, 3, 8)
     expected = torch.stack([(embeddings @ own.T).max(dim=1).values for own in directions], dim=1)
-    torch.testing.assert_close(several.cosine(embeddings), expected)
-    torch.testing.assert_close(several(embeddings, labels)[0], 30 * lct.add_angular_margin(expected, labels, 0.3))
+    torch.testing.assert_close(several.plain_logits(embeddings), 30 * expected)
+    logits = several(embeddings, labels)[0][:, 0]
+    torch.testing.assert_close(logits, 30 * lct.add_angular_margin(expected, labels, 0.3))
     single, _ = build("subcenter_arcface", sub_centers=1)
     plain, _ = build("arcface")
     torch.testing.assert_close(single(embeddings, labels), plain(embeddings, labels))
@@ -120,10 +120,11 @@ def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcfac
 def test_cross_entropy_is_a_linear_classifier_without_margin() -> None:
     linear, config = build("cross_entropy")
     embeddings, labels = some_embeddings()
+    torch.nn.init.normal_(linear.bias)
     logits, plain = linear(embeddings, labels)
-    expected = 30 * embeddings @ linear.linear.weight.T + linear.linear.bias
-    assert logits is plain
-    torch.testing.assert_close(logits, expected)
+    expected = 30 * embeddings @ linear.weight.T + linear.bias[:, 0]
+    torch.testing.assert_close(logits[:, 0], expected)
+    torch.testing.assert_close(plain, expected)
     torch.testing.assert_close(lct.classification_loss(logits, labels, config), F.cross_entropy(expected, labels))
 
 
@@ -134,16 +135,43 @@ def test_focal_loss_equals_its_formula_also_where_the_class_is_certain(gamma: fl
     labels = torch.arange(51) % 4
     labels[-1] = 0
     p = torch.softmax(logits.detach(), dim=1)[torch.arange(51), labels]
-    loss = lct.classification_loss(logits, labels, config)
+    loss = lct.classification_loss(logits[:, None], labels, config)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float((-((1 - p) ** gamma) * p.log()).mean()), rel=1e-6)
     assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("criterion", ["arcface", "focal"])
-def test_label_smoothing_spreads_a_share_of_the_target(criterion: str) -> None:
+def test_label_smoothing_spreads_a_share_of_the_target_in_every_part(criterion: str) -> None:
     _, config = build(criterion, label_smoothing=0.2, focal_gamma=0.0)
-    logits, labels = torch.randn(30, 4), torch.arange(30) % 4
-    target = 0.8 * F.one_hot(labels, 4) + 0.05
-    expected = -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(lct.classification_loss(logits, labels, config), expected)
+    logits, labels = torch.randn(30, 3, 4), torch.arange(30) % 4
+    target = (0.8 * F.one_hot(labels, 4) + 0.05)[:, None]
+    expected = -(target * F.log_softmax(logits, dim=2)).sum(dim=2).mean(dim=1)
+    torch.testing.assert_close(lct.classification_loss(logits, labels, config), expected.mean())
+    torch.testing.assert_close(lct.classification_loss(logits, labels, config, "none"), expected)
+
+
+@pytest.mark.parametrize("name", ["arcface", "cosface", "subcenter_arcface", "cross_entropy"])
+def test_parts_learn_as_heads_of_their_own_and_answer_together(name: str) -> None:
+    torch.manual_seed(0)
+    config = lct.Config(criterion=name, emb_dim=48, heads=3)
+    together, labels = lct.build_criterion(config, 5), torch.arange(10) % 5
+    raw = torch.randn(10, 48)
+    logits, plain = together(lct.normalize_parts(raw, 3), labels)
+    assert logits.shape == (10, 3, 5)
+    answers = []
+    for part in range(3):
+        alone, own = lct.build_criterion(lct.Config(criterion=name, emb_dim=16), 5), slice(16 * part, 16 * part + 16)
+        alone.weight.data = together.weight.detach()[:, own].clone()
+        expected, own_plain = alone(F.normalize(raw[:, own]), labels)
+        torch.testing.assert_close(logits[:, part], expected[:, 0])
+        answers.append(own_plain)
+    torch.testing.assert_close(plain, torch.stack(answers).mean(dim=0))
+    torch.testing.assert_close(together.plain_logits(lct.normalize_parts(raw, 3)), plain)
+
+
+def test_embeddings_of_parts_have_unit_norm_and_the_mean_cosine_of_the_parts() -> None:
+    one, other = (lct.normalize_parts(torch.randn(6, 12), 3) for _ in range(2))
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(6))
+    cosines = F.cosine_similarity(one.unflatten(1, (3, 4)), other.unflatten(1, (3, 4)), dim=2)
+    torch.testing.assert_close((one * other).sum(dim=1), cosines.mean(dim=1))

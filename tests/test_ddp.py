@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,7 +125,7 @@ def train_small(path: str) -> int:
     """Do 20 steps in float64, some of two batches, together with other processes if there are any; write what comes out."""
     lct.TEAM.join()
     torch.manual_seed(lct.TEAM.rank)  # weights come from the first process
-    model = lct.Recognizer(Small(), lct.Head(12, 8), lct.ArcFace(8, 5, 0.3, 30.0)).double().train()
+    model = lct.Recognizer(Small(), lct.Head(12, 8, 2), lct.ArcFace(8, 5, 0.3, 30.0, 2)).double().train()
     lct.TEAM.copy_weights(model)
     lct.TEAM.bind(model, model.backbone)
     config = lct.Config(freeze_backbone=False)
@@ -282,3 +283,81 @@ def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path
     assert differences(alone, tmp_path / "run") == []
     kinds = [event["event"] for event in lct.read_events(tmp_path / "run")]
     assert kinds.count("resumed") == 1
+
+
+def test_two_machines_do_what_one_does(data: Path, alone: Path, tmp_path: Path) -> None:
+    """Each has a torchrun of its own; here both are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank")
+    argv = (SCRIPT, "--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    launchers = []
+    for rank in range(2):
+        command = map(str, (sys.executable, "-m", "torch.distributed.run", *nodes, rank, *argv))
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        launchers.append(subprocess.Popen(list(command), env=env, cwd=REPO, stderr=subprocess.PIPE, text=True))
+    errors = [launcher.communicate(timeout=400)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    assert differences(alone, tmp_path / "run") == []
+
+
+# --- weights shared among the processes
+
+
+def start_fine_tuned(nursery: Nursery, data: Path, out_dir: Path, ranks: list[dict[str, Any]]) -> int:
+    """Start or continue a run of two epochs; with several processes they share the weights."""
+    flags = ("--fsdp",) * (len(ranks) > 1)
+    ends = nursery.run_team("--data_root", data, "--out_dir", out_dir, *FINE_TUNED, "--epochs", 2, *flags, ranks=ranks)
+    assert len({code for code, _ in ends}) == 1, ends
+    return ends[0][0]
+
+
+def test_weights_that_are_shared_become_those_of_one_process_and_runs_go_on_with_either(
+    nursery: Nursery, data: Path, tmp_path: Path
+) -> None:
+    """Stopped within an epoch, too: the checkpoint is the ordinary one. Of the last batch, one of three processes has no image."""
+    stop = {"plans": [kill("train_step", 7, TERM)]}
+    assert start_fine_tuned(nursery, data, tmp_path / "one", [{}]) == 0
+    assert start_fine_tuned(nursery, data, tmp_path / "a", [{}, stop, {}]) == 143
+    assert start_fine_tuned(nursery, data, tmp_path / "a", [{}]) == 0
+    assert start_fine_tuned(nursery, data, tmp_path / "b", [stop]) == 143
+    assert start_fine_tuned(nursery, data, tmp_path / "b", [{}, {}]) == 0
+    names = ("one", "a", "b")
+    runs = [torch.load(tmp_path / name / "checkpoint_last.pth", weights_only=True) for name in names]
+    moments = [{key: own["exp_avg"] for key, own in run["optimizer"]["state"].items()} for run in runs]
+    for run, moment in zip(runs[1:], moments[1:], strict=True):
+        assert run["step"] == runs[0]["step"] == 10
+        far = {key: float((run["model"][key] - value).abs().max()) for key, value in runs[0]["model"].items()}
+        assert {key: value for key, value in far.items() if value > 2e-4 and key not in ARBITRARY} == {}
+        # AdamW's steps hardly depend on the size of a gradient; its moments do.
+        largest = max(float(value.abs().max()) for value in moments[0].values())
+        assert max(float((moment[key] - value).abs().max()) for key, value in moments[0].items()) < 0.01 * largest
+    tests = [next(e for e in lct.read_events(tmp_path / name) if e["event"] == "test_end") for name in names]
+    assert tests[1]["prototypes"] == tests[2]["prototypes"] == pytest.approx(tests[0]["prototypes"], abs=1e-3)
+
+
+def test_a_frozen_backbone_that_is_shared_gives_the_same_run(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+    flags = (*COMMON, *"--model_id test_vit --epochs 1 --precision fp32".split())
+    for name, ranks, more in (("one", [{}], ()), ("two", [{}, {}], ("--fsdp",))):
+        ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / name, *flags, *more, ranks=ranks)
+        assert [code for code, _ in ends] == [0] * len(ranks), ends
+    one, two = (lct.load_gallery(tmp_path / name / "prototypes.npz") for name in ("one", "two"))
+    np.testing.assert_allclose(two[0].stacks, one[0].stacks, atol=3e-3)
+    lct.load_run(tmp_path / "two", lct.make_runtime(lct.Config(gpus=0)))  # which refuses weights of another hash
+    payload = torch.load(tmp_path / "two/checkpoint_last.pth", weights_only=True)
+    assert not any(key.startswith("backbone.") for key in payload["model"])
+
+
+def test_what_cannot_be_shared_is_refused(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+    argv = ("--data_root", data, "--out_dir", tmp_path / "run", *COMMON, "--fsdp", "--model_id")
+    for more, ranks, text in (
+        (("test_vit",), [{}], "torchrun"),
+        (("test_vit", "--compile"), [{}, {}], "--compile"),
+        (("test_vit", "--ema_decay", 0.9), [{}, {}], "--ema_decay 0.9"),
+        (("test_resnet",), [{}, {}], "choose a ViT"),
+    ):
+        ends = nursery.run_team(*argv, *more, ranks=ranks)
+        assert [code for code, _ in ends] == [2] * len(ranks), ends
+        one_message(ends)
+        assert text in "".join(said for _, said in ends)

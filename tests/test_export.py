@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
+from PIL import Image
 
 import lct_dino3 as lct
 
@@ -85,6 +86,29 @@ def test_a_gray_model_with_lora_is_exported_whole(run_dir: Path, tmp_path: Path)
     found = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx").run(["embeddings"], {"images": images})
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
     assert not any("lora" in key for key in safetensors.torch.load_file(tmp_path / "run" / "model.safetensors"))
+
+
+def test_a_model_that_sees_the_mask_as_a_channel_goes_all_the_way(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    data, run_dir = make_dataset(tmp_path / "data", {"axe": 8, "bit": 8}), tmp_path / "run"
+    for path in sorted(data.glob("*/*.png")):
+        mask = np.zeros((56, 56), np.uint8)
+        mask[10:44, 12 : 36 + int(path.stem)] = 255
+        (path.parent / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(path.parent / "masks" / path.name)
+    flags = (*TINY_RUN, *"--model_id test_vit --crop_mode mix --in_channels 4 --mask_fill keep --preview".split())
+    assert run_main("--data_root", data, "--out_dir", run_dir, *flags) == 0
+    run = lct.load_run(run_dir, lct.Runtime(torch.device("cpu"), 0, torch.float32))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 4), dtype=np.uint8)
+    expected = run.embed(torch.from_numpy(images).permute(0, 3, 1, 2), 8)
+    blind = run.embed(torch.from_numpy(images | np.uint8([0, 0, 0, 255])).permute(0, 3, 1, 2), 8)
+    assert not np.allclose(expected, blind, atol=1e-3), "the mask counts"
+    two_views = run.gallery.stacks[np.argsort(run.gallery.stack_paths)].reshape(-1, 2, run.config.emb_dim)
+    assert not np.allclose(two_views[:, 0], two_views[:, 1], atol=1e-3), "mix shows a crop without and with its mask"
+    assert run_main("export", "--run", run_dir) == 0
+    found = onnxruntime.InferenceSession(run_dir / "model.onnx").run(["embeddings"], {"images": images})
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    assert run_main("prelabel", "--run", run_dir, "--images", data / "axe", "--out", tmp_path / "out") == 0
 
 
 def test_a_gallery_matched_by_nearest_references_is_exported_without_a_word(

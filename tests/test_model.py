@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -128,11 +129,40 @@ def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
 
 
 def test_one_image_on_a_replica_does_not_crash_the_head() -> None:
-    head = lct.Head(6, 4).train()
+    head = lct.Head(6, 4, parts=2).train()
     assert head(torch.randn(1, 6)).shape == (1, 4)
     assert head.norm.num_batches_tracked == 0
     head(torch.randn(2, 6))
     assert head.norm.num_batches_tracked == 1
+
+
+def test_the_parts_of_a_head_share_nothing_but_their_input() -> None:
+    head = lct.Head(6, 8, parts=4).eval()
+    hidden = head.hidden.weight
+    (gradient,) = torch.autograd.grad(head(torch.randn(3, 6))[:, 2:4].sum(), hidden)  # the second part of the embedding
+    touched = gradient.abs().sum(dim=1).unflatten(0, (4, -1)).sum(dim=1) > 0
+    assert touched.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("emb_dim", "parts"), [(128, 4), (64, 4), (66, 2), (67, 1), (32, 1), (2, 1)])
+def test_any_length_of_embedding_is_cut_into_equal_parts(emb_dim: int, parts: int) -> None:
+    assert lct.count_parts(lct.Config(emb_dim=emb_dim)) == parts
+    vectors = lct.normalize_parts(torch.randn(3, emb_dim), parts)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(vectors.unflatten(1, (parts, -1)).norm(dim=2), torch.full((3, parts), parts**-0.5))
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_training_moves_the_statistics_of_batchnorm_only_where_weights_are_random(
+    has_weights: bool, tmp_path: Path
+) -> None:
+    torch.save(build()[0].model.state_dict(), tmp_path / "weights.pth")
+    backbone, _ = build(backbone_weights=tmp_path / "weights.pth" if has_weights else None)
+    norm = next(part for part in backbone.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    backbone.train()(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)).sum().backward()
+    assert backbone.model.training and norm.weight.grad is not None
+    assert torch.equal(norm.running_mean, before) == has_weights
 
 
 def test_bf16_autocast_returns_float32_features() -> None:
@@ -255,7 +285,7 @@ def train_a_little(model: lct.Recognizer, config: lct.Config) -> None:
     for _ in range(2):
         logits, _ = model(model.backbone(draw_images(4, 3, config.img_size, config.img_size)), torch.arange(4) % 3)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits, torch.arange(4) % 3).backward()
+        lct.classification_loss(logits, torch.arange(4) % 3, config).backward()
         optimizer.step()
 
 
@@ -276,6 +306,17 @@ def test_depths_are_timms_own_where_it_names_all_layers(name: str) -> None:
     depths = lct.block_depths(model)
     assert {key: depths[key] for key in expected} == expected and max(expected.values()) > 3
     assert depths.keys() >= model.state_dict().keys()
+
+
+def test_models_whose_blocks_are_shared_or_not_told_can_still_be_frozen() -> None:
+    for name, has_blocks in (("cait_xxs24_224", False), ("coat_tiny", True)):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        assert (max(lct.block_depths(model).values()) > 3) == has_blocks
+        backbone = lct.Backbone(model, (0.5,) * 3, (0.5,) * 3)
+        config = make_config(emb_dim=4)
+        info = lct.BackboneInfo(name, "random", "0", 8, 32, "token", (0.5,) * 3, (0.5,) * 3, "area")
+        assert lct.build_recognizer(config, 3, backbone, info).backbone.frozen
 
 
 def test_register_tokens_stand_before_the_first_block() -> None:
@@ -458,7 +499,7 @@ def start_from(path: Path, class_names: tuple[str, ...], **options: object) -> t
 
 def cosines(model: lct.Recognizer) -> torch.Tensor:
     with torch.inference_mode():
-        return model.criterion.cosine(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
+        return model.criterion.plain_logits(model.embed(model.backbone(draw_images(4, 3, 32, 32))))
 
 
 @pytest.mark.parametrize("kind", [*WAYS, "export"])
@@ -554,3 +595,41 @@ def test_a_run_that_starts_from_another_answers_by_itself_and_asks_for_what_is_g
         tmp_path / "gone/checkpoint_best.pth",
     )
     assert lct.hash_weights(found.model) == lct.hash_weights(again)
+
+
+@pytest.mark.parametrize("fill", ["gray", "keep"])
+def test_a_model_of_four_channels_sees_the_mask_beside_the_picture(fill: str) -> None:
+    image = np.ascontiguousarray(draw_images(3, 40, 40).permute(1, 2, 0))
+    mask = np.zeros((40, 40), np.uint8)
+    mask[5:20, 10:40] = 255
+    crop = lct.build_transform(40, False, lct.Fill(fill, (7, 8, 9)), shows_mask=True)
+    masked, whole = crop(image, mask, 0), crop(image, None, 0)
+    assert (masked[:, :, 3] == mask).all() and (whole[:, :, 3] == 255).all()
+    assert (whole[:, :, :3] == image).all() and (masked[mask > 0, :3] == image[mask > 0]).all()
+    assert (masked[mask == 0, :3] == (image[mask == 0] if fill == "keep" else (7, 8, 9))).all()
+    train = lct.build_transform(40, True, lct.Fill(fill, (114,) * 3), shows_mask=True)
+    flat = np.full_like(image, 114) + mask[:, :, None] // 3  # what is bright is object
+    moved = [train(flat, mask, seed) for seed in range(20)]
+    for views in moved:  # they move together
+        is_object = views[:, :, 3] > 127
+        assert views[is_object, 0].mean() > views[~is_object, 0].mean() + 20
+    assert any((views[:, :, 3] != mask).any() for views in moved)
+    backbone, _ = build(in_channels=4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    seen: list[torch.Tensor] = []
+    backbone.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    backbone.eval()(torch.from_numpy(masked).permute(2, 0, 1)[None])
+    torch.testing.assert_close(seen[0][0, 3], torch.from_numpy(mask / 127.5 - 1).float())
+    torch.testing.assert_close(seen[0][0, 1], torch.from_numpy((masked[:, :, 1] / 255 - 0.2) / 0.5).float())
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--in_channels 4", "--crop_mode mask"),
+        ("--crop_mode mask --mask_fill keep", "--in_channels 4"),
+        ("--crop_mode mix --in_channels 4 --insert_background_p 0.5 --backgrounds pictures", "--insert_background_p"),
+    ],
+)
+def test_a_mask_that_nothing_would_show_is_refused(flags: str, complaint: str) -> None:
+    with pytest.raises(lct.UserError, match=complaint):
+        lct.parse_command_line(flags.split())

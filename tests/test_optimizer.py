@@ -203,7 +203,7 @@ def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Reco
     """Do one step on 32 images in batches of the sizes given; return the model with its gradients and the loss."""
     torch.manual_seed(3)
     config = lct.Config(freeze_backbone=frozen, emb_dim=4, **options)
-    model = lct.Recognizer(Layers(frozen), lct.Head(6, 4), lct.build_criterion(config, 3)).double().train()
+    model = lct.Recognizer(Layers(frozen), lct.Head(6, 4, 1), lct.build_criterion(config, 3)).double().train()
     state = lct.start_state(model, config, CPU)
     images, labels = torch.randn(32, 3, 2, 2, dtype=torch.float64), torch.arange(32) % 3
     parts = zip(images.split(sizes), labels.split(sizes), strict=True)

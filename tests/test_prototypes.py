@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +263,29 @@ def test_a_small_class_is_scored_by_its_share_of_the_nearest_references() -> Non
     assert lct.count_nearest(sizes, 50, 10).tolist() == [10, 10, 10, 1, 1, 1, 10]
     assert lct.count_nearest(np.array([20, 30, 60]), 60, 10).tolist() == [4, 5, 10]
     assert lct.count_nearest(sizes, 50, 1).tolist() == [1] * 7
+
+
+def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for the square of the classes: the gallery of 1,500 is built, calibrated, measured, listed and searched for doubles."""
+    num_classes = 1500
+    monkeypatch.setattr(lct, "MOST_SPLIT_CLASSES", 1000)
+    lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())  # imports
+    train, val = (make_embedded(2, seed, num_classes, 0.1) for seed in (0, 1))
+    monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", 100_000)
+    monkeypatch.setattr(lct, "MAX_SCORE_ENTRIES", 30_000)
+    monkeypatch.setattr(lct, "BOOTSTRAP_DRAWS", 2)
+    tracemalloc.start()
+    gallery = lct.build_gallery(make_records(2 * num_classes, num_classes), train, val, lct.Config())
+    figures = lct.measure_gallery(gallery, val)
+    loss, macro, _ = lct.classify(lambda own: own @ gallery.centroids.T, val.values, val.labels, gallery.class_names)
+    matched = lct.score_matching(train, val, num_classes)
+    judged = gallery.judge(val.values, val.labels)
+    lct.find_collisions(gallery, ["class 5"])
+    table = lct.format_gallery(gallery)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9e6  # all scores have 18 MB, in float32
+    assert table.count("\n") >= num_classes and len(judged.scores) == 2 * num_classes
+    accuracy = float((judged.labels[:, 0] == val.labels).mean())
+    assert figures["closed"][gallery.matcher]["acc"]["value"] == pytest.approx(accuracy)
+    assert macro["auc_macro"] is None and loss > 0 and max(matched.values()) >= accuracy > 0.3

@@ -1,27 +1,16 @@
-"""Frozen training on ViT-S DINOv3 at 224 px, batch 64, against the loops people write; start-up and checkpoints of ViT-L.
+"""What run.py compares of whole epochs: ViT-S DINOv3 at 224 px, batch 64, ours and loops people write; start and files of ViT-L.
 
-    python tests/benchmarks/epochs.py [rounds [row ...]]
-
-A row is a pair of functions without arguments, reference and ours, which return their cost; `ROWS` has them with their targets.
-Costs are process CPU seconds, with one thread and no loader workers, unless the row says otherwise. Images are drawn photos of
-0.64 MP; all loops use the same albumentations, and the weights are random. Rows of 15 epochs measure one epoch of either kind and
-count: the reference 15 of train and val, ours what a whole run embeds. pytorch-metric-learning is used where it is installed. The
-loop of open-metric-learning is written after its source (4.0.0): a benchmark need not install all that it depends on.
-
-A row in which a frozen backbone rounds to bf16 or views are cached has its effect on accuracy in quality.py. On a GPU the same
-figures stand in the epochs' lines of train.log (images/s, waiting for data):
-
-    python lct_dino3.py --data_root DATA --out_dir RUN --workers 16 --batch 256 --epochs 2 [--compile] [--no-freeze_backbone]
+A side returns what it costs: process CPU seconds with one thread and no loader workers, unless it says otherwise. Images are drawn
+photos of 0.64 MP; all loops use the same albumentations, and the weights are random. Of a run of 15 epochs one is measured and
+counted 15 times; ours has the images that a whole run embeds. The loop of open-metric-learning is written after its source (4.0.0):
+a benchmark need not install all that it depends on.
 """
 
-import dataclasses
 import functools
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +25,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lct_dino3 as lct
 
-NAME, LARGE, EPOCHS = "vit_small_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.lvd1689m", 15
+NAME, LARGE = "vit_small_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.lvd1689m"
+
+
+class Costs(tuple):
+    """What a side costs, in parts."""
+
+    __slots__ = ()
 
 
 @functools.cache
@@ -115,7 +110,7 @@ def plain_parts() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module, to
         .eval()
         .requires_grad_(False)
     )
-    head, arcface = lct.Head(384, 128), lct.ArcFace(128, 4, 0.3, 30.0)
+    head, arcface = lct.Head(trunk.num_features, 128, 1), lct.ArcFace(128, 4, 0.3, 30.0)
     return trunk, head, arcface, torch.optim.AdamW([*head.parameters(), *arcface.parameters()], lr=1e-3)
 
 
@@ -123,7 +118,7 @@ def loader(split: str) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(PlainData(split), 64, shuffle=split == "train")
 
 
-def plain_epoch() -> float:
+def plain_epoch() -> Costs:
     """Train and validate as a plain PyTorch loop does."""
     trunk, head, arcface, optimizer = plain_parts()
     batches, val = loader("train"), loader("val")
@@ -133,7 +128,7 @@ def plain_epoch() -> float:
         with torch.no_grad():
             features = trunk(images)
         logits, _ = arcface(F.normalize(head(features)), labels)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits[:, 0], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -141,11 +136,11 @@ def plain_epoch() -> float:
     head.eval()
     with torch.no_grad():
         for images, labels in val:
-            (arcface.cosine(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
-    return time.process_time() - started
+            (arcface.plain_logits(F.normalize(head(trunk(images)))).argmax(1) == labels).sum().item()
+    return Costs((time.process_time() - started,))
 
 
-def oml_epoch() -> float:
+def oml_epoch() -> Costs:
     """Train and validate as open-metric-learning's examples do: one extractor, criterion on embeddings, `inference`, Recall@1."""
     trunk, head, arcface, optimizer = plain_parts()
     extractor = torch.nn.Sequential(trunk, head)
@@ -153,7 +148,7 @@ def oml_epoch() -> float:
     started = time.process_time()
     extractor.train()
     for images, labels in batches:
-        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0], labels)
+        loss = F.cross_entropy(arcface(F.normalize(extractor(images)), labels)[0][:, 0], labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -165,10 +160,10 @@ def oml_epoch() -> float:
         )
         nearest = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf).argmin(1)
         (labels[nearest] == labels).float().mean().item()
-    return time.process_time() - started
+    return Costs((time.process_time() - started,))
 
 
-def pml_epoch() -> float:
+def pml_epoch() -> Costs:
     """Train with pytorch-metric-learning's trainer, and embed val with its tester."""
     from pytorch_metric_learning import distances, losses, testers, trainers
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -189,52 +184,37 @@ def pml_epoch() -> float:
     started = time.process_time()
     trainer.train(num_epochs=1)
     tester.get_all_embeddings(PlainData("val"), trunk, head)
-    return time.process_time() - started
+    return Costs((time.process_time() - started,))
 
 
-def our_parts(precision: str) -> tuple[float, float]:
+def our_epoch(precision: str) -> Costs:
     """Return the cost of a training epoch, its checkpoint included, and of embedding and scoring val."""
     lct.keep_freed_memory()  # as a run does
     job, state = make_job(precision)
     state.batches, state.tally = 0, lct.Tally()
     started = time.process_time()
-    lct.train_epoch(job, state, lct.TrainFeed(job), lct.SaveClock(0))
+    lct.train_epoch(job, state, lct.TrainFeed(job, state), lct.SaveClock(0))
     trained = time.process_time()
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
     )
-    return trained - started, time.process_time() - trained
+    return Costs((trained - started, time.process_time() - trained))
 
 
-def our_epoch(precision: str) -> float:
-    return sum(our_parts(precision))
-
-
-def our_run(precision: str) -> float:
-    """Return the cost of 15 epochs with fresh views, and of embedding every image once, for figures and prototypes."""
-    epoch, val = our_parts(precision)
-    return EPOCHS * epoch + val * len(make_job(precision)[0].records.paths) / len(
-        make_job(precision)[0].records.rows("val")
-    )
-
-
-def our_cached_run(precision: str) -> float:
-    """Return the cost of 15 epochs on four cached views and the clean one: the cache, every image once, and the head."""
+def our_cached_epoch() -> Costs:
+    """Return the cost of embedding one augmented view and one clean view of the training images, and of an epoch on them."""
     lct.keep_freed_memory()
-    job, state = make_job(precision, 4)
-    one = dataclasses.replace(job, config=dataclasses.replace(job.config, cache_views=1))
+    job, state = make_job("auto", 1)
     bank = lct.FeatureBank(job, state.model.backbone)
     started = time.process_time()
     bank.get("train")
-    clean = (time.process_time() - started) * len(job.records.paths) / len(job.records.rows("train"))
+    clean = time.process_time()
     job.run.path.joinpath("cached_views.json").unlink(missing_ok=True)
-    started = time.process_time()
-    feed = lct.CachedFeed(one, state.model, bank)
-    view = time.process_time() - started
+    feed = lct.CachedFeed(job, state.model, bank)
+    view = time.process_time()
     state.batches, state.tally = 0, lct.Tally()
-    started = time.process_time()
-    lct.train_epoch(one, state, feed, lct.SaveClock(0))
-    return 4 * view + clean + EPOCHS * (time.process_time() - started)
+    lct.train_epoch(job, state, feed, lct.SaveClock(0))
+    return Costs((view - clean, clean - started, time.process_time() - view))
 
 
 @functools.cache
@@ -268,24 +248,26 @@ def large_state() -> lct.TrainState:
     config = lct.Config(model_id=LARGE, backbone_weights=large_weights())
     model = lct.build_recognizer(config, 100, *lct.build_backbone(config, print))
     state = lct.start_state(model, config, lct.make_runtime(config))
-    logits, _ = model(torch.randn(64, 1024), torch.zeros(64, dtype=torch.int64))
+    logits, _ = model(torch.randn(64, model.head.hidden.in_features), torch.zeros(64, dtype=torch.int64))
     logits.sum().backward()
     state.optimizer.step()
     return state
 
 
-def plain_checkpoint(count_bytes: bool) -> float:
+def plain_checkpoint() -> Costs:
+    """Return bytes and wall seconds of everything in one file."""
     state, path = large_state(), Path(scratch().name) / "plain.pth"
     started = time.perf_counter()
     torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, path)
-    return path.stat().st_size if count_bytes else time.perf_counter() - started
+    return Costs((path.stat().st_size, time.perf_counter() - started))
 
 
-def our_checkpoint(count_bytes: bool) -> float:
+def our_checkpoint() -> Costs:
+    """Return bytes and wall seconds of ours."""
     state, path = large_state(), Path(scratch().name) / "ours.pth"
     started = time.perf_counter()
     lct.save_checkpoint(path, state, {})
-    return path.stat().st_size if count_bytes else time.perf_counter() - started
+    return Costs((path.stat().st_size, time.perf_counter() - started))
 
 
 def passes_after_training(keep: bool) -> float:
@@ -298,66 +280,10 @@ def passes_after_training(keep: bool) -> float:
     for split in lct.SPLIT_NAMES:
         bank.get(split)
     hook.remove()
-    return 1 + sum(seen)  # a ratio needs one
+    return float(1 + sum(seen))  # a ratio needs one
 
 
-ROWS: dict[str, tuple[float, Callable[[], float], Callable[[], float]]] = {  # target, reference, ours
-    "epoch, against a plain loop": (1.6, plain_epoch, lambda: our_epoch("auto")),
-    "epoch, against open-metric-learning": (1.6, oml_epoch, lambda: our_epoch("auto")),
-    "epoch, against pytorch-metric-learning": (1.6, pml_epoch, lambda: our_epoch("auto")),
-    "epoch in fp32, against a plain loop": (1.0, plain_epoch, lambda: our_epoch("fp32")),
-    "15 epochs, fresh views": (2.0, lambda: EPOCHS * plain_epoch(), lambda: our_run("auto")),
-    "15 epochs, --cache_views 4": (6.0, lambda: EPOCHS * plain_epoch(), lambda: our_cached_run("auto")),
-    "start, ViT-L with weights": (2.5, plain_start, our_start),
-    "checkpoint of a frozen ViT-L, bytes": (100, lambda: plain_checkpoint(True), lambda: our_checkpoint(True)),
-    "checkpoint of a frozen ViT-L, wall seconds": (30, lambda: plain_checkpoint(False), lambda: our_checkpoint(False)),
-    "images embedded after training, and one": (
-        50,
-        lambda: passes_after_training(False),
-        lambda: passes_after_training(True),
-    ),
-}
-
-
-def cost_alone(function: Callable[[], float]) -> float:
-    """Return what a function costs in a process of its own, so that none profits from what another has set or left."""
-    receiver, sender = os.pipe()
-    if not (child := os.fork()):
-        try:
-            os.write(sender, repr(function()).encode())
-        except ImportError as error:
-            os.write(sender, str(error).encode())
-        finally:
-            sys.stdout.flush()
-            os._exit(0)
-    os.waitpid(child, 0)
-    os.close(sender)
-    with os.fdopen(receiver) as file:
-        text = file.read()
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ImportError(text or "it failed") from error
-
-
-def compare(name: str, rounds: int) -> bool:
-    """Print a row: the medians of turns taken; say whether the target is met."""
-    target, reference, ours = ROWS[name]
-    try:
-        costs = [(cost_alone(reference), cost_alone(ours)) for _ in range(rounds)]
-    except ImportError as error:
-        print(f"{name:<45} left out: {error}", flush=True)
-        return True
-    first, second = (statistics.median(own) for own in zip(*costs, strict=True))
-    ratio = statistics.median(own[0] / own[1] for own in costs)
-    verdict = "pass" if ratio >= target else "FAIL"
-    print(f"{name:<45}{first:>16,.3f}{second:>16,.3f}{ratio:>10.2f} x  {verdict} ({target:g})", flush=True)
-    return ratio >= target
-
-
-if __name__ == "__main__":
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print(f"{'':<45}{'reference':>16}{'ours':>16}{'ratio':>10}", flush=True)
-    for name in ROWS:
-        if any(word in name for word in sys.argv[2:] or [""]):
-            compare(name, rounds)
+def count_images(split: str | None = None) -> int:
+    """Return how many photos there are, in one split or in all."""
+    records = make_job("fp32")[0].records
+    return len(records.paths if split is None else records.rows(split))

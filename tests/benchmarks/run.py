@@ -4,16 +4,18 @@
 
 Reference and ours take turns, each time in a fork of their own with one thread, and what counts is process CPU time: the medians
 of the rounds are printed, in 20 minutes on two cores, with --quick in 3. Ours keeps freed memory, as a run does; the reference is a
-plain process. A lever that is not exact has its effect on accuracy beneath its row: paired seeds on real data (--data, with
-`grocery40` and `weights`; by default ../shared/data), not measured where that is absent. --growth prints how cost grows instead.
+plain process. Rows of whole epochs have fewer rounds, and share a side that they have in common. A lever that is not exact has its
+effect on accuracy beneath its row: paired seeds on real data (--data, with `grocery40` and `weights`; by default ../shared/data),
+not measured where that is absent. --growth prints how cost grows instead.
 
-A row is a function that returns a `Case`, with `@row(name, target)`. Exit code 1 if a row fails.
+A row is a function that returns a `Case`, with `@row(name, target)`, or a line of `EPOCH_ROWS`. Exit code 1 if a row fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import random
 import statistics
@@ -22,14 +24,16 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by numpy's BLAS and by torch, and a fork must not lose threads
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(Path(__file__).parent)]
 
+import epochs
 import numpy as np
 import torch
 from PIL import Image
@@ -40,11 +44,19 @@ IMG_SIZE, BATCH = 224, 64
 
 
 @dataclass(frozen=True)
+class Side:
+    """What a row makes of the costs of one of SIDES."""
+
+    name: str
+    count: Callable[[tuple[float, ...]], float] = sum
+
+
+@dataclass(frozen=True)
 class Case:
     """One comparison, set up and ready to be repeated; a side that returns a float returns its cost, else it is its CPU time."""
 
-    reference: Callable[[], object]
-    ours: Callable[[], object]
+    reference: Callable[[], object] | Side
+    ours: Callable[[], object] | Side
     unit: str = "ms"
     scale: float = 1e3  # from cost to unit, for one of what the row names
     check: Callable[[], tuple[bool, str]] | None = None  # also has to hold; the text is printed beneath the row
@@ -55,7 +67,9 @@ class Settings:
     """What the command line says."""
 
     rounds: int
+    long_rounds: int  # of rows of whole epochs
     seeds: int  # paired, for accuracy
+    studies: bool  # whether the effect of cached views is measured, which takes minutes
     data: Path
     scratch: Path
 
@@ -64,7 +78,7 @@ class Settings:
 class Row:
     """A line of the table."""
 
-    make: Callable[[Settings], Case]
+    make: Callable[[Settings], Case | None]  # None where it cannot be had
     target: float  # the least ratio of reference to ours
     limit: float | None = None  # the highest cost of ours, in the unit shown; then the ratio does not matter
 
@@ -82,7 +96,7 @@ def row(name: str, target: float, limit: float | None = None) -> Callable:
     return enter
 
 
-def measure(side: Callable[[], object], keeps_memory: bool) -> float:
+def measure(side: Callable[[], object], keeps_memory: bool, warm: bool = True) -> tuple[float, ...]:
     """Return what one call costs in a fork, after one that warms it up."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -90,11 +104,13 @@ def measure(side: Callable[[], object], keeps_memory: bool) -> float:
         try:
             if keeps_memory:
                 lct.keep_freed_memory()
-            side()
+            if warm:
+                side()
             started = time.process_time()
             cost = side()
             took = time.process_time() - started
-            os.write(writer, struct.pack("d", cost if isinstance(cost, float) else took))
+            costs = cost if isinstance(cost, epochs.Costs) else (cost if isinstance(cost, float) else took,)
+            os.write(writer, struct.pack(f"{len(costs)}d", *costs))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -105,14 +121,31 @@ def measure(side: Callable[[], object], keeps_memory: bool) -> float:
     os.waitpid(child, 0)
     if not answer:
         raise SystemExit("a side of this row has failed")
-    return struct.unpack("d", answer)[0]
+    return struct.unpack(f"{len(answer) // 8}d", answer)
+
+
+def cost_of(side: Side | Callable[[], object], keeps_memory: bool, number: int) -> float:
+    """Return what a side costs in a round."""
+    if isinstance(side, Side):
+        return side.count(measure_once(side.name, number))
+    return measure(side, keeps_memory)[0]
+
+
+@functools.cache
+def measure_once(name: str, _: int) -> tuple[float, ...]:
+    """Return what a side of epochs.py costs in a round, for all rows that have it."""
+    return measure(SIDES[name], False, warm=False)
 
 
 def run_row(name: str, settings: Settings) -> bool:
     """Measure a row, print its line, and say whether it passes."""
     own = ROWS[name]
     case = own.make(settings)
-    costs = [(measure(case.reference, False), measure(case.ours, True)) for _ in range(settings.rounds)]
+    if case is None:
+        print(f"{name:<40} left out: what it is compared with is not installed", flush=True)
+        return True
+    rounds = range(settings.rounds if isinstance(case.reference, Callable) else settings.long_rounds)
+    costs = [(cost_of(case.reference, False, number), cost_of(case.ours, True, number)) for number in rounds]
     reference, ours = (statistics.median(side) * case.scale for side in zip(*costs, strict=True))
     ratio = statistics.median(theirs / max(mine, 1e-12) for theirs, mine in costs)
     passes = ours <= own.limit if own.limit is not None else ratio >= own.target
@@ -120,7 +153,7 @@ def run_row(name: str, settings: Settings) -> bool:
     target = f"<= {own.limit:g} {case.unit}" if own.limit is not None else f"{own.target:g} x"
     shown = [f"{value:.4g} {case.unit}" for value in (reference, ours)]
     verdict = "pass" if passes and holds else "FAIL"
-    print(f"{name:<34}{shown[0]:>16}{shown[1]:>16}{ratio:>9.2f} x{target:>14}  {verdict}", flush=True)
+    print(f"{name:<40}{shown[0]:>16}{shown[1]:>16}{ratio:>9.2f} x{target:>14}  {verdict}", flush=True)
     if note:
         print(*(f"    {line}" for line in note.splitlines()), sep="\n", flush=True)
     return passes and holds
@@ -439,6 +472,103 @@ def matching_knn(_: Settings) -> Case:
     return matching_case("knn", lambda query, _, stack: float(np.sort(stack @ query)[-5:].mean()))
 
 
+# --------------------------------------------------------------------------------------------------------------- epochs
+SIDES: dict[str, Callable[[], object]] = {
+    "plain": epochs.plain_epoch,
+    "oml": epochs.oml_epoch,
+    "pml": epochs.pml_epoch,
+    "ours": lambda: epochs.our_epoch("auto"),
+    "ours, fp32": lambda: epochs.our_epoch("fp32"),
+    "ours, cached": epochs.our_cached_epoch,
+    "plain start": epochs.plain_start,
+    "our start": epochs.our_start,
+    "plain checkpoint": epochs.plain_checkpoint,
+    "our checkpoint": epochs.our_checkpoint,
+    "passes without": lambda: epochs.passes_after_training(False),
+    "passes": lambda: epochs.passes_after_training(True),
+}
+NUM_EPOCHS = 15
+
+
+def count_run(costs: tuple[float, ...]) -> float:
+    """Return the cost of 15 epochs with fresh views, and of embedding every image once, for figures and prototypes."""
+    return NUM_EPOCHS * costs[0] + costs[1] * epochs.count_images() / epochs.count_images("val")
+
+
+def count_cached_run(costs: tuple[float, ...]) -> float:
+    """Return the cost of 15 epochs on four cached views and the clean one: the cache, every image once, and the head."""
+    return 4 * costs[0] + costs[1] * epochs.count_images() / epochs.count_images("train") + NUM_EPOCHS * costs[2]
+
+
+EPOCH_ROWS: dict[str, tuple[float, Side, Side, str, float]] = {  # target, reference, ours, unit and scale
+    "epoch, plain loop": (1.6, Side("plain"), Side("ours"), "s", 1.0),
+    "epoch, open-metric-learning": (1.6, Side("oml"), Side("ours"), "s", 1.0),
+    "epoch, pytorch-metric-learning": (1.6, Side("pml"), Side("ours"), "s", 1.0),
+    "epoch in fp32, plain loop": (1.0, Side("plain"), Side("ours, fp32"), "s", 1.0),
+    "15 epochs, fresh views": (2.0, Side("plain", lambda costs: NUM_EPOCHS * costs[0]), Side("ours", count_run), "s", 1.0),
+    "15 epochs, --cache_views 4": (
+        6.0, Side("plain", lambda costs: NUM_EPOCHS * costs[0]), Side("ours, cached", count_cached_run), "s", 1.0,
+    ),
+    "start, ViT-L with weights": (2.5, Side("plain start"), Side("our start"), "s", 1.0),
+    "checkpoint of a frozen ViT-L, bytes": (
+        100.0, Side("plain checkpoint", lambda costs: costs[0]), Side("our checkpoint", lambda costs: costs[0]), "MB", 1e-6,
+    ),
+    "checkpoint of a frozen ViT-L, wall time": (
+        30.0, Side("plain checkpoint", lambda costs: costs[1]), Side("our checkpoint", lambda costs: costs[1]), "ms", 1e3,
+    ),
+    "images embedded after training, and one": (50.0, Side("passes without"), Side("passes"), "images", 1.0),
+}  # fmt: skip
+
+
+def epoch_case(name: str, settings: Settings) -> Case | None:
+    """Return a row of `EPOCH_ROWS`, with the effect on accuracy where the lever has one."""
+    _, reference, ours, unit, scale = EPOCH_ROWS[name]
+    if reference.name == "pml" and importlib.util.find_spec("pytorch_metric_learning") is None:
+        return None
+    epochs.make_job("fp32")  # the forks then have the same photos
+    if "ViT-L" in name:
+        epochs.large_weights()
+    check = functools.partial(compare_cached_views, settings) if "cache_views" in name else None
+    return Case(reference, ours, unit, scale, check)
+
+
+def compare_cached_views(settings: Settings) -> tuple[bool, str]:
+    """Compare runs on four cached views with runs on fresh ones; holds within one point."""
+    import quality
+
+    if not settings.studies or not (quality.SHARED / "grocery40").is_dir():
+        return True, "effect on accuracy: not measured with --quick or without data; tests/benchmarks/quality.py has it"
+    gain, error = quality.compare("grocery40", settings.seeds)["--cache_views 4"]
+    return gain >= -1, f"accuracy against fresh views: {gain:+.2f} points, standard error {error:.2f}"
+
+
+for _name, (_target, *_) in EPOCH_ROWS.items():
+    ROWS[_name] = Row(functools.partial(epoch_case, _name), _target)
+
+ON_A_GPU = {  # images/s and the share of waiting stand in the lines of the epochs
+    "ViT-L frozen, 2,800 images/s, waiting below 5 %": "--epochs 2 --workers 16 --batch 256",
+    "ViT-L fine-tuned, 45 % of 790 TFLOP/s: 940 images/s": "--epochs 2 --workers 16 --batch 256 --no-freeze_backbone --compile",
+}
+
+
+def print_gpu_rows() -> None:
+    """Count the times that 50 steps wait for a GPU; say how the rest is measured where there is one."""
+    where = "" if torch.cuda.is_available() else "no GPU here: "
+    for name, flags in ON_A_GPU.items():
+        print(
+            f"{name:<53} {'' if torch.cuda.is_available() else 'no GPU here: '}python lct_dino3.py --data_root DATA --out_dir RUN {flags}"
+        )
+    name = "steps of 50 in which Python waits for the GPU, 1"
+    if not torch.cuda.is_available():
+        print(f"{name:<53} no GPU here: python {Path(__file__).relative_to(REPO)}")
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_head(50, 100, torch.device("cuda"))
+    waits = sum("synchroniz" in str(warning.message) for warning in caught)
+    print(f"{name:<53} {waits}  {'pass' if waits <= 1 else 'FAIL'}")
+
+
 # --------------------------------------------------------------------------------------------------------------- growth
 GROWTH: dict[str, Callable[[Settings, int], Callable[[], object]]] = {}
 SIZES = (1_000, 10_000, 100_000)
@@ -504,6 +634,36 @@ def grow_balanced(_: Settings, count: int) -> Callable[[], object]:
     return sampler._balanced_rows
 
 
+@grows("epoch of a head, n cached images")
+def grow_head(_: Settings, count: int) -> Callable[[], object]:
+    """Train head and class directions on features of 384 dimensions."""
+    return functools.partial(train_head, count // 64, 100)
+
+
+@grows("20 steps of a head, n classes")
+def grow_classes(_: Settings, count: int) -> Callable[[], object]:
+    """Train head and class directions."""
+    return functools.partial(train_head, 20, count)
+
+
+def train_head(num_steps: int, num_classes: int, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+    """Do so many steps on batches of 64 features; a GPU warns when it is waited for."""
+    config, runtime = lct.Config(), lct.Runtime(device, int(device.type == "cuda"), torch.float32)
+    backbone = lct.Backbone(torch.nn.Identity(), (0.5,) * 3, (0.5,) * 3)
+    backbone.freeze()
+    model = lct.Recognizer(
+        backbone, lct.Head(384, 128, lct.count_parts(config)), lct.build_criterion(config, num_classes)
+    )
+    state = lct.start_state(model.train().to(device), config, runtime)
+    features, labels = torch.randn(64, 384), torch.arange(64) % num_classes
+    batch = lct.Batch(features, labels, labels, None, [])
+    if device.type == "cuda":
+        lct.train_step(config, runtime, torch.nn.Identity(), state, [batch])
+        torch.cuda.set_sync_debug_mode("warn")
+    for _ in range(num_steps):
+        lct.train_step(config, runtime, torch.nn.Identity(), state, [batch])
+
+
 @grows("metrics, n images, 11 classes")
 def grow_metrics(_: Settings, count: int) -> Callable[[], object]:
     """Score an epoch."""
@@ -543,7 +703,7 @@ def print_growth(settings: Settings) -> None:
     """Print how long each takes at three sizes, and the exponent of the last tenfold: 1 is linear."""
     print(f"{'what':<40}" + "".join(f"{size:>12,}" for size in SIZES) + f"{'exponent':>10}")
     for name, make in GROWTH.items():
-        seconds = [min(measure(make(settings, size), True) for _ in range(2)) for size in SIZES]
+        seconds = [min(measure(make(settings, size), True)[0] for _ in range(2)) for size in SIZES]
         cells = "".join(f"{1e3 * own:>9.1f} ms" for own in seconds)
         print(f"{name:<40}{cells}{np.log10(seconds[2] / seconds[1]):>10.2f}", flush=True)
 
@@ -561,11 +721,15 @@ def main() -> int:
         parser.error(f"no such row; there are: {', '.join(ROWS)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = Settings(3 if args.quick else 5, 2 if args.quick else 8, args.data, Path(scratch))
+        rounds = (3, 1, 2) if args.quick else (5, 3, 8)
+        settings = Settings(*rounds, not args.quick, args.data, Path(scratch))
         if args.growth:
             return print_growth(settings) or 0
-        print(f"{'what':<34}{'reference':>16}{'ours':>16}{'ratio':>11}{'target':>14}")
-        return int(not all([run_row(name, settings) for name in names]))
+        print(f"{'what':<40}{'reference':>16}{'ours':>16}{'ratio':>11}{'target':>14}")
+        passes = [run_row(name, settings) for name in names]
+        if not args.rows:
+            print_gpu_rows()
+        return int(not all(passes))
 
 
 if __name__ == "__main__":
