@@ -555,9 +555,7 @@ def print_gpu_rows() -> None:
     """Count the times that 50 steps wait for a GPU; say how the rest is measured where there is one."""
     where = "" if torch.cuda.is_available() else "no GPU here: "
     for name, flags in ON_A_GPU.items():
-        print(
-            f"{name:<53} {'' if torch.cuda.is_available() else 'no GPU here: '}python lct_dino3.py --data_root DATA --out_dir RUN {flags}"
-        )
+        print(f"{name:<53} {where}python lct_dino3.py --data_root DATA --out_dir RUN {flags}")
     name = "steps of 50 in which Python waits for the GPU, 1"
     if not torch.cuda.is_available():
         print(f"{name:<53} no GPU here: python {Path(__file__).relative_to(REPO)}")
