@@ -2587,7 +2587,8 @@ class Team:
             return value
         from torch.distributed.tensor import distribute_tensor
 
-        whole = torch.empty_like(value, device=like.device) if self.rank else value.to(like.device)
+        whole = torch.empty(value.shape, dtype=value.dtype) if self.rank else value.contiguous()
+        whole = whole.to(like.device)
         with _peers():
             dist.broadcast(whole, 0)
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
@@ -7216,7 +7217,7 @@ def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
     """Put what an optimizer keeps for each weight into that of the state, in all processes that share the weights."""
     own = list(itertools.chain(*(group["params"] for group in state.optimizer.param_groups)))
 
-    def change(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    def change(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], saved: dict[str, Any]) -> dict[str, Any]:
         kept = {
             number: {name: function(value, own[number]) for name, value in values.items()}
             for number, values in saved["state"].items()
@@ -7224,9 +7225,19 @@ def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
         return {**saved, "state": kept}
 
     if TEAM.splits:
-        TEAM.call("load_optimizer", change(_outline))
-        saved = change(TEAM.spread)
-    state.optimizer.load_state_dict(saved)
+        TEAM.call("load_optimizer", change(_outline, saved))
+        saved = change(TEAM.spread, saved)
+    state.optimizer.load_state_dict(change(_arrange, saved))
+
+
+def _arrange(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that lies in memory as `like` does: fused optimizers take numbers in that order, whatever the strides say.
+
+    --fsdp keeps all weights contiguous; without, those of convolutions have their channels last.
+    """
+    if value.shape != like.shape or is_split(like) or value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _outline(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
