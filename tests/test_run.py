@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_last_good_checkpoin
     data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     steps_per_epoch = len(lct.batch_borders(29, 8)) - 1
-    monkeypatch.setattr(lct, "lr_factor", lambda step, total: float("nan") if step == steps_per_epoch + 1 else 1.0)
+    monkeypatch.setattr(lct, "lr_factor", lambda _, step, __: float("nan") if step == steps_per_epoch + 1 else 1.0)
     assert train(call_main, data, tmp_path / "run", "--epochs", 3) == 3
     error = capsys.readouterr().err
     assert f"step {steps_per_epoch + 3}" in error and "checkpoint_last.pth (epoch 1)" in error
@@ -376,7 +376,7 @@ def test_an_update_that_ruins_the_weights_is_never_saved(
 ) -> None:
     """The last step of an epoch: its loss was finite, and no training loss has seen what it did."""
     last_of_epoch_two = 2 * (len(lct.batch_borders(29, 8)) - 1) - 1
-    monkeypatch.setattr(lct, "lr_factor", lambda step, total: float("nan") if step == last_of_epoch_two else 1.0)
+    monkeypatch.setattr(lct, "lr_factor", lambda _, step, __: float("nan") if step == last_of_epoch_two else 1.0)
     assert train(call_main, data, tmp_path / "run", "--epochs", 3) == 3
     assert "checkpoint_last.pth (epoch 1)" in capsys.readouterr().err
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
