@@ -6346,6 +6346,10 @@ class ArcFace(Criterion):
         directions = F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2)
         return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
+    def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the same as for any criterion, in one product: the cosine of whole vectors is the mean of their parts'."""
+        return self.scale * F.linear(embeddings, normalize_parts(self.weight, self.parts)).clamp(-1.0, 1.0)
+
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the cosines (N, C), those of the true classes turned away by the margin."""
         return add_angular_margin(scores, labels, self.margin)
@@ -6372,6 +6376,8 @@ class SubCenterArcFace(ArcFace):
     def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, P, C) of the parts to the nearest direction of each class."""
         return super().score_parts(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
+
+    plain_logits = Criterion.plain_logits  # each part has a nearest direction of its own
 
 
 class LinearClassifier(Criterion):
