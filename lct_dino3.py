@@ -5776,7 +5776,11 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
-        if not len(images) and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+        if (
+            TEAM.size > 1
+            and not len(images)
+            and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules())
+        ):
             # A process without a share of the batch; timm's ViTs stumble over none, and weights may have to be gathered.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
@@ -6263,7 +6267,7 @@ def _adapt_input(model: nn.Module, weights: dict[str, torch.Tensor], own: dict[s
     names = model.pretrained_cfg.get("first_conv") or ()
     for name in (names,) if isinstance(names, str) else names:
         key = f"{name}.weight"
-        if key in weights and key in own and weights[key].shape[1] == 3 != own[key].shape[1]:
+        if key in own and key in weights and weights[key].shape[1:2] == (3,) != own[key].shape[1:2]:
             weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
 
 

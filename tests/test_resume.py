@@ -469,7 +469,9 @@ def test_more_epochs_go_on_with_the_learning_rate_of_the_longer_schedule(interru
     assert code == 0 and "--epochs was 3 at the last start and is 5 now" in text
     rates = [event["lr"] for event in lct.read_events(interrupted) if event["event"] == "epoch_end"]
     steps = len(lct.batch_borders(30, 8)) - 1
-    expected = [1e-3 * lct.lr_factor(steps * epoch - 1, steps * (3 if epoch < 3 else 5)) for epoch in range(1, 6)]
+    expected = [
+        1e-3 * lct.lr_factor(lct.Config(), steps * epoch - 1, steps * (3 if epoch < 3 else 5)) for epoch in range(1, 6)
+    ]
     assert rates == pytest.approx(expected)
 
 
