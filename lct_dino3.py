@@ -282,724 +282,255 @@ class Config:
     """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
 
     command: str = "train"
-    origins: Mapping[str, str] = dataclasses.field(
-        default_factory=dict, compare=False
-    )  # of the options that were given
-    config: Path | None = _option(
-        None,
-        "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
-        "data",
-        metavar="FILE",
-        alias="config_filename",
-        once=True,
-    )
-    data_root: Path | None = _option(
-        None, "folder with one folder of crops a class", "data", metavar="DIR", key="directories.images"
-    )
-    out_dir: Path | None = _option(
-        None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR"
-    )
-    class_map: Path | None = _option(
-        None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}", "data", metavar="FILE"
-    )
-    exclude: tuple[str, ...] = _option(
-        (),
-        "leave out files whose path or name matches one of these; may be repeated",
-        "data",
-        metavar="GLOB",
-        nargs="+",
-        action="extend",
-        fixed=True,
-    )
-    min_per_class: int = _option(3, "usable images that every class needs", "data", low=1)
-    near_dup_bits: int = _option(
-        4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16
-    )
+    # Where the options that were given stand; the others have their defaults.
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
-    val_split: float = _option(
-        0.2, "share of the images for validation", "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part"
-    )
-    test_split: float = _option(
-        0.1,
-        "share of the images for the final test; 0 = no test",
-        "split",
-        low=0.0,
-        high=0.9,
-        fixed=True,
-        key="dataset.test_part",
-    )
-    group_regex: str | None = _option(
-        None,
-        "one capture group on the file name: what it captures stays in one split",
-        "split",
-        metavar="REGEX",
-        fixed=True,
-    )
+    # A table: what an option is for, then what it may be.
+    # fmt: off
+    config: Path | None = _option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
+        "data", metavar="FILE", alias="config_filename", once=True)
+    data_root: Path | None = _option(None, "folder with one folder of crops a class",
+        "data", metavar="DIR", key="directories.images")
+    out_dir: Path | None = _option(None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR")
+    class_map: Path | None = _option(None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}",
+        "data", metavar="FILE")
+    exclude: tuple[str, ...] = _option((), "leave out files whose path or name matches one of these; may be repeated",
+        "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
+    min_per_class: int = _option(3, "usable images that every class needs", "data", low=1)
+    near_dup_bits: int = _option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
+
+    val_split: float = _option(0.2, "share of the images for validation",
+        "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part")
+    test_split: float = _option(0.1, "share of the images for the final test; 0 = no test",
+        "split", low=0.0, high=0.9, fixed=True, key="dataset.test_part")
+    group_regex: str | None = _option(None, "one capture group on the file name: what it captures stays in one split",
+        "split", metavar="REGEX", fixed=True)
     seed: int = _option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
 
-    data_fraction: float = _option(
-        1.0,
-        "share of the data to use: whole groups, the same share of every class and split",
-        "data",
-        key="dataset.data_fraction",
-        low=1e-6,
-        high=1.0,
-        fixed=True,
-    )
+    data_fraction: float = _option(1.0, "share of the data to use: whole groups, the same share of every class and split",
+        "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
 
-    crop_mode: str = _option(
-        "bbox",
+    crop_mode: str = _option("bbox",
         "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
-        "masks",
-        choices=("bbox", "mask", "mix"),
-        fixed=True,
-    )
-    mix_mask_p: float = _option(
-        0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True
-    )
-    mask_fill: str = _option(
-        "gray",
+        "masks", choices=("bbox", "mask", "mix"), fixed=True)
+    mix_mask_p: float = _option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
+    mask_fill: str = _option("gray",
         "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
-        "masks",
-        choices=("gray", "black", "blur", "mean", "random", "keep"),
-        metavar="NAME",
-        fixed=True,
-    )
-    masks_dirname: str = _option(
-        "masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True
-    )
-    masks_out: Path | None = _option(
-        None,
-        "write new masks here, and look for masks here too: data_root may then be read-only",
-        "masks",
-        metavar="DIR",
-    )
+        "masks", choices=("gray", "black", "blur", "mean", "random", "keep"), metavar="NAME", fixed=True)
+    masks_dirname: str = _option("masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True)
+    masks_out: Path | None = _option(None, "write new masks here, and look for masks here too: data_root may then be read-only",
+        "masks", metavar="DIR")
     auto_generate_masks: bool = _option(False, "draw the masks that are missing with SAM-2", "masks")
-    sam2_cfg: str = _option(
-        "configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package", "masks", metavar="NAME"
-    )
+    sam2_cfg: str = _option("configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package",
+        "masks", metavar="NAME")
     sam2_ckpt: Path | None = _option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
     # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
     # mask is shown as it is, while a wrong mask hides the object.
-    mask_min_score: float = _option(
-        0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0
-    )
+    mask_min_score: float = _option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
     mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
 
-    backgrounds: Path | None = _option(
-        None,
-        "folder of pictures to put crops on in training",
-        "augmentation",
-        key="directories.backgrounds",
-        metavar="DIR",
-    )
-    insert_background_p: float = _option(
-        0.0,
+    backgrounds: Path | None = _option(None, "folder of pictures to put crops on in training",
+        "augmentation", key="directories.backgrounds", metavar="DIR")
+    insert_background_p: float = _option(0.0,
         "share of the training samples that are put on one of them; those with a mask without their background",
-        "augmentation",
-        key="dataset.insert_background_p",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-    )
-    background_max_ratio: float = _option(
-        2.0,
-        "sides of what then surrounds a crop, at most so many times its own",
-        "augmentation",
-        key="dataset.background_max_ratio",
-        low=1.0,
-        high=10.0,
-        fixed=True,
-    )
-    pre_transforms: tuple[dict, ...] | None = _option(
-        None,
+        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
+    background_max_ratio: float = _option(2.0, "sides of what then surrounds a crop, at most so many times its own",
+        "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
+    pre_transforms: tuple[dict, ...] | None = _option(None,
         "list of {type: name, argument: value} for every image, first of all; any class of albumentations",
-        "augmentation",
-        key="dataset.pre_transforms",
-        metavar="LIST",
-        fixed=True,
-    )
-    train_augmentations: tuple[dict, ...] | None = _option(
-        None,
+        "augmentation", key="dataset.pre_transforms", metavar="LIST", fixed=True)
+    train_augmentations: tuple[dict, ...] | None = _option(None,
         "list of transforms for training, instead of the built-in augmentation",
-        "augmentation",
-        key="dataset.train_augmentations",
-        metavar="LIST",
-        fixed=True,
-    )
-    val_augmentations: tuple[dict, ...] | None = _option(
-        None,
+        "augmentation", key="dataset.train_augmentations", metavar="LIST", fixed=True)
+    val_augmentations: tuple[dict, ...] | None = _option(None,
         "list of transforms for evaluation and production, where training has its own",
-        "augmentation",
-        key="dataset.val_augmentations",
-        metavar="LIST",
-        fixed=True,
-    )
-    post_transforms: tuple[dict, ...] | None = _option(
-        None,
-        "list of transforms for every image, last of all",
-        "augmentation",
-        key="dataset.post_transforms",
-        metavar="LIST",
-        fixed=True,
-    )
-    aug_start_p: float = _option(
-        1.0,
-        "share of the samples of the first epoch that are augmented at all",
-        "augmentation",
-        key="dataset.augmentation_p_schedule.start_p",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-    )
-    aug_end_p: float = _option(
-        1.0,
-        "the same of the last epoch; p(e) = start + (end - start) (e / (epochs - 1))^exponent",
-        "augmentation",
-        key="dataset.augmentation_p_schedule.end_p",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-    )
-    aug_exponent: float = _option(
-        1.0,
-        "exponent of that",
-        "augmentation",
-        key="dataset.augmentation_p_schedule.exponent_factor",
-        low=1e-3,
-        high=1e3,
-        fixed=True,
-    )
-    mixing: str = _option(
-        "none",
-        "mix the images of a batch in pairs: mixup = their pixels, cutmix = a box",
-        "augmentation",
-        key="training.mixing.strategy",
-        choices=("none", "mixup", "cutmix"),
-        fixed=True,
-    )
-    mixing_p: float = _option(
-        0.5,
-        "share of the batches that are mixed",
-        "augmentation",
-        key="training.mixing.p",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-    )
-    mixing_alpha: float = _option(
-        1.0,
-        "shares of the two images are drawn from Beta(alpha, alpha)",
-        "augmentation",
-        key="training.mixing.alpha",
-        low=1e-3,
-        high=100.0,
-        fixed=True,
-    )
+        "augmentation", key="dataset.val_augmentations", metavar="LIST", fixed=True)
+    post_transforms: tuple[dict, ...] | None = _option(None, "list of transforms for every image, last of all",
+        "augmentation", key="dataset.post_transforms", metavar="LIST", fixed=True)
+    aug_start_p: float = _option(1.0, "share of the samples of the first epoch that are augmented at all",
+        "augmentation", key="dataset.augmentation_p_schedule.start_p", low=0.0, high=1.0, fixed=True)
+    aug_end_p: float = _option(1.0, "the same of the last epoch; p(e) = start + (end - start) (e / (epochs - 1))^exponent",
+        "augmentation", key="dataset.augmentation_p_schedule.end_p", low=0.0, high=1.0, fixed=True)
+    aug_exponent: float = _option(1.0, "exponent of that",
+        "augmentation", key="dataset.augmentation_p_schedule.exponent_factor", low=1e-3, high=1e3, fixed=True)
+    mixing: str = _option("none", "mix the images of a batch in pairs: mixup = their pixels, cutmix = a box",
+        "augmentation", key="training.mixing.strategy", choices=("none", "mixup", "cutmix"), fixed=True)
+    mixing_p: float = _option(0.5, "share of the batches that are mixed",
+        "augmentation", key="training.mixing.p", low=0.0, high=1.0, fixed=True)
+    mixing_alpha: float = _option(1.0, "shares of the two images are drawn from Beta(alpha, alpha)",
+        "augmentation", key="training.mixing.alpha", low=1e-3, high=100.0, fixed=True)
 
-    model_id: str = _option(
-        "vit_large_patch16_dinov3.lvd1689m",
-        "any timm model",
-        "model",
-        metavar="NAME",
-        fixed=True,
-        key="model.backbone_name",
-    )
-    pretrained: bool = _option(
-        True, "start from the weights that timm names for the model", "model", fixed=True, key="model.pretrained"
-    )
-    backbone_weights: Path | None = _option(
-        None, "start from this .pth or .safetensors instead", "model", metavar="FILE"
-    )
-    load_from: Path | None = _option(
-        None,
+    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model",
+        "model", metavar="NAME", fixed=True, key="model.backbone_name")
+    pretrained: bool = _option(True, "start from the weights that timm names for the model",
+        "model", fixed=True, key="model.pretrained")
+    backbone_weights: Path | None = _option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
+    load_from: Path | None = _option(None,
         "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
-        "model",
-        metavar="PATH",
-        key="model.load_from",
-        in_models=True,
-    )
-    in_channels: int = _option(
-        3,
-        "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
-        "model",
-        choices=(1, 3, 4),
-        key="model.in_channels",
-        fixed=True,
-    )
-    n_classes: int | None = _option(
-        None, "number of classes that there must be (default: any)", "model", low=2, key="model.n_classes"
-    )
-    pool: str | None = _option(
-        None, "pooling of the backbone, as timm names it (default: token for ViTs)", "model", metavar="NAME", fixed=True
-    )
-    mean: tuple[float, ...] = _option(
-        (),
-        "three channel means in 0..1 (default: those of the timm config)",
-        "model",
-        nargs=3,
-        metavar=("R", "G", "B"),
-        low=0.0,
-        high=1.0,
-        fixed=True,
-    )
-    std: tuple[float, ...] = _option(
-        (),
-        "three channel deviations (default: those of the timm config)",
-        "model",
-        nargs=3,
-        metavar=("R", "G", "B"),
-        low=1e-3,
-        high=1.0,
-        fixed=True,
-    )
-    img_size: int = _option(
-        224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size"
-    )
-    heads: int = _option(
-        4,
-        "small heads side by side, each with its share of emb_dim and a loss of its own",
-        "model",
-        low=1,
-        high=64,
-        fixed=True,
-        key="model.heads",
-    )
+        "model", metavar="PATH", key="model.load_from", in_models=True)
+    in_channels: int = _option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
+        "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
+    n_classes: int | None = _option(None, "number of classes that there must be (default: any)",
+        "model", low=2, key="model.n_classes")
+    pool: str | None = _option(None, "pooling of the backbone, as timm names it (default: token for ViTs)",
+        "model", metavar="NAME", fixed=True)
+    mean: tuple[float, ...] = _option((), "three channel means in 0..1 (default: those of the timm config)",
+        "model", nargs=3, metavar=("R", "G", "B"), low=0.0, high=1.0, fixed=True)
+    std: tuple[float, ...] = _option((), "three channel deviations (default: those of the timm config)",
+        "model", nargs=3, metavar=("R", "G", "B"), low=1e-3, high=1.0, fixed=True)
+    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size")
+    heads: int = _option(4, "small heads side by side, each with its share of emb_dim and a loss of its own",
+        "model", low=1, high=64, fixed=True, key="model.heads")
     emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
-    freeze_backbone: bool = _option(
-        True,
-        "train only the head; --no-freeze_backbone fine-tunes everything",
-        "model",
-        fixed=True,
-        key="model.freeze_backbone",
-    )
-    criterion: str = _option(
-        "arcface",
-        "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
-        "model",
-        metavar="NAME",
-        fixed=True,
-        choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
-        key="criterion.type",
-    )
-    sub_centers: int = _option(
-        3, "directions a class of subcenter_arcface", "model", low=1, high=100, fixed=True, key="criterion.sub_centers"
-    )
-    focal_gamma: float = _option(
-        2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma"
-    )
-    label_smoothing: float = _option(
-        0.0,
-        "share of the target spread over all classes",
-        "model",
-        low=0.0,
-        high=0.9,
-        fixed=True,
-        key="criterion.label_smoothing",
-    )
-    arc_scale: float = _option(
-        30.0, "scale of the cosines: the logits' range", "model", low=1.0, high=512.0, fixed=True, key="criterion.scale"
-    )
-    arc_margin: float = _option(
-        0.30,
-        "margin: radians for ArcFace, cosine for CosFace",
-        "model",
-        low=0.0,
-        high=1.5,
-        fixed=True,
-        key="criterion.margin",
-    )
-    unfreeze_blocks: int = _option(
-        0, "last blocks of a frozen backbone that are trained", "model", low=0, key="model.unfreeze_blocks", fixed=True
-    )
-    lora_rank: int = _option(
-        0,
-        "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
-        "model",
-        low=0,
-        high=1024,
-        key="model.lora_rank",
-        fixed=True,
-    )
-    drop_path: float = _option(
-        0.0,
+    freeze_backbone: bool = _option(True, "train only the head; --no-freeze_backbone fine-tunes everything",
+        "model", fixed=True, key="model.freeze_backbone")
+    criterion: str = _option("arcface", "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
+        "model", metavar="NAME", fixed=True, choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
+        key="criterion.type")
+    sub_centers: int = _option(3, "directions a class of subcenter_arcface",
+        "model", low=1, high=100, fixed=True, key="criterion.sub_centers")
+    focal_gamma: float = _option(2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma")
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes",
+        "model", low=0.0, high=0.9, fixed=True, key="criterion.label_smoothing")
+    arc_scale: float = _option(30.0, "scale of the cosines: the logits' range",
+        "model", low=1.0, high=512.0, fixed=True, key="criterion.scale")
+    arc_margin: float = _option(0.30, "margin: radians for ArcFace, cosine for CosFace",
+        "model", low=0.0, high=1.5, fixed=True, key="criterion.margin")
+    unfreeze_blocks: int = _option(0, "last blocks of a frozen backbone that are trained",
+        "model", low=0, key="model.unfreeze_blocks", fixed=True)
+    lora_rank: int = _option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
+        "model", low=0, high=1024, key="model.lora_rank", fixed=True)
+    drop_path: float = _option(0.0,
         "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
-        "model",
-        low=0.0,
-        high=0.9,
-        key="model.drop_path",
-        fixed=True,
-    )
+        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
 
     epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
-    val_batch: int | None = _option(
-        None,
-        "images a pass where nothing is trained (default: batch)",
-        "training",
-        low=1,
-        high=65_536,
-        key="dataset.data_loaders.val_batch_size",
-    )
-    batch: int = _option(
-        64,
-        "images a step, over all GPUs together",
-        "training",
-        low=2,
-        high=65_536,
-        fixed=True,
-        key="dataset.data_loaders.train_batch_size",
-    )
-    lr: float = _option(
-        1e-3,
-        "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
-        "training",
-        low=1e-8,
-        high=10.0,
-        fixed=True,
-        key="optimizer.lr",
-    )
-    lr_type: str = _option(
-        "two_lrs",
-        "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
-        "optimizer",
-        choices=("one_lr", "two_lrs"),
-        key="optimizer.lr_type",
-        fixed=True,
-    )
-    backbone_lr: float | None = _option(
-        None,
-        "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
-        "optimizer",
-        low=1e-8,
-        high=10.0,
-        key="optimizer.backbone_lr",
-        fixed=True,
-    )
-    fc_lr: float | None = _option(
-        None,
-        "peak learning rate of the head (default: lr)",
-        "optimizer",
-        low=1e-8,
-        high=10.0,
-        key="optimizer.fc_lr",
-        fixed=True,
-    )
-    weight_decay: float | None = _option(
-        None,
+    val_batch: int | None = _option(None, "images a pass where nothing is trained (default: batch)",
+        "training", low=1, high=65_536, key="dataset.data_loaders.val_batch_size")
+    batch: int = _option(64, "images a step, over all GPUs together",
+        "training", low=2, high=65_536, fixed=True, key="dataset.data_loaders.train_batch_size")
+    lr: float = _option(1e-3, "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
+        "training", low=1e-8, high=10.0, fixed=True, key="optimizer.lr")
+    lr_type: str = _option("two_lrs", "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
+        "optimizer", choices=("one_lr", "two_lrs"), key="optimizer.lr_type", fixed=True)
+    backbone_lr: float | None = _option(None, "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
+        "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
+    fc_lr: float | None = _option(None, "peak learning rate of the head (default: lr)",
+        "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
+    weight_decay: float | None = _option(None,
         "weight decay (default: head 1e-4, backbone 0.05); a backbone's norms, biases and tokens have none",
-        "optimizer",
-        low=0.0,
-        high=10.0,
-        key="optimizer.weight_decay",
-        fixed=True,
-    )
-    layer_decay: float = _option(
-        1.0,
-        "factor on the backbone's learning rate from each block to the one before",
-        "optimizer",
-        low=0.01,
-        high=1.0,
-        key="optimizer.layer_decay",
-        fixed=True,
-    )
-    arc_lr: float | None = _option(
-        None,
-        "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
-        "training",
-        low=1e-8,
-        high=100.0,
-        fixed=True,
-    )
-    optimizer: str = _option(
-        "adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type"
-    )
-    weight_decay: float | None = _option(
-        None,
-        "of all that is decayed (default: 0.05 in the backbone, 1e-4 elsewhere)",
-        "optimizer",
-        low=0.0,
-        high=10.0,
-        fixed=True,
-        key="optimizer.weight_decay",
-    )
-    betas: tuple[float, ...] = _option(
-        (),
-        "decay of the optimizer's two running means (default: its own)",
-        "optimizer",
-        nargs=2,
-        metavar=("B1", "B2"),
-        low=0.0,
-        high=0.9999999,
-        fixed=True,
-        key="optimizer.betas",
-    )
-    eps: float | None = _option(
-        None,
-        "what the optimizer adds to a denominator (default: its own)",
-        "optimizer",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-        key="optimizer.eps",
-    )
-    max_grad_norm: float = _option(
-        5.0,
-        "norm that gradients are clipped to; 0 = not clipped",
-        "optimizer",
-        low=0.0,
-        high=1e9,
-        fixed=True,
-        key="training.max_grad_norm",
-    )
-    accumulate_grad_batches: int = _option(
-        1,
-        "batches a step: exactly as one batch of all their images",
-        "optimizer",
-        low=1,
-        high=100_000,
-        fixed=True,
-        key="training.accumulate_grad_batches",
-    )
-    ema_decay: float = _option(
-        0.0,
-        "judge and keep a running mean of the weights with this decay; 0 = the weights",
-        "optimizer",
-        low=0.0,
-        high=0.999999,
-        fixed=True,
-        key="training.ema_decay",
-    )
-    scheduler: str = _option(
-        "cosine",
-        "learning rate over the steps: warm-up and half a cosine, or one cycle",
-        "optimizer",
-        fixed=True,
-        choices=("cosine", "onecycle"),
-        key="scheduler.type",
-    )
-    warmup_epochs: float | None = _option(
-        None,
-        "cosine: epochs of linear warm-up (default: a twentieth of all)",
-        "optimizer",
-        low=0.0,
-        high=100_000,
-        fixed=True,
-        key="scheduler.warmup_epochs",
-    )
-    pct_start: float = _option(
-        0.3,
-        "onecycle: share of the steps with a rising learning rate",
-        "optimizer",
-        low=0.0,
-        high=1.0,
-        fixed=True,
-        key="scheduler.pct_start",
-    )
-    div_factor: float = _option(
-        25.0,
-        "onecycle: peak over first learning rate",
-        "optimizer",
-        low=1.0,
-        high=1e9,
-        fixed=True,
-        key="scheduler.div_factor",
-    )
-    final_div_factor: float = _option(
-        1e4,
-        "onecycle: first over last learning rate",
-        "optimizer",
-        low=1.0,
-        high=1e12,
-        fixed=True,
-        key="scheduler.final_div_factor",
-    )
-    anneal_strategy: str = _option(
-        "cos",
-        "onecycle: how it rises and falls",
-        "optimizer",
-        fixed=True,
-        choices=("cos", "linear"),
-        key="scheduler.anneal_strategy",
-    )
+        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
+    layer_decay: float = _option(1.0, "factor on the backbone's learning rate from each block to the one before",
+        "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
+    arc_lr: float | None = _option(None, "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
+        "training", low=1e-8, high=100.0, fixed=True)
+    optimizer: str = _option("adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type")
+    weight_decay: float | None = _option(None, "of all that is decayed (default: 0.05 in the backbone, 1e-4 elsewhere)",
+        "optimizer", low=0.0, high=10.0, fixed=True, key="optimizer.weight_decay")
+    betas: tuple[float, ...] = _option((), "decay of the optimizer's two running means (default: its own)",
+        "optimizer", nargs=2, metavar=("B1", "B2"), low=0.0, high=0.9999999, fixed=True, key="optimizer.betas")
+    eps: float | None = _option(None, "what the optimizer adds to a denominator (default: its own)",
+        "optimizer", low=0.0, high=1.0, fixed=True, key="optimizer.eps")
+    max_grad_norm: float = _option(5.0, "norm that gradients are clipped to; 0 = not clipped",
+        "optimizer", low=0.0, high=1e9, fixed=True, key="training.max_grad_norm")
+    accumulate_grad_batches: int = _option(1, "batches a step: exactly as one batch of all their images",
+        "optimizer", low=1, high=100_000, fixed=True, key="training.accumulate_grad_batches")
+    ema_decay: float = _option(0.0, "judge and keep a running mean of the weights with this decay; 0 = the weights",
+        "optimizer", low=0.0, high=0.999999, fixed=True, key="training.ema_decay")
+    scheduler: str = _option("cosine", "learning rate over the steps: warm-up and half a cosine, or one cycle",
+        "optimizer", fixed=True, choices=("cosine", "onecycle"), key="scheduler.type")
+    warmup_epochs: float | None = _option(None, "cosine: epochs of linear warm-up (default: a twentieth of all)",
+        "optimizer", low=0.0, high=100_000, fixed=True, key="scheduler.warmup_epochs")
+    pct_start: float = _option(0.3, "onecycle: share of the steps with a rising learning rate",
+        "optimizer", low=0.0, high=1.0, fixed=True, key="scheduler.pct_start")
+    div_factor: float = _option(25.0, "onecycle: peak over first learning rate",
+        "optimizer", low=1.0, high=1e9, fixed=True, key="scheduler.div_factor")
+    final_div_factor: float = _option(1e4, "onecycle: first over last learning rate",
+        "optimizer", low=1.0, high=1e12, fixed=True, key="scheduler.final_div_factor")
+    anneal_strategy: str = _option("cos", "onecycle: how it rises and falls",
+        "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
     balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
-    samples_per_class: int = _option(
-        300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True
-    )
-    cache_views: int = _option(
-        0,
+    samples_per_class: int = _option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
+    cache_views: int = _option(0,
         "augmented views of an image that are embedded once and shown in turn with the clean one; 0 = fresh",
-        "training",
-        low=0,
-        high=1000,
-        fixed=True,
-    )
-    best_metric: str = _option(
-        "acc",
+        "training", low=0, high=1000, fixed=True)
+    best_metric: str = _option("acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
-        "training",
-        metavar="NAME",
-        fixed=True,
-        choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"),
-    )
-    patience: int = _option(
-        0,
-        "stop after so many epochs without a better best_metric; 0 = never",
-        "training",
-        low=0,
-        high=100_000,
-        key="training.patience",
-    )
-    target_precision: float = _option(
-        0.95,
-        "share of right answers on val that the thresholds for `unknown` are set to",
-        "prototypes",
-        low=0.5,
-        high=1.0,
-    )
-    unknown_dir: Path | None = _option(
-        None,
-        "images of no class: half of them set the thresholds, the other half measures",
-        "prototypes",
-        metavar="DIR",
-    )
-    add: Path | None = _option(
-        None, "for prototypes: folder with one folder of crops a class, to enrol", "prototypes", metavar="DIR"
-    )
+        "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
+    patience: int = _option(0, "stop after so many epochs without a better best_metric; 0 = never",
+        "training", low=0, high=100_000, key="training.patience")
+    target_precision: float = _option(0.95, "share of right answers on val that the thresholds for `unknown` are set to",
+        "prototypes", low=0.5, high=1.0)
+    unknown_dir: Path | None = _option(None, "images of no class: half of them set the thresholds, the other half measures",
+        "prototypes", metavar="DIR")
+    add: Path | None = _option(None, "for prototypes: folder with one folder of crops a class, to enrol",
+        "prototypes", metavar="DIR")
     remove: str | None = _option(None, "for prototypes: class to take out", "prototypes", metavar="CLASS")
     list: bool = _option(False, "for prototypes: show what is in the gallery", "prototypes")
     split: str = _option("test", "for evaluate: images of the run to judge", "prototypes", choices=("test", "val"))
-    max_refs_per_class: int | None = _option(
-        None,
+    max_refs_per_class: int | None = _option(None,
         "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
-        "prototypes",
-        low=1,
-    )
-    matcher: str = _option(
-        "auto", "how a class is matched; auto = what is best on val", "prototypes", choices=("auto", "centroid", "knn")
-    )
-    prototypes_per_class: str = _option(
-        "auto",
+        "prototypes", low=1)
+    matcher: str = _option("auto", "how a class is matched; auto = what is best on val",
+        "prototypes", choices=("auto", "centroid", "knn"))
+    prototypes_per_class: str = _option("auto",
         "prototypes that a class may have; auto = several where val says so, else its centroid alone",
-        "prototypes",
-        metavar="auto|N",
-    )
+        "prototypes", metavar="auto|N")
 
-    gpus: int | None = _option(
-        None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64
-    )
-    workers: int = _option(
-        4,
-        "processes that read images, capped at the cores there are",
-        "machine",
-        low=0,
-        high=256,
-        key="dataset.data_loaders.workers",
-    )
-    precision: str = _option(
-        "auto",
+    gpus: int | None = _option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
+    workers: int = _option(4, "processes that read images, capped at the cores there are",
+        "machine", low=0, high=256, key="dataset.data_loaders.workers")
+    precision: str = _option("auto",
         "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
-        "machine",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        spelled={"32": "fp32", "16": "fp16"},
-        fixed=True,
-        key="training.precision",
-    )
-    compile: bool = _option(
-        False,
-        "compile the backbone with torch.compile: minutes first, faster then",
-        "machine",
-        fixed=True,
-        key="training.compile",
-    )
-    fsdp: bool = _option(
-        False,
+        "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
+        key="training.precision")
+    compile: bool = _option(False, "compile the backbone with torch.compile: minutes first, faster then",
+        "machine", fixed=True, key="training.compile")
+    fsdp: bool = _option(False,
         "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
-        "machine",
-        key="training.fsdp",
-    )
-    deterministic: bool = _option(
-        False, "let torch choose only operations that give the same bits each time", "machine", fixed=True
-    )
+        "machine", key="training.fsdp")
+    deterministic: bool = _option(False, "let torch choose only operations that give the same bits each time",
+        "machine", fixed=True)
 
-    resume: str | None = _option(
-        None,
-        "continue from this checkpoint; without PATH from the last one in out_dir",
-        "run",
-        metavar="PATH",
-        nargs="?",
-        const="last",
-        once=True,
-    )
-    experiment_name: str | None = _option(
-        None,
-        "name of the run: its folder below --models, and its ClearML task",
-        "run",
-        metavar="NAME",
-        key="experiment_name",
-    )
-    models: Path | None = _option(
-        None,
-        "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
-        "run",
-        metavar="DIR",
-        key="directories.models",
-    )
+    resume: str | None = _option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
+        "run", metavar="PATH", nargs="?", const="last", once=True)
+    experiment_name: str | None = _option(None, "name of the run: its folder below --models, and its ClearML task",
+        "run", metavar="NAME", key="experiment_name")
+    models: Path | None = _option(None, "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
+        "run", metavar="DIR", key="directories.models")
     overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
-    save_every: int = _option(
-        5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0
-    )
-    save_checkpoints: bool = _option(
-        True,
-        "keep checkpoints on the way; off = only what resuming and export need",
-        "run",
-        key="training.save_checkpoints",
-    )
-    save_metrics: bool = _option(
-        True, "record the figures of each class for each epoch; off = totals only", "run", key="training.save_metrics"
-    )
-    save_minutes: float = _option(
-        10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6
-    )
+    save_every: int = _option(5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0)
+    save_checkpoints: bool = _option(True, "keep checkpoints on the way; off = only what resuming and export need",
+        "run", key="training.save_checkpoints")
+    save_metrics: bool = _option(True, "record the figures of each class for each epoch; off = totals only",
+        "run", key="training.save_metrics")
+    save_minutes: float = _option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
+        "run", low=0.0, high=1e6)
     preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
     debug: bool = _option(False, "show tracebacks", "run", once=True)
 
-    run: Path | None = _option(
-        None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR"
-    )
+    run: Path | None = _option(None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR")
     images: Path | None = _option(None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR")
-    detections: Path | None = _option(
-        None,
-        "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
-        "pre-labelling",
-        metavar="PATH",
-    )
-    out: Path | None = _option(
-        None, "where the labels are written; an unfinished job in it is continued", "pre-labelling", metavar="DIR"
-    )
-    formats: str = _option(
-        ",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST"
-    )
+    detections: Path | None = _option(None, "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
+        "pre-labelling", metavar="PATH")
+    out: Path | None = _option(None, "where the labels are written; an unfinished job in it is continued",
+        "pre-labelling", metavar="DIR")
+    formats: str = _option(",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST")
     format: str = _option("onnx", "for export: what to write", "pre-labelling", choices=("onnx", "safetensors"))
-    box_pad: float = _option(
-        0.0,
-        "share of a box's side added on each side: as loose as the training crops were cut",
-        "pre-labelling",
-        low=0.0,
-        high=5.0,
-    )
+    box_pad: float = _option(0.0, "share of a box's side added on each side: as loose as the training crops were cut",
+        "pre-labelling", low=0.0, high=5.0)
 
-    use_clearml: bool = _option(
-        False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking"
-    )
+    use_clearml: bool = _option(False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking")
     clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
-    clearml_task_name: str | None = _option(
-        None, "task in ClearML (default: experiment_name, or the name of out_dir)", "tracking", metavar="NAME"
-    )
+    clearml_task_name: str | None = _option(None, "task in ClearML (default: experiment_name, or the name of out_dir)",
+        "tracking", metavar="NAME")
 
     @property
     def trains_backbone(self) -> bool:
         """Whether training changes anything in the backbone."""
         return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
+
+    # fmt: on
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
