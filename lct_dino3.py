@@ -6070,12 +6070,22 @@ def backbone_learning_rate(config: Config) -> float:
     return config.backbone_lr if config.backbone_lr is not None else max(0.2 * config.lr, 5e-5)
 
 
+def head_learning_rate(config: Config) -> float:
+    """Return the peak lr of the head."""
+    return config.lr if config.fc_lr is None else config.fc_lr
+
+
+def weight_decays(config: Config) -> tuple[float, float]:
+    """Return the weight decay of head and class vectors, and that of the backbone."""
+    given = config.weight_decay
+    return (HEAD_WEIGHT_DECAY, BACKBONE_WEIGHT_DECAY) if given is None else (given, given)
+
+
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
-    head_lr = config.lr if config.fc_lr is None else config.fc_lr
-    decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    decay, _ = weight_decays(config)
     return [
-        {"params": list(model.head.parameters()), "peak_lr": head_lr, "weight_decay": decay},
+        {"params": list(model.head.parameters()), "peak_lr": head_learning_rate(config), "weight_decay": decay},
         {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), "weight_decay": decay},
         *_backbone_groups(model.backbone.model, config),
     ]
@@ -6085,7 +6095,7 @@ def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Norms, biases, and the tokens and position embeddings that a model owns itself, go without weight decay."""
     depths = block_depths(model)
     deepest, exempt = max(depths.values()), getattr(model, "no_weight_decay", set)()
-    decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    _, decay = weight_decays(config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -12904,18 +12914,24 @@ def describe_run(job: Job) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
+    config, (head_decay, backbone_decay) = job.config, weight_decays(job.config)
     packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
     return {
-        "options": job.config.as_plain(),
-        "origins": {field.name: job.config.origins.get(field.name, "default") for field in option_fields()},
+        "options": config.as_plain(),
+        "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
         "optimizer": {
-            "type": job.config.optimizer,
-            "head_weight_decay": HEAD_WEIGHT_DECAY,
-            "backbone_weight_decay": BACKBONE_WEIGHT_DECAY,
+            "type": config.optimizer,
+            "head": {"lr": head_learning_rate(config), "weight_decay": head_decay},
+            "class_vectors": {"lr": arc_learning_rate(config), "weight_decay": head_decay},
+            **(
+                {"backbone": {"lr": backbone_learning_rate(config), "weight_decay": backbone_decay}}
+                if config.trains_backbone
+                else {}
+            ),
         },
-        "schedule": job.config.scheduler,
-        "loss": job.config.criterion,
+        "schedule": config.scheduler,
+        "loss": config.criterion,
         "data": {
             "fingerprint": job.fingerprint,
             "masks_hash": job.records.masks_hash,

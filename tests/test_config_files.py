@@ -296,4 +296,6 @@ def test_classifier_yaml_trains(tmp_path, small_data, capsys):
     small = "--model_id test_resnet --no-pretrained --img_size 48 --epochs 2 --gpus 0 --workers 0 --batch 8".split()
     assert run_main(*argv, *small, "--no-save_metrics") == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").is_file()
+    said = json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]
+    assert said["head"] == {"lr": 1e-3, "weight_decay": 0.01} and said["backbone"] == {"lr": 3e-4, "weight_decay": 0.01}
     assert all("val_per_class" not in event and "acc" in event["val"] for event in epochs_of(tmp_path / "run"))
