@@ -150,7 +150,7 @@ SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
 CLEARML_CLOSE_SECONDS = 4.5  # that a run waits for ClearML at its end, and nowhere else
 CLEARML_SILENT_SECONDS = 60.0  # without an answer: whatever it waits for, it waits in vain
-LOADER_RESTARTS = 3  # in an epoch, after a worker was killed
+LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
 PROTOTYPES_FORMAT = 2
 PRELABEL_MARKER = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
 MASK_LOG_NAME = "masks.jsonl"
@@ -5221,6 +5221,37 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Run
     )
 
 
+def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
+    """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
+
+    Args:
+        read: starts reading; gets the number of loaders that have failed and of batches that have been yielded.
+        say: takes a warning.
+
+    Raises:
+        RuntimeError: workers are killed again and again.
+    """
+    taken = 0
+    for failed in itertools.count():
+        try:
+            iterator = iter(read(failed, taken))
+            # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for batch in iterator:
+                taken += 1
+                yield batch
+            return
+        except RuntimeError as error:
+            if not is_dead_worker(error) or failed == LOADER_RESTARTS:
+                raise
+            say(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Say whether torch reports a loader worker that has been killed."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 def take_turns(
     loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
 ) -> Iterator[Any]:
@@ -5229,10 +5260,14 @@ def take_turns(
     Args:
         loader: gives a loader for some of the batches.
         answer: of what the loader yields; goes from process to process.
+
+    Raises:
+        RuntimeError: loader workers are killed again and again.
     """
-    own = iter(loader(batches[TEAM.rank :: TEAM.size]))
+    own = batches[TEAM.rank :: TEAM.size]
+    read = outlive_workers(lambda _, taken: loader(own[taken:]), show)
     for _ in range(-(-len(batches) // TEAM.size)):
-        batch = next(own, None)
+        batch = next(read, None)
         yield from TEAM.collect(None if batch is None else answer(batch))
 
 
@@ -8256,37 +8291,28 @@ class TrainFeed:
         return self._job.runtime.wrap(model.backbone)
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield what the state has not seen of its epoch; when a loader worker is killed, start again from there.
+        """Yield what the state has not seen of its epoch.
 
         Raises:
-            UserError: workers are killed again and again.
+            RuntimeError: loader workers are killed again and again.
         """
         TEAM.call("train_epoch", state.epoch, state.batches)
         if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
             TEAM.copy_weights(state.model.backbone)
-        label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
-        for restarts in itertools.count():
-            if self._loader is None:
+        label, first = f"epoch {state.epoch + 1}/{self._job.config.epochs}", state.batches
+
+        def read(failed: int, taken: int) -> DataLoader:
+            if failed or self._loader is None:
                 self._loader = make_loader(self._dataset, self._sampler, self._job.config, self._job.runtime)
-            self._sampler.start_at(state.epoch, state.batches)
-            bar = progress((), len(self), label)
-            bar.update(state.batches)
-            try:
-                iterator = iter(self._loader)
-                # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for batch in iterator:
-                    with _joint_step() if TEAM.splits else contextlib.nullcontext():
-                        yield TEAM.pool(batch)
-                    bar.update()
-                return
-            except RuntimeError as error:
-                if not is_dead_worker(error) or restarts == LOADER_RESTARTS:
-                    raise
-                self._loader = None
-                self._job.run.log(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
-            finally:
-                bar.close()
+            self._sampler.start_at(state.epoch, first + taken)
+            return self._loader
+
+        with contextlib.closing(progress((), len(self), label)) as bar:
+            bar.update(first)
+            for batch in outlive_workers(read, self._job.run.log):
+                with _joint_step() if TEAM.splits else contextlib.nullcontext():
+                    yield TEAM.pool(batch)
+                bar.update()
 
 
 @contextlib.contextmanager
@@ -8318,11 +8344,6 @@ class CachedFeed:
         self._sampler.start_at(state.epoch, state.batches)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         yield from map(self._cache.take, progress(self._sampler, len(self) - state.batches, label))
-
-
-def is_dead_worker(error: BaseException) -> bool:
-    """Say whether torch reports a loader worker that has been killed."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 @dataclass

@@ -627,6 +627,22 @@ def test_a_killed_loader_worker_is_replaced_and_changes_nothing(start: Any, stra
     assert differences(straight, tmp_path / "run") == []
 
 
+def test_a_loader_worker_killed_amid_the_batches_of_one_step(start: Any, tmp_path: Path) -> None:
+    """Its first batch is taken, and is not taken again."""
+    steps = ("--accumulate_grad_batches", 8, "--workers", 1, "--epochs", 2)
+    assert start(flags=steps)[0] == 0
+    (tmp_path / "run").rename(tmp_path / "calm")
+    code, text = start(do("TEAM.pool", 2, kill_worker=True), flags=steps)
+    assert code == 0 and "the loader is started again" in text
+    assert differences(tmp_path / "calm", tmp_path / "run") == []
+
+
+def test_a_loader_worker_killed_while_images_are_embedded(start: Any, straight: Path, tmp_path: Path) -> None:
+    code, text = start(do("TEAM.collect", 1, kill_worker=True), flags=("--workers", 2))
+    assert code == 0 and "the loader is started again" in text
+    assert differences(straight, tmp_path / "run") == []
+
+
 def test_workers_that_are_killed_again_and_again_stop_the_run_with_its_checkpoint(
     start: Any, straight: Path, tmp_path: Path
 ) -> None:

@@ -131,9 +131,9 @@ GUARDS = {
         "tests/test_resume.py -k change_the_result_are_refused",
     ),
     "dead workers are replaced": (
-        "if not is_dead_worker(error) or restarts == LOADER_RESTARTS:",
+        "if not is_dead_worker(error) or failed == LOADER_RESTARTS:",
         "if True:",
-        "tests/test_resume.py -k killed_loader_worker",
+        "tests/test_resume.py -k loader_worker",
     ),
     "saved before validation": (
         "    save_state(job, state)  # before evaluation, which can be interrupted too\n",
