@@ -506,7 +506,7 @@ class Config:
         "run", key="training.save_metrics")
     save_minutes: float = _option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
         "run", low=0.0, high=1e6)
-    preview: bool = _option(False, "write preview.jpg: 64 augmented crops as the model sees them", "run")
+    preview: bool = _option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
     debug: bool = _option(False, "show tracebacks", "run", once=True)
 
     run: Path | None = _option(None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR")
@@ -12967,11 +12967,16 @@ def describe_run(job: Job) -> dict[str, Any]:
 
 
 def write_preview(job: Job) -> None:
-    """Write preview.jpg: the first 64 augmented crops of the first epoch, 8 by 8."""
+    """Write preview.jpg: the first 64 images of the first epoch as the model sees them, mixed ones too, 8 by 8."""
     sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-    dataset = job.training_crops()
-    keys = [key for keys in sampler for key in keys][:64]
-    crops = [image for image, _, _ in map(dataset.__getitem__, keys) if image is not None]
+    dataset, crops = job.training_crops(), []
+    for index, keys in enumerate(sampler):
+        images = dataset.collate([dataset[key] for key in keys]).images
+        mixing = draw_mixing(job.config, (0, index), images, len(images))
+        crops.extend((images if mixing is None else mix_images(images, mixing)).permute(0, 2, 3, 1).numpy())
+        if len(crops) >= 64:
+            break
+    crops = crops[:64]
     side = job.config.img_size
     sheet = Image.new("RGB", (8 * side, -(-len(crops) // 8) * side))
     for index, crop in enumerate(crops):

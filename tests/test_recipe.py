@@ -333,8 +333,11 @@ def test_other_backgrounds_are_another_run(nursery: Nursery, masked_data: Path, 
 
 
 def test_two_processes_mix_what_one_does(nursery: Nursery, masked_data: Path, tmp_path: Path) -> None:
-    flags = (*TRAINED, "--freeze_backbone", "--mixing", "cutmix", "--mixing_p", 1)
-    for out, ranks in (("one", [{}]), ("two", [{}, {}])):
-        ends = nursery.run_team("--data_root", masked_data, "--out_dir", tmp_path / out, *flags, ranks=ranks)
+    flags = (*TRAINED, "--freeze_backbone", "--mixing", "cutmix", "--preview")
+    for out, ranks, share in (("one", [{}], 1), ("two", [{}, {}], 1), ("plain", [{}], 0)):
+        argv = ("--data_root", masked_data, "--out_dir", tmp_path / out, *flags, "--mixing_p", share)
+        ends = nursery.run_team(*argv, ranks=ranks)
         assert {code for code, _ in ends} == {0}, ends
     assert differences(tmp_path / "one", tmp_path / "two") == []
+    one, two, plain = ((tmp_path / out / "preview.jpg").read_bytes() for out in ("one", "two", "plain"))
+    assert one == two != plain
