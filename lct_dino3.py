@@ -418,15 +418,13 @@ class Config:
     fc_lr: float | None = _option(None, "peak learning rate of the head (default: lr)",
         "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
     weight_decay: float | None = _option(None,
-        "weight decay (default: head 1e-4, backbone 0.05); a backbone's norms, biases and tokens have none",
+        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
         "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
     layer_decay: float = _option(1.0, "factor on the backbone's learning rate from each block to the one before",
         "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
-    arc_lr: float | None = _option(None, "peak learning rate of the class weights (default: 10 lr; lr for a linear classifier)",
+    arc_lr: float | None = _option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
         "training", low=1e-8, high=100.0, fixed=True)
     optimizer: str = _option("adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type")
-    weight_decay: float | None = _option(None, "of all that is decayed (default: 0.05 in the backbone, 1e-4 elsewhere)",
-        "optimizer", low=0.0, high=10.0, fixed=True, key="optimizer.weight_decay")
     betas: tuple[float, ...] = _option((), "decay of the optimizer's two running means (default: its own)",
         "optimizer", nargs=2, metavar=("B1", "B2"), low=0.0, high=0.9999999, fixed=True, key="optimizer.betas")
     eps: float | None = _option(None, "what the optimizer adds to a denominator (default: its own)",
@@ -726,7 +724,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     path = path / "config.json" if path.is_dir() else path
     tree = _parse_config_file(path)
-    is_record = isinstance(tree, dict) and isinstance(tree.get("options"), dict) and "origins" in tree
+    is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
     if is_record:
         derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
         once = {field.name for field in option_fields() if field.metadata.get("once")}
@@ -740,7 +738,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if field.name in options:
             what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
             raise UserError(what, f"{path}: {key}", "leave one of them out")
-        if value not in (None, []):  # which stand for the default
+        if value is not None and (value != [] or field.default != ()):  # else the default is meant
             options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
             places[field.name] = f"{path}: {key}"
     return options, places
@@ -750,7 +748,7 @@ def _parse_config_file(path: Path) -> Any:
     if path.suffix.lower() not in (".yaml", ".yml", ".toml", ".json"):
         raise UserError("is not named .yaml, .toml or .json", f"--config {path}", "rename it after what it is")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise UserError(str(what), f"--config {path}", "check the path") from error
@@ -809,12 +807,11 @@ def _make_yaml_loader() -> type:
         }
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        loader.flatten_mapping(node)
+        read = functools.partial(loader.construct_object, deep=True)
         try:
-            return _unique_pairs(
-                (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True))
-                for key, value in node.value
-            )
+            _unique_pairs((read(key), None) for key, _ in node.value if not key.tag.endswith(":merge"))
+            loader.flatten_mapping(node)  # puts what << names before the node's own keys
+            return {read(key): read(value) for key, value in node.value}
         except (TypeError, ValueError) as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
@@ -824,8 +821,9 @@ def _make_yaml_loader() -> type:
         "tag:yaml.org,2002:float",
         lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
     )
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-    number = r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    # 007 is a name
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+    number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
     return Loader
 
@@ -865,8 +863,8 @@ def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Pat
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
-    values = value if isinstance(value, list) else [value] if count == "+" else []
-    if not values or (isinstance(count, int) and len(values) != count):
+    values = value if isinstance(value, list) else [value] if count == "+" else None
+    if values is None or (isinstance(count, int) and len(values) != count):
         expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
         raise UserError(f"{value!r} is not {expected}", where, "correct the value")
     return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
@@ -874,8 +872,10 @@ def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Pat
 
 def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
     kind, choices = field_kind(field), field.metadata.get("choices")
-    if kind is str and type(value) in (int, float):  # precision: 16, prototypes_per_class: 3
+    if kind is str and type(value) is int:  # precision: 16, prototypes_per_class: 3
         value = str(value)
+    if kind is str and type(value) is float:  # 1.10 has become 1.1
+        raise UserError(f"{value!r} is a number", where, "put it in quotes")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not (str if kind is Path else kind):
@@ -888,8 +888,13 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
         return value
     if not value:
         raise UserError("is empty", where, "give a path, or leave the key out")
-    path = folder / Path(value).expanduser()
-    return Path(value) if field.metadata.get("in_models") and not path.exists() else path
+    try:
+        path = folder / Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{value!r} names a user that is not known here", where, "correct the path") from error
+    if not field.metadata.get("in_models"):
+        return path
+    return path.absolute() if path.exists() else Path(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -936,6 +941,12 @@ def _check_model(config: Config) -> None:
     for name in ("backbone_lr", "fc_lr"):
         if config.lr_type == "one_lr" and getattr(config, name) is not None:
             refuse("contradict each other", "lr_type", name)
+
+
+def idle_options(config: Config) -> list[str]:
+    """Return the options that are given for the training of a backbone that is not trained."""
+    names = () if config.trains_backbone else ("backbone_lr", "layer_decay", "drop_path")
+    return [name for name in names if getattr(config, name) != getattr(Config, name)]
 
 
 def _check_channels(config: Config) -> None:
@@ -1048,8 +1059,8 @@ def check_paths(config: Config) -> None:
     if config.command in NEEDED_FLAGS:
         return
     _check_folder(config, "data_root", DATA_TREE)
-    locate_start(config)
     _check_out_dir(config)
+    _check_starts(config)
     _check_backgrounds(config)
     if config.group_regex is not None:
         _check_regex(config.group_regex)
@@ -1062,16 +1073,27 @@ def locate_start(config: Config) -> Path | None:
         UserError: there is no such file.
     """
     path, where = config.load_from, f"{config.place('load_from')} {config.load_from}"
-    if path is not None and not path.exists() and config.models is not None and (config.models / path).exists():
-        path = config.models / path
-    if path is not None and path.is_dir():
-        names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
-        if not names:
-            raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
-        return path / names[0]
-    if path is not None and not path.is_file():
+    if path is None:
+        return None
+    is_typed = config.origins.get("load_from", COMMAND_LINE_ORIGIN) == COMMAND_LINE_ORIGIN
+    places = [path] if is_typed or path.is_absolute() else []  # what a file says does not start from the current folder
+    places += [config.models / path] if config.models is not None else []
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         raise UserError("does not exist", where, "check the path")
-    return path
+    if not path.is_dir():
+        return path
+    names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
+    if not names:
+        raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
+    return path / names[0]
+
+
+def _check_starts(config: Config) -> None:
+    for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
+        if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
+            what = "would be moved aside by --overwrite before the run has read it"
+            raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
 
 
 def _check_folder(config: Config, name: str, remedy: str) -> None:
@@ -3143,19 +3165,25 @@ def _move_cost(counts: Any, present: np.ndarray, place: np.ndarray, group: int) 
     return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
 
 
-def take_fraction(records: Records, fraction: float, seed: int) -> Records:
+def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
     """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
 
-    Each split is then a part of what it is without: no image moves from one to another.
+    Each split is then a part of what it is without: no image moves from one to another. A run that is continued has its share in
+    its splits.json, `splits_path`: of data that have changed, another would be drawn.
     """
     if fraction == 1:
         return records
     kept = np.zeros(len(records.labels), dtype=bool)
-    for split in SPLIT_NAMES:
-        rows = records.rows(split)
-        if len(rows):
-            halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
-            kept[rows] = halves == 0
+    if splits_path is None:
+        for split in SPLIT_NAMES:
+            rows = records.rows(split)
+            if len(rows):
+                halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
+                kept[rows] = halves == 0
+    else:
+        table = read_splits(splits_path)
+        chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
+        kept[:] = [path in chosen for path in records.paths]
     return dataclasses.replace(
         records,
         paths=PathTable([records.paths[row] for row in np.flatnonzero(kept).tolist()]),
@@ -3201,10 +3229,10 @@ def keep_scan(scan: Scan, out_dir: Path) -> Iterator[None]:
         raise
 
 
-def scan_dataset(config: Config) -> Scan:
+def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
     """List, check, merge, group and split the data; read data_root and the cache in out_dir, write nothing.
 
-    Masks are not looked for: `attach_masks` does that.
+    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued.
 
     Raises:
         UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
@@ -3243,7 +3271,7 @@ def scan_dataset(config: Config) -> Scan:
     shares = tuple(split_shares(config).values())
     splits = assign_splits(labels, groups, shares, config.seed)
     records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname)
-    used = take_fraction(records, config.data_fraction, config.seed)
+    used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3485,6 +3513,21 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
     write_json(path, table)
 
 
+def read_splits(path: Path) -> dict[str, Any]:
+    """Return the content of a splits.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if {type(table[split]) for split in SPLIT_NAMES} != {dict} or type(table["classes"]) is not list:
+            raise ValueError("no splits.json of this script")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot be read: {error}", str(path), "start afresh with --overwrite") from error
+    return table
+
+
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
     """Return in words which class names are gone and which have come."""
     gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
@@ -3501,11 +3544,8 @@ def reuse_splits(path: Path, records: Records, fraction: float = 1.0) -> tuple[R
     Raises:
         UserError: splits.json has other classes.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        class_names, parts = table["classes"], [(split, table[split].items()) for split in SPLIT_NAMES]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot be read: {error}", str(path), "start afresh with --overwrite") from error
+    table = read_splits(path)
+    class_names = table["classes"]
     if class_names != list(records.class_names):
         raise UserError(
             f"the run was started with other classes: {describe_change(class_names, records.class_names)}",
@@ -3514,8 +3554,8 @@ def reuse_splits(path: Path, records: Records, fraction: float = 1.0) -> tuple[R
         )
     rows = sorted(
         (class_names.index(name), item, SPLIT_NAMES.index(split))
-        for split, classes in parts
-        for name, items in classes
+        for split in SPLIT_NAMES
+        for name, items in table[split].items()
         for item in items
     )
     group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
@@ -5473,7 +5513,7 @@ class LoraLinear(nn.Module):
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a model's attention by name: those that make queries, keys, values, and the projection."""
-    kinds = ("qkv", "q", "kv", "q_proj", "k_proj", "v_proj", "proj")
+    kinds = ("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "proj")
     return {
         name: module
         for name, module in model.named_modules()
@@ -6066,9 +6106,9 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    taken = {
-        key: value for key, value in start.head.items() if key.startswith("head.") and own[key].shape == value.shape
-    }
+    fits = lambda key: key in start.head and start.head[key].shape == own[key].shape  # noqa: E731
+    is_first_taken = fits("head.hidden.weight")  # what follows a random layer would be no better than that
+    taken = {key: start.head[key] for key in own if key.startswith("head.") and is_first_taken and fits(key)}
     num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
     rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
     for key in own.keys() & start.head.keys() if shared else ():
@@ -6095,7 +6135,7 @@ def arc_learning_rate(config: Config) -> float:
     """Return the peak lr of the class vectors: as directions they move little by little with the lr of a layer."""
     if config.arc_lr is not None:
         return config.arc_lr
-    return config.lr if config.criterion in LINEAR_CRITERIA else 10 * config.lr
+    return (1 if config.criterion in LINEAR_CRITERIA else 10) * head_learning_rate(config)
 
 
 def backbone_learning_rate(config: Config) -> float:
@@ -6117,31 +6157,38 @@ def weight_decays(config: Config) -> tuple[float, float]:
 
 
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
-    """Return head, class directions and what is trained of the backbone; each group knows its peak lr and its weight decay."""
-    decay, _ = weight_decays(config)
-    return [
-        {"params": list(model.head.parameters()), "peak_lr": head_learning_rate(config), "weight_decay": decay},
-        {"params": list(model.criterion.parameters()), "peak_lr": arc_learning_rate(config), "weight_decay": decay},
-        *_backbone_groups(model.backbone.model, config),
-    ]
+    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay.
 
+    Norms, biases, and the tokens and position embeddings that a backbone owns itself, are not decayed.
+    """
+    head_decay, backbone_decay = weight_decays(config)
+    backbone = model.backbone.model
+    depths, exempt = block_depths(backbone), getattr(backbone, "no_weight_decay", set)()
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
-def _backbone_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Norms, biases, and the tokens and position embeddings that a model owns itself, go without weight decay."""
-    depths = block_depths(model)
-    deepest, exempt = max(depths.values()), getattr(model, "no_weight_decay", set)()
-    _, decay = weight_decays(config)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    def add(part: str, peak_lr: float, decay: float, parameter: nn.Parameter) -> None:
+        groups.setdefault((part, peak_lr, decay), []).append(parameter)
+
+    for part, module, peak_lr in (
+        ("head", model.head, head_learning_rate(config)),
+        ("criterion", model.criterion, arc_learning_rate(config)),
+    ):
+        for name, parameter in module.named_parameters():
+            add(part, peak_lr, head_decay if _is_weight(name, parameter) else 0.0, parameter)
+    for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and "." in name and name not in exempt
-            scale = config.layer_decay ** (deepest - depths[name])
-            groups.setdefault((scale, decay if decays else 0.0), []).append(parameter)
-    peak_lr = backbone_learning_rate(config)
+            peak_lr = backbone_learning_rate(config) * config.layer_decay ** (max(depths.values()) - depths[name])
+            is_decayed = _is_weight(name, parameter) and "." in name and name not in exempt
+            add("backbone", peak_lr, backbone_decay if is_decayed else 0.0, parameter)
     return [
-        {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay}
-        for (scale, weight_decay), parameters in groups.items()
+        {"params": parameters, "peak_lr": peak_lr, "weight_decay": decay}
+        for (_, peak_lr, decay), parameters in groups.items()
     ]
+
+
+def _is_weight(name: str, parameter: nn.Parameter) -> bool:
+    """Say whether it is the weight of a layer, or class vectors: neither bias nor scale of a norm."""
+    return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
 
 
 def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
@@ -6163,7 +6210,7 @@ def check_optimizer(config: Config) -> None:
     """Check the name of --optimizer, and that it has the settings that are given for it.
 
     Raises:
-        UserError: timm has no such optimizer, it needs more than a gradient a step, or it has no betas or eps.
+        UserError: timm has no such optimizer, it needs more than a gradient a step or another package, or it has no betas or eps.
     """
     if config.optimizer == "adamw":
         return
@@ -6172,13 +6219,18 @@ def check_optimizer(config: Config) -> None:
     known, where = list_optimizers(), f"{config.place('optimizer')} {config.optimizer}"
     if config.optimizer not in known:
         raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known))
+    remedy = "choose another, such as adamw"
     if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
-        raise UserError("needs another training loop", where, "choose another, such as adamw")
+        raise UserError("needs another training loop", where, remedy)
+    if "kron" in config.optimizer:
+        raise UserError("draws random numbers that no checkpoint has, so that no run could be continued", where, remedy)
     given = {"betas": config.betas or None, "eps": config.eps}
     try:
         group = make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
     except TypeError:
         group = {}
+    except (AssertionError, ImportError, RuntimeError) as error:  # those of apex and bitsandbytes
+        raise UserError(f"cannot be had here: {printable(str(error))[:200]}", where, remedy) from error
     for name, value in given.items():  # timm drops in silence what an optimizer has not
         if value is not None and group.get(name) != value:
             raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
@@ -6186,6 +6238,7 @@ def check_optimizer(config: Config) -> None:
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
     """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0, or one cycle."""
+    step = min(step, total_steps - 1)  # images may have gone while the run was interrupted, and steps with them
     if config.scheduler == "onecycle":
         return _onecycle_factor(config, step, total_steps)
     share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
@@ -6202,7 +6255,6 @@ def _onecycle_factor(config: Config, step: int, total_steps: int) -> float:
     if step <= peak_step:
         start, end, share = first, 1.0, step / peak_step if peak_step else 1.0
     else:
-        peak_step = max(peak_step, 0.0)
         share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
         start, end = 1.0, first / config.final_div_factor
     if config.anneal_strategy == "linear":
@@ -6816,12 +6868,17 @@ def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(change(_arrange, saved))
 
 
-def _arrange(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _arrange(value: Any, like: torch.Tensor) -> Any:
     """Return a tensor that lies in memory as `like` does: fused optimizers take numbers in that order, whatever the strides say.
 
-    --fsdp keeps all weights contiguous; without, those of convolutions have their channels last.
+    --fsdp keeps all weights contiguous; without, those of convolutions have their channels last. Some optimizers keep numbers too.
     """
-    if value.shape != like.shape or is_split(like) or value.stride() == like.stride():
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.shape != like.shape
+        or is_split(like)
+        or value.stride() == like.stride()
+    ):
         return value
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
@@ -8073,7 +8130,8 @@ def extract_batches(
 ) -> Iterator[tuple[list[tuple[int, str]], Features]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
     TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
-    network, runtime, side = job.runtime.wrap(backbone.eval()), job.runtime, job.config.img_size
+    network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
+    side, channels = job.config.img_size, max(job.config.in_channels, 3)
     if not backbone.frozen and not TEAM.splits:
         TEAM.copy_weights(backbone)
     # Weights that are shared are gathered by all processes, or by none.
@@ -8082,7 +8140,7 @@ def extract_batches(
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
         values = torch.zeros(0, 1)
         if len(batch.rows) or TEAM.splits:
-            images = batch.images if len(batch.rows) else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+            images = batch.images if len(batch.rows) else torch.zeros(0, channels, side, side, dtype=torch.uint8)
             with torch.no_grad() if TEAM.splits else torch.inference_mode():
                 values = network(images.to(runtime.device, non_blocking=True)).cpu()
         return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
@@ -12806,7 +12864,7 @@ def run_train(config: Config) -> None:
     check_optimizer(config)
     if config.auto_generate_masks:
         check_sam2(config)
-    scan = scan_dataset(config)
+    scan = scan_dataset(config, point and point.path.with_name("splits.json"))
     with keep_scan(scan, config.out_dir):
         plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config), point)
     if plan is None:
@@ -12846,13 +12904,15 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
         check_masks_usable(scan, config)
     records, notes = scan.records, []
     if point:
-        records, notes = reuse_splits(point.path.with_name("splits.json"), records, config.data_fraction)
+        records, notes = reuse_splits(point.path.with_name("splits.json"), records)
         identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
         check_identity(point.path, point.payload["identity"], identity)
         if is_finished(config, point.payload):
+            is_through = point.payload["epoch"] >= config.epochs
+            more = "more --epochs" if is_through else f"a --patience above {config.patience}"
             show(
                 f"the run in {config.out_dir} is finished: {point.payload['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
-                "to train on, give more --epochs; to start afresh, --overwrite"
+                f"to train on, give {more}; to start afresh, --overwrite"
             )
             return None
         notes += describe_changes(config, scan.fingerprint)
@@ -12916,6 +12976,8 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
+    if idle := idle_options(config):
+        run.log(f"warning: no effect on a backbone that is not trained: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
         run.log(describe_backgrounds(job.backgrounds))
     if config.mixing != "none":

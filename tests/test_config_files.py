@@ -171,6 +171,7 @@ def test_paths_of_a_file_start_from_its_folder(tmp_path):
         ("- lr", ["holds no options"]),
         ("lr: [", ["cannot be read", "line 1"]),
         ("out_dir: ''", ["out_dir", "is empty"]),
+        ("data_root: ~no-such-user/x", ["data_root", "not known here"]),
         ("? [a, b]\n: 1", ["run.yaml"]),
     ],
 )
@@ -193,6 +194,35 @@ def test_mistakes_name_file_key_and_remedy(tmp_path, text, parts):
 def test_mistakes_in_the_other_formats(tmp_path, name, text, part):
     message = refusal(tmp_path, text, name=name)
     assert str(tmp_path / name) in message and part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "lr: 0.5"), ("a.json", '{"lr": 0.5}'), ("a.toml", "lr = 0.5")], ids=lambda text: text
+)
+def test_a_file_from_windows(tmp_path, name, text):
+    assert resolve(tmp_path, "\ufeff" + text + "\r\n", name=name).lr == 0.5
+
+
+def test_names_stay_as_they_are_written(tmp_path):
+    assert resolve(tmp_path, "experiment_name: 007").experiment_name == "007"
+    assert resolve(tmp_path, "experiment_name: 7").experiment_name == "7"
+    assert "1.1 is a number" in refusal(tmp_path, "experiment_name: 1.10")
+
+
+def test_keys_of_ones_own_win_over_merged_ones(tmp_path):
+    text = "pre_transforms:\n- &a {type: median_blur, p: 0.1}\n- {<<: *a, p: 0.3}\n"
+    assert resolve(tmp_path, text).pre_transforms == (
+        {"type": "median_blur", "p": 0.1},
+        {"type": "median_blur", "p": 0.3},
+    )
+
+
+def test_an_empty_list_is_no_default_where_the_default_is_another(tmp_path):
+    """Without any augmentation is not the built-in one."""
+    assert resolve(tmp_path, "dataset: {train_augmentations: []}").train_augmentations == ()
+    assert resolve(tmp_path, "dataset: {train_augmentations: }").train_augmentations is None
+    assert resolve(tmp_path, "betas: []").betas == ()
+    assert "[] is not a whole number" in refusal(tmp_path, "seed: []")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -563,12 +564,25 @@ def test_several_directions_a_class_are_taken_by_class(sources: Path) -> None:
     assert torch.equal(model.criterion.weight, torch.cat((old[4:], before[2:4], old[:2])))
 
 
-def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path) -> None:
+def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
     (tmp_path / "c.yaml").write_text(f"directories: {{models: '{sources}'}}\nmodel: {{load_from: lora}}\n", "utf-8")
     for argv in (["--models", str(sources), "--load_from", "lora"], ["--config", str(tmp_path / "c.yaml")]):
         assert lct.locate_start(lct.parse_command_line(argv)) == sources / "lora" / "checkpoint_best.pth"
+    monkeypatch.chdir(here)
+    (here / "lora").mkdir()
+    assert lct.locate_start(lct.parse_command_line(argv)) == sources / "lora" / "checkpoint_best.pth"
     (tmp_path / "lora").mkdir()
     assert lct.parse_command_line(argv).load_from == tmp_path / "lora", "what lies beside the file comes first"
+
+
+def test_a_start_that_overwrite_would_move_is_refused(sources: Path, small_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "lora", tmp_path / "run")
+    config = make_config(data_root=small_data, out_dir=tmp_path / "run", overwrite=True, load_from=tmp_path / "run")
+    with pytest.raises(lct.UserError, match=r"--load_from .*moved aside"):
+        lct.check_paths(config)
+    lct.check_paths(dataclasses.replace(config, out_dir=tmp_path / "other"))
 
 
 def test_a_run_that_starts_from_another_answers_by_itself_and_asks_for_what_is_gone(

@@ -1,6 +1,8 @@
 """Section 11: groups and schedule."""
 
+import copy
 import dataclasses
+import importlib.util
 import itertools
 import math
 
@@ -31,32 +33,43 @@ def test_groups_have_the_rates_and_decays_of_the_contract() -> None:
     optimizer = lct.build_optimizer(model, config)
     lct.set_learning_rate(optimizer, 0.5)
     found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    assert found == [(5e-4, 1e-4), (0.5 * lct.arc_learning_rate(config), 1e-4), (1e-4, 0.05), (1e-4, 0.0)]
+    classes = 0.5 * lct.arc_learning_rate(config)
+    assert found == [(5e-4, 1e-4), (5e-4, 0.0), (classes, 1e-4), (1e-4, 0.05), (1e-4, 0.0)]
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
         p.numel() for p in model.parameters()
     )
 
 
 @pytest.mark.parametrize(
-    ("options", "head", "backbone"),
+    ("options", "head", "classes", "backbone"),
     [
-        ({}, 1e-3, 2e-4),
-        ({"lr": 1e-4}, 1e-4, 5e-5),
-        ({"backbone_lr": 3e-6}, 1e-3, 3e-6),
-        ({"fc_lr": 0.02}, 0.02, 2e-4),
-        ({"lr_type": "one_lr"}, 1e-3, 1e-3),
+        ({}, 1e-3, 1e-2, 2e-4),
+        ({"lr": 1e-4}, 1e-4, 1e-3, 5e-5),
+        ({"backbone_lr": 3e-6}, 1e-3, 1e-2, 3e-6),
+        ({"fc_lr": 0.02}, 0.02, 0.2, 2e-4),
+        ({"fc_lr": 0.02, "criterion": "cross_entropy"}, 0.02, 0.02, 2e-4),
+        ({"fc_lr": 0.02, "arc_lr": 0.5}, 0.02, 0.5, 2e-4),
+        ({"lr_type": "one_lr"}, 1e-3, 1e-2, 1e-3),
     ],
 )
-def test_head_and_backbone_have_rates_of_their_own(options: dict, head: float, backbone: float) -> None:
+def test_head_and_backbone_have_rates_of_their_own(options: dict, head: float, classes: float, backbone: float) -> None:
     model, config = make_model(freeze=False)
     rates = [group["peak_lr"] for group in lct.parameter_groups(model, dataclasses.replace(config, **options))]
-    assert rates == pytest.approx([head, 10 * options.get("lr", 1e-3), backbone, backbone])
+    assert rates == pytest.approx([head, head, classes, backbone, backbone])
 
 
 def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
     model, config = make_model(freeze=False)
     groups = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.2))
-    assert [group["weight_decay"] for group in groups] == [0.2, 0.2, 0.2, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0, 0.2, 0.2, 0.0]
+    config = dataclasses.replace(config, criterion="cross_entropy", weight_decay=0.2)
+    linear = lct.Recognizer(model.backbone, model.head, lct.build_criterion(config, 3))
+    decay_of = {id(p): group["weight_decay"] for group in lct.parameter_groups(linear, config) for p in group["params"]}
+    undecayed = {name for name, parameter in linear.named_parameters() if not decay_of[id(parameter)]}
+    assert undecayed == {
+        *("head.hidden.bias", "head.norm.weight", "head.norm.bias", "head.output.bias"),
+        *("criterion.bias", "backbone.model.1.bias"),
+    }
 
 
 def rates_and_decays(groups: list[dict], model: nn.Module) -> dict[str, tuple[float, float]]:
@@ -114,7 +127,9 @@ ONECYCLE = {"scheduler": "onecycle", "div_factor": 10.0, "final_div_factor": 100
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
-@pytest.mark.parametrize("total, pct_start", [(10, 0.3), (301, 0.05), (301, 0.3), (3, 0.9), (10, 0.95)])
+@pytest.mark.parametrize(
+    ("total", "pct_start"), [(10, 0.3), (301, 0.05), (301, 0.3), (3, 0.9), (10, 0.95), (10, 0.0), (2, 0.3)]
+)
 def test_onecycle_equals_that_of_torch_value_by_value(total: int, pct_start: float, strategy: str) -> None:
     config = lct.Config(**ONECYCLE, anneal_strategy=strategy, pct_start=pct_start)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
@@ -157,12 +172,56 @@ def test_optimizers_of_timm_take_the_groups(name: str) -> None:
     lct.check_optimizer(config)
     optimizer = lct.build_optimizer(model, config)
     assert name in type(optimizer).__name__.lower()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4, 0.05, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0, 1e-4, 0.05, 0.0]
     before = [p.clone() for p in model.parameters()]
     lct.set_learning_rate(optimizer, 1.0)
     sum(p.square().sum() for p in model.parameters()).backward()
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True) if a.abs().sum())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adamp", "novograd", "mars", "muon", "sgd"])
+def test_what_optimizers_keep_is_restored(name: str) -> None:
+    """Some keep numbers and lists beside tensors."""
+
+    def step(state: lct.TrainState, times: int) -> None:
+        for _ in range(times):
+            for number, parameter in enumerate(state.model.parameters()):
+                parameter.grad = torch.cos(torch.arange(parameter.numel()) + number).view_as(parameter) * parameter
+            state.optimizer.step()
+
+    def start() -> lct.TrainState:
+        model, config = make_model(freeze=False)
+        config = dataclasses.replace(config, optimizer=name)
+        lct.check_optimizer(config)
+        return lct.start_state(model, config, lct.make_runtime(config))
+
+    straight, saved, resumed = start(), start(), start()
+    step(straight, 8)
+    step(saved, 4)
+    payload = copy.deepcopy((saved.model.state_dict(), saved.optimizer.state_dict()))
+    resumed.model.load_state_dict(payload[0])
+    lct.load_optimizer(resumed, payload[1])
+    step(resumed, 4)
+    for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("kron", "random numbers"), ("fusedadam", "cannot be had here"), ("adahessian", "another")]
+)
+def test_optimizers_that_cannot_be_used_are_refused(name: str, words: str) -> None:
+    if name == "fusedadam" and importlib.util.find_spec("apex"):
+        pytest.skip("apex is installed")
+    with pytest.raises(lct.UserError, match=words):
+        lct.check_optimizer(lct.Config(optimizer=name))
+
+
+def test_steps_beyond_the_last_go_on_with_its_rate() -> None:
+    """Fewer images after an interruption make fewer steps of an epoch."""
+    for scheduler in ("cosine", "onecycle"):
+        config = lct.Config(scheduler=scheduler)
+        assert lct.lr_factor(config, 230, 200) == lct.lr_factor(config, 199, 200)
 
 
 def test_betas_and_eps_reach_the_optimizer_that_has_them() -> None:

@@ -149,6 +149,19 @@ def test_every_way_to_train_goes_on_as_if_nothing_had_happened(
     assert re.search(r"resumed after epoch 0 and [123] batches", text)
 
 
+def test_what_patience_has_ended_says_how_to_go_on(start: Any, tmp_path: Path) -> None:
+    flags = (
+        "--freeze_backbone --epochs 8 --lr 1e-8 --arc_lr 1e-8 --backbone_lr 1e-8 --drop_path 0.1 --patience 1".split()
+    )
+    code, text = start(flags=flags)
+    assert code == 0 and "no effect on a backbone that is not trained: --backbone_lr, --drop_path" in text
+    assert events_of(tmp_path / "run").count("epoch_end") < 8
+    assert "to train on, give a --patience above 1" in start(flags=flags)[1]
+    assert start(flags=(*flags, "--patience", 0))[0] == 0
+    assert events_of(tmp_path / "run").count("epoch_end") == 8
+    assert "to train on, give more --epochs" in start(flags=(*flags, "--patience", 0))[1]
+
+
 def test_an_interrupt_costs_no_step(start: Any, tmp_path: Path) -> None:
     for number, position in ((INT, (1, 2)), (TERM, (1, 3))):
         code, _ = start(kill("torch.optim.AdamW.step", 6 if number == INT else 1, number), flags=("--save_minutes", 0))

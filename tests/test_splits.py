@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dataset, snapshot
+from conftest import draw_image, make_dataset, snapshot
 
 import lct_dino3 as lct
 
@@ -360,3 +360,16 @@ def test_a_part_of_the_data_is_resumed_without_notes_of_new_images(tmp_path):
     whole = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).records
     again, notes = lct.reuse_splits(tmp_path / "splits.json", whole, 0.5)
     assert list(again.paths) == list(part.paths) and notes == []
+
+
+def test_a_part_of_data_that_have_grown_is_what_it_was(tmp_path):
+    """Another part would be drawn of them."""
+    root = make_dataset(tmp_path / "data", {"a": 20, "b": 20}, side=24)
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", data_fraction=0.5, near_dup_bits=0)
+    part, path = lct.scan_dataset(config).records, tmp_path / "splits.json"
+    lct.write_splits(path, part, config.seed)
+    for number in range(12):
+        draw_image(0, 99, number, side=24).save(root / "a" / f"0{number}.png")
+    assert list(lct.scan_dataset(config).records.paths) != list(part.paths)
+    again, notes = lct.reuse_splits(path, lct.scan_dataset(config, path).records)
+    assert list(again.paths) == list(part.paths) and np.array_equal(again.splits, part.splits) and notes == []
