@@ -543,6 +543,10 @@ class Config:
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
         return f"--{name}" if origin == COMMAND_LINE_ORIGIN else origin
 
+    def said(self, name: str) -> str:
+        """Return where an option stands, and its value."""
+        return f"{self.place(name)} {getattr(self, name)}"
+
 
 def option_fields() -> list[dataclasses.Field]:
     """Return the fields of `Config` that are flags."""
@@ -600,7 +604,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage=f"python {SCRIPT_NAME} [COMMAND] --data_root DIR --out_dir DIR [options]",
         description="Turn folders of crops, one folder a class, into a recogniser.",
-        epilog="commands:\n" + "".join(f"  {name:<10}{text}\n" for name, text in COMMANDS.items()),
+        epilog="commands:\n" + "".join(f"  {name:<12}{text}\n" for name, text in COMMANDS.items()),
         formatter_class=_HelpFormatter,
     )
     parser.add_argument(
@@ -635,7 +639,18 @@ def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
         settings["metavar"] = "N" if kind is int else "X"
     if "spelled" in meta:
         return settings | {"type": lambda text: meta["spelled"].get(text, text)}
-    return settings | {"type": {Path: _parse_path, dict: _parse_entries}.get(kind, kind)}
+    parse = {Path: _parse_path, dict: _parse_entries}.get(kind, kind)
+    return settings | {"type": _or_none(parse) if field.default is None and "nargs" not in meta else parse}
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return what also reads `none`, which takes back what a config file says."""
+
+    @functools.wraps(parse)
+    def read(text: str) -> Any:
+        return None if text == "none" else parse(text)
+
+    return read
 
 
 def _parse_path(text: str) -> Path:
@@ -808,12 +823,17 @@ def _make_yaml_loader() -> type:
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
         read = functools.partial(loader.construct_object, deep=True)
-        try:
-            _unique_pairs((read(key), None) for key, _ in node.value if not key.tag.endswith(":merge"))
-            loader.flatten_mapping(node)  # puts what << names before the node's own keys
-            return {read(key): read(value) for key, value in node.value}
-        except (TypeError, ValueError) as error:
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+        own: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag.endswith(":merge"):
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
+            if read(key) in own:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            own.add(read(key))
+        loader.flatten_mapping(node)  # puts what << names before the node's own keys
+        return {read(key): read(value) for key, value in node.value}
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
     Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
@@ -844,7 +864,7 @@ def _walk_keys(path: Path, tree: dict, prefix: str = "") -> Iterator[tuple[str, 
         else:
             once = key in known
             what = "belongs on the command line" if once else "is no known key"
-            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, known))
+            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, [*known, *sections]))
 
 
 def _name_key(key: str, known: Iterable[str]) -> str:
@@ -897,16 +917,18 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     return path.absolute() if path.exists() else Path(value)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a remedy that names up to three of the known words close to `word`, else one that lists them all."""
+def did_you_mean(
+    word: str, known: Iterable[str], others: str = f"python {SCRIPT_NAME} --help lists what there is"
+) -> str:
+    """Return a remedy that names up to three of the known words close to `word`, else `others`."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"python {SCRIPT_NAME} --help lists what there is"
+    return f"did you mean {' or '.join(close)}?" if close else others
 
 
 def _check_words(config: Config) -> None:
     if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
         what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
-        raise UserError(what, f"--masks_dirname {config.masks_dirname}", "give a name such as masks")
+        raise UserError(what, config.said("masks_dirname"), "give a name such as masks")
     number = config.prototypes_per_class
     if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
         raise UserError(
@@ -915,7 +937,7 @@ def _check_words(config: Config) -> None:
     for word in config.formats.split(","):
         if word not in LABEL_FORMATS:
             what = f"{word or 'an empty name'} is no format of labels"
-            raise UserError(what, f"--formats {config.formats}", f"give some of {','.join(LABEL_FORMATS)}")
+            raise UserError(what, config.said("formats"), f"give some of {','.join(LABEL_FORMATS)}")
     if bool(config.mean) != bool(config.std):
         raise UserError(
             "mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
@@ -944,8 +966,18 @@ def _check_model(config: Config) -> None:
 
 
 def idle_options(config: Config) -> list[str]:
-    """Return the options that are given for the training of a backbone that is not trained."""
-    names = () if config.trains_backbone else ("backbone_lr", "layer_decay", "drop_path")
+    """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
+    depending = {
+        ("backbone_lr", "layer_decay", "drop_path", "lr_type"): config.trains_backbone,
+        ("pct_start", "div_factor", "final_div_factor", "anneal_strategy"): config.scheduler == "onecycle",
+        ("warmup_epochs",): config.scheduler != "onecycle",
+        ("focal_gamma",): config.criterion == "focal",
+        ("sub_centers",): config.criterion == "subcenter_arcface",
+        ("arc_margin",): config.criterion not in LINEAR_CRITERIA,
+        ("mixing_p", "mixing_alpha"): config.mixing != "none",
+        ("backgrounds", "background_max_ratio"): config.insert_background_p > 0,
+    }
+    names = [name for names, has_effect in depending.items() if not has_effect for name in names]
     return [name for name in names if getattr(config, name) != getattr(Config, name)]
 
 
@@ -1063,7 +1095,7 @@ def check_paths(config: Config) -> None:
     _check_starts(config)
     _check_backgrounds(config)
     if config.group_regex is not None:
-        _check_regex(config.group_regex)
+        _check_regex(config)
 
 
 def locate_start(config: Config) -> Path | None:
@@ -1072,7 +1104,7 @@ def locate_start(config: Config) -> Path | None:
     Raises:
         UserError: there is no such file.
     """
-    path, where = config.load_from, f"{config.place('load_from')} {config.load_from}"
+    path, where = config.load_from, config.said("load_from")
     if path is None:
         return None
     is_typed = config.origins.get("load_from", COMMAND_LINE_ORIGIN) == COMMAND_LINE_ORIGIN
@@ -1111,7 +1143,7 @@ def _check_backgrounds(config: Config) -> None:
             "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
         )
     _check_folder(config, "backgrounds", "give a folder of pictures")
-    pictures, where = config.backgrounds.resolve(), f"{config.place('backgrounds')} {config.backgrounds}"
+    pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
     if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
@@ -1134,17 +1166,17 @@ def _check_prelabel_paths(config: Config) -> None:
     _check_folder(config, "run", "give the out_dir of a finished run")
     _check_folder(config, "images", "give the folder that the detections' file names start from")
     if config.detections is not None and not config.detections.exists():
-        raise UserError("does not exist", f"{config.place('detections')} {config.detections}", "check the path")
+        raise UserError("does not exist", config.said("detections"), "check the path")
     out, images = config.out.resolve(), config.images.resolve()
     if out == images or images in out.parents:
         what = "lies inside --images, where it would be taken for images"
-        raise UserError(what, f"{config.place('out')} {config.out}", "choose a folder outside the images")
+        raise UserError(what, config.said("out"), "choose a folder outside the images")
     if out.exists() and not out.is_dir():
-        raise UserError("is a file, not a folder", f"{config.place('out')} {config.out}", "choose another path")
+        raise UserError("is a file, not a folder", config.said("out"), "choose another path")
     visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
-        raise UserError(what, f"{config.place('out')} {config.out}", "choose a new folder")
+        raise UserError(what, config.said("out"), "choose a new folder")
 
 
 def _check_reachable(config: Config, name: str) -> None:
@@ -1161,43 +1193,34 @@ def _check_out_dir(config: Config) -> None:
     if out_dir == data_root or data_root in out_dir.parents:
         raise UserError(
             "lies inside data_root, where it would be taken for a class",
-            f"{config.place('out_dir')} {config.out_dir}",
+            config.said("out_dir"),
             "choose a folder outside the data",
         )
     if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
         what = "is the current folder, which --overwrite would move aside"
-        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "start from another folder")
+        raise UserError(what, config.said("out_dir"), "start from another folder")
     if out_dir in data_root.parents:
         what = "holds data_root, which --overwrite would move aside with it"
-        raise UserError(what, f"{config.place('out_dir')} {config.out_dir}", "choose another folder")
+        raise UserError(what, config.said("out_dir"), "choose another folder")
     if out_dir.exists() and not out_dir.is_dir():
-        raise UserError("is a file, not a folder", f"{config.place('out_dir')} {config.out_dir}", "choose another path")
+        raise UserError("is a file, not a folder", config.said("out_dir"), "choose another path")
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"{existing} is not a folder that can be written to",
-            f"{config.place('out_dir')} {config.out_dir}",
-            "choose a folder of your own",
+            f"{existing} is not a folder that can be written to", config.said("out_dir"), "choose a folder of your own"
         )
     if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
-        raise UserError(
-            "is neither empty nor a run of this script",
-            f"{config.place('out_dir')} {config.out_dir}",
-            "choose a new folder",
-        )
+        raise UserError("is neither empty nor a run of this script", config.said("out_dir"), "choose a new folder")
 
 
-def _check_regex(pattern: str) -> None:
+def _check_regex(config: Config) -> None:
+    remedy = r"for example '^(shot\d+)_'"
     try:
-        groups = re.compile(pattern).groups
+        groups = re.compile(config.group_regex).groups
     except re.error as error:
-        raise UserError(
-            f"is no regular expression: {error}", f"--group_regex {pattern}", r"for example '^(shot\d+)_'"
-        ) from error
+        raise UserError(f"is no regular expression: {error}", config.said("group_regex"), remedy) from error
     if groups != 1:
-        raise UserError(
-            f"has {groups} capture groups, not one", f"--group_regex {pattern}", r"for example '^(shot\d+)_'"
-        )
+        raise UserError(f"has {groups} capture groups, not one", config.said("group_regex"), remedy)
 
 
 # --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
@@ -3239,7 +3262,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
     """
     listing = list_images(config.data_root, config.masks_dirname)
     if not listing.all_folders:
-        raise UserError("holds no class folders", f"--data_root {config.data_root}", DATA_TREE)
+        raise UserError("holds no class folders", config.said("data_root"), DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     found = len(listing.paths)
     listing, excluded = _leave_out(listing, class_of, config.exclude)
@@ -3247,7 +3270,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
         raise UserError(f"leave none of {found} images", "--class_map, --exclude", "leave out less")
     if not listing.paths:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        raise UserError(f"holds no images{instead}", f"--data_root {config.data_root}", DATA_TREE)
+        raise UserError(f"holds no images{instead}", config.said("data_root"), DATA_TREE)
     stats = stat_files(config.data_root, listing.paths)
     health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, config.out_dir / "scan_cache.npz")
     usable = np.flatnonzero(~health.rows["broken"])
@@ -3255,7 +3278,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
         path, reason = next(iter(health.reasons.items()))
         raise UserError(
             f"all {len(listing.paths)} images are broken (the first: {path}: {reason})",
-            f"--data_root {config.data_root}",
+            config.said("data_root"),
             "check that the files are whole",
         )
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
@@ -3420,7 +3443,7 @@ def check_trainable(scan: Scan, config: Config) -> None:
         UserError: fewer than two classes, or another number than was asked for, classes below --min_per_class (all are listed), or
             an empty split.
     """
-    where = f"--data_root {config.data_root}"
+    where = config.said("data_root")
     if len(scan.records.class_names) < 2:
         raise UserError(
             f"has one class only ({scan.records.class_names[0]}); a recogniser needs two", where, "add another class"
@@ -3534,12 +3557,11 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
     return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(come) or 'none'}"
 
 
-def reuse_splits(path: Path, records: Records, fraction: float = 1.0) -> tuple[Records, list[str]]:
+def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
 
     The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run. `fraction` is the --data_fraction of the run: below
-    1 nobody can tell new images from those that were left out.
+    them fails then, and costs that image), and new ones stay out of this run.
 
     Raises:
         UserError: splits.json has other classes.
@@ -3564,7 +3586,7 @@ def reuse_splits(path: Path, records: Records, fraction: float = 1.0) -> tuple[R
     notes = []
     if gone := [item for _, item, _ in rows if item not in group_of]:
         notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
-    if fraction == 1 and (new := [item for item in group_of if item not in kept]):
+    if new := [item for item in group_of if item not in kept]:
         notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
@@ -3789,7 +3811,7 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
     refused = scan.report["masks"]["refused"]
     first = f" ({len(refused)} are refused, the first: {refused[0]['path']}: {refused[0]['reason']})" if refused else ""
     what = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
-    raise UserError(what, f"--crop_mode {config.crop_mode}", MASKS_WAYS_OUT)
+    raise UserError(what, config.said("crop_mode"), MASKS_WAYS_OUT)
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -3951,7 +3973,7 @@ def _build_sam2(config: Config) -> nn.Module:
     from hydra.errors import MissingConfigException
     from sam2.build_sam import build_sam2
 
-    where, hydra = f"--sam2_cfg {config.sam2_cfg}", GlobalHydra.instance().hydra
+    where, hydra = config.said("sam2_cfg"), GlobalHydra.instance().hydra
     try:
         with _quiet_sam2(), torch.random.fork_rng(devices=[]):
             GlobalHydra.instance().clear()
@@ -4325,8 +4347,9 @@ def draw_missing_masks(scan: Scan, config: Config, runtime: Runtime) -> Scan:
         UserError: what SAM-2 needs is missing, or masks cannot be written.
     """
     requests = _request_masks(scan, config)
-    if requests:
-        show(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask")
+    if not requests:
+        return scan
+    show(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask")
     scan.save_caches(config.out_dir)
     generate_masks(config, runtime, requests, config.out_dir)
     return attach_masks(scan, config)
@@ -4485,7 +4508,7 @@ class Transform:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
             except Exception as error:  # what a library thinks of an image that is too small, say
                 reason = printable(f"{type(error).__name__}: {error}")[:200]
-                raise ImageError(f"{name_step(step)} cannot be applied to it: {reason}") from error
+                raise ImageError(f"{name_step(step)} cannot be applied: {reason}") from error
             image, mask = changed["image"], changed.get("mask")
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 what = f"{image.dtype} {image.shape}"
@@ -4815,10 +4838,18 @@ def check_transforms(config: Config) -> None:
         UserError: an entry is wrong, or the lists make something that the device does not take.
     """
     lists = given_lists(config)
-    if not lists:
-        return
+    try:
+        _try_lists(config, lists)
+    except UserError as error:
+        where = error.where
+        for name in lists:
+            where = where.replace(f"dataset.{name}", config.place(name))
+        raise UserError(error.what, where, error.remedy) from error
+
+
+def _try_lists(config: Config, lists: dict[str, tuple[dict[str, Any], ...]]) -> None:
     own_normalization(config)
-    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
+    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
         transform = build_transform(config.img_size, augment, lists=lists)
         _check_order(lists, ("pre_transforms", chosen, "post_transforms"))
         side = max(512, 2 * config.img_size)
@@ -4830,6 +4861,39 @@ def check_transforms(config: Config) -> None:
             names = ", ".join(f"dataset.{name}" for name in lists)
             what = f"fail on a picture of {side} px: {error}"
             raise UserError(what, names, "change that transform, or leave it out") from error
+
+
+def try_transforms(scan: Scan, config: Config) -> list[str]:
+    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
+
+    Raises:
+        UserError: a transform cannot be applied to one of them.
+    """
+    lists = given_lists(config)
+    if not lists:
+        return []
+    index = {path: row for row, path in enumerate(scan.listing.paths)}
+    looks = scan.health.rows[[index[path] for path in scan.records.paths]]
+    width, height = looks["width"].astype(float), looks["height"].astype(float)
+    extremes = {int(own.argmin()) for own in (width, height, width * height, width / height, height / width)}
+    is_random = False
+    for augment in (True, False):
+        transform = build_transform(config.img_size, augment, lists=lists)
+        for row in sorted(extremes):
+            path = scan.records.paths[row]
+            try:
+                image = load_image(scan.records.root / path)
+            except ImageError:  # gone since the scan
+                continue
+            try:
+                made = {transform(image, None, seed).tobytes() for seed in range(8)}
+            except ImageError as error:
+                what = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
+                remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
+                raise UserError(what, ", ".join(map(config.place, lists)), remedy) from error
+            is_random |= not augment and len(made) > 1
+    note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
+    return [note] if is_random else []
 
 
 def _check_order(lists: dict[str, tuple[dict[str, Any], ...]], names: Sequence[str]) -> None:
@@ -4972,8 +5036,10 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
     """Return what must be equal of the backgrounds for a run to go on."""
-    own = None if backgrounds is None else [backgrounds.digest, backgrounds.share, backgrounds.max_ratio]
-    return {"used_backgrounds": own}
+    if backgrounds is None:
+        return {"backgrounds": None}
+    own = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
+    return {"backgrounds": f"{own}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
 
 
 def describe_backgrounds(backgrounds: Backgrounds) -> str:
@@ -5662,7 +5728,7 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     probe = _probe(config.model_id, config.img_size, config.pool, tuple(options.items()))
     where = f"--model_id {config.model_id} "
     if config.unfreeze_blocks > probe.num_blocks or (config.layer_decay < 1 and not probe.num_blocks):
-        flag = f"--unfreeze_blocks {config.unfreeze_blocks}" if config.unfreeze_blocks else "--layer_decay"
+        flag = config.said("unfreeze_blocks") if config.unfreeze_blocks else "--layer_decay"
         remedy = "give fewer, or train all with --no-freeze_backbone" if config.unfreeze_blocks else "leave it out"
         raise UserError(f"has {probe.num_blocks or 'no'} blocks that timm names", where + flag, remedy)
     if config.lora_rank and not probe.has_attention:
@@ -5721,7 +5787,7 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     weights = timm.models.get_pretrained_cfg(config.model_id)
     if not config.model_id.startswith(("hf-hub:", "local-dir:")) and (weights is None or not weights.has_weights):
-        raise UserError("timm has no weights for it", f"--model_id {config.model_id}", WEIGHTS_WAYS_OUT)
+        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
     was_offline = hub_constants.HF_HUB_OFFLINE
     try:
         try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
@@ -5738,7 +5804,7 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     except Exception as error:  # hub, network and file errors of several libraries
         raise UserError(
             f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}",
-            f"--model_id {config.model_id}",
+            config.said("model_id"),
             WEIGHTS_WAYS_OUT,
         ) from error
     finally:
@@ -6216,9 +6282,10 @@ def check_optimizer(config: Config) -> None:
         return
     from timm.optim import get_optimizer_info, list_optimizers
 
-    known, where = list_optimizers(), f"{config.place('optimizer')} {config.optimizer}"
+    known, where = list_optimizers(), config.said("optimizer")
     if config.optimizer not in known:
-        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known))
+        others = "give one of timm.optim.list_optimizers(), such as adamw, lamb, lion or sgd"
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known, others))
     remedy = "choose another, such as adamw"
     if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
         raise UserError("needs another training loop", where, remedy)
@@ -7829,15 +7896,18 @@ def embed_batches(
     return take_turns(lambda own: make_loader(dataset, own, config, run.runtime), batches, answer)
 
 
-def scan_for_run(run: TrainedRun, root: Path, config: Config) -> Scan:
+def scan_for_run(run: TrainedRun, root: Path, config: Config, splits_path: Path | None = None) -> Scan:
     """Scan a folder of class folders with masks, as the run looked at its own data; writes nothing.
+
+    Of its own data, those are scanned that it used, which its splits.json says.
 
     Raises:
         UserError: no class folders, or no usable images.
     """
     options = {"data_root": root, "out_dir": run.path, "class_map": config.class_map, "exclude": config.exclude}
-    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out, data_fraction=1.0)
-    return attach_masks(scan_dataset(own), own)
+    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out)
+    own = own if splits_path else dataclasses.replace(own, data_fraction=1.0)
+    return attach_masks(scan_dataset(own, splits_path), own)
 
 
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str], precision: float) -> Gallery:
@@ -8490,6 +8560,9 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             state.finish_epoch()
             save_epoch(job, state, update_best(job, state, val))
             clock.restart()
+    if state.epoch < job.config.epochs:
+        why = f"no better {job.config.best_metric} since epoch {state.best['epoch']}"
+        job.run.log(f"training ends after epoch {state.epoch}: {why} (--patience {job.config.patience})")
 
 
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
@@ -8914,7 +8987,7 @@ def read_detections(config: Config) -> Detections:
     """
     tree, source = list_image_tree(config.images), config.detections
     if not tree.paths:
-        raise UserError("holds no images", f"--images {config.images}", f"of {' '.join(IMAGE_SUFFIXES)}")
+        raise UserError("holds no images", config.said("images"), f"of {' '.join(IMAGE_SUFFIXES)}")
     if source is None:
         found = _Found(len(tree.paths))
         found.objects += [(number, '{"whole":true}') for number in found.images]
@@ -12539,7 +12612,7 @@ def refuse_finished_folder(config: Config) -> None:
         UserError: out_dir holds a run.
     """
     if (config.out_dir / "metrics.jsonl").exists():
-        raise UserError("holds a run, whose data report would be lost", f"--out_dir {config.out_dir}", "choose another")
+        raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
 
 
 def run_masks(config: Config) -> None:
@@ -12644,8 +12717,8 @@ def _embed_split(run: TrainedRun, config: Config) -> Embedded:
 
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
     """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
-    records = scan_for_run(run, options.data_root, options).records
-    records, notes = reuse_splits(run.path / "splits.json", records, run.config.data_fraction)
+    splits_path = run.path / "splits.json"
+    records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
     for note in notes:
         show(f"warning: {note}")
     return records
@@ -12660,7 +12733,7 @@ def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarr
     foreign = [name for name in records.class_names if name not in number]
     if not known:
         what = f"has no class of the gallery, only {', '.join(foreign[:5])}"
-        raise UserError(what, f"--data_root {config.data_root}", f"it knows {', '.join(run.gallery.class_names[:8])}")
+        raise UserError(what, config.said("data_root"), f"it knows {', '.join(run.gallery.class_names[:8])}")
     show(f"{len(records.paths):,} images of {config.data_root}, {len(known)} known classes")
     if foreign:
         show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
@@ -12862,7 +12935,9 @@ def run_train(config: Config) -> None:
     point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
-    if config.auto_generate_masks:
+    if config.unknown_dir is not None:
+        unknown_records(config.unknown_dir)
+    if config.auto_generate_masks and config.sam2_ckpt is not None:
         check_sam2(config)
     scan = scan_dataset(config, point and point.path.with_name("splits.json"))
     with keep_scan(scan, config.out_dir):
@@ -12902,9 +12977,12 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
-    records, notes = scan.records, []
+    elif config.sam2_ckpt is None and not scan.records.has_mask.all():
+        check_sam2(config)
+    records, notes = scan.records, try_transforms(scan, config)
     if point:
-        records, notes = reuse_splits(point.path.with_name("splits.json"), records)
+        records, changes = reuse_splits(point.path.with_name("splits.json"), records)
+        notes += changes
         identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
         check_identity(point.path, point.payload["identity"], identity)
         if is_finished(config, point.payload):
@@ -12977,7 +13055,7 @@ def open_run(job: Job, plan: Plan) -> None:
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if idle := idle_options(config):
-        run.log(f"warning: no effect on a backbone that is not trained: {', '.join(map(config.place, idle))}")
+        run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
         run.log(describe_backgrounds(job.backgrounds))
     if config.mixing != "none":
@@ -13040,9 +13118,12 @@ def write_preview(job: Job) -> None:
             break
     crops = crops[:64]
     side = job.config.img_size
-    sheet = Image.new("RGB", (8 * side, -(-len(crops) // 8) * side))
+    sheet = Image.new("RGB", (8 * side, max(-(-len(crops) // 8), 1) * side))
     for index, crop in enumerate(crops):
-        sheet.paste(Image.fromarray(crop), (index % 8 * side, index // 8 * side))
+        tile = Image.fromarray(crop[:, :, :3]).convert("L" if job.config.in_channels == 1 else "RGB")
+        if crop.shape[2] == 4:  # what is outside the mask, which the model sees too, is shown darker
+            tile.paste(0, mask=Image.fromarray((255 - crop[:, :, 3]) // 2))
+        sheet.paste(tile, (index % 8 * side, index // 8 * side))
     with atomic_file(job.run.path / "preview.jpg") as file:
         sheet.save(file, "JPEG", quality=90)
     job.run.log(f"preview: {job.run.path / 'preview.jpg'}")
@@ -13161,6 +13242,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if run.tracker is not None:
         for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
             run.tracker.artifact(run.path / name)
+    if job.unreadable:
+        run.log(
+            f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, each named above"
+        )
     run.log(f"finished: {run.path / 'prototypes.npz'}, {run.path / 'report.html'}")
 
 
@@ -13532,7 +13617,7 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
     if is_dead_worker(error):
         return UserError(
             f"a process that reads images was killed: {printable(text)[:200]}",
-            f"--workers {config.workers}",
+            config.said("workers"),
             "lower --workers if memory is short (/dev/shm too); the same command continues",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -163,7 +163,8 @@ def test_paths_of_a_file_start_from_its_folder(tmp_path):
         ("mean: [1, 2]", ["mean", "is not a list of 3 numbers"]),
         ("mean: [0.1, x, 0.2]", ["mean[1]", "'x' is not a number"]),
         ("dataset: 3", ["dataset", "is a section", "dataset.image_size"]),
-        ("lr: 1\nlr: 2", ["lr stands there twice"]),
+        ("lr: 1\nlr: 2", ["lr stands there twice in line 2"]),
+        ("trainning: {epochs: 3}", ["trainning", "did you mean training"]),
         ("optimizer: {lr: 1, lr: 2}", ["lr stands there twice"]),
         ("lr: 1\noptimizer: {lr: 2}", ["optimizer.lr", "says the same as lr"]),
         ("overwrite: true", ["overwrite", "command line"]),
@@ -203,6 +204,11 @@ def test_a_file_from_windows(tmp_path, name, text):
     assert resolve(tmp_path, "\ufeff" + text + "\r\n", name=name).lr == 0.5
 
 
+def test_a_mistake_that_is_found_later_names_file_and_key_too(tmp_path):
+    with pytest.raises(lct.UserError, match=r"run\.yaml: group_regex 5: has 0 capture groups"):
+        lct._check_regex(resolve(tmp_path, "group_regex: 5"))
+
+
 def test_names_stay_as_they_are_written(tmp_path):
     assert resolve(tmp_path, "experiment_name: 007").experiment_name == "007"
     assert resolve(tmp_path, "experiment_name: 7").experiment_name == "7"
@@ -223,6 +229,29 @@ def test_an_empty_list_is_no_default_where_the_default_is_another(tmp_path):
     assert resolve(tmp_path, "dataset: {train_augmentations: }").train_augmentations is None
     assert resolve(tmp_path, "betas: []").betas == ()
     assert "[] is not a whole number" in refusal(tmp_path, "seed: []")
+
+
+def test_none_on_the_command_line_takes_back_what_a_file_says(tmp_path):
+    text = "class_map: m.yaml\nbackbone_lr: 0.1\nn_classes: 3\ntrain_augmentations: [{type: median_blur}]"
+    names = ("class_map", "backbone_lr", "n_classes", "train_augmentations")
+    config = resolve(tmp_path, text, *(word for name in names for word in (f"--{name}", "none")))
+    assert [getattr(config, name) for name in names] == [None] * 4
+    with pytest.raises(lct.UserError, match="--epochs: invalid int value: 'none'"):
+        lct.parse_command_line(["--epochs", "none"])
+
+
+def test_options_without_effect_are_named():
+    given = {
+        "drop_path": 0.1, "pct_start": 0.2, "focal_gamma": 1.0, "sub_centers": 2, "mixing_p": 0.1, "background_max_ratio": 3.0,
+    }  # fmt: skip
+    assert set(lct.idle_options(lct.Config(**given))) == given.keys()
+    needed = {"freeze_backbone": False, "scheduler": "onecycle", "mixing": "mixup", "insert_background_p": 0.5}
+    assert lct.idle_options(lct.Config(**given, **needed, criterion="focal")) == ["sub_centers"]
+    assert lct.idle_options(lct.Config(**needed, warmup_epochs=2.0, criterion="focal", arc_margin=0.1)) == [
+        "warmup_epochs",
+        "arc_margin",
+    ]
+    assert lct.idle_options(lct.Config()) == []
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_a_reference_is_answered_by_a_gallery_without_it() -> None:
         apart = lct.take_prototypes(gallery, [values[:3], values[6:10], values[10:]])
         scores = lct.score_without_oneself(lct.dataclasses.replace(apart, matcher="prototypes"))
         assert (scores[:3] < 0.999).all() and scores[3] == pytest.approx((values[3] @ values[:3].T).max())
+
+
+def test_too_few_unknown_images_are_refused_before_training(
+    trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: Any
+) -> None:
+    strangers = new_class(tmp_path / "strangers", "any", 9, 1)
+    args = ("--data_root", trained[0], *TINY_RUN, "--out_dir", tmp_path / "run", "--unknown_dir", strangers)
+    assert call_main(*args) == 2
+    assert "leaves one half empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(

@@ -154,7 +154,8 @@ def test_what_patience_has_ended_says_how_to_go_on(start: Any, tmp_path: Path) -
         "--freeze_backbone --epochs 8 --lr 1e-8 --arc_lr 1e-8 --backbone_lr 1e-8 --drop_path 0.1 --patience 1".split()
     )
     code, text = start(flags=flags)
-    assert code == 0 and "no effect on a backbone that is not trained: --backbone_lr, --drop_path" in text
+    assert code == 0 and "without effect beside the other options: --backbone_lr, --drop_path" in text
+    assert re.search(r"training ends after epoch \d: no better acc since epoch \d \(--patience 1\)", text)
     assert events_of(tmp_path / "run").count("epoch_end") < 8
     assert "to train on, give a --patience above 1" in start(flags=flags)[1]
     assert start(flags=(*flags, "--patience", 0))[0] == 0

@@ -729,3 +729,11 @@ def test_training_checks_what_sam2_needs_before_any_work(
     args = ("--data_root", two_missing, "--out_dir", tmp_path / "run", "--auto_generate_masks", *TINY_RUN)
     assert call_main(*args, "--sam2_ckpt", tmp_path / "none.pt") == 2
     assert "--sam2_ckpt" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert call_main(*args) == 2
+    assert "--sam2_ckpt: is missing" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_training_needs_no_sam2_where_no_mask_is_missing(tmp_path: Path, call_main: Callable) -> None:
+    root = make_masked_dataset(tmp_path / "masked", 6)
+    args = ("--data_root", root, "--out_dir", tmp_path / "run", "--crop_mode", "mask")
+    assert call_main(*args, "--auto_generate_masks", *TINY_RUN) == 0

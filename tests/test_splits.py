@@ -352,16 +352,6 @@ def test_data_fraction_keeps_whole_groups_shares_and_splits(tmp_path):
     assert same_records(again, part) and list(other.paths) != list(part.paths)
 
 
-def test_a_part_of_the_data_is_resumed_without_notes_of_new_images(tmp_path):
-    root = make_dataset(tmp_path / "data", {"a": 20, "b": 20}, side=24)
-    config = lct.Config(data_root=root, out_dir=tmp_path / "run", data_fraction=0.5)
-    part = lct.scan_dataset(config).records
-    lct.write_splits(tmp_path / "splits.json", part, config.seed)
-    whole = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).records
-    again, notes = lct.reuse_splits(tmp_path / "splits.json", whole, 0.5)
-    assert list(again.paths) == list(part.paths) and notes == []
-
-
 def test_a_part_of_data_that_have_grown_is_what_it_was(tmp_path):
     """Another part would be drawn of them."""
     root = make_dataset(tmp_path / "data", {"a": 20, "b": 20}, side=24)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,10 @@ def test_a_wrong_list_ends_the_command_and_nothing_is_written(
 ) -> None:
     argv = ("--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN)
     assert call_main(*argv, "--val_augmentations", '[{"type": "medianblur", "bluur_limit": 3}]') == 2
-    assert "dataset.val_augmentations[0].bluur_limit" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "--val_augmentations[0].bluur_limit" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    (tmp_path / "run.yaml").write_text("dataset: {val_augmentations: [{type: medianblur, bluur_limit: 3}]}", "utf-8")
+    assert call_main(*argv, "--config", tmp_path / "run.yaml") == 2
+    assert f"{tmp_path / 'run.yaml'}: dataset.val_augmentations[0].bluur_limit" in capsys.readouterr().err
     for text in ("coarse_dropout", "{type: median_blur}", "[median_blur]", "[{type: "):
         with pytest.raises(lct.UserError, match="--pre_transforms"):
             lct.parse_command_line(["--pre_transforms", text])
@@ -206,6 +210,29 @@ def test_flags_written_back_are_read_again() -> None:
     again = lct.parse_command_line(words)
     assert again.train_augmentations == config.train_augmentations == (entry("coarse_dropout", p=0.5),)
     assert lct.Config(**{"val_augmentations": ()}).as_plain()["val_augmentations"] == []
+
+
+@pytest.mark.parametrize("name", ["train_augmentations", "val_augmentations"])
+def test_a_list_that_does_not_fit_the_smallest_crop_is_refused_before_training(
+    name: str, call_main: Any, small_data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(small_data, tmp_path / "data")
+    with lct.Image.open(tmp_path / "data" / "pliers" / "0003.png") as image:
+        image.resize((50, 40)).save(tmp_path / "data" / "pliers" / "0003.png")
+    argv = ("--data_root", tmp_path / "data", "--out_dir", tmp_path / "run", *TINY_RUN, f"--{name}")
+    assert call_main(*argv, "[{type: RandomCrop, height: 48, width: 48}]") == 2
+    error = capsys.readouterr().err
+    assert f"--{name}" in error and "RandomCrop cannot be applied" in error and not (tmp_path / "run").exists()
+    assert "a crop of 50 x 40 px: pliers/0003.png" in error and "pad_if_needed" in error
+
+
+def test_a_random_evaluation_is_warned_of(small_data: Path) -> None:
+    scan = lct.scan_dataset(lct.Config(data_root=small_data, out_dir=small_data.parent / "none"))
+    for text, is_random in (("{type: HorizontalFlip, p: 0.5}", True), ("{type: HorizontalFlip, p: 1}", False)):
+        config = lct.parse_command_line(["--val_augmentations", f"[{text}]"])
+        assert bool(lct.try_transforms(scan, config)) == is_random
+        config = lct.parse_command_line(["--train_augmentations", f"[{text}]"])
+        assert lct.try_transforms(scan, config) == []
 
 
 def test_an_image_that_a_transform_cannot_take_is_left_out_by_name(tmp_path: Path) -> None:
