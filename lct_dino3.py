@@ -5335,7 +5335,7 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
         say: takes a warning.
 
     Raises:
-        RuntimeError: workers are killed again and again.
+        DeadWorker: workers are killed again and again.
     """
     taken = 0
     for failed in itertools.count():
@@ -5347,15 +5347,23 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
                 taken += 1
                 yield batch
             return
-        except RuntimeError as error:
-            if not is_dead_worker(error) or failed == LOADER_RESTARTS:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not is_dead_worker(error):
                 raise
-            say(f"warning: {printable(str(error))[:200]}; the loader is started again at this batch")
+            reason = printable(str(error) or type(error).__name__)[:200]
+            if failed == LOADER_RESTARTS:
+                raise DeadWorker(reason) from error
+            say(f"warning: a loader worker was killed ({reason}); the loader is started again at this batch")
 
 
-def is_dead_worker(error: BaseException) -> bool:
-    """Say whether torch reports a loader worker that has been killed."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+class DeadWorker(Exception):
+    """Loader workers are killed again and again."""
+
+
+def is_dead_worker(error: Exception) -> bool:
+    """Say whether a loader fails since a worker has been killed: torch has noticed, or what it made cannot be fetched from it."""
+    noticed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    return noticed or isinstance(error, (ConnectionError, EOFError))
 
 
 def take_turns(
@@ -5368,7 +5376,7 @@ def take_turns(
         answer: of what the loader yields; goes from process to process.
 
     Raises:
-        RuntimeError: loader workers are killed again and again.
+        DeadWorker: loader workers are killed again and again.
     """
     own = batches[TEAM.rank :: TEAM.size]
     read = outlive_workers(lambda _, taken: loader(own[taken:]), show)
@@ -8422,7 +8430,7 @@ class TrainFeed:
         """Yield what the state has not seen of its epoch.
 
         Raises:
-            RuntimeError: loader workers are killed again and again.
+            DeadWorker: loader workers are killed again and again.
         """
         TEAM.call("train_epoch", state.epoch, state.batches)
         if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
@@ -13614,9 +13622,9 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
         return UserError(
             "another process of the job has ended", f"torchrun, process {TEAM.rank}", "the same command continues"
         )
-    if is_dead_worker(error):
+    if isinstance(error, DeadWorker):
         return UserError(
-            f"a process that reads images was killed: {printable(text)[:200]}",
+            f"a process that reads images was killed: {text}",
             config.said("workers"),
             "lower --workers if memory is short (/dev/shm too); the same command continues",
         )

@@ -78,7 +78,7 @@ def test_a_new_class_is_enrolled_from_five_crops_and_recognised(
     run_dir: Path, trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     before, _ = lct.load_gallery(run_dir / "prototypes.npz")
-    added = new_class(tmp_path / "more", "эскиз", 6)
+    added = new_class(tmp_path / "more", "эскиз", 9)
     assert call_main("prototypes", "--run", run_dir, "--add", added, *QUIET) == 0
     gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
     assert gallery.class_names == (*before.class_names, "эскиз")
@@ -89,7 +89,7 @@ def test_a_new_class_is_enrolled_from_five_crops_and_recognised(
     np.testing.assert_allclose(gallery.centroids[4], mean / np.linalg.norm(mean), atol=1e-6)
     (old,) = run_dir.glob("prototypes.2*.npz")
     assert lct.load_gallery(old)[0].class_names == before.class_names
-    query = new_class(tmp_path / "query", "эскиз", 6, 12)
+    query = new_class(tmp_path / "query", "эскиз", 9, 12)
     for index in range(5):
         (query / "эскиз" / f"{index}.png").unlink()  # those that were enrolled
     make_query = make_dataset(tmp_path / "query2", {"axe": 6, "bit": 6, "clamp": 6, "drill": 6}, seed=3)

@@ -130,11 +130,7 @@ GUARDS = {
         '    if False:\n        raise UserError(\n            "belongs to a run with other settings',
         "tests/test_resume.py -k change_the_result_are_refused",
     ),
-    "dead workers are replaced": (
-        "if not is_dead_worker(error) or failed == LOADER_RESTARTS:",
-        "if True:",
-        "tests/test_resume.py -k loader_worker",
-    ),
+    "dead workers are replaced": ("if not is_dead_worker(error):", "if True:", "tests/test_resume.py -k loader_worker"),
     "saved before validation": (
         "    save_state(job, state)  # before evaluation, which can be interrupted too\n",
         "    check_finite(state, job.run.path)\n",
