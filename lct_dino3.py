@@ -4839,8 +4839,9 @@ def check_transforms(config: Config) -> None:
     """
     lists = given_lists(config)
     try:
-        _try_lists(config, lists)
-    except UserError as error:
+        if lists:
+            _try_lists(config, lists)
+    except UserError as error:  # names sections, wherever the lists are from
         where = error.where
         for name in lists:
             where = where.replace(f"dataset.{name}", config.place(name))
@@ -4849,7 +4850,7 @@ def check_transforms(config: Config) -> None:
 
 def _try_lists(config: Config, lists: dict[str, tuple[dict[str, Any], ...]]) -> None:
     own_normalization(config)
-    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
+    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
         transform = build_transform(config.img_size, augment, lists=lists)
         _check_order(lists, ("pre_transforms", chosen, "post_transforms"))
         side = max(512, 2 * config.img_size)
@@ -4863,7 +4864,7 @@ def _try_lists(config: Config, lists: dict[str, tuple[dict[str, Any], ...]]) -> 
             raise UserError(what, names, "change that transform, or leave it out") from error
 
 
-def try_transforms(scan: Scan, config: Config) -> list[str]:
+def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
 
     Raises:
@@ -6180,9 +6181,9 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    fits = lambda key: key in start.head and start.head[key].shape == own[key].shape  # noqa: E731
-    is_first_taken = fits("head.hidden.weight")  # what follows a random layer would be no better than that
-    taken = {key: start.head[key] for key in own if key.startswith("head.") and is_first_taken and fits(key)}
+    fitting = [key for key in own if key in start.head and start.head[key].shape == own[key].shape]
+    is_first_taken = "head.hidden.weight" in fitting  # what follows a random layer would be no better than that
+    taken = {key: start.head[key] for key in fitting if key.startswith("head.") and is_first_taken}
     num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
     rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
     for key in own.keys() & start.head.keys() if shared else ():
@@ -6238,31 +6239,26 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     head_decay, backbone_decay = weight_decays(config)
     backbone = model.backbone.model
     depths, exempt = block_depths(backbone), getattr(backbone, "no_weight_decay", set)()
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-
-    def add(part: str, peak_lr: float, decay: float, parameter: nn.Parameter) -> None:
-        groups.setdefault((part, peak_lr, decay), []).append(parameter)
-
-    for part, module, peak_lr in (
-        ("head", model.head, head_learning_rate(config)),
-        ("criterion", model.criterion, arc_learning_rate(config)),
+    deepest = max(depths.values())
+    groups = []
+    for module, peak_lr, weight_decay in (
+        (model.head, head_learning_rate(config), head_decay),
+        (model.criterion, arc_learning_rate(config), head_decay),
+        (backbone, backbone_learning_rate(config), backbone_decay),
     ):
+        own: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
-            add(part, peak_lr, head_decay if _is_weight(name, parameter) else 0.0, parameter)
-    for name, parameter in backbone.named_parameters():
-        if parameter.requires_grad:
-            peak_lr = backbone_learning_rate(config) * config.layer_decay ** (max(depths.values()) - depths[name])
-            is_decayed = _is_weight(name, parameter) and "." in name and name not in exempt
-            add("backbone", peak_lr, backbone_decay if is_decayed else 0.0, parameter)
-    return [
-        {"params": parameters, "peak_lr": peak_lr, "weight_decay": decay}
-        for (_, peak_lr, decay), parameters in groups.items()
-    ]
-
-
-def _is_weight(name: str, parameter: nn.Parameter) -> bool:
-    """Say whether it is the weight of a layer, or class vectors: neither bias nor scale of a norm."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
+            if parameter.requires_grad:
+                scale, decays = 1.0, parameter.ndim > 1 and not name.endswith("bias")
+                if module is backbone:
+                    scale = config.layer_decay ** (deepest - depths[name])
+                    decays &= "." in name and name not in exempt
+                own.setdefault((scale, decays), []).append(parameter)
+        groups += [
+            {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay * decays}
+            for (scale, decays), parameters in own.items()
+        ]
+    return groups
 
 
 def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
@@ -7913,8 +7909,10 @@ def scan_for_run(run: TrainedRun, root: Path, config: Config, splits_path: Path 
         UserError: no class folders, or no usable images.
     """
     options = {"data_root": root, "out_dir": run.path, "class_map": config.class_map, "exclude": config.exclude}
-    own = dataclasses.replace(run.config, **options, group_regex=None, masks_out=config.masks_out)
-    own = own if splits_path else dataclasses.replace(own, data_fraction=1.0)
+    fraction = run.config.data_fraction if splits_path else 1.0
+    own = dataclasses.replace(
+        run.config, **options, group_regex=None, masks_out=config.masks_out, data_fraction=fraction
+    )
     return attach_masks(scan_dataset(own, splits_path), own)
 
 
@@ -12987,7 +12985,7 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
         check_masks_usable(scan, config)
     elif config.sam2_ckpt is None and not scan.records.has_mask.all():
         check_sam2(config)
-    records, notes = scan.records, try_transforms(scan, config)
+    records, notes = scan.records, check_transforms_fit(scan, config)
     if point:
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
         notes += changes

@@ -230,9 +230,9 @@ def test_a_random_evaluation_is_warned_of(small_data: Path) -> None:
     scan = lct.scan_dataset(lct.Config(data_root=small_data, out_dir=small_data.parent / "none"))
     for text, is_random in (("{type: HorizontalFlip, p: 0.5}", True), ("{type: HorizontalFlip, p: 1}", False)):
         config = lct.parse_command_line(["--val_augmentations", f"[{text}]"])
-        assert bool(lct.try_transforms(scan, config)) == is_random
+        assert bool(lct.check_transforms_fit(scan, config)) == is_random
         config = lct.parse_command_line(["--train_augmentations", f"[{text}]"])
-        assert lct.try_transforms(scan, config) == []
+        assert lct.check_transforms_fit(scan, config) == []
 
 
 def test_an_image_that_a_transform_cannot_take_is_left_out_by_name(tmp_path: Path) -> None:
