@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,25 @@ def test_precision_auto_rounds_frozen_backbones_only_and_fp32_none() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         runtime = lct.make_runtime(make_config(gpus=0, precision=name))
         assert runtime.dtype_of(frozen) == runtime.dtype_of(trained) == dtype
+
+
+def test_precision_auto_rounds_where_the_cpu_is_faster_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {  # AMX, AVX512-BF16, vendor: measured on the last two
+        (True, True, "GenuineIntel"): True,
+        (False, False, "AuthenticAMD"): False,
+        (False, True, "AuthenticAMD"): True,
+        (False, True, "GenuineIntel"): False,
+    }
+    for (has_amx, has_avx, vendor), is_faster in known.items():
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=has_amx: value)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_avx: value)
+        monkeypatch.setattr(lct, "read_cpu_vendor", lambda value=vendor: value)
+        assert lct.make_runtime(make_config(gpus=0)).frozen_dtype == (torch.bfloat16 if is_faster else None)
+
+
+def test_the_vendor_of_the_cpu_is_that_of_linux() -> None:
+    names = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if shutil.which("lscpu") else ""
+    assert lct.read_cpu_vendor() in names
 
 
 # --- trained in part
