@@ -115,7 +115,7 @@ def test_moves_are_distributed_as_those_of_albumentations() -> None:
 def test_flips_are_half_of_the_pictures() -> None:
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
     transform = lct.build_transform(64, augment=True)
-    moved = [transform._move(ramp, np.random.default_rng(seed), transform.looks) for seed in range(400)]
+    moved = [transform._move(ramp, np.random.default_rng(seed)) for seed in range(400)]
     assert 30 < sum(np.array_equal(picture, ramp) for picture in moved) * 100 / 400 * 2 < 75
     flipped = sum(np.array_equal(picture, ramp[:, ::-1]) for picture in moved)
     assert 0.2 < flipped / 400 < 0.33  # 0.264

@@ -238,7 +238,8 @@ def test_masks_asked_for_where_there_are_none_end_with_two_ways_out(
 def move(image: np.ndarray, mask: np.ndarray, side: int, seed: int) -> np.ndarray:
     """Return image and mask as augmentation moves them, uint8 (side, side, 4)."""
     transform = lct.build_transform(side, augment=True)
-    return transform._move(np.dstack([image, mask]), np.random.default_rng(seed), transform.looks)
+    square = lct.fit_square(np.dstack([image, mask]), side)
+    return transform._move(square, np.random.default_rng(seed))
 
 
 def test_augmented_mask_is_the_mask_of_the_augmented_object() -> None:

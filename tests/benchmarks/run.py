@@ -42,6 +42,9 @@ from PIL import Image
 import lct_dino3 as lct
 
 IMG_SIZE, BATCH = 224, 64
+STUDY_SIZE = (
+    72  # px; the groceries' 256 are as many times that as the photos' 800 are of IMG_SIZE, and as much is decoded
+)
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def item_case(settings: Settings, augment: bool) -> Case:
 
     def own() -> None:
         for seed, path in enumerate(photos):
-            ours(lct.load_image(path), None, seed)
+            ours(lct.load_image(path, ours.least_side), None, seed)
 
     check = functools.partial(compare_accuracy, settings) if augment else None
     return Case(reference, own, "ms/image", 1e3 / len(photos), check)
@@ -243,7 +246,7 @@ def val_item(settings: Settings) -> Case:
 def compare_accuracy(settings: Settings) -> tuple[bool, str]:
     """Compare what a frozen backbone learns from the views of the reference and from ours.
 
-    40 kinds of groceries at 96 px; two views of each training image, ridge regression onto the classes, accuracy on clean val
+    40 kinds of groceries at 72 px; two views of each training image, ridge regression onto the classes, accuracy on clean val
     images. Holds when ours is not significantly worse.
     """
     from scipy.stats import t as student
@@ -254,8 +257,8 @@ def compare_accuracy(settings: Settings) -> tuple[bool, str]:
     paths = sorted(root.rglob("*.jpg"))
     labels = np.unique([path.relative_to(root).parts[0] for path in paths], return_inverse=True)[1]
     embed = functools.partial(embed_images, load_backbone(weights))
-    usual, transform = albumentations_recipe(96, True, False), lct.build_transform(96, True)
-    fits = albumentations_recipe(96, False, False), lct.build_transform(96, False)
+    usual, transform = albumentations_recipe(STUDY_SIZE, True, False), lct.build_transform(STUDY_SIZE, True)
+    fits = albumentations_recipe(STUDY_SIZE, False, False), lct.build_transform(STUDY_SIZE, False)
     clean = (
         embed(fits[0](open_plainly(path)) for path in paths),
         embed(fits[1](lct.load_image(path), None, 0) for path in paths),
@@ -266,7 +269,10 @@ def compare_accuracy(settings: Settings) -> tuple[bool, str]:
         chosen = [paths[i] for i in np.flatnonzero(~is_val)] * 2
         views = (
             (usual(open_plainly(path)) for path in chosen),
-            (transform(lct.load_image(path), None, (seed << 20) + i) for i, path in enumerate(chosen)),
+            (
+                transform(lct.load_image(path, transform.least_side), None, (seed << 20) + i)
+                for i, path in enumerate(chosen)
+            ),
         )
         heads = [fit_ridge(embed(own), np.tile(labels[~is_val], 2)) for own in views]
         found.append(
