@@ -481,6 +481,9 @@ class Config:
     gpus: int | None = _option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
     workers: int = _option(4, "processes that read images, capped at the cores there are",
         "machine", low=0, high=256, key="dataset.data_loaders.workers")
+    cache_crops: float = _option(8.0,
+        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
+        "machine", low=0.0, high=100_000.0)
     precision: str = _option("auto",
         "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
@@ -5267,33 +5270,122 @@ class SampleKey(NamedTuple):
     augmented: bool = True  # whether the schedule of the augmentation lets it be
 
 
+class CropStore:
+    """Fitted crops on disk, so that an image is decoded once and not every epoch: exact, and gone with the processes that use it.
+
+    A file without a name, which loader workers inherit, and which other processes of the machine open by the number of its owner.
+    It has a place for each crop and view, in training and in evaluation: a byte that says how many channels there are, none as long
+    as the place is empty, and pixels. Who lacks a crop puts it there; two who do so at a time write the same. The pages are the
+    system's, which keeps them in memory as long as there is room.
+    """
+
+    def __init__(self, file: BinaryIO, places: np.ndarray, side: int) -> None:
+        self._file = file
+        self._places = places  # (2, views, N) int32: of a record in evaluation and training, its number or -1
+        self._side = side
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        status = os.fstat(self._file.fileno())
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return _reopen_store, (path, (status.st_dev, status.st_ino), self._places, self._side)
+
+    def get(self, key: SampleKey, trains: bool) -> np.ndarray | None:
+        """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read."""
+        place = self._find(key, trains)
+        if place is None:
+            return None
+        try:
+            channels = os.pread(self._file.fileno(), 1, place)
+            if channels in (b"", b"\0"):
+                return None
+            square = np.empty((self._side, self._side, channels[0]), np.uint8)
+            return square if os.preadv(self._file.fileno(), [square], place + 1) == square.nbytes else None
+        except OSError:  # it is only for speed
+            return None
+
+    def put(self, key: SampleKey, trains: bool, square: np.ndarray) -> None:
+        """Keep what `Transform.make_square` has made, if there is a place for it."""
+        place = self._find(key, trains)
+        if place is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk: it will be decoded again
+            if os.pwrite(self._file.fileno(), np.ascontiguousarray(square), place + 1) == square.nbytes:
+                os.pwrite(self._file.fileno(), bytes([square.shape[2]]), place)  # last: from now on it can be read
+
+    def describe(self) -> str:
+        """Return one sentence for the log."""
+        count = int((self._places >= 0).sum())
+        size = count * store_bytes(self._side) / 1e9
+        return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {size:.2g} GB (--cache_crops)"
+
+    def _find(self, key: SampleKey, trains: bool) -> int | None:
+        """Return where the place of a sample begins, in bytes."""
+        place = int(self._places[int(trains), key.view % self._places.shape[1], key.row])
+        return None if place < 0 else place * store_bytes(self._side)
+
+
+def store_bytes(side: int) -> int:
+    """Return how many bytes a place in a `CropStore` takes at most."""
+    return 1 + 4 * side * side
+
+
+def _reopen_store(path: str, inode: tuple[int, int], places: np.ndarray, side: int) -> CropStore | None:
+    """Return the store of another process of this machine; None where it is not that machine."""
+    try:  # elsewhere it may be anything, a pipe too
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK), "r+b", buffering=0)
+    except OSError:
+        return None
+    status = os.fstat(file.fileno())
+    if (status.st_dev, status.st_ino) != inode:
+        file.close()
+        return None
+    return CropStore(file, places, side)
+
+
 class CropDataset(Dataset):
     """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
-    def __init__(self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None) -> None:
-        self.records, self.transform, self.backgrounds = records, transform, backgrounds
+    def __init__(
+        self,
+        records: Records,
+        transform: Transform,
+        backgrounds: Backgrounds | None = None,
+        store: CropStore | None = None,
+    ) -> None:
+        self.records, self.transform, self.backgrounds, self.store = records, transform, backgrounds, store
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
+        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked=bool(key.view))
+        square, lost = self.store.get(key, self.transform.trains) if keeps else None, ""
+        if square is None:
+            try:
+                image, mask, lost = self._read(key, rng)
+            except ImageError as error:
+                return None, key, f"cannot be read any more and is left out: {error}"
         try:
-            image, mask, reason = load_crop(
-                self.records, key.row, 1 if rng else key.view, None if rng else self.transform.least_side
-            )
+            if not keeps:
+                return self.transform(image, mask, key.seed, key.augmented), key, lost
+            if square is None:
+                square = self.transform.make_square(image, mask, key.seed)
+                if not lost:
+                    self.store.put(key, self.transform.trains, square)
+            return self.transform.finish(square, key.seed, key.augmented), key, lost
         except ImageError as error:
-            return None, key, f"cannot be read any more and is left out: {error}"
+            return None, key, f"is left out: {error}"
+
+    def _read(self, key: SampleKey, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None, str]:
+        """Return image and mask, on a background if there is a generator, and what of that cannot be had any more."""
+        least_side = None if rng else self.transform.least_side
+        image, mask, reason = load_crop(self.records, key.row, 1 if rng else key.view, least_side)
         lost = f"is used with its background, since its mask cannot be read any more: {reason}" if reason else ""
         if rng:
             try:
-                image, mask = self.backgrounds.insert(image, mask, rng), None
+                return self.backgrounds.insert(image, mask, rng), None, lost
             except ImageError as error:
-                mask, lost = (
-                    mask if key.view else None,
-                    f"is used without the background that cannot be read any more: {error}",
-                )
-        try:
-            return self.transform(image, mask, key.seed, key.augmented), key, lost
-        except ImageError as error:
-            return None, key, f"is left out: {error}"
+                mask = mask if key.view else None
+                lost = f"is used without the background that cannot be read any more: {error}"
+        return image, mask, lost
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
         """Stack the samples that could be read."""
@@ -8193,6 +8285,7 @@ class Job:
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
+    store: CropStore | None = None
     unreadable: dict[int, str] = dataclasses.field(
         default_factory=dict
     )  # images that failed after the scan, each named once
@@ -8209,7 +8302,7 @@ class Job:
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
-        return CropDataset(self.records, self.transform(augment=True), self.backgrounds)
+        return CropDataset(self.records, self.transform(augment=True), self.backgrounds, self.store)
 
     def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         """Name the images and masks that could not be read, each once."""
@@ -8217,6 +8310,35 @@ class Job:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
                 self.run.log(f"warning: {self.records.paths[row]} {reason}")
+
+
+def open_store(job: Job) -> CropStore | None:
+    """Open a place on disk for the crops that the job will need again; None if there are none, or no room.
+
+    It takes no more than a quarter of what is free there, nor of the memory, beyond which reading would be slower than decoding.
+    """
+    config, records, transform = job.config, job.records, job.transform(augment=True)
+    repeats = config.epochs > 1 or config.cache_views > 1
+    if not (config.cache_crops and repeats and transform.repeats(is_masked=False)):
+        return None
+    free = shutil.disk_usage(config.out_dir).free
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    places_left = int(min(1e9 * config.cache_crops, free / 4, memory / 4) / store_bytes(config.img_size))
+    train, val = records.rows("train"), records.rows("val")
+    asked = [(True, train)]
+    if config.trains_backbone:  # each epoch embeds them anew
+        asked += [(False, val), (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS))]
+    places = np.full((2, 1 + (config.crop_mode == "mix"), len(records.paths)), -1, np.int32)
+    count = 0
+    for trains, rows in asked:
+        for view in range(places.shape[1]):
+            given = rows[: places_left - count]
+            places[int(trains), view, given] = np.arange(count, count + len(given))
+            count += len(given)
+    with contextlib.suppress(OSError):
+        file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0) if count else None  # noqa: SIM115  the store's
+        return CropStore(file, places, config.img_size) if file else None
+    return None  # no room, and the run will say so
 
 
 @dataclass(frozen=True)
@@ -8233,7 +8355,7 @@ class FeatureBank:
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job, self._backbone, self._kept = job, backbone, {}
-        self._dataset = CropDataset(job.records, job.transform(augment=False))
+        self._dataset = CropDataset(job.records, job.transform(augment=False), store=job.store)
 
     def get(self, split: str, per_class: int | None = None) -> Features:
         """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
@@ -8270,7 +8392,7 @@ def extract_batches(
     job: Job, backbone: Backbone, dataset: CropDataset, batches: list[list[SampleKey]]
 ) -> Iterator[tuple[list[tuple[int, str]], Features]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
-    TEAM.call("extract", dataclasses.replace(job, run=None, records=None), dataset, batches)
+    TEAM.call("extract", dataclasses.replace(job, run=None, records=None, store=None), dataset, batches)
     network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
     side, channels = job.config.img_size, max(job.config.in_channels, 3)
     if not backbone.frozen and not TEAM.splits:
@@ -13021,6 +13143,7 @@ def run_train(config: Config) -> None:
         if config.auto_generate_masks:
             plan = draw_planned_masks(config, plan, point, runtime)
         job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint, plan.backgrounds)
+        job = dataclasses.replace(job, store=open_store(job))
         open_run(job, plan)
         bank, state = start_training(job, plan.backbone, point)
         fit(job, state, bank)
@@ -13125,6 +13248,8 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
+    if job.store is not None:
+        run.log(job.store.describe())
     if idle := idle_options(config):
         run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
@@ -13565,15 +13690,18 @@ class Helper:
 
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
-        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
-        self.feed = TrainFeed(self.job, self.state)
+        self._take_job(job)
 
     def take_position(self, job: Job, plain: dict[str, Any]) -> None:
         """Take up the training of a model whose weights are shared, and here already."""
-        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         for key, value in plain.items():
             setattr(self.state, key, value)
+        self._take_job(job)
+
+    def _take_job(self, job: Job) -> None:
+        store = job.store or open_store(job)  # that of the first process, if it is on this machine
+        self.job = dataclasses.replace(job, runtime=self.runtime, run=self, store=store)
         self.feed = TrainFeed(self.job, self.state)
 
     def pack_state(self) -> None:
