@@ -14,6 +14,7 @@ A row is a function that returns a `Case`, with `@row(name, target)`, or a line 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -241,6 +242,35 @@ def train_item(settings: Settings) -> Case:
 def val_item(settings: Settings) -> Case:
     """Decode and fit an evaluation image, exactly."""
     return item_case(settings, False)
+
+
+def kept_case(settings: Settings, augment: bool) -> Case:
+    """Compare what a loader does from the second epoch on, with the crops that the first one has decoded, with doing all again."""
+    photos, fresh = draw_photos(settings), item_case(settings, augment)
+    count = np.zeros(len(photos), np.int32)
+    records = lct.Records(photos[0].parent, ("a",), lct.PathTable([path.name for path in photos]), count, count, count)
+    places = np.arange(2 * len(photos), dtype=np.int32).reshape(2, 1, -1)
+    file = tempfile.TemporaryFile(dir=settings.scratch, buffering=0)  # noqa: SIM115  the store's
+    store = lct.CropStore(file, places, IMG_SIZE)
+    dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, augment), store=store)
+
+    def own() -> None:  # the round that warms up is the first epoch
+        for row in range(len(photos)):
+            dataset[lct.SampleKey(row, row, 0)]
+
+    return dataclasses.replace(fresh, ours=own, check=None)
+
+
+@row("train item, second epoch on", 4.0)
+def train_item_again(settings: Settings) -> Case:
+    """Augment a training image that is decoded already; exact."""
+    return kept_case(settings, True)
+
+
+@row("val item, second epoch on", 4.0)
+def val_item_again(settings: Settings) -> Case:
+    """Fetch an evaluation image that is decoded already, as a fine-tuned run does every epoch; exact."""
+    return kept_case(settings, False)
 
 
 def compare_accuracy(settings: Settings) -> tuple[bool, str]:
