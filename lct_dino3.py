@@ -5336,8 +5336,8 @@ class CropStore:
     def describe(self) -> str:
         """Return one sentence for the log."""
         count = int((self._places >= 0).sum())
-        size = count * store_bytes(self._side) / 1e9
-        return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {size:.2g} GB (--cache_crops)"
+        megabytes = count * store_bytes(self._side) / 1e6
+        return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {megabytes:,.1f} MB (--cache_crops)"
 
     def _find(self, key: SampleKey, trains: bool) -> int | None:
         """Return where the place of a sample begins, in bytes."""
