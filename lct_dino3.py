@@ -8694,6 +8694,8 @@ def name_knob(config: Config) -> str:
     """Return what to change where the device waits for data."""
     if config.cache_views:
         return "put --out_dir on a faster disk"
+    if not config.cache_crops and config.epochs > 1:
+        return f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
     if config.workers < count_cores():
         return f"raise --workers, {config.workers} of {count_cores()} cores"
     return "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
