@@ -93,9 +93,7 @@ MAX_FILE_BYTES = 500_000_000
 STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
 BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
-REDUCED_DECODE_RATIO = (
-    1.75  # of a JPEG that is not decoded whole for training, at least so many times the model's side is left
-)
+REDUCED_DECODE_RATIO = 1.75  # times the model's side that are left of a JPEG which training does not decode whole
 PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
 VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
@@ -2666,6 +2664,24 @@ class Listing:
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
+def _plain_images(entries: list[os.DirEntry]) -> list[str]:
+    """Return the names of the visible entries that are certainly images: regular files of a plain name with a small suffix.
+
+    Most are: told in one expression, a scan of 100,000 takes a fifth less than by calls for each.
+    """
+    try:
+        return [
+            name
+            for entry in entries
+            if (name := entry.name).endswith(IMAGE_SUFFIXES)
+            and name[0] != "."
+            and name.isprintable()
+            and entry.is_file(follow_symlinks=False)
+        ]
+    except OSError:  # a file system that does not list types, and a file that may not be asked for its own
+        return []
+
+
 def _look_closer(
     listing: Listing, prefix: str, entries: list[os.DirEntry], known: set[str], masks_dirname: str
 ) -> list[str]:
@@ -2707,15 +2723,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         except OSError as error:
             listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
-        # Most are plain files with a plain name: told in one expression, the whole scan takes a fifth less than by calls.
-        names = [
-            name
-            for entry in entries
-            if (name := entry.name).endswith(IMAGE_SUFFIXES)
-            and name[0] != "."
-            and name.isprintable()
-            and entry.is_file(follow_symlinks=False)
-        ]
+        names = _plain_images(entries)
         if len(names) < len(entries):
             names += _look_closer(listing, prefix, entries, set(names), masks_dirname)
         names.sort()
