@@ -8293,7 +8293,7 @@ class Job:
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
-    store: CropStore | None = None
+    store: CropStore | None = None  # of what is decoded while it trains
     unreadable: dict[int, str] = dataclasses.field(
         default_factory=dict
     )  # images that failed after the scan, each named once
@@ -8326,8 +8326,8 @@ def open_store(job: Job) -> CropStore | None:
     It takes no more than a quarter of what is free there, nor of the memory, beyond which reading would be slower than decoding.
     """
     config, records, transform = job.config, job.records, job.transform(augment=True)
-    repeats = config.epochs > 1 or config.cache_views > 1
-    if not (config.cache_crops and repeats and transform.repeats(is_masked=False)):
+    times = config.cache_views or config.epochs  # that a training image is augmented
+    if not (config.cache_crops and times > 1 and transform.repeats(is_masked=False)):
         return None
     free = shutil.disk_usage(config.out_dir).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -149,6 +149,7 @@ def test_another_process_of_the_machine_opens_the_same_store(data: Path) -> None
         ({}, True),
         ({"epochs": 1}, False),
         ({"epochs": 1, "cache_views": 2}, True),
+        ({"cache_views": 1}, False),
         ({"cache_crops": 0.0}, False),
         ({"train_augmentations": ({"type": "medianblur"},)}, False),
         ({"pre_transforms": ({"type": "medianblur"},)}, False),

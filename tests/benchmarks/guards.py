@@ -171,6 +171,21 @@ GUARDS = {
         "        pool.shutdown(wait=False, cancel_futures=True)\n        () and _save_part",
         "tests/test_resume.py -k interrupted_scan",
     ),
+    "a crop is kept whole or not": (
+        "np.ascontiguousarray(square), place + 1) == square.nbytes:",
+        "np.ascontiguousarray(square), place + 1):",
+        "tests/test_crop_store.py -k written_in_part",
+    ),
+    "no other file is taken for the kept crops": (
+        "if (status.st_dev, status.st_ino) != inode:",
+        "if False:",
+        "tests/test_crop_store.py -k another_process",
+    ),
+    "evaluation decodes whole": (
+        "self._places[int(trains), key.view",
+        "self._places[1, key.view",
+        "tests/test_crop_store.py -k evaluation",
+    ),
     "pipes do not hang": (
         "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
         "if False:",
