@@ -5308,15 +5308,16 @@ class CropStore:
     system's, which keeps them in memory as long as there is room.
     """
 
-    def __init__(self, file: BinaryIO, places: np.ndarray, side: int) -> None:
+    def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self._file = file
+        self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
         self._places = places  # (2, views, N) int32: of a record in evaluation and training, its number or -1
         self._side = side
 
     def __reduce__(self) -> tuple[Any, ...]:
         status = os.fstat(self._file.fileno())
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        return _reopen_store, (path, (status.st_dev, status.st_ino), self._places, self._side)
+        return _reopen_store, (path, (status.st_dev, status.st_ino), self.records, self._places, self._side)
 
     def get(self, key: SampleKey, trains: bool) -> np.ndarray | None:
         """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read."""
@@ -5358,7 +5359,9 @@ def store_bytes(side: int) -> int:
     return 1 + 4 * side * side
 
 
-def _reopen_store(path: str, inode: tuple[int, int], places: np.ndarray, side: int) -> CropStore | None:
+def _reopen_store(
+    path: str, inode: tuple[int, int], records: Records, places: np.ndarray, side: int
+) -> CropStore | None:
     """Return the store of another process of this machine; None where it is not that machine."""
     try:  # elsewhere it may be anything, a pipe too
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK), "r+b", buffering=0)
@@ -5368,7 +5371,7 @@ def _reopen_store(path: str, inode: tuple[int, int], places: np.ndarray, side: i
     if (status.st_dev, status.st_ino) != inode:
         file.close()
         return None
-    return CropStore(file, places, side)
+    return CropStore(file, records, places, side)
 
 
 class CropDataset(Dataset):
@@ -5381,7 +5384,8 @@ class CropDataset(Dataset):
         backgrounds: Backgrounds | None = None,
         store: CropStore | None = None,
     ) -> None:
-        self.records, self.transform, self.backgrounds, self.store = records, transform, backgrounds, store
+        self.records, self.transform, self.backgrounds = records, transform, backgrounds
+        self.store = store if store is not None and store.records is records else None
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
@@ -8345,7 +8349,7 @@ def open_store(job: Job) -> CropStore | None:
             count += len(given)
     with contextlib.suppress(OSError):
         file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0) if count else None  # noqa: SIM115  the store's
-        return CropStore(file, places, config.img_size) if file else None
+        return CropStore(file, records, places, config.img_size) if file else None
     return None  # no room, and the run will say so
 
 

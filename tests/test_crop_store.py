@@ -138,9 +138,21 @@ def test_another_process_of_the_machine_opens_the_same_store(data: Path) -> None
     process.start()
     assert np.array_equal(ours.recv(), square)
     process.join()
-    function, (path, _, places, side) = job.store.__reduce__()
-    assert function(path, (1, 2), places, side) is None, "another machine's file of that number"
-    assert function("/proc/1/fd/987654", (1, 2), places, side) is None
+    function, (path, _, *rest) = job.store.__reduce__()
+    assert function(path, (1, 2), *rest) is None, "another machine's file of that number"
+    assert function("/proc/1/fd/987654", (1, 2), *rest) is None
+    other = pickle.loads(pickle.dumps(job.training_crops()))
+    assert np.array_equal(other.store.get(key, True), square) and other.store.records is other.records
+
+
+def test_crops_of_others_are_not_taken_for_those_that_are_kept(data: Path) -> None:
+    """As of --unknown_dir, which are embedded in the same run."""
+    job = with_store(make_job(data))
+    others = dataclasses.replace(job, records=dataclasses.replace(job.records, root=data.parent / "nowhere"))
+    key = lct.SampleKey(int(job.records.rows("train")[0]), 0, 0)
+    assert job.training_crops()[key][0] is not None and job.store.get(key, True) is not None
+    image, _, reason = others.training_crops()[key]
+    assert image is None and "No such file" in reason
 
 
 @pytest.mark.parametrize(
@@ -192,6 +204,7 @@ def test_it_takes_no_more_than_it_may(data: Path, limit: str, monkeypatch: pytes
 
 
 def test_a_fine_tuned_run_with_masks_is_the_same_without_it(data: Path, tmp_path: Path, call_main: Callable) -> None:
+    make_dataset(tmp_path / "unknown", {"mug": 8}, seed=5)
     flags = [
         "--model_id",
         "test_resnet",
@@ -205,7 +218,16 @@ def test_a_fine_tuned_run_with_masks_is_the_same_without_it(data: Path, tmp_path
         "--workers",
         1,
     ]
-    flags += ["--epochs", 3, "--no-freeze_backbone", "--crop_mode", "mix", "--no-preview"]
+    flags += [
+        "--epochs",
+        3,
+        "--no-freeze_backbone",
+        "--crop_mode",
+        "mix",
+        "--no-preview",
+        "--unknown_dir",
+        tmp_path / "unknown",
+    ]
     for name, size in (("with", 8), ("without", 0)):
         assert call_main("--data_root", data, "--out_dir", tmp_path / name, *flags, "--cache_crops", size) == 0
     assert differences(tmp_path / "with", tmp_path / "without") == []

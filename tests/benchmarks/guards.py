@@ -186,6 +186,11 @@ GUARDS = {
         "self._places[1, key.view",
         "tests/test_crop_store.py -k evaluation",
     ),
+    "kept crops are those of their records": (
+        "store is not None and store.records is records",
+        "store is not None",
+        "tests/test_crop_store.py -k 'others or fine_tuned'",
+    ),
     "pipes do not hang": (
         "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
         "if False:",

@@ -251,7 +251,7 @@ def kept_case(settings: Settings, augment: bool) -> Case:
     records = lct.Records(photos[0].parent, ("a",), lct.PathTable([path.name for path in photos]), count, count, count)
     places = np.arange(2 * len(photos), dtype=np.int32).reshape(2, 1, -1)
     file = tempfile.TemporaryFile(dir=settings.scratch, buffering=0)  # noqa: SIM115  the store's
-    store = lct.CropStore(file, places, IMG_SIZE)
+    store = lct.CropStore(file, records, places, IMG_SIZE)
     dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, augment), store=store)
 
     def own() -> None:  # the round that warms up is the first epoch
