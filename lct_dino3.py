@@ -2665,7 +2665,7 @@ ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
 def _plain_images(entries: list[os.DirEntry]) -> list[str]:
-    """Return the names of the visible entries that are certainly images: regular files of a plain name with a small suffix.
+    """Return the names of the visible entries that are certainly images: regular files of a plain name with a lower-case suffix.
 
     Most are: told in one expression, a scan of 100,000 takes a fifth less than by calls for each.
     """
@@ -5364,7 +5364,7 @@ def _reopen_store(
 ) -> CropStore | None:
     """Return the store of another process of this machine; None where it is not that machine."""
     try:  # elsewhere it may be anything, a pipe too
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK), "r+b", buffering=0)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), "r+b", buffering=0)
     except OSError:
         return None
     status = os.fstat(file.fileno())
@@ -6671,7 +6671,7 @@ def _area_below(values: np.ndarray, positives: np.ndarray) -> float:
     """
     ranked, wanted = np.sort(values), np.sort(positives)
     below = ranked.searchsorted(wanted)
-    has_ties = (ranked[1:] == ranked[:-1]).any()
+    has_ties = not (ranked[1:] > ranked[:-1]).all()  # NaN, which numpy sorts to the top and searches as equals, too
     up_to = ranked.searchsorted(wanted, "right") if has_ties else below + 1
     # Twice the pairs that each positive wins, less those with positives, of which half are won.
     won = int(below.sum()) + int(up_to.sum()) - len(wanted) ** 2
@@ -8482,6 +8482,7 @@ class ViewCache:
                 **info,
                 "dtype": str(self._backbone.dtype),
                 "augmentation": fingerprint_transform(transform, job.config.img_size),
+                "least_side": transform.least_side,
                 "data": [job.fingerprint, job.records.masks_hash],
                 "seed": job.config.seed,
                 "shape": self._shape,
@@ -13714,8 +13715,8 @@ class Helper:
         self._take_job(job)
 
     def _take_job(self, job: Job) -> None:
-        store = job.store or open_store(job)  # that of the first process, if it is on this machine
-        self.job = dataclasses.replace(job, runtime=self.runtime, run=self, store=store)
+        # Its store is that of the first process, None on another machine: there only the first one writes.
+        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         self.feed = TrainFeed(self.job, self.state)
 
     def pack_state(self) -> None:

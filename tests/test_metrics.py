@@ -40,6 +40,27 @@ def test_figures_equal_scikit_learn(num_samples: int, num_classes: int) -> None:
     assert figures["auc_macro"] == pytest.approx(expected_auc.mean(), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["no ties", "infinite", "signed zeros"])
+def test_roc_auc_equals_scikit_learn_with_and_without_ties(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 500)
+    values = (rng.normal(size=500) + labels).astype(np.float32)
+    expected = metrics.roc_auc_score(labels, values)
+    if kind == "infinite":
+        values = np.where(np.abs(values) > 1, np.sign(values) * np.float32(np.inf), values)
+        expected = metrics.roc_auc_score(labels, np.clip(values, -1e30, 1e30))
+    elif kind == "signed zeros":
+        values = np.where(values > 0.5, values, np.where(rng.random(500) < 0.5, np.float32(0), np.float32(-0.0)))
+        expected = metrics.roc_auc_score(labels, values)
+    scores = np.stack([-values, values], axis=1)
+    assert lct.one_vs_rest_auc(scores, labels) == pytest.approx([expected, expected], abs=1e-9)
+
+
+def test_roc_auc_of_scores_that_are_not_numbers_counts_them_as_equal() -> None:
+    labels = np.array([0, 1, 0, 1])
+    assert lct.one_vs_rest_auc(np.full((4, 2), np.nan, np.float32), labels).tolist() == [0.5, 0.5]
+
+
 def test_an_absent_class_is_none_and_leaves_the_means_alone() -> None:
     scores, labels = draw_scores(300, 6)
     labels[labels == 2] = 3
