@@ -63,6 +63,7 @@ import shlex
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ import traceback
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -2398,11 +2400,11 @@ def cpu_multiplies_bf16() -> bool:
     """Say whether the CPU multiplies matrices faster in bf16 than in fp32: by AMX, or by AVX512-BF16 unless it is Intel's.
 
     Intel's CPUs have that too, and where AMX is switched off, in virtual machines say, it takes 1.6 times as long as fp32 (ViT-S on
-    Emerald Rapids): half as many of its products a cycle. A property of the machine and not a timing, so that runs can be repeated.
+    Emerald Rapids). A property of the machine and not a timing, so that a run can be repeated on it.
     """
     if torch.cpu._is_amx_tile_supported():
         return True
-    return torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in read_cpu_vendor()
+    return torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
 
 
 def read_cpu_vendor() -> str:
@@ -2643,6 +2645,10 @@ class Records:
     def has_mask(self) -> np.ndarray:
         """Say of each record whether it has a usable mask, bool (N,)."""
         return np.zeros(len(self.paths), dtype=bool) if self.masks is None else np.diff(self.masks.offsets) > 0
+
+    def mask_of(self, row: int, view: int) -> str:
+        """Return the path of the mask that a view of a record shows, or ''."""
+        return self.masks[row] if view and self.masks is not None else ""
 
     def rows(self, split: str) -> np.ndarray:
         """Return the ascending record numbers of a split, int64 (n,)."""
@@ -3892,7 +3898,7 @@ def load_crop(
     Raises:
         ImageError: the crop itself cannot be read.
     """
-    mask_path = records.masks[row] if view and records.masks is not None else ""
+    mask_path = records.mask_of(row, view)
     image = load_image(records.root / records.paths[row], None if mask_path else least_side)
     if not mask_path:
         return image, None, ""
@@ -5299,19 +5305,24 @@ class SampleKey(NamedTuple):
     augmented: bool = True  # whether the schedule of the augmentation lets it be
 
 
+STORE_HEAD = struct.Struct("<BI")  # channels, CRC-32 of the pixels
+
+
 class CropStore:
     """Fitted crops on disk, so that an image is decoded once and not every epoch: exact, and gone with the processes that use it.
 
     A file without a name, which loader workers inherit, and which other processes of the machine open by the number of its owner.
-    It has a place for each crop and view, in training and in evaluation: a byte that says how many channels there are, none as long
-    as the place is empty, and pixels. Who lacks a crop puts it there; two who do so at a time write the same. The pages are the
+    It has a place for each crop, plain and masked, in training and in evaluation: the number of channels, 0 as long as the place is
+    empty, a checksum, and pixels. Who lacks a crop puts it there; two who do so at a time write the same. The pages are the
     system's, which keeps them in memory as long as there is room.
     """
 
     def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self._file = file
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        self._places = places  # (2, views, N) int32: of a record in evaluation and training, its number or -1
+        self._places = (
+            places  # (2, 2, N) int32: of a record in evaluation and training, plain and masked, its number or -1
+        )
         self._side = side
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -5319,28 +5330,33 @@ class CropStore:
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         return _reopen_store, (path, (status.st_dev, status.st_ino), self.records, self._places, self._side)
 
-    def get(self, key: SampleKey, trains: bool) -> np.ndarray | None:
-        """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read."""
-        place = self._find(key, trains)
+    def get(self, row: int, is_masked: bool, trains: bool) -> np.ndarray | None:
+        """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read whole."""
+        place = self._find(row, is_masked, trains)
         if place is None:
             return None
         try:
-            channels = os.pread(self._file.fileno(), 1, place)
-            if channels in (b"", b"\0"):
+            head = os.pread(self._file.fileno(), STORE_HEAD.size, place)
+            if len(head) < STORE_HEAD.size or not head[0]:
                 return None
-            square = np.empty((self._side, self._side, channels[0]), np.uint8)
-            return square if os.preadv(self._file.fileno(), [square], place + 1) == square.nbytes else None
+            channels, checksum = STORE_HEAD.unpack(head)
+            square = np.empty((self._side, self._side, channels), np.uint8)
+            size = os.preadv(self._file.fileno(), [square], place + STORE_HEAD.size)
         except OSError:  # it is only for speed
             return None
+        # A disk that fills up may lose a page after it was taken, and give zeros for it.
+        return square if size == square.nbytes and zlib.crc32(square) == checksum else None
 
-    def put(self, key: SampleKey, trains: bool, square: np.ndarray) -> None:
+    def put(self, row: int, is_masked: bool, trains: bool, square: np.ndarray) -> None:
         """Keep what `Transform.make_square` has made, if there is a place for it."""
-        place = self._find(key, trains)
+        place = self._find(row, is_masked, trains)
         if place is None:
             return
+        square = np.ascontiguousarray(square)
         with contextlib.suppress(OSError):  # a full disk: it will be decoded again
-            if os.pwrite(self._file.fileno(), np.ascontiguousarray(square), place + 1) == square.nbytes:
-                os.pwrite(self._file.fileno(), bytes([square.shape[2]]), place)  # last: from now on it can be read
+            if os.pwrite(self._file.fileno(), square, place + STORE_HEAD.size) == square.nbytes:
+                head = STORE_HEAD.pack(square.shape[2], zlib.crc32(square))
+                os.pwrite(self._file.fileno(), head, place)  # last: from now on it can be read
 
     def describe(self) -> str:
         """Return one sentence for the log."""
@@ -5348,15 +5364,15 @@ class CropStore:
         megabytes = count * store_bytes(self._side) / 1e6
         return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {megabytes:,.1f} MB (--cache_crops)"
 
-    def _find(self, key: SampleKey, trains: bool) -> int | None:
-        """Return where the place of a sample begins, in bytes."""
-        place = int(self._places[int(trains), key.view % self._places.shape[1], key.row])
+    def _find(self, row: int, is_masked: bool, trains: bool) -> int | None:
+        """Return where the place of a crop begins, in bytes."""
+        place = int(self._places[int(trains), int(is_masked), row])
         return None if place < 0 else place * store_bytes(self._side)
 
 
 def store_bytes(side: int) -> int:
     """Return how many bytes a place in a `CropStore` takes at most."""
-    return 1 + 4 * side * side
+    return STORE_HEAD.size + 4 * side * side
 
 
 def _reopen_store(
@@ -5389,8 +5405,9 @@ class CropDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
-        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked=bool(key.view))
-        square, lost = self.store.get(key, self.transform.trains) if keeps else None, ""
+        place = key.row, bool(self.records.mask_of(key.row, key.view)), self.transform.trains
+        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked=place[1])
+        square, lost = self.store.get(*place) if keeps else None, ""
         if square is None:
             try:
                 image, mask, lost = self._read(key, rng)
@@ -5402,7 +5419,7 @@ class CropDataset(Dataset):
             if square is None:
                 square = self.transform.make_square(image, mask, key.seed)
                 if not lost:
-                    self.store.put(key, self.transform.trains, square)
+                    self.store.put(*place, square)
             return self.transform.finish(square, key.seed, key.augmented), key, lost
         except ImageError as error:
             return None, key, f"is left out: {error}"
@@ -6436,17 +6453,17 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
         (model.criterion, arc_learning_rate(config), head_decay),
         (backbone, backbone_learning_rate(config), backbone_decay),
     ):
-        own: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        own: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 scale, decays = 1.0, parameter.ndim > 1 and not name.endswith("bias")
                 if module is backbone:
                     scale = config.layer_decay ** (deepest - depths[name])
                     decays &= "." in name and name not in exempt
-                own.setdefault((scale, decays), []).append(parameter)
+                own.setdefault((scale, weight_decay * decays), []).append(parameter)
         groups += [
-            {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": weight_decay * decays}
-            for (scale, decays), parameters in own.items()
+            {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": decay}
+            for (scale, decay), parameters in own.items()
         ]
     return groups
 
@@ -8329,28 +8346,42 @@ def open_store(job: Job) -> CropStore | None:
 
     It takes no more than a quarter of what is free there, nor of the memory, beyond which reading would be slower than decoding.
     """
-    config, records, transform = job.config, job.records, job.transform(augment=True)
-    times = config.cache_views or config.epochs  # that a training image is augmented
-    if not (config.cache_crops and times > 1 and transform.repeats(is_masked=False)):
-        return None
+    config, records = job.config, job.records
+    needed = list(_find_repeating(job)) if config.cache_crops else []
     free = shutil.disk_usage(config.out_dir).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     places_left = int(min(1e9 * config.cache_crops, free / 4, memory / 4) / store_bytes(config.img_size))
-    train, val = records.rows("train"), records.rows("val")
-    asked = [(True, train)]
-    if config.trains_backbone:  # each epoch embeds them anew
-        asked += [(False, val), (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS))]
-    places = np.full((2, 1 + (config.crop_mode == "mix"), len(records.paths)), -1, np.int32)
+    places = np.full((2, 2, len(records.paths)), -1, np.int32)
     count = 0
-    for trains, rows in asked:
-        for view in range(places.shape[1]):
-            given = rows[: places_left - count]
-            places[int(trains), view, given] = np.arange(count, count + len(given))
-            count += len(given)
-    with contextlib.suppress(OSError):
-        file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0) if count else None  # noqa: SIM115  the store's
-        return CropStore(file, records, places, config.img_size) if file else None
-    return None  # no room, and the run will say so
+    for trains, is_masked, rows in needed:  # the first rows, if there is no room for all
+        given = rows[: places_left - count]
+        places[int(trains), int(is_masked), given] = np.arange(count, count + len(given))
+        count += len(given)
+    if not count:
+        return None
+    try:
+        file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0)  # noqa: SIM115  the store's
+    except OSError:  # no room: they are decoded each epoch
+        return None
+    return CropStore(file, records, places, config.img_size)
+
+
+def _find_repeating(job: Job) -> Iterator[tuple[bool, bool, np.ndarray]]:
+    """Yield which crops are made the same again: whether for training, whether masked, and their rows."""
+    config, records = job.config, job.records
+    train, val, has_mask = records.rows("train"), records.rows("val"), records.has_mask
+    parts = []
+    is_covered = job.backgrounds is not None and job.backgrounds.share == 1  # by which each sample is another
+    if (config.cache_views or config.epochs) > 1 and not is_covered:
+        parts.append((True, train))
+    if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
+        parts += [(False, val), (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS))]
+    for trains, rows in parts:
+        transform = job.transform(trains)
+        if transform.repeats(is_masked=False):
+            yield trains, False, rows[~has_mask[rows]] if config.crop_mode == "mask" else rows
+        if transform.repeats(is_masked=True) and config.crop_mode != "bbox":
+            yield trains, True, rows[has_mask[rows]]
 
 
 @dataclass(frozen=True)

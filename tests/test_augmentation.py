@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import draw_image
@@ -120,6 +121,21 @@ def test_flips_are_half_of_the_pictures() -> None:
     assert 30 < sum(np.array_equal(picture, ramp) for picture in moved) * 100 / 400 * 2 < 75
     flipped = sum(np.array_equal(picture, ramp[:, ::-1]) for picture in moved)
     assert 0.2 < flipped / 400 < 0.33  # 0.264
+
+
+def test_four_channels_move_as_three_do_bit_for_bit() -> None:
+    transform, square = lct.build_transform(64, augment=True), lct.fit_square(CROP, 64)
+    moved = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        matrix = lct.draw_move(rng, 64)
+        expected = square
+        if matrix is not None:
+            expected = cv2.warpPerspective(square, matrix, (64, 64), borderValue=(lct.PADDING_GRAY,) * 3)
+            moved += 1
+        expected = cv2.flip(expected, 1) if rng.random() < 0.5 else expected
+        assert np.array_equal(transform._move(square, np.random.default_rng(seed)), expected)
+    assert moved > 30
 
 
 # --- decoding at a fraction, for training

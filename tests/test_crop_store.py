@@ -68,81 +68,101 @@ def hide_images(data: Path) -> None:
 def test_crops_come_from_the_store_the_second_time_and_are_the_same(data: Path, options: dict, workers: int) -> None:
     job = with_store(make_job(data, workers=workers, **options))
     plain, kept = dataclasses.replace(job, store=None).training_crops(), job.training_crops()
-    repeated = job.config.crop_mode != "mix"  # in mix, an epoch shows some crops in their other view
-    wanted = [load(job, plain, epoch)[0] for epoch in range(2)]
+    second = 0 if job.config.crop_mode == "mix" else 1  # in mix, another epoch shows some crops in their other view
+    wanted = [load(job, plain, epoch)[0] for epoch in (0, second)]
     found = [load(job, kept, 0)[0]]
-    if repeated:
-        hide_images(data)
-    found.append(load(job, kept, 1)[0])
+    hide_images(data)
+    found.append(load(job, kept, second)[0])
     for one, two in zip(wanted, found, strict=True):
         assert one.keys() == two.keys() and len(one) == len(job.records.rows("train"))
         assert all(np.array_equal(one[key], two[key]) for key in one)
-    if repeated:
-        missed = load(job, plain, 1)
-        assert missed[0] == {} and len(missed[1]) == len(wanted[1]), "without a store the images are gone"
+    missed = load(job, plain, second)
+    assert missed[0] == {} and len(missed[1]) == len(wanted[1]), "without a store the images are gone"
 
 
 def test_random_fills_and_crops_on_backgrounds_are_made_anew(data: Path, tmp_path: Path) -> None:
     job = with_store(make_job(data, crop_mode="mask", mask_fill="random"))
     dataset, key = job.training_crops(), lct.SampleKey(int(np.flatnonzero(job.records.has_mask)[0]), 1, 1)
     dataset[key]
-    assert job.store.get(key, True) is None
-    dataset[key._replace(view=0)]
-    assert job.store.get(key._replace(view=0), True) is not None
+    assert job.store.get(key.row, True, True) is None
+    plain = int(np.flatnonzero(~job.records.has_mask & (job.records.splits == 0))[0])
+    dataset[key._replace(row=plain)]
+    assert job.store.get(plain, False, True) is not None
     make_dataset(tmp_path / "pictures", {"wall": 2})
     config = dataclasses.replace(job.config, backgrounds=tmp_path / "pictures", insert_background_p=1.0)
     backgrounds = lct.scan_backgrounds(config)
     other = int(job.records.rows("train")[-1])
     dataset = lct.CropDataset(job.records, job.transform(True), backgrounds, job.store)
     assert not np.array_equal(dataset[lct.SampleKey(other, 1, 0)][0], dataset[lct.SampleKey(other, 2, 0)][0])
-    assert job.store.get(lct.SampleKey(other, 1, 0), True) is None
+    assert job.store.get(other, False, True) is None
 
 
 def test_what_was_written_in_part_is_not_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, key = with_store(make_job(data)).store, lct.SampleKey(0, 0, 0)
-    keys = [lct.SampleKey(row, 0, 0) for row in with_store(make_job(data)).records.rows("train").tolist()]
+    job = with_store(make_job(data))
+    store, rows = job.store, job.records.rows("train").tolist()
     square = np.full((SIDE, SIDE, 3), 7, np.uint8)
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, pixels, place: write(fd, bytes(pixels)[:100], place))
-    store.put(keys[0], True, square)
-    assert store.get(keys[0], True) is None
+    store.put(rows[0], False, True, square)
 
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", fail)
-    store.put(keys[1], True, square)
+    store.put(rows[1], False, True, square)
     monkeypatch.setattr(os, "pwrite", write)
-    store.put(keys[2], True, square)
-    assert [store.get(key, True) is None for key in keys[:4]] == [True, True, False, True]
-    assert np.array_equal(store.get(keys[2], True), square)
-    assert store.get(keys[2], False) is None, "evaluation has another place, and decodes whole"
-    key = lct.SampleKey(keys[3].row, 0, 1)
-    store.put(key, True, np.dstack((square, square[:, :, :1])))
-    assert store.get(key, True).shape == (SIDE, SIDE, 4)
+    for row in rows[2:4]:
+        store.put(row, False, True, square)
+    os.pwrite(store._file.fileno(), b"\0" * 16, 3 * lct.store_bytes(SIDE) + 1000)  # a page that got lost
+    assert [store.get(row, False, True) is None for row in rows[:5]] == [True, True, False, True, True]
+    assert np.array_equal(store.get(rows[2], False, True), square)
+    assert store.get(rows[2], False, False) is None, "evaluation has another place, and decodes whole"
+
+
+def test_plain_and_masked_have_places_of_their_own_and_crops_without_mask_one(data: Path) -> None:
+    job = with_store(make_job(data, crop_mode="mix"))
+    dataset, has_mask = job.training_crops(), job.records.has_mask
+    rows = job.records.rows("train")
+    for row in rows.tolist():
+        dataset[lct.SampleKey(row, 1, 1)]
+    kept = [[job.store.get(row, masked, True) is not None for row in rows.tolist()] for masked in (False, True)]
+    assert kept == [(~has_mask[rows]).tolist(), has_mask[rows].tolist()]
+    assert {job.store.get(row, True, True).shape[2] for row in rows[has_mask[rows]].tolist()} == {4}
+    alone = with_store(make_job(data, crop_mode="mask", mask_fill="random"))
+    assert f"lasts: {(~has_mask[rows]).sum()}," in alone.store.describe()
+
+
+def test_a_crop_whose_mask_is_lost_is_not_kept_without_it(data: Path) -> None:
+    job = with_store(make_job(data, crop_mode="mask"))
+    row = int(np.flatnonzero(job.records.has_mask & (job.records.splits == 0))[0])
+    (data / job.records.masks[row]).write_bytes(b"gone")
+    for _ in range(2):
+        image, _, reason = job.training_crops()[lct.SampleKey(row, 1, 1)]
+        assert image is not None and "its mask cannot be read any more" in reason
 
 
 def read_elsewhere(packed: bytes, key: tuple, pipe: object) -> None:
     store = pickle.loads(packed)
-    pipe.send(None if store is None else store.get(lct.SampleKey(*key), True))
+    pipe.send(None if store is None else store.get(lct.SampleKey(*key).row, False, True))
 
 
 def test_another_process_of_the_machine_opens_the_same_store(data: Path) -> None:
     job = with_store(make_job(data))
     key = lct.SampleKey(int(job.records.rows("train")[0]), 0, 0)
     square = job.training_crops().transform.make_square(lct.load_image(data / job.records.paths[key.row]), None, 0)
-    job.store.put(key, True, square)
+    job.store.put(key.row, False, True, square)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=read_elsewhere, args=(pickle.dumps(job.store), tuple(key), theirs))
     process.start()
+    assert ours.poll(60), "the other process has died"
     assert np.array_equal(ours.recv(), square)
     process.join()
     function, (path, _, *rest) = job.store.__reduce__()
     assert function(path, (1, 2), *rest) is None, "another machine's file of that number"
     assert function("/proc/1/fd/987654", (1, 2), *rest) is None
     other = pickle.loads(pickle.dumps(job.training_crops()))
-    assert np.array_equal(other.store.get(key, True), square) and other.store.records is other.records
+    assert np.array_equal(other.store.get(key.row, False, True), square) and other.store.records is other.records
 
 
 def test_crops_of_others_are_not_taken_for_those_that_are_kept(data: Path) -> None:
@@ -150,7 +170,7 @@ def test_crops_of_others_are_not_taken_for_those_that_are_kept(data: Path) -> No
     job = with_store(make_job(data))
     others = dataclasses.replace(job, records=dataclasses.replace(job.records, root=data.parent / "nowhere"))
     key = lct.SampleKey(int(job.records.rows("train")[0]), 0, 0)
-    assert job.training_crops()[key][0] is not None and job.store.get(key, True) is not None
+    assert job.training_crops()[key][0] is not None and job.store.get(key.row, False, True) is not None
     image, _, reason = others.training_crops()[key]
     assert image is None and "No such file" in reason
 
@@ -181,9 +201,9 @@ def test_evaluation_has_its_places_where_the_backbone_is_trained(data: Path) -> 
     key = lct.SampleKey(int(trained.records.rows("val")[0]), 0, 0)
     square = np.full((SIDE, SIDE, 3), 9, np.uint8)
     for job, is_kept in ((frozen, False), (trained, True)):
-        job.store.put(key, False, square)
-        assert (job.store.get(key, False) is not None) == is_kept
-        assert job.store.get(key, True) is None
+        job.store.put(key.row, False, False, square)
+        assert (job.store.get(key.row, False, False) is not None) == is_kept
+        assert job.store.get(key.row, False, True) is None
 
 
 @pytest.mark.parametrize("limit", ["option", "disk"])
@@ -197,9 +217,7 @@ def test_it_takes_no_more_than_it_may(data: Path, limit: str, monkeypatch: pytes
     crops, rows = job.training_crops(), job.records.rows("train").tolist()
     for row in rows:
         crops[lct.SampleKey(row, 0, 0)]
-    assert [job.store.get(lct.SampleKey(row, 0, 0), True) is not None for row in rows] == [
-        i < 5 for i in range(len(rows))
-    ]
+    assert [job.store.get(row, False, True) is not None for row in rows] == [i < 5 for i in range(len(rows))]
     assert os.fstat(job.store._file.fileno()).st_size <= room
 
 

@@ -32,8 +32,9 @@ import lct_dino3 as lct
 COMMON = "--no-pretrained --img_size 32 --batch 7 --workers 0 --gpus 0 --emb_dim 16".split()
 FROZEN = (
     *COMMON,
-    *"--model_id test_resnet --epochs 3 --save_every 2 --save_minutes 1e-6".split(),
-)  # saves after every step
+    *"--model_id test_resnet --epochs 3 --save_every 2 --save_minutes 1e-6".split(),  # saves after every step
+    *"--precision bf16".split(),  # in fp32 a convolution rounds by the size of its batch
+)
 FINE_TUNED = (*COMMON, *"--model_id test_vit --no-freeze_backbone --pool avg --epochs 4 --lr 1e-4".split())
 # Whatever is added before BatchNorm is taken out by it: these have no gradient but rounding errors, which AdamW makes steps of.
 ARBITRARY = ("backbone.model.fc_norm.bias", "head.hidden.bias", "head.norm.running_mean")
