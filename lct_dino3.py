@@ -1259,7 +1259,7 @@ from tqdm import tqdm
 # ======================================================================================================================
 # 03  RUN DIRECTORY & LOGGING
 # ======================================================================================================================
-# Everything that is written to out_dir goes through `atomic_file` or the two logs, and signals come in here. Also the ClearML
+# Everything that stays in out_dir is written through `atomic_file` or the two logs, and signals come in here. Also the ClearML
 # sink: the only section that may touch the network (besides fetching weights). Raises UserError for what cannot be written.
 class Signals:
     """What the terminal and the scheduler ask of this process.
@@ -4517,7 +4517,7 @@ class Transform:
         return self._complete(image, mask, seed)
 
     def repeats(self, is_masked: bool) -> bool:
-        """Say whether all of the sample that goes before `finish` is the same each time: `make_square` of the crop as it is."""
+        """Say whether a sample is `finish` of `make_square` of the crop as it is, and that square the same for every seed."""
         return self.listed is None and not self.first and not (is_masked and self.trains and self.fill.kind == "random")
 
     @property
@@ -5280,7 +5280,8 @@ def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) 
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
-# Samples, their order, and batches of uint8 images. A picture that cannot be read is left out of its batch and named.
+# Samples, their order, batches of uint8 images, and the file without a name that keeps what is decoded while a run lasts. A picture
+# that cannot be read is left out of its batch and named.
 class Batch(NamedTuple):
     """What a loader yields."""
 
@@ -5320,9 +5321,7 @@ class CropStore:
     def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self._file = file
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        self._places = (
-            places  # (2, 2, N) int32: of a record in evaluation and training, plain and masked, its number or -1
-        )
+        self._places = places  # (2, 2, N) int32: evaluation or training, plain or masked, record -> place, -1 = none
         self._side = side
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -5405,9 +5404,9 @@ class CropDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
-        place = key.row, bool(self.records.mask_of(key.row, key.view)), self.transform.trains
-        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked=place[1])
-        square, lost = self.store.get(*place) if keeps else None, ""
+        is_masked, trains = bool(self.records.mask_of(key.row, key.view)), self.transform.trains
+        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked)
+        square, lost = self.store.get(key.row, is_masked, trains) if keeps else None, ""
         if square is None:
             try:
                 image, mask, lost = self._read(key, rng)
@@ -5419,7 +5418,7 @@ class CropDataset(Dataset):
             if square is None:
                 square = self.transform.make_square(image, mask, key.seed)
                 if not lost:
-                    self.store.put(*place, square)
+                    self.store.put(key.row, is_masked, trains, square)
             return self.transform.finish(square, key.seed, key.augmented), key, lost
         except ImageError as error:
             return None, key, f"is left out: {error}"
@@ -8348,6 +8347,8 @@ def open_store(job: Job) -> CropStore | None:
     """
     config, records = job.config, job.records
     needed = list(_find_repeating(job)) if config.cache_crops else []
+    if not needed:
+        return None
     free = shutil.disk_usage(config.out_dir).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     places_left = int(min(1e9 * config.cache_crops, free / 4, memory / 4) / store_bytes(config.img_size))
@@ -8357,13 +8358,12 @@ def open_store(job: Job) -> CropStore | None:
         given = rows[: places_left - count]
         places[int(trains), int(is_masked), given] = np.arange(count, count + len(given))
         count += len(given)
-    if not count:
-        return None
-    try:
-        file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0)  # noqa: SIM115  the store's
-    except OSError:  # no room: they are decoded each epoch
-        return None
-    return CropStore(file, records, places, config.img_size)
+    with contextlib.suppress(OSError):
+        if count:
+            file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0)  # noqa: SIM115  the store's
+            return CropStore(file, records, places, config.img_size)
+    job.run.log(f"warning: no room to keep decoded crops in {config.out_dir}: they are decoded each epoch")
+    return None
 
 
 def _find_repeating(job: Job) -> Iterator[tuple[bool, bool, np.ndarray]]:
@@ -13866,7 +13866,10 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
             "lower --workers if memory is short (/dev/shm too); the same command continues",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return UserError(f"cannot be written: {error.strerror}", str(error.filename or config.out_dir), "make room")
+        remedy = "make room" + ", or give a lower --cache_crops" * (
+            config.command == "train" and config.cache_crops > 0
+        )
+        return UserError(f"cannot be written: {error.strerror}", str(error.filename or config.out_dir), remedy)
     return None
 
 

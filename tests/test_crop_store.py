@@ -221,6 +221,18 @@ def test_it_takes_no_more_than_it_may(data: Path, limit: str, monkeypatch: pytes
     assert os.fstat(job.store._file.fileno()).st_size <= room
 
 
+def test_a_full_disk_is_named_and_costs_the_store_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(data)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with lct.RunDirectory(data.parent / "run") as run:
+        assert lct.open_store(dataclasses.replace(make_job(data), run=run)) is None
+    assert "no room to keep decoded crops" in (data.parent / "run/train.log").read_text(encoding="utf-8")
+    full = OSError(28, "No space left on device", "checkpoint_last.pth")
+    for size, is_named in ((8.0, True), (0.0, False)):
+        explained = lct.explain_failure(full, lct.Config(cache_crops=size))
+        assert ("--cache_crops" in str(explained)) == is_named and "make room" in str(explained)
+
+
 def test_a_fine_tuned_run_with_masks_is_the_same_without_it(data: Path, tmp_path: Path, call_main: Callable) -> None:
     make_dataset(tmp_path / "unknown", {"mug": 8}, seed=5)
     flags = [

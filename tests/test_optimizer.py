@@ -62,6 +62,8 @@ def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
     model, config = make_model(freeze=False)
     groups = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.2))
     assert [group["weight_decay"] for group in groups] == [0.2, 0.0, 0.2, 0.2, 0.0]
+    none = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.0))
+    assert [group["weight_decay"] for group in none] == [0.0] * 3, "what has the same rate and decay is one group"
     config = dataclasses.replace(config, criterion="cross_entropy", weight_decay=0.2)
     linear = lct.Recognizer(model.backbone, model.head, lct.build_criterion(config, 3))
     decay_of = {id(p): group["weight_decay"] for group in lct.parameter_groups(linear, config) for p in group["params"]}
