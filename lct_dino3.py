@@ -2671,21 +2671,19 @@ ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
 def _plain_images(entries: list[os.DirEntry]) -> list[str]:
-    """Return the names of the visible entries that are certainly images: regular files of a plain name with a lower-case suffix.
+    """Return the names of the visible entries that are certainly images: files of a plain name with a lower-case suffix.
 
     Most are: told in one expression, a scan of 100,000 takes a fifth less than by calls for each.
     """
     try:
-        return [
+        names = [
             name
             for entry in entries
-            if (name := entry.name).endswith(IMAGE_SUFFIXES)
-            and name[0] != "."
-            and name.isprintable()
-            and entry.is_file(follow_symlinks=False)
+            if (name := entry.name).endswith(IMAGE_SUFFIXES) and name[0] != "." and entry.is_file()
         ]
-    except OSError:  # a file system that does not list types, and a file that may not be asked for its own
+    except OSError:  # a link in a circle, or to where we may not look
         return []
+    return names if "".join(names).isprintable() else [name for name in names if name.isprintable()]
 
 
 def _look_closer(
@@ -2724,14 +2722,13 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
         try:
-            with os.scandir(data_root / prefix) as found:
-                entries = list(found)
+            with opened_folder(data_root / prefix) as entries:
+                names = _plain_images(entries)
+                if len(names) < len(entries):
+                    names += _look_closer(listing, prefix, entries, set(names), masks_dirname)
         except OSError as error:
             listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
-        names = _plain_images(entries)
-        if len(names) < len(entries):
-            names += _look_closer(listing, prefix, entries, set(names), masks_dirname)
         names.sort()
         listing.paths += [f"{prefix}/{name}" for name in names]
         listing.folders += [class_name] * len(names)
@@ -2790,6 +2787,20 @@ def list_image_tree(root: Path) -> ImageTree:
     found.sort()
     stamps = np.array([row[1:] for row in found], dtype=np.int64).reshape(-1, 2)
     return ImageTree([row[0] for row in found], stamps, sorted(problems))
+
+
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[list[os.DirEntry]]:
+    """List what lies in a folder, by its descriptor: joining the path of each entry would take a fifth of the time.
+
+    The entries can be asked while the folder is open; their `path` is their name.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.scandir(descriptor) as entries:
+            yield list(entries)
+    finally:
+        os.close(descriptor)
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
