@@ -5311,10 +5311,15 @@ class SampleKey(NamedTuple):
     """What a sample is a function of, besides the files."""
 
     row: int
-    seed: int  # of its augmentation
+    words: tuple[int, ...]  # that its randomness follows from; none where there is none
     view: int  # into VIEW_NAMES; a crop without a usable mask is shown as it is in either
     showing: int = 0  # epochs and repetitions before: with --cache_views it says whose turn it is
     augmented: bool = True  # whether the schedule of the augmentation lets it be
+
+    @property
+    def seed(self) -> int:
+        """Of its augmentation, drawn where it is asked for: in a worker, for the main process would take 18 us for each."""
+        return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
 STORE_HEAD = struct.Struct("<BI")  # channels, CRC-32 of the pixels
@@ -5414,7 +5419,8 @@ class CropDataset(Dataset):
         self.store = store if store is not None and store.records is records else None
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
-        rng = self.backgrounds.draw(key.seed) if self.backgrounds else None
+        seed = key.seed
+        rng = self.backgrounds.draw(seed) if self.backgrounds else None
         is_masked, trains = bool(self.records.mask_of(key.row, key.view)), self.transform.trains
         keeps = self.store is not None and rng is None and self.transform.repeats(is_masked)
         square, lost = self.store.get(key.row, is_masked, trains) if keeps else None, ""
@@ -5425,12 +5431,12 @@ class CropDataset(Dataset):
                 return None, key, f"cannot be read any more and is left out: {error}"
         try:
             if not keeps:
-                return self.transform(image, mask, key.seed, key.augmented), key, lost
+                return self.transform(image, mask, seed, key.augmented), key, lost
             if square is None:
-                square = self.transform.make_square(image, mask, key.seed)
+                square = self.transform.make_square(image, mask, seed)
                 if not lost:
                     self.store.put(key.row, is_masked, trains, square)
-            return self.transform.finish(square, key.seed, key.augmented), key, lost
+            return self.transform.finish(square, seed, key.augmented), key, lost
         except ImageError as error:
             return None, key, f"is left out: {error}"
 
@@ -5498,8 +5504,8 @@ class EpochSampler(Sampler):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
             for row, view, gate in drawn:
-                seed, showing = sample_seed(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
-                keys.append(SampleKey(row, seed, int(view), showing, gate))
+                words, showing = sample_words(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
+                keys.append(SampleKey(row, words, int(view), showing, gate))
                 seen[row] += 1
             yield keys
 
@@ -5518,9 +5524,9 @@ class EpochSampler(Sampler):
         return np.concatenate(chosen)
 
 
-def sample_seed(seed: int, epoch: int, row: int, repetition: int = 0) -> int:
-    """Return the seed of a sample's augmentation; `repetition` tells apart the showings of one image in one epoch."""
-    return int(np.random.SeedSequence((seed, 3, epoch, row, repetition)).generate_state(1, np.uint64)[0])
+def sample_words(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
+    """Return what a sample's augmentation follows from; `repetition` tells apart the showings of one image in one epoch."""
+    return seed, 3, epoch, row, repetition
 
 
 def batch_borders(num_samples: int, batch: int) -> list[int]:
@@ -5616,9 +5622,9 @@ def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[Sample
     """Return the samples that evaluation looks at: bbox and mask see each crop once, mix those with a mask both ways."""
     has_mask = records.has_mask[rows]
     keys = [
-        SampleKey(row, 0, int(view)) for row, view in zip(rows.tolist(), has_mask & (crop_mode == "mask"), strict=True)
+        SampleKey(row, (), int(view)) for row, view in zip(rows.tolist(), has_mask & (crop_mode == "mask"), strict=True)
     ]
-    return keys + [SampleKey(row, 0, 1) for row in rows[has_mask & (crop_mode == "mix")].tolist()]
+    return keys + [SampleKey(row, (), 1) for row in rows[has_mask & (crop_mode == "mix")].tolist()]
 
 
 def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
@@ -8587,7 +8593,7 @@ class ViewCache:
             start = max(0, first - view * num_images)
             masked = self._is_masked[view + 1].tolist()
             keys = [
-                SampleKey(row, sample_seed(self._job.config.seed, view, row), int(masked[position]))
+                SampleKey(row, sample_words(self._job.config.seed, view, row), int(masked[position]))
                 for position, row in enumerate(self._rows.tolist())
             ]
             batches = cut_batches(keys[start:], self._job.config.batch)
@@ -13640,7 +13646,7 @@ def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded
     for view, name in enumerate(VIEW_NAMES):
         known = queries.take((queries.views == view) & has_mask[queries.rows])
         if len(known.rows) < len(rows):
-            keys = [SampleKey(row, 0, view) for row in rows.tolist()]
+            keys = [SampleKey(row, (), view) for row in rows.tolist()]
             known = embed(job, model, bank.extract(keys, f"test as {name}"))
         pair.append(known)
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between

@@ -203,5 +203,6 @@ def test_only_the_built_in_augmentation_of_crops_without_mask_sees_fractions(tmp
     image, mask, _ = lct.load_crop(records, 0, 1, 112)
     assert image.shape == (320, 640, 3) and mask.shape == (320, 640)
     dataset = lct.CropDataset(records, lct.build_transform(64, augment=True))
-    wanted = dataset.transform(lct.load_image(tmp_path / "a.jpg", 112), None, 5)
-    assert np.array_equal(dataset[lct.SampleKey(0, 5, 0)][0], wanted)
+    key = lct.SampleKey(0, (5,), 0)
+    wanted = dataset.transform(lct.load_image(tmp_path / "a.jpg", 112), None, key.seed)
+    assert np.array_equal(dataset[key][0], wanted)

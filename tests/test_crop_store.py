@@ -82,7 +82,7 @@ def test_crops_come_from_the_store_the_second_time_and_are_the_same(data: Path, 
 
 def test_random_fills_and_crops_on_backgrounds_are_made_anew(data: Path, tmp_path: Path) -> None:
     job = with_store(make_job(data, crop_mode="mask", mask_fill="random"))
-    dataset, key = job.training_crops(), lct.SampleKey(int(np.flatnonzero(job.records.has_mask)[0]), 1, 1)
+    dataset, key = job.training_crops(), lct.SampleKey(int(np.flatnonzero(job.records.has_mask)[0]), (1,), 1)
     dataset[key]
     assert job.store.get(key.row, True, True) is None
     plain = int(np.flatnonzero(~job.records.has_mask & (job.records.splits == 0))[0])
@@ -93,7 +93,7 @@ def test_random_fills_and_crops_on_backgrounds_are_made_anew(data: Path, tmp_pat
     backgrounds = lct.scan_backgrounds(config)
     other = int(job.records.rows("train")[-1])
     dataset = lct.CropDataset(job.records, job.transform(True), backgrounds, job.store)
-    assert not np.array_equal(dataset[lct.SampleKey(other, 1, 0)][0], dataset[lct.SampleKey(other, 2, 0)][0])
+    assert not np.array_equal(dataset[lct.SampleKey(other, (1,), 0)][0], dataset[lct.SampleKey(other, (2,), 0)][0])
     assert job.store.get(other, False, True) is None
 
 
@@ -124,7 +124,7 @@ def test_plain_and_masked_have_places_of_their_own_and_crops_without_mask_one(da
     dataset, has_mask = job.training_crops(), job.records.has_mask
     rows = job.records.rows("train")
     for row in rows.tolist():
-        dataset[lct.SampleKey(row, 1, 1)]
+        dataset[lct.SampleKey(row, (1,), 1)]
     kept = [[job.store.get(row, masked, True) is not None for row in rows.tolist()] for masked in (False, True)]
     assert kept == [(~has_mask[rows]).tolist(), has_mask[rows].tolist()]
     assert {job.store.get(row, True, True).shape[2] for row in rows[has_mask[rows]].tolist()} == {4}
@@ -137,7 +137,7 @@ def test_a_crop_whose_mask_is_lost_is_not_kept_without_it(data: Path) -> None:
     row = int(np.flatnonzero(job.records.has_mask & (job.records.splits == 0))[0])
     (data / job.records.masks[row]).write_bytes(b"gone")
     for _ in range(2):
-        image, _, reason = job.training_crops()[lct.SampleKey(row, 1, 1)]
+        image, _, reason = job.training_crops()[lct.SampleKey(row, (1,), 1)]
         assert image is not None and "its mask cannot be read any more" in reason
 
 
@@ -148,7 +148,7 @@ def read_elsewhere(packed: bytes, key: tuple, pipe: object) -> None:
 
 def test_another_process_of_the_machine_opens_the_same_store(data: Path) -> None:
     job = with_store(make_job(data))
-    key = lct.SampleKey(int(job.records.rows("train")[0]), 0, 0)
+    key = lct.SampleKey(int(job.records.rows("train")[0]), (), 0)
     square = job.training_crops().transform.make_square(lct.load_image(data / job.records.paths[key.row]), None, 0)
     job.store.put(key.row, False, True, square)
     context = multiprocessing.get_context("spawn")
@@ -169,7 +169,7 @@ def test_crops_of_others_are_not_taken_for_those_that_are_kept(data: Path) -> No
     """As of --unknown_dir, which are embedded in the same run."""
     job = with_store(make_job(data))
     others = dataclasses.replace(job, records=dataclasses.replace(job.records, root=data.parent / "nowhere"))
-    key = lct.SampleKey(int(job.records.rows("train")[0]), 0, 0)
+    key = lct.SampleKey(int(job.records.rows("train")[0]), (), 0)
     assert job.training_crops()[key][0] is not None and job.store.get(key.row, False, True) is not None
     image, _, reason = others.training_crops()[key]
     assert image is None and "No such file" in reason
@@ -198,7 +198,7 @@ def test_a_store_is_opened_where_crops_are_needed_again(data: Path, options: dic
 
 def test_evaluation_has_its_places_where_the_backbone_is_trained(data: Path) -> None:
     frozen, trained = (with_store(make_job(data, freeze_backbone=value)) for value in (True, False))
-    key = lct.SampleKey(int(trained.records.rows("val")[0]), 0, 0)
+    key = lct.SampleKey(int(trained.records.rows("val")[0]), (), 0)
     square = np.full((SIDE, SIDE, 3), 9, np.uint8)
     for job, is_kept in ((frozen, False), (trained, True)):
         job.store.put(key.row, False, False, square)
@@ -216,7 +216,7 @@ def test_it_takes_no_more_than_it_may(data: Path, limit: str, monkeypatch: pytes
     job = with_store(job)
     crops, rows = job.training_crops(), job.records.rows("train").tolist()
     for row in rows:
-        crops[lct.SampleKey(row, 0, 0)]
+        crops[lct.SampleKey(row, (), 0)]
     assert [job.store.get(row, False, True) is not None for row in rows] == [i < 5 for i in range(len(rows))]
     assert os.fstat(job.store._file.fileno()).st_size <= room
 

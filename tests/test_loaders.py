@@ -87,9 +87,9 @@ def test_an_unreadable_image_costs_itself_and_is_named(records: lct.Records, tmp
     (tmp_path / "00.png").write_bytes((records.root / "00.png").read_bytes())
     (tmp_path / "02.png").write_bytes((records.root / "02.png").read_bytes()[:200])
     dataset = lct.CropDataset(dataclasses.replace(records, root=tmp_path), lct.build_transform(32, augment=False))
-    batch = dataset.collate([dataset[lct.SampleKey(row, 0, 0)] for row in (0, 1, 2)])
+    batch = dataset.collate([dataset[lct.SampleKey(row, (), 0)] for row in (0, 1, 2)])
     assert batch.rows.tolist() == [0] and batch.images.shape == (1, 3, 32, 32) and batch.images.dtype == torch.uint8
     assert [row for row, _ in batch.failures] == [1, 2]
     assert "left out: No such file or directory" in batch.failures[0][1] and "truncated" in batch.failures[1][1].lower()
-    empty = dataset.collate([dataset[lct.SampleKey(1, 0, 0)]])
+    empty = dataset.collate([dataset[lct.SampleKey(1, (), 0)]])
     assert len(empty.labels) == 0 and len(empty.images) == 0

@@ -329,7 +329,7 @@ def test_a_mask_that_vanishes_costs_the_mask_and_is_named(tmp_path: Path) -> Non
     records = scan(root).records
     (root / "bolt/masks/00_mask.png").unlink()
     dataset = lct.CropDataset(records, lct.build_transform(32, augment=False))
-    batch = dataset.collate([dataset[lct.SampleKey(row, 0, 1)] for row in (0, 1)])
+    batch = dataset.collate([dataset[lct.SampleKey(row, (), 1)] for row in (0, 1)])
     assert batch.rows.tolist() == [0, 1] and batch.views.tolist() == [1, 1]
     ((row, reason),) = batch.failures
     assert row == 0 and "used with its background" in reason

@@ -141,7 +141,7 @@ def test_a_background_that_vanishes_costs_itself_alone(masked_data: Path, pictur
     )
     records, backgrounds = lct.scan_dataset(config).records, lct.scan_backgrounds(config)
     shutil.rmtree(tmp_path / "pictures")
-    image, _, reason = lct.CropDataset(records, lct.build_transform(32, False), backgrounds)[lct.SampleKey(0, 1, 0)]
+    image, _, reason = lct.CropDataset(records, lct.build_transform(32, False), backgrounds)[lct.SampleKey(0, (1,), 0)]
     assert "used without the background that cannot be read" in reason and ".png" in reason
     assert np.array_equal(image, lct.fit_square(lct.load_image(records.root / records.paths[0]), 32))
 

@@ -243,5 +243,5 @@ def test_an_image_that_a_transform_cannot_take_is_left_out_by_name(tmp_path: Pat
         tmp_path, ("a",), lct.PathTable(["0.png", "1.png"]), 0 * numbers, numbers, np.zeros(2, np.int8)
     )
     dataset = lct.CropDataset(records, build(entry("random_crop", height=128, width=128)))
-    batch = dataset.collate([dataset[lct.SampleKey(row, 0, 0)] for row in (0, 1)])
+    batch = dataset.collate([dataset[lct.SampleKey(row, (), 0)] for row in (0, 1)])
     assert batch.rows.tolist() == [0] and batch.failures[0][0] == 1 and "RandomCrop" in batch.failures[0][1]

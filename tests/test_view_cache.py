@@ -56,12 +56,12 @@ def test_what_the_schedule_does_not_augment_is_shown_clean(data: Path) -> None:
     rows = job.records.rows("train").tolist()
     for showing in range(3):
         keys = [
-            lct.SampleKey(row, 0, 0, showing, augmented)
+            lct.SampleKey(row, (), 0, showing, augmented)
             for row, augmented in zip(rows, [False, True] * 99, strict=False)
         ]
         features, expected = cache.take(keys).images[::2], clean.values[np.searchsorted(clean.rows, rows)][::2]
         assert torch.equal(features, expected)
-    assert not torch.equal(cache.take([lct.SampleKey(row, 0, 0, 1) for row in rows]).images, clean.values)
+    assert not torch.equal(cache.take([lct.SampleKey(row, (), 0, 1) for row in rows]).images, clean.values)
 
 
 @pytest.mark.parametrize("crop_mode", ["bbox", "mask", "mix"])
@@ -70,7 +70,7 @@ def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode:
     rows = job.records.rows("train")
     seen: dict[int, list[tuple]] = {row: [] for row in rows.tolist()}
     for showing in range(3):
-        batch = cache.take([lct.SampleKey(row, 0, 0, showing) for row in rows.tolist()])
+        batch = cache.take([lct.SampleKey(row, (), 0, showing) for row in rows.tolist()])
         assert batch.rows.tolist() == rows.tolist() and torch.equal(
             batch.labels, torch.from_numpy(job.records.labels[rows]).long()
         )
@@ -82,7 +82,8 @@ def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode:
         crop_mode
     ]
     for row, own in list(seen.items())[::5]:
-        seeds = [None, *(lct.sample_seed(job.config.seed, view, row) for view in range(2))]
+        words = [lct.sample_words(job.config.seed, view, row) for view in range(2)]
+        seeds = [None, *(lct.SampleKey(row, own_words, 0).seed for own_words in words)]
         for view, features in own:  # in one of three orders
             errors = [np.abs(features - embed_alone(job, backbone, row, view, seed)).max() for seed in seeds]
             best = int(np.argmin(errors))
@@ -129,7 +130,7 @@ def test_an_image_that_is_gone_is_left_out_and_named(data: Path) -> None:
         cache = lct.ViewCache(dataclasses.replace(job, run=run), backbone, clean)
     assert list(job.unreadable) == [row]
     shown = [
-        cache.take([lct.SampleKey(row, 0, 0, showing), lct.SampleKey(first, 0, 0, 0)]).rows.tolist()
+        cache.take([lct.SampleKey(row, (), 0, showing), lct.SampleKey(first, (), 0, 0)]).rows.tolist()
         for showing in range(3)
     ]
     assert sorted(map(len, shown)) == [1, 1, 2]  # its clean view was embedded before

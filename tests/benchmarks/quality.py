@@ -57,7 +57,7 @@ class Subject:
     def _embed(self, number: int) -> dict[torch.dtype, np.ndarray]:
         transform = lct.build_transform(self.config.img_size, number > 0)
         dataset = lct.CropDataset(self.records, transform)
-        keys = [lct.SampleKey(row, lct.sample_seed(0, number, row), 0) for row in range(len(self.records.paths))]
+        keys = [lct.SampleKey(row, lct.sample_words(0, number, row), 0) for row in range(len(self.records.paths))]
         found = {torch.float32: [], torch.bfloat16: []}
         with torch.inference_mode():
             for batch in lct.make_loader(dataset, lct.cut_batches(keys, 64), self.config, CPU):

@@ -256,7 +256,7 @@ def kept_case(settings: Settings, augment: bool) -> Case:
 
     def own() -> None:  # the round that warms up is the first epoch
         for row in range(len(photos)):
-            dataset[lct.SampleKey(row, row, 0)]
+            dataset[lct.SampleKey(row, (row,), 0)]
 
     return dataclasses.replace(fresh, ours=own, check=None)
 
@@ -351,7 +351,7 @@ def batch_sides() -> tuple[Callable[[], object], Callable[[], object]]:
     theirs = [(torch.from_numpy(image).permute(2, 0, 1).float().contiguous(), 0) for _ in range(BATCH)]
     records = lct.Records(Path(), ("a",), lct.PathTable(["a/1.png"]), *np.zeros((3, 1), np.int32))
     dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, False))
-    samples = [(image.copy(), lct.SampleKey(0, 0, 0), "") for _ in range(BATCH)]
+    samples = [(image.copy(), lct.SampleKey(0, (), 0), "") for _ in range(BATCH)]
     return lambda: default_collate(theirs)[0], lambda: dataset.collate(samples).images
 
 
