@@ -5337,7 +5337,9 @@ class CropStore:
     def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self._file = file
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        self._places = places  # (2, 2, N) int32: evaluation or training, plain or masked, record -> place, -1 = none
+        self._places = (
+            places  # (2, 2, N) int64: evaluation or training, plain or masked, record -> first byte, -1 = none
+        )
         self._side = side
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -5376,18 +5378,17 @@ class CropStore:
     def describe(self) -> str:
         """Return one sentence for the log."""
         count = int((self._places >= 0).sum())
-        megabytes = count * store_bytes(self._side) / 1e6
+        megabytes = max(self._places[:, i].max() + store_bytes(self._side, bool(i)) for i in (0, 1)) / 1e6
         return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {megabytes:,.1f} MB (--cache_crops)"
 
     def _find(self, row: int, is_masked: bool, trains: bool) -> int | None:
-        """Return where the place of a crop begins, in bytes."""
         place = int(self._places[int(trains), int(is_masked), row])
-        return None if place < 0 else place * store_bytes(self._side)
+        return None if place < 0 else place
 
 
-def store_bytes(side: int) -> int:
-    """Return how many bytes a place in a `CropStore` takes at most."""
-    return STORE_HEAD.size + 4 * side * side
+def store_bytes(side: int, is_masked: bool) -> int:
+    """Return how many bytes a crop takes in a `CropStore`."""
+    return STORE_HEAD.size + (4 if is_masked else 3) * side * side
 
 
 def _reopen_store(
@@ -8368,15 +8369,16 @@ def open_store(job: Job) -> CropStore | None:
         return None
     free = shutil.disk_usage(config.out_dir).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    places_left = int(min(1e9 * config.cache_crops, free / 4, memory / 4) / store_bytes(config.img_size))
-    places = np.full((2, 2, len(records.paths)), -1, np.int32)
-    count = 0
+    room = int(min(1e9 * config.cache_crops, free / 4, memory / 4))
+    places = np.full((2, 2, len(records.paths)), -1, np.int64)
+    end = 0
     for trains, is_masked, rows in needed:  # the first rows, if there is no room for all
-        given = rows[: places_left - count]
-        places[int(trains), int(is_masked), given] = np.arange(count, count + len(given))
-        count += len(given)
+        size = store_bytes(config.img_size, is_masked)
+        given = rows[: (room - end) // size]
+        places[int(trains), int(is_masked), given] = end + size * np.arange(len(given))
+        end += size * len(given)
     with contextlib.suppress(OSError):
-        if count:
+        if end:
             file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0)  # noqa: SIM115  the store's
             return CropStore(file, records, places, config.img_size)
     job.run.log(f"warning: no room to keep decoded crops in {config.out_dir}: they are decoded each epoch")
@@ -8755,7 +8757,8 @@ def name_knob(config: Config) -> str:
     """Return what to change where the device waits for data."""
     if config.cache_views:
         return "put --out_dir on a faster disk"
-    if not config.cache_crops and config.epochs > 1:
+    own_lists = config.pre_transforms or config.train_augmentations is not None
+    if not config.cache_crops and config.epochs > 1 and not own_lists:
         return f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
     if config.workers < count_cores():
         return f"raise --workers, {config.workers} of {count_cores()} cores"

@@ -113,7 +113,7 @@ def test_what_was_written_in_part_is_not_there(data: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "pwrite", write)
     for row in rows[2:4]:
         store.put(row, False, True, square)
-    os.pwrite(store._file.fileno(), b"\0" * 16, 3 * lct.store_bytes(SIDE) + 1000)  # a page that got lost
+    os.pwrite(store._file.fileno(), b"\0" * 16, 3 * lct.store_bytes(SIDE, False) + 1000)  # a page that got lost
     assert [store.get(row, False, True) is None for row in rows[:5]] == [True, True, False, True, True]
     assert np.array_equal(store.get(rows[2], False, True), square)
     assert store.get(rows[2], False, False) is None, "evaluation has another place, and decodes whole"
@@ -208,7 +208,7 @@ def test_evaluation_has_its_places_where_the_backbone_is_trained(data: Path) -> 
 
 @pytest.mark.parametrize("limit", ["option", "disk"])
 def test_it_takes_no_more_than_it_may(data: Path, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = 5 * lct.store_bytes(SIDE)
+    room = 5 * lct.store_bytes(SIDE, is_masked=False)
     if limit == "disk":
         usage = shutil.disk_usage(data)._replace(free=4 * room + 3)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

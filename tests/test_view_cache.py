@@ -181,6 +181,7 @@ def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
     assert line(0.03).endswith("12.3 s, 1,234 images/s, 3% of it waiting for data")
     assert "--workers" in line(0.4, workers=0)
     assert "--cache_crops 8" in line(0.4, workers=0, cache_crops=0.0)
+    assert "--workers" in line(0.4, workers=0, cache_crops=0.0, train_augmentations=())
     assert "--cache_views" in line(0.4, workers=256)
     assert "--" not in line(0.4, workers=256, freeze_backbone=False).split("waiting")[1]
     assert "--out_dir" in line(0.4, cache_views=4)

@@ -249,7 +249,7 @@ def kept_case(settings: Settings, augment: bool) -> Case:
     photos, fresh = draw_photos(settings), item_case(settings, augment)
     count = np.zeros(len(photos), np.int32)
     records = lct.Records(photos[0].parent, ("a",), lct.PathTable([path.name for path in photos]), count, count, count)
-    places = np.arange(4 * len(photos), dtype=np.int32).reshape(2, 2, -1)
+    places = lct.store_bytes(IMG_SIZE, True) * np.arange(4 * len(photos)).reshape(2, 2, -1)
     file = tempfile.TemporaryFile(dir=settings.scratch, buffering=0)  # noqa: SIM115  the store's
     store = lct.CropStore(file, records, places, IMG_SIZE)
     dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, augment), store=store)
