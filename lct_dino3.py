@@ -128,6 +128,7 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 PRIOR_ANSWERS = (
     10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
 )
+SCORE_ROUNDING = 1e-4  # by which the cosine of the same picture may differ in another batch, in bf16
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -5337,9 +5338,8 @@ class CropStore:
     def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self._file = file
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        self._places = (
-            places  # (2, 2, N) int64: evaluation or training, plain or masked, record -> first byte, -1 = none
-        )
+        # (2, 2, N) int64: evaluation or training, plain or masked, record -> first byte, -1 = none
+        self._places = places
         self._side = side
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -6834,9 +6834,10 @@ def precision_above(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
 def precision_threshold(
     scores: np.ndarray, is_right: np.ndarray, precision: float, prior: np.ndarray | None = None
 ) -> float:
-    """Return the least score (N,) at or above which that share of the answers is right; above all of them if there is none.
+    """Return a threshold at or above which that share of the answers is right, the least there is; above all if there is none.
 
-    Answers of one score come or go together.
+    It lies below the last score (N,) that passes, by SCORE_ROUNDING or half the way to the next one: the same picture, embedded in
+    another batch, must pass as well. Answers of one score come or go together.
 
     Args:
         scores, is_right: (N,).
@@ -6851,7 +6852,9 @@ def precision_threshold(
     enough = np.flatnonzero((shares >= precision) & is_last_of_score)
     if not len(enough):
         return float(np.nextafter(np.float32(scores.max(initial=-1.0)), np.float32(2.0)))
-    return float(ranked[enough[-1]])
+    last, below = (float(score) for score in np.append(ranked, -np.inf)[enough[-1] : enough[-1] + 2])
+    threshold = np.float32(max(last - SCORE_ROUNDING, (last + below) / 2))
+    return float(max(threshold, np.nextafter(np.float32(below), np.float32(np.inf))))
 
 
 def bootstrap_weights(images: np.ndarray) -> np.ndarray:

@@ -172,7 +172,12 @@ def test_calibration_error_is_that_of_the_definition() -> None:
 def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     scores, is_right = np.array([0.9, 0.8, 0.8, 0.7, 0.6]), np.array([True, True, False, True, True])
     for precision, expected in ((1.0, 0.9), (0.75, 0.6), (0.5, 0.6)):
-        assert lct.precision_threshold(scores, is_right, precision) == expected
+        threshold = lct.precision_threshold(scores, is_right, precision)
+        assert threshold < expected == pytest.approx(threshold, abs=2e-4), "the same picture may round otherwise"
+    near = np.array([0.5, 0.49999, 0.49998], np.float32)
+    assert near[1] < np.float32(lct.precision_threshold(near, np.array([True, False, False]), 1.0)) < near[0]
+    near[1] = np.nextafter(near[0], np.float32(0))
+    assert lct.precision_threshold(near, np.array([True, False, False]), 1.0) == 0.5
     assert lct.precision_threshold(np.array([0.5]), np.array([False]), 0.9) > 0.5
     rng = np.random.default_rng(0)
     scores = np.round(rng.random(300), 2)
