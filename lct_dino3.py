@@ -2507,9 +2507,12 @@ def read_file(path: str | Path) -> bytes:
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ImageError("is not a regular file")
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)  # what is asked for is reserved, used or not
+            if len(data) > status.st_size:  # it grows, or does not tell its size
+                data += file.read(MAX_FILE_BYTES + 1 - len(data))
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
     if not data:
@@ -4488,8 +4491,6 @@ TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations",
 
 
 def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-    if not looks:
-        return image
     # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
     looks.set_random_state(rng, random.Random(seed))
     return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
@@ -4585,10 +4586,12 @@ class Transform:
 
     def _augment(self, square: np.ndarray, seed: int, looks: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Return image and mask of a square, changed in the built-in way; without `looks` as it is."""
+        if not looks:
+            return self._part(square, seed)
         import cv2
 
         rng = np.random.default_rng(seed)
-        image, mask = self._part(self._move(square, rng) if looks else square, seed)
+        image, mask = self._part(self._move(square, rng), seed)
         changed = _change_looks(looks, image, rng, seed)
         if mask is None or self.fill.kind == "keep":
             return changed, mask

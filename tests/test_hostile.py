@@ -171,6 +171,12 @@ def test_a_file_that_becomes_a_pipe_after_it_was_listed_does_not_hang(tmp_path: 
         lct.load_image("/dev/zero")
 
 
+@pytest.mark.skipif(not Path("/proc/version").is_file(), reason="has no file that hides its size")
+def test_a_file_that_does_not_tell_its_size_is_read_whole() -> None:
+    assert Path("/proc/version").stat().st_size == 0
+    assert lct.read_file("/proc/version") == Path("/proc/version").read_bytes() != b""
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
 def test_folders_and_files_without_permission(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "data", {"a": 4, "b": 4, "locked": 4})

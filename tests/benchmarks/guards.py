@@ -198,7 +198,7 @@ GUARDS = {
         "tests/test_crop_store.py -k 'others or fine_tuned'",
     ),
     "pipes do not hang": (
-        "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
+        "if not stat.S_ISREG(status.st_mode):",
         "if False:",
         "tests/test_hostile.py -k becomes_a_pipe",
     ),
