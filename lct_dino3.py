@@ -126,7 +126,7 @@ MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some
 SIGNIFICANCE = 0.05  # of the sign test by which several prototypes a class must be better
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 PRIOR_ANSWERS = (
-    10  # that the answers of all classes count for in a class's threshold: on hand tools the promised precision holds
+    10  # that those of all classes count for in a class's threshold: on hand tools the promised precision holds
 )
 SCORE_ROUNDING = 1e-4  # by which the cosine of the same picture may differ in another batch, in bf16
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
@@ -5349,7 +5349,7 @@ class CropStore:
     def get(self, row: int, is_masked: bool, trains: bool) -> np.ndarray | None:
         """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read whole."""
         place = self._find(row, is_masked, trains)
-        if place is None:
+        if place < 0:
             return None
         try:
             head = os.pread(self._file.fileno(), STORE_HEAD.size, place)
@@ -5366,7 +5366,7 @@ class CropStore:
     def put(self, row: int, is_masked: bool, trains: bool, square: np.ndarray) -> None:
         """Keep what `Transform.make_square` has made, if there is a place for it."""
         place = self._find(row, is_masked, trains)
-        if place is None:
+        if place < 0:
             return
         square = np.ascontiguousarray(square)
         with contextlib.suppress(OSError):  # a full disk: it will be decoded again
@@ -5380,9 +5380,8 @@ class CropStore:
         megabytes = max(self._places[:, i].max() + store_bytes(self._side, bool(i)) for i in (0, 1)) / 1e6
         return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {megabytes:,.1f} MB (--cache_crops)"
 
-    def _find(self, row: int, is_masked: bool, trains: bool) -> int | None:
-        place = int(self._places[int(trains), int(is_masked), row])
-        return None if place < 0 else place
+    def _find(self, row: int, is_masked: bool, trains: bool) -> int:
+        return int(self._places[int(trains), int(is_masked), row])
 
 
 def store_bytes(side: int, is_masked: bool) -> int:
