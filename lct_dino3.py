@@ -126,7 +126,7 @@ MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some
 SIGNIFICANCE = 0.05  # of the sign test by which several prototypes a class must be better
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 PRIOR_ANSWERS = (
-    10  # that those of all classes count for in a class's threshold: on hand tools the promised precision holds
+    10  # answers that those of all classes count for in a class's threshold: so precision holds on hand tools
 )
 SCORE_ROUNDING = 1e-4  # by which the cosine of the same picture may differ in another batch, in bf16
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
