@@ -128,7 +128,7 @@ MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold o
 PRIOR_ANSWERS = (
     10  # answers that those of all classes count for in a class's threshold: so precision holds on hand tools
 )
-SCORE_ROUNDING = 1e-4  # by which the cosine of the same picture may differ in another batch, in bf16
+SCORE_ROUNDING = 1e-4  # of a cosine: far more than a batch of another size changes in it (1e-6 on a CPU), and harmless
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 EXPORT_TOLERANCE = 1e-4  # of cosines, between PyTorch and what was exported
 EXPORT_CROPS = 16  # real ones that an export is checked on
@@ -13339,7 +13339,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     from importlib.metadata import version
 
     config, (head_decay, backbone_decay) = job.config, weight_decays(job.config)
-    packages = ("torch", "timm", "albumentations", "opencv-python-headless", "scikit-learn", "numpy", "pillow")
+    packages = "torch timm albumentations opencv-python-headless scikit-learn numpy pillow simplejpeg".split()
     return {
         "options": config.as_plain(),
         "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
