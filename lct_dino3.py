@@ -248,297 +248,55 @@ class Interrupted(BaseException):
 COMMANDS = {
     "train": "scan, split, train, evaluate, export prototypes, report (default)",
     "scan": "data health and split preview only; writes data_report.json",
-    "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png and data_report.json",
     "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
     "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
+}
+# Each is a script in tools/ with options of its own; this script starts it and imports nothing of it.
+TOOLS = {
+    "crop": "cut labelled photos into folders of crops",
+    "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
+    "prelabel": "give detected objects a class or unknown, for annotation tools",
     "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
-    "prelabel": "give detected objects a class or unknown, for annotation tools; needs --run, --images, --out",
-    "demo": "draw a data set of eleven hand tools and train on it; flags of train are accepted",
+    "report": "make report.html of a run anew, or one page that compares several runs",
+    "track": "record a run in ClearML or TensorBoard, while it trains or afterwards",
+    "demo": "draw a data set of eleven hand tools and run the whole job on it",
 }
-
-
-# What a command cannot do without, and how it is called. All others need what train needs.
-NEEDED_FLAGS = {
-    "export": (("run",), "export --run RUN --format onnx"),
-    "evaluate": (("run",), "evaluate --run RUN"),
-    "prototypes": (("run",), "prototypes --run RUN --add DIR"),
-    "prelabel": (("run", "images", "out"), "prelabel --run RUN --images DIR --out OUT"),
-}
-TRAINING_FLAGS = (("data_root", "out_dir"), "--data_root DATA --out_dir RUN")
+TOOLS_DIR = Path(__file__).resolve().parent / "tools"
 LABEL_FORMATS = ("coco", "yolo", "cvat", "labelstudio", "csv")
 
 
 COMMAND_LINE_ORIGIN, DEMO_ORIGIN, DERIVED_ORIGIN = "command line", "demo", "--models and --experiment_name"
 
 
-def _option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option: `low`, `high` inclusive bounds, `choices`, `fixed` = must not change at resume.
+def option(default: Any, text: str, group: str, **extra: Any) -> Any:
+    """Declare one option of an `Options` class: a field of a dataclass whose metadata say all that there is to say of it.
 
-    `key` is its place among the sections of a config file, `spelled` maps other ways to write a value, and `once` says that it is
-    for one start only, not for one that repeats it. A path `in_models` is looked for below --models too.
+    Args:
+        default: what it is when it is not given.
+        text: for the help.
+        group: heading of the help that it stands under.
+        extra: `low`, `high` inclusive bounds; `choices`; `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` =
+            must be given; `fixed` = must not change at resume; `key` = its place among the sections of a config file; `alias` =
+            another flag; `spelled` = other ways to write a value; `once` = for one start only, not for one that repeats it;
+            `in_models` = a path that is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
 @dataclass(frozen=True)
-class Config:
-    """All options of a run. The annotation gives the type, the metadata everything else; nothing ever mutates it."""
+class Options:
+    """Options of a command. A subclass declares each once, with `option`; parser, help and checks are made from that.
+
+    The annotation gives the type: int, float, str, bool, Path or dict, `| None`, or a tuple of one of these. Nothing mutates it.
+    """
 
     command: str = "train"
     # Where the options that were given stand; the others have their defaults.
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
-    # A table: what an option is for, then what it may be.
-    # fmt: off
-    config: Path | None = _option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
-        "data", metavar="FILE", alias="config_filename", once=True)
-    data_root: Path | None = _option(None, "folder with one folder of crops a class",
-        "data", metavar="DIR", key="directories.images")
-    out_dir: Path | None = _option(None, "where the run is written; an unfinished run in it is continued", "data", metavar="DIR")
-    class_map: Path | None = _option(None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}",
-        "data", metavar="FILE")
-    exclude: tuple[str, ...] = _option((), "leave out files whose path or name matches one of these; may be repeated",
-        "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
-    min_per_class: int = _option(3, "usable images that every class needs", "data", low=1)
-    near_dup_bits: int = _option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
-
-    val_split: float = _option(0.2, "share of the images for validation",
-        "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part")
-    test_split: float = _option(0.1, "share of the images for the final test; 0 = no test",
-        "split", low=0.0, high=0.9, fixed=True, key="dataset.test_part")
-    group_regex: str | None = _option(None, "one capture group on the file name: what it captures stays in one split",
-        "split", metavar="REGEX", fixed=True)
-    seed: int = _option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
-
-    data_fraction: float = _option(1.0, "share of the data to use: whole groups, the same share of every class and split",
-        "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
-
-    crop_mode: str = _option("bbox",
-        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
-        "masks", choices=("bbox", "mask", "mix"), fixed=True)
-    mix_mask_p: float = _option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
-    mask_fill: str = _option("gray",
-        "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
-        "masks", choices=("gray", "black", "blur", "mean", "random", "keep"), metavar="NAME", fixed=True)
-    masks_dirname: str = _option("masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True)
-    masks_out: Path | None = _option(None, "write new masks here, and look for masks here too: data_root may then be read-only",
-        "masks", metavar="DIR")
-    auto_generate_masks: bool = _option(False, "draw the masks that are missing with SAM-2", "masks")
-    sam2_cfg: str = _option("configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package",
-        "masks", metavar="NAME")
-    sam2_ckpt: Path | None = _option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
-    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
-    # mask is shown as it is, while a wrong mask hides the object.
-    mask_min_score: float = _option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
-    mask_cleanup: bool = _option(True, "remove specks and fill small holes of drawn masks", "masks")
-
-    backgrounds: Path | None = _option(None, "folder of pictures to put crops on in training",
-        "augmentation", key="directories.backgrounds", metavar="DIR")
-    insert_background_p: float = _option(0.0,
-        "share of the training samples that are put on one of them; those with a mask without their background",
-        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
-    background_max_ratio: float = _option(2.0, "sides of what then surrounds a crop, at most so many times its own",
-        "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
-    pre_transforms: tuple[dict, ...] | None = _option(None,
-        "list of {type: name, argument: value} for every image, first of all; any class of albumentations",
-        "augmentation", key="dataset.pre_transforms", metavar="LIST", fixed=True)
-    train_augmentations: tuple[dict, ...] | None = _option(None,
-        "list of transforms for training, instead of the built-in augmentation",
-        "augmentation", key="dataset.train_augmentations", metavar="LIST", fixed=True)
-    val_augmentations: tuple[dict, ...] | None = _option(None,
-        "list of transforms for evaluation and production, where training has its own",
-        "augmentation", key="dataset.val_augmentations", metavar="LIST", fixed=True)
-    post_transforms: tuple[dict, ...] | None = _option(None, "list of transforms for every image, last of all",
-        "augmentation", key="dataset.post_transforms", metavar="LIST", fixed=True)
-    aug_start_p: float = _option(1.0, "share of the samples of the first epoch that are augmented at all",
-        "augmentation", key="dataset.augmentation_p_schedule.start_p", low=0.0, high=1.0, fixed=True)
-    aug_end_p: float = _option(1.0, "the same of the last epoch; p(e) = start + (end - start) (e / (epochs - 1))^exponent",
-        "augmentation", key="dataset.augmentation_p_schedule.end_p", low=0.0, high=1.0, fixed=True)
-    aug_exponent: float = _option(1.0, "exponent of that",
-        "augmentation", key="dataset.augmentation_p_schedule.exponent_factor", low=1e-3, high=1e3, fixed=True)
-    mixing: str = _option("none", "mix the images of a batch in pairs: mixup = their pixels, cutmix = a box",
-        "augmentation", key="training.mixing.strategy", choices=("none", "mixup", "cutmix"), fixed=True)
-    mixing_p: float = _option(0.5, "share of the batches that are mixed",
-        "augmentation", key="training.mixing.p", low=0.0, high=1.0, fixed=True)
-    mixing_alpha: float = _option(1.0, "shares of the two images are drawn from Beta(alpha, alpha)",
-        "augmentation", key="training.mixing.alpha", low=1e-3, high=100.0, fixed=True)
-
-    model_id: str = _option("vit_large_patch16_dinov3.lvd1689m", "any timm model",
-        "model", metavar="NAME", fixed=True, key="model.backbone_name")
-    pretrained: bool = _option(True, "start from the weights that timm names for the model",
-        "model", fixed=True, key="model.pretrained")
-    backbone_weights: Path | None = _option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
-    load_from: Path | None = _option(None,
-        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
-        "model", metavar="PATH", key="model.load_from", in_models=True)
-    in_channels: int = _option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
-        "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
-    n_classes: int | None = _option(None, "number of classes that there must be (default: any)",
-        "model", low=2, key="model.n_classes")
-    pool: str | None = _option(None, "pooling of the backbone, as timm names it (default: token for ViTs)",
-        "model", metavar="NAME", fixed=True)
-    mean: tuple[float, ...] = _option((), "three channel means in 0..1 (default: those of the timm config)",
-        "model", nargs=3, metavar=("R", "G", "B"), low=0.0, high=1.0, fixed=True)
-    std: tuple[float, ...] = _option((), "three channel deviations (default: those of the timm config)",
-        "model", nargs=3, metavar=("R", "G", "B"), low=1e-3, high=1.0, fixed=True)
-    img_size: int = _option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size")
-    heads: int = _option(4, "small heads side by side, each with its share of emb_dim and a loss of its own",
-        "model", low=1, high=64, fixed=True, key="model.heads")
-    emb_dim: int = _option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
-    freeze_backbone: bool = _option(True, "train only the head; --no-freeze_backbone fine-tunes everything",
-        "model", fixed=True, key="model.freeze_backbone")
-    criterion: str = _option("arcface", "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
-        "model", metavar="NAME", fixed=True, choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
-        key="criterion.type")
-    sub_centers: int = _option(3, "directions a class of subcenter_arcface",
-        "model", low=1, high=100, fixed=True, key="criterion.sub_centers")
-    focal_gamma: float = _option(2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma")
-    label_smoothing: float = _option(0.0, "share of the target spread over all classes",
-        "model", low=0.0, high=0.9, fixed=True, key="criterion.label_smoothing")
-    arc_scale: float = _option(30.0, "scale of the cosines: the logits' range",
-        "model", low=1.0, high=512.0, fixed=True, key="criterion.scale")
-    arc_margin: float = _option(0.30, "margin: radians for ArcFace, cosine for CosFace",
-        "model", low=0.0, high=1.5, fixed=True, key="criterion.margin")
-    unfreeze_blocks: int = _option(0, "last blocks of a frozen backbone that are trained",
-        "model", low=0, key="model.unfreeze_blocks", fixed=True)
-    lora_rank: int = _option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
-        "model", low=0, high=1024, key="model.lora_rank", fixed=True)
-    drop_path: float = _option(0.0,
-        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
-        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
-
-    epochs: int = _option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
-    val_batch: int | None = _option(None, "images a pass where nothing is trained (default: batch)",
-        "training", low=1, high=65_536, key="dataset.data_loaders.val_batch_size")
-    batch: int = _option(64, "images a step, over all GPUs together",
-        "training", low=2, high=65_536, fixed=True, key="dataset.data_loaders.train_batch_size")
-    lr: float = _option(1e-3, "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
-        "training", low=1e-8, high=10.0, fixed=True, key="optimizer.lr")
-    lr_type: str = _option("two_lrs", "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
-        "optimizer", choices=("one_lr", "two_lrs"), key="optimizer.lr_type", fixed=True)
-    backbone_lr: float | None = _option(None, "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
-        "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
-    fc_lr: float | None = _option(None, "peak learning rate of the head (default: lr)",
-        "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
-    weight_decay: float | None = _option(None,
-        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
-        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
-    layer_decay: float = _option(1.0, "factor on the backbone's learning rate from each block to the one before",
-        "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
-    arc_lr: float | None = _option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
-        "training", low=1e-8, high=100.0, fixed=True)
-    optimizer: str = _option("adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type")
-    betas: tuple[float, ...] = _option((), "decay of the optimizer's two running means (default: its own)",
-        "optimizer", nargs=2, metavar=("B1", "B2"), low=0.0, high=0.9999999, fixed=True, key="optimizer.betas")
-    eps: float | None = _option(None, "what the optimizer adds to a denominator (default: its own)",
-        "optimizer", low=0.0, high=1.0, fixed=True, key="optimizer.eps")
-    max_grad_norm: float = _option(5.0, "norm that gradients are clipped to; 0 = not clipped",
-        "optimizer", low=0.0, high=1e9, fixed=True, key="training.max_grad_norm")
-    accumulate_grad_batches: int = _option(1, "batches a step: exactly as one batch of all their images",
-        "optimizer", low=1, high=100_000, fixed=True, key="training.accumulate_grad_batches")
-    ema_decay: float = _option(0.0, "judge and keep a running mean of the weights with this decay; 0 = the weights",
-        "optimizer", low=0.0, high=0.999999, fixed=True, key="training.ema_decay")
-    scheduler: str = _option("cosine", "learning rate over the steps: warm-up and half a cosine, or one cycle",
-        "optimizer", fixed=True, choices=("cosine", "onecycle"), key="scheduler.type")
-    warmup_epochs: float | None = _option(None, "cosine: epochs of linear warm-up (default: a twentieth of all)",
-        "optimizer", low=0.0, high=100_000, fixed=True, key="scheduler.warmup_epochs")
-    pct_start: float = _option(0.3, "onecycle: share of the steps with a rising learning rate",
-        "optimizer", low=0.0, high=1.0, fixed=True, key="scheduler.pct_start")
-    div_factor: float = _option(25.0, "onecycle: peak over first learning rate",
-        "optimizer", low=1.0, high=1e9, fixed=True, key="scheduler.div_factor")
-    final_div_factor: float = _option(1e4, "onecycle: first over last learning rate",
-        "optimizer", low=1.0, high=1e12, fixed=True, key="scheduler.final_div_factor")
-    anneal_strategy: str = _option("cos", "onecycle: how it rises and falls",
-        "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
-    balanced_per_class: bool = _option(False, "show every class equally often", "training", fixed=True)
-    samples_per_class: int = _option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
-    cache_views: int = _option(0,
-        "augmented views of an image that are embedded once and shown in turn with the clean one; 0 = fresh",
-        "training", low=0, high=1000, fixed=True)
-    best_metric: str = _option("acc",
-        "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
-        "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
-    patience: int = _option(0, "stop after so many epochs without a better best_metric; 0 = never",
-        "training", low=0, high=100_000, key="training.patience")
-    target_precision: float = _option(0.95, "share of right answers on val that the thresholds for `unknown` are set to",
-        "prototypes", low=0.5, high=1.0)
-    unknown_dir: Path | None = _option(None, "images of no class: half of them set the thresholds, the other half measures",
-        "prototypes", metavar="DIR")
-    add: Path | None = _option(None, "for prototypes: folder with one folder of crops a class, to enrol",
-        "prototypes", metavar="DIR")
-    remove: str | None = _option(None, "for prototypes: class to take out", "prototypes", metavar="CLASS")
-    list: bool = _option(False, "for prototypes: show what is in the gallery", "prototypes")
-    split: str = _option("test", "for evaluate: images of the run to judge", "prototypes", choices=("test", "val"))
-    max_refs_per_class: int | None = _option(None,
-        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
-        "prototypes", low=1)
-    matcher: str = _option("auto", "how a class is matched; auto = what is best on val",
-        "prototypes", choices=("auto", "centroid", "knn"))
-    prototypes_per_class: str = _option("auto",
-        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
-        "prototypes", metavar="auto|N")
-
-    gpus: int | None = _option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
-    workers: int = _option(4, "processes that read images, capped at the cores there are",
-        "machine", low=0, high=256, key="dataset.data_loaders.workers")
-    cache_crops: float = _option(8.0,
-        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
-        "machine", low=0.0, high=100_000.0)
-    precision: str = _option("auto",
-        "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
-        "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
-        key="training.precision")
-    compile: bool = _option(False, "compile the backbone with torch.compile: minutes first, faster then",
-        "machine", fixed=True, key="training.compile")
-    fsdp: bool = _option(False,
-        "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
-        "machine", key="training.fsdp")
-    deterministic: bool = _option(False, "let torch choose only operations that give the same bits each time",
-        "machine", fixed=True)
-
-    resume: str | None = _option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
-        "run", metavar="PATH", nargs="?", const="last", once=True)
-    experiment_name: str | None = _option(None, "name of the run: its folder below --models, and its ClearML task",
-        "run", metavar="NAME", key="experiment_name")
-    models: Path | None = _option(None, "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
-        "run", metavar="DIR", key="directories.models")
-    overwrite: bool = _option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
-    save_every: int = _option(5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0)
-    save_checkpoints: bool = _option(True, "keep checkpoints on the way; off = only what resuming and export need",
-        "run", key="training.save_checkpoints")
-    save_metrics: bool = _option(True, "record the figures of each class for each epoch; off = totals only",
-        "run", key="training.save_metrics")
-    save_minutes: float = _option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
-        "run", low=0.0, high=1e6)
-    preview: bool = _option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
-    debug: bool = _option(False, "show tracebacks", "run", once=True)
-
-    run: Path | None = _option(None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR")
-    images: Path | None = _option(None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR")
-    detections: Path | None = _option(None, "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
-        "pre-labelling", metavar="PATH")
-    out: Path | None = _option(None, "where the labels are written; an unfinished job in it is continued",
-        "pre-labelling", metavar="DIR")
-    formats: str = _option(",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST")
-    format: str = _option("onnx", "for export: what to write", "pre-labelling", choices=("onnx", "safetensors"))
-    box_pad: float = _option(0.0, "share of a box's side added on each side: as loose as the training crops were cut",
-        "pre-labelling", low=0.0, high=5.0)
-
-    use_clearml: bool = _option(False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking")
-    clearml_project: str = _option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
-    clearml_task_name: str | None = _option(None, "task in ClearML (default: experiment_name, or the name of out_dir)",
-        "tracking", metavar="NAME")
-
-    @property
-    def trains_backbone(self) -> bool:
-        """Whether training changes anything in the backbone."""
-        return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
-
-    # fmt: on
-
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origins"}
+        plain = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
         return {
             k: str(v.absolute()) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
             for k, v in plain.items()
@@ -554,16 +312,321 @@ class Config:
         return f"{self.place(name)} {getattr(self, name)}"
 
 
-def option_fields() -> list[dataclasses.Field]:
-    """Return the fields of `Config` that are flags."""
-    return [field for field in dataclasses.fields(Config) if field.metadata]
+@dataclass(frozen=True)
+class Config(Options):
+    """Turn folders of crops, one folder a class, into a recogniser."""
+
+    # A table: what an option is for, then what it may be.
+    # fmt: off
+    config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
+        "data", metavar="FILE", alias="config_filename", once=True)
+    data_root: Path | None = option(None, "folder with one folder of crops a class",
+        "data", metavar="DIR", key="directories.images", needed=True)
+    out_dir: Path | None = option(None, "where the run is written; an unfinished run in it is continued",
+        "data", metavar="DIR", needed=True)
+    class_map: Path | None = option(None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}",
+        "data", metavar="FILE")
+    exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
+        "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
+    min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
+    near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
+
+    val_split: float = option(0.2, "share of the images for validation",
+        "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part")
+    test_split: float = option(0.1, "share of the images for the final test; 0 = no test",
+        "split", low=0.0, high=0.9, fixed=True, key="dataset.test_part")
+    group_regex: str | None = option(None, "one capture group on the file name: what it captures stays in one split",
+        "split", metavar="REGEX", fixed=True)
+    seed: int = option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
+
+    data_fraction: float = option(1.0, "share of the data to use: whole groups, the same share of every class and split",
+        "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
+
+    crop_mode: str = option("bbox",
+        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
+        "masks", choices=("bbox", "mask", "mix"), fixed=True)
+    mix_mask_p: float = option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
+    mask_fill: str = option("gray",
+        "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
+        "masks", choices=("gray", "black", "blur", "mean", "random", "keep"), metavar="NAME", fixed=True)
+    masks_dirname: str = option("masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True)
+    masks_out: Path | None = option(None, "write new masks here, and look for masks here too: data_root may then be read-only",
+        "masks", metavar="DIR")
+    auto_generate_masks: bool = option(False, "draw the masks that are missing with SAM-2", "masks")
+    sam2_cfg: str = option("configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package",
+        "masks", metavar="NAME")
+    sam2_ckpt: Path | None = option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
+    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
+    # mask is shown as it is, while a wrong mask hides the object.
+    mask_min_score: float = option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
+    mask_cleanup: bool = option(True, "remove specks and fill small holes of drawn masks", "masks")
+
+    backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
+        "augmentation", key="directories.backgrounds", metavar="DIR")
+    insert_background_p: float = option(0.0,
+        "share of the training samples that are put on one of them; those with a mask without their background",
+        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
+    background_max_ratio: float = option(2.0, "sides of what then surrounds a crop, at most so many times its own",
+        "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
+    pre_transforms: tuple[dict, ...] | None = option(None,
+        "list of {type: name, argument: value} for every image, first of all; any class of albumentations",
+        "augmentation", key="dataset.pre_transforms", metavar="LIST", fixed=True)
+    train_augmentations: tuple[dict, ...] | None = option(None,
+        "list of transforms for training, instead of the built-in augmentation",
+        "augmentation", key="dataset.train_augmentations", metavar="LIST", fixed=True)
+    val_augmentations: tuple[dict, ...] | None = option(None,
+        "list of transforms for evaluation and production, where training has its own",
+        "augmentation", key="dataset.val_augmentations", metavar="LIST", fixed=True)
+    post_transforms: tuple[dict, ...] | None = option(None, "list of transforms for every image, last of all",
+        "augmentation", key="dataset.post_transforms", metavar="LIST", fixed=True)
+    aug_start_p: float = option(1.0, "share of the samples of the first epoch that are augmented at all",
+        "augmentation", key="dataset.augmentation_p_schedule.start_p", low=0.0, high=1.0, fixed=True)
+    aug_end_p: float = option(1.0, "the same of the last epoch; p(e) = start + (end - start) (e / (epochs - 1))^exponent",
+        "augmentation", key="dataset.augmentation_p_schedule.end_p", low=0.0, high=1.0, fixed=True)
+    aug_exponent: float = option(1.0, "exponent of that",
+        "augmentation", key="dataset.augmentation_p_schedule.exponent_factor", low=1e-3, high=1e3, fixed=True)
+    mixing: str = option("none", "mix the images of a batch in pairs: mixup = their pixels, cutmix = a box",
+        "augmentation", key="training.mixing.strategy", choices=("none", "mixup", "cutmix"), fixed=True)
+    mixing_p: float = option(0.5, "share of the batches that are mixed",
+        "augmentation", key="training.mixing.p", low=0.0, high=1.0, fixed=True)
+    mixing_alpha: float = option(1.0, "shares of the two images are drawn from Beta(alpha, alpha)",
+        "augmentation", key="training.mixing.alpha", low=1e-3, high=100.0, fixed=True)
+
+    model_id: str = option("vit_large_patch16_dinov3.lvd1689m", "any timm model",
+        "model", metavar="NAME", fixed=True, key="model.backbone_name")
+    pretrained: bool = option(True, "start from the weights that timm names for the model",
+        "model", fixed=True, key="model.pretrained")
+    backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
+    load_from: Path | None = option(None,
+        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
+        "model", metavar="PATH", key="model.load_from", in_models=True)
+    in_channels: int = option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
+        "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
+    n_classes: int | None = option(None, "number of classes that there must be (default: any)",
+        "model", low=2, key="model.n_classes")
+    pool: str | None = option(None, "pooling of the backbone, as timm names it (default: token for ViTs)",
+        "model", metavar="NAME", fixed=True)
+    mean: tuple[float, ...] = option((), "three channel means in 0..1 (default: those of the timm config)",
+        "model", nargs=3, metavar=("R", "G", "B"), low=0.0, high=1.0, fixed=True)
+    std: tuple[float, ...] = option((), "three channel deviations (default: those of the timm config)",
+        "model", nargs=3, metavar=("R", "G", "B"), low=1e-3, high=1.0, fixed=True)
+    img_size: int = option(224, "side of the square input in px", "model", low=16, high=2048, fixed=True, key="dataset.image_size")
+    heads: int = option(4, "small heads side by side, each with its share of emb_dim and a loss of its own",
+        "model", low=1, high=64, fixed=True, key="model.heads")
+    emb_dim: int = option(128, "length of an embedding", "model", low=2, high=8192, fixed=True, key="model.emb_dim")
+    freeze_backbone: bool = option(True, "train only the head; --no-freeze_backbone fine-tunes everything",
+        "model", fixed=True, key="model.freeze_backbone")
+    criterion: str = option("arcface", "loss: arcface, cosface, subcenter_arcface; cross_entropy, focal (linear classifier)",
+        "model", metavar="NAME", fixed=True, choices=("arcface", "cosface", "subcenter_arcface", *LINEAR_CRITERIA),
+        key="criterion.type")
+    sub_centers: int = option(3, "directions a class of subcenter_arcface",
+        "model", low=1, high=100, fixed=True, key="criterion.sub_centers")
+    focal_gamma: float = option(2.0, "exponent of the focal loss", "model", low=0.0, high=10.0, fixed=True, key="criterion.gamma")
+    label_smoothing: float = option(0.0, "share of the target spread over all classes",
+        "model", low=0.0, high=0.9, fixed=True, key="criterion.label_smoothing")
+    arc_scale: float = option(30.0, "scale of the cosines: the logits' range",
+        "model", low=1.0, high=512.0, fixed=True, key="criterion.scale")
+    arc_margin: float = option(0.30, "margin: radians for ArcFace, cosine for CosFace",
+        "model", low=0.0, high=1.5, fixed=True, key="criterion.margin")
+    unfreeze_blocks: int = option(0, "last blocks of a frozen backbone that are trained",
+        "model", low=0, key="model.unfreeze_blocks", fixed=True)
+    lora_rank: int = option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
+        "model", low=0, high=1024, key="model.lora_rank", fixed=True)
+    drop_path: float = option(0.0,
+        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
+        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
+
+    epochs: int = option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
+    val_batch: int | None = option(None, "images a pass where nothing is trained (default: batch)",
+        "training", low=1, high=65_536, key="dataset.data_loaders.val_batch_size")
+    batch: int = option(64, "images a step, over all GPUs together",
+        "training", low=2, high=65_536, fixed=True, key="dataset.data_loaders.train_batch_size")
+    lr: float = option(1e-3, "peak learning rate of the head; a fine-tuned backbone gets max(0.2 lr, 5e-5)",
+        "training", low=1e-8, high=10.0, fixed=True, key="optimizer.lr")
+    lr_type: str = option("two_lrs", "one_lr trains the backbone with the head's learning rate, two_lrs with its own",
+        "optimizer", choices=("one_lr", "two_lrs"), key="optimizer.lr_type", fixed=True)
+    backbone_lr: float | None = option(None, "peak learning rate of what is trained of the backbone (default: max(0.2 lr, 5e-5))",
+        "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
+    fc_lr: float | None = option(None, "peak learning rate of the head (default: lr)",
+        "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
+    weight_decay: float | None = option(None,
+        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
+        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
+    layer_decay: float = option(1.0, "factor on the backbone's learning rate from each block to the one before",
+        "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
+    arc_lr: float | None = option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
+        "training", low=1e-8, high=100.0, fixed=True)
+    optimizer: str = option("adamw", "any optimizer of timm", "optimizer", metavar="NAME", fixed=True, key="optimizer.type")
+    betas: tuple[float, ...] = option((), "decay of the optimizer's two running means (default: its own)",
+        "optimizer", nargs=2, metavar=("B1", "B2"), low=0.0, high=0.9999999, fixed=True, key="optimizer.betas")
+    eps: float | None = option(None, "what the optimizer adds to a denominator (default: its own)",
+        "optimizer", low=0.0, high=1.0, fixed=True, key="optimizer.eps")
+    max_grad_norm: float = option(5.0, "norm that gradients are clipped to; 0 = not clipped",
+        "optimizer", low=0.0, high=1e9, fixed=True, key="training.max_grad_norm")
+    accumulate_grad_batches: int = option(1, "batches a step: exactly as one batch of all their images",
+        "optimizer", low=1, high=100_000, fixed=True, key="training.accumulate_grad_batches")
+    ema_decay: float = option(0.0, "judge and keep a running mean of the weights with this decay; 0 = the weights",
+        "optimizer", low=0.0, high=0.999999, fixed=True, key="training.ema_decay")
+    scheduler: str = option("cosine", "learning rate over the steps: warm-up and half a cosine, or one cycle",
+        "optimizer", fixed=True, choices=("cosine", "onecycle"), key="scheduler.type")
+    warmup_epochs: float | None = option(None, "cosine: epochs of linear warm-up (default: a twentieth of all)",
+        "optimizer", low=0.0, high=100_000, fixed=True, key="scheduler.warmup_epochs")
+    pct_start: float = option(0.3, "onecycle: share of the steps with a rising learning rate",
+        "optimizer", low=0.0, high=1.0, fixed=True, key="scheduler.pct_start")
+    div_factor: float = option(25.0, "onecycle: peak over first learning rate",
+        "optimizer", low=1.0, high=1e9, fixed=True, key="scheduler.div_factor")
+    final_div_factor: float = option(1e4, "onecycle: first over last learning rate",
+        "optimizer", low=1.0, high=1e12, fixed=True, key="scheduler.final_div_factor")
+    anneal_strategy: str = option("cos", "onecycle: how it rises and falls",
+        "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
+    balanced_per_class: bool = option(False, "show every class equally often", "training", fixed=True)
+    samples_per_class: int = option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
+    cache_views: int = option(0,
+        "augmented views of an image that are embedded once and shown in turn with the clean one; 0 = fresh",
+        "training", low=0, high=1000, fixed=True)
+    best_metric: str = option("acc",
+        "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
+        "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
+    patience: int = option(0, "stop after so many epochs without a better best_metric; 0 = never",
+        "training", low=0, high=100_000, key="training.patience")
+    target_precision: float = option(0.95, "share of right answers on val that the thresholds for `unknown` are set to",
+        "prototypes", low=0.5, high=1.0)
+    unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
+        "prototypes", metavar="DIR")
+    max_refs_per_class: int | None = option(None,
+        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
+        "prototypes", low=1)
+    matcher: str = option("auto", "how a class is matched; auto = what is best on val",
+        "prototypes", choices=("auto", "centroid", "knn"))
+    prototypes_per_class: str = option("auto",
+        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
+        "prototypes", metavar="auto|N")
+
+    gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
+    workers: int = option(4, "processes that read images, capped at the cores there are",
+        "machine", low=0, high=256, key="dataset.data_loaders.workers")
+    cache_crops: float = option(8.0,
+        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
+        "machine", low=0.0, high=100_000.0)
+    precision: str = option("auto",
+        "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
+        "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
+        key="training.precision")
+    compile: bool = option(False, "compile the backbone with torch.compile: minutes first, faster then",
+        "machine", fixed=True, key="training.compile")
+    fsdp: bool = option(False,
+        "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
+        "machine", key="training.fsdp")
+    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time",
+        "machine", fixed=True)
+
+    resume: str | None = option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
+        "run", metavar="PATH", nargs="?", const="last", once=True)
+    experiment_name: str | None = option(None, "name of the run: its folder below --models, and its ClearML task",
+        "run", metavar="NAME", key="experiment_name")
+    models: Path | None = option(None, "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
+        "run", metavar="DIR", key="directories.models")
+    overwrite: bool = option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
+    save_every: int = option(5, "epochs between the checkpoints that are kept (checkpoint_epXXX.pth); 0 = none", "run", low=0)
+    save_checkpoints: bool = option(True, "keep checkpoints on the way; off = only what resuming and export need",
+        "run", key="training.save_checkpoints")
+    save_metrics: bool = option(True, "record the figures of each class for each epoch; off = totals only",
+        "run", key="training.save_metrics")
+    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
+        "run", low=0.0, high=1e6)
+    preview: bool = option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
+    debug: bool = option(False, "show tracebacks", "run", once=True)
+
+    run: Path | None = option(None, "out_dir of the finished run that gives the answers", "pre-labelling", metavar="DIR")
+    images: Path | None = option(None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR")
+    detections: Path | None = option(None, "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
+        "pre-labelling", metavar="PATH")
+    out: Path | None = option(None, "where the labels are written; an unfinished job in it is continued",
+        "pre-labelling", metavar="DIR")
+    formats: str = option(",".join(LABEL_FORMATS), "what to write, with commas between", "pre-labelling", metavar="LIST")
+    format: str = option("onnx", "for export: what to write", "pre-labelling", choices=("onnx", "safetensors"))
+    box_pad: float = option(0.0, "share of a box's side added on each side: as loose as the training crops were cut",
+        "pre-labelling", low=0.0, high=5.0)
+
+    use_clearml: bool = option(False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking")
+    clearml_project: str = option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
+    clearml_task_name: str | None = option(None, "task in ClearML (default: experiment_name, or the name of out_dir)",
+        "tracking", metavar="NAME")
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether training changes anything in the backbone."""
+        return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
+
+    # fmt: on
 
 
-def format_flags(config: Config) -> list[str]:
-    """Return the words of a command line that gives the options in which `config` differs from the defaults."""
+def same_option(name: str) -> Any:
+    """Return a field like that of `Config`, for another class of options."""
+    field = Config.__dataclass_fields__[name]
+    return dataclasses.field(
+        default=field.default, metadata={**field.metadata, "key": None, "fixed": False, "needed": False}
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Options of the commands that work with a finished run."""
+
+    run: Path | None = option(None, "out_dir of the finished run", "run", metavar="DIR", needed=True)
+    backbone_weights: Path | None = option(
+        None, "weights of its frozen backbone, where they are no longer where the run found them", "run", metavar="FILE"
+    )
+    batch: int = option(64, "images a pass, over all GPUs together", "machine", low=1, high=65_536)
+    gpus: int | None = same_option("gpus")
+    workers: int = same_option("workers")
+    precision: str = same_option("precision")
+    debug: bool = same_option("debug")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(RunOptions):
+    """Measure a finished run on its own test or val images, or on another labelled folder."""
+
+    data_root: Path | None = same_option("data_root")
+    split: str = option("test", "images of the run to judge", "run", choices=("test", "val"))
+    unknown_dir: Path | None = option(None, "images of no class, to measure with", "data", metavar="DIR")
+    class_map: Path | None = same_option("class_map")
+    exclude: tuple[str, ...] = same_option("exclude")
+    masks_out: Path | None = same_option("masks_out")
+
+
+@dataclass(frozen=True)
+class PrototypesOptions(RunOptions):
+    """Make the gallery of a finished run anew, show it, enrol classes from a few crops, or take one out."""
+
+    add: Path | None = option(None, "folder with one folder of crops a class, to enrol", "run", metavar="DIR")
+    remove: str | None = option(None, "class to take out", "run", metavar="CLASS")
+    list: bool = option(False, "show what is in the gallery", "run")
+    data_root: Path | None = same_option("data_root")
+    class_map: Path | None = same_option("class_map")
+    exclude: tuple[str, ...] = same_option("exclude")
+    masks_out: Path | None = same_option("masks_out")
+    unknown_dir: Path | None = same_option("unknown_dir")
+    target_precision: float = same_option("target_precision")
+    max_refs_per_class: int | None = same_option("max_refs_per_class")
+    matcher: str = same_option("matcher")
+    prototypes_per_class: str = same_option("prototypes_per_class")
+
+
+COMMAND_OPTIONS: dict[str, type[Options]] = {"evaluate": EvaluateOptions, "prototypes": PrototypesOptions}
+
+
+def option_fields(options_class: type[Options] = Config) -> list[dataclasses.Field]:
+    """Return the fields of a class of options that are flags."""
+    return [field for field in dataclasses.fields(options_class) if field.metadata]
+
+
+def format_flags(options: Options) -> list[str]:
+    """Return the words of a command line that gives the options that differ from their defaults."""
     words: list[str] = []
-    for field in option_fields():
-        value = getattr(config, field.name)
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
         if value == field.default or field.name == "config":  # the words say what is in the file
             continue
         if field_kind(field) is bool:
@@ -600,25 +663,28 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         what = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # the first of its names is enough
-        raise UserError(what, "command line", f"python {SCRIPT_NAME} --help lists all options")
+        raise UserError(what, "command line", f"{self.prog} --help lists all options")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Generate the parser from `Config`: one group a section of the help, one line an option."""
+def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
+    """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
+    shown = "" if command == "train" else f" {command}"
+    program = f"python {SCRIPT_NAME}{shown}"
+    fields = option_fields(options_class)
+    needed = "".join(f" --{field.name} {field.metadata['metavar']}" for field in fields if field.metadata.get("needed"))
+    listed = {**COMMANDS, **TOOLS}
+    commands = "commands, each with a --help of its own:\n" + "".join(f"  {key:<12}{listed[key]}\n" for key in listed)
     parser = _Parser(
-        prog=f"python {SCRIPT_NAME}",
+        prog=program,
         allow_abbrev=False,
-        usage=f"python {SCRIPT_NAME} [COMMAND] --data_root DIR --out_dir DIR [options]",
-        description="Turn folders of crops, one folder a class, into a recogniser.",
-        epilog="commands:\n" + "".join(f"  {name:<12}{text}\n" for name, text in COMMANDS.items()),
+        usage=f"{program}{' [COMMAND]' if command == 'train' else ''}{needed} [options]",
+        description=(options_class.__doc__ or "").split("\n")[0],
+        epilog=commands if command == "train" else None,
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument(
-        "command", nargs="?", default="train", metavar="COMMAND", help=" | ".join(COMMANDS) + ", see below"
-    )
-    for group_name in dict.fromkeys(field.metadata["group"] for field in option_fields()):
+    for group_name in dict.fromkeys(field.metadata["group"] for field in fields):
         group = parser.add_argument_group(group_name)
-        for field in option_fields():
+        for field in fields:
             if field.metadata["group"] == group_name:
                 group.add_argument(
                     *_flags(field), dest=field.name, default=argparse.SUPPRESS, **_argparse_settings(field)
@@ -678,30 +744,71 @@ def _parse_entries(text: str) -> list[dict[str, Any]]:
     return entries
 
 
-def parse_command_line(argv: Sequence[str]) -> Config:
-    """Turn argv into a checked `Config`. `--help` prints and exits.
+def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
+    """Turn the words of a command line into options, each in its range. `--help` prints and exits.
+
+    Where the class has an option `config`, what that file says stands between the defaults and what is typed.
 
     Raises:
-        UserError: unknown flag or command, wrong type, value out of range, or options that contradict each other.
+        UserError: unknown flag, wrong type, or a value out of range.
     """
-    parser = build_parser()
-    values, unknown = parser.parse_known_args(argv)
+    parser = build_parser(options_class, command)
+    typed, unknown = parser.parse_known_args(argv)
+    typed = vars(typed)
     if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]}", "command line", did_you_mean(unknown[0].split("=")[0], flags))
-    if values.command not in COMMANDS:
-        raise UserError(f"unknown command {values.command}", "command line", did_you_mean(values.command, COMMANDS))
-    demo = vars(parser.parse_args(["demo", *DEMO_FLAGS])) if values.command == "demo" else {}
-    typed = vars(values)
-    file, places = read_config_file(typed["config"]) if "config" in typed else ({}, {})
-    origins = {**dict.fromkeys(demo, DEMO_ORIGIN), **places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
-    merged = {**demo, **file, **typed}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
-    config = _name_run(Config(**options, origins={key: value for key, value in origins.items() if key != "command"}))
+        if unknown[0] in COMMANDS or unknown[0] in TOOLS:
+            raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
+        raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
+    file, places = read_config_file(typed["config"], options_class) if "config" in typed else ({}, {})
+    merged = {**file, **typed}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+    origins = {**places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
+    options = options_class(command=command, origins=origins, **values)
+    check_ranges(options)
+    return options
+
+
+def parse_command_line(argv: Sequence[str]) -> Options:
+    """Turn the words after the script's name into the checked options of one of its own commands.
+
+    Raises:
+        UserError: as `parse_options` does; no such command; or options that contradict each other.
+    """
+    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
+    options = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
+    if not isinstance(options, Config):
+        return options
+    config = _name_run(options)
     if config.load_from and config.models and not config.load_from.exists():
         config = dataclasses.replace(config, load_from=config.models / config.load_from)
-    check_ranges(config)
+    check_config(config)
     return config
+
+
+def start_tool(command: str, argv: Sequence[str]) -> None:
+    """Replace this process by that of a tool.
+
+    Raises:
+        UserError: the tool does not lie beside this script, which may be the copy in a run's folder.
+    """
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(find_tool(command)), *argv])
+
+
+def find_tool(command: str) -> Path:
+    """Return the script of a tool.
+
+    Raises:
+        UserError: it does not lie beside this script.
+    """
+    path = TOOLS_DIR / f"{command}.py"
+    if not path.is_file():
+        raise UserError("is not there", str(path), f"put the folder tools/ beside {SCRIPT_NAME}, as the project has it")
+    return path
 
 
 def _name_run(config: Config) -> Config:
@@ -729,13 +836,14 @@ EXPECTED = {
 }
 
 
-def option_keys() -> dict[str, dataclasses.Field]:
+def option_keys(options_class: type[Options]) -> dict[str, dataclasses.Field]:
     """Return the options by what they are called in a config file: by flag name, and by key among the sections."""
-    names = {field.name: field for field in option_fields()}
-    return names | {field.metadata["key"]: field for field in option_fields() if "key" in field.metadata}
+    fields = option_fields(options_class)
+    names = {field.name: field for field in fields}
+    return names | {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
 
 
-def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options in a config file by flag name, and for each the file and key where it stands.
 
     A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
@@ -748,14 +856,15 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
     if is_record:
         derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
-        once = {field.name for field in option_fields() if field.metadata.get("once")}
+        once = {field.name for field in option_fields(options_class) if field.metadata.get("once")}
         tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
     if not isinstance(tree, dict | None):
         raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
     options: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for key, value in _walk_keys(path, tree or {}):
-        field = option_keys()[key]
+    known = option_keys(options_class)
+    for key, value in _walk_keys(path, tree or {}, known):
+        field = known[key]
         if field.name in options:
             what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
             raise UserError(what, f"{path}: {key}", "leave one of them out")
@@ -854,14 +963,15 @@ def _make_yaml_loader() -> type:
     return Loader
 
 
-def _walk_keys(path: Path, tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _walk_keys(
+    path: Path, tree: dict, known: dict[str, dataclasses.Field], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Yield each option's key and value; sections are mappings below the first parts of keys."""
-    known = option_keys()
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
-            yield from _walk_keys(path, value or {}, f"{key}.")
+            yield from _walk_keys(path, value or {}, known, f"{key}.")
         elif key in known and not known[key].metadata.get("once"):
             yield key, value
         elif key in sections:
@@ -935,11 +1045,6 @@ def _check_words(config: Config) -> None:
     if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
         what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
         raise UserError(what, config.said("masks_dirname"), "give a name such as masks")
-    number = config.prototypes_per_class
-    if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
-        raise UserError(
-            "is neither auto nor a number from 1 to 100", f"--prototypes_per_class {number}", "give one of them"
-        )
     for word in config.formats.split(","):
         if word not in LABEL_FORMATS:
             what = f"{word or 'an empty name'} is no format of labels"
@@ -1009,28 +1114,30 @@ def name_training(options: dict[str, Any]) -> str:
     return f"LoRA of rank {rank}" if rank else "frozen"
 
 
-def _check_augmentation(config: Config) -> None:
-    if config.mixing != "none" and config.cache_views:
-        what = "mixes pixels, and cached views are features"
-        raise UserError(what, f"{config.place('mixing')} {config.mixing}, --cache_views", "leave one of them out")
-
-
-def check_ranges(config: Config) -> None:
-    """Check each value against the bounds of its option, and the options against each other.
+def check_ranges(options: Options) -> None:
+    """Check each value against the bounds of its option.
 
     Raises:
         UserError: naming the flag, its value and what is allowed.
     """
-    for field in option_fields():
-        value, low, high = getattr(config, field.name), field.metadata.get("low"), field.metadata.get("high")
+    for field in option_fields(type(options)):
+        value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", config.place(field.name), "give a plain number")
+                raise UserError(f"{number} is not a finite number", options.place(field.name), "give a plain number")
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", config.place(field.name), f"give a value {allowed}")
+                raise UserError(f"{number} is out of range", options.place(field.name), f"give a value {allowed}")
+
+
+def check_config(config: Config) -> None:
+    """Check the options of training against each other.
+
+    Raises:
+        UserError: naming those that contradict each other.
+    """
     for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
-        for word in set(words) & COMMANDS.keys():
+        for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
             raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
     if config.val_split + config.test_split > 0.9 + 1e-9:
         raise UserError(
@@ -1046,13 +1153,23 @@ def check_ranges(config: Config) -> None:
         )
     _check_fsdp(config)
     _check_words(config)
-    _check_augmentation(config)
+    check_prototypes_per_class(config)
+    if config.mixing != "none" and config.cache_views:
+        what = "mixes pixels, and cached views are features"
+        raise UserError(what, f"{config.place('mixing')} {config.mixing}, --cache_views", "leave one of them out")
+
+
+def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
+    """Refuse a --prototypes_per_class that is neither auto nor a number."""
+    number = options.prototypes_per_class
+    if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
+        raise UserError(
+            "is neither auto nor a number from 1 to 100", f"--prototypes_per_class {number}", "give one of them"
+        )
 
 
 def _check_fsdp(config: Config) -> None:
     """Refuse what a backbone whose weights are shared among processes cannot do."""
-    if config.fsdp and config.command not in ("train", "demo"):
-        raise UserError("is for training", config.place("fsdp"), "leave it out, on a GPU that holds the backbone")
     others = {
         "compile": config.compile,
         "ema_decay": config.ema_decay > 0,
@@ -1069,39 +1186,79 @@ def _check_fsdp(config: Config) -> None:
         raise UserError("do not go together", f"--fsdp, {shown}", "leave one of them out")
 
 
+def check_given(options: Options) -> None:
+    """Check that what the command needs is given, and that every path can be asked for.
+
+    Raises:
+        UserError: an option is missing, or a path cannot be reached.
+    """
+    fields = option_fields(type(options))
+    for field in fields:
+        if field.metadata.get("needed") and getattr(options, field.name) is None:
+            command = "" if options.command == "train" else f" {options.command}"
+            needed = (f"--{f.name} {f.metadata['metavar']}" for f in fields if f.metadata.get("needed"))
+            raise UserError("is missing", f"--{field.name}", f"python {SCRIPT_NAME}{command} {' '.join(needed)}")
+    for field in fields:
+        path = getattr(options, field.name)
+        if isinstance(path, Path):
+            try:
+                path.exists()
+            except OSError as error:  # no permission on a parent, a name that is too long
+                where = f"{options.place(field.name)} {path}"
+                raise UserError(str(error.strerror), where, "check the path") from error
+
+
 def check_paths(config: Config) -> None:
     """Check everything that can be known of the named files and folders without reading images; writes nothing.
 
     Raises:
         UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
     """
-    needed, usage = NEEDED_FLAGS.get(config.command, TRAINING_FLAGS)
-    for name in needed:
-        if getattr(config, name) is None:
-            raise UserError("is missing", f"--{name}", f"python {SCRIPT_NAME} {usage}")
-    for field in option_fields():
-        if field_kind(field) is Path:
-            _check_reachable(config, field.name)
-    for name in ("class_map", "backbone_weights"):
-        path = getattr(config, name)
-        if path is not None and not path.is_file():
-            raise UserError(
-                "is not a file" if path.exists() else "does not exist", f"{config.place(name)} {path}", "check the path"
-            )
-    if config.command == "prelabel":
-        _check_prelabel_paths(config)
-    if config.command in ("evaluate", "prototypes", "export"):
-        _check_gallery_paths(config)
+    check_given(config)
+    check_files_exist(config, "class_map", "backbone_weights")
     if config.unknown_dir is not None:
-        _check_folder(config, "unknown_dir", "give a folder of images of no class")
-    if config.command in NEEDED_FLAGS:
-        return
-    _check_folder(config, "data_root", DATA_TREE)
+        check_folder(config, "unknown_dir", "give a folder of images of no class")
+    check_folder(config, "data_root", DATA_TREE)
     _check_out_dir(config)
     _check_starts(config)
     _check_backgrounds(config)
     if config.group_regex is not None:
         _check_regex(config)
+
+
+def check_run_paths(options: RunOptions) -> None:
+    """Check the files and folders that a command on a finished run names.
+
+    Raises:
+        UserError: missing, or of the wrong kind.
+    """
+    check_given(options)
+    check_folder(options, "run", "give the out_dir of a finished run")
+    check_files_exist(options, *({"class_map", "backbone_weights"} & vars(options).keys()))
+    for name, remedy in (("data_root", DATA_TREE), ("add", DATA_TREE), ("unknown_dir", "give a folder of images")):
+        if getattr(options, name, None) is not None:
+            check_folder(options, name, remedy)
+    if isinstance(options, PrototypesOptions):
+        check_prototypes_per_class(options)
+        if sum((options.list, options.add is not None, options.remove is not None)) > 1:
+            raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
+
+
+def check_files_exist(options: Options, *names: str) -> None:
+    """Refuse options that name something that is not a file."""
+    for name in names:
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UserError(what, f"{options.place(name)} {path}", "check the path")
+
+
+def check_folder(options: Options, name: str, remedy: str) -> None:
+    """Refuse an option that names something that is not a folder."""
+    path = getattr(options, name)
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(what, f"{options.place(name)} {path}", remedy)
 
 
 def locate_start(config: Config) -> Path | None:
@@ -1134,13 +1291,6 @@ def _check_starts(config: Config) -> None:
             raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
 
 
-def _check_folder(config: Config, name: str, remedy: str) -> None:
-    path = getattr(config, name)
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(what, f"{config.place(name)} {path}", remedy)
-
-
 def _check_backgrounds(config: Config) -> None:
     if not config.insert_background_p:
         return
@@ -1148,7 +1298,7 @@ def _check_backgrounds(config: Config) -> None:
         raise UserError(
             "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
         )
-    _check_folder(config, "backgrounds", "give a folder of pictures")
+    check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
     if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
@@ -1159,18 +1309,9 @@ def _check_backgrounds(config: Config) -> None:
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
-def _check_gallery_paths(config: Config) -> None:
-    _check_folder(config, "run", "give the out_dir of a finished run")
-    for name in ("data_root", "add"):
-        if getattr(config, name) is not None:
-            _check_folder(config, name, DATA_TREE)
-    if sum((config.list, config.add is not None, config.remove is not None)) > 1:
-        raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
-
-
 def _check_prelabel_paths(config: Config) -> None:
-    _check_folder(config, "run", "give the out_dir of a finished run")
-    _check_folder(config, "images", "give the folder that the detections' file names start from")
+    check_folder(config, "run", "give the out_dir of a finished run")
+    check_folder(config, "images", "give the folder that the detections' file names start from")
     if config.detections is not None and not config.detections.exists():
         raise UserError("does not exist", config.said("detections"), "check the path")
     out, images = config.out.resolve(), config.images.resolve()
@@ -1183,15 +1324,6 @@ def _check_prelabel_paths(config: Config) -> None:
     if visible and not (out / PRELABEL_MARKER).exists():
         what = "is neither empty nor a folder of pre-labels"
         raise UserError(what, config.said("out"), "choose a new folder")
-
-
-def _check_reachable(config: Config, name: str) -> None:
-    path = getattr(config, name)
-    try:
-        if path is not None:
-            path.exists()
-    except OSError as error:  # no permission on a parent, a name that is too long
-        raise UserError(str(error.strerror), f"{config.place(name)} {path}", "check the path") from error
 
 
 def _check_out_dir(config: Config) -> None:
@@ -1235,11 +1367,13 @@ def _check_regex(config: Config) -> None:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
+        if sys.argv[1:2] and sys.argv[1] in TOOLS:
+            start_tool(sys.argv[1], sys.argv[2:])
         with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
             COMMAND_LINE = parse_command_line(sys.argv[1:])
-        # demo draws its data first; --debug wants a traceback; what the first process names, others need not see.
-        if COMMAND_LINE.command != "demo" and not COMMAND_LINE.debug and not IS_HELPER:
-            check_paths(COMMAND_LINE)
+        # --debug wants a traceback; what the first process names, others need not see.
+        if not COMMAND_LINE.debug and not IS_HELPER:
+            (check_paths if isinstance(COMMAND_LINE, Config) else check_run_paths)(COMMAND_LINE)
     except UserError as _error:
         if not IS_HELPER:
             sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
@@ -2363,38 +2497,58 @@ class Runtime:
         return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
 
 
-def make_runtime(config: Config) -> Runtime:
+def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, rounds_frozen: bool = False) -> Runtime:
     """Choose the device and the precision.
+
+    Args:
+        gpus: number of GPUs; None = one if there is one.
+        precision: auto, fp32, bf16 or fp16.
+        deterministic: let torch choose operations that give the same bits each time.
+        rounds_frozen: let a frozen backbone compute in bf16 with precision auto, where the CPU is faster for it.
 
     Raises:
         UserError: more GPUs than there are, or a precision that the device cannot do.
     """
     available = torch.cuda.device_count()
-    num_gpus = min(available, 1) if config.gpus is None else config.gpus
+    num_gpus = min(available, 1) if gpus is None else gpus
     if TEAM.size > 1 and num_gpus > 1:
         raise UserError(
             "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
         )
-    if config.fsdp and TEAM.size == 1:
-        remedy = f"start several: torchrun --nproc_per_node N {SCRIPT_NAME} ..."
-        raise UserError("shares the backbone among processes, and there is one", config.place("fsdp"), remedy)
     if num_gpus > available:
         raise UserError(
             f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
         )
-    if config.precision == "fp16" and not num_gpus:
+    if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     automatic = (
         "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     )
-    if config.deterministic:  # cuBLAS reads it when it is first used
+    if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(config.precision, names[automatic])
+    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(precision, names[automatic])
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    rounds_frozen = not config.trains_backbone and config.precision == "auto" and not num_gpus and cpu_multiplies_bf16()
-    return Runtime(device, num_gpus, dtype, config.deterministic, torch.bfloat16 if rounds_frozen else None).settle()
+    rounds_frozen = rounds_frozen and precision == "auto" and not num_gpus and cpu_multiplies_bf16()
+    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None).settle()
+
+
+def training_runtime(config: Config) -> Runtime:
+    """Return where and how a run is trained.
+
+    Raises:
+        UserError: as `make_runtime` does, or --fsdp without several processes.
+    """
+    if config.fsdp and TEAM.size == 1:
+        remedy = f"start several: torchrun --nproc_per_node N {SCRIPT_NAME} ..."
+        raise UserError("shares the backbone among processes, and there is one", config.place("fsdp"), remedy)
+    return make_runtime(config.gpus, config.precision, config.deterministic, not config.trains_backbone)
+
+
+def answer_runtime(options: RunOptions) -> Runtime:
+    """Return where and how a finished run answers."""
+    return make_runtime(options.gpus, options.precision, rounds_frozen=True)
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -5536,7 +5690,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     return borders
 
 
-def make_loader(dataset: CropDataset, batches: Any, config: Config, runtime: Runtime) -> DataLoader:
+def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
     """Return a loader over batches of sample keys; the number of workers, a process, does not change what it yields."""
     workers = min(config.workers, -(-count_cores() // TEAM.local_size))
     return DataLoader(
@@ -8067,7 +8221,7 @@ def _plain_records(root: Path, class_names: tuple[str, ...], paths: Sequence[str
     return Records(root, class_names, PathTable(paths), labels.astype(np.int32), numbers, np.zeros(len(paths), np.int8))
 
 
-def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: Config) -> Embedded:
+def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions) -> Embedded:
     """Return embeddings of some records by a finished run, in the views that it was trained with.
 
     Args:
@@ -8091,7 +8245,7 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: C
 
 
 def embed_batches(
-    run: TrainedRun, records: Records, batches: list[list[SampleKey]], config: Config
+    run: TrainedRun, records: Records, batches: list[list[SampleKey]], config: RunOptions
 ) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
     """Yield of each batch what could not be read, and the embeddings of all else; the processes of a team take turns."""
     TEAM.call("embed_records", records, batches, config)
@@ -8104,7 +8258,9 @@ def embed_batches(
     return take_turns(lambda own: make_loader(dataset, own, config, run.runtime), batches, answer)
 
 
-def scan_for_run(run: TrainedRun, root: Path, config: Config, splits_path: Path | None = None) -> Scan:
+def scan_for_run(
+    run: TrainedRun, root: Path, config: Config | EvaluateOptions | PrototypesOptions, splits_path: Path | None = None
+) -> Scan:
     """Scan a folder of class folders with masks, as the run looked at its own data; writes nothing.
 
     Of its own data, those are scanned that it used, which its splits.json says.
@@ -12880,7 +13036,7 @@ def run_masks(config: Config) -> None:
     check_paths(config)
     refuse_finished_folder(config)
     check_sam2(config)
-    runtime = make_runtime(config)
+    runtime = training_runtime(config)
     scan = scan_dataset(config)
     with keep_scan(scan, config.out_dir):
         scan = attach_masks(scan, config)
@@ -12900,7 +13056,7 @@ def run_prelabel(config: Config) -> None:
     """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
     check_paths(config)
     keep_freed_memory()
-    runtime = make_runtime(config)
+    runtime = answer_runtime(config)
     detections = read_detections(config)
     run = load_run(config.run, runtime, config.backbone_weights)
     create_out_dir(config.out, "--out")
@@ -12943,11 +13099,11 @@ def write_prelabels(prelabels: Prelabels, run: TrainedRun, config: Config) -> di
     return summary
 
 
-def run_evaluate(config: Config) -> None:
+def run_evaluate(config: EvaluateOptions) -> None:
     """Judge a finished run on its own test or val images, or on another labelled folder; write evaluation.json into the run."""
-    check_paths(config)
+    check_run_paths(config)
     keep_freed_memory()
-    run = load_run(config.run, make_runtime(config), config.backbone_weights)
+    run = load_run(config.run, answer_runtime(config), config.backbone_weights)
     if config.data_root is None:
         test, strangers = _embed_split(run, config), np.zeros((0, run.gallery.stacks.shape[1]), np.float32)
     else:
@@ -12964,7 +13120,7 @@ def run_evaluate(config: Config) -> None:
     show(f"written: {run.path / 'evaluation.json'}")
 
 
-def _embed_split(run: TrainedRun, config: Config) -> Embedded:
+def _embed_split(run: TrainedRun, config: EvaluateOptions) -> Embedded:
     records = scan_own_data(run, choose_options(run.config, config))
     if not len(records.rows(config.split)):
         raise UserError(f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR")
@@ -12984,7 +13140,7 @@ def scan_own_data(run: TrainedRun, options: Config) -> Records:
     return records
 
 
-def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarray]:
+def _embed_labelled(run: TrainedRun, config: EvaluateOptions) -> tuple[Embedded, np.ndarray]:
     """Return the images of classes that the gallery knows, and embeddings of all others: unknown objects."""
     records = scan_for_run(run, config.data_root, config).records
     number = {name: index for index, name in enumerate(run.gallery.class_names)}
@@ -13005,9 +13161,7 @@ def _embed_labelled(run: TrainedRun, config: Config) -> tuple[Embedded, np.ndarr
 def run_export(config: Config) -> None:
     """Write a finished run as one file for other programs, once it is known to answer as PyTorch does."""
     check_paths(config)
-    run = load_run(
-        config.run, make_runtime(dataclasses.replace(config, gpus=0, precision="fp32")), config.backbone_weights
-    )
+    run = load_run(config.run, make_runtime(0, "fp32"), config.backbone_weights)
     merge_lora(run.model.backbone.model)
     path = config.out or run.path / ("model.onnx" if config.format == "onnx" else "model.safetensors")
     if path.is_dir():
@@ -13036,9 +13190,9 @@ def _load_references(run: TrainedRun, config: Config) -> np.ndarray:
     return np.stack(crops)
 
 
-def run_prototypes(config: Config) -> None:
+def run_prototypes(config: PrototypesOptions) -> None:
     """Make a run's gallery anew, show it, enrol classes from a few crops, or take one out; the old file is kept beside the new."""
-    check_paths(config)
+    check_run_paths(config)
     keep_freed_memory()
     if config.list:
         show(format_gallery(load_gallery(config.run / "prototypes.npz")[0]))
@@ -13047,10 +13201,10 @@ def run_prototypes(config: Config) -> None:
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
     with lock_directory(config.run, "--run"):
         if config.remove is not None:
-            run = load_run(config.run, make_runtime(config), config.backbone_weights)
+            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
             gallery, meta = remove_class(run.gallery, config.remove), run.meta
         elif config.add is not None:
-            run = load_run(config.run, make_runtime(config), config.backbone_weights)
+            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
             gallery, named = enrol_folder(run, config)
             meta = run.meta
         else:
@@ -13062,7 +13216,7 @@ def run_prototypes(config: Config) -> None:
     show(f"written: {config.run / 'prototypes.npz'}" + (f"; as it was, it is {kept.name}" if kept else ""))
 
 
-def enrol_folder(run: TrainedRun, config: Config) -> tuple[Gallery, Sequence[str]]:
+def enrol_folder(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery, Sequence[str]]:
     """Return the run's gallery with the crops below --add, and the names of their classes."""
     records = scan_for_run(run, config.add, config).records
     added = embed_records(run, records, np.arange(len(records.paths)), config)
@@ -13071,13 +13225,15 @@ def enrol_folder(run: TrainedRun, config: Config) -> tuple[Gallery, Sequence[str
     return enrol(run.gallery, added, records.class_names, paths, precision), records.class_names
 
 
-def rebuild_gallery(config: Config) -> tuple[Gallery, dict[str, Any]]:
+def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery, dict[str, Any]]:
     """Return the gallery that the run's own training and val images make, with the options of the run or those typed, and its meta.
 
     Raises:
         UserError: the run has no model, or its images have other classes now.
     """
-    run = share_run(load_model(config.run, read_run_config(config.run), make_runtime(config), config.backbone_weights))
+    run = share_run(
+        load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
+    )
     options = choose_options(run.config, config)
     records = scan_own_data(run, options)
     embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
@@ -13094,7 +13250,7 @@ def rebuild_gallery(config: Config) -> tuple[Gallery, dict[str, Any]]:
     return gallery, describe_gallery(options, run.info, records.class_names, run.model)
 
 
-def choose_options(own: Config, typed: Config) -> Config:
+def choose_options(own: Config, typed: RunOptions) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
@@ -13190,7 +13346,7 @@ def run_train(config: Config) -> None:
     check_paths(config)
     check_transforms(config)
     keep_freed_memory()
-    runtime = make_runtime(config)
+    runtime = training_runtime(config)
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config)
     probe_model(config)  # a mistyped model should not cost a scan
@@ -13809,40 +13965,60 @@ class Helper:
             show(f"process {TEAM.rank}: {text}")
 
 
-RECIPES = {
-    "train": run_train,
-    "scan": run_scan,
-    "masks": run_masks,
-    "evaluate": run_evaluate,
-    "prototypes": run_prototypes,
-    "prelabel": run_prelabel,
-    "export": run_export,
-    "demo": run_demo,
-}
+RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prototypes": run_prototypes}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
+    """Run one command of this script and return its exit code."""
+
+    def parse() -> Options:
+        return COMMAND_LINE if argv is None else parse_command_line(argv)
+
+    return run_recipe(parse, lambda options: RECIPES[options.command](options))
+
+
+def run_program(
+    command: str,
+    options_class: type[Options],
+    recipe: Callable[[Any], None],
+    argv: Sequence[str] | None = None,
+    helper: type[Helper] = Helper,
+) -> int:
+    """Run a tool: read its command line, then do what the recipe does of the options; return the exit code.
+
+    Args:
+        command: name of the tool, as one types it after the script's name.
+        options_class: its options.
+        recipe: what it does.
+        argv: words of the command line; None = those of this process.
+        helper: what the processes of torchrun that are not the first can be called for.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return run_recipe(lambda: parse_options(options_class, words, command), recipe, helper)
+
+
+def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], helper: type[Helper] = Helper) -> int:
+    """Do what a recipe does of the parsed options: exit codes 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
 
     Of the processes that torchrun has started, one explains a failure, and all return the same code.
     """
     TEAM.join()
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
-    config = Config()
+    options = Options()
     try:
         if TEAM.rank:
             SIGNALS.listen()
-            Helper().follow()
+            helper().follow()
         else:
             SIGNALS.catch()
-            config = COMMAND_LINE if argv is None else parse_command_line(argv)
-            RECIPES[config.command](config)
+            options = parse()
+            recipe(options)
             TEAM.call("")
         TEAM.close()
         return EXIT_OK
     except (Exception, Interrupted) as error:
         failure = error
-    code, message = explain_end(failure, config)
+    code, message = explain_end(failure, options)
     code, is_ours = TEAM.conclude(code)
     if not is_ours:
         return code
@@ -13850,29 +14026,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise failure
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr)
-    if config.debug:
+    if getattr(options, "debug", False):
         traceback.print_exception(failure)
     return code
 
 
-def explain_end(failure: BaseException, config: Config) -> tuple[int, str]:
+def exit_process(code: int) -> None:
+    """End the process with an exit code, at once where threads or other processes would have to be waited for."""
+    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
+    if (code > 128 and is_busy) or (code and TEAM.size > 1):
+        os._exit(code)  # neither a huge image that is still being decoded is waited for, nor processes that have gone
+    sys.exit(code)
+
+
+def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     """Return the exit code of a failure and what to tell of it; '' for a bug of ours, whose traceback says more."""
     if isinstance(failure, Diverged):
         return EXIT_DIVERGED, f"error: {failure}"
     if isinstance(failure, Interrupted):
-        again = "the same command without --overwrite" if config.overwrite else "the same command"
+        again = "the same command" + (" without --overwrite" if getattr(options, "overwrite", False) else "")
         return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
-    explained = failure if isinstance(failure, UserError) else explain_failure(failure, config)
+    explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
 
-def explain_failure(error: Exception, config: Config) -> UserError | None:
+def explain_failure(error: Exception, options: Options) -> UserError | None:
     """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
-    text = str(error)
+    text, given = str(error), vars(options)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return UserError(
             f"out of memory: {printable(text).split('. ')[0][:200]}",
-            f"--batch {config.batch} --img_size {config.img_size} --precision {config.precision}",
+            " ".join(f"--{name} {given[name]}" for name in ("batch", "img_size", "precision") if name in given),
             "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite;"
             " if something else fills the memory, the same command continues",
         )
@@ -13883,22 +14067,14 @@ def explain_failure(error: Exception, config: Config) -> UserError | None:
     if isinstance(error, DeadWorker):
         return UserError(
             f"a process that reads images was killed: {text}",
-            config.said("workers"),
+            f"--workers {given.get('workers')}",
             "lower --workers if memory is short (/dev/shm too); the same command continues",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = "make room" + ", or give a lower --cache_crops" * (
-            config.command == "train" and config.cache_crops > 0
-        )
-        return UserError(f"cannot be written: {error.strerror}", str(error.filename or config.out_dir), remedy)
+        remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
+        return UserError(f"cannot be written: {error.strerror}", str(error.filename or given.get("out_dir")), remedy)
     return None
 
 
 if __name__ == "__main__":
-    EXIT_CODE = main()
-    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
-    if (EXIT_CODE > 128 and is_busy) or (EXIT_CODE and TEAM.size > 1):
-        os._exit(
-            EXIT_CODE
-        )  # neither a huge image that is still being decoded is waited for, nor processes that have gone
-    sys.exit(EXIT_CODE)
+    exit_process(main())

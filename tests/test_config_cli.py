@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import TINY_RUN, run_cli
+from conftest import SCRIPT, TINY_RUN, run_cli
 
 import lct_dino3 as lct
 
@@ -28,22 +30,30 @@ def test_help_and_usage_errors_answer_before_heavy_imports(argv):
     assert done.returncode == (0 if argv == ["--help"] else 2)
 
 
-def test_help_lists_every_option_once_on_one_line_with_its_default():
-    text = run_cli("--help").stdout
-    for field in lct.option_fields():
+COMMANDS = [(), ("evaluate",), ("prototypes",)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option_of_the_command_once_on_one_line_with_its_default(command):
+    text = run_cli(*command, "--help").stdout
+    fields = lct.option_fields(lct.COMMAND_OPTIONS.get(command[0], lct.Config) if command else lct.Config)
+    for field in fields:
         lines = [line for line in text.splitlines() if re.match(rf"  --(\[no-\])?{field.name}\b", line)]
         assert len(lines) == 1, field.name
         assert field.metadata["help"] in lines[0], f"--{field.name} takes two lines"
         if field.default not in (None, ()):
             shown = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
             assert f"[{shown}]" in lines[0], field.name
-    assert all(name in text.split("commands:")[1] for name in lct.COMMANDS)
+    assert len(re.findall(r"^  --", text, re.MULTILINE)) == len(fields)
+    if not command:
+        assert all(name in text.split("commands, ")[1] for name in (*lct.COMMANDS, *lct.TOOLS))
 
 
 def test_every_option_describes_itself():
-    for field in dataclasses.fields(lct.Config)[2:]:  # `command` and `origins` are no flags
-        assert field.metadata["help"] and field.metadata["group"], field.name
-        assert lct.field_kind(field) in (int, float, str, bool, lct.Path, dict), field.name
+    for options in (lct.Config, *lct.COMMAND_OPTIONS.values()):
+        for field in dataclasses.fields(options)[2:]:  # `command` and `origins` are no flags
+            assert field.metadata["help"] and field.metadata["group"], field.name
+            assert lct.field_kind(field) in (int, float, str, bool, lct.Path, dict), field.name
 
 
 def test_defaults_are_those_of_the_design():
@@ -143,10 +153,17 @@ def test_mean_and_std_come_together(flag):
     assert "--mean, --std" in refusal(f"--{flag}", 0.5, 0.5, 0.5)
 
 
-def test_what_the_user_types_wins_over_the_settings_of_the_demo():
-    assert lct.parse_command_line(["demo", "--epochs", "3"]).epochs == 3
-    assert lct.parse_command_line(["--epochs", "3", "demo", "--out_dir", "x"]).out_dir == lct.Path("x")
-    assert lct.parse_command_line(["demo"]).model_id != lct.Config.model_id
+def test_a_command_stands_first():
+    assert "put the command first" in refusal("--data_root", "x", "scan")
+    assert lct.parse_command_line(["scan", "--data_root", "x"]).command == "scan"
+
+
+def test_a_copy_of_the_script_without_its_tools_says_so(tmp_path):
+    copy = tmp_path / "lct_dino3.py"
+    copy.write_bytes(SCRIPT.read_bytes())
+    done = subprocess.run([sys.executable, str(copy), "prelabel", "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(tmp_path / "tools" / "prelabel.py") in done.stderr and "put the folder tools/" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -275,13 +275,6 @@ def test_experiment_name_names_the_folder_unless_out_dir_does(tmp_path):
     assert "not the name of a folder" in refusal(tmp_path, "experiment_name: a/b")
 
 
-def test_demo_settings_are_below_file_and_command_line(tmp_path):
-    (tmp_path / "run.yaml").write_text("epochs: 3\nbatch: 8")
-    config = lct.parse_command_line(["demo", "--config", str(tmp_path / "run.yaml"), "--batch", "16"])
-    assert (config.img_size, config.epochs, config.batch) == (64, 3, 16)
-    assert config.origins["img_size"] == "demo"
-
-
 def test_config_json_of_a_run_says_where_each_value_comes_from_and_repeats_it(tmp_path, small_data, capsys):
     words = [word for word in TINY_RUN if word not in ("--epochs", "1")]
     text = f"training: {{epochs: 2}}\nbatch: 4\ndirectories: {{images: {small_data}}}"

@@ -38,7 +38,7 @@ def make_job(data: Path, **options: object) -> lct.Job:
     config.out_dir.mkdir(exist_ok=True)
     scan = lct.attach_masks(lct.scan_dataset(config), config)
     info = lct.BackboneInfo("", "", "", 1, SIDE, "avg", (0.5,) * 3, (0.5,) * 3, "area")
-    return lct.Job(config, scan.records, lct.make_runtime(config), None, info, scan.fingerprint)
+    return lct.Job(config, scan.records, lct.training_runtime(config), None, info, scan.fingerprint)
 
 
 def with_store(job: lct.Job) -> lct.Job:

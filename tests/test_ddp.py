@@ -351,7 +351,9 @@ def test_a_frozen_backbone_that_is_shared_gives_the_same_run(nursery: Nursery, d
         assert [code for code, _ in ends] == [0] * len(ranks), ends
     one, two = (lct.load_gallery(tmp_path / name / "prototypes.npz") for name in ("one", "two"))
     np.testing.assert_allclose(two[0].stacks, one[0].stacks, atol=3e-3)
-    lct.load_run(tmp_path / "two", lct.make_runtime(lct.Config(gpus=0)))  # which refuses weights of another hash
+    lct.load_run(
+        tmp_path / "two", lct.make_runtime(0, "auto", rounds_frozen=True)
+    )  # which refuses weights of another hash
     payload = torch.load(tmp_path / "two/checkpoint_last.pth", weights_only=True)
     assert not any(key.startswith("backbone.") for key in payload["model"])
 

@@ -257,11 +257,11 @@ def test_fetched_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
 def test_precision_auto_rounds_frozen_backbones_only_and_fp32_none() -> None:
     frozen, trained = build()[0], build()[0]
     frozen.freeze()
-    automatic = lct.make_runtime(make_config(gpus=0))
+    automatic = lct.training_runtime(make_config(gpus=0))
     fast = torch.bfloat16 if lct.cpu_multiplies_bf16() else torch.float32
     assert (automatic.dtype_of(frozen), automatic.dtype_of(trained)) == (fast, torch.float32)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        runtime = lct.make_runtime(make_config(gpus=0, precision=name))
+        runtime = lct.training_runtime(make_config(gpus=0, precision=name))
         assert runtime.dtype_of(frozen) == runtime.dtype_of(trained) == dtype
 
 
@@ -276,7 +276,7 @@ def test_precision_auto_rounds_where_the_cpu_is_faster_for_it(monkeypatch: pytes
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=has_amx: value)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_avx: value)
         monkeypatch.setattr(lct, "read_cpu_vendor", lambda value=vendor: value)
-        assert lct.make_runtime(make_config(gpus=0)).frozen_dtype == (torch.bfloat16 if is_faster else None)
+        assert lct.training_runtime(make_config(gpus=0)).frozen_dtype == (torch.bfloat16 if is_faster else None)
 
 
 def test_the_vendor_of_the_cpu_is_that_of_linux() -> None:
@@ -509,7 +509,7 @@ def sources(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def load_source(path: Path) -> lct.TrainedRun:
-    return lct.load_model(path, lct.read_run_config(path), lct.make_runtime(make_config(gpus=0, precision="fp32")))
+    return lct.load_model(path, lct.read_run_config(path), lct.make_runtime(0, "fp32"))
 
 
 def start_from(path: Path, class_names: tuple[str, ...], **options: object) -> tuple[lct.Recognizer, str]:
@@ -628,7 +628,7 @@ def test_a_run_that_starts_from_another_answers_by_itself_and_asks_for_what_is_g
     found = lct.load_model(
         out_dir,
         lct.read_run_config(out_dir),
-        lct.make_runtime(make_config(gpus=0)),
+        lct.training_runtime(make_config(gpus=0)),
         tmp_path / "gone/checkpoint_best.pth",
     )
     assert lct.hash_weights(found.model) == lct.hash_weights(again)

@@ -196,7 +196,7 @@ def test_what_optimizers_keep_is_restored(name: str) -> None:
         model, config = make_model(freeze=False)
         config = dataclasses.replace(config, optimizer=name)
         lct.check_optimizer(config)
-        return lct.start_state(model, config, lct.make_runtime(config))
+        return lct.start_state(model, config, lct.training_runtime(config))
 
     straight, saved, resumed = start(), start(), start()
     step(straight, 8)

@@ -127,4 +127,4 @@ def test_ruff_is_clean() -> None:
 def test_the_top_level_holds_what_it_should() -> None:
     visible = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
     assert {"lct_dino3.py", "README.md", "requirements.txt", "tests"} <= visible
-    assert visible <= {"lct_dino3.py", "README.md", "requirements.txt", "tests", "configs", "demo", "runs"}
+    assert visible <= {"lct_dino3.py", "README.md", "requirements.txt", "tests", "configs", "tools", "demo", "runs"}

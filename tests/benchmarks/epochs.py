@@ -62,7 +62,7 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
         precision=precision, cache_views=cache_views,
     )  # fmt: skip
     scan, (backbone, info) = lct.scan_dataset(config), lct.build_backbone(config, print)
-    runtime = lct.make_runtime(config)
+    runtime = lct.training_runtime(config)
     job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
     model = lct.build_recognizer(config, 4, backbone, info)
     backbone.dtype = runtime.dtype_of(backbone)
@@ -247,7 +247,7 @@ def our_start() -> float:
 def large_state() -> lct.TrainState:
     config = lct.Config(model_id=LARGE, backbone_weights=large_weights())
     model = lct.build_recognizer(config, 100, *lct.build_backbone(config, print))
-    state = lct.start_state(model, config, lct.make_runtime(config))
+    state = lct.start_state(model, config, lct.training_runtime(config))
     logits, _ = model(torch.randn(64, model.head.hidden.in_features), torch.zeros(64, dtype=torch.int64))
     logits.sum().backward()
     state.optimizer.step()
