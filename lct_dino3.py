@@ -144,11 +144,8 @@ FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten
 KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in the cache; queries of them at most
 FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
-SEAL = b"lct_dino3 sha256 "  # opens the comment of a zip archive that we wrote; its digest follows
-SEAL_DIGITS = 64  # hex digits of that digest, which covers every byte before them
-ZIP_END_BYTES = 22  # length of a zip's last record without comment; its last two bytes give the comment's length
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
 CLEARML_CLOSE_SECONDS = 4.5  # that a run waits for ClearML at its end, and nowhere else
@@ -1497,8 +1494,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 written = temporary.stat().st_size
                 temporary.unlink()
         sync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error, written) from error
+    except (OSError, RuntimeError) as error:
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch says "unexpected pos", whatever happened
+        if not isinstance(cause, OSError):
+            raise
+        raise write_error(path, cause, written) from error
 
 
 def sync_folder(path: Path) -> None:
@@ -1513,92 +1515,33 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-class SealError(ValueError):
-    """A file that is damaged, or that this script did not write; the text says what."""
+def is_torch_zip(path: Path) -> bool:
+    """Say whether a file is an archive such as torch.save has written since 1.6."""
+    return path.suffix != ".safetensors" and zipfile.is_zipfile(path)
 
 
-class SealWriter(io.RawIOBase):
-    """Hand a zip archive on to a file and hash it on the way, to put the digest of all its bytes into its comment at the end.
-
-    It stays a zip that every tool reads. The readers of torch and numpy check less: torch's no checksum at all.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._last = file, hashlib.sha256(), b""
-        self.failure: OSError | None = None
-
-    def writable(self) -> bool:
-        """Say so to numpy; being unable to seek, it gets its archives in one pass."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Pass on all but the last bytes: they may be the record that the seal changes."""
-        data = memoryview(data).cast("B")
-        try:
-            if len(data) < ZIP_END_BYTES:
-                joined = self._last + bytes(data)
-                self._pass_on(joined[:-ZIP_END_BYTES])
-                self._last = joined[-ZIP_END_BYTES:]
-            else:
-                self._pass_on(self._last)
-                self._pass_on(data[:-ZIP_END_BYTES])
-                self._last = bytes(data[-ZIP_END_BYTES:])
-        except OSError as error:
-            self.failure = error
-            raise
-        return len(data)
-
-    def _pass_on(self, data: Any) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-    def seal(self) -> None:
-        """Write the archive's last record with a comment after it."""
-        if not self._last.startswith(b"PK\x05\x06"):
-            raise ValueError("what was written is no zip archive")
-        self._pass_on(self._last[:-2] + (len(SEAL) + SEAL_DIGITS).to_bytes(2, "little") + SEAL)
-        self._file.write(self._digest.hexdigest().encode())
-
-
-@contextlib.contextmanager
-def sealed_file(path: Path) -> Iterator[SealWriter]:
-    """Open `path` for a zip archive that is written whole, and that `open_sealed` can tell from a damaged one."""
-    with atomic_file(path) as file:
-        writer = SealWriter(file)
-        try:
-            yield writer
-        except RuntimeError as error:  # torch says "unexpected pos" whatever kept the file from growing
-            raise (writer.failure or error) from error
-        writer.seal()
-
-
-def has_seal(path: Path) -> bool:
-    """Say whether a file ends as those that `sealed_file` writes."""
-    with open(path, "rb") as file:
-        end = len(SEAL) + SEAL_DIGITS
-        file.seek(-min(end, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        return file.read(len(SEAL)) == SEAL
-
-
-@contextlib.contextmanager
-def open_sealed(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that `sealed_file` wrote, once every byte of it has been checked.
+def check_zip(path: Path) -> None:
+    """Check every member of a zip archive, a checkpoint or .npz, against its CRC-32, which torch's own reader does not do.
 
     Raises:
-        SealError: a bit has changed, something is missing or added, or it never had a seal.
+        zipfile.BadZipFile: the file is damaged, cut off, or no zip archive.
+        OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        digest, end = hashlib.sha256(), b""
-        left = os.fstat(file.fileno()).st_size - SEAL_DIGITS
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left, end = left - len(chunk), (end + chunk)[-len(SEAL) :]
-        if end != SEAL:
-            raise SealError("has no seal of this script: it is cut off, or something else wrote it")
-        if file.read() != digest.hexdigest().encode():
-            raise SealError("is damaged: its content is not what was written")
-        file.seek(0)
-        yield file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zlib.error,
+    ) as error:  # what flipped bits in its directory provoke
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise zipfile.BadZipFile(f"is damaged: {error}") from error
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"is damaged: {damaged} in it is not what was written")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -3180,7 +3123,7 @@ def _save_part_of_scan(cache_path: Path, root: Path, health: FileHealth, missing
 def save_scan_cache(cache_path: Path, root: Path, health: FileHealth) -> None:
     """Write what looking at the files told, keyed by path, size and time of each."""
     table = PathTable(health.paths)
-    with sealed_file(cache_path) as file:
+    with atomic_file(cache_path) as file:
         np.savez(
             file,
             root=np.array(str(root.resolve())),
@@ -3197,7 +3140,8 @@ def _load_scan_cache(
 ) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
     """Return {(path, size, mtime_ns): (row, reason)}; {} when there is no cache of this folder and format."""
     try:
-        with open_sealed(cache_path) as file, np.load(file, allow_pickle=False) as cache:
+        check_zip(cache_path)
+        with np.load(cache_path, allow_pickle=False) as cache:
             if str(cache["root"]) != str(root.resolve()) or cache["rows"].dtype != dtype:
                 return {}
             offsets, data = cache["offsets"].tolist(), cache["data"].tobytes()
@@ -5434,14 +5378,6 @@ def partner_labels(
     return torch.cat(others), torch.cat(shares)
 
 
-def mixed_loss(own: torch.Tensor, partners: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Return the mean of lambda times the losses (B,) for the own labels and 1 - lambda times those for the partners'.
-
-    Both labels are hard, as margins want.
-    """
-    return (shares * own + (1 - shares) * partners).mean()
-
-
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
@@ -6246,9 +6182,9 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], d
     from safetensors import safe_open
     from timm.models._helpers import load_state_dict
 
-    if has_seal(path):
-        with open_sealed(path) as file:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
+    payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_torch_zip(path) else None
+    if isinstance(payload, dict) and "identity" in payload and "format" in payload:
+        check_zip(path)
         weights = payload.get("average", payload["model"])  # those that were judged
         return weights, payload["identity"]["class_names"], payload["identity"]
     state, meta = load_state_dict(str(path), weights_only=True), {}
@@ -6531,10 +6467,7 @@ class Recognizer(nn.Module):
         }
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `trained_state` returned; every key must fit."""
-        own = self.trained_state()
-        if own.keys() != state.keys():
-            raise KeyError(f"keys differ: {sorted(own.keys() ^ state.keys())[:4]}")
+        """Load what `trained_state` returned."""
         self.load_state_dict(state, strict=False)
 
 
@@ -7198,7 +7131,7 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
     payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **packed, "tally": state.tally.totals()}
-    with SIGNALS.hold(), sealed_file(path) as file:  # torch's writer turns an exception from inside into one of its own
+    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save(payload, file)
 
 
@@ -7238,17 +7171,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out to start afresh"
         )
     try:
-        with open_sealed(path) as file:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
+        check_zip(path)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # seal, zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
         raise UserError(
             f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}",
             str(path),
             "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH",
         ) from error
-    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT:
+    keys = {"format", "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype", *PLAIN_STATE}
+    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or keys - payload.keys():
         raise UserError(
             "is not a checkpoint of this script and version", str(path), "resume from another one with --resume PATH"
         )
@@ -7265,10 +7199,28 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
         state.average.restore(payload["average"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally.restore(payload.get("tally", {}))
-    if state.model.backbone.frozen and "backbone_dtype" in payload:
+    state.tally.restore(payload.get("tally", {}))  # other processes are given none
+    if state.model.backbone.frozen:
         # A run keeps to what it began with, also on another machine.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+
+
+def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse the weights of a checkpoint that a model has no place for.
+
+    Raises:
+        UserError: naming the tensors that are missing, foreign, or of another shape.
+    """
+    expected = model.trained_state()
+
+    def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
+        return str(tuple(tensors[key].shape)) if key in tensors else "none"
+
+    unfit = [key for key in sorted(expected.keys() | weights.keys()) if shape(expected, key) != shape(weights, key)]
+    if unfit:
+        named = ", ".join(f"{key} {shape(weights, key)} instead of {shape(expected, key)}" for key in unfit[:4])
+        what = f"{len(unfit)} of its tensors do not fit the model: {printable(named)}"
+        raise UserError(what, str(path), RESTORE_OR_OVERWRITE)
 
 
 def load_weights(model: Recognizer, weights: dict[str, torch.Tensor]) -> None:
@@ -7431,9 +7383,10 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a checkpoint; the copy appears whole.
 
     Raises:
-        SealError: it is damaged. Nothing is written then.
+        zipfile.BadZipFile: it is damaged. Nothing is written then.
     """
-    with open_sealed(source) as file, atomic_file(target) as copy:
+    check_zip(source)
+    with open(source, "rb") as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
@@ -7443,7 +7396,9 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        with contextlib.suppress(OSError, SealError):  # none yet, or a damaged one that has not been set aside so far
+        with contextlib.suppress(
+            OSError, zipfile.BadZipFile
+        ):  # none yet, or a damaged one that has not been set aside so far
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
     (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # the run is finished
@@ -7963,7 +7918,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     meta["val_thresholds"] = gallery.val_thresholds
     meta["pooled_thresholds"] = [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()]
     numbers = {name: index for index, name in enumerate(gallery.class_names)}
-    with sealed_file(path) as file:
+    with atomic_file(path) as file:
         np.savez(
             file,
             centroids=gallery.centroids,
@@ -8030,7 +7985,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     if not path.is_file():
         raise UserError("there are no such prototypes", str(path), "check the path; a finished run writes them")
     try:
-        with open_sealed(path) as file, np.load(file, allow_pickle=False) as content:
+        check_zip(path)
+        with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         meta = json.loads(str(arrays["meta"]))
         if meta["format"] != PROTOTYPES_FORMAT:
@@ -8116,6 +8072,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     backbone, info = build_backbone(_find_weights(config, path, backbone_weights), show)
     _check_backbone(path, config, info, payload["identity"])
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
+    check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
     return TrainedRun(path, config, info, model.eval(), runtime)
@@ -9051,35 +9008,37 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    In a team, a batch has a part of the images; features, loss and logits are those of all images of all batches together.
+    The features of a frozen backbone are those of all batches together, exactly as of one batch of all their images; of one that is
+    trained, the gradients of the batches are added up, each weighed by its images, and BatchNorm sees single batches. In a team, a
+    batch has a part of the images; features, loss and logits are those of all images together.
     """
-    labels = torch.cat([batch.labels for batch in batches]).to(runtime.device, non_blocking=True)
-    mixings = [
-        draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
-        for index, batch in enumerate(batches)
-    ]
-
-    def embed_part(index: int) -> torch.Tensor:
-        """Return the features of a batch; the same when asked again, as dropout is a function of seed, step and index."""
-        batch, mixing = batches[index], mixings[index]
-        images = batch.images.to(runtime.device, non_blocking=True)
-        if mixing is not None:  # with images of the whole batch, which the other processes have
-            everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
-            images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
-        seed_torch(config.seed, 5, state.step, *([index] if index else []))
-        return TEAM.gather(network(images), batch.sizes)
-
-    embeddings = state.model.embed(join_parts(embed_part, len(batches), state.model.backbone))
-    logits, plain = state.model.criterion(embeddings, labels)
-    loss = classification_loss(logits, labels, config)
-    if any(mixings):
-        others, shares = partner_labels([batch.labels for batch in batches], mixings)
-        others, shares = others.to(runtime.device), shares.to(runtime.device)
-        other_logits, _ = state.model.criterion(embeddings, others)
-        losses = (classification_loss(*pair, config, "none") for pair in ((logits, labels), (other_logits, others)))
-        loss = mixed_loss(*losses, shares)
+    is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
+    groups = [[index] for index in range(len(batches))] if is_trained else [range(len(batches))]
+    num_images = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
+    losses, logits = [], []
+    for group in groups:
+        labels = [batches[index].labels for index in group]
+        mixings = [
+            draw_mixing(config, (state.epoch, state.batches + index), batches[index].images, len(batches[index].labels))
+            for index in group
+        ]
+        features = []
+        for index, mixing in zip(group, mixings, strict=True):
+            batch = batches[index]
+            images = batch.images.to(runtime.device, non_blocking=True)
+            if mixing is not None:  # with images of the whole batch, which the other processes have
+                everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
+                images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
+            seed_torch(config.seed, 5, state.step, *([index] if index else []))  # of dropout
+            features.append(TEAM.gather(network(images), batch.sizes))
+        embeddings = state.model.embed(torch.cat(features))
+        loss, plain = mixed_loss(config, state.model.criterion, embeddings, labels, mixings)
+        share = sum(map(len, labels)) / num_images
+        with TEAM.holding(group is not groups[-1]):
+            state.scaler.scale(loss * share).backward()
+        losses.append(loss.detach() * share)
+        logits.append(plain.detach())
     TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
@@ -9088,49 +9047,36 @@ def train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
-    return loss.detach(), plain.detach()
+    return torch.stack(losses).sum(), torch.cat(logits)
 
 
-def join_parts(embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone) -> torch.Tensor:
-    """Return the features of several batches as those of one, at the memory of one.
+def mixed_loss(
+    config: Config,
+    criterion: Criterion,
+    embeddings: torch.Tensor,
+    labels: Sequence[torch.Tensor],
+    mixings: Sequence[Mixing | None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
 
-    A backbone that is trained sees each batch twice: for the features that head, BatchNorm and loss need all of, and again for its
-    gradients, as in Gao et al., "Scaling deep contrastive learning batch size", arXiv:2101.06983.
+    Of mixed images it is lambda times the loss for the own labels and 1 - lambda times that for the partners'. Both labels are
+    hard, as margins want.
+
+    Args:
+        config, criterion: what the loss is.
+        embeddings: of all images.
+        labels, mixings: of each batch, on the CPU.
     """
-    if count == 1:
-        return embed_part(0)
-    if not any(parameter.requires_grad for parameter in backbone.parameters()):
-        return torch.cat([embed_part(index) for index in range(count)])
-    return _Recomputed.apply(torch.zeros((), requires_grad=True), embed_part, count, backbone)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Features of several batches, made again one batch after the other when their gradient is known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, _: torch.Tensor, embed_part: Callable[[int], torch.Tensor], count: int, backbone: Backbone
-    ) -> torch.Tensor:
-        """Return the features of all batches, leaving the running statistics of BatchNorm for the second look."""
-        norms = [part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        tracking = [norm for norm in norms if norm.track_running_stats and norm.training]
-        for norm in tracking:
-            norm.track_running_stats = False
-        try:
-            parts = [embed_part(index) for index in range(count)]
-        finally:
-            for norm in tracking:
-                norm.track_running_stats = True
-        ctx.embed_part, ctx.sizes = embed_part, [len(part) for part in parts]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
-        """Add the gradients of the backbone's weights; other processes hear of their sum."""
-        for index, own in enumerate(gradient.split(ctx.sizes)):
-            with torch.enable_grad(), TEAM.holding(index + 1 < len(ctx.sizes)):
-                torch.autograd.backward(ctx.embed_part(index), own)
-        return None, None, None, None
+    device = embeddings.device
+    targets = torch.cat(list(labels)).to(device, non_blocking=True)
+    logits, plain = criterion(embeddings, targets)
+    if not any(mixings):
+        return classification_loss(logits, targets, config), plain
+    partners, shares = (part.to(device) for part in partner_labels(labels, mixings))
+    partner_logits, _ = criterion(embeddings, partners)
+    own_losses = classification_loss(logits, targets, config, "none")
+    partner_losses = classification_loss(partner_logits, partners, config, "none")
+    return (shares * own_losses + (1 - shares) * partner_losses).mean(), plain
 
 
 def check_finite(state: TrainState, folder: Path) -> None:
@@ -13606,6 +13552,8 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     run = job.run
     for path, reason in point.damaged.items():
         set_aside(path, reason, run.log)
+    for weights in (point.payload["model"], deployed_weights(point.payload)):
+        check_weights(state.model, weights, point.path)
     restore_state(state, point.payload)
     if point.path.name != LAST_NAME:
         copy_checkpoint(point.path, run.path / LAST_NAME)

@@ -276,15 +276,13 @@ def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Reco
 CPU = lct.Runtime(torch.device("cpu"), 0, torch.float32)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_accumulated_batches_are_one_batch(frozen: bool) -> None:
+def test_accumulated_batches_of_a_frozen_backbone_are_one_batch() -> None:
     """BatchNorm of the head included: its statistics, too, are those of all 32 images."""
-    whole, loss = step_on([32], frozen, max_grad_norm=0.0)
-    parts, loss_of_parts = step_on([8, 8, 8, 8], frozen, max_grad_norm=0.0)
-    ragged, _ = step_on([15, 15, 2], frozen, max_grad_norm=0.0)
+    whole, loss = step_on([32], True, max_grad_norm=0.0)
+    parts, loss_of_parts = step_on([8, 8, 8, 8], True, max_grad_norm=0.0)
+    ragged, _ = step_on([15, 15, 2], True, max_grad_norm=0.0)
     assert float(loss) == pytest.approx(float(loss_of_parts), rel=1e-12)
     trained = [name for name, p in whole.named_parameters() if p.requires_grad]
-    assert any(name.startswith("backbone") for name in trained) != frozen
     for other in (parts, ragged):
         for name in trained:
             gradient = whole.get_parameter(name).grad
@@ -293,16 +291,23 @@ def test_accumulated_batches_are_one_batch(frozen: bool) -> None:
         assert torch.allclose(other.head.norm.running_mean, whole.head.norm.running_mean)
 
 
-def test_running_statistics_of_the_backbone_see_each_accumulated_batch_once() -> None:
-    norm = nn.BatchNorm1d(12)
-    backbone = nn.Sequential(nn.Flatten(), norm).train()
-    images = torch.randn(3, 10, 3, 2, 2) + torch.arange(3).view(3, 1, 1, 1, 1)
-    lct.join_parts(lambda index: backbone(images[index]), 3, backbone).sum().backward()
-    expected = torch.zeros(12)
-    for part in images:
-        expected = 0.9 * expected + 0.1 * part.flatten(1).mean(0)
-    torch.testing.assert_close(norm.running_mean, expected)
-    assert int(norm.num_batches_tracked) == 3
+def test_accumulated_gradients_of_a_trained_backbone_are_the_mean_over_images() -> None:
+    sizes = [15, 15, 2]
+    found, loss = step_on(sizes, False, max_grad_norm=0.0)
+    torch.manual_seed(3)  # the same start, and every batch by itself
+    config = lct.Config(freeze_backbone=False, emb_dim=4)
+    model = lct.Recognizer(Layers(False), lct.Head(6, 4, 1), lct.build_criterion(config, 3)).double().train()
+    images, labels = torch.randn(32, 3, 2, 2, dtype=torch.float64), torch.arange(32) % 3
+    total = 0.0
+    for own, known in zip(images.split(sizes), labels.split(sizes), strict=True):
+        logits, _ = model(model.backbone(own), known)
+        part = torch.nn.functional.cross_entropy(logits[:, 0], known, reduction="sum") / 32
+        part.backward()
+        total += part.item()
+    assert float(loss) == pytest.approx(total, rel=1e-9)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name).grad, parameter.grad, rtol=1e-9, atol=1e-12)
+    assert any(name.startswith("backbone") for name, p in found.named_parameters() if p.grad.abs().sum() > 0)
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.1])

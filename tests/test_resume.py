@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import re
@@ -89,9 +87,9 @@ DEATHS = {
     "validation, second time in a row": kill("compute_metrics", 10, INT),
     "epoch's record": kill("os.write", 9, KILL, when="half"),
     "between record and checkpoint": kill("update_best", 2, KILL),
-    "checkpoint: write": kill("SealWriter._pass_on", 20_000, KILL),
-    "checkpoint: write, Ctrl-C": kill("SealWriter._pass_on", 20_000, INT),
-    "checkpoint: seal": kill("SealWriter.seal", 9, KILL),
+    "checkpoint: write": kill("torch.serialization._save", 5, KILL, when="after"),
+    "checkpoint: write, Ctrl-C": kill("torch.serialization._save", 5, INT, when="after"),
+    "checkpoint: nothing written": kill("torch.serialization._save", 4, KILL),
     "checkpoint: fsync": kill("os.fsync", 40, KILL),
     "checkpoint: rename": kill("Path.replace", 12, KILL),
     "checkpoint: after rename": kill("Path.replace", 12, KILL, when="after"),
@@ -192,7 +190,9 @@ def test_killed_again_and_again_with_workers(straight: Path, start: Any, tmp_pat
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_a_whole_checkpoint(straight: Path, start: Any, tmp_path: Path) -> None:
     """The first asks for a checkpoint, and the second comes while that is written."""
-    code, _ = start(kill("train_step", 6, INT), kill("SealWriter.seal", 6, INT, times=2), flags=("--save_minutes", 0))
+    code, _ = start(
+        kill("train_step", 6, INT), kill("torch.serialization._save", 3, INT, times=2), flags=("--save_minutes", 0)
+    )
     assert code == 130
     assert "interrupted" not in events_of(tmp_path / "run")
     assert list((tmp_path / "run").glob(".*.tmp"))
@@ -248,80 +248,65 @@ def test_a_swallowed_interrupt_is_honoured_all_the_same(start: Any, tmp_path: Pa
 
 
 def test_leftovers_of_a_killed_write_are_cleaned_at_the_next_start(straight: Path, start: Any, tmp_path: Path) -> None:
-    assert start(kill("SealWriter.seal", 5, KILL))[0] == -9
+    assert start(kill("torch.serialization._save", 3, KILL))[0] == -9
     assert [path.name.split(".")[1] for path in (tmp_path / "run").glob(".*.tmp")] == ["checkpoint_last"]
     assert_ends_like(straight, start, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-# --- seals
+# --- damaged archives
 
 
-def sealed_bytes(tmp_path: Path) -> bytes:
-    with lct.sealed_file(tmp_path / "small.npz") as file:
-        np.savez(file, a=np.arange(3, dtype=np.int8))
-    return (tmp_path / "small.npz").read_bytes()
-
-
-def is_refused(path: Path) -> bool:
-    try:
-        with lct.open_sealed(path):
-            return False
-    except lct.SealError:
-        return True
-
-
-def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
-    whole, path = sealed_bytes(tmp_path), tmp_path / "hurt.npz"
-    path.write_bytes(whole)
-    assert not is_refused(path)
-    for position in range(len(whole) * 8):  # 10,000: an archive of one small array
+def test_no_flipped_bit_and_no_cut_changes_what_is_loaded(tmp_path: Path) -> None:
+    """What decides about content is covered by checksums; padding and dates of the archive may change unnoticed."""
+    path, array = tmp_path / "small.npz", np.arange(3, dtype=np.int8)
+    np.savez(path, a=array)
+    whole, passed = path.read_bytes(), 0
+    lct.check_zip(path)
+    for position in range(len(whole) * 8):
         hurt = bytearray(whole)
         hurt[position // 8] ^= 1 << position % 8
         path.write_bytes(hurt)
-        assert is_refused(path), f"bit {position}"
+        try:
+            lct.check_zip(path)
+        except zipfile.BadZipFile:
+            continue
+        passed += 1
+        with np.load(path) as content:
+            assert np.array_equal(content["a"], array), f"bit {position}"
+    assert passed < len(whole) * 4
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert is_refused(path), f"{length} bytes"
-    for more in (b"\0", whole, b"x" * lct.SEAL_DIGITS):
-        path.write_bytes(whole + more)
-        assert is_refused(path)
+        with pytest.raises(zipfile.BadZipFile):
+            lct.check_zip(path)
 
 
-def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_are_noticed(straight: Path, tmp_path: Path) -> None:
+def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_change_nothing_that_is_loaded(
+    straight: Path, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
+
+    def words(loaded: object) -> str:
+        return repr(torch.utils._pytree.tree_leaves(vars(loaded[0]) if isinstance(loaded, tuple) else loaded))
+
+    torch.set_printoptions(threshold=10**6)
     for name, load in (("checkpoint_last.pth", lct.load_checkpoint), ("prototypes.npz", lct.load_gallery)):
-        whole = (straight / name).read_bytes()
+        whole, refused = (straight / name).read_bytes(), 0
+        expected = words(load(straight / name))
         for position in rng.integers(0, len(whole), 200).tolist():
             hurt = bytearray(whole)
             hurt[position] ^= 1 << int(rng.integers(8))
             (tmp_path / name).write_bytes(hurt)
-            with pytest.raises(lct.UserError, match=r"is damaged|has no seal"):
-                load(tmp_path / name)
+            try:
+                assert words(load(tmp_path / name)) == expected
+            except lct.UserError:
+                refused += 1
+        assert refused > 150
         for start in rng.integers(0, len(whole) - 4096, 20).tolist() if len(whole) > 4096 else ():
             (tmp_path / name).write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
-            with pytest.raises(lct.UserError, match=r"is damaged|has no seal"):
+            with pytest.raises(lct.UserError, match="cannot be read as"):
                 load(tmp_path / name)
-
-
-def test_sealed_files_are_read_by_everybody(straight: Path) -> None:
-    assert torch.load(straight / "checkpoint_last.pth", weights_only=True, mmap=True)["epoch"] == 3
-    for name in ("checkpoint_best.pth", "prototypes.npz", "scan_cache.npz"):
-        with zipfile.ZipFile(straight / name) as archive:
-            assert archive.testzip() is None and archive.comment.startswith(lct.SEAL)
-
-
-def test_writes_of_any_size_are_sealed_right(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a", bytes(range(256)) * 9)
-    whole = buffer.getvalue()
-    for size in (1, 7, 21, 22, 23, 100, 10_000):
-        with lct.sealed_file(tmp_path / "file") as file:
-            for start in range(0, len(whole), size):
-                assert file.write(whole[start : start + size]) == len(whole[start : start + size])
-        with lct.open_sealed(tmp_path / "file") as file, zipfile.ZipFile(file) as archive:
-            assert archive.read("a") == bytes(range(256)) * 9
+    torch.set_printoptions(profile="default")
 
 
 def test_a_gallery_comes_back_as_it_was_written(straight: Path) -> None:
@@ -340,13 +325,10 @@ def test_a_foreign_or_hostile_gallery_is_refused_and_never_executed(tmp_path: Pa
             return (Path.touch, (tmp_path / "owned",))
 
     array = np.array([Hostile()], dtype=object)
-    np.savez(tmp_path / "unsealed.npz", centroids=array, meta=array)
-    with lct.sealed_file(tmp_path / "sealed.npz") as file:  # by somebody who knows how
-        np.savez(file, centroids=array, meta=array)
-    with lct.sealed_file(tmp_path / "other.npz") as file:
-        np.savez(file, meta=np.array(json.dumps({"format": 1})))
+    np.savez(tmp_path / "hostile.npz", centroids=array, meta=array)
+    np.savez(tmp_path / "other.npz", meta=np.array(json.dumps({"format": 1})))
     shutil.copy(straight / "checkpoint_last.pth", tmp_path / "checkpoint.npz")
-    for name in ("unsealed", "sealed", "other", "checkpoint", "missing"):
+    for name in ("hostile", "other", "checkpoint", "missing"):
         with pytest.raises(lct.UserError, match=f"{name}.npz"):
             lct.load_gallery(tmp_path / f"{name}.npz")
     assert not (tmp_path / "owned").exists()
@@ -430,20 +412,15 @@ def test_when_no_checkpoint_is_sound_the_run_stops_and_touches_nothing(interrupt
     assert code == 2 and "2 epochs have been trained, and no checkpoint is left" in text
 
 
-@pytest.mark.parametrize("is_sealed", [False, True])
 def test_a_hostile_checkpoint_in_the_folder_is_refused_and_never_executed(
-    is_sealed: bool, start: Any, interrupted: Path, straight: Path, tmp_path: Path
+    start: Any, interrupted: Path, straight: Path, tmp_path: Path
 ) -> None:
     class Hostile:
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "owned",))
 
-    with (
-        lct.sealed_file(interrupted / "checkpoint_last.pth")
-        if is_sealed
-        else contextlib.nullcontext(interrupted / "checkpoint_last.pth") as file
-    ):
-        torch.save({"format": lct.CHECKPOINT_FORMAT, "model": Hostile()}, file)
+    payload = {"format": lct.CHECKPOINT_FORMAT, "model": Hostile()}
+    torch.save(payload, interrupted / "checkpoint_last.pth")
     text = assert_ends_like(straight, start, interrupted)
     assert "checkpoint_last.pth cannot be read as a checkpoint" in text and not (tmp_path / "owned").exists()
 
@@ -561,7 +538,7 @@ def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:
     "at, nth, reason",
     [
         ("os.fsync", 30, errno.EIO),
-        ("SealWriter._pass_on", 9000, errno.ENOSPC),
+        ("torch.serialization._save", 4, errno.ENOSPC),
         ("Path.replace", 9, errno.EROFS),
         ("os.write", 14, errno.EDQUOT),
     ],
@@ -800,7 +777,14 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
 def test_weights_that_lack_a_tensor_are_refused(straight: Path, interrupted: Path, start: Any) -> None:
     payload = lct.load_checkpoint(interrupted / "checkpoint_last.pth")
     payload["model"].pop("head.norm.running_mean")
-    with lct.sealed_file(interrupted / "checkpoint_last.pth") as file:
-        torch.save(payload, file)
+    torch.save(payload, interrupted / "checkpoint_last.pth")
     code, text = start()
-    assert code != 0 and "head.norm.running_mean" in text
+    assert code == 2 and "head.norm.running_mean" in text and "Traceback" not in text
+
+
+def test_weights_of_another_shape_are_refused(straight: Path, interrupted: Path, start: Any) -> None:
+    payload = lct.load_checkpoint(interrupted / "checkpoint_last.pth")
+    payload["model"]["head.norm.running_mean"] = torch.zeros(3)
+    torch.save(payload, interrupted / "checkpoint_last.pth")
+    code, text = start()
+    assert code == 2 and "head.norm.running_mean" in text and "(3,)" in text and "Traceback" not in text

@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 GUARDS = {
-    "digest of sealed files": (
+    "digest of archives": (
         "if file.read() != digest.hexdigest().encode():",
         "if False:",
         "tests/test_resume.py -k every_flipped_bit",
