@@ -8591,30 +8591,30 @@ def extract_batches(
 class ViewCache:
     """Features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
 
-    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them how many are there,
-    and what they are a function of. An interrupted run goes on with its own; other weights, data or augmentations start anew.
+    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
+    are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
     """
 
     def __init__(self, job: Job, backbone: Backbone, clean: Features) -> None:
-        self._job, self._backbone, self._rows = job, backbone, job.records.rows("train")
+        self._job, self._backbone = job, backbone
+        self._rows = job.records.rows("train")
         self._path = job.run.path / "cached_views.f16"
         self._dataset = job.training_crops()
-        share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
-        draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(job.config.cache_views + 1)]
+        num_views = job.config.cache_views
+        masked_share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
+        draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
         has_mask = job.records.has_mask[self._rows]
         # bool (1 + views, images): shown masked; the clean view is number 0
-        self._is_masked = np.stack([(rng.random(len(self._rows)) < share) & has_mask for rng in draws])
-        self._clean, self._clean_index = clean.values.numpy(), self._find_clean(clean)
-        self._shape = (job.config.cache_views, len(self._rows), self._clean.shape[1])
-        self._fill()
-        self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
-
-    def _find_clean(self, clean: Features) -> np.ndarray:
-        """Return the position of each image's clean view, -1 for those that could not be read, int64 (images,)."""
+        self._is_masked = np.stack([(rng.random(len(self._rows)) < masked_share) & has_mask for rng in draws])
+        # Position of each image's clean view among the features, -1 for those that could not be read, int64 (images,).
         known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
         order = np.argsort(known)
-        found = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
-        return np.where(known[found] == wanted, found, -1)
+        nearest = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
+        self._clean_index = np.where(known[nearest] == wanted, nearest, -1)
+        self._clean = clean.values.numpy()
+        self._shape = (num_views, len(self._rows), self._clean.shape[1])
+        self._fill()
+        self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
 
     def take(self, keys: list[SampleKey]) -> Batch:
         """Return the features of the views whose turn it is."""
@@ -8636,106 +8636,78 @@ class ViewCache:
             [],
         )
 
-    def _describe(self) -> dict[str, Any]:
-        """Return what the features are a function of."""
-        job, transform = self._job, self._dataset.transform
-        info = {key: value for key, value in dataclasses.asdict(job.info).items() if key != "weights"}
-        hashes = {"images": self._rows.tobytes(), "masked": self._is_masked.tobytes()}
-        return to_json(
-            {
-                **info,
-                "dtype": str(self._backbone.dtype),
-                "augmentation": fingerprint_transform(transform, job.config.img_size),
-                "least_side": transform.least_side,
-                "data": [job.fingerprint, job.records.masks_hash],
-                "seed": job.config.seed,
-                "shape": self._shape,
-                **identify_backgrounds(job.backgrounds),
-                **{key: hashlib.sha256(value).hexdigest()[:16] for key, value in hashes.items()},
-            }
-        )
-
     def _fill(self) -> None:
         """Embed what is not there yet.
 
         Raises:
             UserError: there is no room for it.
         """
+        from importlib.metadata import version
+
         job, (num_views, num_images, feature_dim) = self._job, self._shape
-        settings, row_bytes = self._describe(), 2 * feature_dim
-        done = self._count_done(settings)
-        left = num_views * num_images - done
-        if not left:
+        row_bytes = 2 * feature_dim
+        packages = "torch timm albumentations opencv-python-headless simplejpeg".split()
+        maker = {
+            "format": CHECKPOINT_FORMAT,
+            "identity": job.identity,
+            "data": [job.fingerprint, job.records.masks_hash],
+            "dtype": str(self._backbone.dtype),
+            "versions": [version(name) for name in packages],
+            "shape": list(self._shape),
+        }
+        done, note_path = 0, self._path.with_suffix(".json")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no note, or not one of ours
+            note = json.loads(note_path.read_text(encoding="utf-8"))
+            if note["maker"] == to_json(maker):
+                done = min(note["done"], self._path.stat().st_size // row_bytes)
+        missing = num_views * num_images - done
+        if not missing:
             return
-        if (free := shutil.disk_usage(self._path.parent).free) < left * row_bytes:
-            what = f"need {left * row_bytes:,} bytes, and {free:,} are free"
-            raise UserError(
-                what, f"--cache_views {num_views}", f"make room in {self._path.parent}, or cache fewer views"
-            )
-        there = f", {done:,} are there" * (done > 0)
+        if (free := shutil.disk_usage(self._path.parent).free) < missing * row_bytes:
+            what = f"need {missing * row_bytes:,} bytes, and {free:,} are free"
+            remedy = f"make room in {self._path.parent}, or cache fewer views"
+            raise UserError(what, f"--cache_views {num_views}", remedy)
+        there = f", {done:,} are there" if done else ""
         job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
         with open(self._path, "r+b" if done else "wb") as file:
             file.seek(done * row_bytes)
             file.truncate()
-            noted = time.monotonic()
+
+            def write_note() -> None:
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(note_path, {"done": done, "maker": maker})
+
+            noted_at = time.monotonic()
             try:
-                for rows in self._embed(done):
-                    file.write(rows.tobytes())
-                    done += len(rows)
-                    if time.monotonic() - noted > CACHE_NOTE_SECONDS:
-                        self._note(file, settings, done)
-                        noted = time.monotonic()
+                for features in self._embed(done):
+                    file.write(features.tobytes())
+                    done += len(features)
+                    if time.monotonic() - noted_at > CACHE_NOTE_SECONDS:
+                        write_note()
+                        noted_at = time.monotonic()
             finally:
-                self._note(file, settings, done)
-
-    def _note(self, file: BinaryIO, settings: dict[str, Any], done: int) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        write_json(self._path.with_suffix(".json"), {"done": done, "settings": settings})
-
-    def _count_done(self, settings: dict[str, Any]) -> int:
-        """Return how many features of these settings are on disk."""
-        try:
-            noted = json.loads(self._path.with_suffix(".json").read_text(encoding="utf-8"))
-            there = self._path.stat().st_size // (2 * self._shape[2])
-            return min(noted["done"], there) if noted["settings"] == settings else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+                write_note()
 
     def _embed(self, first: int) -> Iterator[np.ndarray]:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
         num_views, num_images, feature_dim = self._shape
+        config = self._job.config
         for view in range(first // num_images, num_views):
-            start = max(0, first - view * num_images)
             masked = self._is_masked[view + 1].tolist()
             keys = [
-                SampleKey(row, sample_words(self._job.config.seed, view, row), int(masked[position]))
+                SampleKey(row, sample_words(config.seed, view, row), int(masked[position]))
                 for position, row in enumerate(self._rows.tolist())
             ]
-            batches = cut_batches(keys[start:], self._job.config.batch)
+            batches = cut_batches(keys[max(0, first - view * num_images) :], config.batch)
             parts = extract_batches(self._job, self._backbone, self._dataset, batches)
             bar = progress(parts, len(batches), f"embedding view {view + 1} of {num_views}")
             for batch, (failures, part) in zip(batches, bar, strict=True):
                 self._job.note_failures(failures)
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
-                features[np.isin([key.row for key in batch], part.rows)] = part.values.clamp(
-                    -FP16_MAX, FP16_MAX
-                ).numpy()
+                is_readable = np.isin([key.row for key in batch], part.rows)
+                features[is_readable] = part.values.clamp(-FP16_MAX, FP16_MAX).numpy()
                 yield features
-
-
-def fingerprint_transform(transform: Transform, img_size: int) -> str:
-    """Return a hash of what an augmentation makes of one picture, 64 times: other settings or another library give another."""
-    image = np.random.default_rng(0).integers(0, 256, (img_size, img_size, 3), np.uint8)
-    mask = np.zeros((img_size, img_size), np.uint8)
-    mask[img_size // 4 : -img_size // 4, img_size // 4 : -img_size // 4] = 255
-    digest = hashlib.sha256()
-    for seed in range(64):
-        try:
-            digest.update(transform(image, mask if seed % 2 else None, seed))
-        except ImageError as error:  # a list that wants larger pictures
-            digest.update(str(error).encode())
-    return digest.hexdigest()[:16]
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:

@@ -110,17 +110,6 @@ def test_an_interrupted_cache_is_continued_and_one_of_other_settings_is_not(data
     assert path.read_bytes() == whole
 
 
-def test_another_augmentation_has_another_fingerprint() -> None:
-    plain = lct.build_transform(32, augment=False)
-    prints = [
-        lct.fingerprint_transform(own, 32)
-        for own in (lct.build_transform(32, True), lct.build_transform(32, True), plain)
-    ]
-    assert prints[0] == prints[1] != prints[2]
-    blurred = lct.build_transform(32, True, lct.Fill("blur", (114, 114, 114)))
-    assert lct.fingerprint_transform(blurred, 32) != prints[0]
-
-
 def test_an_image_that_is_gone_is_left_out_and_named(data: Path) -> None:
     _, job, backbone, clean = open_cache(data)
     first, row = job.records.rows("train")[[0, 3]].tolist()
