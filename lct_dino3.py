@@ -44,7 +44,6 @@ import copy
 import dataclasses
 import difflib
 import errno
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -1377,6 +1376,7 @@ if __name__ == "__main__":
 
 import itertools
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1634,7 +1634,7 @@ class RunDirectory:
         self.path = path
         self.tracker: Tracker | None = None
         create_out_dir(path)
-        self._lock = lock_directory(path)
+        self._lock = lock_directory(path).lock
         # Of a run that was killed while it wrote: nobody writes without the lock.
         for leftover in path.glob(".*.[0-9]*.tmp"):
             leftover.unlink()
@@ -1696,8 +1696,9 @@ class RunDirectory:
         """Close tracker, logs and lock; the status is what ClearML shows."""
         if self.tracker is not None:
             self.tracker.close(status)
-        for file in (self._events, self._log, self._lock):
-            file.close()
+        self._events.close()
+        self._log.close()
+        self._lock.release()
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -1748,38 +1749,28 @@ def name_aside(path: Path, why: str) -> Path:
     return target
 
 
-def _take_lock(path: Path, flag: str = "--out_dir") -> Any:
-    try:
-        lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until close; the kernel frees it when we die
-    except OSError as error:
-        raise UserError(f"cannot be written to: {error.strerror}", f"{flag} {path}", "choose another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = printable(lock.read().strip()) or "another process"
-        lock.close()
-        if not isinstance(error, BlockingIOError):
-            remedy = "choose a folder on a file system that has locks"
-            raise UserError(f"cannot be locked: {error.strerror}", f"{flag} {path}", remedy) from error
-        remedy = "wait for it, stop it, or choose another folder"
-        raise UserError(f"is in use by {holder}", f"{flag} {path}", remedy) from None
-    return lock
-
-
-def lock_directory(path: Path, flag: str = "--out_dir") -> Any:
-    """Take the lock of a run's folder and return it, to be closed when done.
+def lock_directory(path: Path, flag: str = "--out_dir") -> filelock.AcquireReturnProxy:
+    """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
 
     Raises:
         UserError: naming the process that holds it.
     """
-    lock = _take_lock(path, flag)
-    os.register_at_fork(after_in_child=lock.close)  # else loader workers that outlive a killed run would hold it
+    lock, holder_path = filelock.FileLock(path / ".lock"), path / ".lock_holder"
+    where, holder = f"{flag} {path}", ""
+    try:
+        proxy = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            holder = printable(holder_path.read_text(encoding="utf-8", errors="replace"))
+        remedy = "wait for it, stop it, or choose another folder"
+        raise UserError(f"is in use by {holder or 'another process'}", where, remedy) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "choose a folder of your own, on a file system that has locks"
+        raise UserError(f"cannot be locked: {reason}", where, remedy) from error
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-    return lock
+        holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
+    return proxy
 
 
 def refuse_if_in_use(path: Path) -> None:
@@ -1789,12 +1780,12 @@ def refuse_if_in_use(path: Path) -> None:
         UserError: naming the process.
     """
     if (path / ".lock").exists():
-        _take_lock(path).close()
+        lock_directory(path).lock.release()
 
 
 def move_aside(path: Path) -> Path:
     """Rename an old run's folder to `<name>.old-<date>`, and return the new path."""
-    lock_directory(path).close()  # refuse while another process works in it
+    refuse_if_in_use(path)
     target = name_aside(path, "old")
     path.rename(target)
     return target

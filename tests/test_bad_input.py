@@ -156,7 +156,13 @@ def test_a_project_folder_is_no_run_because_it_has_a_config_json(tmp_path, small
 @pytest.mark.parametrize("command", ["train", "scan"])
 def test_data_inside_out_dir_is_never_moved_aside(tmp_path, refuse, command):
     root = make_dataset(tmp_path / "project" / "data", {"a": 3, "b": 3})
-    for name in ("metrics.jsonl", "data_report.json", "config.json", ".lock"):  # out_dir was a run before
+    for name in (
+        "metrics.jsonl",
+        "data_report.json",
+        "config.json",
+        ".lock",
+        ".lock_holder",
+    ):  # out_dir was a run before
         (tmp_path / "project" / name).write_text("{}")
     for flags in ((), ("--overwrite",)):
         assert "--out_dir" in refuse(root, *flags, out=tmp_path / "project", command=command)

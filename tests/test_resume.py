@@ -231,7 +231,7 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
     data: Path, start: Any, nursery: Nursery, tmp_path: Path
 ) -> None:
     assert start(kill("_describe_image", 40, TERM))[0] == 143
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"scan_cache.npz", ".lock"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"scan_cache.npz", ".lock", ".lock_holder"}
     assert start(kill("_describe_image", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, (
         "fewer than 20 were left"
     )
@@ -516,9 +516,9 @@ def test_a_lock_outlives_no_process_and_names_its_holder(tmp_path: Path) -> None
         lct.lock_directory(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert str(child) in (tmp_path / ".lock").read_text()
+    assert str(child) in (tmp_path / ".lock_holder").read_text()
     lct.refuse_if_in_use(tmp_path)
-    lct.lock_directory(tmp_path).close()
+    lct.lock_directory(tmp_path).lock.release()
 
 
 def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_run_leaves_what_the_contract_lists(run: Path) -> None:
         "preview.jpg",
         "scan_cache.npz",
         ".lock",
+        ".lock_holder",
     }
     assert (run / "lct_dino3.py").read_bytes() == Path(lct.__file__).read_bytes()
     assert len(re.findall(r"epoch +\d/4 .*train loss.*val loss", (run / "train.log").read_text("utf-8"))) == 4

@@ -343,7 +343,7 @@ def opened(monkeypatch):
 
 def test_scan_writes_report_and_cache_and_prints_a_table(scanned, call_main, capsys):
     root, out_dir, _ = scanned
-    assert {path.name for path in out_dir.iterdir()} == {".lock", "data_report.json", "scan_cache.npz"}
+    assert {path.name for path in out_dir.iterdir()} == {".lock", ".lock_holder", "data_report.json", "scan_cache.npz"}
     assert call_main("scan", "--data_root", root, "--out_dir", out_dir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["class", "usable", "quarantined", "groups", "train", "val", "test"]
