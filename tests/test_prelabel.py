@@ -814,27 +814,6 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     assert "2 images or objects have no answer" in page
 
 
-def test_drawn_prelabels_show_class_and_unknown() -> None:
-    image = Image.new("RGB", (400, 300), "white")
-    objects = [((50, 60, 100, 80), 1, "pliers 0.97"), ((250, 2, 140, 200), -1, "unknown")]
-    drawn = lct.draw_prelabels(image, objects)
-    pixels = np.asarray(drawn)
-    ink = Image.new("RGB", (1, 1), lct.label_color(1)).getpixel((0, 0))
-    assert drawn.size == (400, 300) and np.asarray(image).min() == 255  # the original is untouched
-    assert (pixels[100, [49, 150]] == ink).all() and (pixels[[59, 140], 100] == ink).all()  # around the box
-    assert (pixels[60:140, 50:150] == 255).all() and (pixels[100, [249, 390]] == 0).all()
-    assert (pixels[30:59, 50:120] == ink).all(axis=2).mean() > 0.3  # the words on a ground of the class's colour
-    assert (pixels[202:230, 250:300] == 0).all(axis=2).any()  # below the box: above it there is no room
-
-
-def test_words_on_drawn_prelabels_do_not_hide_each_other_or_other_objects() -> None:
-    boxes = [(20, 60, 30, 100), (70, 50, 100, 100), (180, 60, 100, 60), (180, 150, 90, 60), (360, 40, 40, 90)]
-    drawn = np.asarray(
-        lct.draw_prelabels(Image.new("RGB", (400, 300), "white"), [(b, 0, "combination_wrench") for b in boxes])
-    )
-    assert all((drawn[y : y + h, x : x + w] == 255).all() for x, y, w, h in boxes)
-
-
 def test_a_class_called_unknown_keeps_its_name(finished_run: Path) -> None:
     gallery = lct.load_gallery(finished_run / "prototypes.npz")[0]
     import dataclasses

@@ -1,18 +1,22 @@
-"""Tests of the DEMO section: same bytes every time, exact masks, odd files readable, broken files not; and of the whole demo."""
+"""tools/demo.py: same bytes every time, exact masks, odd files readable, broken files not; and the whole demo."""
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
+from conftest import REPO, run_cli
 from PIL import Image, ImageFilter, ImageOps
-
-import lct_dino3 as demo
 
 IMAGES_PER_CLASS = 6
 BROKEN = {"ratchet": ".jpg", "screwdriver": ".jpg", "side_cutter": ".jpg", "speed_brace": ".png"}
@@ -42,27 +46,27 @@ def hash_tree(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    demo.draw_demo_dataset(folder, IMAGES_PER_CLASS, seed=3)
+    demo.draw_dataset(folder, IMAGES_PER_CLASS, seed=3)
     return folder
 
 
 def test_same_arguments_give_the_same_bytes_and_another_seed_does_not(root: Path, tmp_path: Path) -> None:
-    demo.draw_demo_dataset(tmp_path / "again", IMAGES_PER_CLASS, seed=3)
+    demo.draw_dataset(tmp_path / "again", IMAGES_PER_CLASS, seed=3)
     assert hash_tree(tmp_path / "again") == hash_tree(root)
-    demo.draw_demo_dataset(tmp_path / "other", IMAGES_PER_CLASS, seed=4)
+    demo.draw_dataset(tmp_path / "other", IMAGES_PER_CLASS, seed=4)
     mine, other = hash_tree(root), hash_tree(tmp_path / "other")
     assert sum(mine[name] == other.get(name) for name in mine if "cropped" in name) <= 3  # .DS_Store, empty, text
 
 
 def test_every_class_has_as_many_good_images_as_asked_for(root: Path) -> None:
-    assert sorted(path.name for path in root.iterdir()) == list(demo.DEMO_CLASSES)
-    for class_name in demo.DEMO_CLASSES:
+    assert sorted(path.name for path in root.iterdir()) == list(demo.CLASS_NAMES)
+    for class_name in demo.CLASS_NAMES:
         readable = [path for path in list_crops(root / class_name) if is_readable(path)]
         assert len(readable) == IMAGES_PER_CLASS + (class_name == "pliers"), class_name
 
 
 def test_masks_equal_cutout_alpha_and_fit_the_upright_crop(root: Path) -> None:
-    for class_name in demo.DEMO_CLASSES:
+    for class_name in demo.CLASS_NAMES:
         for path in filter(is_readable, list_crops(root / class_name)):
             mask = Image.open(root / class_name / "masks" / f"{path.stem}_mask.png")
             cutout = Image.open(root / class_name / "cutouts" / f"{path.stem}.png")
@@ -90,21 +94,21 @@ def test_exactly_one_file_of_these_classes_is_broken(root: Path, class_name: str
 
 def test_odd_but_good_files_are_what_they_claim(root: Path) -> None:
     modes = {
-        Image.open(path).mode for name in demo.DEMO_CLASSES for path in list_crops(root / name) if is_readable(path)
+        Image.open(path).mode for name in demo.CLASS_NAMES for path in list_crops(root / name) if is_readable(path)
     }
     assert {"RGB", "L", "CMYK", "P"} <= modes and any(mode.startswith("I") for mode in modes)
     assert any(path.suffix == ".JPG" for path in list_crops(root / "oil_can"))
-    assert (root / demo.DEMO_CLASSES[0] / "cropped" / ".DS_Store").is_file()
+    assert (root / demo.CLASS_NAMES[0] / "cropped" / ".DS_Store").is_file()
     contents = [path.read_bytes() for path in list_crops(root / "pliers")]
     assert len(contents) - len(set(contents)) == 1
 
 
 def test_shot_numbers_are_unique_over_classes_and_some_shots_have_frames(root: Path) -> None:
-    shots = [(path.name.split("_")[0], name) for name in demo.DEMO_CLASSES for path in list_crops(root / name)]
+    shots = [(path.name.split("_")[0], name) for name in demo.CLASS_NAMES for path in list_crops(root / name)]
     assert len({shot for shot, _ in shots}) == len(set(shots)) < len(shots)
 
 
-@pytest.mark.parametrize("class_name", demo.DEMO_CLASSES)
+@pytest.mark.parametrize("class_name", demo.CLASS_NAMES)
 def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
     make, stock = demo._TOOLS[class_name]
     shapes = set()
@@ -126,10 +130,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_workbench(bench: Path) -> tuple[list[dict], list[np.ndarray]]:
-    """Return the detections and their masks, bool (H, W)."""
+    """Return the detections and their masks, bool (H, W), as pycocotools reads them."""
+    from pycocotools import mask as coco
+
     objects = json.loads((bench / "detections.json").read_text())["annotations"]
     height, width = objects[0]["segmentation"]["size"]
-    return objects, [demo.decode_rle(item["segmentation"]["counts"], width, height) for item in objects]
+    codes = [coco.frPyObjects(item["segmentation"], height, width) for item in objects]
+    return objects, [coco.decode(code).astype(bool) for code in codes]
 
 
 def test_the_workbench_is_drawn_the_same_way_every_time(bench: Path, tmp_path: Path) -> None:
@@ -166,47 +173,84 @@ def test_what_is_no_wood_on_the_workbench_lies_under_a_mask(bench: Path) -> None
 def test_the_truth_names_nine_tools_and_a_stranger(bench: Path) -> None:
     truth = json.loads((bench / "truth.json").read_text())
     assert list(truth) == [str(item["id"]) for item in read_workbench(bench)[0]]
-    tools = [name for name in truth.values() if name in demo.DEMO_CLASSES]
+    tools = [name for name in truth.values() if name in demo.CLASS_NAMES]
     assert len(tools) == len(set(tools)) == 9 and len(truth) == 10
     assert "hammer" not in (bench / "detections.json").read_text()
 
 
-def test_the_detections_are_read_without_a_remark(bench: Path) -> None:
-    found = demo.read_detections(demo.Config(images=bench, detections=bench / "detections.json"))
-    assert (len(found.paths), len(found.objects), found.problems, found.notes) == (1, 10, [], [])
+def test_drawn_prelabels_show_class_and_unknown() -> None:
+    image = Image.new("RGB", (400, 300), "white")
+    objects = [((50, 60, 100, 80), 1, "pliers 0.97"), ((250, 2, 140, 200), -1, "unknown")]
+    drawn = demo.draw_prelabels(image, objects)
+    pixels = np.asarray(drawn)
+    ink = pixels[100, 49]
+    assert drawn.size == (400, 300) and np.asarray(image).min() == 255  # the original is untouched
+    assert ink.min() < 40 < 80 < ink.max(), "a colour on which white can be read"
+    assert (pixels[100, [49, 150]] == ink).all() and (pixels[[59, 140], 100] == ink).all()  # around the box
+    assert (pixels[60:140, 50:150] == 255).all() and (pixels[100, [249, 390]] == 0).all()
+    assert (pixels[30:59, 50:120] == ink).all(axis=2).mean() > 0.3  # the words on a ground of the class's colour
+    assert (pixels[202:230, 250:300] == 0).all(axis=2).any()  # below the box: above it there is no room
 
 
-def test_the_whole_demo_ends_with_labels_and_continues(
-    call_main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "DEMO_IMAGES_PER_CLASS", IMAGES_PER_CLASS)
-    command = ("demo", "--epochs", "1", "--workers", "0", "--gpus", "0")
+def test_words_on_drawn_prelabels_do_not_hide_each_other_or_other_objects() -> None:
+    boxes = [(20, 60, 30, 100), (70, 50, 100, 100), (180, 60, 100, 60), (180, 150, 90, 60), (360, 40, 40, 90)]
+    objects = [(box, 0, "combination_wrench") for box in boxes]
+    drawn = np.asarray(demo.draw_prelabels(Image.new("RGB", (400, 300), "white"), objects))
+    assert all((drawn[y : y + h, x : x + w] == 255).all() for x, y, w, h in boxes)
+
+
+QUICK = ("demo", "--images_per_class", IMAGES_PER_CLASS, "--epochs", "1", "--workers", "0", "--gpus", "0")
+
+
+def test_the_whole_demo_ends_with_labels_and_continues(tmp_path: Path) -> None:
     (tmp_path / "demo" / ".workbench.unfinished").mkdir(parents=True)  # of a start that was interrupted
-    assert call_main(*command) == 0
-    said = capsys.readouterr().out
+    done = run_cli(*QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     labels = tmp_path / "demo" / "prelabels"
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
-        "data",
-        "prelabels",
-        "run",
-        "unknown",
-        "workbench",
-    ]
+    folders = sorted(path.name for path in (tmp_path / "demo").iterdir())
+    assert folders == ["data", "prelabels", "run", "unknown", "workbench"]
+    options = json.loads((tmp_path / "demo" / "run" / "config.json").read_text())["options"]
+    assert (options["epochs"], options["batch"], options["group_regex"]) == (1, 32, r"^(shot\d+)_"), (
+        "what is typed wins"
+    )
+    assert json.loads((labels / "problems.json").read_text()) == []
     with open(labels / "objects.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     truth = json.loads((tmp_path / "demo" / "workbench" / "truth.json").read_text())
     assert sorted(row["detection_id"] for row in rows) == sorted(truth)
     right = sum(truth[row["detection_id"]] == row["class"] for row in rows)
-    told = re.search(r"^(\d) of 9 tools right(.*), the mug is `(\w+)`$", said, re.MULTILINE)
+    told = re.search(r"^(\d) of 9 tools right(.*), the mug is `(\w+)`$", done.stdout, re.MULTILINE)
     mug = next(row["class"] for row in rows if truth[row["detection_id"]] == "mug")
     assert (int(told[1]), told[2].count(" is `"), told[3]) == (right, 9 - right, mug)
     picture = (labels / "workbench.jpg").read_bytes()
-    assert demo.decode_image(picture)[0].shape == (900, 1200, 3)
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.size == (1200, 900)
 
     for name in ("workbench.jpg", "objects.csv"):  # as if it had been killed while it wrote the answers
         (labels / name).unlink()
     os.truncate(labels / ".progress.jsonl", (labels / ".progress.jsonl").stat().st_size - 9)
-    assert call_main(*command) == 0
-    assert "finished" in capsys.readouterr().out
+    done = run_cli(*QUICK, cwd=tmp_path)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
     assert (labels / "workbench.jpg").read_bytes() == picture and (labels / "objects.csv").exists()
+
+
+def test_what_training_refuses_ends_the_demo_with_its_message_and_code(tmp_path: Path) -> None:
+    done = run_cli(*QUICK, "--epocs", "2", cwd=tmp_path)
+    assert done.returncode == 2 and "--epocs" in done.stderr and "--epochs" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "demo" / "prelabels").exists()
+
+
+@pytest.mark.parametrize("until", ["drawing", "epoch   1"])
+def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str) -> None:
+    """A scheduler sends it to the demo alone: training saves and ends as if it had been asked itself."""
+    words = [sys.executable, REPO / "tools" / "demo.py", "--images_per_class", "12", "--epochs", "500", "--gpus", "0"]
+    with open(tmp_path / "said.txt", "w") as said:
+        process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=said, stderr=said)
+    deadline = time.monotonic() + 120
+    while until not in (tmp_path / "said.txt").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    said = (tmp_path / "said.txt").read_text()
+    assert "interrupted (SIGTERM)" in said and "Traceback" not in said
+    assert (tmp_path / "demo" / "run" / "checkpoint_interrupt.pth").exists() == (until != "drawing")
