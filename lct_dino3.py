@@ -47,7 +47,6 @@ import fnmatch
 import functools
 import hashlib
 import heapq
-import importlib.util
 import inspect
 import io
 import json
@@ -72,7 +71,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -108,7 +107,6 @@ BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
-MAX_TRACKED_CLASSES = 1000  # beyond, the tracker gets no confusion matrix: it would have a million numbers
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
@@ -145,29 +143,29 @@ CHECKPOINT_FORMAT = 4
 LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
-CLEARML_CLOSE_SECONDS = 4.5  # that a run waits for ClearML at its end, and nowhere else
-CLEARML_SILENT_SECONDS = 60.0  # without an answer: whatever it waits for, it waits in vain
+CLOSE_SECONDS = 4.5  # that a run waits for its tracker at the end, and nowhere else
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
 PROTOTYPES_FORMAT = 2
 PRELABEL_MARKER = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
-MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # of a file that `atomic_file` writes
-MASK_AREA_RANGE = (0.02, 0.98)  # share of a crop that its object can fill
-SPECK_SHARE = 0.01  # of the largest part; the smaller jaw of pliers cut in two by a finger is far larger
-HOLE_SHARE = 0.005  # of the object; the eye of a wrench, the finger ring of scissors are larger
-SAM2_BOX_INSET = 0.02  # share of the side by which the box prompt lies inside the crop
-# Its build would otherwise fetch a second torch (2.6 GB) and compile a CUDA extension that single images do not need.
-SAM2_INSTALL = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
-SAM2_URLS = {  # https://github.com/facebookresearch/sam2/blob/main/checkpoints/download_ckpts.sh
-    "sam2": "https://dl.fbaipublicfiles.com/segment_anything_2/072824",
-    "sam2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824",
-}
-SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
-MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
-PREVIEW_CROPS, PREVIEW_COLUMNS, PREVIEW_SIDE = 60, 3, 176  # crops in all, crops a row, px of a picture
-PREVIEW_PAPER, PREVIEW_EMPTY, PREVIEW_GRAY, PREVIEW_RED = "#ffffff", "#e8eaee", "#6b7280", "#b91c1c"
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
+# Options of training that tools/masks.py has too.
+MASK_FLAGS = (
+    *("data_root", "out_dir", "class_map", "exclude", "data_fraction", "near_dup_bits", "val_split", "test_split"),
+    *(
+        "group_regex",
+        "seed",
+        "masks_dirname",
+        "masks_out",
+        "sam2_cfg",
+        "sam2_ckpt",
+        "gpus",
+        "workers",
+        "precision",
+        "debug",
+    ),
+)
 RUN_MARKERS = (
     "metrics.jsonl",
     "data_report.json",
@@ -339,10 +337,6 @@ class Config(Options):
     sam2_cfg: str = option("configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package",
         "masks", metavar="NAME")
     sam2_ckpt: Path | None = option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
-    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
-    # mask is shown as it is, while a wrong mask hides the object.
-    mask_min_score: float = option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
-    mask_cleanup: bool = option(True, "remove specks and fill small holes of drawn masks", "masks")
 
     backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
         "augmentation", key="directories.backgrounds", metavar="DIR")
@@ -532,6 +526,7 @@ class Config(Options):
         "pre-labelling", low=0.0, high=5.0)
 
     use_clearml: bool = option(False, "record the run in ClearML too (offline into out_dir when no server answers)", "tracking")
+    use_tensorboard: bool = option(False, "record the run for TensorBoard too, into out_dir/tensorboard", "tracking")
     clearml_project: str = option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
     clearml_task_name: str | None = option(None, "task in ClearML (default: experiment_name, or the name of out_dir)",
         "tracking", metavar="NAME")
@@ -605,12 +600,12 @@ def option_fields(options_class: type[Options] = Config) -> list[dataclasses.Fie
     return [field for field in dataclasses.fields(options_class) if field.metadata]
 
 
-def format_flags(options: Options) -> list[str]:
-    """Return the words of a command line that gives the options that differ from their defaults."""
+def format_flags(options: Options, names: Collection[str]) -> list[str]:
+    """Return the words of a command line that gives those of the named options that differ from their defaults."""
     words: list[str] = []
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
-        if value == field.default or field.name == "config":  # the words say what is in the file
+        if value == field.default or field.name not in names:
             continue
         if field_kind(field) is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
@@ -1198,11 +1193,11 @@ def check_paths(config: Config) -> None:
         UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
     """
     check_given(config)
-    check_files_exist(config, "class_map", "backbone_weights")
+    check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
     if config.unknown_dir is not None:
         check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
-    _check_out_dir(config)
+    check_out_dir(config)
     _check_starts(config)
     _check_backgrounds(config)
     if config.group_regex is not None:
@@ -1309,7 +1304,8 @@ def _check_prelabel_paths(config: Config) -> None:
         raise UserError(what, config.said("out"), "choose a new folder")
 
 
-def _check_out_dir(config: Config) -> None:
+def check_out_dir(config: Options) -> None:
+    """Refuse an out_dir that cannot be written to, holds something else, or lies in data_root or around it."""
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
     if out_dir == data_root or data_root in out_dir.parents:
         raise UserError(
@@ -1317,7 +1313,7 @@ def _check_out_dir(config: Config) -> None:
             config.said("out_dir"),
             "choose a folder outside the data",
         )
-    if config.overwrite and out_dir in (Path.cwd(), *Path.cwd().parents):
+    if getattr(config, "overwrite", False) and out_dir in (Path.cwd(), *Path.cwd().parents):
         what = "is the current folder, which --overwrite would move aside"
         raise UserError(what, config.said("out_dir"), "start from another folder")
     if out_dir in data_root.parents:
@@ -1367,7 +1363,7 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1378,8 +1374,8 @@ from tqdm import tqdm
 # ======================================================================================================================
 # 03  RUN DIRECTORY & LOGGING
 # ======================================================================================================================
-# Everything that stays in out_dir is written through `atomic_file` or the two logs, and signals come in here. Also the ClearML
-# sink: the only section that may touch the network (besides fetching weights). Raises UserError for what cannot be written.
+# Everything that stays in out_dir is written through `atomic_file` or the two logs, and signals come in here. Starts tools as
+# processes. Raises UserError for what cannot be written.
 class Signals:
     """What the terminal and the scheduler ask of this process.
 
@@ -1615,11 +1611,11 @@ def show(text: str) -> None:
 
 
 class RunDirectory:
-    """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the tracker."""
+    """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the process that follows that."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tracker: Tracker | None = None
+        self._tracker: subprocess.Popen | None = None
         create_out_dir(path)
         self._lock = lock_directory(path).lock
         # Of a run that was killed while it wrote: nobody writes without the lock.
@@ -1641,11 +1637,9 @@ class RunDirectory:
         self._log.append("".join(f"{stamp}  {line}\n" for line in text.splitlines() or [""]))
 
     def event(self, name: str, **values: Any) -> None:
-        """Append one JSON object to metrics.jsonl and hand it to the tracker."""
+        """Append one JSON object to metrics.jsonl."""
         record = to_json({"event": name, "time": round(time.time(), 3), **values})
         self._events.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        if self.tracker is not None:
-            self.tracker.event(record)
 
     def forget_epochs_after(self, epoch: int) -> None:
         """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
@@ -1677,15 +1671,47 @@ class RunDirectory:
                 raise
             show(f"warning: {failure}")
         finally:
-            self.close(status)
+            self.close()
 
-    def close(self, status: str) -> None:
-        """Close tracker, logs and lock; the status is what ClearML shows."""
-        if self.tracker is not None:
-            self.tracker.close(status)
-        self._events.close()
-        self._log.close()
-        self._lock.release()
+    def close(self) -> None:
+        """End the tracker, and close logs and lock."""
+        try:
+            if self._tracker is not None:
+                self._end_tracker()
+        finally:
+            self._events.close()
+            self._log.close()
+            self._lock.release()
+
+    def start_tracker(self, *flags: str) -> None:
+        """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
+        try:
+            command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
+            with open(self.path / "track.log", "ab") as log:
+                self._tracker = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=tool_environment(),
+                    start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
+                )
+        except (UserError, OSError) as error:
+            self.log(f"warning: the run is not tracked: {error}")
+        else:
+            self.log(f"tracked by process {self._tracker.pid}; what it has to say is in {self.path / 'track.log'}")
+
+    def _end_tracker(self) -> None:
+        try:
+            self._tracker.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            again = f"python {SCRIPT_NAME} track {self.path} --help says how to record all of it again"
+            with contextlib.suppress(UserError):  # the disk is full: it has been told
+                self.log(f"warning: the tracker had not finished after {CLOSE_SECONDS} s and was ended; {again}")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._tracker.pid, signal.SIGKILL)
+            self._tracker.wait()
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -1778,252 +1804,36 @@ def move_aside(path: Path) -> Path:
     return target
 
 
-class Tracker:
-    """ClearML sink, in a process of its own: whatever happens in there, training neither stops nor waits for it.
+class ToolFailed(Exception):
+    """A tool that this program has waited for has failed; it has said why."""
 
-    No server, no answer, an error at any call: that process is replaced by one that records offline, from the first message on,
-    and one line says why.
+    def __init__(self, command: str, code: int) -> None:
+        self.code = code
+        super().__init__(f"tools/{command}.py has ended with exit code {code}, as said above")
+
+
+def tool_environment() -> dict[str, str]:
+    """Return the environment of a process that is none of those that torchrun has started, even where this one is."""
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("TORCHELASTIC_")}
+
+
+def run_tool(command: str, argv: Sequence[str]) -> None:
+    """Run a tool to its end; what asks this process to stop is passed on to it.
+
+    Raises:
+        ToolFailed: with its exit code.
+        UserError: it does not lie beside this script.
     """
-
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
-        self._warn, self._folder = warn, (config.out_dir / "clearml").resolve()
-        options = {key: str(value) for key, value in config.as_plain().items()}
-        task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
-        self._messages: list[dict[str, Any]] = [
-            {"do": "start", "project": config.clearml_project, "task": task, "options": options, "offline": False}
-        ]
-        self._process: subprocess.Popen | None = None
-        self._launch()
-
-    def _launch(self, stdin: Any = None) -> None:
-        self._folder.mkdir(exist_ok=True)
-        env = {"CLEARML_LOG_LEVEL": "ERROR", **os.environ, "CLEARML_CACHE_DIR": str(self._folder)}
-        imports = (
-            "from __future__ import annotations\nfrom typing import Any\nimport contextlib, json, os, sys, threading"
-        )
-        code = "\n".join([imports, *map(inspect.getsource, CLEARML_PROGRAM), "record_in_clearml()"])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=stdin or subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=env,
-            cwd=self._folder,
-            start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
-        )
-        self._unsent = b"".join(map(self._encode, self._messages)) if stdin is None else b""
-        self._received, self._answers, self._heard_at = b"", 0, time.monotonic()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                os.set_blocking(pipe.fileno(), False)
-
-    def _encode(self, message: dict[str, Any]) -> bytes:
-        return (json.dumps(message) + "\n").encode()
-
-    def event(self, record: dict[str, Any]) -> None:
-        """Report the scalars of an event: epoch figures as curves, final figures as single values."""
-        if record["event"] == "epoch_end":
-            self._send(do="scalars", values=_epoch_scalars(record), iteration=record["epoch"])
-        if record["event"] == "test_end":
-            ways = ("classifier", "prototypes")
-            figures = [(f"test {way} {key}", value) for way in ways for key, value in record[way].items()]
-            self._send(do="figures", values=[figure for figure in figures if figure[1] is not None])
-
-    def artifact(self, path: Path) -> None:
-        """Attach a file of the run."""
-        self._send(do="artifact", name=path.stem, path=str(path.resolve()))
-
-    def confusion(self, matrix: np.ndarray, class_names: Sequence[str]) -> None:
-        """Report the (C, C) confusion matrix of the test, rows true and columns predicted."""
-        self._send(do="confusion", matrix=matrix.tolist(), names=list(class_names))
-
-    def close(self, status: str) -> None:
-        """Finish the task as completed, stopped or failed; waits for at most CLEARML_CLOSE_SECONDS."""
-        started = time.monotonic()
-        self._send(do="close", status=status)
-        while self._is_waiting() and time.monotonic() - started < CLEARML_CLOSE_SECONDS:
-            time.sleep(0.02)
-            self._exchange()
-        if not self._is_waiting():
-            return
-        if self._messages[0]["offline"] or (self._heard_at > started and not self._unsent):
-            self._warn(f"process {self._process.pid} goes on sending the rest to ClearML")
-            return
-        self._messages[0]["offline"] = True
-        self._process.kill()
-        self._warn(f"ClearML: no answer within {CLEARML_CLOSE_SECONDS:.0f} s; recording offline into {self._folder}")
-        with tempfile.TemporaryFile() as file:
-            file.write(b"".join(map(self._encode, self._messages)))
-            file.seek(0)
-            self._launch(file)
-
-    def _is_waiting(self) -> bool:
-        return self._process is not None and self._answers < len(self._messages)
-
-    def _send(self, **message: Any) -> None:
-        if self._process is None:
-            return
-        if not self._is_waiting():
-            self._heard_at = time.monotonic()
-        self._messages.append(message)
-        self._unsent += self._encode(message)
-        self._exchange()
-        if self._is_waiting() and time.monotonic() - self._heard_at > CLEARML_SILENT_SECONDS:
-            self._start_again(f"no answer for {CLEARML_SILENT_SECONDS:.0f} s")
-
-    def _exchange(self) -> None:
-        """Write and read what can be written and read without waiting."""
-        is_alive = True
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent[: 1 << 16]) :]
-        except BlockingIOError:
-            pass
-        except OSError:  # it has ended; what it said last tells why
-            is_alive = False
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
-                self._received += chunk
-            is_alive = False
-        *lines, self._received = self._received.split(b"\n")
-        for answer in map(json.loads, lines):
-            self._heard_at = time.monotonic()
-            self._answers += answer["kind"] == "done"
-            if answer["kind"] == "offline":
-                self._messages[0]["offline"] = True
-                self._warn(f"ClearML: {answer['text']}; recording offline into {self._folder}")
-            if answer["kind"] == "failed":
-                self._start_again(printable(answer["text"])[:200])
-                return
-        if not is_alive and self._is_waiting():
-            self._start_again("its process has ended")
-
-    def _start_again(self, why: str) -> None:
-        self._process.kill()
-        self._process.wait()
-        if self._messages[0]["offline"]:
-            self._warn(f"ClearML: {why}; recording to ClearML stops here")
-            self._process = None
-            return
-        self._messages[0]["offline"] = True
-        self._warn(f"ClearML: {why}; recording offline into {self._folder}")
-        self._launch()
-
-
-def _epoch_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (title, series, value) of every figure of an epoch that is defined: macro by split, and by class."""
-    scalars = [(key, split, value) for split in ("train", "val") for key, value in record[split].items()]
-    for split in ("train", "val"):
-        for class_name, figures in record[f"{split}_per_class"].items():
-            scalars += [(f"{split} {key} by class", class_name, value) for key, value in figures.items()]
-    return [scalar for scalar in scalars if scalar[2] is not None]
-
-
-# From here to the end of the section: what `Tracker` runs in a Python of its own, which has nothing of this file but this source.
-def record_in_clearml() -> None:
-    """Do what the JSON messages on stdin ask for, a line each, and answer each on stdout; ends with the run, however that ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # ClearML prints
-
-    def warn(kind: str, text: str = "") -> None:
-        with contextlib.suppress(OSError):  # the run has ended, and leaves us a while to finish
-            print(json.dumps({"kind": kind, "text": text}), file=answers, flush=True)
-
-    task, is_open = None, True
-    for line in sys.stdin:
-        message = json.loads(line)
-        is_open = message["do"] != "close"
-        if not is_open:
-            threading.Timer(300, os._exit, (1,)).start()
-        try:
-            task = call_clearml(task, message, warn)
-        except Exception as error:  # whatever ClearML raises: training is worth more than its record
-            warn("failed", f"{type(error).__name__}: {error}")
-            os._exit(1)
-        warn("done")
-    if is_open and task is not None:
-        threading.Timer(60, os._exit, (1,)).start()
-        call_clearml(task, {"do": "close", "status": "the process of the run has gone"}, warn)
-    os._exit(0)
-
-
-def call_clearml(task: Any, message: dict[str, Any], warn: Any) -> Any:
-    """Do what one message asks for; return the task."""
-    do = message["do"]
-    if do == "start":
-        return start_clearml(message, warn)
-    if do == "scalars":
-        for title, series, value in message["values"]:
-            task.get_logger().report_scalar(title, series, value, iteration=message["iteration"])
-    if do == "figures":
-        for title, value in message["values"]:
-            task.get_logger().report_single_value(title, value)
-    if do == "confusion":
-        labels = {"xlabels": message["names"], "ylabels": message["names"], "xaxis": "predicted", "yaxis": "true"}
-        task.get_logger().report_confusion_matrix("test", "confusion", message["matrix"], iteration=0, **labels)
-    if do == "artifact":
-        task.upload_artifact(message["name"], artifact_object=message["path"], wait_on_upload=False)
-    if do == "close":
-        task.flush(wait_for_uploads=True)  # marking stopped would drop what is still queued
-        if message["status"] == "interrupted":
-            task.mark_stopped()
-        if message["status"] not in ("interrupted", "completed"):
-            task.mark_failed(status_message=message["status"])
-        task.close()
-    return task
-
-
-def start_clearml(message: dict[str, Any], warn: Any) -> Any:
-    """Open a task, offline if that is asked for or no server answers, and return it."""
-    from clearml import Task
-    from clearml.config import config_obj
-
-    obstacle = "" if message["offline"] else find_clearml_obstacle()
-    if obstacle:
-        warn("offline", obstacle)
-    Task.set_offline(bool(obstacle or message["offline"]))
-    # Its reporter would be another process, that can outlive us.
-    config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
-    task = Task.init(
-        project_name=message["project"],
-        task_name=message["task"],
-        reuse_last_task_id=False,
-        auto_connect_arg_parser=False,
-        auto_connect_frameworks=False,
-        auto_resource_monitoring=False,
-        auto_connect_streams=False,
-    )
-    task.connect(message["options"], name="options")
-    return task
-
-
-def find_clearml_obstacle() -> str:
-    """Return why no ClearML server can be used, or '' when one answers within 3 s."""
-    import socket
-    from urllib.parse import urlsplit
-
-    from clearml.backend_api.session import Session
-    from clearml.backend_api.session.defs import ENV_ACCESS_KEY, ENV_OFFLINE_MODE
-    from clearml.config import config_obj
-
-    if ENV_OFFLINE_MODE.get():
-        return "offline mode is asked for"
-    if not (ENV_ACCESS_KEY.get() or config_obj.get("api.credentials.access_key", None)):
-        return "no server is configured (run clearml-init)"
-    host = urlsplit(Session.get_api_server_host())
-    port = host.port or (443 if host.scheme == "https" else 80)
+    process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
-        with socket.create_connection((host.hostname, port), timeout=3) as connection:
-            if host.scheme != "https":  # a host that accepts and never answers would block Task.init for minutes
-                connection.sendall(f"GET /debug.ping HTTP/1.0\r\nHost: {host.hostname}\r\n\r\n".encode())
-                if not connection.recv(1):
-                    return f"{host.hostname}:{port} closes the connection"
-    except OSError as error:
-        return f"{host.hostname}:{port} does not answer ({error})"
-    return ""
-
-
-CLEARML_PROGRAM = (find_clearml_obstacle, start_clearml, call_clearml, record_in_clearml)
+        code = process.wait()
+    except Interrupted as interruption:
+        process.send_signal(interruption.signal_number)
+        process.wait()
+        raise
+    if code:
+        raise ToolFailed(command, code if code > 0 else 128 - code)
 
 
 # ======================================================================================================================
@@ -3916,6 +3726,20 @@ def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
     return orphans
 
 
+def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried.
+
+    A line that a killed process left half-written is passed over.
+    """
+    path = out_dir / MASK_LOG_NAME
+    records: dict[str, dict[str, Any]] = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
+    return records
+
+
 def describe_masks(scan: Scan, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
     """Return the part of the data report that speaks of masks: kinds, what was refused, what SAM-2 did, counts by class."""
     records, log = scan.records, read_mask_log(config.out_dir)
@@ -3923,13 +3747,13 @@ def describe_masks(scan: Scan, found: Sequence[str], refused: dict[str, str], co
     kinds, not_made = Counter(), []
     for row, (mask, label) in enumerate(zip(found, records.labels.tolist(), strict=True)):
         crop, counts = records.paths[row], classes[records.class_names[label]]
-        outcome = log.get(crop)
+        record = log.get(crop)
         kinds[_mask_kind(mask, crop, config.masks_dirname)] += 1
         counts["masks"] += bool(mask)
-        counts["made"] += bool(mask and outcome and not outcome.reason)
-        if outcome and outcome.reason and not mask:
+        counts["made"] += bool(mask and record and not record["reason"])
+        if record and record["reason"] and not mask:
             counts["not_made"] += 1
-            not_made.append(outcome._asdict())
+            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
     return {
         "usable": len(found) - kinds["none"],
         **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
@@ -3944,15 +3768,6 @@ def _mask_kind(path: str, crop_path: str, masks_dirname: str) -> str:
     if not path or path == crop_path:
         return "own_alpha" if path else "none"
     return "cutouts" if is_alpha_file(path, masks_dirname) else "masks"
-
-
-def format_mask_table(report: dict[str, Any]) -> str:
-    """Return per class how many crops have a mask, how many of those SAM-2 drew, what it failed at, and what is missing."""
-    rows = {
-        name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
-        for name, row in report["classes"].items()
-    }
-    return format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11)
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -4045,513 +3860,6 @@ def _blur_background(image: np.ndarray, background: np.ndarray) -> np.ndarray:
     weight = background.astype(np.float32)
     total = cv2.blur(image * weight[:, :, None], side)
     return np.rint(total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]).clip(0, 255).astype(np.uint8)
-
-
-# SAM-2 generation: writes mask files and masks.jsonl. Raises UserError for what is missing or does not fit together; a crop
-# whose mask cannot be trusted is an outcome with a reason.
-class MaskRequest(NamedTuple):
-    """A crop that wants a mask."""
-
-    path: str  # relative to data_root, for names and records
-    source: Path  # the crop's file
-    target: Path  # where the mask goes; its folder need not exist
-
-
-class MaskOutcome(NamedTuple):
-    """What became of a request."""
-
-    path: str
-    score: float  # IoU with the true mask as the model predicts it; NaN when there is no mask or nothing is known
-    area: float  # share of the crop, likewise
-    reason: str  # '' = written; else why it was refused
-
-
-class MaskPreview(NamedTuple):
-    """One crop on the contact sheet."""
-
-    caption: str
-    image: np.ndarray  # uint8 (H, W, 3)
-    mask: np.ndarray | None  # (H, W) of bool or 0..255
-    note: str = ""  # why it was refused
-
-
-class _Crop(NamedTuple):
-    square: np.ndarray  # uint8 (side, side, 3), squashed to what the model sees
-    height: int  # px of the crop itself
-    width: int
-
-
-class _MaskJob(NamedTuple):
-    request: MaskRequest
-    stamp: tuple[int, int]  # size in bytes and mtime in ns of the crop
-
-
-def check_sam2(config: Config) -> None:
-    """Check all that is needed to generate masks before any work: package, config, checkpoint, and that they fit together.
-
-    The checkpoint's names and shapes are read, not its hundreds of megabytes: 3 s for the large model.
-
-    Raises:
-        UserError: with the command that gets what is missing.
-    """
-    _import_sam2()
-    _find_sam2_checkpoint(config)
-    _read_sam2_weights(config, _build_sam2(config))
-
-
-def _import_sam2() -> None:
-    try:
-        with _quiet_sam2():
-            import sam2.build_sam
-            import sam2.sam2_image_predictor  # noqa: F401
-    except Exception as error:  # it raises RuntimeError when a clone of its repository shadows it
-        if importlib.util.find_spec("sam2") is None:
-            what, remedy = "is not installed", f"{SAM2_INSTALL}  (it takes the torch that is here)"
-        else:
-            what, remedy = f"cannot be imported: {printable(str(error)).split('. ')[0][:200]}", SAM2_INSTALL
-        raise UserError(what, "the package sam2", remedy) from error
-
-
-@contextlib.contextmanager
-def _quiet_sam2() -> Iterator[None]:
-    """Keep sam2 from the log: it tells the root logger of every image, which gives that a handler, and uses old parts of torch."""
-    handler, disabled = logging.NullHandler(), logging.root.manager.disable
-    logging.root.addHandler(handler)
-    logging.disable(max(disabled, logging.INFO))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        logging.root.removeHandler(handler)
-
-
-def _build_sam2(config: Config) -> nn.Module:
-    """Return the model of --sam2_cfg on the CPU, with random weights; Hydra and the random generator are left as they were."""
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import MissingConfigException
-    from sam2.build_sam import build_sam2
-
-    where, hydra = config.said("sam2_cfg"), GlobalHydra.instance().hydra
-    try:
-        with _quiet_sam2(), torch.random.fork_rng(devices=[]):
-            GlobalHydra.instance().clear()
-            initialize_config_module("sam2", version_base="1.2")
-            return build_sam2(config.sam2_cfg, None, device="cpu")
-    except MissingConfigException as error:
-        known = _list_sam2_configs()
-        close = difflib.get_close_matches(config.sam2_cfg, known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-        raise UserError("is no config of the sam2 package", where, remedy) from error
-    except Exception as error:  # Hydra, OmegaConf and the constructors: whatever a config of another kind provokes
-        reason = printable(str(error)).split(". ")[0][:200]
-        raise UserError(
-            f"cannot be built: {reason}", where, f"give one of {', '.join(_list_sam2_configs())}"
-        ) from error
-    finally:
-        GlobalHydra.instance().hydra = hydra
-
-
-def _list_sam2_configs() -> list[str]:
-    import sam2
-
-    root = Path(sam2.__path__[0])
-    found = [path.relative_to(root).as_posix() for path in root.glob("configs/*/*.yaml")]
-    return sorted(name for name in found if "training" not in name)
-
-
-def _how_to_get_checkpoint(sam2_cfg: str) -> str:
-    """Return the command that fetches the official checkpoint of a config, and the flag to go with it."""
-    match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
-    if not match:
-        return "give the checkpoint that was trained with this config"
-    name = f"{match[1]}_hiera_{SAM2_SIZES[match[2]]}.pt"
-    return f"curl -LO {SAM2_URLS[match[1]]}/{name}  and then  --sam2_ckpt {name}"
-
-
-def _find_sam2_checkpoint(config: Config) -> Path:
-    path, remedy = config.sam2_ckpt, _how_to_get_checkpoint(config.sam2_cfg)
-    if path is None:
-        raise UserError("is missing: masks are drawn by SAM-2", "--sam2_ckpt", remedy)
-    if not path.is_file():
-        raise UserError("is not a file" if path.exists() else "does not exist", f"--sam2_ckpt {path}", remedy)
-    return path
-
-
-def _read_sam2_weights(config: Config, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Map the checkpoint into memory, never executing anything in it, and compare it with the model tensor by tensor.
-
-    Raises:
-        UserError: missing, unreadable, not of SAM-2, or of another config.
-    """
-    path, remedy = _find_sam2_checkpoint(config), _how_to_get_checkpoint(config.sam2_cfg)
-    where = f"--sam2_ckpt {path}"
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
-        is_foreign = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
-        reason = "it is not what torch.save writes" if is_foreign else printable(str(error)).split(". ")[0][:200]
-        raise UserError(f"is no checkpoint, or not a complete one: {reason}", where, remedy) from error
-    weights = payload.get("model") if isinstance(payload, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError("is no checkpoint of SAM-2: it has no 'model' with tensors", where, remedy)
-    own = model.state_dict()
-    unfit = [k for k in own | weights if k not in own or k not in weights or own[k].shape != weights[k].shape]
-    if unfit:
-        first = printable(", ".join(map(str, unfit[:3])))
-        what = f"{len(unfit)} tensors are missing, foreign or of another shape ({first}, ...)"
-        raise UserError(f"does not fit --sam2_cfg {config.sam2_cfg}: {what}", where, remedy)
-    return weights
-
-
-class Sam2:
-    """SAM-2 that is asked one question: what is the object that fills this crop?"""
-
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        _import_sam2()
-        from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-        model = _build_sam2(config)
-        model.load_state_dict(_read_sam2_weights(config, model))
-        self.side = model.image_size
-        self._device = runtime.device
-        self._is_bf16 = runtime.dtype == torch.bfloat16  # fp16, which older GPUs get, is not what it was made for
-        with _quiet_sam2():
-            self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
-
-    def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,) and mask logits float32 (3, 256, 256)."""
-        low, high = self.side * SAM2_BOX_INSET, self.side * (1 - SAM2_BOX_INSET)
-        with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
-            self._predictor.set_image(square)
-            _, scores, logits = self._predictor.predict(
-                box=np.array([low, low, high, high], np.float32),
-                point_coords=np.array([[self.side / 2, self.side / 2]], np.float32),
-                point_labels=np.array([1]),  # 1 = on the object
-                multimask_output=True,
-            )
-        return scores, logits
-
-
-def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
-    """Return which of M candidates to take: the best predicted IoU among those of plausible area, else among all."""
-    low, high = MASK_AREA_RANGE
-    scores = np.nan_to_num(scores, nan=-1.0)
-    return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # an IoU is at most 1
-
-
-def judge_mask(score: float, area: float, min_score: float) -> str:
-    """Return why a mask is refused, or ''."""
-    low, high = MASK_AREA_RANGE
-    if not score >= min_score:  # also NaN
-        return f"score {score:.2f} is below --mask_min_score {min_score:g}"
-    if area < low:
-        return f"covers {area:.1%} of the crop, less than {low:.0%}"
-    return f"covers {area:.1%} of the crop, more than {high:.0%}" if area > high else ""
-
-
-def clean_mask(mask: np.ndarray) -> np.ndarray:
-    """Return bool (H, W) without specks and small holes; large parts and the eye of a wrench or a finger ring remain.
-
-    A speck touches the rest not even by a corner and is smaller than SPECK_SHARE of the largest part; a hole is background
-    enclosed by the object and smaller than HOLE_SHARE of the object.
-    """
-    from scipy.ndimage import label
-
-    parts, _ = label(mask, structure=np.ones((3, 3)))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    cleaned = (sizes >= max(1, SPECK_SHARE * sizes.max()))[parts]
-    holes, count = label(~cleaned)
-    fill = np.bincount(holes.ravel(), minlength=count + 1) < HOLE_SHARE * cleaned.sum()
-    for border in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):
-        fill[border] = False
-    return cleaned | fill[holes]
-
-
-def read_mask_log(out_dir: Path) -> dict[str, MaskOutcome]:
-    """Return the newest outcome of every crop that a run's masks.jsonl names."""
-    return {path: _to_outcome(record) for path, record in _read_mask_records(out_dir).items()}
-
-
-def _read_mask_records(out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each crop; a line that a killed run left half-written is passed over."""
-    path, records = out_dir / MASK_LOG_NAME, {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
-    return records
-
-
-def _to_outcome(record: dict[str, Any]) -> MaskOutcome:
-    score, area = (math.nan if record[key] is None else record[key] for key in ("score", "area"))
-    return MaskOutcome(record["path"], score, area, record["reason"] or "")
-
-
-def generate_masks(
-    config: Config, runtime: Runtime, requests: Sequence[MaskRequest], out_dir: Path
-) -> dict[str, MaskOutcome]:
-    """Draw the masks that are missing, and return what became of every request, by path.
-
-    A mask file that exists is never touched, and a crop that was refused with the same settings is not tried again. Each mask
-    is on disk before the next crop is begun: whenever this is stopped, the next call does only the rest.
-
-    Raises:
-        UserError: something is missing or does not fit together (see `check_sam2`), or a mask cannot be written.
-    """
-    outcomes, jobs, settings = _plan_masks(config, requests, _read_mask_records(out_dir))
-    if not jobs:
-        return outcomes
-    _check_mask_folders(jobs)
-    create_out_dir(out_dir)
-    sam2 = Sam2(config, runtime)
-    read = functools.partial(_read_crop, side=sam2.side)
-    with (
-        contextlib.closing(_open_mask_log(out_dir / MASK_LOG_NAME)) as log,
-        contextlib.closing(_read_ahead(jobs, read, max(1, min(config.workers, count_cores())))) as crops,
-        progress((), len(jobs), "masks", "crop") as bar,
-    ):
-        for job, crop in zip(jobs, crops, strict=True):
-            outcome, mask = _draw_mask(sam2, job.request.path, crop, config)
-            # The record goes first: a mask on disk then never lacks its score, and a record whose mask is not there is done again.
-            _append_record(log, job, outcome, settings)
-            if mask is not None:
-                _write_mask(job.request.target, mask)
-            outcomes[outcome.path] = outcome
-            bar.update()
-    return outcomes
-
-
-def _plan_masks(
-    config: Config, requests: Sequence[MaskRequest], records: dict[str, dict[str, Any]]
-) -> tuple[dict[str, MaskOutcome], list[_MaskJob], str]:
-    """Return the outcomes that are known already, what is left to do, and the settings key that new records carry."""
-    outcomes, missing = {}, []
-    for request in requests:
-        if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
-            outcomes[request.path] = MaskOutcome(request.path, math.nan, math.nan, "the name of its mask is too long")
-        elif request.target.exists():  # drawn by us, or put there by someone since we refused it
-            known = _to_outcome(records[request.path]) if request.path in records else None
-            unknown = MaskOutcome(request.path, math.nan, math.nan, "")
-            outcomes[request.path] = known if known and not known.reason else unknown
-        else:
-            missing.append(_MaskJob(request, _stamp_file(request.source)))
-    settings = _hash_mask_settings(config) if missing else ""  # reads the whole checkpoint: a second
-    jobs = []
-    for job in missing:
-        record = records.get(job.request.path)
-        state = (*job.stamp, settings)
-        if record and record["reason"] and (record["size"], record["mtime_ns"], record["settings"]) == state:
-            outcomes[job.request.path] = _to_outcome(record)
-        else:
-            jobs.append(job)
-    return outcomes, jobs, settings
-
-
-def _stamp_file(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:  # reading it will say why
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _hash_mask_settings(config: Config) -> str:
-    """Return 16 hex digits over all that decides whether a mask is accepted, not where it was drawn."""
-    with open(_find_sam2_checkpoint(config), "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    recipe = (SAM2_BOX_INSET, MASK_AREA_RANGE, SPECK_SHARE, HOLE_SHARE)
-    settings = (config.sam2_cfg, weights, config.mask_min_score, config.mask_cleanup, recipe)
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def _check_mask_folders(jobs: Sequence[_MaskJob]) -> None:
-    for folder in sorted({job.request.target.parent for job in jobs}):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"masks cannot be written into {folder}", str(existing), MASKS_OUT_REMEDY)
-
-
-def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
-    """Yield `read(item)` in order, threads being a few items ahead; closing it drops what has not been begun."""
-    pool, waiting = ThreadPoolExecutor(num_threads), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _read_crop(job: _MaskJob, side: int) -> _Crop | ImageError:
-    """Read a crop at the size that the model sees, so that what waits for the model is small whatever the file holds."""
-    try:
-        image = load_image(job.request.source)
-    except ImageError as error:
-        return error
-    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
-
-
-def _draw_mask(
-    sam2: Sam2, path: str, crop: _Crop | ImageError, config: Config
-) -> tuple[MaskOutcome, np.ndarray | None]:
-    """Return what became of a crop, and its mask, bool (H, W), unless it is refused."""
-    if isinstance(crop, ImageError):
-        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
-    scores, logits = sam2.propose(crop.square)
-    chosen = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
-    # As sam2 does it: the logits are enlarged, not the mask, which gives smooth outlines.
-    enlarged = F.interpolate(torch.from_numpy(logits[chosen])[None, None], (crop.height, crop.width), mode="bilinear")
-    mask = enlarged[0, 0].numpy() > 0
-    if config.mask_cleanup:
-        mask = clean_mask(mask)
-    score, area = float(scores[chosen]), float(mask.mean())
-    reason = judge_mask(score, area, config.mask_min_score)
-    return MaskOutcome(path, score, area, reason), None if reason else mask
-
-
-def _open_mask_log(path: Path) -> LineFile:
-    """Open masks.jsonl to append to it, on a line of its own if a killed run left half a line."""
-    log = LineFile(path)
-    if path.read_bytes()[-1:] not in (b"", b"\n"):
-        log.append("\n")
-    return log
-
-
-def _append_record(log: LineFile, job: _MaskJob, outcome: MaskOutcome, settings: str) -> None:
-    values = (outcome.path, *job.stamp, outcome.score, outcome.area, outcome.reason or None, settings)
-    record = to_json(dict(zip(MASK_RECORD_KEYS, values, strict=True)))
-    log.append(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _write_mask(target: Path, mask: np.ndarray) -> None:
-    """Write bool (H, W) as an 8-bit PNG of 0 and 255, whole."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", str(target), MASKS_OUT_REMEDY) from error
-
-
-def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int, order: str) -> None:
-    """Write a contact sheet as PNG: crop, mask and masked crop side by side, of `total` crops in all, in an order told in words."""
-    columns = max(1, min(PREVIEW_COLUMNS, len(items)))
-    refused = sum(bool(item.note) for item in items)
-    # From crop to crop, in px: pictures, text, gap.
-    across, down = 3 * PREVIEW_SIDE + 32, PREVIEW_SIDE + (64 if refused else 44)
-    sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
-    draw = ImageDraw.Draw(sheet)
-    title = f"{len(items):,} of {total:,} crops, {order}" + f"; {refused:,} refused" * bool(refused)
-    draw.text((24, 16), title, "black", load_font(20))
-    draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, load_font(13))
-    for index, item in enumerate(items):
-        _draw_preview(sheet, (24 + index % columns * across, 72 + index // columns * down), item)
-    with atomic_file(path) as file:
-        sheet.save(file, "PNG")
-
-
-def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview) -> None:
-    draw, (left, top) = ImageDraw.Draw(sheet), corner
-    factor = PREVIEW_SIDE / max(item.image.shape[:2])
-    size = tuple(max(1, round(factor * length)) for length in (item.image.shape[1], item.image.shape[0]))
-    image = Image.fromarray(item.image).resize(size)
-    panels: list[Image.Image | None] = [image, None, None]
-    if item.mask is not None:
-        mask = Image.fromarray((item.mask > 0).astype(np.uint8) * 255).resize(size)
-        panels[1:] = (mask.convert("RGB"), Image.composite(image, Image.new("RGB", size, (PADDING_GRAY,) * 3), mask))
-    for index, panel in enumerate(panels):
-        x = left + index * (PREVIEW_SIDE + 4)
-        draw.rectangle((x, top, x + PREVIEW_SIDE - 1, top + PREVIEW_SIDE - 1), PREVIEW_EMPTY)
-        if panel is None:
-            draw.text(
-                (x + PREVIEW_SIDE // 2, top + PREVIEW_SIDE // 2), "no mask", PREVIEW_GRAY, load_font(13), anchor="mm"
-            )
-        else:
-            sheet.paste(panel, (x + (PREVIEW_SIDE - panel.width) // 2, top + (PREVIEW_SIDE - panel.height) // 2))
-    width = 3 * PREVIEW_SIDE + 2 * 4
-    draw.text((left, top + PREVIEW_SIDE + 6), fit_text(item.caption, load_font(14), width), "black", load_font(14))
-    draw.text((left, top + PREVIEW_SIDE + 26), fit_text(item.note, load_font(13), width), PREVIEW_RED, load_font(13))
-
-
-@functools.cache
-def load_font(size: int) -> Any:
-    """Return a font of the system that has Cyrillic and Greek; else Pillow's own, which shows boxes for them."""
-    for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
-def fit_text(text: str, font: Any, width: int) -> str:
-    """Return `text` on one line of at most `width` px, by taking out its middle: a path tells most at its ends."""
-    text = printable(text)
-    if font.getlength(text) <= width:
-        return text
-    kept = min(len(text) - 1, width // 3)  # no letter is narrower than 3 px
-    while kept > 2 and font.getlength(f"{text[: kept // 2]}…{text[-(kept // 2) :]}") > width:
-        kept -= 1
-    return f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
-
-
-def draw_missing_masks(scan: Scan, config: Config, runtime: Runtime) -> Scan:
-    """Draw a mask for every crop that has none, show them in masks_preview.png, and return the scan with them.
-
-    Raises:
-        UserError: what SAM-2 needs is missing, or masks cannot be written.
-    """
-    requests = _request_masks(scan, config)
-    if not requests:
-        return scan
-    show(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask")
-    scan.save_caches(config.out_dir)
-    generate_masks(config, runtime, requests, config.out_dir)
-    return attach_masks(scan, config)
-
-
-def _request_masks(scan: Scan, config: Config) -> list[MaskRequest]:
-    """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
-    records, root = scan.records, (config.masks_out or config.data_root).absolute()
-    every = (*scan.listing.paths, *scan.listing.left_out)
-    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in every)
-    requests = []
-    for row in np.flatnonzero(~records.has_mask).tolist():
-        path = records.paths[row]
-        folder, name = path.split("/", 1)[0], Path(path)
-        names = [f"{name.stem}_mask.png"] * (stems[folder, name.stem] == 1) + [f"{name.name}_mask.png"]
-        targets = [root / folder / config.masks_dirname / target for target in names]
-        free = [target for target in targets if not target.exists()]
-        if free:
-            requests.append(MaskRequest(path, config.data_root / path, free[0]))
-    return requests
-
-
-def preview_masks(scan: Scan, config: Config) -> None:
-    """Write masks_preview.png: crops that SAM-2 was least sure of first, then masks that were there, spread over the classes."""
-    records, log = scan.records, read_mask_log(config.out_dir)
-    number = {records.paths[row]: row for row in range(len(records.paths))}
-    drawn = [outcome for outcome in log.values() if outcome.path in number]
-    drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
-    chosen = [(number[outcome.path], outcome) for outcome in drawn[:PREVIEW_CROPS]]
-    known = {outcome.path for outcome in drawn}
-    others = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in known]
-    spread = np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS - len(chosen))).astype(int).tolist()
-    items = []
-    for row, outcome in chosen + [(others[i], None) for i in spread]:
-        with contextlib.suppress(ImageError):  # gone since the scan
-            image, mask, _ = load_crop(records, row, 1)
-            score = f"   {outcome.score:.2f}" if outcome else ""
-            note = outcome.reason if outcome and mask is None else ""  # refused once, and drawn by hand since: no note
-            items.append(MaskPreview(records.paths[row] + score, image, mask, note))
-    order = "the lowest scores first" if chosen else "spread over the classes"
-    write_masks_preview(config.out_dir / "masks_preview.png", items, len(number), order)
 
 
 # ======================================================================================================================
@@ -11905,27 +11213,6 @@ def refuse_finished_folder(config: Config) -> None:
         raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
 
 
-def run_masks(config: Config) -> None:
-    """Draw the masks that are missing; write masks_preview.png and data_report.json, train nothing."""
-    check_paths(config)
-    refuse_finished_folder(config)
-    check_sam2(config)
-    runtime = training_runtime(config)
-    scan = scan_dataset(config)
-    with keep_scan(scan, config.out_dir):
-        scan = attach_masks(scan, config)
-    create_out_dir(config.out_dir)
-    with lock_directory(config.out_dir):
-        write_json(config.out_dir / "data_report.json", scan.report)
-        scan = draw_missing_masks(scan, config, runtime)
-        write_json(config.out_dir / "data_report.json", scan.report)
-        scan.save_caches(config.out_dir)
-        preview_masks(scan, config)
-    show(format_mask_table(scan.report))
-    show(format_findings(scan.report))
-    show(f"written: {config.out_dir / 'masks_preview.png'}, {config.out_dir / 'data_report.json'}")
-
-
 def run_prelabel(config: Config) -> None:
     """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
     check_paths(config)
@@ -12159,22 +11446,28 @@ def run_train(config: Config) -> None:
     check_optimizer(config)
     if config.unknown_dir is not None:
         unknown_records(config.unknown_dir)
-    if config.auto_generate_masks and config.sam2_ckpt is not None:
-        check_sam2(config)
     scan = scan_dataset(config, point and point.path.with_name("splits.json"))
     with keep_scan(scan, config.out_dir):
         plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config), point)
     if plan is None:
         return
+    if config.auto_generate_masks and not plan.scan.records.has_mask.all():
+        plan = draw_missing_masks(config, plan, point)
     if config.overwrite and config.out_dir.exists():
-        show(f"the old run is moved to {move_aside(config.out_dir)}")
+        old = move_aside(config.out_dir)
+        show(f"the old run is moved to {old}")
+        create_out_dir(config.out_dir)
+        for path in (old / name for name in (MASK_LOG_NAME, "masks_preview.png") if config.auto_generate_masks):
+            if path.exists():
+                shutil.copyfile(path, config.out_dir / path.name)
     with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
-        if config.auto_generate_masks:
-            plan = draw_planned_masks(config, plan, point, runtime)
         job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint, plan.backgrounds)
         job = dataclasses.replace(job, store=open_store(job))
         open_run(job, plan)
         bank, state = start_training(job, plan.backbone, point)
+        if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
+            task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
+            run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
         fit(job, state, bank)
         finish_run(job, state, bank)
 
@@ -12200,8 +11493,6 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
-    elif config.sam2_ckpt is None and not scan.records.has_mask.all():
-        check_sam2(config)
     records, notes = scan.records, check_transforms_fit(scan, config)
     if point:
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
@@ -12223,9 +11514,13 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
     return Plan(scan, records, notes, backbone, info, backgrounds)
 
 
-def draw_planned_masks(config: Config, plan: Plan, point: ResumePoint | None, runtime: Runtime) -> Plan:
-    """Draw the masks that are missing, and return the plan with them."""
-    scan = draw_missing_masks(plan.scan, config, runtime)
+def draw_missing_masks(config: Config, plan: Plan, point: ResumePoint | None) -> Plan:
+    """Let tools/masks.py draw the masks that are missing, and return the plan with them."""
+    create_out_dir(config.out_dir)
+    with lock_directory(config.out_dir):
+        plan.scan.save_caches(config.out_dir)  # the tool scans too
+    run_tool("masks", format_flags(config, MASK_FLAGS))
+    scan = attach_masks(plan.scan, config)
     check_masks_usable(scan, config)
     records = reuse_splits(point.path.with_name("splits.json"), scan.records)[0] if point else scan.records
     return dataclasses.replace(plan, scan=scan, records=records)
@@ -12260,7 +11555,7 @@ def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
 
 
 def open_run(job: Job, plan: Plan) -> None:
-    """Write what is known before training: options, splits, data report, the script itself; start the tracker."""
+    """Write what is known before training: options, splits, data report, the script itself."""
     config, run, scan = job.config, job.run, plan.scan
     scan.save_caches(run.path)
     if job.backgrounds is not None:
@@ -12270,8 +11565,6 @@ def open_run(job: Job, plan: Plan) -> None:
     if job.records is scan.records:  # not resumed
         write_splits(run.path / "splits.json", job.records, config.seed)
         write_json(run.path / "data_report.json", scan.report)
-    if config.use_clearml:
-        run.tracker = Tracker(config, run.log)
     run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
     table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
@@ -12291,8 +11584,6 @@ def open_run(job: Job, plan: Plan) -> None:
             run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
     if config.preview:
         write_preview(job)
-    if config.crop_mode != "bbox" or config.auto_generate_masks:
-        preview_masks(scan, config)
 
 
 def describe_run(job: Job) -> dict[str, Any]:
@@ -12466,9 +11757,6 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
     report = gather_report(job, gallery, embedded)
     write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
-    if run.tracker is not None:
-        for name in ("prototypes.npz", "report.html", "config.json", "data_report.json", "checkpoint_best.pth"):
-            run.tracker.artifact(run.path / name)
     if job.unreadable:
         run.log(
             f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, each named above"
@@ -12501,9 +11789,6 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
         + f"; by the classifier: acc {classifier['acc']:.3f}; {num_images} images, best epoch's weights"
     )
     job.run.log(judgement["verdict"])
-    if job.run.tracker is not None and len(names) <= MAX_TRACKED_CLASSES:
-        answers = gallery.answer(test.values)[0]
-        job.run.tracker.confusion(confusion_matrix(test.labels, answers, len(names)), names)
 
 
 class Vectors(NamedTuple):
@@ -12854,6 +12139,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Interrupted):
         again = "the same command" + (" without --overwrite" if getattr(options, "overwrite", False) else "")
         return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
+    if isinstance(failure, ToolFailed):
+        return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 

@@ -107,15 +107,15 @@ def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
     return process.returncode, error, process.pid
 
 
-def run_main(*args: object) -> int:
-    """Run `main` in this process, without leaving its signal handlers behind."""
+def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
+    """Run `main`, of the script or of a tool, in this process, without leaving its signal handlers behind."""
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         with warnings.catch_warnings():
-            return lct.main([str(arg) for arg in args])
+            return (main or lct.main)([str(arg) for arg in args])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

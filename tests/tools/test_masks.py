@@ -1,4 +1,4 @@
-"""Section 06, SAM-2 generation: the real package with a tiny model of random weights; the gate, the memory, the messages."""
+"""tools/masks.py: the real package with a tiny model of random weights; the gate, the memory, the messages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,10 +17,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import masks
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, draw_image
+from conftest import SCRIPT, TINY_RUN, draw_image
 from PIL import Image
 from test_masks import make_masked_dataset
 
@@ -47,13 +49,13 @@ def sam2_ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path, sam2_ckpt: Path) -> lct.Config:
+def config(tmp_path: Path, sam2_ckpt: Path) -> masks.MaskOptions:
     """Three crops in two classes; a gate that lets pass what the random model proposes."""
     for index, (path, size) in enumerate(CROPS.items()):
         target = tmp_path / "data" / path
         target.parent.mkdir(parents=True, exist_ok=True)
         draw_image(index, side=120).resize(size).save(target)
-    return lct.Config(
+    return masks.MaskOptions(
         data_root=tmp_path / "data",
         out_dir=tmp_path / "run",
         sam2_cfg=TINY,
@@ -67,47 +69,53 @@ def config(tmp_path: Path, sam2_ckpt: Path) -> lct.Config:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The crops that the model was asked about; it is run once for each, and what it said then is said again."""
-    calls, propose = [], lct.Sam2.propose
+    calls, propose = [], masks.Sam2.propose
 
-    def remember(self: lct.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def remember(self: masks.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         calls.append(square.tobytes())
         if calls[-1] not in PROPOSED:
             PROPOSED[calls[-1]] = propose(self, square)
         return PROPOSED[calls[-1]]
 
-    monkeypatch.setattr(lct.Sam2, "propose", remember)
+    monkeypatch.setattr(masks.Sam2, "propose", remember)
     return calls
 
 
-def make_requests(config: lct.Config) -> list[lct.MaskRequest]:
+def make_requests(config: masks.MaskOptions) -> list[masks.MaskRequest]:
     return [
-        lct.MaskRequest(
+        masks.MaskRequest(
             path, config.data_root / path, (config.data_root / path).parent / "masks" / f"{Path(path).stem}.png"
         )
         for path in sorted(CROPS)
     ]
 
 
-def generate(config: lct.Config, requests: list[lct.MaskRequest] | None = None) -> dict[str, lct.MaskOutcome]:
+def generate(
+    config: masks.MaskOptions, requests: list[masks.MaskRequest] | None = None
+) -> dict[str, masks.MaskOutcome]:
     runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
-    return lct.generate_masks(config, runtime, make_requests(config) if requests is None else requests, config.out_dir)
+    return masks.generate_masks(config, runtime, make_requests(config) if requests is None else requests)
 
 
-def read_lines(config: lct.Config) -> list[dict]:
+def read_outcomes(config: masks.MaskOptions) -> dict[str, masks.MaskOutcome]:
+    return {path: masks.to_outcome(record) for path, record in lct.read_mask_log(config.out_dir).items()}
+
+
+def read_lines(config: masks.MaskOptions) -> list[dict]:
     return [json.loads(line) for line in (config.out_dir / "masks.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def check_fails(config: lct.Config) -> str:
+def check_fails(config: masks.MaskOptions) -> str:
     """Return the message with which the check before any work refuses."""
     with pytest.raises(lct.UserError) as caught:
-        lct.check_sam2(config)
+        masks.check_sam2(config)
     return str(caught.value)
 
 
 # --- the whole path ---------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference gives sam2 the crop as it is; ours is squashed by a reading thread, and the mask enlarged again."""
     from sam2.build_sam import build_sam2
@@ -129,14 +137,15 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
     predictor = SAM2ImagePredictor(build_sam2(TINY, str(config.sam2_ckpt), device="cpu"))
     predictor.set_image(image)
     box = np.array([0.02 * 90, 0.02 * 60, 0.98 * 90, 0.98 * 60])
-    masks, scores, _ = predictor.predict(np.array([[45, 30]]), np.array([1]), box, multimask_output=True)
+    drawn, scores, _ = predictor.predict(np.array([[45, 30]]), np.array([1]), box, multimask_output=True)
     assert len(prompts) == 4 and all(np.allclose(prompt, prompts[3], atol=1e-3) for prompt in prompts)
     best = np.argmax(scores)
     with Image.open(config.data_root / "hammer/masks/0000.png") as file:
         assert (file.format, file.mode, file.size) == ("PNG", "L", (90, 60))
         written = np.asarray(file)
     assert set(np.unique(written)) == {0, 255}
-    expected, written = masks[best] > 0, written > 127
+    expected = drawn[best] > 0
+    written = written > 127
     assert 0.1 < written.mean() < 0.9, "a mask of all or nothing proves nothing"
     assert (expected & written).sum() / (expected | written).sum() > 0.98
     outcome = outcomes["hammer/0000.png"]
@@ -144,19 +153,19 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
     assert np.array_equal(lct.load_mask(config.data_root / "hammer/masks/0000.png", is_alpha=False), written)
 
 
-def test_every_attempt_is_recorded(config: lct.Config, asked: list[bytes]) -> None:
+def test_every_attempt_is_recorded(config: masks.MaskOptions, asked: list[bytes]) -> None:
     outcomes = generate(config)
     records = read_lines(config)
     assert [record["path"] for record in records] == sorted(CROPS)
     status = (config.data_root / "hammer/0000.png").stat()
     assert (records[0]["size"], records[0]["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
     assert records[0]["reason"] is None and len({record["settings"] for record in records}) == 1
-    assert lct.read_mask_log(config.out_dir) == outcomes
+    assert read_outcomes(config) == outcomes
     assert lct.read_mask_log(config.out_dir / "elsewhere") == {}
 
 
 def test_bf16_is_used_where_the_runtime_has_it_and_the_process_is_left_as_it_was(
-    config: lct.Config, asked: list[bytes], capfd: pytest.CaptureFixture
+    config: masks.MaskOptions, asked: list[bytes], capfd: pytest.CaptureFixture
 ) -> None:
     """sam2 logs every image to the root logger, which gives that a handler if it has none, and warns of torch's old parts."""
     from hydra.core.global_hydra import GlobalHydra
@@ -169,9 +178,9 @@ def test_bf16_is_used_where_the_runtime_has_it_and_the_process_is_left_as_it_was
     root_handlers, logging.root.handlers = logging.root.handlers, []
     before = _describe_process(), list(warnings.filters), GlobalHydra.instance().hydra
     try:
-        lct.check_sam2(config)
+        masks.check_sam2(config)
         runtime = lct.Runtime(torch.device("cpu"), 0, torch.bfloat16)
-        lct.generate_masks(config, runtime, [request], config.out_dir)
+        masks.generate_masks(config, runtime, [request])
         assert before == (_describe_process(), list(warnings.filters), GlobalHydra.instance().hydra)
     finally:
         logging.root.handlers = root_handlers
@@ -186,7 +195,7 @@ def _describe_process() -> tuple:
     return random_state, logging.root.level, logging.root.manager.disable, list(logging.root.handlers)
 
 
-def test_another_use_of_hydra_is_given_back(config: lct.Config, tmp_path: Path) -> None:
+def test_another_use_of_hydra_is_given_back(config: masks.MaskOptions, tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -195,7 +204,7 @@ def test_another_use_of_hydra_is_given_back(config: lct.Config, tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text("answer: 42\n")
     try:
         initialize_config_dir(str(tmp_path), version_base="1.2")
-        lct.check_sam2(config)
+        masks.check_sam2(config)
         assert compose("mine").answer == 42
     finally:
         GlobalHydra.instance().hydra = before
@@ -203,7 +212,7 @@ def test_another_use_of_hydra_is_given_back(config: lct.Config, tmp_path: Path) 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
 def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = {path: outcome.score for path, outcome in generate(config).items()}
     for request in make_requests(config):
@@ -218,7 +227,7 @@ def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
 
     asked.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(lct, "_build_sam2", None)  # nothing to do: not even the model may be built
+        patch.setattr(masks, "_build_sam2", None)  # nothing to do: not even the model may be built
         assert generate(strict)[worst] == outcomes[worst]
     copied = config.out_dir / "copied.pt"
     copied.write_bytes(config.sam2_ckpt.read_bytes())  # the same weights elsewhere are the same settings
@@ -228,15 +237,15 @@ def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
     assert generate(strict)[worst].reason and len(asked) == 1
     assert generate(dataclasses.replace(strict, mask_cleanup=False))[worst].reason and len(asked) == 2
     assert generate(config)[worst].reason == "" and len(asked) == 3 and request.target.exists()
-    assert lct.read_mask_log(config.out_dir)[worst].reason == "", "the newest record counts"
+    assert read_outcomes(config)[worst].reason == "", "the newest record counts"
     assert read_lines(config)[-1]["settings"] != read_lines(config)[-2]["settings"]
 
 
 @pytest.mark.parametrize(("allowed", "word"), [((0.97, 0.98), "less"), ((0.01, 0.02), "more")])
 def test_implausible_areas_are_refused(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, allowed: tuple, word: str
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, allowed: tuple, word: str
 ) -> None:
-    monkeypatch.setattr(lct, "MASK_AREA_RANGE", allowed)
+    monkeypatch.setattr(masks, "MASK_AREA_RANGE", allowed)
     outcomes = generate(config)
     assert all(f" of the crop, {word} than " in outcome.reason for outcome in outcomes.values())
     assert not list(config.data_root.rglob("masks/*"))
@@ -244,17 +253,17 @@ def test_implausible_areas_are_refused(
 
 
 def test_judge_mask() -> None:
-    assert lct.judge_mask(0.8, 0.5, 0.8) == ""
-    assert lct.judge_mask(0.79, 0.5, 0.8) == "score 0.79 is below --mask_min_score 0.8"
-    assert lct.judge_mask(0.9, 0.019, 0.8) == "covers 1.9% of the crop, less than 2%"
-    assert lct.judge_mask(0.9, 0.981, 0.8) == "covers 98.1% of the crop, more than 98%"
-    assert lct.judge_mask(0.9, 0.02, 0.8) == lct.judge_mask(0.9, 0.98, 0.8) == ""
-    assert "nan" in lct.judge_mask(float("nan"), 0.5, 0.0)
+    assert masks.judge_mask(0.8, 0.5, 0.8) == ""
+    assert masks.judge_mask(0.79, 0.5, 0.8) == "score 0.79 is below --mask_min_score 0.8"
+    assert masks.judge_mask(0.9, 0.019, 0.8) == "covers 1.9% of the crop, less than 2%"
+    assert masks.judge_mask(0.9, 0.981, 0.8) == "covers 98.1% of the crop, more than 98%"
+    assert masks.judge_mask(0.9, 0.02, 0.8) == masks.judge_mask(0.9, 0.98, 0.8) == ""
+    assert "nan" in masks.judge_mask(float("nan"), 0.5, 0.0)
 
 
 def test_choose_mask_takes_the_best_score_of_plausible_area() -> None:
     def choose(scores: list[float], areas: list[float]) -> int:
-        return lct.choose_mask(np.array(scores, np.float32), np.array(areas))
+        return masks.choose_mask(np.array(scores, np.float32), np.array(areas))
 
     assert choose([0.5, 0.9, 0.7], [0.3, 0.3, 0.3]) == 1
     assert choose([0.5, 0.9, 0.7], [0.3, 0.999, 0.3]) == 2  # the whole crop is no object
@@ -264,12 +273,12 @@ def test_choose_mask_takes_the_best_score_of_plausible_area() -> None:
 
 
 def test_the_chosen_candidate_is_written(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best score covers everything: the second best, a half, must be taken."""
     logits = np.full((3, 256, 256), -1.0, np.float32)
     logits[0], logits[1, :, :128], logits[2, :8] = 1.0, 1.0, 1.0
-    monkeypatch.setattr(lct.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
+    monkeypatch.setattr(masks.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
     outcome = generate(config, make_requests(config)[:1])["hammer/0000.png"]
     assert outcome[1:] == (pytest.approx(0.8), 0.5, "")
     written = np.asarray(Image.open(config.data_root / "hammer/masks/0000.png"))
@@ -289,27 +298,29 @@ def test_clean_mask_removes_specks_and_small_holes_only() -> None:
     dirty[130, 130] = False
     dirty[10:13, 280:283] = True  # specks
     dirty[199, 299] = True
-    assert np.array_equal(lct.clean_mask(dirty), expected)
-    assert np.array_equal(lct.clean_mask(expected), expected)
+    assert np.array_equal(masks.clean_mask(dirty), expected)
+    assert np.array_equal(masks.clean_mask(expected), expected)
 
 
 def test_clean_mask_leaves_the_border_open() -> None:
     """What the crop cuts off is no hole, however small."""
     mask = np.ones((100, 100), bool)
     mask[0, 50] = mask[50, 0] = mask[99, 50] = mask[50, 99] = False
-    assert np.array_equal(lct.clean_mask(mask), mask)
+    assert np.array_equal(masks.clean_mask(mask), mask)
 
 
 @pytest.mark.parametrize("value", [False, True])
 def test_clean_mask_of_all_or_nothing(value: bool) -> None:
     mask = np.full((7, 9), value)
-    assert np.array_equal(lct.clean_mask(mask), mask)
+    assert np.array_equal(masks.clean_mask(mask), mask)
 
 
-def test_clean_up_can_be_switched_off(config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_up_can_be_switched_off(
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = np.full((3, 256, 256), -1.0, np.float32)
     logits[:, 64:192, 64:192], logits[:, 8:12, 8:12] = 1.0, 1.0
-    monkeypatch.setattr(lct.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
+    monkeypatch.setattr(masks.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
     areas = {}
     for cleanup in (True, False):
         chosen = dataclasses.replace(config, mask_cleanup=cleanup, out_dir=config.out_dir / str(cleanup))
@@ -330,7 +341,7 @@ def signals_raise() -> Iterator[None]:
 
 
 def test_an_interrupted_call_keeps_what_is_done_and_the_next_does_the_rest(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, signals_raise: None
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, signals_raise: None
 ) -> None:
     first, second, third = make_requests(config)
     with monkeypatch.context() as patch:
@@ -352,15 +363,15 @@ def test_an_interrupted_call_keeps_what_is_done_and_the_next_does_the_rest(
 
 def _after(patch: pytest.MonkeyPatch, num_calls: int, act: Callable[[], None]) -> None:
     """Let the model answer so often, then act instead."""
-    propose, left = lct.Sam2.propose, [num_calls]
+    propose, left = masks.Sam2.propose, [num_calls]
 
-    def answer(self: lct.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def answer(self: masks.Sam2, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not left[0]:
             act()
         left[0] -= 1
         return propose(self, square)
 
-    patch.setattr(lct.Sam2, "propose", answer)
+    patch.setattr(masks.Sam2, "propose", answer)
 
 
 def _wait_for_threads(prefix: str) -> bool:
@@ -373,19 +384,19 @@ def _wait_for_threads(prefix: str) -> bool:
 
 
 def test_killed_between_record_and_mask_it_is_drawn_again(
-    config: lct.Config, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record goes first: a mask on disk never lacks its score."""
     request = make_requests(config)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(lct, "_write_mask", None)
+        patch.setattr(masks, "_write_mask", None)
         with pytest.raises(TypeError):
             generate(config, [request])
-    assert lct.read_mask_log(config.out_dir)[request.path].score > 0 and not request.target.exists()
+    assert read_outcomes(config)[request.path].score > 0 and not request.target.exists()
     assert generate(config, [request])[request.path].reason == "" and len(asked) == 2 and request.target.exists()
 
 
-def test_a_half_written_line_is_passed_over(config: lct.Config, asked: list[bytes]) -> None:
+def test_a_half_written_line_is_passed_over(config: masks.MaskOptions, asked: list[bytes]) -> None:
     requests = make_requests(config)
     generate(config, requests[:2])
     log = config.out_dir / "masks.jsonl"
@@ -409,7 +420,7 @@ def test_foreign_lines_are_passed_over(tmp_path: Path, line: str) -> None:
     assert list(lct.read_mask_log(tmp_path)) == ["a/b.png"]
 
 
-def test_masks_that_exist_are_never_touched(config: lct.Config, asked: list[bytes]) -> None:
+def test_masks_that_exist_are_never_touched(config: masks.MaskOptions, asked: list[bytes]) -> None:
     """One lies there before, one is drawn by hand after the crop was refused."""
     refused = generate(dataclasses.replace(config, mask_min_score=1.0))
     assert all(outcome.reason for outcome in refused.values())
@@ -424,10 +435,12 @@ def test_masks_that_exist_are_never_touched(config: lct.Config, asked: list[byte
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-def test_a_broken_image_costs_that_image(config: lct.Config, asked: list[bytes]) -> None:
+def test_a_broken_image_costs_that_image(config: masks.MaskOptions, asked: list[bytes]) -> None:
     broken, *good = make_requests(config)
     broken.source.write_bytes(broken.source.read_bytes()[:200])
-    gone = lct.MaskRequest("hammer/gone.png", config.data_root / "hammer/gone.png", broken.target.with_name("gone.png"))
+    gone = masks.MaskRequest(
+        "hammer/gone.png", config.data_root / "hammer/gone.png", broken.target.with_name("gone.png")
+    )
     outcomes = generate(config, [broken, gone, *good])
     assert list(outcomes) == [broken.path, gone.path, *(request.path for request in good)]
     assert "truncated" in outcomes[broken.path].reason and np.isnan(outcomes[broken.path].score)
@@ -439,16 +452,18 @@ def test_a_broken_image_costs_that_image(config: lct.Config, asked: list[bytes])
     assert asked == []
 
 
-def test_a_name_too_long_for_a_mask_costs_that_image(config: lct.Config, asked: list[bytes]) -> None:
+def test_a_name_too_long_for_a_mask_costs_that_image(config: masks.MaskOptions, asked: list[bytes]) -> None:
     request = make_requests(config)[0]
     long = request._replace(target=request.target.with_name("я" * 123 + "_mask.png"))
     assert generate(config, [long])[request.path].reason == "the name of its mask is too long"
-    fits = request._replace(target=request.target.with_name("n" * (lct.MAX_NAME_BYTES - 4) + ".png"))
+    fits = request._replace(target=request.target.with_name("n" * (masks.MAX_NAME_BYTES - 4) + ".png"))
     assert generate(config, [fits])[request.path].reason == "" and fits.target.exists()
 
 
 @pytest.mark.parametrize("folder", ["/proc/masks", "FILE/masks"], ids=["read-only", "below a file"])
-def test_a_target_that_cannot_be_written_names_the_way_out(config: lct.Config, asked: list[bytes], folder: str) -> None:
+def test_a_target_that_cannot_be_written_names_the_way_out(
+    config: masks.MaskOptions, asked: list[bytes], folder: str
+) -> None:
     request = make_requests(config)[0]
     target = Path(folder.replace("FILE", str(config.sam2_ckpt)), "0000.png")
     with pytest.raises(lct.UserError, match=r"(?s)cannot be written.*--masks_out DIR"):
@@ -459,13 +474,13 @@ def test_the_missing_package_is_one_sentence_with_the_command(tmp_path: Path, mo
     for name in [name for name in sys.modules if name.split(".")[0] == "sam2"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sam2", None)
-    message = check_fails(lct.Config())
+    message = check_fails(masks.MaskOptions())
     assert message.startswith("the package sam2: is not installed\n")
     assert "pip install --no-build-isolation sam2" in message
     clone = types.ModuleType("sam2")  # the folder of its repository, for which Python takes it in its parent folder
     clone.__path__, clone.__spec__ = [], types.SimpleNamespace(parent="sam2", name="sam2", _initializing=False)
     monkeypatch.setitem(sys.modules, "sam2", clone)
-    assert "the package sam2: cannot be imported: No module named 'sam2.build_sam'" in check_fails(lct.Config())
+    assert "the package sam2: cannot be imported: No module named 'sam2.build_sam'" in check_fails(masks.MaskOptions())
 
 
 @pytest.mark.parametrize(
@@ -479,29 +494,29 @@ def test_the_missing_package_is_one_sentence_with_the_command(tmp_path: Path, mo
 )
 def test_the_missing_checkpoint_is_named_with_its_address(cfg: str, url: str, tmp_path: Path) -> None:
     pytest.importorskip("sam2")
-    message = check_fails(lct.Config(sam2_cfg=cfg))
+    message = check_fails(masks.MaskOptions(sam2_cfg=cfg))
     assert "--sam2_ckpt: is missing" in message
     assert f"curl -LO https://dl.fbaipublicfiles.com/segment_anything_2/{url} " in message
     assert message.endswith(f"--sam2_ckpt {Path(url).name}")
-    assert "does not exist" in check_fails(lct.Config(sam2_cfg=cfg, sam2_ckpt=tmp_path / "none.pt"))
-    assert "is not a file" in check_fails(lct.Config(sam2_cfg=cfg, sam2_ckpt=tmp_path))
+    assert "does not exist" in check_fails(masks.MaskOptions(sam2_cfg=cfg, sam2_ckpt=tmp_path / "none.pt"))
+    assert "is not a file" in check_fails(masks.MaskOptions(sam2_cfg=cfg, sam2_ckpt=tmp_path))
 
 
 def test_the_addresses_are_those_that_the_package_names() -> None:
     build_sam = pytest.importorskip("sam2.build_sam")
     for cfg, name in build_sam.HF_MODEL_ID_TO_FILENAMES.values():
-        assert lct._how_to_get_checkpoint(cfg).endswith(f"/{name}  and then  --sam2_ckpt {name}")
-    assert "http" not in lct._how_to_get_checkpoint("configs/my_own.yaml")
+        assert masks._how_to_get_checkpoint(cfg).endswith(f"/{name}  and then  --sam2_ckpt {name}")
+    assert "http" not in masks._how_to_get_checkpoint("configs/my_own.yaml")
 
 
-def test_an_unknown_config_is_named_with_the_nearest(config: lct.Config) -> None:
+def test_an_unknown_config_is_named_with_the_nearest(config: masks.MaskOptions) -> None:
     near = check_fails(dataclasses.replace(config, sam2_cfg="configs/sam2.1/sam2.1_hiera_x.yaml"))
     assert "is no config of the sam2 package" in near and "did you mean configs/sam2.1/sam2.1_hiera_" in near
     far = check_fails(dataclasses.replace(config, sam2_cfg="vit.yaml"))
     assert "it has configs/sam2.1/sam2.1_hiera_b+.yaml, " in far and "training" not in far
     other = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
     assert "cannot be built" in check_fails(dataclasses.replace(config, sam2_cfg=other))
-    lct.check_sam2(config)  # none of the failures is left behind
+    masks.check_sam2(config)  # none of the failures is left behind
 
 
 class _Bomb:
@@ -510,7 +525,7 @@ class _Bomb:
 
 
 def test_a_foreign_checkpoint_is_refused_and_not_executed(
-    config: lct.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     files = {
@@ -534,7 +549,7 @@ def test_a_foreign_checkpoint_is_refused_and_not_executed(
 
 
 @pytest.mark.parametrize("cfg", ["configs/sam2.1/sam2.1_hiera_s.yaml", "configs/sam2/sam2_hiera_t.yaml"])
-def test_a_checkpoint_of_another_config_is_refused(config: lct.Config, cfg: str) -> None:
+def test_a_checkpoint_of_another_config_is_refused(config: masks.MaskOptions, cfg: str) -> None:
     """More blocks; and, in SAM 2.0, without three tensors of 2.1."""
     message = check_fails(dataclasses.replace(config, sam2_cfg=cfg))
     assert f"does not fit --sam2_cfg {cfg}" in message and len(message.splitlines()) == 2
@@ -542,7 +557,7 @@ def test_a_checkpoint_of_another_config_is_refused(config: lct.Config, cfg: str)
         generate(dataclasses.replace(config, sam2_cfg=cfg))
 
 
-def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused(config: lct.Config, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused(config: masks.MaskOptions, tmp_path: Path) -> None:
     payload = torch.load(config.sam2_ckpt, weights_only=True)
     payload["model"]["no_mem_embed"] = payload["model"]["no_mem_embed"][..., :-1].clone()
     torch.save(payload, tmp_path / "other.pt")
@@ -559,7 +574,7 @@ def test_read_ahead_keeps_the_order_and_stays_near() -> None:
         time.sleep(0.002 * (item % 3))
         return item * item
 
-    for index, value in enumerate(lct._read_ahead(range(50), read, 3)):
+    for index, value in enumerate(masks._read_ahead(range(50), read, 3)):
         assert value == index * index
         time.sleep(0.005)  # the model is slower than the readers
         assert len(begun) <= index + 1 + 2 * 3, "what is read ahead would fill the memory"
@@ -576,7 +591,7 @@ def test_read_ahead_can_be_left_while_threads_read() -> None:
         return item
 
     start = time.monotonic()
-    crops = lct._read_ahead(range(100), read, 2)
+    crops = masks._read_ahead(range(100), read, 2)
     assert next(crops) == 0
     crops.close()
     assert time.monotonic() - start < 5, "leaving waits for the readers"
@@ -586,21 +601,21 @@ def test_read_ahead_can_be_left_while_threads_read() -> None:
 
 def test_an_error_of_a_reader_arrives() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(lct._read_ahead([1, 0, 2], lambda item: 1 // item, 2))
+        list(masks._read_ahead([1, 0, 2], lambda item: 1 // item, 2))
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
 def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
-    side = lct.PREVIEW_SIDE
+    side = masks.PREVIEW_SIDE
     image = np.zeros((40, 40, 3), np.uint8)
     image[:] = 200, 30, 40
     mask = np.zeros((40, 40), bool)
     mask[:, :20] = True
     items = [
-        lct.MaskPreview("hammer/0000.png  0.91", image, mask),
-        lct.MaskPreview("b", image, None, "score 0.2 is low"),
+        masks.MaskPreview("hammer/0000.png  0.91", image, mask),
+        masks.MaskPreview("b", image, None, "score 0.2 is low"),
     ]
-    lct.write_masks_preview(tmp_path / "preview.png", items, 7, "by score")
+    masks.write_masks_preview(tmp_path / "preview.png", items, 7, "by score")
     sheet = np.asarray(Image.open(tmp_path / "preview.png")).astype(int)
     middle = 72 + side // 2
     left, right = side // 4, side * 3 // 4
@@ -609,7 +624,7 @@ def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
     assert colours == [red, red, white, black, red, gray]
     second = 24 + 3 * side + 32
     assert sheet[middle, second + left].tolist() == red and sheet[72 + 5, second + side + 4 + 5].min() > 220
-    note_colour = [int(lct.PREVIEW_RED[i : i + 2], 16) for i in (1, 3, 5)]
+    note_colour = [int(masks.PREVIEW_RED[i : i + 2], 16) for i in (1, 3, 5)]
     is_note = (sheet[72 + side :] == note_colour).all(axis=2)
     assert is_note[:, second:].any() and not is_note[:, :second].any(), "only the refused one is marked"
 
@@ -621,44 +636,33 @@ def test_the_preview_shows_crop_mask_and_masked_crop(tmp_path: Path) -> None:
 def test_the_preview_takes_any_name_and_size(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     image = np.zeros((*size, 3), np.uint8)
     for mask in (None, np.full(size, 255, np.uint8)):
-        lct.write_masks_preview(tmp_path / "preview.png", [lct.MaskPreview(name, image, mask, name)], 1, "by score")
+        masks.write_masks_preview(tmp_path / "preview.png", [masks.MaskPreview(name, image, mask, name)], 1, "by score")
         with Image.open(tmp_path / "preview.png") as sheet:
             assert sheet.width < 1000 and sheet.height < 400
 
 
 def test_an_empty_preview_and_a_long_one(tmp_path: Path) -> None:
-    lct.write_masks_preview(tmp_path / "preview.png", [], 0, "by score")
-    item = lct.MaskPreview("a", np.zeros((9, 9, 3), np.uint8), None)
-    lct.write_masks_preview(tmp_path / "long.png", [item] * 7, 7, "by score")
+    masks.write_masks_preview(tmp_path / "preview.png", [], 0, "by score")
+    item = masks.MaskPreview("a", np.zeros((9, 9, 3), np.uint8), None)
+    masks.write_masks_preview(tmp_path / "long.png", [item] * 7, 7, "by score")
     heights = [Image.open(tmp_path / name).height for name in ("preview.png", "long.png")]
-    assert heights[1] - heights[0] > 3 * lct.PREVIEW_SIDE, "three rows"
+    assert heights[1] - heights[0] > 3 * masks.PREVIEW_SIDE, "three rows"
 
 
 def test_captions_are_readable_in_cyrillic_and_cut_in_the_middle() -> None:
-    font = lct.load_font(14)
+    font = masks.load_font(14)
     if font.getname()[0] != "Aileron":  # Pillow's own, where the system has none of those that have Cyrillic
         assert bytes(font.getmask("Ж")) != bytes(font.getmask("\u0378")), "a box for a letter"
     text = "hammer/" + "very_" * 50 + "long.png  0.91"
-    cut = lct.fit_text(text, font, 300)
+    cut = masks.fit_text(text, font, 300)
     assert font.getlength(cut) <= 300 < font.getlength(cut + "mm") and "…" in cut
     assert cut.startswith("hammer/") and cut.endswith("0.91")
-    assert lct.fit_text("short", font, 300) == "short"
+    assert masks.fit_text("short", font, 300) == "short"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
-def missing_flags(config: lct.Config, root: Path) -> tuple[object, ...]:
-    return (
-        "--data_root",
-        root,
-        "--sam2_cfg",
-        TINY,
-        "--sam2_ckpt",
-        config.sam2_ckpt,
-        "--mask_min_score",
-        "0",
-        "--gpus",
-        "0",
-    )
+def missing_flags(config: masks.MaskOptions, root: Path) -> tuple[object, ...]:
+    return ("--data_root", root, "--sam2_cfg", TINY, "--sam2_ckpt", config.sam2_ckpt, "--gpus", "0")
 
 
 @pytest.fixture
@@ -670,12 +674,23 @@ def two_missing(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def confident_ckpt(sam2_ckpt: Path) -> Path:
+    """The same model, which is sure of whatever it proposes: training takes the gate as it is."""
+    payload = torch.load(sam2_ckpt, weights_only=True)
+    payload["model"]["sam_mask_decoder.iou_prediction_head.layers.2.bias"] += 100
+    path = sam2_ckpt.with_name("confident.pt")
+    torch.save(payload, path)
+    return path
+
+
 def test_command_masks_draws_what_is_missing_and_overwrites_nothing(
-    config: lct.Config, two_missing: Path, asked: list[bytes], call_main: Callable, capsys: pytest.CaptureFixture
+    config: masks.MaskOptions, two_missing: Path, asked: list[bytes], call_main: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     before = {path: path.read_bytes() for path in two_missing.rglob("*.png")}
     out_dir = config.out_dir
-    assert call_main("masks", "--out_dir", out_dir, *missing_flags(config, two_missing)) == 0
+    words = ("--out_dir", out_dir, *missing_flags(config, two_missing), "--mask_min_score", "0")
+    assert call_main(*words, main=masks.main) == 0
     drawn = set(two_missing.rglob("*.png")) - set(before)
     log = {record["path"]: record["reason"] for record in read_lines(config)}
     assert set(log) == {"bolt/cropped/00.png", "nut/cropped/01.png"} and len(asked) == 2
@@ -693,47 +708,101 @@ def test_command_masks_draws_what_is_missing_and_overwrites_nothing(
     assert report["masks"]["made"] == len(drawn) and len(report["masks"]["not_made"]) == 2 - len(drawn)
     with Image.open(out_dir / "masks_preview.png") as sheet:
         assert sheet.width > 600 and sheet.height > 600
-    assert call_main("masks", "--out_dir", out_dir, *missing_flags(config, two_missing)) == 0
+    assert call_main(*words, main=masks.main) == 0
     assert len(asked) == 2, "a second start has nothing left to do"
+
+
+def test_no_draw_shows_what_there_is_without_sam2(two_missing: Path, tmp_path: Path, call_main: Callable) -> None:
+    """Beside a run, whose data report stays as it is."""
+    out_dir = tmp_path / "run"
+    assert call_main("--data_root", two_missing, "--out_dir", out_dir, "--crop_mode", "mask", *TINY_RUN) == 0
+    assert not (out_dir / "masks_preview.png").exists()
+    before = (out_dir / "data_report.json").read_bytes()
+    words = ("--data_root", two_missing, "--out_dir", out_dir)
+    assert call_main(*words, main=masks.main) == 2, "to draw, it needs a checkpoint"
+    assert call_main(*words, "--no-draw", main=masks.main) == 0
+    assert Image.open(out_dir / "masks_preview.png").height > 600
+    assert (out_dir / "data_report.json").read_bytes() == before and not (out_dir / "masks.jsonl").exists()
 
 
 @pytest.mark.parametrize("masks_out", [False, True])
 def test_training_draws_missing_masks_first(
-    config: lct.Config, two_missing: Path, asked: list[bytes], call_main: Callable, tmp_path: Path, masks_out: bool
+    config: masks.MaskOptions,
+    two_missing: Path,
+    confident_ckpt: Path,
+    call_main: Callable,
+    tmp_path: Path,
+    masks_out: bool,
 ) -> None:
+    config = dataclasses.replace(config, sam2_ckpt=confident_ckpt)
     flags = missing_flags(config, two_missing) + (("--masks_out", tmp_path / "made") if masks_out else ())
     before = set(two_missing.rglob("*"))
-    args = ("--out_dir", config.out_dir, "--crop_mode", "mask", "--auto_generate_masks", *flags, *TINY_RUN)
-    assert call_main(*args) == 0
-    assert len(asked) == 2
+    # All crops are trained on but those of val: what is drawn must be among the references.
+    args = ("--crop_mode", "mask", "--auto_generate_masks", "--test_split", "0", *flags, *TINY_RUN)
+    assert call_main("--out_dir", config.out_dir, *args) == 0
+    log = {record["path"]: record["reason"] for record in read_lines(config)}
+    assert log == dict.fromkeys(("bolt/cropped/00.png", "nut/cropped/01.png"))
     if masks_out:
         assert set(two_missing.rglob("*")) == before, "data_root is as it was"
-    drawn = sum(not record["reason"] for record in read_lines(config))
     report = json.loads((config.out_dir / "data_report.json").read_text(encoding="utf-8"))
-    assert report["masks"]["usable"] == 16 + drawn
-    assert (config.out_dir / "masks_preview.png").exists() and (config.out_dir / "prototypes.npz").exists()
+    assert (report["masks"]["usable"], report["masks"]["made"]) == (18, 2)
     with np.load(config.out_dir / "prototypes.npz", allow_pickle=False) as file:
         shown_masked = set(file["stack_paths"][file["stack_views"] == 1].tolist())
-    if not read_lines(config)[0]["reason"] and "bolt/cropped/00.png" in splits_of(config)["train"]:
-        assert "bolt/cropped/00.png" in shown_masked
+    splits = json.loads((config.out_dir / "splits.json").read_text(encoding="utf-8"))
+    assert shown_masked == {path for paths in splits["train"].values() for path in paths}
+    assert (config.out_dir / "masks_preview.png").exists()
+
+    if not masks_out:
+        return
+    written = (config.out_dir / "masks.jsonl").read_bytes()
+    next((tmp_path / "made").rglob("*.png")).unlink()
+    assert call_main("--out_dir", config.out_dir, *args, "--overwrite") == 0
+    assert (config.out_dir / "masks.jsonl").read_bytes().startswith(written), (
+        "what was tried is known in the new run too"
+    )
+    assert len(read_lines(config)) == 3 and (config.out_dir / "masks_preview.png").exists()
 
 
-def splits_of(config: lct.Config) -> dict[str, list[str]]:
-    table = json.loads((config.out_dir / "splits.json").read_text(encoding="utf-8"))
-    return {split: [path for paths in table[split].values() for path in paths] for split in lct.SPLIT_NAMES}
-
-
-def test_training_checks_what_sam2_needs_before_any_work(
-    two_missing: Path, tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
+def test_what_the_tool_refuses_ends_training_with_its_message_and_code(
+    two_missing: Path, tmp_path: Path, call_main: Callable, capfd: pytest.CaptureFixture
 ) -> None:
     args = ("--data_root", two_missing, "--out_dir", tmp_path / "run", "--auto_generate_masks", *TINY_RUN)
     assert call_main(*args, "--sam2_ckpt", tmp_path / "none.pt") == 2
-    assert "--sam2_ckpt" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "--sam2_ckpt" in capfd.readouterr().err and not (tmp_path / "run").exists()
     assert call_main(*args) == 2
-    assert "--sam2_ckpt: is missing" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    said = capfd.readouterr().err
+    assert "--sam2_ckpt: is missing" in said and "curl -LO" in said
+    assert "tools/masks.py has ended with exit code 2" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_training_needs_no_sam2_where_no_mask_is_missing(tmp_path: Path, call_main: Callable) -> None:
     root = make_masked_dataset(tmp_path / "masked", 6)
     args = ("--data_root", root, "--out_dir", tmp_path / "run", "--crop_mode", "mask")
     assert call_main(*args, "--auto_generate_masks", *TINY_RUN) == 0
+
+
+def test_a_signal_to_training_stops_the_drawing(
+    config: masks.MaskOptions, confident_ckpt: Path, tmp_path: Path
+) -> None:
+    """Training waits for the tool to end; both say so, and the same command does the rest."""
+    root = make_masked_dataset(tmp_path / "masked", 30)
+    for path in root.rglob("*_mask.png"):
+        path.unlink()
+    config = dataclasses.replace(config, sam2_ckpt=confident_ckpt)
+    words = ("--out_dir", config.out_dir, "--auto_generate_masks", *missing_flags(config, root), *TINY_RUN)
+    process = subprocess.Popen([sys.executable, *map(str, (SCRIPT, *words))], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(root.rglob("*_mask.png")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and said.count("interrupted (SIGTERM)") == 2 and "Traceback" not in said, said
+    assert 1 <= len(read_lines(config)) < 90
+    assert not list(root.rglob("*.tmp"))
+
+
+def test_the_options_that_training_passes_on_are_those_of_the_tool() -> None:
+    names = {field.name for field in lct.option_fields(masks.MaskOptions)}
+    assert names - set(lct.MASK_FLAGS) == {"config", "draw", "mask_min_score", "mask_cleanup"}
+    assert set(lct.MASK_FLAGS) <= names & {field.name for field in lct.option_fields()}

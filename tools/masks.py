@@ -1,0 +1,645 @@
+#!/usr/bin/env python3
+"""Draw the masks that are missing with SAM-2, and show crops and masks on one sheet.
+
+    python lct_dino3.py masks --data_root DATA --out_dir MASKS --sam2_ckpt sam2.1_hiera_large.pt
+    python lct_dino3.py masks --data_root DATA --out_dir MASKS --no-draw      only the sheet, of the masks that there are
+
+`--auto_generate_masks` of training starts this. A mask goes to `<class>/masks/<stem>_mask.png`, or below --masks_out. Each is on
+disk before the next crop is begun, and `masks.jsonl` in out_dir remembers every attempt: whenever this is stopped, the same
+command does only the rest, and crops that were refused with the same settings are not tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import lct_dino3 as lct
+
+MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # of a file that `lct.atomic_file` writes
+MASK_AREA_RANGE = (0.02, 0.98)  # share of a crop that its object can fill
+SPECK_SHARE = 0.01  # of the largest part; the smaller jaw of pliers cut in two by a finger is far larger
+HOLE_SHARE = 0.005  # of the object; the eye of a wrench, the finger ring of scissors are larger
+SAM2_BOX_INSET = 0.02  # share of the side by which the box prompt lies inside the crop
+# Its build would otherwise fetch a second torch (2.6 GB) and compile a CUDA extension that single images do not need.
+SAM2_INSTALL = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
+SAM2_URLS = {  # https://github.com/facebookresearch/sam2/blob/main/checkpoints/download_ckpts.sh
+    "sam2": "https://dl.fbaipublicfiles.com/segment_anything_2/072824",
+    "sam2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824",
+}
+SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
+MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
+PREVIEW_CROPS = 60  # on the sheet
+PREVIEW_COLUMNS = 3  # crops a row
+PREVIEW_SIDE = 176  # px of a picture
+PREVIEW_PAPER = "#ffffff"
+PREVIEW_EMPTY = "#e8eaee"
+PREVIEW_GRAY = "#6b7280"
+PREVIEW_RED = "#b91c1c"
+
+
+@dataclass(frozen=True)
+class MaskOptions(lct.Options):
+    """Draw the masks that are missing with SAM-2, and show crops and masks on one sheet."""
+
+    # fmt: off
+    config: Path | None = lct.same_option("config")
+    data_root: Path | None = lct.option(None, "folder with one folder of crops a class", "data", metavar="DIR", needed=True)
+    out_dir: Path | None = lct.option(None, "where masks.jsonl, masks_preview.png and data_report.json go", "data", metavar="DIR",
+        needed=True)
+    # What decides which crops are looked at, as in training.
+    class_map: Path | None = lct.same_option("class_map")
+    exclude: tuple[str, ...] = lct.same_option("exclude")
+    data_fraction: float = lct.same_option("data_fraction")
+    near_dup_bits: int = lct.same_option("near_dup_bits")
+    val_split: float = lct.same_option("val_split")
+    test_split: float = lct.same_option("test_split")
+    group_regex: str | None = lct.same_option("group_regex")
+    seed: int = lct.same_option("seed")
+    masks_dirname: str = lct.same_option("masks_dirname")
+    masks_out: Path | None = lct.same_option("masks_out")
+    draw: bool = lct.option(True, "draw what is missing; --no-draw only shows what there is", "masks")
+    sam2_cfg: str = lct.same_option("sam2_cfg")
+    sam2_ckpt: Path | None = lct.same_option("sam2_ckpt")
+    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
+    # mask is shown as it is, while a wrong mask hides the object.
+    mask_min_score: float = lct.option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
+    mask_cleanup: bool = lct.option(True, "remove specks and fill small holes of drawn masks", "masks")
+    gpus: int | None = lct.same_option("gpus")
+    workers: int = lct.same_option("workers")
+    precision: str = lct.same_option("precision")
+    debug: bool = lct.same_option("debug")
+    # fmt: on
+
+
+def draw_masks(options: MaskOptions) -> None:
+    """Draw a mask for every crop that has none, show them in masks_preview.png, and say in data_report.json what there is."""
+    lct.check_given(options)
+    lct.check_files_exist(options, "class_map")
+    lct.check_folder(options, "data_root", lct.DATA_TREE)
+    lct.check_out_dir(options)
+    out_dir = options.out_dir
+    is_checked = options.draw and options.sam2_ckpt is not None
+    if is_checked:
+        check_sam2(options)
+    runtime = lct.make_runtime(options.gpus, options.precision)
+    scan = lct.scan_dataset(options)
+    with lct.keep_scan(scan, out_dir):
+        scan = lct.attach_masks(scan, options)
+    requests = request_masks(scan, options) if options.draw else []
+    if requests and not is_checked:
+        check_sam2(options)
+    lct.create_out_dir(out_dir)
+    with lct.lock_directory(out_dir):
+        scan.save_caches(out_dir)
+        if requests:
+            lct.show(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask")
+            generate_masks(options, runtime, requests)
+            scan = lct.attach_masks(scan, options)
+            scan.save_caches(out_dir)
+        preview_masks(scan, out_dir)
+        written = [str(out_dir / "masks_preview.png")]
+        if not (out_dir / "metrics.jsonl").exists():  # the data report of a run is that of its first start
+            lct.write_json(out_dir / "data_report.json", scan.report)
+            written.append(str(out_dir / "data_report.json"))
+    lct.show(format_mask_table(scan.report))
+    lct.show(lct.format_findings(scan.report))
+    lct.show(f"written: {', '.join(written)}")
+
+
+def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
+    """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
+    records = scan.records
+    root = (options.masks_out or options.data_root).absolute()
+    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in (*scan.listing.paths, *scan.listing.left_out))
+    requests = []
+    for row in np.flatnonzero(~records.has_mask).tolist():
+        path = records.paths[row]
+        folder = path.split("/", 1)[0]
+        crop = Path(path)
+        names = [f"{crop.name}_mask.png"]
+        if stems[folder, crop.stem] == 1:
+            names.insert(0, f"{crop.stem}_mask.png")
+        targets = [root / folder / options.masks_dirname / name for name in names]
+        free = [target for target in targets if not target.exists()]
+        if free:
+            requests.append(MaskRequest(path, options.data_root / path, free[0]))
+    return requests
+
+
+def format_mask_table(report: dict[str, Any]) -> str:
+    """Return per class how many crops have a mask, how many of those SAM-2 drew, what it failed at, and what is missing."""
+    rows = {
+        name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
+        for name, row in report["classes"].items()
+    }
+    return lct.format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11)
+
+
+class MaskRequest(NamedTuple):
+    """A crop that wants a mask."""
+
+    path: str  # relative to data_root, for names and records
+    source: Path  # the crop's file
+    target: Path  # where the mask goes; its folder need not exist
+
+
+class MaskOutcome(NamedTuple):
+    """What became of a request."""
+
+    path: str
+    score: float  # IoU with the true mask as the model predicts it; NaN when there is no mask or nothing is known
+    area: float  # share of the crop, likewise
+    reason: str  # '' = written; else why it was refused
+
+
+class _Crop(NamedTuple):
+    square: np.ndarray  # uint8 (side, side, 3), squashed to what the model sees
+    height: int  # px of the crop itself
+    width: int
+
+
+class _MaskJob(NamedTuple):
+    request: MaskRequest
+    size: int  # of the crop's file, in bytes
+    mtime_ns: int
+
+
+# What SAM-2 needs: the package, a config of it, and the checkpoint that belongs to the config.
+
+
+def check_sam2(options: MaskOptions) -> None:
+    """Check all that is needed to draw masks before any work: package, config, checkpoint, and that they fit together.
+
+    The checkpoint's names and shapes are read, not its hundreds of megabytes: 3 s for the large model.
+
+    Raises:
+        UserError: with the command that gets what is missing.
+    """
+    _import_sam2()
+    _find_sam2_checkpoint(options)
+    _read_sam2_weights(options, _build_sam2(options))
+
+
+def _import_sam2() -> None:
+    try:
+        with _quiet_sam2():
+            import sam2.build_sam
+            import sam2.sam2_image_predictor  # noqa: F401
+    except Exception as error:  # it raises RuntimeError when a clone of its repository shadows it
+        problem = f"cannot be imported: {lct.printable(str(error)).split('. ')[0][:200]}"
+        remedy = SAM2_INSTALL
+        if importlib.util.find_spec("sam2") is None:
+            problem = "is not installed"
+            remedy = f"{SAM2_INSTALL}  (it takes the torch that is here)"
+        raise lct.UserError(problem, "the package sam2", remedy) from error
+
+
+@contextlib.contextmanager
+def _quiet_sam2() -> Iterator[None]:
+    """Keep sam2 from the log: it tells the root logger of every image, which gives that a handler, and uses old parts of torch."""
+    handler = logging.NullHandler()
+    disabled = logging.root.manager.disable
+    logging.root.addHandler(handler)
+    logging.disable(max(disabled, logging.INFO))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)
+
+
+def _build_sam2(options: MaskOptions) -> torch.nn.Module:
+    """Return the model of --sam2_cfg on the CPU, with random weights; Hydra and the random generator are left as they were."""
+    import sam2
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import MissingConfigException
+    from sam2.build_sam import build_sam2
+
+    hydra = GlobalHydra.instance().hydra
+    root = Path(sam2.__path__[0])
+    configs = sorted(path.relative_to(root).as_posix() for path in root.glob("configs/*/*.yaml"))
+    known = [name for name in configs if "training" not in name]
+    try:
+        with _quiet_sam2(), torch.random.fork_rng(devices=[]):
+            GlobalHydra.instance().clear()
+            initialize_config_module("sam2", version_base="1.2")
+            return build_sam2(options.sam2_cfg, None, device="cpu")
+    except MissingConfigException as error:
+        nearest = difflib.get_close_matches(options.sam2_cfg, known, n=1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
+        raise lct.UserError("is no config of the sam2 package", options.said("sam2_cfg"), remedy) from error
+    except Exception as error:  # Hydra, OmegaConf and the constructors: whatever a config of another kind provokes
+        problem = f"cannot be built: {lct.printable(str(error)).split('. ')[0][:200]}"
+        raise lct.UserError(problem, options.said("sam2_cfg"), f"give one of {', '.join(known)}") from error
+    finally:
+        GlobalHydra.instance().hydra = hydra
+
+
+def _how_to_get_checkpoint(sam2_cfg: str) -> str:
+    """Return the command that fetches the official checkpoint of a config, and the flag to go with it."""
+    match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
+    if not match:
+        return "give the checkpoint that was trained with this config"
+    name = f"{match[1]}_hiera_{SAM2_SIZES[match[2]]}.pt"
+    return f"curl -LO {SAM2_URLS[match[1]]}/{name}  and then  --sam2_ckpt {name}"
+
+
+def _find_sam2_checkpoint(options: MaskOptions) -> Path:
+    path = options.sam2_ckpt
+    remedy = _how_to_get_checkpoint(options.sam2_cfg)
+    if path is None:
+        raise lct.UserError("is missing: masks are drawn by SAM-2", "--sam2_ckpt", remedy)
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise lct.UserError(problem, f"--sam2_ckpt {path}", remedy)
+    return path
+
+
+def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Map the checkpoint into memory, never executing anything in it, and compare it with the model tensor by tensor.
+
+    Raises:
+        UserError: missing, unreadable, not of SAM-2, or of another config.
+    """
+    path = _find_sam2_checkpoint(options)
+    where = f"--sam2_ckpt {path}"
+    remedy = _how_to_get_checkpoint(options.sam2_cfg)
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+        is_foreign = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
+        reason = "it is not what torch.save writes" if is_foreign else lct.printable(str(error)).split(". ")[0][:200]
+        raise lct.UserError(f"is no checkpoint, or not a complete one: {reason}", where, remedy) from error
+    weights = payload.get("model") if isinstance(payload, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise lct.UserError("is no checkpoint of SAM-2: it has no 'model' with tensors", where, remedy)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    given = {name: value.shape for name, value in weights.items()}
+    unfit = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+    if unfit:
+        first = lct.printable(", ".join(map(str, unfit[:3])))
+        problem = f"{len(unfit)} tensors are missing, foreign or of another shape ({first}, ...)"
+        raise lct.UserError(f"does not fit --sam2_cfg {options.sam2_cfg}: {problem}", where, remedy)
+    return weights
+
+
+class Sam2:
+    """SAM-2 that is asked one question: what is the object that fills this crop?"""
+
+    def __init__(self, options: MaskOptions, runtime: lct.Runtime) -> None:
+        _import_sam2()
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        model = _build_sam2(options)
+        model.load_state_dict(_read_sam2_weights(options, model))
+        self.side = model.image_size
+        self._device = runtime.device
+        self._is_bf16 = runtime.dtype == torch.bfloat16  # fp16, which older GPUs get, is not what it was made for
+        with _quiet_sam2():
+            self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
+
+    def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,) and mask logits float32 (3, 256, 256)."""
+        low = self.side * SAM2_BOX_INSET
+        high = self.side * (1 - SAM2_BOX_INSET)
+        with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
+            self._predictor.set_image(square)
+            _, scores, logits = self._predictor.predict(
+                box=np.array([low, low, high, high], np.float32),
+                point_coords=np.array([[self.side / 2, self.side / 2]], np.float32),
+                point_labels=np.array([1]),  # 1 = on the object
+                multimask_output=True,
+            )
+        return scores, logits
+
+
+# From candidates to a mask.
+
+
+def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
+    """Return which of M candidates to take: the best predicted IoU among those of plausible area, else among all."""
+    low, high = MASK_AREA_RANGE
+    scores = np.nan_to_num(scores, nan=-1.0)
+    return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # an IoU is at most 1
+
+
+def judge_mask(score: float, area: float, min_score: float) -> str:
+    """Return why a mask is refused, or ''."""
+    low, high = MASK_AREA_RANGE
+    if not score >= min_score:  # also NaN
+        return f"score {score:.2f} is below --mask_min_score {min_score:g}"
+    if area < low:
+        return f"covers {area:.1%} of the crop, less than {low:.0%}"
+    return f"covers {area:.1%} of the crop, more than {high:.0%}" if area > high else ""
+
+
+def clean_mask(mask: np.ndarray) -> np.ndarray:
+    """Return bool (H, W) without specks and small holes; large parts and the eye of a wrench or a finger ring remain.
+
+    A speck touches the rest not even by a corner and is smaller than SPECK_SHARE of the largest part; a hole is background
+    enclosed by the object and smaller than HOLE_SHARE of the object.
+    """
+    from scipy.ndimage import label
+
+    components, _ = label(mask, structure=np.ones((3, 3)))
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    cleaned = (sizes >= max(1, SPECK_SHARE * sizes.max()))[components]
+    holes, count = label(~cleaned)
+    fill = np.bincount(holes.ravel(), minlength=count + 1) < HOLE_SHARE * cleaned.sum()
+    for border in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):
+        fill[border] = False
+    return cleaned | fill[holes]
+
+
+def _draw_mask(
+    sam2: Sam2, path: str, crop: _Crop | lct.ImageError, options: MaskOptions
+) -> tuple[MaskOutcome, np.ndarray | None]:
+    """Return what became of a crop, and its mask, bool (H, W), unless it is refused."""
+    if isinstance(crop, lct.ImageError):
+        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
+    scores, logits = sam2.propose(crop.square)
+    chosen = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
+    # As sam2 does it: the logits are enlarged, not the mask, which gives smooth outlines.
+    candidate = torch.from_numpy(logits[chosen])[None, None]
+    enlarged = torch.nn.functional.interpolate(candidate, (crop.height, crop.width), mode="bilinear")
+    mask = enlarged[0, 0].numpy() > 0
+    if options.mask_cleanup:
+        mask = clean_mask(mask)
+    score = float(scores[chosen])
+    area = float(mask.mean())
+    reason = judge_mask(score, area, options.mask_min_score)
+    return MaskOutcome(path, score, area, reason), None if reason else mask
+
+
+# The whole job, which can be stopped anywhere.
+
+
+def generate_masks(
+    options: MaskOptions, runtime: lct.Runtime, requests: Sequence[MaskRequest]
+) -> dict[str, MaskOutcome]:
+    """Draw the masks that are asked for, and return what became of every request, by path.
+
+    A mask file that exists is never touched, and a crop that was refused with the same settings is not tried again. Each mask
+    is on disk before the next crop is begun: whenever this is stopped, the next call does only the rest.
+
+    Raises:
+        UserError: something is missing or does not fit together (see `check_sam2`), or a mask cannot be written.
+    """
+    outcomes, jobs, settings = _plan_jobs(options, requests)
+    if not jobs:
+        return outcomes
+    for folder in sorted({job.request.target.parent for job in jobs}):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise lct.UserError(f"masks cannot be written into {folder}", str(existing), MASKS_OUT_REMEDY)
+    lct.create_out_dir(options.out_dir)
+    sam2 = Sam2(options, runtime)
+    read = functools.partial(_read_crop, side=sam2.side)
+    with (
+        contextlib.closing(_open_mask_log(options.out_dir / lct.MASK_LOG_NAME)) as log,
+        contextlib.closing(_read_ahead(jobs, read, max(1, min(options.workers, lct.count_cores())))) as crops,
+        lct.progress((), len(jobs), "masks", "crop") as bar,
+    ):
+        for job, crop in zip(jobs, crops, strict=True):
+            outcome, mask = _draw_mask(sam2, job.request.path, crop, options)
+            # The record goes first: a mask on disk then never lacks its score, and a record whose mask is not there is done again.
+            values = (
+                outcome.path,
+                job.size,
+                job.mtime_ns,
+                outcome.score,
+                outcome.area,
+                outcome.reason or None,
+                settings,
+            )
+            record = lct.to_json(dict(zip(lct.MASK_RECORD_KEYS, values, strict=True)))
+            log.append(json.dumps(record, ensure_ascii=False) + "\n")
+            if mask is not None:
+                _write_mask(job.request.target, mask)
+            outcomes[outcome.path] = outcome
+            bar.update()
+    return outcomes
+
+
+def _plan_jobs(
+    options: MaskOptions, requests: Sequence[MaskRequest]
+) -> tuple[dict[str, MaskOutcome], list[_MaskJob], str]:
+    """Return the outcomes that are known already, what is left to do, and the settings key that new records carry."""
+    records = lct.read_mask_log(options.out_dir)
+    outcomes = {}
+    missing = []
+    for request in requests:
+        if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
+            outcomes[request.path] = MaskOutcome(request.path, math.nan, math.nan, "the name of its mask is too long")
+        elif request.target.exists():  # drawn by us, or put there by someone since we refused it
+            record = records.get(request.path)
+            is_ours = record is not None and not record["reason"]
+            unknown = MaskOutcome(request.path, math.nan, math.nan, "")
+            outcomes[request.path] = to_outcome(record) if is_ours else unknown
+        else:
+            missing.append(request)
+    settings = _hash_settings(options) if missing else ""  # reads the whole checkpoint: a second
+    jobs = []
+    for request in missing:
+        try:
+            status = request.source.stat()
+            job = _MaskJob(request, status.st_size, status.st_mtime_ns)
+        except OSError:  # reading it will say why
+            job = _MaskJob(request, -1, -1)
+        record = records.get(request.path)
+        state = (job.size, job.mtime_ns, settings)
+        if record and record["reason"] and (record["size"], record["mtime_ns"], record["settings"]) == state:
+            outcomes[request.path] = to_outcome(record)
+        else:
+            jobs.append(job)
+    return outcomes, jobs, settings
+
+
+def to_outcome(record: dict[str, Any]) -> MaskOutcome:
+    """Return the outcome that a record of masks.jsonl holds."""
+    score, area = (math.nan if record[key] is None else record[key] for key in ("score", "area"))
+    return MaskOutcome(record["path"], score, area, record["reason"] or "")
+
+
+def _hash_settings(options: MaskOptions) -> str:
+    """Return 16 hex digits over all that decides whether a mask is accepted, not where it was drawn."""
+    with open(_find_sam2_checkpoint(options), "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    recipe = (SAM2_BOX_INSET, MASK_AREA_RANGE, SPECK_SHARE, HOLE_SHARE)
+    settings = (options.sam2_cfg, weights, options.mask_min_score, options.mask_cleanup, recipe)
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
+    """Yield `read(item)` in order, threads being a few items ahead; closing it drops what has not been begun."""
+    pool = ThreadPoolExecutor(num_threads)
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
+    """Read a crop at the size that the model sees, so that what waits for the model is small whatever the file holds."""
+    try:
+        image = lct.load_image(job.request.source)
+    except lct.ImageError as error:
+        return error
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
+
+
+def _open_mask_log(path: Path) -> lct.LineFile:
+    """Open masks.jsonl to append to it, on a line of its own if a killed run left half a line."""
+    log = lct.LineFile(path)
+    if path.read_bytes()[-1:] not in (b"", b"\n"):
+        log.append("\n")
+    return log
+
+
+def _write_mask(target: Path, mask: np.ndarray) -> None:
+    """Write bool (H, W) as an 8-bit PNG of 0 and 255, whole."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lct.atomic_file(target) as file:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+    except OSError as error:
+        raise lct.UserError(f"cannot be written: {error.strerror or error}", str(target), MASKS_OUT_REMEDY) from error
+
+
+# The sheet: crop, mask and masked crop side by side.
+
+
+class MaskPreview(NamedTuple):
+    """One crop on the sheet."""
+
+    caption: str
+    image: np.ndarray  # uint8 (H, W, 3)
+    mask: np.ndarray | None  # (H, W) of bool or 0..255
+    note: str = ""  # why it was refused
+
+
+def preview_masks(scan: lct.Scan, out_dir: Path) -> None:
+    """Write masks_preview.png: crops that SAM-2 was least sure of first, then masks that were there, spread over the classes."""
+    records = scan.records
+    row_of = {records.paths[row]: row for row in range(len(records.paths))}
+    drawn = [to_outcome(record) for path, record in lct.read_mask_log(out_dir).items() if path in row_of]
+    drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
+    chosen = [(row_of[outcome.path], outcome) for outcome in drawn[:PREVIEW_CROPS]]
+    known = {outcome.path for outcome in drawn}
+    others = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in known]
+    spread = np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS - len(chosen))).astype(int).tolist()
+    items = []
+    for row, outcome in chosen + [(others[i], None) for i in spread]:
+        with contextlib.suppress(lct.ImageError):  # gone since the scan
+            image, mask, _ = lct.load_crop(records, row, 1)
+            score = f"   {outcome.score:.2f}" if outcome else ""
+            note = outcome.reason if outcome and mask is None else ""  # refused once, and drawn by hand since: no note
+            items.append(MaskPreview(records.paths[row] + score, image, mask, note))
+    order = "the lowest scores first" if chosen else "spread over the classes"
+    write_masks_preview(out_dir / "masks_preview.png", items, len(row_of), order)
+
+
+def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int, order: str) -> None:
+    """Write a contact sheet as PNG of some of `total` crops, in an order told in words."""
+    columns = max(1, min(PREVIEW_COLUMNS, len(items)))
+    num_refused = sum(bool(item.note) for item in items)
+    # From crop to crop, in px: pictures, text, gap.
+    across = 3 * PREVIEW_SIDE + 32
+    down = PREVIEW_SIDE + (64 if num_refused else 44)
+    sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
+    draw = ImageDraw.Draw(sheet)
+    title = f"{len(items):,} of {total:,} crops, {order}" + (f"; {num_refused:,} refused" if num_refused else "")
+    draw.text((24, 16), title, "black", load_font(20))
+    draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, load_font(13))
+    for index, item in enumerate(items):
+        _draw_preview(sheet, (24 + index % columns * across, 72 + index // columns * down), item)
+    with lct.atomic_file(path) as file:
+        sheet.save(file, "PNG")
+
+
+def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview) -> None:
+    draw = ImageDraw.Draw(sheet)
+    left, top = corner
+    factor = PREVIEW_SIDE / max(item.image.shape[:2])
+    size = tuple(max(1, round(factor * length)) for length in (item.image.shape[1], item.image.shape[0]))
+    image = Image.fromarray(item.image).resize(size)
+    panels: list[Image.Image | None] = [image, None, None]
+    if item.mask is not None:
+        mask = Image.fromarray((item.mask > 0).astype(np.uint8) * 255).resize(size)
+        gray = Image.new("RGB", size, (lct.PADDING_GRAY,) * 3)
+        panels[1:] = (mask.convert("RGB"), Image.composite(image, gray, mask))
+    for index, panel in enumerate(panels):
+        x = left + index * (PREVIEW_SIDE + 4)
+        draw.rectangle((x, top, x + PREVIEW_SIDE - 1, top + PREVIEW_SIDE - 1), PREVIEW_EMPTY)
+        if panel is None:
+            middle = (x + PREVIEW_SIDE // 2, top + PREVIEW_SIDE // 2)
+            draw.text(middle, "no mask", PREVIEW_GRAY, load_font(13), anchor="mm")
+        else:
+            sheet.paste(panel, (x + (PREVIEW_SIDE - panel.width) // 2, top + (PREVIEW_SIDE - panel.height) // 2))
+    width = 3 * PREVIEW_SIDE + 2 * 4
+    draw.text((left, top + PREVIEW_SIDE + 6), fit_text(item.caption, load_font(14), width), "black", load_font(14))
+    draw.text((left, top + PREVIEW_SIDE + 26), fit_text(item.note, load_font(13), width), PREVIEW_RED, load_font(13))
+
+
+@functools.cache
+def load_font(size: int) -> Any:
+    """Return a font of the system that has Cyrillic and Greek; else Pillow's own, which shows boxes for them."""
+    for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def fit_text(text: str, font: Any, width: int) -> str:
+    """Return `text` on one line of at most `width` px, by taking out its middle: a path tells most at its ends."""
+    text = lct.printable(text)
+    if font.getlength(text) <= width:
+        return text
+    length = min(len(text) - 1, width // 3)  # no letter is narrower than 3 px
+    while length > 2 and font.getlength(f"{text[: length // 2]}…{text[-(length // 2) :]}") > width:
+        length -= 1
+    return f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw masks and return the exit code."""
+    return lct.run_program("masks", MaskOptions, draw_masks, argv)
+
+
+if __name__ == "__main__":
+    lct.exit_process(main())

@@ -1,0 +1,462 @@
+#!/usr/bin/env python3
+"""Record a run in ClearML or TensorBoard, while it trains or afterwards.
+
+    python tools/track.py RUN --tensorboard              into RUN/tensorboard; show it with: tensorboard --logdir RUN
+    python tools/track.py RUN --clearml                  on the server that clearml-init has set up, else offline into RUN/clearml
+
+`--use_clearml` and `--use_tensorboard` of training start this beside the run. It follows RUN/metrics.jsonl from its first line and
+ends when the run has ended. That file is the queue: whatever happens here, the run neither notices nor waits, and the same command
+records all of it again. Knows files alone: nothing of the script, no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.5
+SILENT_SECONDS = 60.0  # without an answer of ClearML: whatever it waits for, it waits in vain
+CLOSE_SECONDS = 300.0  # in which files can be uploaded at the end
+RUN_WAITS_SECONDS = 4.4  # at the end for this program, where the run has started it
+MAX_CLASSES = 1000  # beyond, neither figures by class nor a confusion matrix: it would have a million numbers
+MAX_TABLE_CLASSES = 30  # beyond, TensorBoard gets the confusions that are most frequent, not a table of all
+DEFAULT_PROJECT = "DINOv3-Embeddings"
+# Files of a run, with the event after which they are whole.
+ARTIFACTS = {
+    "run_start": ("config.json", "data_report.json"),
+    "test_end": ("prototypes.npz", "checkpoint_best.pth"),
+    "run_end": ("report.html",),
+}
+# What ClearML would otherwise patch or look for in this process: the run is another one.
+CLEARML_BINDINGS = (
+    "detect_repository matplotlib tensorflow tensorboard pytorch xgboost scikit fastai lightgbm hydra tfdefines joblib megengine"
+    " catboost gradio jsonargparse"
+)
+
+
+def say(text: str) -> None:
+    """Print a line for people; ClearML's own printing goes nowhere."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=sys.__stdout__, flush=True)
+
+
+# Following the file.
+
+
+def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
+    """Yield each record of metrics.jsonl, and those that come, until the last one is `run_end` or the process has gone.
+
+    A run that goes back to an earlier epoch writes the file anew: it is then read from its first line again, without what is known.
+    """
+    is_child = pid is not None and os.getppid() == pid
+    known: set[bytes] = set()
+    inode = 0
+    offset = 0
+    last = ""
+    while True:
+        # Before reading: what the run wrote last is read then.
+        has_gone = pid is not None and not is_running(pid, is_child)
+        data = b""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != inode or status.st_size < offset:
+                inode = status.st_ino
+                offset = 0
+            file.seek(offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        offset += len(complete)
+        for line in complete.splitlines():
+            if line in known:
+                continue
+            known.add(line)
+            with contextlib.suppress(ValueError):  # a damaged line, which the next start of the run repairs
+                record = json.loads(line)
+                if isinstance(record, dict) and "event" in record:
+                    last = record["event"]
+                    yield record
+        if has_gone or (last == "run_end" and len(complete) == len(data)):
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def is_running(pid: int, is_child: bool) -> bool:
+    """Say whether a process is there; a parent that has gone, even as a zombie, has left its children to another."""
+    if is_child:
+        return os.getppid() == pid
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+# What is recorded.
+
+
+def list_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (title, series, value) of every figure of an epoch that is defined: by split, and by split and class."""
+    scalars = []
+    for group, figures in record.items():
+        if not isinstance(figures, dict):
+            continue
+        split = group.removesuffix("_per_class")
+        if group in ("train", "val"):
+            scalars += [(key, split, value) for key, value in figures.items()]
+        elif split != group and len(figures) <= MAX_CLASSES:
+            for class_name, row in figures.items():
+                scalars += [(f"{split} {key} by class", class_name, value) for key, value in row.items()]
+    return [scalar for scalar in scalars if isinstance(scalar[2], (int, float))]
+
+
+def read_confusion(run: Path, class_names: Sequence[str]) -> list[list[int]] | None:
+    """Return how often class i was answered with class j on the test, from predictions.csv; None where there is nothing to show."""
+    path = run / "predictions.csv"
+    if not path.exists() or len(class_names) > MAX_CLASSES:
+        return None
+    number = {name: index for index, name in enumerate(class_names)}
+    matrix = [[0] * len(class_names) for _ in class_names]
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            matrix[number[row["class"]]][number[row["answer"]]] += 1
+    return matrix
+
+
+class TensorBoard:
+    """Writes RUN/tensorboard anew from the first record on: nothing is there twice, however often this is started."""
+
+    def __init__(self, run: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = run / "tensorboard"
+        for path in folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._writer = EventFileWriter(str(folder))
+        self._last_epoch = 0
+        self._forget_from(0)  # of a viewer that knows the old file
+
+    def start(self, options: dict[str, Any], when: float) -> None:
+        """Show the options of the run."""
+        rows = [f"| `{name}` | `{value}` |" for name, value in options.items()]
+        self._add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0, when)
+
+    def add_scalars(self, scalars: Sequence[tuple[str, str, float]], epoch: int, when: float) -> None:
+        """Write the figures of an epoch; one that is done again takes the place of the old one."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if epoch <= self._last_epoch:
+            self._forget_from(epoch)
+        self._last_epoch = epoch
+        values = [Summary.Value(tag=f"{title}/{series}", simple_value=value) for title, series, value in scalars]
+        self._add(Summary(value=values), epoch, when)
+
+    def add_figures(self, figures: dict[str, float], when: float) -> None:
+        """Write the final figures, at the last epoch."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._add(Summary(value=values), self._last_epoch, when)
+
+    def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
+        """Write the confusion matrix of the test as a table; of many classes the most frequent confusions."""
+        if len(names) <= MAX_TABLE_CLASSES:
+            lines = ["| true \\ answered | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            lines += [
+                f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, matrix, strict=True)
+            ]
+        else:
+            pairs = Counter(
+                {(a, b): n for a, row in zip(names, matrix, strict=True) for b, n in zip(names, row, strict=True)}
+            )
+            wrong = [(pair, count) for pair, count in pairs.most_common() if pair[0] != pair[1] and count][:100]
+            lines = ["| true | answered | images |", "|---|---|---|"]
+            lines += [f"| {true} | {answered} | {count} |" for (true, answered), count in wrong]
+        self._add_text("test confusion", "\n".join(lines), self._last_epoch, when)
+
+    def add_artifact(self, path: Path) -> None:
+        """Files of the run lie beside the log already."""
+
+    def close(self, status: str, when: float) -> None:
+        """Write how the run ended, and finish the file."""
+        self._add_text("status", status, self._last_epoch, when)
+        self._writer.close()
+
+    def _forget_from(self, epoch: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._writer.add_event(
+            Event(session_log=SessionLog(status=SessionLog.START), step=epoch, wall_time=time.time())
+        )
+
+    def _add_text(self, tag: str, text: str, step: int, when: float) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+
+        plugin = SummaryMetadata.PluginData(plugin_name="text")
+        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode("utf-8", "replace")])
+        metadata = SummaryMetadata(plugin_data=plugin)
+        self._add(Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]), step, when)
+
+    def _add(self, summary: Any, step: int, when: float) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(summary=summary, step=step, wall_time=when))
+        self._writer.flush()
+
+
+class ClearML:
+    """A task on the ClearML server, or offline in RUN/clearml.
+
+    A call that fails or gets no answer starts this program again, offline, from the first record on.
+    """
+
+    def __init__(self, run: Path, options: argparse.Namespace) -> None:
+        self._run = run
+        self._folder = (run / "clearml").resolve()
+        self._folder.mkdir(exist_ok=True)
+        self._options = options
+        self._task: Any = None
+        os.environ.setdefault("CLEARML_LOG_LEVEL", "ERROR")
+        os.environ["CLEARML_CACHE_DIR"] = str(self._folder)  # offline sessions go there too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  ClearML prints
+
+    def start(self, options: dict[str, Any], when: float) -> None:
+        """Open the task: the one of an earlier start where the server has it."""
+        with self._limited(SILENT_SECONDS):
+            from clearml import Task
+            from clearml.config import config_obj
+
+            obstacle = "" if self._options.offline else find_clearml_obstacle()
+            if obstacle:
+                self._options.offline = True
+                say(f"ClearML: {obstacle}; recording offline into {self._folder}")
+            Task.set_offline(self._options.offline)
+            # Its reporter would be another process, that can outlive us.
+            config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
+            memory = self._folder / "task_id.txt"
+            earlier = memory.read_text() if memory.exists() and not self._options.offline else ""
+            name = options.get("clearml_task_name") or options.get("experiment_name") or self._run.resolve().name
+            self._task = Task.init(
+                project_name=self._options.project or options.get("clearml_project") or DEFAULT_PROJECT,
+                task_name=self._options.task or name,
+                reuse_last_task_id=earlier or False,
+                continue_last_task=0
+                if earlier
+                else False,  # 0: epochs keep their numbers, and take the place of the old ones
+                auto_connect_arg_parser=False,
+                auto_connect_frameworks=dict.fromkeys(CLEARML_BINDINGS.split(), False),
+                auto_resource_monitoring=False,
+                auto_connect_streams=False,
+            )
+            self._task.connect({name: str(value) for name, value in options.items()}, name="options")
+            if not self._options.offline:
+                memory.write_text(self._task.id)
+                say(f"ClearML: recording into task {self._task.id}")
+
+    def add_scalars(self, scalars: Sequence[tuple[str, str, float]], epoch: int, when: float) -> None:
+        """Report the figures of an epoch."""
+        with self._limited(SILENT_SECONDS):
+            for title, series, value in scalars:
+                self._task.get_logger().report_scalar(title, series, value, iteration=epoch)
+
+    def add_figures(self, figures: dict[str, float], when: float) -> None:
+        """Report the final figures."""
+        with self._limited(SILENT_SECONDS):
+            for name, value in figures.items():
+                self._task.get_logger().report_single_value(name, value)
+
+    def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
+        """Report the confusion matrix of the test, rows true and columns answered."""
+        labels = {"xlabels": list(names), "ylabels": list(names), "xaxis": "predicted", "yaxis": "true"}
+        with self._limited(SILENT_SECONDS):
+            self._task.get_logger().report_confusion_matrix("test", "confusion", matrix, iteration=0, **labels)
+
+    def add_artifact(self, path: Path) -> None:
+        """Attach a file of the run."""
+        with self._limited(SILENT_SECONDS):
+            self._task.upload_artifact(path.stem, artifact_object=str(path.resolve()), wait_on_upload=False)
+
+    def close(self, status: str, when: float) -> None:
+        """Finish the task as completed, stopped or failed."""
+        with self._limited(CLOSE_SECONDS):
+            self._task.flush(wait_for_uploads=True)  # marking stopped would drop what is still queued
+            if status == "interrupted":
+                self._task.mark_stopped()
+            elif status != "completed":
+                self._task.mark_failed(status_message=status)
+            self._task.close()
+
+    @contextlib.contextmanager
+    def _limited(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._fall_back, [f"no answer for {seconds:.0f} s"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except Exception as error:  # whatever ClearML raises
+            self._fall_back(f"{type(error).__name__}: {error}")
+        finally:
+            timer.cancel()
+
+    def _fall_back(self, reason: str) -> None:
+        """Start this program again, offline; if it was, without ClearML."""
+        reason = " ".join(reason.split())[:200]
+        words = sys.argv[1:]
+        if not self._options.offline:
+            say(f"ClearML: {reason}; recording offline into {self._folder}")
+            words = [*words, "--offline"]
+        else:
+            say(f"ClearML: {reason}; recording to ClearML stops here")
+            words = [word for word in words if word != "--clearml"]
+        os.execv(sys.executable, [sys.executable, __file__, *words])
+
+
+def find_clearml_obstacle() -> str:
+    """Return why no ClearML server can be used, or '' when one answers within 3 s."""
+    import socket
+    from urllib.parse import urlsplit
+
+    from clearml.backend_api.session import Session
+    from clearml.backend_api.session.defs import ENV_ACCESS_KEY, ENV_OFFLINE_MODE
+    from clearml.config import config_obj
+
+    if ENV_OFFLINE_MODE.get():
+        return "offline mode is asked for"
+    if not (ENV_ACCESS_KEY.get() or config_obj.get("api.credentials.access_key", None)):
+        return "no server is configured (run clearml-init)"
+    host = urlsplit(Session.get_api_server_host())
+    port = host.port or (443 if host.scheme == "https" else 80)
+    try:
+        with socket.create_connection((host.hostname, port), timeout=3) as connection:
+            if host.scheme != "https":  # a host that accepts and never answers would block Task.init for minutes
+                connection.sendall(f"GET /debug.ping HTTP/1.0\r\nHost: {host.hostname}\r\n\r\n".encode())
+                if not connection.recv(1):
+                    return f"{host.hostname}:{port} closes the connection"
+    except OSError as error:
+        return f"{host.hostname}:{port} does not answer ({error})"
+    return ""
+
+
+# The whole job.
+
+
+class Recording:
+    """Hands what a run writes on to where it is recorded; a method for each event that counts."""
+
+    def __init__(self, run: Path, sinks: Sequence[TensorBoard | ClearML]) -> None:
+        self.status = "the run has not begun"
+        self._run = run
+        self._sinks = sinks
+        self._class_names: list[str] = []
+        self._is_open = False
+        self._when = time.time()  # of the last record
+        self._sent: dict[str, int] = {}  # artifacts: time of the file that was handed on
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Record one line of metrics.jsonl, and the files that are whole with it."""
+        event = record["event"]
+        self._when = record.get("time", self._when)
+        handle = {
+            "run_start": self._start,
+            "resumed": self._resume,
+            "epoch_end": self._add_epoch,
+            "test_end": self._add_test,
+            "run_end": self._end,
+        }.get(event)
+        if handle is not None:
+            handle(record)
+        for path in (self._run / name for name in ARTIFACTS.get(event, ())):
+            if path.exists() and self._sent.get(path.name) != path.stat().st_mtime_ns:
+                self._sent[path.name] = path.stat().st_mtime_ns
+                for sink in self._sinks:
+                    sink.add_artifact(path)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self._class_names = record.get("classes", [])
+        self._resume(record)
+        for sink in () if self._is_open else self._sinks:
+            sink.start(record.get("options", {}), self._when)
+        self._is_open = True
+
+    def _resume(self, _: dict[str, Any]) -> None:
+        self.status = "the process of the run has gone"  # unless a `run_end` follows
+
+    def _add_epoch(self, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.add_scalars(list_scalars(record), record["epoch"], self._when)
+
+    def _add_test(self, record: dict[str, Any]) -> None:
+        ways = ("classifier", "prototypes")
+        figures = {f"test {way} {key}": value for way in ways for key, value in record.get(way, {}).items()}
+        for sink in self._sinks:
+            sink.add_figures({name: value for name, value in figures.items() if value is not None}, self._when)
+
+    def _end(self, record: dict[str, Any]) -> None:
+        self.status = record.get("status", "completed")
+        matrix = read_confusion(self._run, self._class_names) if self.status == "completed" else None
+        for sink in self._sinks if matrix else ():
+            sink.add_confusion(matrix, self._class_names, self._when)
+
+    def close(self) -> None:
+        """Finish what was opened, by the `run_start` that holds the options."""
+        for sink in self._sinks if self._is_open else ():
+            sink.close(self.status, self._when)
+
+
+def main() -> int:
+    """Read the command line, record the run, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/track.py", description="Record a run in ClearML or TensorBoard.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="out_dir of the run, which may still train")
+    parser.add_argument(
+        "--clearml", action="store_true", help="in ClearML; offline into RUN/clearml where no server answers"
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="in TensorBoard, into RUN/tensorboard")
+    parser.add_argument("--project", metavar="NAME", help=f"in ClearML [that of the run, or {DEFAULT_PROJECT}]")
+    parser.add_argument("--task", metavar="NAME", help="in ClearML [that of the run, or the name of its folder]")
+    parser.add_argument("--offline", action="store_true", help="ClearML: ask no server")
+    parser.add_argument("--pid", type=int, metavar="N", help="number of the run's process: end with it")
+    options = parser.parse_args()
+    if not (options.clearml or options.tensorboard):
+        parser.error("give --clearml, --tensorboard or both")
+    if not (options.run / "metrics.jsonl").exists():
+        parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sinks: list[TensorBoard | ClearML] = []
+    if options.tensorboard:
+        try:
+            sinks.append(TensorBoard(options.run))
+        except ImportError as error:
+            say(f"TensorBoard: {error}; pip install tensorboard")
+    if options.clearml:
+        sinks.append(ClearML(options.run, options))
+    recording = Recording(options.run, sinks)
+    try:
+        for record in follow(options.run / "metrics.jsonl", options.pid):
+            recording.take(record)
+    except KeyboardInterrupt:
+        recording.status = "interrupted"
+    if options.pid is not None:  # the run waits no longer, if it is still there
+        timer = threading.Timer(RUN_WAITS_SECONDS, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+    recording.close()
+    # ClearML's threads may wait for a server that does not answer: all that can be sent has been.
+    os._exit(0 if sinks else 2)
+
+
+if __name__ == "__main__":
+    main()
