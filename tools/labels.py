@@ -1,0 +1,698 @@
+"""Label formats of detectors and annotation tools, read and written: COCO, YOLO, CVAT, Label Studio, CSV.
+
+Readers turn a file or folder into `FoundObjects`, whose boxes and masks the geometry below brings into px of the upright image.
+Writers turn a `LabelSet` into the text of files and write nothing themselves. A new format is a function, entered in READERS or
+WRITERS. Raises LabelError for a file that cannot be used as a whole, BoxError for a single object.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import quote
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+MAX_FILE_BYTES = 500_000_000
+YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
+CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
+CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
+
+
+class LabelError(ValueError):
+    """A file of labels that cannot be used: what is wrong, where, and what to do about it."""
+
+    def __init__(self, what: str, where: str, remedy: str) -> None:
+        super().__init__(f"{where}: {what}\n  {remedy}")
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+
+class BoxError(ValueError):
+    """An object that cannot be cut from its image; the text is the reason."""
+
+
+class Problem(NamedTuple):
+    """Something in the input that gets no answer, or a worse one."""
+
+    image: str
+    detection: Any  # its id in the COCO file, its line in the YOLO file; None = the whole image
+    reason: str
+
+
+def printable(text: str) -> str:
+    """Return text on one line, with control characters and undecodable bytes shown as escapes."""
+    escaped = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+# --- reading
+
+
+@dataclass
+class FoundObjects:
+    """What a file or folder says of the images that are there."""
+
+    images: list[int] = field(default_factory=list)  # positions in the list of image files
+    image_ids: list[Any] = field(default_factory=list)  # of these images
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height that the file claims; 0, 0 = none
+    # Position in `images`, and the object as JSON, which `to_pixels` reads once it is loaded: flat in memory, whatever polygons.
+    objects: list[tuple[int, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # worth a line in the log
+
+
+def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects that a file or folder names in some images; none of these is opened.
+
+    Args:
+        source: what is to be read; None = each image is one object.
+        image_paths: relative to the folder that the file names start from, with '/'.
+
+    Raises:
+        LabelError: it cannot be read, is not of its format, or names none of the images.
+    """
+    if source is None:
+        found = _all_images(image_paths)
+        found.objects = [(number, '{"whole":true}') for number in found.images]
+        return found
+    kind = "folder" if source.is_dir() else source.suffix.lower()
+    return READERS.get(kind, read_json)(source, image_paths)
+
+
+def _all_images(image_paths: Sequence[str]) -> FoundObjects:
+    numbers = list(range(len(image_paths)))
+    return FoundObjects(numbers, [number + 1 for number in numbers], [(0, 0)] * len(numbers))
+
+
+def _read_file(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, or too large.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 1_000_000} MB")
+        return file.read()
+
+
+class _Annotation(NamedTuple):
+    """One object of a file; `text` is the JSON of what is needed of it."""
+
+    image_id: Any
+    id: Any
+    category_id: Any
+    text: str
+
+
+def _shrink(item: dict[str, Any]) -> Any:
+    """Make an annotation a string as soon as it is parsed: a polygon takes forty times as much memory as lists of floats."""
+    if "image_id" not in item:
+        return item
+    keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
+    needed = {key: item[key] for key in keys if key in item}
+    ids = [item.get(key) for key in ("image_id", "id", "category_id")]
+    ids = [number if isinstance(number, (int, str)) else None for number in ids]
+    return _Annotation(*ids, json.dumps(needed, separators=(",", ":")))
+
+
+def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects of a COCO file.
+
+    Raises:
+        LabelError: not JSON, without the lists that make it COCO, or of other images.
+    """
+    remedy = "give the COCO .json with images and annotations, or a folder of YOLO .txt"
+    try:
+        data = _read_file(path)
+        if not data:
+            raise ValueError("the file is empty")
+        content = json.loads(data, object_hook=_shrink)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(getattr(error, "strerror", None) or error)[:200]
+        raise LabelError(f"cannot be read as JSON: {reason}", str(path), remedy) from error
+    if isinstance(content, list):
+        raise LabelError("is a list of results, which does not say which images they are of", str(path), remedy)
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise LabelError(f"is no COCO file: it has no list {key}", str(path), remedy)
+    if isinstance(content.get("categories"), list):  # without that list it says nothing about them
+        listed = [item.get("id") for item in content["categories"] if isinstance(item, dict)]
+        known = {number for number in listed if isinstance(number, (int, str))}
+        used = {item.category_id for item in content["annotations"] if isinstance(item, _Annotation)}
+        strange = sorted(map(str, used - known))
+        if strange:
+            names = ", ".join([*strange[:5], *(["..."] if len(strange) > 5 else [])])
+            reason = f"has objects of categories that it does not list: {names}"
+            raise LabelError(reason, str(path), "add them to its categories, or leave categories out")
+    return _match_images(path, content["images"], content["annotations"], image_paths)
+
+
+def _match_images(
+    path: Path, images: list[Any], annotations: Sequence[Any], image_paths: Sequence[str]
+) -> FoundObjects:
+    """Return the objects of those images of a file that are there.
+
+    Args:
+        path: the file.
+        images: its images, as COCO has them.
+        annotations: its objects, `_Annotation`; anything else names no image.
+        image_paths: the images that are there.
+
+    Raises:
+        LabelError: an image without name, one that is listed twice, or none that is there.
+    """
+    found = FoundObjects()
+    # Names are compared composed: a file system of a Mac gives them decomposed.
+    position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}
+    number_of: dict[Any, int | None] = {}  # image id -> position in `found.images`, None for one that is not there
+    taken: set[int] = set()
+    for item in images:
+        image_id = item.get("id") if isinstance(item, dict) else None
+        if not isinstance(image_id, (int, str)) or not isinstance(item.get("file_name"), str):
+            raise LabelError("has an image without id or file_name", str(path), "mend the file")
+        if image_id in number_of:
+            raise LabelError(f"has two images of id {image_id}", str(path), "mend the file")
+        name = os.path.normpath(unicodedata.normalize("NFC", item["file_name"]))
+        number = position.get(name)
+        if number is None or number in taken:
+            reason = "is not in --images" if number is None else "is listed twice; the second time is left out"
+            found.problems.append(Problem(name, None, reason))
+            number_of[image_id] = None
+            continue
+        taken.add(number)
+        number_of[image_id] = len(found.images)
+        found.images.append(number)
+        found.image_ids.append(image_id)
+        claimed = [item.get(key) for key in ("width", "height")]
+        found.sizes.append(tuple(side if isinstance(side, int) and 0 < side < 2**31 else 0 for side in claimed))
+    missed: Counter[Any] = Counter()
+    for index, item in enumerate(annotations):
+        image_id = item.image_id if isinstance(item, _Annotation) else None
+        number = number_of.get(image_id, -1)
+        if number is None:
+            missed[image_id] += 1
+        elif number < 0:
+            reason = "its image is not in the list of images" if image_id is not None else "names no image"
+            found.problems.append(Problem("", getattr(item, "id", None) or f"annotation {index + 1}", reason))
+        else:
+            found.objects.append((number, item.text))
+    if missed:
+        found.notes.append(f"{missed.total():,} objects are in {len(missed):,} images that are not in --images")
+    if not found.images:
+        names = ", ".join(problem.image for problem in found.problems[:2])
+        reason = f"none of its {len(images):,} images ({names}) is there"
+        raise LabelError(reason, str(path), "give --images the folder that the file names start from")
+    return found
+
+
+def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects of a folder with a .txt for each image that has any."""
+    found = _all_images(image_paths)
+    without = 0
+    image_of: dict[str, str] = {}
+    for number, name in enumerate(image_paths):
+        stem = name.rpartition(".")[0]
+        if stem in image_of:
+            reason = f"has the same .txt as {image_of[stem]}, to which its objects went"
+            found.problems.append(Problem(name, None, reason))
+            continue
+        image_of[stem] = name
+        path = folder / f"{stem}.txt"
+        data = b""
+        try:
+            data = _read_file(path)
+        except (OSError, ValueError) as error:
+            if path.exists():
+                reason = getattr(error, "strerror", None) or error
+                found.problems.append(Problem(name, None, f"has a .txt that cannot be read: {reason}"))
+        without += not data
+        for index, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                detection = {"id": index, **parse_yolo_line(line)}
+                found.objects.append((number, json.dumps(detection, separators=(",", ":"))))
+            except BoxError as error:
+                found.problems.append(Problem(name, f"line {index}", str(error)))
+    for path in sorted(folder.rglob("*.txt")):
+        stem = path.relative_to(folder).as_posix().removesuffix(".txt")
+        if stem not in image_of and path.name not in YOLO_OTHER_FILES:
+            found.problems.append(Problem(f"{stem}.txt", None, "has no image of its name in --images"))
+    if without:
+        found.notes.append(f"{without:,} of {len(image_paths):,} images have no objects")
+    return found
+
+
+def parse_yolo_line(line: str) -> dict[str, Any]:
+    """Return a line `class cx cy w h [confidence]` or `class x y x y x y ... [confidence]` in shares of the image's sides.
+
+    Raises:
+        BoxError: it is neither.
+    """
+    try:
+        kind, *numbers = map(float, line.split())
+    except ValueError:
+        raise BoxError("is not a line of numbers") from None
+    if not all(map(math.isfinite, (kind, *numbers))) or kind < 0 or kind != int(kind):
+        raise BoxError("does not start with a class number, or has numbers that are not finite")
+    if len(numbers) < 4:
+        raise BoxError(f"has {len(numbers) + 1} numbers; a box has 5 or 6")
+    score = {"score": numbers.pop()} if len(numbers) % 2 else {}
+    return {"category_id": int(kind), "yolo" if len(numbers) == 4 else "yolo_polygon": numbers, **score}
+
+
+# What can be read: a folder, or a file by its suffix; a file of any other suffix is taken for COCO.
+READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {"folder": read_yolo, ".json": read_json}
+
+
+# --- geometry, in px of the upright image
+
+
+def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """Return a detection as COCO has it: `bbox` x, y, width, height, and perhaps `segmentation`, in px of the upright image."""
+    if "whole" in detection:
+        return {**detection, "bbox": [0, 0, width, height]}
+    if "yolo" in detection:
+        x, y, w, h = detection["yolo"]
+        return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
+    if "yolo_polygon" in detection:
+        points = np.array(detection["yolo_polygon"]) * np.tile([width, height], len(detection["yolo_polygon"]) // 2)
+        return {**detection, "segmentation": [np.round(points, 3).tolist()]}
+    return detection
+
+
+def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """Return the box x, y, width, height of a detection in px, clipped to the image; without one that of its mask.
+
+    Raises:
+        BoxError: it has none, none of four numbers, one of no size, or one outside the image.
+    """
+    box = detection.get("bbox")
+    if box is None:
+        box = _find_bounds(detection.get("segmentation"), width, height)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise BoxError("has a box that is not four numbers")
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise BoxError("has a box of no size")
+    left = max(0.0, x)
+    top = max(0.0, y)
+    right = min(float(width), x + w)
+    bottom = min(float(height), y + h)
+    if right <= left or bottom <= top:
+        raise BoxError(f"has a box outside its image of {width} x {height} px")
+    return left, top, right - left, bottom - top
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e9 < value < 1e9  # no NaN, no infinity, no integer of a thousand digits
+
+
+def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
+    """Return the box x, y, width, height around a segmentation."""
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.zeros((0, 2)), *map(_read_polygon, segmentation)])
+        if not len(points):
+            raise BoxError("has neither a box nor a mask")
+        return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
+    mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        raise BoxError("has no box, and an empty mask")
+    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+
+
+def _read_polygon(polygon: Any) -> np.ndarray:
+    """Return the corners float64 (n, 2) of a polygon x, y, x, y, ..."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
+        raise BoxError("has a polygon that is not three or more pairs of numbers")
+    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+
+
+def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom in whole px of a box (x, y, width, height) grown by a share of its sides, inside the image.
+
+    Rounded, not grown to whole pixels: the six digits of a YOLO file put an edge at 99.998 that was at 100.
+    """
+    x, y, w, h = box
+    left = min(max(0, round(x - padding * w)), width - 1)
+    top = min(max(0, round(y - padding * h)), height - 1)
+    right = min(width, round(x + w + padding * w))
+    bottom = min(height, round(y + h + padding * h))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
+    """Return a part of the mask of a COCO segmentation: polygons, or run lengths, compressed or not.
+
+    Args:
+        segmentation: as it was in the file.
+        size: width and height of the image.
+        window: left, top, right, bottom of the part.
+
+    Returns:
+        bool (bottom - top, right - left).
+
+    Raises:
+        BoxError: it is none of these, or of another size.
+    """
+    width, height = size
+    left, top, right, bottom = window
+    if isinstance(segmentation, dict):
+        claimed = segmentation.get("size")
+        counts = segmentation.get("counts")
+        if claimed != [height, width]:
+            claimed = printable(str(claimed))[:40]
+            raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
+        counts = unpack_rle(counts) if isinstance(counts, str) else counts
+        return decode_rle(counts, width, height)[top:bottom, left:right]
+    if not isinstance(segmentation, list):
+        raise BoxError("has neither a box nor a mask")
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
+    for points in map(_read_polygon, segmentation):
+        mask |= fill_polygon(points - (left, top), right - left, bottom - top)
+    return mask
+
+
+def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return which pixels have their centre inside a polygon of corners (n, 2), bool (H, W); pixel 0 reaches from 0 to 1.
+
+    Pillow and OpenCV draw the outline too, which makes every mask half a pixel larger all around.
+    """
+    crossings = np.zeros((height, width + 1), dtype=np.uint8)  # an edge crosses the row left of this pixel's centre
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        low, high = np.clip(np.ceil(np.sort([y0, y1]) - 0.5), 0, height).astype(int)
+        if low < high:
+            rows = np.arange(low, high)
+            columns = np.ceil(x0 + (rows + 0.5 - y0) * ((x1 - x0) / (y1 - y0)) - 0.5)
+            crossings[rows, np.clip(columns, 0, width).astype(int)] ^= 1
+    return np.bitwise_xor.accumulate(crossings[:, :width], axis=1).astype(bool)
+
+
+def unpack_rle(text: str) -> list[int]:
+    """Return the run lengths of COCO's compressed string: 5 bits a character, low first, each from the third on a difference.
+
+    Source: rleFrString of pycocotools, common/maskApi.c. It is not called here: where run lengths add up to less than the
+    image, its `decode` returns whatever lay in memory as the rest of the mask.
+
+    Raises:
+        BoxError: a number of more than 60 bits.
+    """
+    counts: list[int] = []
+    value = 0
+    shift = 0
+    for char in text:
+        bits = ord(char) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if shift > 60:
+            raise BoxError("has a mask whose run lengths are damaged")
+        if not bits & 0x20:  # the last character of a number
+            value -= (bits & 0x10) << (shift - 4)  # its sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = 0
+            shift = 0
+    return counts
+
+
+def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
+    """Return the mask bool (H, W) of run lengths down the columns, which start with background.
+
+    Raises:
+        BoxError: they are not whole numbers that add up to the image.
+    """
+    if not isinstance(counts, list) or not all(type(count) is int and 0 <= count <= width * height for count in counts):
+        raise BoxError("has a mask whose run lengths are not whole numbers")
+    if sum(counts) != width * height:
+        raise BoxError("has a mask whose run lengths do not add up to the image")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+# --- writing
+
+
+class LabelledObject(NamedTuple):
+    """An object with its label."""
+
+    number: int  # of all objects
+    box: Sequence[float]  # x, y, width, height in px of the upright image
+    label: int  # position in the names
+    score: float  # how sure the label is, 0 to 1
+    details: dict[str, Any]  # all else that is known of it, in words and numbers; the same keys for every object
+    segmentation: Any = None  # as COCO has it
+    is_crowd: bool = False
+
+
+class LabelledImage(NamedTuple):
+    """An image and its objects."""
+
+    number: int  # ascending with the path
+    image_id: Any  # that of the file its objects came from
+    path: str  # relative to the root, with '/'
+    size: tuple[int, int]  # width, height
+    objects: Sequence[LabelledObject]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels of a folder of images."""
+
+    root: Path  # of the images
+    names: Sequence[str]  # of the labels
+    model: str  # what annotation tools are told of who made them
+    description: str
+    images: Callable[[], Iterator[LabelledImage]]  # starts anew at each call: a writer may go over them several times
+
+
+# A file and its text in pieces, so that none ever holds all labels; or a link and the folder that it leads to.
+LabelFile = tuple[str, Iterable[str] | Path]
+
+
+def write_coco(labels: LabelSet) -> Iterator[LabelFile]:
+    """Yield the folder coco: a whole data set, and results.json, the scores for pycocotools."""
+    yield "coco/images", labels.root
+    yield "coco/annotations/instances_default.json", _write_coco_instances(labels)
+    results = (_coco_result(image, item) for image in labels.images() for item in image.objects)
+    yield "coco/results.json", _json_array(results)
+
+
+def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
+    info = {"description": labels.description, "version": labels.model}
+    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(labels.names, 1)]
+    yield f'{{"info":{_to_json(info)},"licenses":[],"categories":{_to_json(categories)},\n"images":'
+    yield from _json_array(
+        {"id": image.image_id, "file_name": image.path, "width": image.size[0], "height": image.size[1]}
+        for image in labels.images()
+    )
+    yield ',\n"annotations":'
+    numbers = itertools.count(1)
+    yield from _json_array(
+        {
+            "id": next(numbers),
+            **_coco_result(image, item),
+            "area": round(item.box[2] * item.box[3], 3),
+            "segmentation": item.segmentation or [],
+            "iscrowd": int(item.is_crowd),
+            "attributes": {key: value for key, value in item.details.items() if value is not None},
+        }
+        for image in labels.images()
+        for item in image.objects
+    )
+    yield "}\n"
+
+
+def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:
+    return {"image_id": image.image_id, "category_id": item.label + 1, "bbox": item.box, "score": item.score}
+
+
+def _json_array(items: Iterable[Any]) -> Iterator[str]:
+    """Yield a JSON array, an item a line."""
+    yield "["
+    for index, item in enumerate(items):
+        yield (",\n" if index else "") + _to_json(item)
+    yield "]"
+
+
+def _to_json(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # what a detector's file calls a score may be NaN, which JSON lacks
+        return json.dumps(_without_nan(value), separators=(",", ":"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
+    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images, a link to them."""
+    names = [printable(name) for name in labels.names]
+    yield "yolo/classes.txt", [f"{name}\n" for name in names]
+    # JSON is YAML.
+    lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)]
+    yield "yolo/data.yaml", ["train: images\nval: images\nnames:\n", *lines]
+    yield "yolo/images", labels.root
+    written: set[str] = set()
+    for image in labels.images():
+        name = image.path.rpartition(".")[0] + ".txt"
+        if name in written:  # 1.jpg and 1.png: `find_equal_stems` has named the second
+            continue
+        written.add(name)
+        width, height = image.size
+        lines = []
+        for item in image.objects:
+            x, y, w, h = item.box
+            numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+            lines.append(f"{item.label} " + " ".join(f"{number:.8f}" for number in numbers) + "\n")
+        yield f"yolo/labels/{name}", lines
+        yield f"yolo/confidences/{name}", [f"{item.score:.6f}\n" for item in image.objects]
+
+
+def find_equal_stems(paths: Sequence[str]) -> Iterator[Problem]:
+    """Yield the images that YOLO has no file for, as another one differs by its suffix only."""
+    first: dict[str, str] = {}
+    for path in paths:
+        other = first.setdefault(path.rpartition(".")[0], path)
+        if other != path:
+            yield Problem(path, None, f"has the same .txt in yolo/ as {other}, and is left out there")
+
+
+def _xml(text: Any) -> str:
+    """Return text as the content of an element; control characters, which XML has no way to write, are shown as escapes."""
+    return escape(printable(str(text)), {'"': "&quot;"})
+
+
+def write_cvat(labels: LabelSet) -> Iterator[LabelFile]:
+    """Yield cvat/annotations.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
+    yield "cvat/images", labels.root
+    yield "cvat/annotations.xml", _write_cvat_xml(labels)
+
+
+def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
+    attributes = "".join(
+        f"<attribute><name>{name}</name><mutable>False</mutable><input_type>text</input_type>"
+        "<default_value></default_value><values></values></attribute>"
+        for name in CVAT_ATTRIBUTES
+    )
+    yield '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n'
+    yield f"<meta><task><name>{_xml(labels.model)}</name><mode>annotation</mode><labels>\n"
+    for name in labels.names:
+        yield f"<label><name>{_xml(name)}</name><attributes>{attributes}</attributes></label>\n"
+    yield "</labels></task></meta>\n"
+    for image in labels.images():
+        width, height = image.size
+        yield f'<image id="{image.number}" name="{_xml(image.path)}" width="{width}" height="{height}">\n'
+        for item in image.objects:
+            x, y, w, h = item.box
+            edges = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
+            yield f'<box label="{_xml(labels.names[item.label])}" source="auto" occluded="0" {edges} z_order="0">\n'
+            for name in CVAT_ATTRIBUTES:
+                if item.details.get(name) is not None:
+                    yield f'<attribute name="{name}">{_xml(item.details[name])}</attribute>\n'
+            yield "</box>\n"
+        yield "</image>\n"
+    yield "</annotations>\n"
+
+
+def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
+    """Yield labelstudio/config.xml, a labelling interface, and tasks.json, the tasks with predictions that fit it.
+
+    Images are looked for in Label Studio's local storage: LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is the root of the images.
+    """
+    values = "".join(f'    <Label value="{_xml(name)}"/>\n' for name in labels.names)
+    yield (
+        "labelstudio/config.xml",
+        [
+            '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n',
+            f"{values}  </RectangleLabels>\n</View>\n",
+        ],
+    )
+    yield "labelstudio/tasks.json", _json_array(_labelstudio_task(labels, image) for image in labels.images())
+
+
+def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
+    results = []
+    width, height = image.size
+    for item in image.objects:
+        x, y, w, h = item.box
+        percent = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
+        results.append(
+            {
+                "id": f"object{item.number}",
+                "type": "rectanglelabels",
+                "from_name": "label",
+                "to_name": "image",
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "score": item.score,
+                "value": {**percent, "rotation": 0, "rectanglelabels": [printable(labels.names[item.label])]},
+                "meta": {"text": [f"{key}: {value}" for key, value in item.details.items()]},
+            }
+        )
+    prediction = {"model_version": labels.model, "result": results}
+    if results:
+        prediction["score"] = min(item.score for item in image.objects)  # as sure as the least sure object: sort by it
+    return {"data": {"image": f"/data/local-files/?d={quote(image.path)}"}, "predictions": [prediction]}
+
+
+def write_csv(labels: LabelSet) -> Iterator[LabelFile]:
+    """Yield objects.csv: a line an object, with everything."""
+    yield "objects.csv", _write_csv_lines(labels)
+
+
+def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
+    format_row = csv.writer(SimpleNamespace(write=str)).writerow  # returns what its file's `write` returns: the line
+    items = ((image, item) for image in labels.images() for item in image.objects)
+    for index, (image, item) in enumerate(items):
+        if not index:
+            yield format_row((*CSV_COLUMNS, *item.details))
+        yield format_row((image.path, *item.box, labels.names[item.label], *item.details.values()))
+
+
+def _no_problems(_: Sequence[str]) -> Iterator[Problem]:
+    return iter(())
+
+
+class Writer(NamedTuple):
+    """How labels are written in one format."""
+
+    write: Callable[[LabelSet], Iterator[LabelFile]]
+    find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # of the paths of images
+    is_exchanged: bool = False  # the folder of its name has a file for each image, and is exchanged once it is whole
+
+
+WRITERS = {
+    "coco": Writer(write_coco),
+    "yolo": Writer(write_yolo, find_equal_stems, is_exchanged=True),
+    "cvat": Writer(write_cvat),
+    "labelstudio": Writer(write_labelstudio),
+    "csv": Writer(write_csv),
+}

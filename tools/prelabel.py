@@ -1,0 +1,721 @@
+"""Give every detected object a class of a finished run, or `unknown`, for annotation tools.
+
+Objects are cut from their photos, matched against the gallery of the run, and written in the formats of labels.py, together with a
+page that shows the least certain ones first. Answers are remembered in --out: the same command continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import operator
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import labels as label_files
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+
+# isort: split
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+ANSWERS_NAME = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
+UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
+REVIEW_CARDS = 200  # a morning's work
+REVIEW_PROBLEMS = 200
+REVIEW_THUMB_PX = 160
+
+
+@dataclass(frozen=True)
+class PrelabelOptions(lct.RunOptions):
+    """Give every detected object a class of a finished run, or `unknown`, for annotation tools."""
+
+    images: Path | None = lct.option(
+        None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR", needed=True
+    )
+    detections: Path | None = lct.option(
+        None,
+        "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
+        "pre-labelling",
+        metavar="PATH",
+    )
+    out: Path | None = lct.option(
+        None,
+        "where the labels are written; an unfinished job in it is continued",
+        "pre-labelling",
+        metavar="DIR",
+        needed=True,
+    )
+    formats: str = lct.option(
+        ",".join(label_files.WRITERS), "what to write, with commas between", "pre-labelling", metavar="LIST"
+    )
+    box_pad: float = lct.option(
+        0.0,
+        "share of a box's side added on each side: as loose as the training crops were cut",
+        "pre-labelling",
+        low=0.0,
+        high=5.0,
+    )
+
+
+def check_options(options: PrelabelOptions) -> None:
+    """Check everything that can be known of the options without reading images; writes nothing.
+
+    Raises:
+        UserError: a format that is none, or a file or folder that is missing, of the wrong kind, or holds something else.
+    """
+    for word in options.formats.split(","):
+        if word not in label_files.WRITERS:
+            reason = f"{word or 'an empty name'} is no format of labels"
+            raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_files.WRITERS)}")
+    lct.check_run_paths(options)
+    lct.check_folder(options, "images", "give the folder that the detections' file names start from")
+    if options.detections is not None and not options.detections.exists():
+        raise lct.UserError("does not exist", options.said("detections"), "check the path")
+    out = options.out.resolve()
+    images = options.images.resolve()
+    if out == images or images in out.parents:
+        reason = "lies inside --images, where it would be taken for images"
+        raise lct.UserError(reason, options.said("out"), "choose a folder outside the images")
+    if out.exists() and not out.is_dir():
+        raise lct.UserError("is a file, not a folder", options.said("out"), "choose another path")
+    is_used = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
+    if is_used and not (out / ANSWERS_NAME).exists():
+        raise lct.UserError("is neither empty nor a folder of pre-labels", options.said("out"), "choose a new folder")
+
+
+# --- what is to be answered
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The images and the objects found in them: image i has objects `borders[i]` to `borders[i + 1]`."""
+
+    root: Path
+    paths: lct.PathTable  # (M,) relative to root
+    stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
+    image_ids: list[Any]  # (M,) those of the COCO file, else from 1 on
+    sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
+    objects: lct.PathTable  # (N,) JSON as `label_files.to_pixels` reads it: flat in memory, whatever polygons it holds
+    borders: np.ndarray  # (M + 1,) int64
+    problems: list[label_files.Problem]  # known so far
+    notes: list[str]  # worth a line in the log
+
+
+def read_detections(options: PrelabelOptions) -> Detections:
+    """List the images, and the objects that the detections name in them; no image is opened.
+
+    Raises:
+        UserError: no images, nothing to read, a file that is not what it should be, or no object at all.
+    """
+    tree = lct.list_image_tree(options.images)
+    source = options.detections
+    if not tree.paths:
+        raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+    try:
+        found = label_files.read_objects(source, tree.paths)
+    except label_files.LabelError as error:
+        raise lct.UserError(error.what, f"--detections {error.where}", error.remedy) from error
+    if not found.objects:
+        why = f": {found.problems[0].image} {found.problems[0].reason}" if found.problems else ""
+        raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", "check both paths")
+    paths = [tree.paths[number] for number in found.images]
+    problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    for name in dict.fromkeys(options.formats.split(",")):
+        problems.extend(label_files.WRITERS[name].find_problems(paths))
+    image_numbers = np.array([number for number, _ in found.objects], dtype=np.int64)
+    order = np.argsort(image_numbers, kind="stable")
+    return Detections(
+        root=options.images,
+        paths=lct.PathTable(paths),
+        stamps=tree.stamps[found.images],
+        image_ids=found.image_ids,
+        sizes=np.array(found.sizes, dtype=np.int64).reshape(-1, 2),
+        objects=lct.PathTable([found.objects[index][1] for index in order.tolist()]),
+        borders=np.concatenate([[0], np.cumsum(np.bincount(image_numbers, minlength=len(paths)))]),
+        problems=problems,
+        notes=found.notes,
+    )
+
+
+class Unit(NamedTuple):
+    """Some objects of one image, answered together."""
+
+    image: int
+    first: int
+    last: int  # exclusive
+    digest: str  # of the image's path, size and time, and of the objects: the name of the answers on disk
+
+
+def plan_units(detections: Detections) -> list[Unit]:
+    """Return what is to be answered: an image each, in parts if it has many objects; one without objects is a unit too."""
+    units = []
+    for image in range(len(detections.paths)):
+        low, high = detections.borders[image : image + 2].tolist()
+        head = f"{detections.paths[image]}\n{detections.stamps[image].tolist()}{detections.sizes[image].tolist()}"
+        for first in range(low, max(high, low + 1), UNIT_OBJECTS):
+            last = min(first + UNIT_OBJECTS, high)
+            digest = hashlib.blake2b(f"{head}\n{first - low}".encode(), digest_size=12)
+            for source in range(first, last):
+                digest.update(detections.objects[source].encode() + b"\n")
+            units.append(Unit(image, first, last, digest.hexdigest()))
+    return units
+
+
+def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
+    """Return the units in groups of about `batch` crops; they do not depend on what is answered already."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if room <= 0:
+            groups.append([])
+            room = batch
+        groups[-1].append(unit)
+        room -= max(1, unit.last - unit.first)
+    return groups
+
+
+# --- cutting
+
+
+class Cut(NamedTuple):
+    """What a loader learns of a unit, besides the crops."""
+
+    unit: Unit
+    size: tuple[int, int]  # width and height of the upright image; 0, 0 = it cannot be used
+    # Of each crop: its object; x, y, width, height in px, clipped, not padded; whether it was cut with a mask.
+    objects: list[tuple[int, tuple[float, ...], bool]]
+    problems: list[tuple[int, str]]  # object, or -1 for the whole image
+
+
+class CutBatch(NamedTuple):
+    """What a loader yields."""
+
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units in turn
+    cuts: list[Cut]
+
+
+class DetectionDataset(Dataset):
+    """Crops by `Unit`: one decode of an image gives all of them."""
+
+    def __init__(self, detections: Detections, run: lct.TrainedRun, box_pad: float) -> None:
+        self.detections = detections
+        self.transform = run.transform()
+        self.box_pad = box_pad
+        self.uses_masks = run.config.crop_mode != "bbox"
+        self.side = run.config.img_size
+
+    def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], Cut]:
+        path = self.detections.root / self.detections.paths[unit.image]
+        try:
+            image = lct.load_image(path) if unit.last > unit.first else None
+            size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
+        except lct.ImageError as error:
+            return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
+        claimed = tuple(self.detections.sizes[unit.image].tolist())
+        if claimed != size and 0 not in claimed:
+            reason = "is {} x {} px, but {} x {} px in the detections".format(*size, *claimed)
+            if claimed == size[::-1]:
+                reason += "; the boxes are those of the pixels before the EXIF rotation"
+            return [], Cut(unit, (0, 0), [], [(-1, reason)])
+        cut = Cut(unit, size, [], [])
+        crops = (self._cut_object(image, source, cut) for source in range(unit.first, unit.last))
+        return [crop for crop in crops if crop is not None], cut
+
+    def _cut_object(self, image: np.ndarray, source: int, cut: Cut) -> np.ndarray | None:
+        """Return the crop of an object, and enter it in `cut`; or enter why there is none."""
+        width, height = cut.size
+        detection = label_files.to_pixels(json.loads(self.detections.objects[source]), width, height)
+        try:
+            box = label_files.find_box(detection, width, height)
+        except label_files.BoxError as error:
+            cut.problems.append((source, str(error)))
+            return None
+        window = label_files.pad_box(box, self.box_pad, width, height)
+        mask = None
+        if self.uses_masks and detection.get("segmentation"):
+            try:
+                mask = label_files.read_segmentation(detection["segmentation"], cut.size, window).astype(np.uint8) * 255
+                if not mask.any():
+                    raise label_files.BoxError("has an empty mask")
+            except label_files.BoxError as error:
+                mask = None
+                cut.problems.append((source, f"{error}; it is judged with its background"))
+        left, top, right, bottom = window
+        try:
+            crop = self.transform(image[top:bottom, left:right], mask, 0)
+        except lct.ImageError as error:
+            cut.problems.append((source, str(error)))
+            return None
+        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
+        return crop
+
+    def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:
+        """Stack the crops of all units."""
+        crops = [crop for crops_of_unit, _ in samples for crop in crops_of_unit]
+        stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
+        return CutBatch(torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples])
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image once it is upright, without decoding it.
+
+    Raises:
+        ImageError: with the reason.
+    """
+    with lct.opened_image(lct.read_file(path)) as image:
+        return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+
+
+# --- answers
+
+
+class Prelabel(NamedTuple):
+    """An object and its answer."""
+
+    source: int  # number of the object in the detections
+    box: Sequence[float]  # x, y, width, height in px of the upright image, clipped
+    has_mask: bool  # it was judged by
+    label: int  # most similar class
+    is_known: bool  # the similarity reaches the threshold of that class; else the answer is `unknown`
+    cosine: float  # similarity to that class, by the gallery's matcher
+    probability: float  # softmax(score / temperature) of that class
+    runner_up: int  # second class, -1 if there is but one
+    margin: float  # cosine less that of the runner-up; 2 if there is none
+    reference: int  # nearest reference of that class, a position in the stacks
+    rival: int  # nearest reference of the runner-up, -1 if there is none
+
+
+class AnsweredImage(NamedTuple):
+    """An image and the answers for its objects."""
+
+    image: int
+    path: str
+    size: tuple[int, int]  # width, height
+    objects: list[Prelabel]
+
+
+def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
+    """Return the fields of `Prelabel` from `label` on, for embeddings (N, D)."""
+    if not len(embeddings):
+        return []
+    scores = gallery.scores(embeddings)
+    rows = np.arange(len(scores))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    labels = order[:, 0]
+    best = scores[rows, labels]
+    is_known = best >= gallery.thresholds[labels]
+    probabilities = np.exp(lct.log_softmax(scores / gallery.temperature))[rows, labels]
+    has_second = scores.shape[1] > 1
+    seconds = order[:, 1] if has_second else np.full(len(rows), -1)
+    margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)
+    rivals = lct.nearest_references(gallery, embeddings, seconds) if has_second else seconds
+    best, probabilities, margins = np.round(np.stack([best, probabilities, margins]).astype(np.float64), 6)
+    nearest = lct.nearest_references(gallery, embeddings, labels)
+    columns = (labels, is_known, best, probabilities, seconds, margins, nearest, rivals)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class AnswerFile:
+    """Answers on disk, a line a unit, in the order in which they came; in memory is only where each starts.
+
+    The first line says what they are a function of besides images and objects. With another one the file starts afresh; half a
+    line at its end, which a kill leaves, is cut off.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._starts: dict[str, int] = {}  # digest of a unit -> where its line starts
+        header = (json.dumps({"key": key}) + "\n").encode()
+        if not self._read_starts(path, header):
+            lct.write_bytes(path, header)
+        self._end = path.stat().st_size
+        self._log = lct.LineFile(path)
+        self._file = open(path, "rb")  # noqa: SIM115  closed below
+
+    def _read_starts(self, path: Path, header: bytes) -> bool:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            if file.readline() != header:
+                return False
+            start = file.tell()
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.truncate(path, start)
+                    break
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is answered again
+                    self._starts[json.loads(line)["unit"]] = start
+                start += len(line)
+        return True
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._starts
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the answers of some units, all or none.
+
+        Raises:
+            UserError: the disk is full; what was there before stays.
+        """
+        lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
+        self._log.append("".join(lines))
+        for record, line in zip(records, lines, strict=True):
+            self._starts[record["unit"]] = self._end
+            self._end += len(line)  # ASCII
+
+    def read(self, digest: str) -> dict[str, Any]:
+        """Return the answers of a unit."""
+        self._file.seek(self._starts[digest])
+        return json.loads(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._log.close()
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Prelabels:
+    """All answers; iterating reads them from disk, image by image in the order of the detections."""
+
+    detections: Detections
+    units: list[Unit]
+    answers: AnswerFile
+    gallery: lct.Gallery
+    meta: dict[str, Any]  # of the gallery
+    box_pad: float
+
+    def __iter__(self) -> Iterator[AnsweredImage]:
+        for image, units in itertools.groupby(self.units, key=operator.attrgetter("image")):
+            records = [self.answers.read(unit.digest) for unit in units]
+            if 0 in records[0]["size"]:  # it cannot be used; `problems` tells why
+                continue
+            first = int(self.detections.borders[image])
+            rows = itertools.chain.from_iterable(record["objects"] for record in records)
+            objects = [Prelabel(first + offset, *fields) for offset, *fields in rows]
+            yield AnsweredImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
+
+    def problems(self) -> Iterator[label_files.Problem]:
+        """Yield what got no answer or a worse one, and why."""
+        yield from self.detections.problems
+        for unit in self.units:
+            path = self.detections.paths[unit.image]
+            first = int(self.detections.borders[unit.image])
+            for source, reason in self.answers.read(unit.digest)["problems"]:
+                detection_id = None if source < 0 else self.detection(first + source).get("id")
+                yield label_files.Problem(path, detection_id, reason)
+
+    def detection(self, source: int) -> dict[str, Any]:
+        """Return an object as it was in the detections."""
+        return json.loads(self.detections.objects[source])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the labels: all classes, and last the one of an object that is none of them."""
+        unknown = "unknown"
+        while unknown in self.gallery.class_names:
+            unknown += "_"
+        return (*self.gallery.class_names, unknown)
+
+    def number(self, prelabel: Prelabel) -> int:
+        """Return the position of an object's label in `names`."""
+        return prelabel.label if prelabel.is_known else len(self.names) - 1
+
+    def doubt(self, prelabel: Prelabel) -> float:
+        """Return how little the similarities would have to change for another answer, in cosine."""
+        distance = abs(prelabel.cosine - float(self.gallery.thresholds[prelabel.label]))
+        return min(distance, prelabel.margin) if prelabel.is_known else distance
+
+    @property
+    def model(self) -> str:
+        """Return what annotation tools are told of the model."""
+        return f"{self.meta['model_id']} {self.meta['weights_hash']}"
+
+    def label_set(self) -> label_files.LabelSet:
+        """Return the answers as labels.py writes them."""
+        description = f"pre-labels by {lct.SCRIPT_NAME}"
+        return label_files.LabelSet(self.detections.root, self.names, self.model, description, self._labelled_images)
+
+    def _labelled_images(self) -> Iterator[label_files.LabelledImage]:
+        gallery = self.gallery
+        for image in self:
+            objects = []
+            for item in image.objects:
+                detection = label_files.to_pixels(self.detection(item.source), *image.size)
+                has_second = item.runner_up >= 0
+                details = {
+                    "best_class": gallery.class_names[item.label],
+                    "cosine": item.cosine,
+                    "threshold": round(float(gallery.thresholds[item.label]), 6),
+                    "probability": item.probability,
+                    "runner_up": gallery.class_names[item.runner_up] if has_second else None,
+                    "margin": item.margin if has_second else None,
+                    "nearest_reference": gallery.stack_paths[item.reference],
+                    "judged_by_mask": item.has_mask,
+                    "detection_id": detection.get("id"),
+                    "detection_category": detection.get("category_id"),
+                    "detection_score": detection.get("score"),
+                }
+                objects.append(
+                    label_files.LabelledObject(
+                        number=item.source,
+                        box=item.box,
+                        label=self.number(item),
+                        score=item.probability,
+                        details=details,
+                        segmentation=detection.get("segmentation"),
+                        is_crowd=detection.get("iscrowd") == 1,
+                    )
+                )
+            image_id = self.detections.image_ids[image.image]
+            yield label_files.LabelledImage(image.image, image_id, image.path, image.size, objects)
+
+
+def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
+    """Answer every object that --out does not hold an answer for yet."""
+    units = plan_units(detections)
+    with open(run.path / "prototypes.npz", "rb") as file:
+        gallery_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    # An answer is a function of these, besides the image and the object; 1 is the version of the answers.
+    settings = [1, gallery_hash, run.meta["weights_hash"], str(run.model.backbone.dtype), run.runtime.device.type]
+    key = hashlib.sha256(json.dumps([*settings, options.box_pad]).encode()).hexdigest()[:24]
+    answers = AnswerFile(options.out / ANSWERS_NAME, key)
+    groups = group_units(units, options.batch)
+    waiting = [group for group in groups if not all(unit.digest in answers for unit in group)]
+    num_done = len(units) - sum(map(len, waiting))
+    if num_done:
+        lct.show(f"{num_done:,} of {len(units):,} images are answered already")
+    if waiting:
+        bar = lct.progress((), len(units), "pre-labelling", unit="image")
+        bar.update(num_done)
+        with contextlib.closing(bar):
+            for records in answer_batches(run, detections, waiting, options):
+                answers.append(records)
+                bar.update(len(records))
+    return Prelabels(detections, units, answers, run.gallery, run.meta, options.box_pad)
+
+
+def answer_batches(
+    run: lct.TrainedRun, detections: Detections, groups: list[list[Unit]], options: PrelabelOptions
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of each group of units; the processes that torchrun has started take turns."""
+    lct.TEAM.call("answer", detections, groups, options)
+    dataset = DetectionDataset(detections, run, options.box_pad)
+    batch_size = -(-options.batch // lct.TEAM.size)
+
+    def answer(batch: CutBatch) -> list[dict[str, Any]]:
+        embeddings = run.embed(batch.images, batch_size) if len(batch.images) else np.zeros((0, 1), np.float32)
+        fields = iter(answer_crops(run.gallery, embeddings))
+        records = []
+        for cut in batch.cuts:
+            first = int(detections.borders[cut.unit.image])  # objects are numbered from there: others may come or go
+            objects = [[source - first, box, has_mask, *next(fields)] for source, box, has_mask in cut.objects]
+            problems = [(source if source < 0 else source - first, reason) for source, reason in cut.problems]
+            records.append({"unit": cut.unit.digest, "size": cut.size, "objects": objects, "problems": problems})
+        return records
+
+    return lct.take_turns(lambda units: lct.make_loader(dataset, units, options, run.runtime), groups, answer)
+
+
+class PrelabelHelper(lct.Helper):
+    """What a process of torchrun that is not the first does for pre-labelling."""
+
+    def answer(self, *args: Any) -> None:
+        """Do a part of `answer_batches`."""
+        deque(answer_batches(self.run, *args), maxlen=0)
+
+
+# --- writing
+
+
+def write_labels(out: Path, name: str, labels: label_files.LabelSet) -> None:
+    """Write the labels in one format: each file appears whole, or a folder of very many files all at once."""
+    writer = label_files.WRITERS[name]
+    fresh = out / f".{name}.{os.getpid()}.tmp"
+    folder = fresh if writer.is_exchanged else out
+    for path, content in writer.write(labels):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            with contextlib.suppress(OSError):  # a file system may have no links
+                if target.is_symlink():
+                    target.unlink()
+                target.symlink_to(content.resolve(), target_is_directory=True)
+            continue
+        with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
+            for text in content:
+                file.write(text.encode("utf-8", "backslashreplace"))
+    if writer.is_exchanged:
+        old = out / f".{name}.old.{os.getpid()}.tmp"
+        if (out / name).exists():
+            (out / name).rename(old)
+        (fresh / name).rename(out / name)
+        lct.sync_folder(out)
+        shutil.rmtree(old, ignore_errors=True)
+        fresh.rmdir()
+
+
+def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: PrelabelOptions) -> dict[str, Any]:
+    """Write the answers in every format that is asked for, the problems and the review page; return the summary.
+
+    Raises:
+        UserError: there is no answer at all.
+    """
+    problems = [problem._asdict() for problem in prelabels.problems()]
+    lct.write_json(options.out / "problems.json", problems)
+    counts = np.zeros(len(prelabels.names), dtype=np.int64)
+    num_images = 0
+    num_masked = 0
+    for image in prelabels:
+        num_images += 1
+        for item in image.objects:
+            counts[prelabels.number(item)] += 1
+            num_masked += item.has_mask
+    num_objects = int(counts.sum())
+    if not num_objects:
+        first = f"{problems[0]['image']} {problems[0]['reason']}" if problems else "no image has objects"
+        raise lct.UserError(
+            f"not one object can be labelled: {first}", str(options.images), "see problems.json in --out"
+        )
+    if run.config.crop_mode == "mask" and num_objects > num_masked:
+        lct.show(
+            f"warning: the run was trained on masked crops alone, and {num_objects - num_masked:,} objects have no mask:"
+            " expect worse answers"
+        )
+    labels = prelabels.label_set()
+    names = [name for name in label_files.WRITERS if name in options.formats.split(",")]
+    for name in lct.progress(names, len(names), "writing", unit="format"):
+        write_labels(options.out, name, labels)
+    summary = {
+        "images": num_images,
+        "objects": num_objects,
+        "unknown": int(counts[-1]),
+        "judged_by_mask": num_masked,
+        "classes": dict(zip(prelabels.names, counts.tolist(), strict=True)),
+        "model": prelabels.model,
+        "matcher": prelabels.gallery.matcher,
+        "box_pad": prelabels.box_pad,
+        "problems": len(problems),
+    }
+    lct.write_json(options.out / "summary.json", summary)
+    write_review(prelabels, summary, run.config.data_root, options.out / "review.html")
+    return summary
+
+
+def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path, path: Path) -> None:
+    """Write the objects whose answer is easiest to overturn as one self-contained page, the least certain first.
+
+    Args:
+        prelabels: all answers; they are read once.
+        summary: what `write_prelabels` counted.
+        data_root: that of the run, for the pictures of the references; they are left out where it has gone.
+        path: the page.
+    """
+    import jinja2
+
+    pairs = ((image, item) for image in prelabels for item in image.objects)
+    chosen = heapq.nsmallest(REVIEW_CARDS, pairs, key=lambda pair: prelabels.doubt(pair[1]))
+    bar = lct.progress(chosen, len(chosen), "review", unit="object")
+    cards = [_make_card(prelabels, data_root, image, item) for image, item in bar]
+    problems = list(itertools.islice(prelabels.problems(), REVIEW_PROBLEMS))
+    # Names may hold markup: they are escaped. A name that the template misspells is a bug, not an empty cell.
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["count"] = "{:,}".format
+    template = environment.from_string(Path(__file__).with_name("review.html.j2").read_text(encoding="utf-8"))
+    page = template.render(summary=summary, cards=cards, problems=problems)
+    lct.write_bytes(path, page.encode("utf-8", "backslashreplace"))
+
+
+def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item: Prelabel) -> dict[str, Any]:
+    """Return what the page shows of an object; pictures are data URIs, None where a file is gone."""
+    gallery = prelabels.gallery
+    has_second = item.runner_up >= 0
+    threshold = float(gallery.thresholds[item.label])
+    distance = abs(item.cosine - threshold)
+    reason = f"{distance:.3f} {'above' if item.is_known else 'below'} the threshold"
+    if item.is_known and item.margin < distance:
+        reason = f"{item.margin:.3f} ahead of the runner-up"
+    figures = f"cosine {item.cosine:.3f}, threshold {threshold:.3f}, probability {item.probability:.2f}"
+    if has_second:
+        figures += f", margin {item.margin:.3f}"
+    edges = label_files.pad_box(item.box, prelabels.box_pad, *image.size)
+    reference_path = gallery.stack_paths[item.reference]
+    rival_path = gallery.stack_paths[item.rival] if has_second else None
+    return {
+        "path": image.path,
+        "answer": prelabels.names[prelabels.number(item)],
+        "is_known": item.is_known,
+        "best": gallery.class_names[item.label],
+        "runner_up": gallery.class_names[item.runner_up] if has_second else None,
+        "figures": figures,
+        "reason": reason,
+        "crop": _make_picture(prelabels.detections.root / image.path, edges),
+        "reference": _make_picture(data_root / reference_path),
+        "rival": _make_picture(data_root / rival_path) if has_second else None,
+        "reference_path": reference_path,
+        "rival_path": rival_path,
+    }
+
+
+def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None) -> str | None:
+    """Return a small picture, or the part of it between left, top, right, bottom; None if it was deleted or damaged meanwhile."""
+    try:
+        picture = Image.fromarray(lct.load_image(path)).crop(edges)
+    except lct.ImageError:
+        return None
+    picture.thumbnail((REVIEW_THUMB_PX, REVIEW_THUMB_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def label_photos(options: PrelabelOptions) -> None:
+    """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
+    check_options(options)
+    lct.keep_freed_memory()
+    runtime = lct.answer_runtime(options)
+    detections = read_detections(options)
+    run = lct.load_run(options.run, runtime, options.backbone_weights)
+    lct.create_out_dir(options.out, "--out")
+    with lct.lock_directory(options.out, "--out"):
+        for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote
+            for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for note in detections.notes:
+            lct.show(note)
+        lct.show(f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {runtime.describe()}")
+        prelabels = answer_objects(run, detections, options)
+        with contextlib.closing(prelabels.answers):
+            summary = write_prelabels(prelabels, run, options)
+    counts = f"{summary['objects']:,} objects in {summary['images']:,} images: {summary['unknown']:,} unknown"
+    lct.show(
+        f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {options.out}; begin with review.html"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pre-label as the command line says, and return the exit code."""
+    return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, PrelabelHelper)
+
+
+if __name__ == "__main__":
+    lct.exit_process(main())
