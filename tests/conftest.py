@@ -19,7 +19,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS
 
 import numpy as np
 import pytest
-from killing import Nursery
+from killing import Nursery, find_main
 from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
@@ -108,14 +108,17 @@ def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
 
 
 def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
-    """Run `main`, of the script or of a tool, in this process, without leaving its signal handlers behind."""
+    """Run `main`, of the script or of the tool that it would start, in this process, without leaving its signal handlers behind."""
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         with warnings.catch_warnings():
-            return (main or lct.main)([str(arg) for arg in args])
+            words = [str(arg) for arg in args]
+            if main is None:
+                main, words, _ = find_main(lct, words)
+            return main(words)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

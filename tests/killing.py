@@ -137,6 +137,13 @@ def count_calls(module: Any, path: Path) -> None:
     module.count_calls_done = lambda: path.write_text(json.dumps(numbers))
 
 
+def find_main(module: Any, words: list[str]) -> tuple[Any, list[str], Any]:
+    """Return what the script runs for the words of a command line, the words for it, and its module: a tool stands for itself."""
+    if words and (REPO / "tools" / f"{words[0]}.py").is_file():
+        module, words = importlib.import_module(words[0]), words[1:]
+    return module.main, words, module
+
+
 def run_child(module: Any, job: dict[str, Any]) -> int:
     """Do one job in a forked process and return its exit code."""
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -151,6 +158,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
         os.dup2(writer, 1)
         os.dup2(writer, 2)
     os.environ.update(job.get("env", {}))
+    main, words, module = find_main(module, job["argv"])
     if "count" in job:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
@@ -164,7 +172,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
     if "function" in job:
         file, name = job["function"]
         return getattr(importlib.import_module(file), name)(*job["argv"])
-    code = module.main(job["argv"])
+    code = main(words)
     if "count" in job:
         module.count_calls_done()
     return code
@@ -172,7 +180,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Read jobs and fork a child for each, one job at a time, or one for each of its `ranks`; only exit codes come back."""
-    sys.path.insert(0, str(REPO))
+    sys.path[:0] = [str(REPO), str(REPO / "tools")]
     module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
     for name in LAZY.split():
         importlib.import_module(name)

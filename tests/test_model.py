@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import export
 import numpy as np
 import pytest
 import safetensors.torch
@@ -535,7 +536,7 @@ def test_a_run_starts_from_all_that_another_one_has_learned(kind: str, sources: 
         gallery, meta = lct.load_gallery(path / "prototypes.npz")
         path = tmp_path / "model.safetensors"
         lct.merge_lora(source.model.backbone.model)
-        lct.export_safetensors(dataclasses.replace(source, gallery=gallery, meta=meta), path)
+        export.export_safetensors(dataclasses.replace(source, gallery=gallery, meta=meta), path)
     model, said = start_from(path, classes)
     torch.testing.assert_close(cosines(model), cosines(source.model), rtol=1e-4, atol=1e-4)
     assert "3 of 3 classes are taken" in said and "at random" not in said

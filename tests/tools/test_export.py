@@ -1,4 +1,4 @@
-"""Command export: what other programs get answers as PyTorch does."""
+"""tools/export.py: what other programs get answers as PyTorch does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import export
 import numpy as np
 import pytest
 import safetensors.torch
@@ -46,7 +47,7 @@ def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, match
     if matcher == "prototypes":
         stacks = [gallery.stacks[gallery.stack_labels == label] for label in range(3)]
         gallery = lct.take_prototypes(gallery, [stacks[0][:3], stacks[1][:1], stacks[2][:2]])
-    model = lct.ExportedModel(lct.dataclasses.replace(trained, gallery=gallery)).eval()
+    model = export.ExportedModel(lct.dataclasses.replace(trained, gallery=gallery)).eval()
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         embeddings, scores, probabilities, labels = (output.numpy() for output in model(images))
@@ -117,7 +118,7 @@ def test_a_gallery_matched_by_nearest_references_is_exported_without_a_word(
     gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]))
     crops = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     run = lct.dataclasses.replace(trained, gallery=gallery)
-    assert lct.export_onnx(run, tmp_path / "model.onnx", crops) < lct.EXPORT_TOLERANCE
+    assert export.export_onnx(run, tmp_path / "model.onnx", crops) < export.TOLERANCE
     told = capfd.readouterr()
     assert told.err == "" and told.out == "", "the exporter shows its graph when a size depends on the data"
 
@@ -143,16 +144,16 @@ def test_an_onnx_file_that_answers_otherwise_is_not_written(
     trained: lct.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     pytest.importorskip("onnxruntime")
-    real = lct.ExportedModel.forward
+    real = export.ExportedModel.forward
 
-    def drift(self: lct.ExportedModel, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def drift(self: export.ExportedModel, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embeddings, scores, probabilities, labels = real(self, images)
         return embeddings, scores + (error if torch.compiler.is_exporting() else 0.0), probabilities, labels
 
-    monkeypatch.setattr(lct.ExportedModel, "forward", drift)
+    monkeypatch.setattr(export.ExportedModel, "forward", drift)
     crops = np.zeros((3, 32, 32, 3), np.uint8)
     with pytest.raises(lct.UserError, match="answers otherwise"):
-        lct.export_onnx(trained, tmp_path / "model.onnx", crops)
+        export.export_onnx(trained, tmp_path / "model.onnx", crops)
     assert not (tmp_path / "model.onnx").exists()
 
 

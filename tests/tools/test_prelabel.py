@@ -1,4 +1,4 @@
-"""Section 16 and the command prelabel: what goes in comes out once, in files that the real tools read."""
+"""tools/prelabel.py: what goes in comes out once, in files that the real tools read; interrupted, it goes on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import labels
 import numpy as np
+import prelabel
 import pytest
 import torch
 from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
@@ -344,34 +346,9 @@ def test_padding_widens_the_crop_and_not_the_box(
     rows, plain = read_rows(tmp_path / "out"), read_rows(labelled)
     assert [box_of(row) for row in rows] == [box_of(row) for row in plain]
     assert [row["cosine"] for row in rows] != [row["cosine"] for row in plain]
-    assert lct.pad_box((10, 20, 40, 80), 0.25, 300, 240) == (0, 0, 60, 120)
-    assert lct.pad_box((10, 20, 40, 80), 0.25, 55, 110) == (0, 0, 55, 110)
-    assert lct.pad_box((99.998, 5, 0.2, 0.2), 0.0, 100, 240) == (99, 5, 100, 6)  # never nothing
 
 
 # --- masks
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
-def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        height, width = rng.integers(1, 40, 2)
-        mask = rng.random((height, width)) < rng.random()
-        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        text = packed["counts"].decode()
-        size, window = (int(width), int(height)), (width // 3, height // 4, int(width), height // 4 + 1)
-        part = lct.read_segmentation({"size": [height, width], "counts": text}, size, window)
-        assert (part == mask[height // 4 : height // 4 + 1, width // 3 :]).all()
-        counts = lct.unpack_rle(text)
-        assert sum(counts) == mask.size and (lct.decode_rle(counts, width, height) == mask).all()
-    for _ in range(30):
-        angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 7)), rng.uniform(20, 45, 7)
-        polygon = (50 + np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)).ravel().tolist()
-        theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 100, 100))).astype(bool)
-        ours = lct.read_segmentation([polygon], (100, 100), (0, 0, 100, 100))
-        assert (ours != theirs).sum() < 40  # they disagree only where the outline runs through a pixel's centre
-        assert (lct.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
@@ -387,9 +364,13 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
         Image.fromarray(mask.astype(np.uint8) * 255).save(path.parent / "masks" / f"{path.stem}_mask.png")
     run = train(tmp_path / "run", data, "--crop_mode", "mask", "--epochs", "1")
     triangle = [60.0, 30.0, 110.0, 110.0, 20.0, 100.0]
-    mask = lct.read_segmentation([triangle], (128, 128), (0, 0, 128, 128))
+    mask = labels.read_segmentation([triangle], (128, 128), (0, 0, 128, 128))
     packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    kinds = [[triangle], {"size": [128, 128], "counts": packed}, {"size": [128, 128], "counts": lct.unpack_rle(packed)}]
+    kinds = [
+        [triangle],
+        {"size": [128, 128], "counts": packed},
+        {"size": [128, 128], "counts": labels.unpack_rle(packed)},
+    ]
     images, annotations = [], []
     for number in range(6):  # one object on six backgrounds; the mask is given in three ways
         rng = np.random.default_rng(number)
@@ -417,6 +398,19 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
     assert "2 objects have no mask" in capsys.readouterr().out
     problems = json.loads((tmp_path / "out" / "problems.json").read_text())
     assert [problem["detection"] for problem in problems] == [0, 1]
+
+
+def test_a_format_that_is_entered_in_the_table_is_written(
+    finished_run: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
+) -> None:
+    def write_names(label_set: labels.LabelSet) -> Iterator[labels.LabelFile]:
+        yield "names/all.txt", (f"{image.path} {len(image.objects)}\n" for image in label_set.images())
+
+    monkeypatch.setitem(labels.WRITERS, "names", labels.Writer(write_names))
+    source = scene.write_coco(tmp_path / "coco.json")
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source, "--formats", "names")) == 0
+    text = (tmp_path / "out" / "names" / "all.txt").read_text(encoding="utf-8")
+    assert text == "".join(f"{name} {len(scene.boxes[name])}\n" for name in NAMES)
 
 
 # --- what is wrong with the input is named
@@ -495,22 +489,6 @@ def test_boxes_lie_on_the_upright_image(
     assert problem["image"] == "2.png" and "before the EXIF rotation" in problem["reason"]
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("0 0.5 0.5 0.1", "has 4 numbers"),
-        ("x 0.5 0.5 0.1 0.1", "not a line of numbers"),
-        ("0.5 0.5 0.5 0.1 0.1", "class number"),
-        ("-1 0.5 0.5 0.1 0.1", "class number"),
-        ("0 nan 0.5 0.1 0.1", "not finite"),
-        ("0", "has 1 numbers"),
-    ],
-)
-def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
-    with pytest.raises(lct.BoxError, match=reason):
-        lct.parse_yolo_line(line)
-
-
 def test_odd_yolo_folders_are_explained(
     finished_run: Path, tmp_path: Path, scene: Scene, call_main: Callable[..., int]
 ) -> None:
@@ -527,26 +505,6 @@ def test_odd_yolo_folders_are_explained(
     assert "no image of its name" in told["orphan.txt", None]
     assert any("same .txt" in item["reason"] for item in problems if item["image"] == "1.png")
     assert len(read_rows(tmp_path / "out")) == 1
-
-
-def test_hostile_segmentations_raise_nothing_else() -> None:
-    rng = np.random.default_rng(1)
-    atoms = [None, True, -1, 0, 3, 10**400, 1e308, float("nan"), "", "x", "ÿ" * 40, "o" * 500, [], {}, [[]], [[1] * 6]]
-    for _ in range(3000):
-        pick = [atoms[i] for i in rng.integers(0, len(atoms), 8)]
-        segmentation = pick[0] if rng.random() < 0.3 else {"size": [4, 5] if rng.random() < 0.8 else pick[1]}
-        if isinstance(segmentation, dict):
-            segmentation["counts"] = pick[2] if rng.random() < 0.5 else pick[3:6]
-        detection = {"bbox": pick[6] if rng.random() < 0.3 else [pick[7], 1, 2, pick[5]], "segmentation": segmentation}
-        for key in ("", "bbox"):
-            detection.pop(key, None)
-            try:
-                box = lct.find_box(detection, 5, 4)
-                assert 0 <= box[0] < 5 and 0 <= box[1] < 4 and box[2] > 0 and box[3] > 0
-                mask = lct.read_segmentation(segmentation, (5, 4), (0, 0, 5, 4))
-                assert mask.shape == (4, 5) and mask.dtype == bool
-            except lct.BoxError as error:
-                assert str(error)
 
 
 # --- bad input: one sentence, exit code 2
@@ -735,7 +693,7 @@ def test_workers_change_nothing_and_an_image_is_decoded_once(
     decoded: list[str] = []
     load = lct.load_image
     monkeypatch.setattr(lct, "load_image", lambda path: decoded.append(str(path)) or load(path))
-    monkeypatch.setattr(lct, "write_review", lambda *_: None)  # it reads the images once more
+    monkeypatch.setattr(prelabel, "write_review", lambda *_: None)  # it reads the images once more
     source = scene.write_coco(tmp_path / "coco.json")
     assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source)) == 0
     assert sorted(decoded) == sorted(
@@ -768,11 +726,11 @@ def clip_to(box: list[float], width: int, height: int) -> list[float]:
 
 
 def test_memory_does_not_grow_with_the_number_of_objects(finished_run: Path, tmp_path: Path) -> None:
-    code = f"import sys, resource; sys.path.insert(0, {str(REPO)!r}); import lct_dino3\n"
+    code = f"import sys, resource; sys.path.insert(0, {str(REPO / 'tools')!r}); import prelabel\n"
     for num_images in (50, 500):
         source = make_many(tmp_path / str(num_images), num_images)
         words = [str(w) for w in command(finished_run, source.parent / "images", source.parent / "out", source)]
-        code += f"assert lct_dino3.main({words!r}) == 0\n"
+        code += f"assert prelabel.main({words[1:]!r}) == 0\n"
         code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -792,7 +750,7 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     for stem in (hostile.removesuffix(".png"), "b"):
         grid = [(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)]
         (tmp_path / "yolo" / f"{stem}.txt").write_text("".join(f"0 {x} {y} 0.2 0.2\n" for x, y in grid) + "0 9 9 1 1\n")
-    monkeypatch.setattr(lct, "REVIEW_CARDS", 10)
+    monkeypatch.setattr(prelabel, "REVIEW_CARDS", 10)
     out = tmp_path / "out"
     assert call_main(*command(finished_run, tmp_path / "images", out, tmp_path / "yolo")) == 0
     page = (out / "review.html").read_text(encoding="utf-8")
@@ -819,5 +777,5 @@ def test_a_class_called_unknown_keeps_its_name(finished_run: Path) -> None:
     import dataclasses
 
     renamed = dataclasses.replace(gallery, class_names=("unknown", "unknown_", "pliers"))
-    prelabels = lct.Prelabels(None, [], None, renamed, {}, 0.0)
+    prelabels = prelabel.Prelabels(None, [], None, renamed, {}, 0.0)
     assert prelabels.names == ("unknown", "unknown_", "pliers", "unknown__")

@@ -1,0 +1,162 @@
+"""tools/labels.py: boxes and masks of every kind mean the same pixels; what is wrong with a file is said in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import labels
+import numpy as np
+import pytest
+from conftest import REPO
+from pycocotools import mask as coco_mask
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
+def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        height, width = rng.integers(1, 40, 2)
+        mask = rng.random((height, width)) < rng.random()
+        packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = packed["counts"].decode()
+        size, window = (int(width), int(height)), (width // 3, height // 4, int(width), height // 4 + 1)
+        part = labels.read_segmentation({"size": [height, width], "counts": text}, size, window)
+        assert (part == mask[height // 4 : height // 4 + 1, width // 3 :]).all()
+        counts = labels.unpack_rle(text)
+        assert sum(counts) == mask.size and (labels.decode_rle(counts, width, height) == mask).all()
+    for _ in range(30):
+        angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 7)), rng.uniform(20, 45, 7)
+        polygon = (50 + np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)).ravel().tolist()
+        theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 100, 100))).astype(bool)
+        ours = labels.read_segmentation([polygon], (100, 100), (0, 0, 100, 100))
+        assert (ours != theirs).sum() < 40  # they disagree only where the outline runs through a pixel's centre
+        assert (labels.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.5 0.5 0.1", "has 4 numbers"),
+        ("x 0.5 0.5 0.1 0.1", "not a line of numbers"),
+        ("0.5 0.5 0.5 0.1 0.1", "class number"),
+        ("-1 0.5 0.5 0.1 0.1", "class number"),
+        ("0 nan 0.5 0.1 0.1", "not finite"),
+        ("0", "has 1 numbers"),
+    ],
+)
+def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
+    with pytest.raises(labels.BoxError, match=reason):
+        labels.parse_yolo_line(line)
+
+
+def test_hostile_segmentations_raise_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    atoms = [None, True, -1, 0, 3, 10**400, 1e308, float("nan"), "", "x", "ÿ" * 40, "o" * 500, [], {}, [[]], [[1] * 6]]
+    for _ in range(3000):
+        pick = [atoms[i] for i in rng.integers(0, len(atoms), 8)]
+        segmentation = pick[0] if rng.random() < 0.3 else {"size": [4, 5] if rng.random() < 0.8 else pick[1]}
+        if isinstance(segmentation, dict):
+            segmentation["counts"] = pick[2] if rng.random() < 0.5 else pick[3:6]
+        detection = {"bbox": pick[6] if rng.random() < 0.3 else [pick[7], 1, 2, pick[5]], "segmentation": segmentation}
+        for key in ("", "bbox"):
+            detection.pop(key, None)
+            try:
+                box = labels.find_box(detection, 5, 4)
+                assert 0 <= box[0] < 5 and 0 <= box[1] < 4 and box[2] > 0 and box[3] > 0
+                mask = labels.read_segmentation(segmentation, (5, 4), (0, 0, 5, 4))
+                assert mask.shape == (4, 5) and mask.dtype == bool
+            except labels.BoxError as error:
+                assert str(error)
+
+
+def test_a_padded_box_stays_inside_and_is_never_nothing() -> None:
+    assert labels.pad_box((10, 20, 40, 80), 0.25, 300, 240) == (0, 0, 60, 120)
+    assert labels.pad_box((10, 20, 40, 80), 0.25, 55, 110) == (0, 0, 55, 110)
+    assert labels.pad_box((99.998, 5, 0.2, 0.2), 0.0, 100, 240) == (99, 5, 100, 6)
+
+
+@pytest.mark.parametrize(
+    "counts", [[5], [3, 4], [21], [10, -3, 13], [10.0, 10], [2**70], "", "5", "40000", "P", "ooo", "o" * 400, None, {}]
+)
+def test_run_lengths_that_do_not_fill_the_image_are_refused(counts: object) -> None:
+    with pytest.raises(labels.BoxError, match="run lengths"):
+        labels.read_segmentation({"size": [4, 5], "counts": counts}, (5, 4), (0, 0, 5, 4))
+
+
+# --- files that are read
+
+
+def read(path: Path, image_paths: Iterable[str] = ("a.jpg", "deep/b.png")) -> labels.FoundObjects:
+    return labels.read_objects(path, list(image_paths))
+
+
+def test_without_a_source_each_image_is_one_object() -> None:
+    found = labels.read_objects(None, ["a.jpg", "deep/b.png"])
+    assert [number for number, _ in found.objects] == found.images == [0, 1] and found.image_ids == [1, 2]
+    boxes = [labels.find_box(labels.to_pixels(json.loads(text), 30, 20), 30, 20) for _, text in found.objects]
+    assert boxes == [(0, 0, 30, 20)] * 2
+
+
+def test_names_are_compared_composed_and_objects_elsewhere_are_counted(tmp_path: Path) -> None:
+    images = [
+        {"id": "x", "file_name": "./деи\u0306/b.png", "width": 30, "height": True},
+        {"id": 2, "file_name": "no.png"},
+    ]
+    objects = [{"image_id": key, "category_id": 7, "bbox": [1, 2, 3, 4], "comment": "left out"} for key in ("x", 2, 2)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": objects}))
+    found = read(tmp_path / "coco.json", ["деи\u0306/b.png", "деи/b.png"])
+    assert found.images == [0] and found.image_ids == ["x"]
+    assert [(number, json.loads(text)) for number, text in found.objects] == [
+        (0, {"category_id": 7, "bbox": [1, 2, 3, 4]})
+    ]
+    assert found.notes == ["2 objects are in 1 images that are not in --images"]
+    assert found.problems == [labels.Problem("no.png", None, "is not in --images")]
+
+
+def test_a_source_that_is_no_plain_file_is_said_to_be_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(labels.LabelError) as caught:
+        read(tmp_path / "pipe.json")
+    assert caught.value.what == "cannot be read as JSON: is not a regular file"
+    assert caught.value.where == str(tmp_path / "pipe.json") and "COCO" in caught.value.remedy
+    os.mkfifo(tmp_path / "a.txt")  # of a folder of YOLO files
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.txt").write_text("4 .5 .5 .2 .1\n")
+    found = read(tmp_path)
+    assert [(number, json.loads(text)["category_id"]) for number, text in found.objects] == [(1, 4)]
+    assert found.problems == [labels.Problem("a.jpg", None, "has a .txt that cannot be read: is not a regular file")]
+
+
+# --- files that are written
+
+
+def test_every_format_writes_every_object_and_holds_one_image_at_a_time() -> None:
+    alive: list[int] = []
+
+    def images() -> Iterable[labels.LabelledImage]:
+        for number in range(3):
+            alive.append(number)
+            item = labels.LabelledObject(number, (1, 2, 3, 4), number % 2, 0.5, {"best_class": "a\x1b<b", "note": None})
+            yield labels.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
+
+    label_set = labels.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
+    for name, writer in labels.WRITERS.items():
+        for path, content in writer.write(label_set):
+            if isinstance(content, Path):
+                assert content == Path("/photos") and path == f"{name}/images"
+                continue
+            alive.clear()
+            first = next(iter(content), "")
+            assert isinstance(first, str) and len(alive) <= 1, f"{path} goes over all images before its first line"
+        assert path.startswith(f"{name}/") or name == "csv"
+
+
+def test_it_needs_nothing_of_ours_and_no_torch() -> None:
+    code = f"import sys; sys.path.insert(0, {str(REPO / 'tools')!r}); import labels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"torch", "lct_dino3", "PIL", "pycocotools"} & set(done.stdout.split())
