@@ -8,6 +8,8 @@ WRITERS. Raises LabelError for a file that cannot be used as a whole, BoxError f
 from __future__ import annotations
 
 import csv
+import functools
+import io
 import itertools
 import json
 import math
@@ -20,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, unquote
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -29,6 +32,10 @@ MAX_FILE_BYTES = 500_000_000
 YOLO_OTHER_FILES = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "images.txt")
 CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
+READ_REMEDY = (
+    "give a COCO .json with images and annotations, a folder of YOLO .txt, or labels of CVAT (.xml), Label Studio (.json) or"
+    f" a .csv with {','.join(CSV_COLUMNS)}"
+)
 
 
 class LabelError(ValueError):
@@ -136,26 +143,32 @@ def _shrink(item: dict[str, Any]) -> Any:
     return _Annotation(*ids, json.dumps(needed, separators=(",", ":")))
 
 
+def _refuse(path: Path, error: Exception, kind: str) -> LabelError:
+    """Return what to tell of a file that is not of its kind."""
+    reason = str(getattr(error, "strerror", None) or error)[:200]
+    return LabelError(f"cannot be read as {kind}: {reason}", str(path), READ_REMEDY)
+
+
 def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a COCO file.
+    """Return the objects of a COCO file, or of the tasks of Label Studio.
 
     Raises:
         LabelError: not JSON, without the lists that make it COCO, or of other images.
     """
-    remedy = "give the COCO .json with images and annotations, or a folder of YOLO .txt"
     try:
         data = _read_file(path)
         if not data:
             raise ValueError("the file is empty")
         content = json.loads(data, object_hook=_shrink)
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(getattr(error, "strerror", None) or error)[:200]
-        raise LabelError(f"cannot be read as JSON: {reason}", str(path), remedy) from error
+        raise _refuse(path, error, "JSON") from error
     if isinstance(content, list):
-        raise LabelError("is a list of results, which does not say which images they are of", str(path), remedy)
+        if content and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in content):
+            return _read_labelstudio(path, content, image_paths)
+        raise LabelError("is a list of results, which does not say which images they are of", str(path), READ_REMEDY)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise LabelError(f"is no COCO file: it has no list {key}", str(path), remedy)
+            raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
     if isinstance(content.get("categories"), list):  # without that list it says nothing about them
         listed = [item.get("id") for item in content["categories"] if isinstance(item, dict)]
         known = {number for number in listed if isinstance(number, (int, str))}
@@ -166,6 +179,129 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             reason = f"has objects of categories that it does not list: {names}"
             raise LabelError(reason, str(path), "add them to its categories, or leave categories out")
     return _match_images(path, content["images"], content["annotations"], image_paths)
+
+
+class _Rows:
+    """Images and objects of a file that is none of COCO, entered one by one, to be matched as those of COCO are."""
+
+    def __init__(self) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[_Annotation] = []
+        self.problems: list[Problem] = []
+
+    def add_image(self, name: Any, **size: int) -> None:
+        """Enter an image; the objects that follow are in it."""
+        self.images.append({"id": len(self.images) + 1, "file_name": name, **size})
+
+    def add_object(self, detection_id: Any, class_name: str, read_shape: Callable[[], dict[str, Any]]) -> None:
+        """Enter an object, or why its shape is none."""
+        try:
+            detection = {"id": detection_id, "category_id": class_name, **read_shape()}
+        except (BoxError, TypeError, ValueError, AttributeError, KeyError) as error:
+            reason = str(error) if isinstance(error, BoxError) else "has a shape that is not of numbers"
+            self.problems.append(Problem(self.images[-1]["file_name"], detection_id, reason))
+            return
+        text = json.dumps(detection, separators=(",", ":"))
+        self.annotations.append(_Annotation(len(self.images), detection_id, class_name, text))
+
+    def match(self, path: Path, image_paths: Sequence[str]) -> FoundObjects:
+        """Return the objects of those images that are there."""
+        found = _match_images(path, self.images, self.annotations, image_paths)
+        found.problems += self.problems
+        return found
+
+
+def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
+    """Return the regions of tasks: of the last annotation that was not cancelled, else of the last prediction."""
+    rows = _Rows()
+    for task in tasks:
+        url = next((value for value in task["data"].values() if isinstance(value, str)), "")
+        path_of_url, _, query = url.partition("?")
+        local = parse_qs(query).get("d")  # /data/local-files/?d=PATH
+        rows.add_image(local[0] if local else unquote(path_of_url).rpartition("/")[2])
+        lists = [value if isinstance(value, list) else [] for value in map(task.get, ("annotations", "predictions"))]
+        drafts = [draft for drafts in reversed(lists) for draft in drafts if isinstance(draft, dict)]
+        chosen = [draft for draft in drafts if not draft.get("was_cancelled")]
+        regions = chosen[-1].get("result") if chosen else None
+        for region in regions if isinstance(regions, list) else ():
+            value = region.get("value") if isinstance(region, dict) else None
+            if isinstance(value, dict) and str(region.get("type", "")).endswith("labels"):
+                names = value.get(region["type"])
+                name = str(names[0]) if isinstance(names, list) and names else ""
+                rows.add_object(region.get("id"), name, functools.partial(_read_region, value))
+    return rows.match(path, image_paths)
+
+
+def _read_region(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a region, which has percent of the image's sides, in shares of them."""
+    if value.get("rotation"):
+        raise BoxError("is turned, which boxes here are not")
+    if "points" in value:
+        return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
+    if "width" not in value:
+        raise BoxError("is neither a rectangle nor a polygon")
+    x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
+    return {"yolo": [x + w / 2, y + h / 2, w, h]}
+
+
+def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the boxes and polygons of a file of CVAT for images 1.1.
+
+    Raises:
+        LabelError: not XML, without images, or of other images.
+    """
+    rows = _Rows()
+    try:
+        for _, element in ElementTree.iterparse(io.BytesIO(_read_file(path))):
+            if element.tag != "image":
+                continue
+            sides = {key: int(element.get(key, "0")) for key in ("width", "height")}
+            rows.add_image(element.get("name"), **sides)
+            for index, shape in enumerate(element, 1):
+                if shape.tag != "tag":  # of the image as a whole
+                    rows.add_object(index, shape.get("label", ""), functools.partial(_read_cvat_shape, shape))
+            element.clear()
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        raise _refuse(path, error, "XML") from error
+    if not rows.images:
+        raise LabelError("has no images: it is not of CVAT for images 1.1", str(path), READ_REMEDY)
+    return rows.match(path, image_paths)
+
+
+def _read_cvat_shape(shape: ElementTree.Element) -> dict[str, Any]:
+    if float(shape.get("rotation", "0")):
+        raise BoxError("is turned, which boxes here are not")
+    if shape.tag == "polygon":
+        return {"segmentation": [[float(number) for number in shape.get("points").replace(";", ",").split(",")]]}
+    if shape.tag != "box":
+        raise BoxError(f"is a {printable(shape.tag)[:40]}, neither a box nor a polygon")
+    left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
+    return {"bbox": [left, top, right - left, bottom - top]}
+
+
+def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects of a table with the columns image, x, y, width, height, class, in px.
+
+    Raises:
+        LabelError: a column is missing, or it is of other images.
+    """
+    rows = _Rows()
+    images: dict[str, list[tuple[int, dict[str, str]]]] = {}
+    try:
+        lines = csv.DictReader(io.StringIO(_read_file(path).decode("utf-8-sig"), newline=""))
+        missing = [name for name in CSV_COLUMNS if name not in (lines.fieldnames or ())]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]}")
+        for line in lines:
+            images.setdefault(line["image"] or "", []).append((lines.line_num, line))
+    except (OSError, ValueError, csv.Error) as error:
+        raise _refuse(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
+    for name, lines_of_image in images.items():
+        rows.add_image(name)
+        for number, line in lines_of_image:
+            box = functools.partial(lambda line: {"bbox": [float(line[key]) for key in CSV_COLUMNS[1:5]]}, line)
+            rows.add_object(f"line {number}", line["class"] or "", box)
+    return rows.match(path, image_paths)
 
 
 def _match_images(
@@ -283,7 +419,12 @@ def parse_yolo_line(line: str) -> dict[str, Any]:
 
 
 # What can be read: a folder, or a file by its suffix; a file of any other suffix is taken for COCO.
-READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {"folder": read_yolo, ".json": read_json}
+READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {
+    "folder": read_yolo,
+    ".json": read_json,
+    ".xml": read_cvat,
+    ".csv": read_csv,
+}
 
 
 # --- geometry, in px of the upright image

@@ -52,7 +52,7 @@ class PrelabelOptions(lct.RunOptions):
     )
     detections: Path | None = lct.option(
         None,
-        "COCO .json or folder of YOLO .txt with the objects (default: each image is one)",
+        "objects: COCO .json, folder of YOLO .txt, or labels of CVAT, Label Studio, CSV (default: each image is one)",
         "pre-labelling",
         metavar="PATH",
     )

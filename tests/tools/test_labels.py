@@ -132,6 +132,95 @@ def test_a_source_that_is_no_plain_file_is_said_to_be_none(tmp_path: Path) -> No
     assert found.problems == [labels.Problem("a.jpg", None, "has a .txt that cannot be read: is not a regular file")]
 
 
+CVAT = '<annotations><image id="0" name="a.jpg" width="20" height="{height}">{shapes}</image></annotations>'
+CSV = "image,x,y,width,height,class,more\n"
+
+
+def task(*regions: dict, **more: object) -> str:
+    return json.dumps([{"data": {"image": "/data/local-files/?d=a.jpg"}, "annotations": [{"result": regions}], **more}])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="x" ybr="4"/>'), "not of numbers"),
+        ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="3"/>'), "not of numbers"),
+        ("a.xml", CVAT.format(height=10, shapes='<polygon label="b"/>'), "not of numbers"),
+        ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "is a points"),
+        ("a.xml", CVAT.format(height=10, shapes='<box rotation="30.0"/>'), "is turned"),
+        ("a.csv", CSV + "a.jpg,1,2,,4,b,m\n", "not of numbers"),
+        ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
+        ("a.json", task({"type": "rectanglelabels", "value": {"x": 1, "rotation": 9}}), "is turned"),
+        (
+            "a.json",
+            task({"type": "rectanglelabels", "value": {"x": 1, "y": 2, "width": [], "height": 4}}),
+            "of numbers",
+        ),
+        ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], 3]}}), "not of numbers"),
+        ("a.json", task({"type": "brushlabels", "value": {"rle": [1, 2]}}), "neither a rectangle nor a polygon"),
+    ],
+)
+def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    (tmp_path / name).write_text(text)
+    found = read(tmp_path / name)
+    assert not found.objects and found.images == [0]
+    (problem,) = found.problems
+    assert problem.image == "a.jpg" and reason in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.xml", "", "cannot be read as XML"),
+        ("a.xml", "<annotations><image", "cannot be read as XML"),
+        ("a.xml", "<annotations><track/></annotations>", "has no images"),
+        ("a.xml", CVAT.format(height="x", shapes=""), "cannot be read as XML"),
+        ("a.xml", CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""), "none of its 1 images (b.jpg) is there"),
+        ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without id or file_name"),
+        ("a.csv", "", "it has no column image"),
+        ("a.csv", "image,x,y,width,height\n", "it has no column class"),
+        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images (b.jpg) is there"),
+        ("a.json", '[{"data": {"image": 3}}]', "none of its 1 images"),
+        ("a.json", '[{"data": 3}]', "is a list of results"),
+        ("a.json", "[]", "is a list of results"),
+    ],
+)
+def test_a_file_that_is_not_of_its_kind_costs_one_sentence(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(labels.LabelError) as caught:
+        read(tmp_path / name)
+    assert reason in caught.value.what and caught.value.remedy
+
+
+def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> None:
+    box, polygon = [2.0, 3.0, 8.0, 5.0], [2.0, 3.0, 10.0, 3.0, 4.0, 8.0]
+    shapes = '<tag label="day"/><box label="b &amp; c" xtl="2" ytl="3" xbr="10" ybr="8"><attribute name="k">1</attribute></box>'
+    shapes += '<polygon label="b &amp; c" points="2.0,3.0;10.0,3.0;4.0,8.0"/>'
+    (tmp_path / "a.xml").write_text(CVAT.format(height=10, shapes=shapes))
+    percent = {"x": 10, "y": 30, "width": 40, "height": 50, "rotation": 0, "rectanglelabels": ["b & c"]}
+    points = [[10, 30], [50, 30], [20, 80]]
+    regions = [
+        {"type": "rectanglelabels", "value": percent},
+        {"type": "polygonlabels", "value": {"points": points, "polygonlabels": ["b & c"]}},
+        {"type": "choices", "value": {"choices": ["day"]}},
+    ]
+    cancelled = {"was_cancelled": True, "result": []}
+    (tmp_path / "a.json").write_text(
+        task(annotations=[{"result": regions}, cancelled], predictions=[{"result": regions[:1]}])
+    )
+    (tmp_path / "predicted.json").write_text(task(annotations=[], predictions=[{"result": []}, {"result": regions}]))
+    (tmp_path / "a.csv").write_text("\ufeff" + CSV + 'a.jpg,2,3,8,5,b & c,"m"\r\n', encoding="utf-8")
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo" / "a.txt").write_text("7 .3 .55 .4 .5\n7 .1 .3 .5 .3 .2 .8\n")
+    for name in ("a.xml", "a.json", "predicted.json", "a.csv", "yolo"):
+        found = read(tmp_path / name)
+        objects = [labels.to_pixels(json.loads(text), 20, 10) for _, text in found.objects]
+        assert [item["category_id"] for item in objects] == [7 if name == "yolo" else "b & c"] * (1 + (name != "a.csv"))
+        assert [labels.find_box(item, 20, 10) for item in objects] == [pytest.approx(box)] * len(objects), name
+        assert [item["segmentation"] for item in objects[1:]] == [[pytest.approx(polygon)]] * (len(objects) - 1)
+        assert not found.problems
+
+
 # --- files that are written
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -289,6 +290,32 @@ def test_yolo_boxes_and_polygons_get_the_answers_of_coco(
         assert float(row["cosine"]) == pytest.approx(float(wanted[key]["cosine"]), abs=1e-5)
     assert {row["detection_score"] for row in rows.values()} == {"", "0.75"}
     assert not (tmp_path / "out" / "yolo").exists()  # only what was asked for
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coco/annotations/instances_default.json",
+        "yolo/labels",
+        "cvat/annotations.xml",
+        "labelstudio/tasks.json",
+        "objects.csv",
+    ],
+)
+def test_labels_that_were_written_are_read_and_answered_alike(
+    labelled: Path, finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int], name: str
+) -> None:
+    out = tmp_path / "out"
+    assert call_main(*command(finished_run, scene.folder, out, labelled / name, "--formats", "csv")) == 0
+    # YOLO's images come in the order of the folder.
+    rows, wanted = (sorted(read_rows(folder), key=lambda row: row["image"]) for folder in (out, labelled))
+    assert_same_objects([(r["image"], box_of(r)) for r in rows], [(r["image"], box_of(r)) for r in wanted])
+    assert [(r["image"], r["class"]) for r in rows] == [(r["image"], r["class"]) for r in wanted]
+    assert json.loads((out / "problems.json").read_text(encoding="utf-8")) == []
+    names = [*sorted(CLASSES), "unknown"]
+    numbers = {"coco": [1, 2, 3, 4], "yolo": [0, 1, 2, 3]}.get(name[:4], names)
+    given = dict(zip(names, map(str, numbers), strict=True))
+    assert [row["detection_category"] for row in rows] == [given[row["class"]] for row in wanted]
 
 
 def test_without_detections_each_image_is_one_object(
@@ -739,6 +766,43 @@ def test_memory_does_not_grow_with_the_number_of_objects(finished_run: Path, tmp
 
 
 # --- for people
+
+
+def test_the_commands_and_examples_of_the_readme_run(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
+) -> None:
+    text = (REPO / "tools" / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## prelabel\n(.*?)(?=^## )", text, re.DOTALL | re.MULTILINE)[1]
+    shutil.copytree(finished_run, tmp_path / "RUN")
+    (tmp_path / "PHOTOS" / "bench").mkdir(parents=True)
+    draw_image(1, 9, side=640).resize((640, 480)).save(tmp_path / "PHOTOS" / "bench" / "a.jpg")
+    incoming, outgoing = section.split("### What comes out")
+    examples = dict(re.findall(r"^`([\w./]+)`[^`]*\n\n```\w*\n(.*?)```", incoming, re.DOTALL | re.MULTILINE))
+    assert examples.keys() == {"boxes.json", "boxes/bench/a.txt", "boxes.csv"}
+    for name, example in examples.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(example, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    python lct_dino3\.py (.*)$", section, re.MULTILINE)
+    assert len(commands) == 2
+    for line in commands:
+        assert call_main(*shlex.split(line), *FLAGS) == 0
+    (line,) = re.findall(r"^    torchrun --nproc_per_node 2 -- tools/prelabel\.py (.*)$", section, re.MULTILINE)
+    assert f"prelabel {line}" == commands[0]
+    for name in ("boxes", "boxes.csv"):
+        assert call_main(*command(tmp_path / "RUN", tmp_path / "PHOTOS", tmp_path / "again" / name, Path(name))) == 0
+        assert_same_objects(
+            [(row["image"], box_of(row)) for row in read_rows(tmp_path / "again" / name)],
+            [(row["image"], box_of(row)) for row in read_rows(tmp_path / "LABELS")],
+        )
+    for name in re.findall(r"^\| `([\w/.]+)`", outgoing, re.MULTILINE) + re.findall(r", `([\w/.]+\.\w+)` \|", outgoing):
+        assert (tmp_path / "LABELS" / name).exists(), name
+    for row, example in zip(
+        (tmp_path / "LABELS" / "objects.csv").read_text(encoding="utf-8").splitlines(),
+        re.findall(r"^image,x,.*", outgoing, re.MULTILINE),
+        strict=False,
+    ):
+        assert row == example, "the columns"
 
 
 def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
