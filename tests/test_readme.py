@@ -4,7 +4,9 @@ import re
 import tempfile
 from pathlib import Path
 
+import export
 import numpy as np
+import prelabel
 
 import lct_dino3 as lct
 
@@ -20,8 +22,10 @@ def test_the_two_commands_stand_first() -> None:
 
 
 def test_every_flag_and_command_that_it_names_exists() -> None:
-    known = {f"--{field.name}" for field in lct.option_fields()} | {"--help"}
-    known |= {f"--no-{field.name}" for field in lct.option_fields() if lct.field_kind(field) is bool}
+    classes = (lct.Config, *lct.COMMAND_OPTIONS.values(), prelabel.PrelabelOptions, export.ExportOptions)
+    fields = [field for options_class in classes for field in lct.option_fields(options_class)]
+    known = {f"--{field.name}" for field in fields} | {"--help"}
+    known |= {f"--no-{field.name}" for field in fields if lct.field_kind(field) is bool}
     named = set(
         re.findall(
             r"(?<![\w-])--[a-z][\w-]*",
@@ -29,7 +33,7 @@ def test_every_flag_and_command_that_it_names_exists() -> None:
         )
     )
     assert named - known == set()
-    assert set(re.findall(r"python lct_dino3\.py ([a-z]+)\b", README)) <= set(lct.COMMANDS)
+    assert set(re.findall(r"python lct_dino3\.py ([a-z]+)\b", README)) <= lct.COMMANDS.keys() | lct.TOOLS.keys()
 
 
 def test_every_output_and_exit_code_is_explained() -> None:
