@@ -1002,37 +1002,6 @@ def did_you_mean(
     return f"did you mean {' or '.join(close)}?" if close else others
 
 
-def _check_words(config: Config) -> None:
-    if config.masks_dirname in ("", ".", "..", CUTOUTS_DIRNAME) or "/" in config.masks_dirname:
-        what = "is for RGBA cutouts" if config.masks_dirname == CUTOUTS_DIRNAME else "is not the name of one folder"
-        raise UserError(what, config.said("masks_dirname"), "give a name such as masks")
-    if bool(config.mean) != bool(config.std):
-        raise UserError(
-            "mean and std come together", "--mean, --std", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-        )
-
-
-def _check_model(config: Config) -> None:
-    """Refuse options of the model and its training that contradict each other."""
-
-    def refuse(what: str, *names: str) -> None:
-        raise UserError(what, ", ".join(map(config.place, names)), "give one of them")
-
-    ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
-    ways += [] if config.freeze_backbone else ["freeze_backbone"]
-    if len(ways) > 1:
-        refuse("are different ways to train a backbone", *ways)
-    if config.cache_views and ways:
-        refuse(
-            "do not go together: a backbone that is trained gives other features after each step", "cache_views", *ways
-        )
-    if config.load_from is not None and config.backbone_weights is not None:
-        refuse("are two ways to start, of which load_from does what the other does", "load_from", "backbone_weights")
-    for name in ("backbone_lr", "fc_lr"):
-        if config.lr_type == "one_lr" and getattr(config, name) is not None:
-            refuse("contradict each other", "lr_type", name)
-
-
 def idle_options(config: Config) -> list[str]:
     """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
     depending = {
@@ -1047,18 +1016,6 @@ def idle_options(config: Config) -> list[str]:
     }
     names = [name for names, has_effect in depending.items() if not has_effect for name in names]
     return [name for name in names if getattr(config, name) != getattr(Config, name)]
-
-
-def _check_channels(config: Config) -> None:
-    if config.in_channels == 4 and config.crop_mode == "bbox":
-        where = f"{config.place('in_channels')} 4, {config.place('crop_mode')} bbox"
-        raise UserError("the fourth channel would never see a mask", where, "give --crop_mode mask or mix")
-    if config.in_channels == 4 and config.insert_background_p:
-        where = f"{config.place('in_channels')} 4, {config.place('insert_background_p')}"
-        raise UserError("a crop on another picture has no mask any more", where, "leave one of them out")
-    if config.in_channels != 4 and config.mask_fill == "keep":
-        where = f"{config.place('mask_fill')} keep"
-        raise UserError("leaves nothing to be seen of a mask", where, "show it to the model with --in_channels 4")
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -1096,24 +1053,55 @@ def check_config(config: Config) -> None:
     for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
         for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
             raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
-    if config.val_split + config.test_split > 0.9 + 1e-9:
-        raise UserError(
-            "val_split and test_split leave less than a tenth for training", "--val_split, --test_split", "lower them"
-        )
-    if config.val_split <= 0:
-        raise UserError("0 leaves nothing to choose the best checkpoint by", "--val_split", "give a share such as 0.2")
-    _check_model(config)
-    _check_channels(config)
-    if config.compile and (config.gpus or 0) > 1:
-        raise UserError(
-            "is for one GPU a process", "--compile", "leave it out, or start one process a GPU with torchrun"
-        )
-    _check_fsdp(config)
-    _check_words(config)
+    ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
+    ways += [] if config.freeze_backbone else ["freeze_backbone"]
+    given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
+    not_with_fsdp = {
+        "compile": config.compile,
+        "ema_decay": config.ema_decay > 0,
+        "accumulate_grad_batches": config.accumulate_grad_batches > 1,
+        "unfreeze_blocks": config.unfreeze_blocks > 0,
+        "lora_rank": config.lora_rank > 0,
+        "optimizer": config.optimizer != "adamw",
+        "precision": config.precision == "fp16",
+    }
+    clash = [name for name, is_given in not_with_fsdp.items() if is_given][:1]
+    is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
+    one, all_but_one = "give one of them", "leave one of them out"
+    four = config.in_channels == 4
+    # fmt: off
+    # Whether something is wrong, which options it concerns, what is wrong, and what to do.
+    refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
+        (config.val_split + config.test_split > 0.9 + 1e-9, ("val_split", "test_split"),
+            "leave less than a tenth for training", "lower them"),
+        (config.val_split <= 0, ("val_split",), "0 leaves nothing to choose the best checkpoint by", "give a share such as 0.2"),
+        (len(ways) > 1, ways, "are different ways to train a backbone", one),
+        (config.cache_views > 0 and len(ways) > 0, ("cache_views", *ways),
+            "do not go together: a backbone that is trained gives other features after each step", one),
+        (config.cache_views > 0 and config.mixing != "none", ("mixing", "cache_views"),
+            "mixes pixels, and cached views are features", all_but_one),
+        (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
+            "are two ways to start, of which load_from does what the other does", one),
+        (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", one),
+        (four and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
+            "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
+        (four and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
+            "a crop on another picture has no mask any more", all_but_one),
+        (not four and config.mask_fill == "keep", ("mask_fill",),
+            "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
+        (config.compile and (config.gpus or 0) > 1, ("compile",),
+            "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
+        (config.fsdp and len(clash) > 0, ("fsdp", *clash), "do not go together", all_but_one),
+        (not is_folder_name, ("masks_dirname",), "is not the name of one folder", "give a name such as masks"),
+        (config.masks_dirname == CUTOUTS_DIRNAME, ("masks_dirname",), "is for RGBA cutouts", "give a name such as masks"),
+        (bool(config.mean) != bool(config.std), ("mean", "std"),
+            "come together", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"),
+    )
+    # fmt: on
+    for is_wrong, names, what, remedy in refusals:
+        if is_wrong:
+            raise UserError(what, ", ".join(map(config.place, names)), remedy)
     check_prototypes_per_class(config)
-    if config.mixing != "none" and config.cache_views:
-        what = "mixes pixels, and cached views are features"
-        raise UserError(what, f"{config.place('mixing')} {config.mixing}, --cache_views", "leave one of them out")
 
 
 def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
@@ -1123,24 +1111,6 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
         raise UserError(
             "is neither auto nor a number from 1 to 100", f"--prototypes_per_class {number}", "give one of them"
         )
-
-
-def _check_fsdp(config: Config) -> None:
-    """Refuse what a backbone whose weights are shared among processes cannot do."""
-    others = {
-        "compile": config.compile,
-        "ema_decay": config.ema_decay > 0,
-        "accumulate_grad_batches": config.accumulate_grad_batches > 1,
-        "unfreeze_blocks": config.unfreeze_blocks > 0,
-        "lora_rank": config.lora_rank > 0,
-        "optimizer": config.optimizer != "adamw",
-        "precision": config.precision == "fp16",
-    }
-    clash = [name for name, is_given in others.items() if is_given]
-    if config.fsdp and clash:
-        value = getattr(config, clash[0])
-        shown = f"{config.place(clash[0])}{'' if value is True else f' {value}'}"
-        raise UserError("do not go together", f"--fsdp, {shown}", "leave one of them out")
 
 
 def check_given(options: Options) -> None:
@@ -1177,10 +1147,20 @@ def check_paths(config: Config) -> None:
         check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
-    _check_starts(config)
-    _check_backgrounds(config)
+    for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
+        if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
+            what = "would be moved aside by --overwrite before the run has read it"
+            raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
+    if config.insert_background_p:
+        _check_backgrounds(config)
     if config.group_regex is not None:
-        _check_regex(config)
+        try:
+            num_groups = re.compile(config.group_regex).groups
+            what = f"has {num_groups} capture groups, not one"
+        except re.error as error:
+            num_groups, what = 0, f"is no regular expression: {error}"
+        if num_groups != 1:
+            raise UserError(what, config.said("group_regex"), r"for example '^(shot\d+)_'")
 
 
 def check_run_paths(options: RunOptions) -> None:
@@ -1241,16 +1221,7 @@ def locate_start(config: Config) -> Path | None:
     return path / names[0]
 
 
-def _check_starts(config: Config) -> None:
-    for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
-        if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
-            what = "would be moved aside by --overwrite before the run has read it"
-            raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
-
-
 def _check_backgrounds(config: Config) -> None:
-    if not config.insert_background_p:
-        return
     if config.backgrounds is None:
         raise UserError(
             "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
@@ -1269,37 +1240,26 @@ def _check_backgrounds(config: Config) -> None:
 def check_out_dir(config: Options) -> None:
     """Refuse an out_dir that cannot be written to, holds something else, or lies in data_root or around it."""
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
-    if out_dir == data_root or data_root in out_dir.parents:
-        raise UserError(
-            "lies inside data_root, where it would be taken for a class",
-            config.said("out_dir"),
-            "choose a folder outside the data",
-        )
-    if getattr(config, "overwrite", False) and out_dir in (Path.cwd(), *Path.cwd().parents):
-        what = "is the current folder, which --overwrite would move aside"
-        raise UserError(what, config.said("out_dir"), "start from another folder")
-    if out_dir in data_root.parents:
-        what = "holds data_root, which --overwrite would move aside with it"
-        raise UserError(what, config.said("out_dir"), "choose another folder")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError("is a file, not a folder", config.said("out_dir"), "choose another path")
+    is_moved = getattr(config, "overwrite", False)
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{existing} is not a folder that can be written to", config.said("out_dir"), "choose a folder of your own"
-        )
-    if out_dir.exists() and any(out_dir.iterdir()) and not any((out_dir / name).exists() for name in RUN_MARKERS):
-        raise UserError("is neither empty nor a run of this script", config.said("out_dir"), "choose a new folder")
-
-
-def _check_regex(config: Config) -> None:
-    remedy = r"for example '^(shot\d+)_'"
-    try:
-        groups = re.compile(config.group_regex).groups
-    except re.error as error:
-        raise UserError(f"is no regular expression: {error}", config.said("group_regex"), remedy) from error
-    if groups != 1:
-        raise UserError(f"has {groups} capture groups, not one", config.said("group_regex"), remedy)
+    is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not any((out_dir / n).exists() for n in RUN_MARKERS)
+    # fmt: off
+    refusals = (
+        (out_dir == data_root or data_root in out_dir.parents,
+            "lies inside data_root, where it would be taken for a class", "choose a folder outside the data"),
+        (is_moved and out_dir in (Path.cwd(), *Path.cwd().parents),
+            "is the current folder, which --overwrite would move aside", "start from another folder"),
+        (out_dir in data_root.parents,
+            "holds data_root, which --overwrite would move aside with it", "choose another folder"),
+        (out_dir.exists() and not out_dir.is_dir(), "is a file, not a folder", "choose another path"),
+        (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
+            f"{existing} is not a folder that can be written to", "choose a folder of your own"),
+        (is_foreign, "is neither empty nor a run of this script", "choose a new folder"),
+    )
+    # fmt: on
+    for is_wrong, what, remedy in refusals:
+        if is_wrong:
+            raise UserError(what, config.said("out_dir"), remedy)
 
 
 # --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,

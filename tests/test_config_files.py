@@ -206,7 +206,7 @@ def test_a_file_from_windows(tmp_path, name, text):
 
 def test_a_mistake_that_is_found_later_names_file_and_key_too(tmp_path):
     with pytest.raises(lct.UserError, match=r"run\.yaml: group_regex 5: has 0 capture groups"):
-        lct._check_regex(resolve(tmp_path, "group_regex: 5"))
+        lct.check_paths(resolve(tmp_path, "group_regex: 5\ndata_root: .\nout_dir: ../run"))
 
 
 def test_names_stay_as_they_are_written(tmp_path):
