@@ -485,8 +485,7 @@ class Config(Options):
         key="training.precision")
     compile: bool = option(False, "compile the backbone with torch.compile: minutes first, faster then",
         "machine", fixed=True, key="training.compile")
-    fsdp: bool = option(False,
-        "share the backbone's weights among the processes of torchrun: for one that does not fit into a GPU",
+    fsdp: bool = option(False, "stands in older config files; weights are not shared among processes any more",
         "machine", key="training.fsdp")
     deterministic: bool = option(False, "let torch choose only operations that give the same bits each time",
         "machine", fixed=True)
@@ -1056,16 +1055,6 @@ def check_config(config: Config) -> None:
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
-    not_with_fsdp = {
-        "compile": config.compile,
-        "ema_decay": config.ema_decay > 0,
-        "accumulate_grad_batches": config.accumulate_grad_batches > 1,
-        "unfreeze_blocks": config.unfreeze_blocks > 0,
-        "lora_rank": config.lora_rank > 0,
-        "optimizer": config.optimizer != "adamw",
-        "precision": config.precision == "fp16",
-    }
-    clash = [name for name, is_given in not_with_fsdp.items() if is_given][:1]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
     one, all_but_one = "give one of them", "leave one of them out"
     four = config.in_channels == 4
@@ -1091,7 +1080,8 @@ def check_config(config: Config) -> None:
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
             "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
-        (config.fsdp and len(clash) > 0, ("fsdp", *clash), "do not go together", all_but_one),
+        (config.fsdp, ("fsdp",), "is gone: weights are not shared among processes any more",
+            "leave it out; a frozen ViT-7B in bf16 fits one large GPU"),
         (not is_folder_name, ("masks_dirname",), "is not the name of one folder", "give a name such as masks"),
         (config.masks_dirname == CUTOUTS_DIRNAME, ("masks_dirname",), "is for RGBA cutouts", "give a name such as masks"),
         (bool(config.mean) != bool(config.std), ("mean", "std"),
@@ -1780,7 +1770,6 @@ class Team:
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self._store = self._control = None
-        self.splits = False  # whether the processes share the backbone's weights
         self._sums: list[Any] = []  # gradients on their way
         self._holds = False  # gradients are not sent yet
 
@@ -1914,65 +1903,6 @@ class Team:
             for value in module.state_dict().values() if self.size > 1 else ():
                 dist.broadcast(value, 0)
 
-    def split(self, module: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
-        """Leave each process a share of a module's weights; each of its parts is made whole while it computes (FSDP2).
-
-        The weights are those of the first process; in the others they may be on the meta device. Part by part: all of them need not
-        fit onto a device. Their gradients are summed, as of one batch.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module"
-        )  # of in-place changes to features: there are none
-        self.splits, mesh = True, init_device_mesh(device.type, (self.size,))
-        for part in (*parts, module):
-            self._take_weights(part, device)
-            fully_shard(part, mesh=mesh)
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-
-    def _take_weights(self, part: nn.Module, device: torch.device) -> None:
-        """Have the part's weights that are not shared yet on the device in all processes, as the first one has them."""
-        owners = [(owner, *own) for owner in part.modules() for own in owner.named_parameters(recurse=False)]
-        for owner, name, weight in owners:
-            if is_split(weight):
-                continue
-            whole = weight.detach().contiguous()  # FSDP2 wants it so
-            whole = torch.empty_like(whole, device=device) if self.rank else whole.to(device)
-            with _peers():
-                dist.broadcast(whole, 0)
-            setattr(owner, name, nn.Parameter(whole, requires_grad=weight.requires_grad))
-
-    def whole(self, value: Any) -> Any:
-        """Return a tensor that all processes have a share of, on the CPU, in all of them; anything else as it is."""
-        with _peers():
-            return value.full_tensor().cpu() if is_split(value) else value
-
-    def spread(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return this process's share of what the first one has whole, where `like` is shared; the others give what they have."""
-        if not is_split(like) or value.shape != like.shape:
-            return value
-        from torch.distributed.tensor import distribute_tensor
-
-        whole = torch.empty(value.shape, dtype=value.dtype) if self.rank else value.contiguous()
-        whole = whole.to(like.device)
-        with _peers():
-            dist.broadcast(whole, 0)
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-    def clip_gradients(self, parameters: Iterable[torch.Tensor], limit: float) -> None:
-        """Scale all gradients so that their norm together is at most `limit`."""
-        if not self.splits:
-            nn.utils.clip_grad_norm_(parameters, limit)
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        squares = [self.whole(torch.linalg.vector_norm(own).square()).to(own.device) for own in gradients]
-        factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
-        for own in gradients:
-            (own.to_local() if is_split(own) else own).mul_(factor)
-
     def bind(self, module: nn.Module, shared: nn.Module) -> None:
         """Keep the module equal in all processes while it is trained, of which `shared` sees a part of each batch only.
 
@@ -1984,7 +1914,7 @@ class Team:
         if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
             return
         for parameter in module.parameters():
-            if parameter.requires_grad and not is_split(parameter):
+            if parameter.requires_grad:
                 send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
         for part in shared.modules():
@@ -2013,11 +1943,6 @@ class Team:
 
 
 TEAM = Team()
-
-
-def is_split(value: Any) -> bool:
-    """Say whether it is a tensor that the processes of the team have a share of each."""
-    return hasattr(value, "full_tensor")
 
 
 @contextlib.contextmanager
@@ -2188,14 +2113,7 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
 
 
 def training_runtime(config: Config) -> Runtime:
-    """Return where and how a run is trained.
-
-    Raises:
-        UserError: as `make_runtime` does, or --fsdp without several processes.
-    """
-    if config.fsdp and TEAM.size == 1:
-        remedy = f"start several: torchrun --nproc_per_node N {SCRIPT_NAME} ..."
-        raise UserError("shares the backbone among processes, and there is one", config.place("fsdp"), remedy)
+    """Return where and how a run is trained."""
     return make_runtime(config.gpus, config.precision, config.deterministic, not config.trains_backbone)
 
 
@@ -5493,7 +5411,6 @@ def hash_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        value = TEAM.whole(value)
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -6345,13 +6262,10 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
 
 def pack_state(state: TrainState) -> dict[str, Any]:
     """Return the state but for the tally, as whole tensors and plain values."""
-    if TEAM.splits:
-        TEAM.call("pack_state")
     return {
         **{key: getattr(state, key) for key in PLAIN_STATE},
-        **torch.utils._pytree.tree_map(
-            TEAM.whole, {"model": state.model.trained_state(), "optimizer": state.optimizer.state_dict()}
-        ),
+        "model": state.model.trained_state(),
+        "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         **({"average": state.average.values} if state.average else {}),
         "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
@@ -6399,8 +6313,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
-    load_weights(state.model, payload["model"])
-    load_optimizer(state, payload["optimizer"])
+    state.model.load_trained_state(payload["model"])
+    state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
@@ -6429,52 +6343,6 @@ def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Pat
         named = ", ".join(f"{key} {shape(weights, key)} instead of {shape(expected, key)}" for key in unfit[:4])
         what = f"{len(unfit)} of its tensors do not fit the model: {printable(named)}"
         raise UserError(what, str(path), RESTORE_OR_OVERWRITE)
-
-
-def load_weights(model: Recognizer, weights: dict[str, torch.Tensor]) -> None:
-    """Put what has been trained into the model, in all processes that share it."""
-    own = model.trained_state()
-    if TEAM.splits:
-        TEAM.call("load_weights", {key: _outline(value, own[key]) for key, value in weights.items()})
-        weights = {key: TEAM.spread(value, own[key]) for key, value in weights.items()}
-    model.load_trained_state(weights)
-
-
-def load_optimizer(state: TrainState, saved: dict[str, Any]) -> None:
-    """Put what an optimizer keeps for each weight into that of the state, in all processes that share the weights."""
-    own = list(itertools.chain(*(group["params"] for group in state.optimizer.param_groups)))
-
-    def change(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], saved: dict[str, Any]) -> dict[str, Any]:
-        kept = {
-            number: {name: function(value, own[number]) for name, value in values.items()}
-            for number, values in saved["state"].items()
-        }
-        return {**saved, "state": kept}
-
-    if TEAM.splits:
-        TEAM.call("load_optimizer", change(_outline, saved))
-        saved = change(TEAM.spread, saved)
-    state.optimizer.load_state_dict(change(_arrange, saved))
-
-
-def _arrange(value: Any, like: torch.Tensor) -> Any:
-    """Return a tensor that lies in memory as `like` does: fused optimizers take numbers in that order, whatever the strides say.
-
-    --fsdp keeps all weights contiguous; without, those of convolutions have their channels last. Some optimizers keep numbers too.
-    """
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.shape != like.shape
-        or is_split(like)
-        or value.stride() == like.stride()
-    ):
-        return value
-    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _outline(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return what the other processes need of a tensor before they get their share of it: a shared one's shape and type."""
-    return value.to("meta") if is_split(like) and value.shape == like.shape else value
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -7160,8 +7028,6 @@ def describe_gallery(
 
 def hash_embedder(model: Recognizer) -> str:
     """Return 16 hex digits over all weights that an embedding is a function of."""
-    if TEAM.splits:
-        TEAM.call("hash_embedder")
     return hash_weights(nn.ModuleList([model.backbone.model, model.head]))
 
 
@@ -7778,22 +7644,17 @@ def extract_batches(
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
     TEAM.call("extract", dataclasses.replace(job, run=None, records=None, store=None), dataset, batches)
     network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
-    side, channels = job.config.img_size, max(job.config.in_channels, 3)
-    if not backbone.frozen and not TEAM.splits:
+    if not backbone.frozen:
         TEAM.copy_weights(backbone)
-    # Weights that are shared are gathered by all processes, or by none.
-    padding = [[]] * (-len(batches) % TEAM.size) if TEAM.splits else []
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
         values = torch.zeros(0, 1)
-        if len(batch.rows) or TEAM.splits:
-            images = batch.images if len(batch.rows) else torch.zeros(0, channels, side, side, dtype=torch.uint8)
-            with torch.no_grad() if TEAM.splits else torch.inference_mode():
-                values = network(images.to(runtime.device, non_blocking=True)).cpu()
+        if len(batch.rows):
+            with torch.inference_mode():
+                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu()
         return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
 
-    answers = take_turns(lambda own: make_loader(dataset, own, job.config, runtime), [*batches, *padding], answer)
-    return itertools.islice(answers, len(batches)) if TEAM.leads else answers
+    return take_turns(lambda part: make_loader(dataset, part, job.config, runtime), batches, answer)
 
 
 class ViewCache:
@@ -7939,10 +7800,7 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
 
 def share_state(job: Job, state: TrainState) -> None:
     """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
-    if TEAM.leads and TEAM.splits:  # which they have had as they joined, and when it was restored
-        plain = {key: getattr(state, key) for key in PLAIN_STATE}
-        TEAM.call("take_position", dataclasses.replace(job, run=None), plain)
-    elif TEAM.leads:
+    if TEAM.leads:
         buffer = io.BytesIO()
         torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
         TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
@@ -7988,17 +7846,8 @@ class TrainFeed:
         with contextlib.closing(progress((), len(self), label)) as bar:
             bar.update(first)
             for batch in outlive_workers(read, self._job.run.log):
-                with _joint_step() if TEAM.splits else contextlib.nullcontext():
-                    yield TEAM.pool(batch)
+                yield TEAM.pool(batch)
                 bar.update()
-
-
-@contextlib.contextmanager
-def _joint_step() -> Iterator[None]:
-    """Have all processes that share weights do a step, and do it wholly: to stop, the first one needs the others for saving."""
-    with SIGNALS.hold():
-        TEAM.call("take_step")
-        yield
 
 
 class CachedFeed:
@@ -8223,7 +8072,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
         trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        TEAM.clip_gradients(trained, config.max_grad_norm)
+        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -10191,8 +10040,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
     if TEAM.leads:
-        TEAM.call("take_model", job.runtime, config, outline_model(model) if config.fsdp else model)
-    state = place_model(model, config, job.runtime)
+        TEAM.call("take_model", job.runtime, config, model)
+    state = start_state(model.to(job.runtime.device), config, job.runtime)
     if config.compile:
         backbone.model.compile()
     bank = FeatureBank(job, model.backbone)
@@ -10209,31 +10058,6 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
     save_state(job, state)  # from here on there is always a whole checkpoint
     return bank, state
-
-
-def outline_model(model: Recognizer) -> Recognizer:
-    """Return a copy of the model whose backbone has no weights but their shapes."""
-    weights = model.backbone.model.parameters()
-    return copy.deepcopy(model, {id(own): nn.Parameter(own.detach().to("meta"), own.requires_grad) for own in weights})
-
-
-def place_model(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
-    """Put the model onto the device, with --fsdp a share of the backbone; return the state of its training.
-
-    Raises:
-        UserError: the backbone has no blocks to share.
-    """
-    if config.fsdp:
-        blocks = getattr(model.backbone.model, "blocks", None)
-        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
-            raise UserError("has no list of blocks to share", f"--fsdp, --model_id {config.model_id}", "choose a ViT")
-        TEAM.split(model.backbone.model, blocks, runtime.device)
-        model.head.to(runtime.device), model.criterion.to(runtime.device)
-        for name, value in list(model.backbone.named_buffers(recurse=False)):
-            setattr(model.backbone, name, value.to(runtime.device))
-    else:
-        model.to(runtime.device)
-    return start_state(model, config, runtime)
 
 
 def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
@@ -10260,7 +10084,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
     run, records, model = job.run, job.records, state.model
-    load_weights(model, deployed_weights(load_checkpoint(run.path / BEST_NAME)))
+    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
     embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
@@ -10511,7 +10335,6 @@ class Helper:
         self.job: Job | None = None
         self.state: TrainState | None = None
         self.feed: TrainFeed | None = None
-        self.steps: Iterator[None] = iter(())  # of the epoch
 
     def follow(self) -> None:
         """Do what is called for until all is done."""
@@ -10531,7 +10354,7 @@ class Helper:
     def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
         """Take the model of a run that is to be trained."""
         self.runtime, self.model = runtime.settle(), model
-        self.state = place_model(model, config, self.runtime)
+        self.state = start_state(model.to(self.runtime.device), config, self.runtime)
 
     def extract(self, job: Job, *args: Any) -> None:
         """Do a part of `FeatureBank.extract`."""
@@ -10543,48 +10366,17 @@ class Helper:
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
         self._take_job(job)
 
-    def take_position(self, job: Job, plain: dict[str, Any]) -> None:
-        """Take up the training of a model whose weights are shared, and here already."""
-        for key, value in plain.items():
-            setattr(self.state, key, value)
-        self._take_job(job)
-
     def _take_job(self, job: Job) -> None:
         # Its store is that of the first process, None on another machine: there only the first one writes.
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         self.feed = TrainFeed(self.job, self.state)
 
-    def pack_state(self) -> None:
-        """Give a share of `pack_state`."""
-        pack_state(self.state)
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take a share of `load_weights`."""
-        load_weights(self.model, weights)
-
-    def load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Take a share of `load_optimizer`."""
-        load_optimizer(self.state, saved)
-
-    def hash_embedder(self) -> None:
-        """Give a share of `hash_embedder`."""
-        hash_embedder(self.model)
-
     def train_epoch(self, epoch: int, batches: int) -> None:
-        """Do a part of `train_epoch`; what it records and saves is not ours. With --fsdp each step is called for."""
+        """Do a part of `train_epoch`; what it records and saves is not ours."""
         self.state.epoch, self.state.batches = epoch, batches
-        self.steps = self._take_steps()
-        if not TEAM.splits:
-            deque(self.steps, maxlen=0)
-
-    def take_step(self) -> None:
-        """Do a part of the next `take_step`."""
-        next(self.steps)
-
-    def _take_steps(self) -> Iterator[None]:
         network = self.feed.network(self.model.train())
         for group in group_batches(self.feed.batches(self.state), self.job.config):
-            yield take_step(self.job, network, self.state, group, len(self.feed))
+            take_step(self.job, network, self.state, group, len(self.feed))
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""

@@ -12,7 +12,7 @@ from conftest import REPO, TINY_RUN, run_main
 
 import lct_dino3 as lct
 
-FIELDS = [field for field in lct.option_fields() if not field.metadata.get("once")]
+FIELDS = [field for field in lct.option_fields() if not field.metadata.get("once") and field.name != "fsdp"]
 # Two values, neither of them the default, for options whose values have a form of their own; all others are made below.
 SPECIAL = {
     "prototypes_per_class": ("2", "3"),
@@ -351,3 +351,8 @@ def test_classifier_yaml_trains(tmp_path, small_data, capsys):
     said = json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]
     assert said["head"] == {"lr": 1e-3, "weight_decay": 0.01} and said["backbone"] == {"lr": 3e-4, "weight_decay": 0.01}
     assert all("val_per_class" not in event and "acc" in event["val"] for event in epochs_of(tmp_path / "run"))
+
+
+def test_files_that_say_fsdp_are_read_unless_they_want_it(tmp_path):
+    assert resolve(tmp_path, "training: {fsdp: false}").fsdp is False
+    assert "training.fsdp: is gone" in refusal(tmp_path, "training: {fsdp: true}")

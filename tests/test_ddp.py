@@ -309,18 +309,17 @@ def test_two_machines_do_what_one_does(data: Path, alone: Path, tmp_path: Path) 
     assert differences(alone, tmp_path / "run") == []
 
 
-# --- weights shared among the processes
+# --- from one process to several, and back
 
 
 def start_fine_tuned(nursery: Nursery, data: Path, out_dir: Path, ranks: list[dict[str, Any]]) -> int:
-    """Start or continue a run of two epochs; with several processes they share the weights."""
-    flags = ("--fsdp",) * (len(ranks) > 1)
-    ends = nursery.run_team("--data_root", data, "--out_dir", out_dir, *FINE_TUNED, "--epochs", 2, *flags, ranks=ranks)
+    """Start or continue a run of two epochs."""
+    ends = nursery.run_team("--data_root", data, "--out_dir", out_dir, *FINE_TUNED, "--epochs", 2, ranks=ranks)
     assert len({code for code, _ in ends}) == 1, ends
     return ends[0][0]
 
 
-def test_weights_that_are_shared_become_those_of_one_process_and_runs_go_on_with_either(
+def test_a_fine_tuned_run_goes_on_with_another_number_of_processes(
     nursery: Nursery, data: Path, tmp_path: Path
 ) -> None:
     """Stopped within an epoch, too: the checkpoint is the ordinary one. Of the last batch, one of three processes has no image."""
@@ -342,31 +341,3 @@ def test_weights_that_are_shared_become_those_of_one_process_and_runs_go_on_with
         assert max(float((moment[key] - value).abs().max()) for key, value in moments[0].items()) < 1e-3 * largest
     tests = [next(e for e in lct.read_events(tmp_path / name) if e["event"] == "test_end") for name in names]
     assert tests[1]["prototypes"] == tests[2]["prototypes"] == pytest.approx(tests[0]["prototypes"], abs=1e-3)
-
-
-def test_a_frozen_backbone_that_is_shared_gives_the_same_run(nursery: Nursery, data: Path, tmp_path: Path) -> None:
-    flags = (*COMMON, *"--model_id test_vit --epochs 1 --precision fp32".split())
-    for name, ranks, more in (("one", [{}], ()), ("two", [{}, {}], ("--fsdp",))):
-        ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / name, *flags, *more, ranks=ranks)
-        assert [code for code, _ in ends] == [0] * len(ranks), ends
-    one, two = (lct.load_gallery(tmp_path / name / "prototypes.npz") for name in ("one", "two"))
-    np.testing.assert_allclose(two[0].stacks, one[0].stacks, atol=3e-3)
-    lct.load_run(
-        tmp_path / "two", lct.make_runtime(0, "auto", rounds_frozen=True)
-    )  # which refuses weights of another hash
-    payload = torch.load(tmp_path / "two/checkpoint_last.pth", weights_only=True)
-    assert not any(key.startswith("backbone.") for key in payload["model"])
-
-
-def test_what_cannot_be_shared_is_refused(nursery: Nursery, data: Path, tmp_path: Path) -> None:
-    argv = ("--data_root", data, "--out_dir", tmp_path / "run", *COMMON, "--fsdp", "--model_id")
-    for more, ranks, text in (
-        (("test_vit",), [{}], "torchrun"),
-        (("test_vit", "--compile"), [{}, {}], "--compile"),
-        (("test_vit", "--ema_decay", 0.9), [{}, {}], "--ema_decay 0.9"),
-        (("test_resnet",), [{}, {}], "choose a ViT"),
-    ):
-        ends = nursery.run_team(*argv, *more, ranks=ranks)
-        assert [code for code, _ in ends] == [2] * len(ranks), ends
-        one_message(ends)
-        assert text in "".join(said for _, said in ends)

@@ -203,7 +203,7 @@ def test_what_optimizers_keep_is_restored(name: str) -> None:
     step(saved, 4)
     payload = copy.deepcopy((saved.model.state_dict(), saved.optimizer.state_dict()))
     resumed.model.load_state_dict(payload[0])
-    lct.load_optimizer(resumed, payload[1])
+    resumed.optimizer.load_state_dict(payload[1])
     step(resumed, 4)
     for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
