@@ -25,8 +25,7 @@ Sections:
     13  TRAIN STATE & CHECKPOINTS
     14  PROTOTYPES
     15  TRAINING
-    16  REPORT
-    17  COMMANDS & MAIN
+    16  COMMANDS & MAIN
 """
 
 # ======================================================================================================================
@@ -36,9 +35,9 @@ Sections:
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import errno
@@ -72,7 +71,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -131,6 +130,7 @@ BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
+RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 KNN_CHUNK, KNN_QUERIES = 1 << 20, 1024  # cosines at a time, 4 MB, which stay in the cache; queries of them at most
 FEW_REFERENCES = 32  # of a class, up to which its nearest are found side by side with those of other classes
@@ -5881,13 +5881,6 @@ def compute_metrics(
     }, per_class
 
 
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return counts int64 (C, C), rows true and columns predicted."""
-    return np.bincount(labels.astype(np.int64) * num_classes + predictions, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    )
-
-
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
@@ -6486,11 +6479,11 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
 # Gallery of reference embeddings: built, matched, calibrated on val, written and read; and a finished run, its model and gallery
 # together, loaded to answer. Raises UserError for files that cannot be read, or do not belong together.
 class Judged(NamedTuple):
-    """Of each of Q crops the class that is answered, and beside it the true one."""
+    """Of each of Q crops the class that is answered, the true one, and the runner-up: the answer itself if there is no other."""
 
-    labels: np.ndarray  # (Q, 2) int64
-    scores: np.ndarray  # (Q, 2) similarity to them
-    probabilities: np.ndarray  # (Q, 2)
+    labels: np.ndarray  # (Q, 3) int64
+    scores: np.ndarray  # (Q, 3) similarity to them
+    probabilities: np.ndarray  # (Q, 3)
 
 
 @dataclass(frozen=True)
@@ -6528,9 +6521,13 @@ class Gallery:
         """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
 
         def reduce(scores: np.ndarray, own: slice) -> tuple[np.ndarray, ...]:
-            pair = np.stack([scores.argmax(axis=1), labels[own]], axis=1)
             probabilities = np.exp(log_softmax(scores / self.temperature))
-            return pair, *(np.take_along_axis(values, pair, axis=1) for values in (scores, probabilities))
+            rows, answers, best = np.arange(len(scores)), scores.argmax(axis=1), scores.max(axis=1)
+            scores[rows, answers] = -np.inf
+            runners_up = scores.argmax(axis=1)
+            scores[rows, answers] = best
+            chosen = np.stack([answers, labels[own], runners_up], axis=1)
+            return chosen, *(np.take_along_axis(values, chosen, axis=1) for values in (scores, probabilities))
 
         return Judged(*reduce_scores(self.scores, queries, reduce))
 
@@ -6986,6 +6983,70 @@ def open_set_figures(
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, as it should be
         figures = {name: with_interval(np.nanmean([own[name] for own in parts], axis=0)) for name in ("auroc", "fpr95")}
     return figures | {"unknowns": len(labels), "source": "classes held out in turn"}
+
+
+def write_predictions(path: Path, gallery: Gallery, records: Records, queries: Sequence[Embedded]) -> None:
+    """Write what the gallery answers to crops of known classes as a CSV file, a row for each view of a crop.
+
+    `answer` is the nearest class, even where `is_unknown` says that it lies below its threshold. A cosine is the similarity that
+    the gallery's matcher gives. `nearest_reference` is of the answered class, `nearest_of_class` of the true one.
+    """
+    names = gallery.class_names
+    stack_views = [VIEW_NAMES[view] for view in gallery.stack_views.tolist()]
+    lines = []
+    for part in queries:
+        judged = gallery.judge(part.values, part.labels)
+        cosines = judged.scores.astype(np.str_)  # the shortest text that is the same float32 again
+        is_unknown = judged.scores[:, 0] < gallery.thresholds[judged.labels[:, 0]]
+        nearest = nearest_references(gallery, part.values, judged.labels[:, 0])
+        nearest_of_class = nearest_references(gallery, part.values, part.labels)
+        for i, row in enumerate(part.rows.tolist()):
+            answer, label, runner_up = judged.labels[i].tolist()
+            has_runner_up = runner_up != answer
+            lines.append({
+                "path": records.paths[row],
+                "view": VIEW_NAMES[part.views[i]],
+                "class": names[label],
+                "answer": names[answer],
+                "is_unknown": "true" if is_unknown[i] else "false",
+                "cosine": cosines[i, 0],
+                "probability": float(judged.probabilities[i, 0]),
+                "runner_up": names[runner_up] if has_runner_up else "",
+                "runner_up_cosine": cosines[i, 2] if has_runner_up else "",
+                "class_cosine": cosines[i, 1],
+                "class_probability": float(judged.probabilities[i, 1]),
+                "nearest_reference": gallery.stack_paths[nearest[i]],
+                "nearest_reference_view": stack_views[nearest[i]],
+                "nearest_of_class": gallery.stack_paths[nearest_of_class[i]],
+                "nearest_of_class_view": stack_views[nearest_of_class[i]],
+                "mask": records.mask_of(row, 1),
+            })  # fmt: skip
+    if not lines:  # not one of the files can be read any more
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_bytes(path, text.getvalue().encode("utf-8"))
+
+
+def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
+    """Write the embeddings behind the figures, by split, with what they are of; readable with `allow_pickle=False`."""
+    rows, views, labels, values = (
+        np.concatenate([getattr(part, name) for part in embedded.values()])
+        for name in ("rows", "views", "labels", "values")
+    )
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            embeddings=values,
+            labels=labels,
+            paths=np.array([records.paths[row] for row in rows.tolist()], dtype=np.str_),
+            views=views,
+            splits=np.repeat(list(embedded), [len(part.rows) for part in embedded.values()]),
+            masks=np.array([records.mask_of(row, 1) for row in rows.tolist()], dtype=np.str_),
+            class_names=np.array(records.class_names, dtype=np.str_),
+        )
 
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
@@ -8321,1334 +8382,7 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 
 
 # ======================================================================================================================
-# 16  REPORT
-# ======================================================================================================================
-# Owns report.html: one page that opens offline, whose bytes are a function of its input (no clock, no random state).
-# Text from the data counts as hostile: everything is autoescaped, and the CSP runs our one script, which reads no data
-# but what it finds in the page.
-
-MAP_MAX_POINTS = 1_500  # t-SNE of 1,500 x 128 takes seconds, and more dots only cover each other
-MAP_THUMB_PX = 48  # a multiple of 16: JPEG chroma blocks then never bleed into the neighbouring cell of the sprite
-MAP_SPRITE_COLUMNS = 40
-MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000, 660, 22  # px of a wide screen; the style sheet has the same proportion
-ERROR_THUMB_PX = 96
-MAX_ERRORS = 48
-MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below them has all
-MAX_LISTED = 200
-MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
-MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
-RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
-MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
-CALIBRATION_BINS = 10
-CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
-MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
-GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
-# Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
-TEN_COLORS = (
-    *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),
-    *("#a0705a", "#d573b5", "#7f868f", "#a8a32c", "#2ba5b5"),
-)
-
-
-class Shown(NamedTuple):
-    """What a picture of the page shows."""
-
-    row: int  # record number
-    view: int  # into VIEW_NAMES
-
-
-@dataclass(frozen=True)
-class ViewPairs:
-    """The same V test crops as they are and with their background replaced."""
-
-    rows: np.ndarray  # (V,) int64 record numbers
-    labels: np.ndarray  # (V,) int64
-    judged: tuple[Judged, Judged]  # by view
-
-
-@dataclass(frozen=True)
-class ReportInput:
-    """Everything the page shows. N views of images, T of them of the test, C classes; with --crop_mode mix an image has two."""
-
-    config: dict[str, Any]  # parsed config.json
-    events: list[dict[str, Any]]  # parsed metrics.jsonl
-    data_report: dict[str, Any]  # parsed data_report.json
-    class_names: tuple[str, ...]  # (C,)
-    records: Records
-    embeddings: np.ndarray  # (N, D) float32 unit norm: train, val and test
-    labels: np.ndarray  # (N,) int
-    split_names: np.ndarray  # (N,) str: train / val / test
-    shown: list[Shown]  # (N,)
-    thresholds: np.ndarray  # (C,) score below which the answer is `unknown`
-    is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together
-    judged: Judged  # the T rows with split test in order
-    nearest: list[tuple[Shown, Shown]]  # (T,) nearest training reference of the predicted class and of the true class
-    view_pairs: ViewPairs | None = None  # None when no test crop has a mask
-
-    def count_images(self, split: str | None = None) -> np.ndarray:
-        """Return how many images each class has, in one split or in all, int64 (C,); an image counts once."""
-        first = np.unique([shown.row for shown in self.shown], return_index=True)[1]
-        labels = self.labels[first] if split is None else self.labels[first][self.split_names[first] == split]
-        return np.bincount(labels, minlength=len(self.class_names))
-
-
-@dataclass(frozen=True)
-class _Figures:
-    """The figures of a run, picked from its events; a resumed run repeats epochs and the last one counts."""
-
-    epochs: list[dict[str, Any]]  # epoch_end events, by epoch
-    best: dict[str, Any] | None  # best_update event
-    baseline: dict[str, Any]  # accuracies of the frozen backbone, by split
-    prototypes: dict[str, Any] | None  # proto_end event
-    test: dict[str, Any] | None  # test_end event
-    views: dict[str, Any] | None  # test_views event
-    measured: dict[str, Any] | None  # measured event
-    scored: str  # the split that the page leads with: test, else val
-    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
-    per_class: dict[str, dict[str, Any]]  # of that split, by class name
-
-
-@dataclass(frozen=True)
-class _TestRows:
-    """The test images in order. T rows, C classes."""
-
-    rows: np.ndarray  # (T,) int, position among all N images
-    labels: np.ndarray  # (T,) int
-    predictions: np.ndarray  # (T,) int
-    confidences: np.ndarray  # (T,) float64, probability of the predicted class
-
-
-def write_report(report: ReportInput, path: Path) -> None:
-    """Write the whole run as one self-contained page."""
-    # A file name may carry bytes that are no Unicode (lone surrogates): shown escaped, never a crash.
-    write_bytes(path, render_report(report).encode("utf-8", "backslashreplace"))
-
-
-def _make_environment() -> Any:
-    import jinja2
-
-    strict = jinja2.StrictUndefined  # a name that the template misspells is a bug, not an empty cell
-    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(num=_format_number, count="{:,}".format)
-    return environment
-
-
-def render_report(report: ReportInput) -> str:
-    """Return the page as text."""
-    from markupsafe import Markup
-
-    figures, test = _collect_figures(report.events), _collect_test_rows(report)
-    findings = _list_findings(report.data_report)
-    environment = _make_environment()
-    environment.globals["thumbnail"] = functools.partial(_thumbnail_uri, report.records)
-    number_of = {report.records.paths[row]: Shown(row, 0) for row in range(len(report.records.paths))}
-    conflicts = report.data_report["label_conflicts"][:MAX_CONFLICT_GROUPS]
-    return environment.from_string(_REPORT_HTML).render(
-        css=Markup(_REPORT_CSS),
-        script=Markup(_REPORT_JS),
-        script_hash=base64.b64encode(hashlib.sha256(_REPORT_JS.encode()).digest()).decode(),
-        colors=_class_colors(len(report.class_names)),
-        class_names=report.class_names,
-        num_images=int(report.count_images().sum()),
-        num_views=len(report.labels),
-        num_test=len(test.rows),
-        of_test="views of test images" if len(test.rows) > report.count_images("test").sum() else "test images",
-        split_names=SPLIT_NAMES,
-        max_listed=MAX_LISTED,
-        figures=figures,
-        header=_header_view(report, figures),
-        facts=_run_facts(report, figures),
-        options=sorted(report.config["options"].items()),
-        curves=_curve_views(figures),
-        classes=_class_rows(report, figures),
-        small_support=FEW_IMAGES,
-        confusion=_confusion_view(test, report.class_names),
-        map=_map_view(report, test),
-        errors=_error_views(report, test),
-        views=_view_comparison(report, figures.views),
-        measured=_measure_view(figures.measured),
-        calibration=_calibration_view(test),
-        findings=findings,
-        data_facts=_data_facts(report.data_report, findings),
-        warnings=report.data_report["warnings"],
-        conflicts=[[(path, number_of.get(path)) for path in group] for group in conflicts],
-    )
-
-
-def _collect_figures(events: list[dict[str, Any]]) -> _Figures:
-    last = {event["event"]: event for event in events}  # a later event replaces an earlier one of its kind
-    by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
-    best, test = last.get("best_update"), last.get("test_end")
-    if test:
-        scores, per_class = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}, test["per_class"]
-    else:
-        epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
-        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
-        per_class = epoch["val_per_class"]
-    return _Figures(
-        epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
-        best=best,
-        baseline=last.get("baseline_end", {}),
-        prototypes=last.get("proto_end"),
-        test=test,
-        views=last.get("test_views"),
-        measured=last.get("measured"),
-        scored="test" if test else "val",
-        scores=scores,
-        per_class=per_class,
-    )
-
-
-def _collect_test_rows(report: ReportInput) -> _TestRows:
-    rows = np.flatnonzero(report.split_names == "test")
-    return _TestRows(rows, report.labels[rows], report.judged.labels[:, 0], report.judged.probabilities[:, 0])
-
-
-# --- text and pictures
-
-
-def _format_number(value: float | None) -> str:
-    """Three decimals; a dash where there is no figure, as for an absent class."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _shorten(text: str, limit: int) -> str:
-    """Cut the middle: the names of similar classes often differ at their ends."""
-    return text if len(text) <= limit else f"{text[: limit * 3 // 5]}…{text[-(limit * 2 // 5 - 1) :]}"
-
-
-def _class_colors(num_classes: int) -> list[str]:
-    if num_classes <= len(TEN_COLORS):
-        return list(TEN_COLORS[:num_classes])
-    tones = ((62, 50), (48, 40), (58, 63))  # saturation and lightness alternate: 40 hues alone are too close
-    return [f"hsl({i * GOLDEN_ANGLE % 360:.0f} {tones[i % 3][0]}% {tones[i % 3][1]}%)" for i in range(num_classes)]
-
-
-def _load_thumbnail(records: Records, shown: Shown, size: int) -> Image.Image | None:
-    """Return a crop with its longer side at most `size`; None if it was deleted or damaged since training."""
-    try:
-        image, mask, _ = load_crop(records, *shown)
-    except ImageError:
-        return None
-    if mask is not None:
-        image = fill_background(image, mask, Fill("gray", (PADDING_GRAY,) * 3), None)
-    thumbnail = Image.fromarray(image)
-    thumbnail.thumbnail((size, size))
-    return thumbnail
-
-
-def _jpeg_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _thumbnail_uri(records: Records, shown: Shown | None) -> str | None:
-    image = _load_thumbnail(records, shown, ERROR_THUMB_PX) if shown else None
-    return _jpeg_uri(image) if image else None
-
-
-# --- header
-
-
-def _header_view(report: ReportInput, figures: _Figures) -> dict[str, Any]:
-    num_test = int(report.count_images("test").sum())
-    if figures.test:
-        from scipy.stats import binomtest
-
-        verdict, num_right = figures.test["verdict"], round(figures.test["prototypes"]["acc"] * num_test)
-        low, high = binomtest(num_right, num_test).proportion_ci(0.95, "wilson")  # unlike the normal one, holds near 1
-        note = f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
-    else:
-        verdict = "no test split, no verdict"
-        note = "The figures below are of the val split, which also chose the best epoch: expect less on new data."
-    tone = {"helped": "good", "hurt": "bad"}.get(verdict.split()[1], "plain")  # training ...
-    return {
-        "verdict": verdict[:1].upper() + verdict[1:],
-        "tone": "plain" if "noise" in verdict else tone,
-        "note": note,
-        "tiles": _tiles(report, figures),
-        "bars": _comparison_bars(figures),
-    }
-
-
-def _tiles(report: ReportInput, figures: _Figures) -> list[tuple[str, str, str]]:
-    """Return the key figures as (label, value, note)."""
-    split, best = figures.scored, figures.best
-    by = "prototypes" if split == "test" else "the classifier"
-    best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
-    in_split, in_class = {name: int(report.count_images(name).sum()) for name in SPLIT_NAMES}, report.count_images()
-    scores = (
-        ("Accuracy", "acc", f"prototypes, {in_split['test']:,} test images" if figures.test else "prototypes, val"),
-        ("Macro F1", "f1_macro", f"{by}, {split}"),
-        ("Macro ROC AUC", "auc_macro", f"{by}, {split}"),
-        ("Recall@1", "recall_at_1", f"nearest reference, {split}"),
-        ("Classifier accuracy", "classifier_acc", f"trained one, {split}"),
-    )
-    return [
-        *((label, _format_number(figures.scores.get(key)), note) for label, key, note in scores),
-        ("Best epoch", f"{best['epoch']}" if best else "–", best_note),
-        ("Images", f"{in_class.sum():,}", ", ".join(f"{n:,} {name}" for name, n in in_split.items() if n)),
-        ("Classes", f"{len(report.class_names):,}", f"{in_class.min():,} to {in_class.max():,} images each"),
-    ]
-
-
-def _comparison_bars(figures: _Figures) -> list[dict[str, Any]]:
-    """Return the accuracies of the trained model and of the frozen backbone on the same split, on one scale."""
-    frozen = figures.baseline.get(figures.scored, {})
-    bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
-    bars += [("trained, classifier", figures.scores.get("classifier_acc"), "trained")]
-    bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
-    return [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None]
-
-
-def _describe_matcher(prototypes: dict[str, Any] | None) -> str:
-    """Return in words how a query is matched, from the proto_end event."""
-    if prototypes is None:
-        return "–"
-    if prototypes["matcher"] != "knn":
-        return MATCHER_NAMES[prototypes["matcher"]]
-    k = prototypes["knn_k"]
-    return "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
-
-
-def _run_facts(report: ReportInput, figures: _Figures) -> list[tuple[str, str]]:
-    options = report.config["options"]
-    seconds = sum(epoch["seconds"] for epoch in figures.epochs)
-    started = datetime.fromtimestamp(report.events[0]["time"], tz=UTC) if report.events else None
-    return [
-        ("Model", options["model_id"]),
-        ("Backbone", name_training(options)),
-        ("Embedding", options["emb_dim"]),
-        ("Image size", options["img_size"]),
-        ("Matcher", _describe_matcher(figures.prototypes)),
-        ("Epochs", f"{len(figures.epochs)} of {options['epochs']}, {_format_duration(seconds)}"),
-        ("Seed", options["seed"]),
-        ("Device", report.config["device"]),
-        ("Started", f"{started:%Y-%m-%d %H:%M} UTC" if started else "–"),
-        ("Data", options["data_root"]),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in report.config["versions"].items())),
-    ]
-
-
-# --- charts
-
-
-def _curve_views(figures: _Figures) -> dict[str, Any]:
-    """Return the four charts, and the name of the frozen baseline that the accuracy chart shows."""
-    frozen = figures.baseline.get("val", {})
-    scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
-    baseline = max(scores, key=scores.__getitem__, default=None)
-    if figures.test and scores:
-        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one of the verdict
-    titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
-    charts = {}
-    for key, title in titles.items() if figures.epochs else ():
-        lines = {split: [epoch[split].get(key) for epoch in figures.epochs] for split in ("train", "val")}
-        if key == "acc":
-            lines["proto"] = [epoch["val"].get("proto_acc") for epoch in figures.epochs]
-        charts[title] = _curve_chart(figures, lines, scores.get(baseline) if key == "acc" else None)
-    return {"charts": charts, "baseline": baseline}
-
-
-def _curve_chart(figures: _Figures, lines: dict[str, list[float | None]], level: float | None) -> dict[str, Any]:
-    """Return where a chart of lines over epochs has its ticks, lines, best epoch and horizontal `level`, in SVG units."""
-    epochs = [epoch["epoch"] for epoch in figures.epochs]
-    values = [value for line in [*lines.values(), [level]] for value in line if value is not None]
-    y_ticks = _nice_ticks(min(values), max(values)) if values else [(0.0, ""), (1.0, "")]
-    x_ticks = [tick for tick in _nice_ticks(epochs[0], epochs[-1], least_step=1) if epochs[0] <= tick[0] <= epochs[-1]]
-    pad, is_short = 0.03 * (epochs[-1] - epochs[0]) or 0.5, len(epochs) <= MAX_DOTTED_EPOCHS
-
-    def left(epoch: float) -> float:
-        return round(float(np.interp(epoch, (epochs[0] - pad, epochs[-1] + pad), (CHART_LEFT, CHART_RIGHT))), 1)
-
-    def top(value: float) -> float:
-        return round(float(np.interp(value, (y_ticks[0][0], y_ticks[-1][0]), (CHART_BOTTOM, CHART_TOP))), 1)
-
-    def place(epoch: int, value: float | None) -> str | None:
-        return None if value is None else f"{left(epoch)} {top(value)}"
-
-    places = {ink: list(map(place, epochs, line)) for ink, line in lines.items()}
-    return {
-        "x_ticks": [(left(tick), text) for tick, text in x_ticks],
-        "y_ticks": [(top(tick), text) for tick, text in y_ticks],
-        "lines": {ink: _line_path(line) for ink, line in places.items()},
-        "dots": {ink: "".join(f"M{place}h0" for place in line if place and is_short) for ink, line in places.items()},
-        "best": left(figures.best["epoch"]) if figures.best else None,
-        "level": None if level is None else top(level),
-    }
-
-
-def _nice_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[float, str]]:
-    """Return (value, text) of up to ten ticks that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
-    if low == high:
-        low, high = low - 0.05, high + 0.05
-    power = 10.0 ** math.floor(math.log10((high - low) / 8))
-    step = max(least_step, next(factor * power for factor in (1, 2, 5, 10) if factor * power * 8 >= high - low))
-    decimals = max(0, -math.floor(math.log10(step)))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)  # 0.3 / 0.05 is 5.999
-    return [(number * step, f"{number * step:.{decimals}f}") for number in range(first, last + 1)]
-
-
-def _line_path(places: list[str | None]) -> str:
-    """Return the SVG path through places; None leaves a gap, and `h0` makes a dot of a place between two gaps."""
-    steps = itertools.pairwise([None, *places])
-    return "".join(f"L{place}" if before else f"M{place}h0" for before, place in steps if place)
-
-
-def _calibration_view(test: _TestRows) -> dict[str, Any] | None:
-    """Return reliability over ten bins of confidence and the expected calibration error (arXiv:1706.04599, eq. 3)."""
-    if not len(test.rows):
-        return None
-    bins = np.minimum((test.confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    is_right = test.predictions == test.labels
-    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-    confidences, accuracies = (
-        np.bincount(bins, values, minlength=CALIBRATION_BINS) / np.maximum(counts, 1)
-        for values in (test.confidences, is_right)
-    )
-    return {
-        "bins": list(zip(counts.tolist(), confidences.tolist(), accuracies.tolist(), strict=True)),
-        "error": float(calibration_error(test.confidences, is_right, np.ones((1, len(is_right))), CALIBRATION_BINS)[0]),
-        "confidence": float(test.confidences.mean()),
-        "accuracy": float(is_right.mean()),
-    }
-
-
-# --- classes
-
-
-def _class_rows(report: ReportInput, figures: _Figures) -> list[dict[str, Any]]:
-    """Return one row a class: counts by split, scores of the split that the page leads with, threshold."""
-    counts, rows = {split: report.count_images(split) for split in SPLIT_NAMES}, []
-    for label, name in enumerate(report.class_names):
-        scores = figures.per_class.get(name, {})
-        row = {split: int(counts[split][label]) for split in SPLIT_NAMES}
-        row |= {key: scores.get(key) for key in ("precision", "recall", "f1", "auc")}
-        row |= {"label": label, "name": name, "threshold": float(report.thresholds[label])}
-        row |= {"is_pooled": bool(report.is_pooled[label])}
-        rows.append({"is_small": row[figures.scored] < FEW_IMAGES, **row})
-    return rows
-
-
-def _confusion_view(test: _TestRows, class_names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the matrix, unless it is too large to be read, and the most confused pairs; None without a test split."""
-    if not len(test.rows):
-        return None
-    num_classes = len(class_names)
-    totals = np.bincount(test.labels, minlength=num_classes)
-    cells, counts = np.unique(np.stack([test.labels, test.predictions], axis=1), axis=0, return_counts=True)
-    pairs = [
-        {"true": true, "predicted": predicted, "count": count, "total": int(totals[true])}
-        for (true, predicted), count in zip(cells.tolist(), counts.tolist(), strict=True)
-        if true != predicted
-    ]
-    pairs.sort(key=lambda pair: (-pair["count"], pair["total"]))
-    is_drawn, is_beside = num_classes <= MAX_MATRIX_CLASSES, num_classes <= MAX_CLASSES_BESIDE_PAIRS
-    names = [_shorten(name, 30) for name in class_names]
-    room = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
-    return {
-        "matrix": confusion_matrix(test.labels, test.predictions, num_classes).tolist() if is_drawn else None,
-        "totals": totals.tolist(),
-        "names": names,
-        "cell": min(40, room // num_classes),  # px: fits without scrolling
-        "is_beside": is_beside,
-        "pairs": pairs[: 12 if is_drawn else 50],
-        "num_pairs": len(pairs),
-    }
-
-
-# --- embedding map
-
-
-def _map_view(report: ReportInput, test: _TestRows) -> dict[str, Any]:
-    """Return the images of the map with their place in it; test images are drawn last, on top."""
-    chosen = _choose_map_rows(report)
-    places = _project(report.embeddings[chosen])
-    low, high = places.min(axis=0), places.max(axis=0)
-    room = np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * MAP_MARGIN
-    places = MAP_MARGIN + (places - low) / np.maximum(high - low, 1e-12) * room
-    order = np.argsort([SPLIT_NAMES.index(split) for split in report.split_names[chosen]], kind="stable")
-    rows, places = chosen[order].tolist(), places[order]
-    size = (min(len(rows), MAP_SPRITE_COLUMNS), math.ceil(len(rows) / MAP_SPRITE_COLUMNS))
-    guesses = dict(zip(test.rows.tolist(), test.predictions.tolist(), strict=True))
-    points = [
-        {
-            "style": f"{_css_place(left, top)}; --thumb: {_css_thumb(index, size)}",
-            "label": int(report.labels[row]),
-            "split": report.split_names[row],
-            "is_error": guesses.get(row, report.labels[row]) != report.labels[row],
-            "text": _describe_point(report, row, guesses.get(row)),
-        }
-        for index, (row, (left, top)) in enumerate(zip(rows, places.tolist(), strict=True))
-    ]
-    return {
-        "points": points,
-        "num_errors": sum(point["is_error"] for point in points),
-        "sprite": _map_sprite(size, report.records, [report.shown[row] for row in rows]),
-        "size": size,
-        "names": _place_names(report.class_names, places, report.labels[rows]),
-        "counts": report.count_images().tolist(),
-        "splits": [split for split in SPLIT_NAMES if (report.split_names == split).any()],
-    }
-
-
-def _choose_map_rows(report: ReportInput) -> np.ndarray:
-    """Return at most MAP_MAX_POINTS rows: even steps through the rows sorted by class and split keep their shares."""
-    order = np.lexsort((report.split_names, report.labels))
-    steps = np.linspace(0, len(order) - 1, min(len(order), MAP_MAX_POINTS)).astype(int)
-    return np.sort(order[steps])
-
-
-def _project(embeddings: np.ndarray) -> np.ndarray:
-    """Place embeddings (N, D) in the plane (N, 2): t-SNE, or PCA where t-SNE has too little to work on."""
-    centered = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
-    is_collapsed = float(centered.std()) < 1e-6  # t-SNE divides by the spread of its PCA start
-    if len(embeddings) < 10 or embeddings.shape[1] < 2 or is_collapsed:
-        left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
-        places = (left * sizes)[:, :2]
-        return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    perplexity = min(30.0, (len(embeddings) - 1) / 3)
-    # One thread: the order in which OpenMP adds up is not fixed, and t-SNE blows a last bit up into another map.
-    with threadpool_limits(limits=1):
-        return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
-
-
-def _css_place(left: float, top: float) -> str:
-    return f"left: {100 * left / MAP_WIDTH:.2f}%; top: {100 * top / MAP_HEIGHT:.2f}%"
-
-
-def _css_thumb(index: int, size: tuple[int, int]) -> str:
-    """Return the background-position that shows one cell of a grid of `size` (columns, rows)."""
-    row, column = divmod(index, MAP_SPRITE_COLUMNS)
-    return f"{100 * column / max(1, size[0] - 1):.3f}% {100 * row / max(1, size[1] - 1):.3f}%"
-
-
-def _describe_point(report: ReportInput, row: int, guess: int | None) -> str:
-    """Return the three lines of a tooltip; `guess` is the predicted class of a test image."""
-    label, what = report.labels[row], report.split_names[row]
-    if guess is not None:
-        what += ", recognised" if guess == label else f", taken for {report.class_names[guess]}"
-    masked = " (masked)" * report.shown[row].view
-    return f"{report.class_names[label]}\n{what}\n{report.records.paths[report.shown[row].row]}{masked}"
-
-
-def _map_sprite(size: tuple[int, int], records: Records, pictures: list[Shown]) -> str:
-    """Return all thumbnails as one JPEG grid: a third of the bytes of single files, which are mostly headers."""
-    sprite = Image.new("RGB", (size[0] * MAP_THUMB_PX, size[1] * MAP_THUMB_PX), (226, 228, 232))
-    for index, shown in enumerate(pictures):
-        image = _load_thumbnail(records, shown, MAP_THUMB_PX)
-        image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
-        row, column = divmod(index, MAP_SPRITE_COLUMNS)
-        left = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
-        sprite.paste(image, (left, row * MAP_THUMB_PX + (MAP_THUMB_PX - image.height) // 2))
-    return _jpeg_uri(sprite)
-
-
-def _place_names(class_names: tuple[str, ...], places: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    """Put class names beside their points, large classes first; a name with no free place is left to the legend."""
-    boxes: list[tuple[float, float, float]] = []  # left, top, half width of the names that have a place
-    names = []
-    for label in sorted(np.unique(labels).tolist(), key=lambda label: -(labels == label).sum()):
-        text = _shorten(class_names[label], 24)
-        half = 6.5 * sum(1.05 if ord(character) > 0x2E80 else 0.62 for character in text)  # px at 13 px; CJK is wider
-        spots = places[labels == label]
-        distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
-        from_medoid = distances[distances.sum(axis=1).argmin()]
-        spots = spots[from_medoid <= np.median(from_medoid)]  # the heart of the class: strays carry no name away
-        left = float(np.clip(np.median(spots[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
-        above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95)).tolist()
-        for top in (above - 14, below + 16, middle - 4, middle - 22, middle + 14):
-            is_free = all(abs(left - x) > half + width or abs(top - y) > 16 for x, y, width in boxes)
-            if is_free and 10 < top < MAP_HEIGHT - 10:
-                boxes.append((left, top, half))
-                names.append({"label": label, "text": text, "style": _css_place(left, top)})
-                break
-    return names
-
-
-# --- errors and data
-
-
-def _error_views(report: ReportInput, test: _TestRows) -> dict[str, Any]:
-    """Return the test images that are wrong, surest first, next to what misled the matcher and what it missed."""
-    wrong = np.flatnonzero(test.predictions != test.labels)
-    surest = wrong[np.argsort(-test.confidences[wrong], kind="stable")][:MAX_ERRORS]
-    cards = []
-    for row in surest.tolist():
-        columns = (*(column[row].tolist() for column in report.judged), report.nearest[row])
-        sides = [
-            {"kind": kind, "label": label, "score": score, "probability": probability, "reference": reference}
-            for kind, label, score, probability, reference in zip(("predicted", "true"), *columns, strict=True)
-        ]
-        shown = report.shown[test.rows[row]]
-        cards.append({"shown": shown, "path": report.records.paths[shown.row], "sides": sides})
-    return {"cards": cards, "num_errors": len(wrong)}
-
-
-def _view_comparison(report: ReportInput, figures: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return how the same test crops fare as they are and masked, and those about which the two disagree, surest first."""
-    if figures is None or report.view_pairs is None:
-        return None
-    pairs = report.view_pairs
-    answers, scores, sureness = (np.stack(parts)[:, :, 0] for parts in zip(*pairs.judged, strict=True))
-    is_right = answers == pairs.labels
-    differ = np.flatnonzero(answers[0] != answers[1])
-    differ = differ[np.argsort(-sureness[:, differ].sum(axis=0), kind="stable")]
-    cards = [
-        {
-            "path": report.records.paths[pairs.rows[i]],
-            "label": int(pairs.labels[i]),
-            "sides": [
-                {
-                    "shown": Shown(int(pairs.rows[i]), view),
-                    "label": int(answers[view, i]),
-                    "is_right": bool(is_right[view, i]),
-                    "probability": float(sureness[view, i]),
-                    "score": float(scores[view, i]),
-                }
-                for view in range(2)
-            ],
-        }
-        for i in differ[:MAX_ERRORS].tolist()
-    ]
-    tallies = {"only as it is": is_right[0] & ~is_right[1], "only masked": is_right[1] & ~is_right[0]}
-    tallies = {"both ways": is_right.all(axis=0), **tallies, "neither way": ~is_right.any(axis=0)}
-    return {
-        "figures": figures,
-        "cards": cards,
-        "num_differ": len(differ),
-        "tallies": {name: int(tally.sum()) for name, tally in tallies.items()},
-        "classes": _classes_by_view(is_right, pairs.labels),
-    }
-
-
-def _measure_view(measured: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the tables of the section on trust: figures with intervals, ways to tell unknown objects, answers at a precision."""
-    if measured is None:
-        return None
-    closed, retrieval = measured["closed"], measured["retrieval"]
-    rows = [
-        *(
-            (f"{text}, {MATCHER_NAMES[name]}" + (f", k = {own['k']}" if name == "knn" else ""), own[key])
-            for name, own in closed.items()
-            for key, text in (("acc", "Accuracy"), ("f1_macro", "Macro F1"))
-        ),
-        *((name, retrieval[key]) for key, name in RETRIEVAL_NAMES.items()),
-    ]
-    return {
-        "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
-        "unknown": {"prototypes, similarity": measured["open_set"], **measured["open_set"].get("others", {})},
-        "source": measured["open_set"]["source"],
-        "answers": measured["answers"],
-        "thresholds": measured["thresholds"],
-        "few": measured["few"],
-    }
-
-
-def _classes_by_view(is_right: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    """Return recall as it is and masked of the classes that differ most between the two, (2, V) answers and (V,) labels."""
-    rows = []
-    for label in np.unique(labels).tolist():
-        recall = is_right[:, labels == label].mean(axis=1).tolist()
-        rows.append({"label": label, "count": int((labels == label).sum()), "recall": recall})
-    rows = [row for row in rows if row["recall"][0] != row["recall"][1]]
-    rows.sort(key=lambda row: (-abs(row["recall"][1] - row["recall"][0]), -row["count"]))
-    return rows[:MAX_VIEW_CLASSES]
-
-
-def _data_facts(data: dict[str, Any], findings: dict[str, list[str]]) -> list[tuple[str, str]]:
-    sizes = {
-        side: [f"{data['sizes'][f'{side}_{name}']:,}" for name in ("min", "median", "max")]
-        for side in ("width", "height")
-    }
-    return [
-        ("Images found", f"{data['num_images']:,}"),
-        ("Usable", f"{data['num_usable']:,}"),
-        *([("Used", f"{data['num_used']:,}")] if data["num_used"] < data["num_usable"] else []),
-        ("With a mask", f"{data['masks']['usable']:,}, {data['masks']['made']:,} of them drawn by SAM-2"),
-        *((title.split(":")[0], f"{len(items):,}") for title, items in findings.items()),
-        ("Leaks between splits prevented", f"{data['leaks_prevented']:,}"),
-        ("Turned by EXIF", f"{data['exif_rotated']:,}"),
-        *((f"{side.capitalize()} min / median / max", f"{' / '.join(values)} px") for side, values in sizes.items()),
-        ("Colour modes", ", ".join(f"{mode} {count:,}" for mode, count in data["modes"].items())),
-    ]
-
-
-def _list_findings(data: dict[str, Any]) -> dict[str, list[str]]:
-    """Return what the scan found, one line an item, by heading."""
-    groups = {
-        "Label conflicts: one picture under several classes": data["label_conflicts"],
-        "Groups of exact duplicates": data["duplicates"]["exact"],
-        "Groups of near duplicates": data["duplicates"]["near"],
-    }
-    return {
-        "Quarantined files": [f"{item['path']} — {item['reason']}" for item in data["quarantined"]],
-        "Refused masks": [f"{item['path']} — {item['reason']}" for item in data["masks"]["refused"]],
-        "Masks that SAM-2 could not draw": [f"{item['path']} — {item['reason']}" for item in data["masks"]["not_made"]],
-        **{title: ["   =   ".join(group) for group in found] for title, found in groups.items()},
-    }
-
-
-_REPORT_CSS = """
-:root { color-scheme: light dark;
-  --page: #f6f6f4; --card: #ffffff; --ink: #1d2126; --muted: #626a75; --line: #e2e3e6; --soft: #eff1f4;
-  --accent: #2d66c9; --good: #17774a; --bad: #bb3529; --warn: #8f5a00; --on-strong: #ffffff;
-  --train: #8b95a3; --val: #2d66c9; --proto: #8a4fbf; --frozen: #d07a1c; --right: #2d66c9; --wrong: #cf4b2a; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #131518; --card: #1b1e23; --ink: #e7e9ec; --muted: #9aa3af; --line: #2f343c; --soft: #242931;
-  --accent: #7eabff; --good: #56c993; --bad: #ff8577; --warn: #e5ae52; --on-strong: #10131a;
-  --train: #8d97a5; --val: #7eabff; --proto: #c295f0; --frozen: #f0a04b; --right: #7eabff; --wrong: #ff8d6b; } }
-*, ::before { box-sizing: border-box; }
-html { scroll-padding-top: 3.6rem; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans",
-  "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-main, nav ul, header { max-width: 1180px; margin: 0 auto; padding: 0 1.25rem; }
-h1, h2, h3 { line-height: 1.2; font-weight: 650; letter-spacing: -.012em; }
-h1 { font-size: clamp(1.6rem, 3.6vw, 2.45rem); margin: 0 0 .6rem; max-width: 38ch; overflow-wrap: anywhere;
-  text-wrap: balance; }
-h2 { font-size: 1.35rem; margin: 0 0 .35rem; }
-h3 { font-size: .95rem; margin: 0 0 .5rem; }
-p { margin: 0 0 .8rem; max-width: 75ch; }
-.good { color: var(--good); } .bad { color: var(--bad); } .alert { color: var(--warn); }
-.lead, .note { color: var(--muted); }
-.note { font-size: .875rem; }
-.name, .path { unicode-bidi: isolate; overflow-wrap: anywhere; }
-.path { font: .8em ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
-.space { margin-top: 1.2rem; }
-.right { text-align: right; }
-.scroll { overflow-x: auto; }
-header { padding-top: 2.6rem; }
-nav { position: sticky; top: 0; z-index: 5; background: var(--page); border-bottom: 1px solid var(--line); }
-nav ul { display: flex; gap: 1.25rem; list-style: none; overflow-x: auto; padding-block: .7rem; }
-nav a { color: var(--muted); text-decoration: none; font-size: .9rem; }
-nav a:hover, nav a:focus-visible { color: var(--accent); }
-section, .tiles, .compare { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
-section { padding: 1.4rem 1.5rem 1.5rem; margin: 1.1rem 0; }
-footer { color: var(--muted); font-size: .8rem; padding: .5rem 0 3rem; }
-
-.overview { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.1rem; margin: 1.5rem 0 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1px; background: var(--line);
-  overflow: hidden; }
-.tile { background: var(--card); padding: .95rem 1rem; }
-.tile span, .tile small { display: block; font-size: .84rem; }
-.tile small { color: var(--muted); font-size: .76rem; line-height: 1.35; }
-.tile b, .figure { display: block; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; line-height: 1.25; }
-.compare { padding: 1rem 1.2rem; }
-.bar-row { display: grid; grid-template-columns: minmax(0, 13.2em) minmax(0, 1fr) 3.4em; gap: .7rem; align-items: center;
-  font-size: .86rem; padding: .22rem 0; }
-.bar { display: block; height: .8rem; border-radius: 3px; background: var(--soft); overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--accent); border-radius: 3px; }
-.bar .frozen { background: var(--frozen); } .bar .miss { background: var(--wrong); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: .6rem 1.5rem; margin: .8rem 0 0; }
-.facts dt { color: var(--muted); font-size: .78rem; }
-.facts dd { margin: 0; font-size: .89rem; overflow-wrap: anywhere; }
-.facts .wide { grid-column: 1 / -1; }
-details { border-block: 1px solid var(--line); padding: .55rem 0; }
-details + details { border-top: 0; }
-summary { cursor: pointer; font-size: .92rem; } summary span { color: var(--muted); }
-.list { margin: .6rem 0; padding-left: 2.2rem; font-size: .85rem; }
-
-.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .86rem; color: var(--muted); margin: .2rem 0 .9rem;
-  padding: 0; list-style: none; }
-.keys i { display: inline-block; width: 1.5em; border-top: 3px solid var(--k); vertical-align: middle; margin-right: .45em; }
-.keys .dash { border-top-style: dashed; } .keys .dot { border-top: 2px dotted var(--k); }
-.keys .box { height: .85em; width: .85em; border: 0; border-radius: 3px; background: var(--k); }
-.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.4rem 2rem; }
-.chart { display: block; width: 100%; font-size: 11px; overflow: visible; }
-.chart text { fill: var(--muted); text-anchor: middle; }
-.chart .end { text-anchor: end; dominant-baseline: central; }
-.chart path { fill: none; stroke: var(--k); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
-.chart .rule { stroke: var(--line); stroke-width: 1; }
-.chart .dash { stroke-width: 1.4; stroke-dasharray: 6 4; stroke-linecap: butt; }
-.chart .dot { stroke-width: 1.2; stroke-dasharray: 1.2 2.6; stroke-linecap: butt; }
-.chart .dots { stroke-width: 5; }
-.chart .column { stroke: var(--val); stroke-width: 36; stroke-linecap: butt; } .chart circle { fill: var(--ink); }
-
-table { border-collapse: collapse; font-size: .9rem; }
-th { text-align: left; font-weight: 600; color: var(--muted); font-size: .8rem; vertical-align: bottom;
-  padding: .3rem .6rem; white-space: nowrap; }
-td { padding: .34rem .6rem; border-top: 1px solid var(--line); }
-th.n, td.n { text-align: right; white-space: nowrap; }
-th button { all: unset; cursor: pointer; }
-th button:focus-visible, .chip:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-th button::after { content: "\\2195"; opacity: .35; margin-left: .3em; }
-th[aria-sort] button::after { content: "\\2191"; opacity: 1; }
-th[aria-sort=descending] button::after { content: "\\2193"; }
-.classes { width: 100%; } .classes td:first-child { min-width: 12.5em; }
-.score { display: flex; align-items: center; gap: .6em; min-width: 6.4em; }
-.score .bar { flex: 1; height: .5rem; }
-.small .score { opacity: .62; }
-.badge { font-size: .7rem; color: var(--warn); border: 1px solid currentColor; border-radius: 99px; padding: 0 .5em;
-  white-space: nowrap; margin-left: .4em; }
-.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 50%; background: var(--c);
-  margin-right: .5em; flex: none; }
-
-.split { display: grid; grid-template-columns: minmax(0, 1fr) minmax(260px, 340px); gap: 1.6rem; align-items: start; }
-.matrix { font-size: min(.8rem, calc(var(--cell) * .72)); line-height: 1; margin-bottom: 1.2rem; }
-.matrix td { width: var(--cell); height: var(--cell); padding: 0; border: 1px solid var(--line); text-align: center; }
-.matrix th { font-size: inherit; font-weight: 400; color: var(--ink); padding: 0 .6em 0 0; text-align: right;
-  vertical-align: middle; }
-.matrix thead th { padding: 0 0 .6em; text-align: center; vertical-align: bottom; }
-.matrix thead th:first-child { color: var(--muted); padding-right: .6em; text-align: right; }
-.matrix thead span { writing-mode: vertical-rl; rotate: 180deg; }
-.matrix .hit { background: color-mix(in srgb, var(--right) var(--share), transparent); }
-.matrix .miss { background: color-mix(in srgb, var(--wrong) var(--share), transparent); }
-.matrix .strong { color: var(--on-strong); }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .7rem 1.6rem; margin: 0 0 .8rem;
-  padding: 0; list-style: none; font-size: .88rem; line-height: 1.35; }
-.pairs li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .25rem .8rem; align-content: space-between; }
-.pairs .bar { grid-column: 1 / -1; height: .35rem; }
-
-.map { --side: 10px; position: relative; aspect-ratio: 1000 / 660; container-type: inline-size; background: var(--soft);
-  border-radius: 10px; overflow: hidden; }
-.map .pt { position: absolute; margin: calc(var(--side) / -2); }
-.pt { width: var(--side); height: var(--side); border-radius: 50%; cursor: pointer; opacity: .85; }
-.pt::before { content: ""; display: block; height: 100%; background: var(--c); border: 1px solid var(--soft); }
-.pt.train::before { border-radius: 50%; }
-.pt.test::before { border: 0; clip-path: polygon(50% 0, 100% 95%, 0 95%); scale: 1.2; }
-.pt.error { outline: 2px solid var(--bad); outline-offset: 3px; opacity: 1; }
-.pt:hover { opacity: 1; scale: 1.4; }
-.map b { position: absolute; translate: -50% -50%; font-size: max(8px, 1.2cqw); line-height: 1; white-space: nowrap;
-  pointer-events: none; text-shadow: 0 0 3px var(--soft), 0 0 3px var(--soft), 0 0 3px var(--soft); }
-.map:not(.train) .pt.train, .map:not(.val) .pt.val, .map:not(.test) .pt.test { display: none; }
-.map.errors .pt:not(.error), .map .dim { opacity: .07; }
-.map.pictures { --side: 28px; }
-.map.pictures .pt { border-radius: 0; outline: 1.5px solid var(--c); outline-offset: 0; }
-.map.pictures .pt.error { outline: 4px solid var(--bad); }
-.map.pictures .pt::before { border: 0; border-radius: 0; clip-path: none; scale: 1; }
-.map.pictures b { display: none; }
-.chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .9rem 0; }
-.chip { all: unset; cursor: pointer; display: inline-flex; align-items: center; max-width: 26em; padding: .1rem .7rem;
-  border: 1px solid var(--line); border-radius: 99px; font-size: .82rem; }
-.chip:hover { border-color: var(--muted); }
-.chip[aria-pressed=true] { background: var(--ink); color: var(--card); border-color: var(--ink); }
-.chip .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.chip small { opacity: .65; margin-left: .45em; }
-.chip .pt { --c: currentColor; --side: 9px; margin-right: .5em; }
-.chip .pt::before { border: 0; }
-#tip { position: fixed; z-index: 9; pointer-events: none; display: flex; gap: .7rem; width: max-content;
-  max-width: min(22rem, 90vw); background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .6rem; font-size: .82rem; box-shadow: 0 6px 24px rgb(0 0 0 / .22); }
-#tip i { width: 96px; height: 96px; flex: none; border-radius: 6px; }
-#tip span { overflow-wrap: anywhere; white-space: pre-line; color: var(--muted); }
-#tip span::first-line { font-weight: 600; color: var(--ink); }
-[hidden] { display: none !important; }
-
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; margin-bottom: 1rem; }
-.card { border: 1px solid var(--line); border-radius: 12px; padding: .8rem; break-inside: avoid; }
-.trio, .strip { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
-.trio.pair { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.strip { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
-figure { margin: 0; font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
-figcaption { margin-top: .35rem; }
-.who { color: var(--muted); font-size: .72rem; margin-bottom: .25rem; }
-.frame { aspect-ratio: 1; border-radius: 8px; background: var(--soft); display: grid; place-items: center; overflow: hidden;
-  color: var(--muted); font-size: .72rem; }
-.frame img { width: 100%; height: 100%; object-fit: contain; }
-.card .path { display: block; margin: .5rem 0 0; color: var(--muted); font-size: .7rem; line-height: 1.3; }
-
-@media (max-width: 900px) { .overview, .split, .charts { grid-template-columns: minmax(0, 1fr); }
-  .map { --side: 6px; } .map.pictures { --side: 20px; } }
-@media (max-width: 560px) { section { padding: 1.1rem 1rem; } td, th { padding-inline: .35rem; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards { grid-template-columns: minmax(0, 1fr); }
-  .bar-row { grid-template-columns: minmax(0, 9.5em) minmax(0, 1fr) 3.2em; } }
-@media print { nav, .chips { display: none; } * { print-color-adjust: exact; } section, .tile { break-inside: avoid-page; } }
-"""
-
-_REPORT_JS = """
-"use strict";
-const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-
-for (const button of all("th button")) button.addEventListener("click", () => {
-  const head = button.parentElement, body = head.closest("table").tBodies[0], isText = "text" in head.dataset;
-  const current = head.getAttribute("aria-sort");
-  const down = current ? current === "ascending" : !isText;  // best figures first
-  const key = row => row.cells[head.cellIndex].dataset.v;
-  const compare = (a, b) => {
-    const [p, q] = [key(a), key(b)];
-    if (p === "" || q === "") return (p === "") - (q === "");  // no figure: last, whichever way
-    const order = isText ? p.localeCompare(q, undefined, {numeric: true}) : p - q;
-    return down ? -order : order;
-  };
-  all("th", head.parentElement).forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  body.append(...[...body.rows].sort(compare));
-});
-
-const map = document.querySelector(".map"), tip = document.getElementById("tip"), chips = all(".chip");
-const selectClass = name => {
-  for (const chip of chips) if (chip.dataset.class) chip.setAttribute("aria-pressed", chip.dataset.class === name);
-  for (const item of map.children) item.classList.toggle("dim", name !== null && !item.classList.contains(name));
-};
-for (const chip of chips) chip.addEventListener("click", () => {
-  const isOn = chip.getAttribute("aria-pressed") !== "true";
-  if (chip.dataset.class) return selectClass(isOn ? chip.dataset.class : null);
-  chip.setAttribute("aria-pressed", isOn);
-  map.classList.toggle(chip.dataset.show, isOn);
-});
-document.addEventListener("keydown", event => { if (event.key === "Escape") selectClass(null); });
-
-const texts = new Map(all(".pt", map).map(point => [point, point.title]));
-for (const point of texts.keys()) point.removeAttribute("title");  // the browser's own tooltip would cover ours
-map.addEventListener("pointermove", event => {
-  const point = event.target.closest(".pt");
-  tip.hidden = !point;
-  if (!point) return;
-  tip.querySelector("i").style.setProperty("--thumb", point.style.getPropertyValue("--thumb"));
-  tip.querySelector("span").textContent = texts.get(point);  // never innerHTML: names come from the data
-  const isLow = event.clientY + 20 + tip.offsetHeight > innerHeight;
-  tip.style.top = (isLow ? Math.max(4, event.clientY - tip.offsetHeight - 14) : event.clientY + 20) + "px";
-  tip.style.left = Math.max(4, Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)) + "px";
-});
-map.addEventListener("pointerleave", () => { tip.hidden = true; });
-all(".chips").forEach(tools => { tools.hidden = false; });
-"""
-
-_REPORT_HTML = """
-{% macro class_name(label) %}<span class="name">{{ class_names[label] }}</span>{% endmacro %}
-{% macro bar(share, kind="") %}
-<span class="bar"><i class="{{ kind }}" style="width: {{ (100 * share) | round(1) }}%"></i></span>
-{% endmacro %}
-{% macro span(interval) %}{% if interval %}{{ interval[0] | num }} – {{ interval[1] | num }}{% else %}–{% endif %}{% endmacro %}
-{% macro picture(shown, path) %}{% set uri = thumbnail(shown) %}
-<div class="frame">{% if uri %}<img src="{{ uri }}" alt="{{ path }}" title="{{ path }}">{% else %}no image{% endif %}</div>
-{% endmacro %}
-{% macro fact_list(facts) %}
-<dl class="facts">
-  {% for name, value in facts %}
-  <div{% if value | string | length > 60 %} class="wide"{% endif %}><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-  {% endfor %}
-</dl>
-{% endmacro %}
-{% macro more(total, shown, what) %}
-{% if total > shown %}<p class="note">and {{ (total - shown) | count }} more{{ what }}</p>{% endif %}
-{% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-  script-src 'sha256-{{ script_hash }}'; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ header.verdict }} · training report</title>
-<link rel="icon" href="data:,">
-<style>{{ css }}
-.map.pictures .pt::before, #tip i { background: url({{ map.sprite }}) var(--thumb) /
-  {{ 100 * map.size[0] }}% {{ 100 * map.size[1] }}%; }
-{% for color in colors %}.c{{ loop.index0 }} { --c: {{ color }}; }
-{% endfor %}</style>
-</head>
-<body>
-<header id="summary">
-  <p class="note">Training report · {{ class_names | length | count }} classes, {{ num_images | count }} images</p>
-  <h1 class="{{ header.tone }}">{{ header.verdict }}</h1>
-  <p class="lead">{{ header.note }}</p>
-</header>
-<nav aria-label="Contents"><ul>
-  {% for id in ("summary", "run", "curves", "classes", "confusion", "views", "map", "errors", "trust", "calibration", "data")
-    if id not in ("views", "trust") or {"views": views, "trust": measured}[id] %}
-  <li><a href="#{{ id }}">{{ id | capitalize }}</a></li>
-  {% endfor %}
-</ul></nav>
-<main>
-<div class="overview">
-  <div class="tiles">
-    {% for label, value, note in header.tiles %}
-    <div class="tile"><span>{{ label }}</span><b>{{ value }}</b><small>{{ note }}</small></div>
-    {% endfor %}
-  </div>
-  <div class="compare">
-    <h3>Accuracy on {{ figures.scored }}, trained and frozen</h3>
-    {% for item in header.bars %}
-    <div class="bar-row"><span>{{ item.name }}</span>{{ bar(item.value, item.kind) }}<span
-      class="right">{{ item.value | num }}</span></div>
-    {% endfor %}
-  </div>
-</div>
-
-<section id="run"><h2>Run</h2>
-  {{ fact_list(facts) }}
-  <details class="space"><summary><b>All options</b> <span>{{ options | length }}</span></summary>
-    <table>
-      {% for name, value in options %}
-      <tr><td class="path">{{ name }}</td><td class="path">{{ value }}</td></tr>
-      {% endfor %}
-    </table>
-  </details>
-</section>
-
-<section id="curves"><h2>Curves</h2>
-  <ul class="keys"><li><i style="--k: var(--train)"></i>train</li>
-    <li><i style="--k: var(--val)"></i>val, classifier</li>
-    <li><i style="--k: var(--proto)"></i>val, prototypes</li>
-    {% if curves.baseline %}
-    <li><i class="dash" style="--k: var(--frozen)"></i>val, frozen {{ curves.baseline }}</li>
-    {% endif %}
-    {% if figures.best %}
-    <li><i class="dot" style="--k: var(--muted)"></i>best epoch, {{ figures.best.epoch }}</li>
-    {% endif %}
-  </ul>
-  <div class="charts">
-    {% for title, chart in curves.charts.items() %}
-    <div><h3>{{ title }}</h3><svg class="chart" viewBox="0 0 480 250" role="img" aria-label="{{ title }} by epoch">
-      {% for top, text in chart.y_ticks %}
-      <path class="rule" d="M44 {{ top }}H470"/><text class="end" x="36" y="{{ top }}">{{ text }}</text>
-      {% endfor %}
-      {% for left, text in chart.x_ticks %}
-      <text x="{{ left }}" y="223">{{ text }}</text>
-      {% endfor %}
-      <text x="257" y="243">epoch</text>
-      {% if chart.level is not none %}
-      <path class="dash" style="--k: var(--frozen)" d="M44 {{ chart.level }}H470"/>
-      {% endif %}
-      {% if chart.best is not none %}
-      <path class="dot" style="--k: var(--muted)" d="M{{ chart.best }} 10V206"/>
-      {% endif %}
-      {% for ink, line in chart.lines.items() if line %}
-      <g style="--k: var(--{{ ink }})"><path d="{{ line }}"/><path
-        class="dots" d="{{ chart.dots[ink] }}"/></g>
-      {% else %}
-      <text x="257" y="112">no figures</text>
-      {% endfor %}
-    </svg></div>
-    {% else %}
-    <p class="lead">No epoch was finished.</p>
-    {% endfor %}
-  </div>
-  <p class="note space">Train figures come from the augmented images of the epoch while the model learns from them, val
-    figures from clean images after it.</p>
-</section>
-
-<section id="classes"><h2>Classes</h2>
-  <p class="lead">
-    {% if figures.test %}
-    Scores of the test split, by prototype matching.
-    {% else %}
-    No test split: scores of the validation split at the best epoch, by the classifier.
-    {% endif %}
-    An answer whose similarity is below the threshold of its class should be read as unknown. Click a heading to sort.</p>
-  <div class="scroll"><table class="classes">
-    <thead><tr><th data-text aria-sort="ascending"><button>Class</button></th>
-      {% for split in split_names %}
-      <th class="n"><button>{{ split | capitalize }}</button></th>
-      {% endfor %}
-      {% for head in ("Precision", "Recall", "F1", "AUC") %}
-      <th><button>{{ head }}</button></th>
-      {% endfor %}
-      <th class="n"><button>Threshold</button></th>
-    </tr></thead>
-    <tbody>
-    {% for row in classes %}
-    <tr{% if row.is_small %} class="small"{% endif %}><td data-v="{{ row.name }}"><span
-      class="swatch c{{ row.label }}"></span>{{ class_name(row.label) }}
-      {%- if row.is_small %}<span class="badge">few</span>{% endif %}</td>
-      {% for split in split_names %}
-      <td class="n" data-v="{{ row[split] }}">{{ row[split] | count }}</td>
-      {% endfor %}
-      {% for key in ("precision", "recall", "f1", "auc") %}
-      <td data-v="{{ "" if row[key] is none else row[key] }}"><div class="score"><span>{{ row[key] | num }}</span>
-        {% if row[key] is not none %}{{ bar(row[key]) }}{% endif %}</div></td>
-      {% endfor %}
-      <td class="n" data-v="{{ row.threshold }}">{{ row.threshold | num }}{{ " *" if row.is_pooled }}</td>
-    </tr>
-    {% endfor %}
-    </tbody></table></div>
-  {% if classes | selectattr("is_pooled") | list %}
-  <p class="note space">* of all classes together: the class has too few answers on val for a threshold of its own.</p>
-  {% endif %}
-  {% if classes | selectattr("is_small") | list %}
-  <p class="note space"><span class="badge">few</span> fewer than {{ small_support }} {{ figures.scored }} images, so that
-    one image moves recall by more than {{ 100 // small_support }} points: read these scores with care.</p>
-  {% endif %}
-</section>
-
-<section id="confusion"><h2>Confusion</h2>
-  {% if confusion %}
-  <p class="lead">Test images by prototype matching. A row is a true class and sums to one; colour is its share.</p>
-  <ul class="keys"><li><i class="box" style="--k: var(--right)"></i>right</li>
-    <li><i class="box" style="--k: var(--wrong)"></i>wrong</li></ul>
-  <div{% if confusion.is_beside %} class="split"{% endif %}>
-    {% if confusion.matrix %}
-    <div class="scroll"><table class="matrix" style="--cell: {{ confusion.cell }}px">
-      <thead><tr><th>true ↓ &#8194;predicted →</th>
-        {% for name in confusion.names %}
-        <th title="{{ class_names[loop.index0] }}"><span>{{ name }}</span></th>
-        {% endfor %}
-      </tr></thead>
-      {% for row in confusion.matrix %}{% set label = loop.index0 %}
-      <tr><th title="{{ class_names[label] }}">{{ confusion.names[label] }}</th>
-        {% for count in row %}
-        {% if count %}{% set share = count / confusion.totals[label] %}
-        <td class="{{ "hit" if loop.index0 == label else "miss" }}{{ " strong" if share > 0.5 else "" }}"
-          style="--share: {{ (12 + 83 * share) | round }}%" title="{{ class_names[label] }} → {{ class_names[loop.index0] }}:
-          {{ count | count }} of {{ confusion.totals[label] | count }} ({{ (100 * share) | round(1) }} %)">
-          {{- count if confusion.cell >= 20 else "" }}</td>
-        {% else %}
-        <td></td>
-        {% endif %}
-        {% endfor %}
-      </tr>
-      {% endfor %}
-    </table></div>
-    {% else %}
-    <p class="note">{{ class_names | length | count }} classes are too many for a readable matrix.</p>
-    {% endif %}
-    <div><h3>Most confused pairs</h3>
-      <ul class="pairs">
-        {% for pair in confusion.pairs %}
-        <li><span>{{ class_name(pair.true) }} <span class="note">taken for</span> {{ class_name(pair.predicted) }}</span>
-          <span class="right">{{ pair.count | count }} <span class="note">of {{ pair.total | count }}</span></span>
-          {{ bar(pair.count / confusion.pairs[0].count, "miss") }}</li>
-        {% else %}
-        <li class="good">No two classes were confused.</li>
-        {% endfor %}
-      </ul>
-      {{ more(confusion.num_pairs, confusion.pairs | length, " pairs") }}
-    </div>
-  </div>
-  {% else %}
-  <p class="lead">No test split: there is nothing to count.</p>
-  {% endif %}
-</section>
-
-{% if views %}
-<section id="views"><h2>Views</h2>
-  <p class="lead">The {{ views.figures.images | count }} test crops that have a mask, by prototype matching: as they were cut,
-    and with their background replaced. The two disagree on {{ views.num_differ | count }}.</p>
-  <div class="split">
-    <div class="scroll"><table>
-      <thead><tr><th>View</th>
-        {% for head in ("Accuracy", "Macro F1", "Macro ROC AUC", "Recall@1") %}<th>{{ head }}</th>{% endfor %}
-      </tr></thead>
-      {% for name, text in (("bbox", "as it is"), ("mask", "masked")) %}
-      <tr><td>{{ text }}</td>
-        {% for key in ("acc", "f1_macro", "auc_macro", "recall_at_1") %}{% set value = views.figures[name][key] %}
-        <td><div class="score"><span>{{ value | num }}</span>{% if value is not none %}{{ bar(value) }}{% endif %}</div></td>
-        {% endfor %}
-      </tr>
-      {% endfor %}
-    </table></div>
-    <div><h3>Right</h3>
-      {% for name, count in views.tallies.items() %}
-      <div class="bar-row"><span>{{ name }}</span>{{ bar(count / views.figures.images) }}<span
-        class="right">{{ count | count }}</span></div>
-      {% endfor %}
-    </div>
-  </div>
-  {% if views.classes %}
-  <h3 class="space">Classes whose recall differs most</h3>
-  <div class="scroll"><table>
-    <thead><tr><th>Class</th><th class="n">Crops</th><th>As it is</th><th>Masked</th></tr></thead>
-    {% for row in views.classes %}
-    <tr><td><span class="swatch c{{ row.label }}"></span>{{ class_name(row.label) }}</td><td class="n">{{ row.count | count }}</td>
-      {% for value in row.recall %}
-      <td><div class="score"><span>{{ value | num }}</span>{{ bar(value) }}</div></td>
-      {% endfor %}
-    </tr>
-    {% endfor %}
-  </table></div>
-  {% endif %}
-  {% if views.cards %}
-  <h3 class="space">Crops about which the views disagree, the surest first</h3>
-  <div class="cards">
-    {% for card in views.cards %}
-    <article class="card"><div class="trio pair">
-      {% for side in card.sides %}
-      <figure><div class="who">{{ ("as it is", "masked")[loop.index0] }}</div>{{ picture(side.shown, card.path) }}<figcaption
-        class="{{ "good" if side.is_right else "bad" }}"><b>{{ class_name(side.label) }}</b><br>
-        p {{ side.probability | num }}<br>cos {{ side.score | num }}</figcaption></figure>
-      {% endfor %}
-    </div><span class="path">{{ class_name(card.label) }} · {{ card.path }}</span></article>
-    {% endfor %}
-  </div>
-  {{ more(views.num_differ, views.cards | length, " crops") }}
-  {% endif %}
-</section>
-{% endif %}
-
-<section id="map"><h2>Embedding map</h2>
-  <p class="lead">Near points look alike to the model; distances between far groups mean little.
-    {% if map.points | length < num_views %}
-    {{ map.points | length | count }} of {{ num_views | count }} {{ "images" if num_views == num_images else "views" }}, the same
-    share of every class and split.
-    {% endif %}
-    {% if map.num_errors %}
-    Rings mark the {{ map.num_errors | count }} wrong test image{{ "s" if map.num_errors > 1 else "" }}.
-    {% endif %}</p>
-  <div class="chips" hidden>
-    {% for split in map.splits %}
-    <button class="chip" aria-pressed="true" data-show="{{ split }}"><i class="pt {{ split }}"></i>{{ split }}</button>
-    {% endfor %}
-    {% if map.num_errors %}
-    <button class="chip" aria-pressed="false" data-show="errors">only errors</button>
-    {% endif %}
-    <button class="chip" aria-pressed="false" data-show="pictures">pictures</button>
-  </div>
-  <div class="map {{ map.splits | join(" ") }}" role="img" aria-label="Map of the embeddings">
-    {% for point in map.points %}
-    <i class="pt c{{ point.label }} {{ point.split }}{{ " error" if point.is_error else "" }}" style="{{ point.style }}"
-      title="{{ point.text }}"></i>
-    {% endfor %}
-    {% for name in map.names %}
-    <b class="c{{ name.label }}" style="{{ name.style }}">{{ name.text }}</b>
-    {% endfor %}
-  </div>
-  <div id="tip" hidden><i></i><span></span></div>
-  <div class="chips" hidden>
-    {% for name in class_names %}
-    <button class="chip" aria-pressed="false" data-class="c{{ loop.index0 }}" title="{{ name }}"><span
-      class="swatch c{{ loop.index0 }}"></span>{{ class_name(loop.index0) }}<small>{{ map.counts[loop.index0] | count
-      }}</small></button>
-    {% endfor %}
-  </div>
-</section>
-
-<section id="errors"><h2>Worst errors</h2>
-  {% if errors.cards %}
-  <p class="lead">{{ errors.num_errors | count }} of {{ num_test | count }} {{ of_test }} are wrong; the {{
-    errors.cards | length if errors.num_errors > errors.cards | length else "" }} surest come first, each beside its nearest
-    training image of the predicted and of the true class. A wrong label in the data shows here first.</p>
-  <div class="cards">
-    {% for card in errors.cards %}
-    <article class="card"><div class="trio">
-      <figure><div class="who">test image</div>{{ picture(card.shown, card.path) }}</figure>
-      {% for side in card.sides %}
-      <figure><div class="who">{{ side.kind }}</div>{{ picture(side.reference, "") }}<figcaption
-        class="{{ "good" if side.kind == "true" else "bad" }}"><b>{{ class_name(side.label) }}</b><br>
-        p {{ side.probability | num }}<br>cos {{ side.score | num }}</figcaption></figure>
-      {% endfor %}
-    </div><span class="path">{{ card.path }}</span></article>
-    {% endfor %}
-  </div>
-  {% elif num_test %}
-  <p class="good">Not one of {{ num_test | count }} {{ of_test }} is wrong.</p>
-  {% else %}
-  <p class="lead">No test split: no image was held out to be wrong about.</p>
-  {% endif %}
-</section>
-
-{% if measured %}
-<section id="trust"><h2>Trust</h2>
-  <p class="lead">What production will meet: figures of the test with their 95 % intervals, objects of no known class, and how many
-    answers are left when they have to be right. Thresholds are chosen on val.</p>
-  <div class="split">
-    <div class="scroll"><table>
-      <thead><tr><th>Test</th><th>Figure</th><th class="n">95 % interval</th></tr></thead>
-      {% for name, value, interval in measured.rows %}
-      <tr><td>{{ name }}</td><td><div class="score"><span>{{ value | num }}</span>
-        {% if value is not none %}{{ bar(value) }}{% endif %}</div></td>
-        <td class="n">{{ span(interval) }}</td></tr>
-      {% endfor %}
-    </table></div>
-    <div><h3>Answers that have to be right</h3>
-      <table>
-        <thead><tr><th>Asked on val</th><th class="n">Answered</th><th class="n">Right</th></tr></thead>
-        {% for row in measured.answers %}
-        <tr><td>{{ (100 * row.target) | round | int }} %</td><td class="n">{{ row.coverage.value | num }}</td>
-          <td class="n">{{ row.precision.value | num }}</td></tr>
-        {% endfor %}
-        <tr><td>by class</td><td class="n">{{ measured.thresholds.coverage.value | num }}</td>
-          <td class="n">{{ measured.thresholds.precision.value | num }}</td></tr>
-      </table>
-    </div>
-  </div>
-  <h3 class="space">Unknown objects ({{ measured.source }})</h3>
-  <div class="scroll"><table>
-    <thead><tr><th>Told by</th><th>AUROC</th><th class="n">95 % interval</th>
-      <th class="n">Unknowns that pass with 95 % of the known</th></tr></thead>
-    {% for name, row in measured.unknown.items() %}
-    <tr><td>{{ name }}</td><td><div class="score"><span>{{ row.auroc.value | num }}</span>
-      {% if row.auroc.value is not none %}{{ bar(row.auroc.value) }}{% endif %}</div></td>
-      <td class="n">{{ span(row.auroc.interval) }}</td><td class="n">{{ row.fpr95.value | num }}</td></tr>
-    {% endfor %}
-  </table></div>
-  {% if measured.few %}
-  <p class="note space">Few test images, so that their share in these figures is chance: {{ measured.few | join(", ") }}.</p>
-  {% endif %}
-</section>
-{% endif %}
-
-<section id="calibration"><h2>Calibration</h2>
-  {% if calibration %}
-  <div class="charts"><svg class="chart" viewBox="0 0 480 275" role="img" aria-label="Share correct by probability">
-    {% for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) %}{% set top = 210 - 200 * tick %}
-    <path class="rule" d="M44 {{ top }}H470"/><text class="end" x="36" y="{{ top }}">{{ tick }}</text>
-    <text x="{{ 44 + 426 * tick }}" y="227">{{ tick }}</text>
-    {% endfor %}
-    {% for count, confidence, accuracy in calibration.bins %}{% set left = 44 + 426 * loop.index0 / loop.length %}
-    <path class="column" d="M{{ (left + 21.3) | round(1) }} 210V{{ (210 - 200 * accuracy) | round(1) }}"/>
-    <text x="{{ (left + 21.3) | round(1) }}" y="270">{{ count | count }}</text>
-    {% endfor %}
-    <path class="dash" style="--k: var(--muted)" d="M44 210L470 10"/>
-    {% for count, confidence, accuracy in calibration.bins if count %}
-    <circle cx="{{ (44 + 426 * confidence) | round(1) }}" cy="{{ (210 - 200 * accuracy) | round(1) }}" r="3.5"/>
-    {% endfor %}
-    <text x="257" y="246">probability of the predicted class</text><text class="end" x="36" y="266">images</text>
-  </svg>
-  <div><b class="figure">{{ calibration.error | num }}</b>
-    <p class="note">expected calibration error, {{ calibration.bins | length }} bins</p>
-    {% set excess = calibration.confidence - calibration.accuracy %}
-    <p>On average the model claims {{ calibration.confidence | num }} and is right {{ calibration.accuracy | num }} of the
-      time: {{ "it is too sure" if excess > 0.02 else "it is too modest" if excess < -0.02 else
-      "on the whole it knows how often it is right" }}.</p>
-    <p class="note">Bars are the share correct; on the dashed line they would be perfect. A dot stands at the mean
-      probability of its bin; bins with few images swing by chance.</p>
-  </div></div>
-  {% else %}
-  <p class="lead">No test split: probabilities cannot be checked.</p>
-  {% endif %}
-</section>
-
-<section id="data"><h2>Data</h2>
-  {{ fact_list(data_facts) }}
-  {% if warnings %}
-  <h3 class="alert space">Warnings</h3>
-  <ul class="list">{% for warning in warnings[:max_listed] %}<li>{{ warning }}</li>{% endfor %}</ul>
-  {{ more(warnings | length, max_listed, "") }}
-  {% endif %}
-  {% if conflicts %}
-  <h3 class="space">Label conflicts, the first {{ conflicts | length }}</h3>
-  <div class="cards">
-    {% for group in conflicts %}
-    <div class="card strip">
-      {% for path, shown in group[:4] %}
-      <figure>{{ picture(shown, path) }}<span class="path">{{ path }}</span></figure>
-      {% endfor %}
-    </div>
-    {% endfor %}
-  </div>
-  {% endif %}
-  <div class="space">
-    {% for title, items in findings.items() if items %}
-    <details><summary><b>{{ title }}</b> <span>{{ items | length | count }}</span></summary>
-      <ol class="list">{% for item in items[:max_listed] %}<li class="path">{{ item }}</li>{% endfor %}</ol>
-      {{ more(items | length, max_listed, ", see data_report.json") }}</details>
-    {% else %}
-    {% if not warnings %}<p class="good">Nothing was found wrong with the data.</p>{% endif %}
-    {% endfor %}
-  </div>
-</section>
-<footer>Made by lct_dino3.py. Self-contained: it loads nothing, works offline and can be sent as it is. Figures also in
-  metrics.jsonl.</footer>
-</main>
-<script>{{ script }}</script>
-</body>
-</html>
-"""
-
-
-# ======================================================================================================================
-# 17  COMMANDS & MAIN
+# 16  COMMANDS & MAIN
 # ======================================================================================================================
 # One recipe a command, and the way out: exit codes, signals, messages.
 def run_scan(config: Config) -> None:
@@ -10082,7 +8816,7 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
-    """With the best weights: export the prototypes, test once both ways, judge the training, write the report."""
+    """With the best weights: export the prototypes, test once both ways, judge the training, have the report written."""
     run, records, model = job.run, job.records, state.model
     model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
@@ -10112,18 +8846,33 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             f"{int(gallery.is_pooled.sum())} of {len(gallery.class_names)} classes have fewer than {MIN_CALIBRATION_SAMPLES} val"
             " answers: their threshold is that of all classes together"
         )
-    view_pairs = None
+    write_embeddings(run.path / "embeddings.npz", records, embedded)
     if "test" in embedded:
+        write_predictions(run.path / "predictions.csv", gallery, records, [embedded["test"]])
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
         measure_run(job, model, gallery, bank, unknown.get("measure"))
-        view_pairs = compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
-    report = gather_report(job, gallery, embedded)
-    write_report(dataclasses.replace(report, view_pairs=view_pairs), run.path / "report.html")
+        compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
+    has_report = start_report(run)
     if job.unreadable:
         run.log(
             f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, each named above"
         )
-    run.log(f"finished: {run.path / 'prototypes.npz'}, {run.path / 'report.html'}")
+    run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
+
+
+def start_report(run: RunDirectory) -> bool:
+    """Have tools/report.py make report.html of the run's files; say whether it did. A run is whole without it."""
+    tool = TOOLS_DIR / "report.py"
+    if not tool.is_file():
+        run.log("no report: tools/report.py is not beside the script")
+        return False
+    done = subprocess.run(
+        [sys.executable, tool, run.path], capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        run.log(f"no report: {reason.removeprefix('error: ')}")
+    return done.returncode == 0
 
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
@@ -10268,58 +9017,25 @@ def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded
     return tuple(part.take(np.searchsorted(part.rows, common)) for part in pair)
 
 
-def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> ViewPairs | None:
-    """Score the same crops with and without their background, and record it; None when there are none."""
+def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> None:
+    """Score the same crops with and without their background, and record it; predictions_by_view.csv has the answers."""
     labels = pair[0].labels
     if not len(labels):
-        return None
-    judged = tuple(gallery.judge(part.values, labels) for part in pair)
+        return
+    write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, pair)
     figures = {}
     for name, part in zip(VIEW_NAMES, pair, strict=True):
         figures[name] = classify(
             lambda own: gallery.scores(own) / gallery.temperature, part.values, labels, job.records.class_names
         )[1]
         figures[name]["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, part)
-    disagree = int((judged[0].labels[:, 0] != judged[1].labels[:, 0]).sum())
+    disagree = int((gallery.answer(pair[0].values)[0] != gallery.answer(pair[1].values)[0]).sum())
     job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
     shown = ", ".join(
         f"{text} acc {figures[name]['acc']:.3f} macro F1 {figures[name]['f1_macro']:.3f}"
         for name, text in (("bbox", "as they are"), ("mask", "masked"))
     )
     job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
-    return ViewPairs(pair[0].rows, labels, judged)
-
-
-def gather_report(job: Job, gallery: Gallery, embedded: dict[str, Embedded]) -> ReportInput:
-    """Collect what the page shows from the run's files and the final embeddings."""
-    run, records = job.run, job.records
-    test = embedded.get("test", embedded["train"].take(np.zeros(0, np.int64)))
-    judged = gallery.judge(test.values, test.labels)
-    nearest = [nearest_references(gallery, test.values, labels).tolist() for labels in judged.labels.T]
-    number_of = {records.paths[row]: row for row in records.rows("train").tolist()}
-    stacks = [
-        Shown(number_of[path], view)
-        for path, view in zip(gallery.stack_paths, gallery.stack_views.tolist(), strict=True)
-    ]
-    return ReportInput(
-        config=json.loads((run.path / "config.json").read_text(encoding="utf-8")),
-        events=read_events(run.path),
-        data_report=json.loads((run.path / "data_report.json").read_text(encoding="utf-8")),
-        class_names=job.records.class_names,
-        records=records,
-        embeddings=np.concatenate([part.values for part in embedded.values()]),
-        labels=np.concatenate([part.labels for part in embedded.values()]),
-        split_names=np.concatenate([np.full(len(part.rows), split) for split, part in embedded.items()]),
-        shown=[
-            Shown(*key)
-            for part in embedded.values()
-            for key in zip(part.rows.tolist(), part.views.tolist(), strict=True)
-        ],
-        thresholds=gallery.thresholds,
-        is_pooled=gallery.is_pooled,
-        judged=judged,
-        nearest=[(stacks[answered], stacks[true]) for answered, true in zip(*nearest, strict=True)],
-    )
 
 
 class Helper:

@@ -36,7 +36,7 @@ TARGETS = (
     " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.settle check_finite score_training compute_metrics"
     " evaluate_val RunDirectory.event RunDirectory.log os.write save_checkpoint open torch.serialization._save os.fsync"
     " Path.replace sync_folder Path.unlink copy_checkpoint update_best embed build_gallery save_gallery score_classifier test_run"
-    " gather_report write_report"
+    " write_embeddings write_predictions start_report"
 ).split()
 
 
@@ -285,6 +285,10 @@ def read_run(out_dir: Path) -> Iterator[tuple[str, Any]]:
                 yield f"prototypes {key}", (content[key].dtype.str, content[key].tobytes())
         meta = json.loads(str(content["meta"]))
     yield "prototypes meta", {key: value for key, value in meta.items() if key != "date"}
+    with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
+        for key in content.files:
+            yield f"embeddings {key}", (content[key].dtype.str, content[key].tobytes())
+    yield "predictions", (out_dir / "predictions.csv").read_bytes()
     events = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_bytes().splitlines()]
     for event in events:
         event.pop("time"), event.pop("seconds", None), event.pop("pace", None)

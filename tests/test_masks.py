@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -344,6 +345,11 @@ def read_run(out_dir: Path) -> tuple[dict[str, list[dict]], dict[str, np.ndarray
         return events, {name: file[name] for name in file.files}
 
 
+def read_predictions(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_mix_runs_on_half_the_masks_and_reports_both_views(tmp_path: Path, call_main: Callable) -> None:
     root = make_masked_dataset(tmp_path / "data", 12)
     for index, path in enumerate(sorted(root.rglob("*_mask.png"))):
@@ -363,6 +369,19 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(tmp_path: Path, call_
     test = [path for paths in splits["test"].values() for path in paths]
     assert events["test_views"][0]["images"] == sum(int(Path(path).stem) % 2 == 0 for path in test)
     assert events["test_end"][0]["images"] == len(test)
+    rows = read_predictions(tmp_path / "run/predictions.csv")
+    pairs = read_predictions(tmp_path / "run/predictions_by_view.csv")
+    with_mask = {path for path in test if int(Path(path).stem) % 2 == 0}
+    both = sorted((path, view) for path in with_mask for view in ("bbox", "mask"))
+    assert sorted((row["path"], row["view"]) for row in pairs) == both
+    assert sorted((row["path"], row["view"]) for row in rows) == sorted({*both, *((path, "bbox") for path in test)})
+    answers = {(row["path"], row["view"]): row["answer"] for row in rows}
+    assert all(answers[row["path"], row["view"]] == row["answer"] for row in pairs)
+    for row in rows + pairs:
+        assert (root / row["mask"]).is_file() if row["path"] in with_mask else row["mask"] == ""
+        assert Path(row["mask"]).stem in ("", f"{Path(row['path']).stem}_mask")
+    disagree = sum(answers[path, "bbox"] != answers[path, "mask"] for path in with_mask)
+    assert events["test_views"][0]["disagree"] == disagree
     meta = json.loads(str(gallery["meta"]))
     assert meta["crop_mode"] == "mix" and meta["mask_fill"] == {"kind": "gray", "colour": [114] * 3}
     epoch = events["epoch_end"][0]

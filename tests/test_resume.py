@@ -98,8 +98,8 @@ DEATHS = {
     "writing prototypes": kill("save_gallery", 1, KILL),
     "test": kill("test_run", 1, KILL),
     "test, Ctrl-C": kill("score_classifier", 4, INT),
-    "report": kill("gather_report", 1, TERM),
-    "report, written": kill("write_report", 1, KILL, when="after"),
+    "report": kill("start_report", 1, TERM),
+    "report, written": kill("start_report", 1, KILL, when="after"),
 }
 EXIT_CODES = {KILL: -9, TERM: 143, INT: 130, HUP: 143}
 

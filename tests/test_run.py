@@ -1,9 +1,12 @@
 """Sections 13, 15 and 19: whole runs on small data - what they leave behind, and how they end and go on."""
 
+import csv
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import end_cli, make_dataset, run_cli, snapshot
+from conftest import TINY_RUN, end_cli, make_dataset, run_cli, snapshot
 
 import lct_dino3 as lct
 
@@ -58,6 +61,8 @@ def test_a_run_leaves_what_the_contract_lists(run: Path) -> None:
     logs = {"train.log", "metrics.jsonl", "config.json", "splits.json", "data_report.json"}
     assert names == checkpoints | logs | {
         "prototypes.npz",
+        "predictions.csv",
+        "embeddings.npz",
         "report.html",
         "lct_dino3.py",
         "preview.jpg",
@@ -94,6 +99,76 @@ def test_the_split_is_whole_and_the_broken_image_is_named(run: Path, data: Path)
     report = json.loads((run / "data_report.json").read_text("utf-8"))
     assert [item["path"] for item in report["quarantined"]] == ["wrench/broken.jpg"]
     assert report["classes"]["wrench"]["quarantined"] == 1 and (data / "wrench" / "broken.jpg").exists()
+
+
+def test_predictions_follow_from_the_embeddings_and_the_gallery(run: Path) -> None:
+    """Computed anew, row by row, from what the two .npz files hold."""
+    gallery, table = (dict(np.load(run / name, allow_pickle=False)) for name in ("prototypes.npz", "embeddings.npz"))
+    names = gallery["id2cls"].tolist()
+    assert table["class_names"].tolist() == names and str(gallery["matcher"]) in ("centroid", "knn")
+    counts = gallery["knn_counts"] if str(gallery["matcher"]) == "knn" else None
+    temperature = json.loads(str(gallery["meta"]))["temperature"]
+    with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    is_test = table["splits"] == "test"
+    assert [row["path"] for row in rows] == table["paths"][is_test].tolist() and len(rows) > 2
+    for row, query, label in zip(rows, table["embeddings"][is_test], table["labels"][is_test], strict=True):
+        to_references = gallery["stacks"] @ query
+        of_class = [np.sort(to_references[gallery["stack_labels"] == i])[::-1] for i in range(3)]
+        scores = (
+            gallery["centroids"] @ query
+            if counts is None
+            else [c[:k].mean() for c, k in zip(of_class, counts, strict=True)]
+        )
+        powers = np.exp(np.array(scores, np.float64) / temperature)
+        order = np.argsort(-np.array(scores))
+        assert [row["class"], row["answer"], row["runner_up"]] == [names[i] for i in (label, order[0], order[1])]
+        cosines = [float(row[key]) for key in ("class_cosine", "cosine", "runner_up_cosine")]
+        assert cosines == pytest.approx([scores[i] for i in (label, order[0], order[1])], abs=1e-6)
+        chances = [float(row[key]) for key in ("class_probability", "probability")]
+        assert chances == pytest.approx([powers[i] / powers.sum() for i in (label, order[0])], abs=1e-4)
+        assert row["is_unknown"] == ("true" if scores[order[0]] < gallery["thresholds"][order[0]] else "false")
+        for key, chosen in (("nearest_reference", order[0]), ("nearest_of_class", label)):
+            nearest = np.flatnonzero(gallery["stack_labels"] == chosen)[
+                to_references[gallery["stack_labels"] == chosen].argmax()
+            ]
+            assert (row[key], row[f"{key}_view"]) == (gallery["stack_paths"][nearest], "bbox")
+        assert (row["view"], row["mask"]) == ("bbox", "")
+    test = next(event for event in lct.read_events(run) if event["event"] == "test_end")
+    assert np.mean([row["class"] == row["answer"] for row in rows]) == pytest.approx(test["prototypes"]["acc"])
+
+
+def test_embeddings_are_of_every_image_in_its_split(run: Path) -> None:
+    splits = json.loads((run / "splits.json").read_text("utf-8"))
+    expected = {
+        (path, split, name) for split in lct.SPLIT_NAMES for name, paths in splits[split].items() for path in paths
+    }
+    table = dict(np.load(run / "embeddings.npz", allow_pickle=False))
+    classes = table["class_names"][table["labels"]].tolist()
+    rows = list(zip(table["paths"].tolist(), table["splits"].tolist(), classes, strict=True))
+    assert set(rows) == expected and len(rows) == len(expected)
+    assert not table["views"].any() and not any(table["masks"]) and table["embeddings"].dtype == np.float32
+    gallery = dict(np.load(run / "prototypes.npz", allow_pickle=False))
+    vector_of = dict(zip(table["paths"].tolist(), table["embeddings"], strict=True))
+    assert np.array_equal(gallery["stacks"], [vector_of[path] for path in gallery["stack_paths"].tolist()])
+
+
+@pytest.mark.parametrize(
+    "tool, said", [(None, "tools/report.py is not beside the script"), ("raise SystemExit('no ink')", "no ink")]
+)
+def test_a_run_is_whole_without_its_report(small_data: Path, tmp_path: Path, tool: str | None, said: str) -> None:
+    script = tmp_path / "alone" / "lct_dino3.py"
+    script.parent.mkdir()
+    script.write_bytes(Path(lct.__file__).read_bytes())
+    if tool:
+        (script.parent / "tools").mkdir()
+        (script.parent / "tools" / "report.py").write_text(tool)
+    command = [sys.executable, script, "--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"no report: {said}" in (tmp_path / "run/train.log").read_text("utf-8")
+    assert (tmp_path / "run/predictions.csv").is_file() and not (tmp_path / "run/report.html").exists()
+    assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
 
 
 def test_a_frozen_backbone_is_not_in_the_checkpoint(run: Path) -> None:

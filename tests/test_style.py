@@ -35,7 +35,7 @@ def test_the_docstring_lists_the_sections() -> None:
     found = [(f"{number:02}", name) for number, name, _ in list_sections()]
     assert listed == found
     assert [number for number, _ in found] == sorted(number for number, _ in found)
-    assert len(found) >= 17
+    assert len(found) >= 16
 
 
 def test_code_names_only_what_stands_in_its_section_or_before() -> None:
