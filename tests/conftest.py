@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
 import math
 import os
@@ -24,6 +25,19 @@ from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "lct_dino3.py"
+# Runs on data whose classes are taken for each other: a figure of the wrong images, weights or epoch is another number.
+HARD_CLASSES = ("hammer", "pliers", "side cutter", "wrench", "бокорезы")
+HARD_RUN = (
+    "--model_id test_resnet --img_size 32 --emb_dim 32 --heads 2 --precision fp32 --gpus 0 --workers 0 --save_every 1"
+    r" --val_split 0.35 --test_split 0.25 --target_precision 0.85 --seed 1 --group_regex ^\d+_(shot\d+)"
+).split()
+HARD_RUNS = {
+    "plain": "--epochs 8 --batch 12 --unknown_dir unknown",
+    "tuned": "--epochs 12 --batch 64 --accumulate_grad_batches 2 --no-freeze_backbone --ema_decay 0.7 --lr 3e-3"
+    " --unknown_dir unknown",  # one step an epoch
+    "mix": "--epochs 10 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss",
+    "cached": "--epochs 6 --batch 12 --cache_views 2",
+}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
 TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
@@ -54,6 +68,59 @@ def make_dataset(root: Path, classes: dict[str, int], seed: int = 0, side: int =
         for index in range(count):
             draw_image(kind, seed, index, side=side).save(root / name / f"{index:04d}{suffix}")
     return root
+
+
+def draw_confusable(
+    hue: float, corners: int, rng: np.random.Generator, spread: float, saturation: float = 1.0
+) -> tuple[Image.Image, Image.Image]:
+    """Draw a polygon whose hue is off by `spread` of the circle on average, and its mask."""
+    size = (44, 36)
+    noise = Image.fromarray(rng.integers(30, 226, (4, 5, 3), dtype=np.uint8))
+    image, mask = noise.resize(size, Image.Resampling.BICUBIC), Image.new("L", size)
+    seen = (hue + spread * rng.normal()) % 1, saturation * rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
+    angles = rng.uniform(0, math.tau) + np.arange(corners) * math.tau / corners
+    centre, radius = rng.uniform(0.4, 0.6, 2) * size, rng.uniform(11, 17)
+    points = [tuple(point) for point in (centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).tolist()]
+    ImageDraw.Draw(image).polygon(points, fill=tuple(round(255 * value) for value in colorsys.hsv_to_rgb(*seen)))
+    ImageDraw.Draw(mask).polygon(points, fill=255)
+    return image, mask
+
+
+def make_hard_dataset(folder: Path) -> None:
+    """Draw `data`, 60 images of each of five classes that are taken for each other, and `unknown`, 40 things of no class.
+
+    Files are called <number>_shot<shot>.png; every fourth shot has two frames. Four of five crops have a mask.
+    """
+    rng, shots = np.random.default_rng(0), [shot for shot in range(1, 300) for _ in range(1 + (shot % 4 == 0))]
+    for kind, name in enumerate(HARD_CLASSES):
+        for dirname in ("cropped", "masks"):
+            (folder / "data" / name / dirname).mkdir(parents=True)
+        for number in range(60):
+            image, mask = draw_confusable(kind / 5, 3 + kind % 2, rng, spread=0.045)
+            stem = f"{number:04d}_shot{shots[60 * kind + number]:03d}"
+            image.save(folder / "data" / name / "cropped" / f"{stem}.png")
+            if number % 5:
+                mask.save(folder / "data" / name / "masks" / f"{stem}_mask.png")
+    (folder / "unknown" / "deep").mkdir(parents=True)
+    for number in range(40):
+        image, _ = draw_confusable(rng.uniform(), 12, rng, spread=0.0, saturation=0.5)
+        image.save(folder / "unknown" / ("deep" if number % 3 else ".") / f"{number:03d}.png")
+
+
+def make_backbone(folder: Path) -> Path:
+    """Write weights of the small backbone: random ones, whose BatchNorms have seen the data; return the file."""
+    import timm
+    import torch
+
+    crops = [np.asarray(Image.open(path).resize((32, 32))) for path in sorted(folder.glob("data/*/cropped/*.png"))]
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", pretrained=False, num_classes=0).train()
+        for _ in range(50):
+            model(pixels[torch.randperm(len(pixels))[:100]])
+    torch.save(model.state_dict(), folder / "backbone.pth")
+    return folder / "backbone.pth"
 
 
 def image_bytes(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -142,6 +209,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_dataset(tmp_path_factory.mktemp("data") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
     (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     return root
+
+
+@pytest.fixture(scope="session")
+def hard_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, `unknown` and `backbone.pth` of `make_hard_dataset`. Shared by all tests: read only."""
+    folder = tmp_path_factory.mktemp("hard")
+    make_hard_dataset(folder)
+    make_backbone(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hard_run(hard_data: Path) -> Callable[[str], Path]:
+    """Return a function from a name of HARD_RUNS to the folder of that run, trained when it is first asked for: read only."""
+
+    @functools.cache
+    def train(name: str) -> Path:
+        out_dir = hard_data / name
+        options = [hard_data / word if word == "unknown" else word for word in HARD_RUNS[name].split()]
+        places = ("--data_root", hard_data / "data", "--out_dir", out_dir)
+        assert run_main(*places, "--backbone_weights", hard_data / "backbone.pth", *HARD_RUN, *options) == 0
+        return out_dir
+
+    return train
 
 
 @pytest.fixture(scope="session")
