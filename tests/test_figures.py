@@ -5,11 +5,13 @@ The runs are far from perfect, so that a figure of other images, another half, o
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import HARD_RUNS
+from conftest import HARD_RUN, HARD_RUNS, draw_confusable, run_cli
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
@@ -663,3 +665,95 @@ def test_what_the_regex_captures_never_straddles_splits(run: Run) -> None:
                 frames[shot] = frames.get(shot, 0) + 1
     assert sum(count == 2 for count in frames.values()) == 60
     assert [shot for shot, found in places.items() if len(found) > 1] == []
+
+
+# --- a run that is used later
+
+
+def test_masks_stay_with_their_crops_when_images_have_gone(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+) -> None:
+    """References made anew of data of which some has gone, and some has come, are those that were there."""
+    run = runs("mix")
+    shutil.copytree(run.options["data_root"], tmp_path / "data")
+    shutil.copytree(run.folder, tmp_path / "run")
+    lost = [run.splits["train"][name][0] for name in run.class_names]
+    for path in lost:
+        (tmp_path / "data" / path).unlink()
+    for number in range(3):
+        image, mask = draw_confusable(0.5, 5, np.random.default_rng(number), spread=0.1)
+        image.save(tmp_path / "data" / run.class_names[0] / "cropped" / f"000{number}_new.png")
+        mask.save(tmp_path / "data" / run.class_names[0] / "masks" / f"000{number}_new_mask.png")
+    command = ("prototypes", "--run", tmp_path / "run", "--data_root", tmp_path / "data", "--precision", "fp32")
+    assert call_main(*command, "--gpus", 0, "--workers", 0) == 0
+    new = Run(tmp_path / "run").gallery
+    before, after = (
+        dict(
+            zip(zip(own["stack_paths"].tolist(), own["stack_views"].tolist(), strict=True), own["stacks"], strict=True)
+        )
+        for own in (run.gallery, new)
+    )
+    assert after.keys() == {key for key in before if key[0] not in lost}
+    for key, embedding in after.items():
+        np.testing.assert_allclose(embedding, before[key], atol=1e-5, err_msg=str(key))
+
+
+def test_a_class_of_one_crop_has_the_threshold_of_the_others(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+) -> None:
+    """It cannot have one of its own, and with none it would take every stranger."""
+    run = runs("plain")
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "new" / "tongs").mkdir(parents=True)
+    draw_confusable(0.5, 6, np.random.default_rng(0), spread=0.0)[0].save(tmp_path / "new" / "tongs" / "1.png")
+    command = ("prototypes", "--run", tmp_path / "run", "--add", tmp_path / "new", "--gpus", 0, "--workers", 0)
+    assert call_main(*command) == 0
+    thresholds = Run(tmp_path / "run").gallery["thresholds"]
+    np.testing.assert_array_equal(thresholds[:5], run.gallery["thresholds"])
+    assert thresholds[5] == pytest.approx(np.median(run.gallery["thresholds"]))
+
+
+def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_epoch(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+) -> None:
+    """All later ones know which epoch was the best, and have other weights."""
+    run = runs("plain")
+    shutil.copytree(run.folder, tmp_path / "run")
+    for name in ("checkpoint_best.pth", "prototypes.npz"):
+        (tmp_path / "run" / name).unlink()
+    options = [run.options["unknown_dir"] if word == "unknown" else word for word in HARD_RUNS["plain"].split()]
+    places = ("--data_root", run.options["data_root"], "--out_dir", tmp_path / "run")
+    places += ("--backbone_weights", run.options["backbone_weights"])
+    late = tmp_path / "run" / f"checkpoint_ep{len(run.val) - 1:03d}.pth"
+    assert call_main(*places, *HARD_RUN, *options, "--resume", late) == 0
+    np.testing.assert_array_equal(Run(tmp_path / "run").gallery["stacks"], run.gallery["stacks"])
+
+
+def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    """An answer may become another, or `unknown`; what is unknown can only become known."""
+    run, out = runs("tuned"), tmp_path / "out"
+    command = (
+        "prelabel",
+        "--run",
+        run.folder,
+        "--images",
+        run.options["unknown_dir"],
+        "--out",
+        out,
+        "--formats",
+        "csv",
+    )
+    done = run_cli(*command, "--gpus", 0, "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    with open(out / "csv" / "labels.csv", encoding="utf-8-sig", newline="") as file:
+        rows = [{key: float(row[key]) for key in ("cosine", "threshold", "margin")} for row in csv.DictReader(file)]
+    doubts = [
+        min(row["cosine"] - row["threshold"], row["margin"])
+        if row["cosine"] >= row["threshold"]
+        else row["threshold"] - row["cosine"]
+        for row in rows
+    ]
+    assert any(row["cosine"] < row["threshold"] and row["margin"] < row["threshold"] - row["cosine"] for row in rows)
+    assert any(row["cosine"] > row["threshold"] and row["margin"] < row["cosine"] - row["threshold"] for row in rows)
+    shown = [float(text) for text in re.findall(r"<small>([\d.]+) ", (out / "review.html").read_text("utf-8"))]
+    assert len(rows) == 40 and shown == pytest.approx(sorted(doubts), abs=6e-4)
