@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import inspect
 import io
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, ModuleType
 
 # Two processes run the tests, on two cores; and the last bits of a sum depend on the number of threads.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -195,6 +199,64 @@ def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
 def call_main() -> Callable[..., int]:
     """Return `run_main`."""
     return run_main
+
+
+def our_modules() -> list[ModuleType]:
+    """Return the script and the tools that are loaded."""
+    folders = (REPO, REPO / "tools")
+    named = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    return [module for module, file in named if file and Path(file).resolve().parent in folders]
+
+
+@dataclass
+class Patched:
+    """A name of ours that stands for something else while a test runs."""
+
+    name: str
+    value: object
+    calls: list[tuple] = field(default_factory=list)  # their arguments, where it is a function
+    is_read: bool = False
+
+    def __call__(self, *args: object, **options: object) -> object:
+        """Note a call and do it."""
+        self.calls.append(args)
+        self.is_read = True
+        return self.value(*args, **options)
+
+
+@pytest.fixture
+def patch_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Patched]]:
+    """Return `patch(module, name, value)`, which patches wherever a name of ours lives, and fails if nothing has used it.
+
+    A test that patches a name otherwise goes on passing when the name moves to another file, and tests nothing any more. A function
+    must have been called; of any other value a function of ours that names it. Without `value` calls of the real one are noted.
+    """
+    patched: list[Patched] = []
+    ours = (str(SCRIPT), str(REPO / "tools"))
+    before = sys.getprofile()
+
+    def note_call(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
+            for item in patched:
+                item.is_read |= item.name in frame.f_code.co_names and not inspect.isroutine(item.value)
+
+    def patch(module: ModuleType, name: str, value: object = None) -> Patched:
+        owners = [own for own in {module, *our_modules()} if name in vars(own)]
+        assert owners, f"none of our files has the name {name}"
+        item = Patched(name, vars(owners[0])[name] if value is None else value)
+        patched.append(item)
+        if not inspect.isroutine(item.value):
+            threading.setprofile(note_call)
+            sys.setprofile(note_call)
+        for owner in owners:
+            monkeypatch.setattr(owner, name, item if inspect.isroutine(item.value) else value)
+        return item
+
+    yield patch
+    sys.setprofile(before)
+    threading.setprofile(before)
+    unread = [item.name for item in patched if not item.is_read]
+    assert not unread, f"patched, and used by nothing: {', '.join(unread)}"
 
 
 @pytest.fixture(scope="session")

@@ -745,7 +745,7 @@ def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[s
     )
     done = run_cli(*command, "--gpus", 0, "--workers", 0)
     assert done.returncode == 0, done.stderr
-    with open(out / "csv" / "labels.csv", encoding="utf-8-sig", newline="") as file:
+    with open(out / "objects.csv", encoding="utf-8", newline="") as file:
         rows = [{key: float(row[key]) for key in ("cosine", "threshold", "margin")} for row in csv.DictReader(file)]
     doubts = [
         min(row["cosine"] - row["threshold"], row["margin"])

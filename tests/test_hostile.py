@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,7 @@ def test_orientations_are_undone_as_pillow_does_it(orientation: int) -> None:
             assert np.array_equal(ours, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
 
 
-def test_an_image_of_many_strips_is_the_same_as_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_many_strips_is_the_same_as_whole(patch_used: Callable) -> None:
     rng = np.random.default_rng(1)
     images = [
         Image.fromarray(rng.integers(0, 65536, (41, 37), dtype=np.uint16)),
@@ -348,7 +349,7 @@ def test_an_image_of_many_strips_is_the_same_as_whole(monkeypatch: pytest.Monkey
         Image.fromarray(rng.integers(0, 256, (41, 37, 3), dtype=np.uint8)).quantize(16),
     ]
     whole = [lct.to_rgb(image) for image in images]
-    monkeypatch.setattr(lct, "STRIP_PIXELS", 100)
+    patch_used(lct, "STRIP_PIXELS", 100)
     assert all(np.array_equal(lct.to_rgb(image), expected) for image, expected in zip(images, whole, strict=True))
 
 

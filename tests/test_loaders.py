@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,8 @@ def load_epoch(records: lct.Records, workers: int, epoch: int, **options: object
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_do_not_change_what_is_loaded(
-    records: lct.Records, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lct, "count_cores", lambda: 8)  # workers are capped at the cores there are
+def test_workers_do_not_change_what_is_loaded(records: lct.Records, workers: int, patch_used: Callable) -> None:
+    patch_used(lct, "count_cores", lambda: 8)  # workers are capped at the cores there are
     alone, together = load_epoch(records, 0, 1), load_epoch(records, workers, 1)
     assert len(alone) == len(together) == 4
     for a, b in zip(alone, together, strict=True):

@@ -217,13 +217,15 @@ def test_colour_hidden_under_alpha_0_is_never_seen(tree: Path, kind: str, view: 
             assert (seen[..., 1] - seen[..., 0]).max() < 40
 
 
-def test_a_second_scan_opens_no_mask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_masked_dataset(tmp_path / "data", 3)
+def test_a_second_scan_opens_no_mask_again(tmp_path: Path, patch_used: Callable) -> None:
+    root, decoded = make_masked_dataset(tmp_path / "data", 3), patch_used(lct, "decode_mask")
     first = scan(root)
     (tmp_path / "run").mkdir()
     first.save_caches(tmp_path / "run")
-    monkeypatch.setattr(lct, "decode_mask", None)
+    assert decoded.calls
+    decoded.calls.clear()
     again = scan(root)
+    assert not decoded.calls
     assert again.report == first.report and again.records.has_mask.all()
 
 

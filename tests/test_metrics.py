@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -97,8 +98,8 @@ def draw_units(num: int, num_classes: int, seed: int, spread: float = 0.8) -> tu
 
 
 @pytest.mark.parametrize("chunk", [10**9, 500])
-def test_retrieval_equals_the_definition_written_as_loops(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", chunk)
+def test_retrieval_equals_the_definition_written_as_loops(chunk: int, patch_used: Callable) -> None:
+    patch_used(lct, "RETRIEVAL_CHUNK", chunk)
     (stacks, stack_labels), (queries, labels) = draw_units(150, 5, 0), draw_units(60, 5, 1)
     found = lct.retrieval_scores(queries, labels, stacks, stack_labels)
     for i, (query, label) in enumerate(zip(queries, labels.tolist(), strict=True)):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 100])
-def test_knn_scores_equal_a_loop(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knn_scores_equal_a_loop(k: int, patch_used: Callable) -> None:
     """Of classes of few, of many and of no references, in one piece and in several."""
     sizes = np.array([7, 90, 2, 0, 40, 1, 32])
     labels = np.repeat(np.arange(7), sizes)
@@ -51,7 +52,7 @@ def test_knn_scores_equal_a_loop(k: int, monkeypatch: pytest.MonkeyPatch) -> Non
     counts = np.array([k, 1, k, k, k, k, 2])
     found = [lct.knn_scores(queries, values, labels, counts)]
     for name, size in (("KNN_CHUNK", 600), ("KNN_QUERIES", 13)):
-        monkeypatch.setattr(lct, name, size)
+        patch_used(lct, name, size)
     found.append(lct.knn_scores(queries, values, labels, counts))
     for row, query in enumerate(queries):
         for label in np.flatnonzero(sizes):
@@ -106,7 +107,7 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
-def test_what_is_answered_stands_beside_the_truth_with_its_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_answered_stands_beside_the_truth_with_its_probability(patch_used: Callable) -> None:
     """However many scores are made at a time."""
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     queries = make_embedded(5, 2, spread=2.0)
@@ -114,7 +115,7 @@ def test_what_is_answered_stands_beside_the_truth_with_its_probability(monkeypat
     powers = np.exp(scores / gallery.temperature)
     labels = np.stack([scores.argmax(axis=1), queries.labels, np.argsort(-scores, axis=1)[:, 1]], axis=1)
     for size in (lct.RETRIEVAL_CHUNK, 4 * 3):
-        monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", size)
+        patch_used(lct, "RETRIEVAL_CHUNK", size)
         judged = gallery.judge(queries.values, queries.labels)
         assert np.array_equal(judged.labels, labels) and (labels[:, 0] != labels[:, 1]).any()
         np.testing.assert_allclose(judged.scores, np.take_along_axis(scores, labels, axis=1), rtol=1e-5)

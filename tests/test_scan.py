@@ -333,11 +333,11 @@ def scanned(tmp_path, call_main, capsys):
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened(patch_used):
     """Names of the files that `check_image` is called with from here on."""
     names, real = [], lct.check_image
     counting = lct.IMAGE_KIND._replace(check=lambda path: (names.append(path.name), real(path))[1])
-    monkeypatch.setattr(lct, "IMAGE_KIND", counting)
+    patch_used(lct, "IMAGE_KIND", counting)
     return names
 
 
@@ -352,9 +352,12 @@ def test_scan_writes_report_and_cache_and_prints_a_table(scanned, call_main, cap
 
 
 def test_a_second_scan_opens_nothing_and_finds_the_same(scanned, opened):
-    _, out_dir, again = scanned
+    root, out_dir, again = scanned
     assert lct.to_json(again()) == json.loads((out_dir / "data_report.json").read_text(encoding="utf-8"))
     assert opened == []
+    os.utime(root / "b/0002.png", ns=(1, 1))
+    again()
+    assert opened == ["0002.png"], "what is opened is noted"
 
 
 def test_changed_touched_and_new_files_are_looked_at_again(scanned, opened):

@@ -212,8 +212,9 @@ def test_another_use_of_hydra_is_given_back(config: masks.MaskOptions, tmp_path:
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
 def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
-    config: masks.MaskOptions, asked: list[bytes], monkeypatch: pytest.MonkeyPatch
+    config: masks.MaskOptions, asked: list[bytes], patch_used: Callable
 ) -> None:
+    built = patch_used(masks, "_build_sam2")
     scores = {path: outcome.score for path, outcome in generate(config).items()}
     for request in make_requests(config):
         request.target.unlink()
@@ -226,9 +227,10 @@ def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
     assert [r.path for r in make_requests(config) if not r.target.exists()] == [worst]
 
     asked.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(masks, "_build_sam2", None)  # nothing to do: not even the model may be built
-        assert generate(strict)[worst] == outcomes[worst]
+    assert built.calls
+    built.calls.clear()
+    assert generate(strict)[worst] == outcomes[worst]
+    assert not built.calls, "nothing to do: not even the model is built"
     copied = config.out_dir / "copied.pt"
     copied.write_bytes(config.sam2_ckpt.read_bytes())  # the same weights elsewhere are the same settings
     assert generate(dataclasses.replace(strict, sam2_ckpt=copied))[worst] == outcomes[worst] and asked == []
