@@ -757,3 +757,69 @@ def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[s
     assert any(row["cosine"] > row["threshold"] and row["margin"] < row["cosine"] - row["threshold"] for row in rows)
     shown = [float(text) for text in re.findall(r"<small>([\d.]+) ", (out / "review.html").read_text("utf-8"))]
     assert len(rows) == 40 and shown == pytest.approx(sorted(doubts), abs=6e-4)
+
+
+# --- answer by answer
+
+
+def read_predictions(run: Run, name: str = "predictions.csv") -> list[dict[str, str]]:
+    with open(run.folder / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_predictions(run: Run, rows: list[dict[str, str]], crops: Crops, chosen: np.ndarray) -> None:
+    """Compare answers with those that the gallery gives to the chosen test crops."""
+    queries, gallery, names = run.embed(run.best, "test"), run.gallery, run.class_names
+    scores, similarity = run.scores(queries), queries @ gallery["stacks"].T
+    probabilities = softmax(scores / run.meta["temperature"])
+    found = {(row["path"], row["view"]): row for row in rows}
+    keys = [(crops.paths[i], ("bbox", "mask")[crops.views[i]]) for i in chosen]
+    assert len(rows) == len(found) and found.keys() == set(keys)
+    for i, key in zip(chosen.tolist(), keys, strict=True):
+        row, label = found[key], crops.labels[i]
+        second, answer = np.argsort(scores[i])[-2:]
+        assert (row["class"], row["answer"], row["runner_up"]) == (names[label], names[answer], names[second])
+        assert row["is_unknown"] == str(bool(scores[i, answer] < gallery["thresholds"][answer])).lower()
+        figures = {
+            "cosine": scores[i, answer],
+            "probability": probabilities[i, answer],
+            "runner_up_cosine": scores[i, second],
+            "class_cosine": scores[i, label],
+            "class_probability": probabilities[i, label],
+        }
+        assert {name: float(row[name]) for name in figures} == {
+            name: pytest.approx(value, abs=1e-3) for name, value in figures.items()
+        }
+        for name, of_class in (("nearest_reference", answer), ("nearest_of_class", label)):
+            nearest = np.where(gallery["stack_labels"] == of_class, similarity[i], -2.0).argmax()
+            view = ("bbox", "mask")[gallery["stack_views"][nearest]]
+            assert (row[name], row[f"{name}_view"]) == (gallery["stack_paths"][nearest], view)
+        assert Path(row["mask"]).stem.startswith(Path(key[0]).stem) if key[1] == "mask" else True
+
+
+def test_predictions_are_the_answers_to_the_test_crops(run: Run) -> None:
+    crops, rows = run.crops("test"), read_predictions(run)
+    check_predictions(run, rows, crops, np.arange(len(crops.paths)))
+    accuracy = np.mean([row["class"] == row["answer"] for row in rows])
+    assert accuracy == pytest.approx(run.event("test_end")["prototypes"]["acc"])
+    assert {row["is_unknown"] for row in rows} == {"true", "false"}
+
+
+def test_predictions_by_view_are_those_of_crops_that_have_both(runs: Callable[[str], Run]) -> None:
+    run = runs("mix")
+    crops = run.crops("test")
+    check_predictions(run, read_predictions(run, "predictions_by_view.csv"), crops, np.flatnonzero(crops.has_mask))
+
+
+def test_the_embeddings_are_those_of_the_best_epoch(run: Run) -> None:
+    with np.load(run.folder / "embeddings.npz", allow_pickle=False) as content:
+        saved = {name: content[name] for name in content.files}
+    assert saved["class_names"].tolist() == run.class_names
+    assert saved["embeddings"].dtype == np.float32 and set(saved["splits"].tolist()) == set(SPLITS)
+    for split in SPLITS:
+        crops, chosen = run.crops(split), saved["splits"] == split
+        keys = list(zip(crops.paths, crops.views.tolist(), strict=True))
+        order = [keys.index(key) for key in zip(saved["paths"][chosen], saved["views"][chosen].tolist(), strict=True)]
+        assert sorted(order) == list(range(len(keys)))
+        assert saved["labels"][chosen].tolist() == crops.labels[order].tolist()
+        np.testing.assert_allclose(saved["embeddings"][chosen], run.embed(run.best, split)[order], atol=1e-5)
