@@ -106,11 +106,13 @@ FAULTS = {
     ),
     # Steps
     "the same mixing at every step": Fault(
-        "(state.epoch, state.batches + index), batch.images", "(0, 0), batch.images", "test_wiring.py -k each_step"
+        "draw_mixing(config, (state.epoch, state.batches",
+        "draw_mixing(config, (0, 0 * state.batches",
+        "test_wiring.py -k each_step",
     ),
     "the same mixing in every epoch": Fault(
-        "(state.epoch, state.batches + index), batch.images",
-        "(0, state.batches + index), batch.images",
+        "draw_mixing(config, (state.epoch, state.batches",
+        "draw_mixing(config, (0, state.batches",
         "test_wiring.py -k each_step",
     ),
     "the same dropout at every step": Fault(
@@ -161,6 +163,7 @@ FAULTS = {
         "return min(distance, prelabel.margin) if prelabel.is_known else distance",
         "return min(distance, prelabel.margin)",
         "test_figures.py -k review",
+        "tools/prelabel.py",
     ),
 }
 
