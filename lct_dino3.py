@@ -604,6 +604,17 @@ def field_kind(field: dataclasses.Field) -> type:
     return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
+# What stands for an option in a config file.
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    dict: "a list of entries such as {type: median_blur, p: 0.1}",
+}
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One line an option: wide columns, and `--[no-]flag` for a pair of booleans."""
 
@@ -628,74 +639,54 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
     """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
-    shown = "" if command == "train" else f" {command}"
-    program = f"python {SCRIPT_NAME}{shown}"
+    is_main = command == "train"
+    program = f"python {SCRIPT_NAME}" + ("" if is_main else f" {command}")
     fields = option_fields(options_class)
     needed = "".join(f" --{field.name} {field.metadata['metavar']}" for field in fields if field.metadata.get("needed"))
-    listed = {**COMMANDS, **TOOLS}
-    commands = "commands, each with a --help of its own:\n" + "".join(f"  {key:<12}{listed[key]}\n" for key in listed)
+    lines = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
         allow_abbrev=False,
-        usage=f"{program}{' [COMMAND]' if command == 'train' else ''}{needed} [options]",
+        usage=f"{program}{' [COMMAND]' if is_main else ''}{needed} [options]",
         description=(options_class.__doc__ or "").split("\n")[0],
-        epilog=commands if command == "train" else None,
+        epilog=f"commands, each with a --help of its own:\n{lines}" if is_main else None,
         formatter_class=_HelpFormatter,
     )
-    for group_name in dict.fromkeys(field.metadata["group"] for field in fields):
-        group = parser.add_argument_group(group_name)
-        for field in fields:
-            if field.metadata["group"] == group_name:
-                group.add_argument(
-                    *_flags(field), dest=field.name, default=argparse.SUPPRESS, **_argparse_settings(field)
-                )
+    groups = {}
+    for field in fields:
+        meta, kind = field.metadata, field_kind(field)
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        settings = {key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = functools.partial(_parse_word, field)
+            if "choices" not in meta:
+                settings.setdefault("metavar", "N" if kind is int else "X")
+        shown = ("on" if field.default else "off") if kind is bool else field.default
+        settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
+        names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
+        flags = [f"--{name}" for name in names]
+        groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
 
 
-def _flags(field: dataclasses.Field) -> list[str]:
-    """Return the ways to write an option on the command line: its name, an old name, its key in a config file."""
-    names = (field.name, field.metadata.get("alias"), field.metadata.get("key"))
-    return [f"--{name}" for name in dict.fromkeys(names) if name]
-
-
-def _argparse_settings(field: dataclasses.Field) -> dict[str, Any]:
-    meta, kind = field.metadata, field_kind(field)
-    settings: dict[str, Any] = {
-        key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta
-    }
-    shown = ("on" if field.default else "off") if kind is bool else field.default
-    settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
-    if kind is bool:
-        return settings | {"action": argparse.BooleanOptionalAction}
-    if "metavar" not in settings and "choices" not in settings:
-        settings["metavar"] = "N" if kind is int else "X"
-    if "spelled" in meta:
-        return settings | {"type": lambda text: meta["spelled"].get(text, text)}
-    parse = {Path: _parse_path, dict: _parse_entries}.get(kind, kind)
-    return settings | {"type": _or_none(parse) if field.default is None and "nargs" not in meta else parse}
-
-
-def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return what also reads `none`, which takes back what a config file says."""
-
-    @functools.wraps(parse)
-    def read(text: str) -> Any:
-        return None if text == "none" else parse(text)
-
-    return read
-
-
-def _parse_path(text: str) -> Path:
-    if not text:  # an unset variable of the shell; Path("") would be the current folder
+def _parse_word(field: dataclasses.Field, text: str) -> Any:
+    """Return what a word of the command line means for an option; `none` takes back what a config file says."""
+    kind, what = field_kind(field), f"{text!r} is not {EXPECTED[field_kind(field)]}"
+    if text == "none" and field.default is None and "nargs" not in field.metadata:
+        return None
+    if kind is Path and not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
-
-
-def _parse_entries(text: str) -> list[dict[str, Any]]:
-    """Return the list of mappings that a flag gives as YAML (or JSON) text."""
+    if kind is not dict:
+        try:
+            return kind(field.metadata.get("spelled", {}).get(text, text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(what) from error
     import yaml
 
-    try:
+    try:  # JSON is YAML
         entries = yaml.load(text, _make_yaml_loader())
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"is no YAML: {getattr(error, 'problem', error)}") from error
@@ -742,7 +733,12 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     options = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
     if not isinstance(options, Config):
         return options
-    config = _name_run(options)
+    config, name = options, options.experiment_name
+    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
+        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
+    if config.out_dir is None and name is not None and config.models is not None:
+        origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
+        config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
     if config.load_from and config.models and not config.load_from.exists():
         config = dataclasses.replace(config, load_from=config.models / config.load_from)
     check_config(config)
@@ -771,38 +767,6 @@ def find_tool(command: str) -> Path:
     return path
 
 
-def _name_run(config: Config) -> Config:
-    """Return the options with the out_dir that --models and --experiment_name stand for, unless it was given.
-
-    Raises:
-        UserError: the name is no name of a folder.
-    """
-    name, root = config.experiment_name, config.models
-    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
-        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
-    if config.out_dir is not None or name is None or root is None:
-        return config
-    return dataclasses.replace(config, out_dir=root / name, origins={**config.origins, "out_dir": DERIVED_ORIGIN})
-
-
-# What stands for an option in a config file.
-EXPECTED = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-    dict: "a list of entries such as {type: median_blur, p: 0.1}",
-}
-
-
-def option_keys(options_class: type[Options]) -> dict[str, dataclasses.Field]:
-    """Return the options by what they are called in a config file: by flag name, and by key among the sections."""
-    fields = option_fields(options_class)
-    names = {field.name: field for field in fields}
-    return names | {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
-
-
 def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options in a config file by flag name, and for each the file and key where it stands.
 
@@ -822,7 +786,9 @@ def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple
         raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
     options: dict[str, Any] = {}
     places: dict[str, str] = {}
-    known = option_keys(options_class)
+    fields = option_fields(options_class)
+    known = {field.name: field for field in fields}
+    known |= {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
     for key, value in _walk_keys(path, tree or {}, known):
         field = known[key]
         if field.name in options:
@@ -835,52 +801,43 @@ def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple
 
 
 def _parse_config_file(path: Path) -> Any:
-    if path.suffix.lower() not in (".yaml", ".yml", ".toml", ".json"):
-        raise UserError("is not named .yaml, .toml or .json", f"--config {path}", "rename it after what it is")
+    """Return what a YAML, TOML or JSON file holds; a key that stands there twice is an error."""
+    where, suffix = f"--config {path}", path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".toml", ".json"):
+        raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise UserError(str(what), f"--config {path}", "check the path") from error
-    parse = {".toml": _parse_toml, ".json": _parse_json}.get(path.suffix.lower(), _parse_yaml)
-    try:
-        return parse(text)
-    except RecursionError as error:
-        raise UserError("is nested too deeply", f"--config {path}", "see configs/") from error
-    except ValueError as error:
-        raise UserError(f"cannot be read: {error}", f"--config {path}", "see configs/ for how one looks") from error
+        raise UserError(str(what), where, "check the path") from error
 
+    def unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{name} stands there twice")
+        return dict(pairs)
 
-def _parse_toml(text: str) -> Any:
-    import tomllib
-
-    return tomllib.loads(text)
-
-
-def _parse_json(text: str) -> Any:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
-    return json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=refuse)
-
-
-def _unique_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key} stands there twice")
-        found[key] = value
-    return found
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml
-
     try:
-        return yaml.load(text, _make_yaml_loader())
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+        if suffix == ".toml":
+            import tomllib
+
+            return tomllib.loads(text)
+        if suffix == ".json":
+            return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        import yaml
+
+        try:
+            return yaml.load(text, _make_yaml_loader())
+        except yaml.YAMLError as error:
+            line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+            raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+    except RecursionError as error:
+        raise UserError("is nested too deeply", where, "see configs/") from error
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
 @functools.cache

@@ -572,7 +572,7 @@ def test_a_start_that_does_not_fit_is_refused_by_its_keys(sources: Path, tmp_pat
     with pytest.raises(lct.UserError, match="backbone, which is not stored in it"):
         start_from(alone, ("a", "b"))
     alone.write_bytes(alone.read_bytes()[:-2000] + bytes(1000) + alone.read_bytes()[-1000:])
-    with pytest.raises(lct.UserError, match="damaged|cannot be read as weights"):
+    with pytest.raises(lct.UserError, match=r"damaged|cannot be read as weights"):
         start_from(alone, ("a", "b"))
     for path, complaint in ((tmp_path, "holds no checkpoint"), (tmp_path / "none.pth", "does not exist")):
         with pytest.raises(lct.UserError, match=complaint):
