@@ -35,7 +35,7 @@ DEFAULT_PROJECT = "DINOv3-Embeddings"
 # Files of a run, with the event after which they are whole.
 ARTIFACTS = {
     "run_start": ("config.json", "data_report.json"),
-    "test_end": ("prototypes.npz", "checkpoint_best.pth"),
+    "proto_end": ("prototypes.npz", "checkpoint_best.pth"),
     "run_end": ("report.html",),
 }
 # What ClearML would otherwise patch or look for in this process: the run is another one.

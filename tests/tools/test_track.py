@@ -269,14 +269,16 @@ def test_training_starts_it_and_waits_for_its_end(
 ) -> None:
     out_dir = tmp_path / "run"
     flags = ("--data_root", data, "--out_dir", out_dir, *FLAGS, "--use_tensorboard", "--use_clearml")
-    code, text = nursery.run(*flags, env=no_server, plans=[{"at": "gather_report", "nth": 1, "shell": "sleep 5"}])
+    code, text = nursery.run(*flags, env=no_server, plans=[{"at": "save_gallery", "nth": 1, "shell": "sleep 5"}])
     assert code == 0 and "warning: the tracker" not in text, text
     assert "tracked by process" in text and "track.log" in (out_dir / "train.log").read_text("utf-8")
     assert (out_dir / "track.log").read_text("utf-8").count("ClearML:") == 1
     board = read_board(out_dir)
     assert [scalar.step for scalar in board.Scalars("acc/val")] == [1, 2] and read_text(board, "status") == "completed"
+    assert "true \\ answered" in read_text(board, "test confusion")
     task, events = read_session(out_dir)
     assert task["name"] == "run" and {event["iter"] for event in events if event["metric"] == "acc"} == {1, 2}
+    assert "report" in {item["key"] for item in task["execution"]["artifacts"]}
 
 
 def test_an_interrupted_run_is_recorded_as_such_and_continued(
