@@ -6073,6 +6073,8 @@ def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int, weights:
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline")  # of TrainState: goes to disk as it is
+# Of a checkpoint of training; there may be others.
+CHECKPOINT_KEYS = (*PLAIN_STATE, "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype")
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
 
@@ -6205,9 +6207,16 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     packed = pack_state(state)
     if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    payload = {"format": CHECKPOINT_FORMAT, "identity": identity, **packed, "tally": state.tally.totals()}
+    write_checkpoint(path, {"identity": identity, **packed, "tally": state.tally.totals()})
+
+
+def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """Write a dictionary of tensors and plain values, nested in any way; the file appears whole or not at all.
+
+    Whatever program writes it, `epoch` and `batches` say how far it is: finished epochs, and batches done of the next.
+    """
     with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer turns an exception from inside into one of its own
-        torch.save(payload, file)
+        torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
 
 
 def pack_state(state: TrainState) -> dict[str, Any]:
@@ -6232,8 +6241,12 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
     return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU once all of its bytes have been checked, never executing anything in it.
+def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU once all of it has been checked, never executing anything in it.
+
+    Args:
+        path: of the file.
+        keys: that it must have; those of this script's training, or those of another program's.
 
     Raises:
         UserError: missing, damaged, unreadable, or not one of ours.
@@ -6253,8 +6266,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             str(path),
             "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH",
         ) from error
-    keys = {"format", "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype", *PLAIN_STATE}
-    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or keys - payload.keys():
+    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or set(keys) - payload.keys():
         raise UserError(
             "is not a checkpoint of this script and version", str(path), "resume from another one with --resume PATH"
         )
@@ -6330,29 +6342,36 @@ class ResumePoint:
     damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # with the reason
 
 
-def choose_checkpoint(config: Config) -> ResumePoint | None:
+def choose_checkpoint(
+    folder: Path, resume: str | None, overwrite: bool, keys: Collection[str] = CHECKPOINT_KEYS
+) -> ResumePoint | None:
     """Return where to continue; None for a fresh start.
 
     With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
     that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself.
 
+    Args:
+        folder: of the run.
+        resume: as --resume has it; None = not given, "last" = without PATH.
+        overwrite: whether the run starts afresh.
+        keys: as of `load_checkpoint`.
+
     Raises:
         UserError: there is nothing to resume, or nothing sound.
     """
-    folder = config.out_dir
-    if config.overwrite and config.resume is not None:
+    if overwrite and resume is not None:
         raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
-    if config.overwrite:
+    if overwrite:
         return None
-    if config.resume not in (None, "last"):
-        path = Path(config.resume)
+    if resume not in (None, "last"):
+        path = Path(resume)
         path = path / LAST_NAME if path.is_dir() else path
         if path.exists() and path.resolve().parent != folder.resolve():
             remedy = f"give --out_dir {path.parent}, or copy that folder first"
             raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
-        return ResumePoint(path, load_checkpoint(path))
-    point = find_sound_checkpoint(folder)
-    if point is None and config.resume == "last":
+        return ResumePoint(path, load_checkpoint(path, keys))
+    point = find_sound_checkpoint(folder, keys)
+    if point is None and resume == "last":
         raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
     return point
 
@@ -6363,7 +6382,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
-def find_sound_checkpoint(folder: Path) -> ResumePoint | None:
+def find_sound_checkpoint(folder: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> ResumePoint | None:
     """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
 
     Raises:
@@ -6373,7 +6392,7 @@ def find_sound_checkpoint(folder: Path) -> ResumePoint | None:
     point = None
     for path in list_checkpoints(folder):
         try:
-            payload = load_checkpoint(path)
+            payload = load_checkpoint(path, keys)
         except UserError as error:
             damaged[path] = error.what
             continue
@@ -8519,7 +8538,7 @@ def run_train(config: Config) -> None:
     keep_freed_memory()
     runtime = training_runtime(config)
     refuse_if_in_use(config.out_dir)
-    point = choose_checkpoint(config)
+    point = choose_checkpoint(config.out_dir, config.resume, config.overwrite)
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
     if config.unknown_dir is not None:
