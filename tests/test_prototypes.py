@@ -43,22 +43,44 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 100])
-def test_knn_scores_equal_a_loop(k: int, patch_used: Callable) -> None:
+def test_the_matcher_equals_a_loop(k: int, patch_used: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of classes of few, of many and of no references, in one piece and in several."""
-    sizes = np.array([7, 90, 2, 0, 40, 1, 32])
-    labels = np.repeat(np.arange(7), sizes)
+    sizes = np.array([7, 900, 2, 0, 40, 1, 32, 0, 4])
+    labels = np.repeat(np.arange(9), sizes)
     values, _ = draw_embeddings(len(labels), 1, spread=3.0)
     queries, _ = draw_embeddings(50, 1, seed=1, spread=3.0)
-    counts = np.array([k, 1, k, k, k, k, 2])
-    found = [lct.knn_scores(queries, values, labels, counts)]
-    for name, size in (("KNN_CHUNK", 600), ("KNN_QUERIES", 13)):
-        patch_used(lct, name, size)
-    found.append(lct.knn_scores(queries, values, labels, counts))
+    counts = np.array([k, 1, k, k, k, k, 2, 1, k])
+    matcher = lct.Matcher(values, labels, counts)
+    scores = matcher.score(queries)
+    assert scores.shape == (50, 9) and scores.dtype == np.float32
     for row, query in enumerate(queries):
         for label in np.flatnonzero(sizes):
             best = np.sort(values[labels == label] @ query)[::-1][: counts[label]].mean()
-            assert [scores[row, label] for scores in found] == pytest.approx([best, best], abs=1e-5)
-    assert (found[0][:, 3] == -1).all() and (found[1][:, 3] == -1).all()
+            assert scores[row, label] == pytest.approx(best, abs=1e-5)
+    assert (scores[:, sizes == 0] == -1).all()
+    assert matcher.score(queries[:0]).shape == (0, 9)
+    blocks = []
+    forward = lct.Matcher.forward
+    patch_used(lct, "MATCHER_CHUNK", 13 * len(values))
+    monkeypatch.setattr(lct.Matcher, "forward", lambda self, block: blocks.append(len(block)) or forward(self, block))
+    np.testing.assert_allclose(matcher.score(queries), scores, atol=1e-6)
+    assert blocks == [13, 13, 13, 11]
+
+
+def test_the_matcher_of_one_class_of_very_many_references_pads_no_other_to_its_size() -> None:
+    sizes = np.array([20_000, *[1] * 20_000])
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    matcher = lct.Matcher(np.ones((len(labels), 1), np.float32), labels, np.full(len(sizes), 3))
+    cells = sum(buffer.numel() for name, buffer in matcher.named_buffers() if name.startswith("table"))
+    assert cells < 2 * len(labels), "a single table would have 400 million"
+    assert (matcher.score(np.ones((1, 1), np.float32)) == 1).all()
+
+
+def test_the_matcher_of_one_vector_a_class_is_a_plain_product() -> None:
+    values, labels = draw_embeddings(1, 5)
+    queries, _ = draw_embeddings(3, 5, seed=1)
+    scores = lct.Matcher(values, labels, np.ones(5, int)).score(queries)
+    np.testing.assert_allclose(scores, queries @ values.T, atol=1e-6)
 
 
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
@@ -258,6 +280,82 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
     assert meta["format"] == 2 and meta["mean"] == [0.5, 0.5, 0.5] and meta["temperature"] > 0
 
 
+def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
+    name = fault.split()[0]
+    if fault.endswith("is missing"):
+        del arrays[name]
+    elif fault.endswith("is of float64"):
+        arrays[name] = arrays[name].astype(np.float64)
+    elif fault.endswith("is too short"):
+        arrays[name] = arrays[name][:-1]
+    elif fault.endswith("is flat"):
+        arrays[name] = arrays[name].ravel()
+    elif fault.endswith("is narrow"):
+        arrays[name] = np.ascontiguousarray(arrays[name][:, :-1])
+    elif fault.endswith("is out of order"):
+        arrays[name] = arrays[name][::-1].copy()
+    elif fault.endswith("is out of range"):
+        arrays[name] = arrays[name] + 1
+    elif fault.endswith("is no list"):
+        arrays[name] = np.array("[]")
+    else:
+        arrays[name] = np.array("nearest")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "thresholds is missing",
+        "meta is missing",
+        "centroids is of float64",
+        "stack_labels is of float64",
+        "thresholds is too short",
+        "stack_paths is too short",
+        "prototypes is flat",
+        "stacks is narrow",
+        "stack_labels is out of order",
+        "prototype_labels is out of range",
+        "matcher is another",
+        "meta is no list",
+    ],
+)
+def test_a_sound_file_of_arrays_that_do_not_belong_together_is_refused_in_one_sentence(
+    tmp_path: Path, fault: str
+) -> None:
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config())
+    path = tmp_path / "prototypes.npz"
+    lct.save_gallery(path, gallery, {"model_id": "m"})
+    lct.load_gallery(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    spoil(arrays, fault)
+    np.savez(path, **arrays)
+    with pytest.raises(lct.UserError) as caught:
+        lct.load_gallery(path)
+    assert fault.split()[0] in caught.value.what and "\n" not in caught.value.what
+
+
+def test_every_flipped_bit_of_the_file_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    gallery = lct.build_gallery(make_records(80), make_embedded(2, 1), make_embedded(2, 2), lct.Config())
+    path = tmp_path / "prototypes.npz"
+    lct.save_gallery(path, gallery, {"model_id": "m"})
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for position in rng.choice(len(data), 150, replace=False).tolist():
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        try:
+            again, _ = lct.load_gallery(path)
+        except lct.UserError:
+            num_refused += 1
+            continue
+        for field in dataclasses.fields(gallery):
+            assert np.array_equal(getattr(again, field.name), getattr(gallery, field.name)), (position, field.name)
+    assert num_refused > 100
+
+
 def test_a_small_class_is_scored_by_its_share_of_the_nearest_references() -> None:
     sizes = np.array([100, 50, 50, 5, 1, 0, 50])
     assert lct.count_nearest(sizes, 50, 5).tolist() == [5, 5, 5, 1, 1, 1, 5]
@@ -273,6 +371,7 @@ def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.Mon
     lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())  # imports
     train, val = (make_embedded(2, seed, num_classes, 0.1) for seed in (0, 1))
     monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", 100_000)
+    monkeypatch.setattr(lct, "MATCHER_CHUNK", 100_000)
     monkeypatch.setattr(lct, "MAX_SCORE_ENTRIES", 30_000)
     monkeypatch.setattr(lct, "BOOTSTRAP_DRAWS", 2)
     tracemalloc.start()

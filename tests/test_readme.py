@@ -66,7 +66,7 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
             thresholds=thresholds, matcher=matcher, knn_counts=np.array([3, 1, 2]), temperature=0.1, is_pooled=np.zeros(3, bool),
         )  # fmt: skip
         if matcher == "prototypes":
-            gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), "2")
+            gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), 2)
             assert len(gallery.prototypes) > 3
         with tempfile.TemporaryDirectory() as folder:
             lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})
