@@ -19,7 +19,6 @@ import lct_dino3 as lct  # before torch: it sets what torch reads when it is imp
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
 NUM_CROPS = 16  # real ones that an export is checked on
@@ -51,23 +50,10 @@ class ExportedModel(nn.Module):
 
     def __init__(self, run: lct.TrainedRun) -> None:
         super().__init__()
-        gallery = run.gallery
         self.recognizer = run.model
-        self.matcher = gallery.matcher
-        self.temperature = gallery.temperature
-        self.register_buffer("thresholds", torch.from_numpy(gallery.thresholds))
-        self.register_buffer("centroids", torch.from_numpy(gallery.centroids))
-        vectors, labels = gallery.matched_against
-        counts = np.bincount(labels, minlength=len(gallery.class_names))
-        # Vectors of each class by their row, padded with a row of nothing: (C, largest class).
-        table = np.full((len(counts), int(counts.max())), len(vectors), dtype=np.int64)
-        for label, (start, count) in enumerate(zip(np.cumsum(counts) - counts, counts, strict=True)):
-            table[label, :count] = np.arange(start, start + count)
-        self.register_buffer("table", torch.from_numpy(table))
-        self.register_buffer("vectors", torch.from_numpy(vectors))
-        num_nearest = np.minimum(counts, gallery.nearest_counts)
-        self.most_nearest = int(num_nearest.max())  # of the buffer itself, the exporter would not know it
-        self.register_buffer("num_nearest", torch.from_numpy(num_nearest))
+        self.matcher = run.gallery.module
+        self.temperature = run.gallery.temperature
+        self.register_buffer("thresholds", torch.from_numpy(run.gallery.thresholds))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3 or 4).
@@ -76,17 +62,10 @@ class ExportedModel(nn.Module):
             embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
         """
         embeddings = self.recognizer.embed(self.recognizer.backbone(images.permute(0, 3, 1, 2)))
-        scores = embeddings @ self.centroids.T if self.matcher == "centroid" else self._mean_of_nearest(embeddings)
+        scores = self.matcher(embeddings)
         best, labels = scores.max(dim=1)
         labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))
         return embeddings, scores, (scores / self.temperature).softmax(dim=1), labels
-
-    def _mean_of_nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
-        cosine = F.pad(embeddings @ self.vectors.T, (0, 1), value=-2.0)[:, self.table]
-        nearest = cosine.topk(self.most_nearest, dim=2).values  # (N, C, k), the nearest first
-        counts = torch.arange(self.most_nearest, device=nearest.device) < self.num_nearest[:, None]
-        means = (nearest * counts).sum(dim=2) / self.num_nearest.clamp(min=1)
-        return torch.where(self.num_nearest > 0, means, torch.full_like(means, -1.0))
 
 
 def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
