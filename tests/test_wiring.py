@@ -160,5 +160,5 @@ def test_single_images_fill_what_groups_have_left_of_each_split(tmp_path: Path, 
 
 def test_an_answer_that_is_wholly_sure_counts_in_the_calibration_error() -> None:
     confidence, is_right = np.array([1.0, 1.0, 1.0, 0.95]), np.array([True, False, False, True])
-    error = lct.calibration_error(confidence, is_right, np.ones((1, 4)))
+    error = lct.calibration_error(confidence, is_right)
     assert error == pytest.approx(abs(0.0 - 1.0 - 1.0 + 0.05) / 4)

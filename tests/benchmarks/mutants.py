@@ -67,8 +67,8 @@ FAULTS = {
         "test_figures.py -k temperature",
     ),
     "thresholds of the true class": Fault(
-        "best >= gallery.thresholds[answers], is_right",
-        "best >= gallery.thresholds[test.labels], is_right",
+        "above(gallery.thresholds[answers])",
+        "above(gallery.thresholds[test.labels])",
         "test_figures.py -k not_tuned",
     ),
     "by view over other crops": Fault(
@@ -125,8 +125,8 @@ FAULTS = {
     ),
     # Intervals and errors
     "two views are two images": Fault(
-        "gallery.judge(test.values, test.labels), bootstrap_weights(test.rows)",
-        "gallery.judge(test.values, test.labels), bootstrap_weights(np.arange(len(test.rows)))",
+        "draw_samples(images, draws) for images in groups",
+        "draw_samples(np.arange(len(images)), draws) for images in groups",
         "test_figures.py -k intervals",
     ),
     "an interval of 90 %": Fault("(0.025, 0.975)", "(0.05, 0.95)", "test_figures.py -k intervals"),
