@@ -6580,8 +6580,8 @@ def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarra
 
     Args:
         num_references: (C,).
-        usual: references of the median class.
-        k: of classes with that many or more.
+        usual: references of the median class, from which on a class gets all k.
+        k: the most.
     """
     return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
 
@@ -6589,9 +6589,9 @@ def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarra
 def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the position in the stacks of each query's nearest reference of a class that is given for it, int64 (Q,)."""
     nearest = np.zeros(len(queries), dtype=np.int64)
-    borders = np.searchsorted(gallery.stack_labels, np.arange(len(gallery.class_names) + 1))
+    borders = class_borders(gallery.stack_labels, len(gallery.class_names))
     for label in np.unique(labels).tolist():
-        low, high = borders[label : label + 2]
+        low, high = borders[label]
         if high > low:
             is_asked = labels == label
             nearest[is_asked] = low + (queries[is_asked] @ gallery.stacks[low:high].T).argmax(axis=1)
@@ -6804,10 +6804,7 @@ def fit_thresholds(
     Args:
         answers, best, is_right: (N,), class and score of each answer, and whether it is right.
         precision: share of right answers.
-        num_classes: C.
-
-    Returns:
-        thresholds float32 (C,), is_pooled bool (C,).
+        num_classes: C, the length of both arrays that are returned.
     """
     thresholds = np.full(num_classes, precision_threshold(best, is_right, precision), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
@@ -7014,6 +7011,22 @@ def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]
         )
 
 
+# Arrays of prototypes.npz: the field of `Gallery`, kind and bytes of an item (0 = any), the axes of the shape by letters.
+GALLERY_ARRAYS = {
+    "id2cls": ("class_names", "U0", "C"),
+    "centroids": ("centroids", "f4", "CD"),
+    "thresholds": ("thresholds", "f4", "C"),
+    "knn_counts": ("knn_counts", "i8", "C"),
+    "prototypes": ("prototypes", "f4", "PD"),
+    "prototype_labels": ("prototype_labels", "i8", "P"),
+    "stacks": ("stacks", "f4", "ND"),
+    "stack_labels": ("stack_labels", "i8", "N"),
+    "stack_paths": ("stack_paths", "U0", "N"),
+    "stack_views": ("stack_views", "u1", "N"),
+    "matcher": ("matcher", "U0", ""),
+}
+
+
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
     """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
     meta = {
@@ -7021,26 +7034,13 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         **meta,
         "temperature": gallery.temperature,
         "val_thresholds": gallery.val_thresholds,
-        "pooled_thresholds": [gallery.class_names[i] for i in np.flatnonzero(gallery.is_pooled).tolist()],
+        "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
-    numbers = {name: index for index, name in enumerate(gallery.class_names)}
+    texts = {"cls2id": {name: index for index, name in enumerate(gallery.class_names)}, "meta": to_json(meta)}
+    arrays = {name: np.array(getattr(gallery, field)) for name, (field, _, _) in GALLERY_ARRAYS.items()}
+    arrays |= {name: np.array(json.dumps(content, ensure_ascii=False)) for name, content in texts.items()}
     with atomic_file(path) as file:
-        np.savez(
-            file,
-            centroids=gallery.centroids,
-            prototypes=gallery.prototypes,
-            prototype_labels=gallery.prototype_labels,
-            stacks=gallery.stacks,
-            stack_labels=gallery.stack_labels,
-            stack_paths=np.array(gallery.stack_paths, dtype=np.str_),
-            stack_views=gallery.stack_views,
-            id2cls=np.array(gallery.class_names, dtype=np.str_),
-            cls2id=np.array(json.dumps(numbers, ensure_ascii=False)),
-            thresholds=gallery.thresholds,
-            knn_counts=gallery.knn_counts,
-            matcher=np.array(gallery.matcher),
-            meta=np.array(json.dumps(to_json(meta), ensure_ascii=False)),
-        )
+        np.savez(file, **arrays)
 
 
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
@@ -7054,74 +7054,55 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-        meta = check_arrays(arrays)
+            return unpack_gallery({name: content[name] for name in content.files})
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
         remedy = f"python {SCRIPT_NAME} prototypes --run {path.parent} makes them anew from the best checkpoint"
         raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
-    gallery = Gallery(
-        class_names=tuple(arrays["id2cls"].tolist()),
-        stack_paths=tuple(arrays["stack_paths"].tolist()),
-        matcher=str(arrays["matcher"]),
-        **{name: arrays[name] for name in ("centroids", "prototypes", "prototype_labels", "thresholds")},
-        **{name: arrays[name] for name in ("stacks", "stack_labels", "stack_views", "knn_counts")},
-        temperature=meta["temperature"],
-        is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
-        val_thresholds=tuple(meta["val_thresholds"]),
-    )
-    return gallery, meta
 
 
-GALLERY_ARRAYS = {  # of prototypes.npz: kind and bytes of an item (0 = any), letters of the shape
-    "id2cls": ("U0", "C"),
-    "centroids": ("f4", "CD"),
-    "thresholds": ("f4", "C"),
-    "knn_counts": ("i8", "C"),
-    "prototypes": ("f4", "PD"),
-    "prototype_labels": ("i8", "P"),
-    "stacks": ("f4", "ND"),
-    "stack_labels": ("i8", "N"),
-    "stack_paths": ("U0", "N"),
-    "stack_views": ("u1", "N"),
-    "matcher": ("U0", ""),
-    "meta": ("U0", ""),
-}
-GALLERY_META = {"format": int, "temperature": float, "val_thresholds": list, "pooled_thresholds": list}
-
-
-def check_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Check that the arrays of prototypes.npz belong together, and return their meta.
+def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, Any]]:
+    """Return the gallery that the arrays of prototypes.npz hold, and its meta.
 
     Raises:
-        ValueError: naming the array that is missing, or of another type, shape or content than the others ask for.
+        ValueError: naming an array that is missing, or of another type, shape or content than the others ask for.
     """
+    missing = [name for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
+    meta = json.loads(str(arrays["meta"])) if "meta" not in missing else {}
+    if isinstance(meta, dict) and meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
+        raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
+    if missing:
+        raise ValueError(f"it has no array {missing[0]}")
+    for key in ("format", "temperature", "val_thresholds", "pooled_thresholds"):
+        if key not in meta:
+            raise ValueError(f"its meta has no {key}")
+    fields: dict[str, Any] = {}
     lengths: dict[str, int] = {}
-    for name, (kind, letters) in GALLERY_ARRAYS.items():
-        if name not in arrays:
-            raise ValueError(f"it has no array {name}")
+    for name, (field, kind, axes) in GALLERY_ARRAYS.items():
         array = arrays[name]
         if array.dtype.kind != kind[0] or kind[1] not in ("0", str(array.dtype.itemsize)):
             raise ValueError(f"its {name} holds {array.dtype}, not {np.dtype(kind).name}")
-        expected = [lengths.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)]
-        if list(array.shape) != expected or len(letters) != array.ndim:
-            sizes = ", ".join(str(lengths.get(letter, "any")) for letter in letters)
+        expected = tuple(lengths.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=False))
+        if array.shape != expected or array.ndim != len(axes):
+            sizes = ", ".join(str(lengths.get(axis, "any")) for axis in axes)
             raise ValueError(f"its {name} has the shape {array.shape}, not ({sizes})")
+        if kind[0] != "U":
+            fields[field] = array
+        else:
+            fields[field] = tuple(array.tolist()) if axes else str(array)
     for name in ("prototype_labels", "stack_labels"):
         labels = arrays[name]
-        if (np.diff(labels) < 0).any() or not np.isin(
-            labels[[0, -1]] if len(labels) else -1, range(lengths["C"])
-        ).all():
+        if not len(labels) or labels[0] < 0 or labels[-1] >= lengths["C"] or (np.diff(labels) < 0).any():
             raise ValueError(f"its {name} are not numbers of its {lengths['C']} classes in ascending order")
-    if str(arrays["matcher"]) not in MATCHER_NAMES:
-        raise ValueError(f"its matcher is {str(arrays['matcher'])!r}, none of {', '.join(MATCHER_NAMES)}")
-    meta = json.loads(str(arrays["meta"]))
-    for key, kind in GALLERY_META.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise ValueError(f"its meta has no {key}")
-    if meta["format"] != PROTOTYPES_FORMAT:
-        raise ValueError(f"it is of format {meta['format']}, not {PROTOTYPES_FORMAT}")
-    return meta
+    if fields["matcher"] not in MATCHER_NAMES:
+        raise ValueError(f"its matcher is {fields['matcher']}, none of {', '.join(MATCHER_NAMES)}")
+    gallery = Gallery(
+        **fields,
+        temperature=float(meta["temperature"]),
+        is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
+        val_thresholds=tuple(map(float, meta["val_thresholds"])),
+    )
+    return gallery, meta
 
 
 def describe_gallery(

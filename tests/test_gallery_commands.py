@@ -257,6 +257,18 @@ def test_too_few_unknown_images_are_refused_before_training(
     assert "leaves one half empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_unknown_images_are_looked_for_where_every_other_image_is(tmp_path: Path) -> None:
+    """Neither in hidden folders nor among hidden files; in any depth, whatever the case of the suffix."""
+    strangers = new_class(tmp_path / "strangers", "any", 9, 12)
+    (strangers / "any" / "0.png").rename(strangers / "A.PNG")
+    expected = sorted(path.relative_to(strangers).as_posix() for path in strangers.rglob("*.*"))
+    shutil.copytree(strangers / "any", strangers / "any" / ".thumbs")
+    shutil.copy(strangers / "A.PNG", strangers / "any" / "._1.png")
+    (strangers / "notes.txt").touch()
+    halves = lct.unknown_records(strangers)
+    assert sorted(path for records in halves.values() for path in records.paths) == expected
+
+
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(
     trained: tuple[Path, Path], tmp_path: Path, call_main: Main
 ) -> None:

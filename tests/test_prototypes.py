@@ -296,8 +296,8 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
         arrays[name] = arrays[name][::-1].copy()
     elif fault.endswith("is out of range"):
         arrays[name] = arrays[name] + 1
-    elif fault.endswith("is no list"):
-        arrays[name] = np.array("[]")
+    elif fault.endswith("is empty"):
+        arrays[name] = np.array("{}")
     else:
         arrays[name] = np.array("nearest")
 
@@ -316,7 +316,7 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
         "stack_labels is out of order",
         "prototype_labels is out of range",
         "matcher is another",
-        "meta is no list",
+        "meta is empty",
     ],
 )
 def test_a_sound_file_of_arrays_that_do_not_belong_together_is_refused_in_one_sentence(

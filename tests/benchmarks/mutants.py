@@ -67,9 +67,7 @@ FAULTS = {
         "test_figures.py -k temperature",
     ),
     "thresholds of the true class": Fault(
-        "above(gallery.thresholds[answers])",
-        "above(gallery.thresholds[test.labels])",
-        "test_figures.py -k not_tuned",
+        "above(gallery.thresholds[answers])", "above(gallery.thresholds[test.labels])", "test_figures.py -k not_tuned"
     ),
     "by view over other crops": Fault(
         "val.take(has_mask & (val.views == view))", "val.take(val.views == view)", "test_figures.py -k val_by_view"
