@@ -896,14 +896,9 @@ def _walk_keys(
         else:
             once = key in known
             what = "belongs on the command line" if once else "is no known key"
-            raise UserError(what, f"{path}: {key}", f"type --{name}" if once else _name_key(key, [*known, *sections]))
-
-
-def _name_key(key: str, known: Iterable[str]) -> str:
-    """Return a remedy that names known keys close to `key`, or that lie elsewhere and end like it."""
-    last = key.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == last]
-    return f"did you mean {' or '.join(same[:3])}?" if same else did_you_mean(key, known)
+            raise UserError(
+                what, f"{path}: {key}", f"type --{name}" if once else did_you_mean(key, [*known, *sections])
+            )
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
@@ -952,8 +947,12 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
 def did_you_mean(
     word: str, known: Iterable[str], others: str = f"python {SCRIPT_NAME} --help lists what there is"
 ) -> str:
-    """Return a remedy that names up to three of the known words close to `word`, else `others`."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    """Return a remedy that names up to three of the known words: keys of other sections that end as `word` does, else what is
+    spelled nearly like it; `others` if there are none.
+    """
+    known, ending = dict.fromkeys(known), word.rpartition(".")[2]
+    close = [other for other in known if other.rpartition(".")[2] == ending][:3]
+    close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else others
 
 
@@ -1422,6 +1421,21 @@ def to_json(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits of a SHA-256 over bytes, arrays, and values that JSON can hold; their order and kinds count too."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, bytes):
+            kind, content = "bytes", part
+        elif isinstance(part, np.ndarray):
+            kind, content = f"{part.dtype} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        else:
+            kind, content = "json", json.dumps(part, sort_keys=True, default=to_json).encode()
+        digest.update(f"{kind} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
@@ -3071,9 +3085,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     classes = count_classes(used, listing, health, class_of)
     report["warnings"] += find_warnings(classes, config)
-    fingerprint = hashlib.sha256("\n".join(paths).encode() + looks["digest"].tobytes()).hexdigest()[:16]
     report["classes"] = classes
-    return Scan(used, report, fingerprint, listing, health)
+    return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
@@ -3489,8 +3502,8 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     refused |= {path: "has no image" for path in _orphans(files, listing)}
     report = scan.report | {"masks": describe_masks(scan, found, refused, config)}
     report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
-    contents = "\n".join(f"{path} {row_of[path]['digest']}" for path in found if path)
-    masks_hash = hashlib.sha256(contents.encode()).hexdigest()[:16] if contents else ""
+    contents = {path: row_of[path]["digest"] for path in found if path}
+    masks_hash = fingerprint(contents) if contents else ""
     records = dataclasses.replace(records, masks=PathTable(found), masks_hash=masks_hash)
     return dataclasses.replace(scan, records=records, report=report, mask_health=health)
 
@@ -7114,7 +7127,7 @@ def describe_gallery(
         **describe_embedding(config, info, model),
         "target_precision": config.target_precision,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "config_hash": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16],
+        "config_hash": fingerprint(options),
     }
 
 

@@ -366,3 +366,14 @@ def test_the_logs_stay_lines_whatever_is_written(tmp_path: Path) -> None:
     assert all(
         re.match(r"\d{4}-\d\d-\d\d ", line) for line in (tmp_path / "run" / "train.log").read_text("utf-8").splitlines()
     )
+
+
+def test_a_fingerprint_tells_apart_what_is_not_the_same() -> None:
+    array = np.arange(6, dtype=np.int32)
+    different = [
+        *(("ab", "c"), ("a", "bc"), ("abc",), (b"abc",), (["ab", "c"],), ({"ab": "c"},), ("\udcffabc",), (None,), ()),
+        *((array,), (array.reshape(2, 3),), (array.astype(np.uint32),), (array[::-1],), (array.tolist(),)),
+    ]
+    assert len({lct.fingerprint(*parts) for parts in different}) == len(different)
+    assert lct.fingerprint({"a": 1, "b": (2.5, "c")}) == lct.fingerprint({"b": [2.5, "c"], "a": np.int64(1)})
+    assert lct.fingerprint(array.reshape(2, 3).T) == lct.fingerprint(array.reshape(2, 3).T.copy())
