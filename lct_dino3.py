@@ -3678,12 +3678,19 @@ def _blur_background(image: np.ndarray, background: np.ndarray) -> np.ndarray:
 # (image, mask, seed) -> uint8 image, and images of a batch -> mixed images. Nothing global: randomness is a function of seeds
 # alone. Raises UserError for lists of transforms and folders of backgrounds that cannot be used.
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
-
-
-def _change_looks(looks: Any, image: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
-    # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
-    looks.set_random_state(rng, random.Random(seed))
-    return np.ascontiguousarray(looks(image=image, force_apply=True)["image"])
+POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision
+POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # what the device does anyway
+# What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
+RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
+# ... or two of them make a range, which begins where it ends if the lower one is not given.
+RANGE_ARGUMENTS = {
+    "num_holes_range": ("min_holes", "max_holes"),
+    "hole_height_range": ("min_height", "max_height"),
+    "hole_width_range": ("min_width", "max_width"),
+    "quality_range": ("quality_lower", "quality_upper"),
+    "scale_range": ("scale_min", "scale_max"),
+}
 
 
 @dataclass(frozen=True)
@@ -3693,10 +3700,10 @@ class Transform:
     img_size: int
     fill: Fill  # replaces what is outside the mask, padding included (but for blur)
     looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
-    trains: bool = False  # whether what is random may be
-    first: tuple[Any, ...] = ()  # steps of --pre_transforms; a step is what `build_steps` makes of an entry
-    listed: tuple[Any, ...] | None = None  # steps that stand for the built-in augmentation; None = it is wanted
-    last: tuple[Any, ...] = ()  # steps of --post_transforms
+    is_training: bool = False  # what is random may be so
+    pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; a step is what `build_steps` makes of an entry
+    list_steps: tuple[Any, ...] | None = None  # stand for the built-in augmentation; None = it is wanted
+    post_steps: tuple[Any, ...] = ()  # of --post_transforms
     shows_mask: bool = False  # as a fourth channel
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
@@ -3712,16 +3719,18 @@ class Transform:
         Raises:
             ImageError: a transform of a list cannot be applied to this image.
         """
-        image, mask = self._run(self.first, image, mask, (seed, 3))
-        if self.listed is None:
+        image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
+        if self.list_steps is None:
             return self.finish(self.make_square(image, mask, seed), seed, augmented)
-        if augmented or not self.trains:
-            image, mask = self._run(self.listed, image, mask, (seed, 4))
+        if augmented or not self.is_training:
+            image, mask = self._apply(self.list_steps, image, mask, (seed, 4))
         return self._complete(image, mask, seed)
 
     def repeats(self, is_masked: bool) -> bool:
         """Say whether a sample is `finish` of `make_square` of the crop as it is, and that square the same for every seed."""
-        return self.listed is None and not self.first and not (is_masked and self.trains and self.fill.kind == "random")
+        if self.list_steps is not None or self.pre_steps:
+            return False
+        return not (is_masked and self.is_training and self.fill.kind == "random")
 
     @property
     def least_side(self) -> int | None:
@@ -3731,7 +3740,7 @@ class Transform:
         always, hides the difference. Accuracy against whole decoding, 16 paired seeds of mobilenetv2 on grocery40: -0.1 ± 0.1
         points at 1.78 times the input's side, -0.3 ± 0.2 at 1.33 times.
         """
-        augments_crop = self.looks is not None and self.listed is None and not self.first
+        augments_crop = self.looks is not None and self.list_steps is None and not self.pre_steps
         return math.ceil(REDUCED_DECODE_RATIO * self.img_size) if augments_crop else None
 
     def make_square(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
@@ -3741,108 +3750,113 @@ class Transform:
         import cv2
 
         # Filled before it moves: interpolation would draw the background into the object's edge.
-        filled = fill_background(image, mask, self.fill, seed if self.trains else None)
+        filled = fill_background(image, mask, self.fill, seed if self.is_training else None)
         return fit_square(cv2.merge((filled, mask)), self.img_size)
 
     def finish(self, square: np.ndarray, seed: int, augmented: bool = True) -> np.ndarray:
         """Return what `__call__` does of what `make_square` has made."""
-        return self._complete(*self._augment(square, seed, self.looks if augmented else None), seed)
+        if not augmented or self.looks is None:
+            return self._complete(*self._split(square, seed), seed)
+        import cv2
+
+        rng = np.random.default_rng(seed)
+        image, mask = self._split(move_square(square, rng), seed)
+        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+        self.looks.set_random_state(rng, random.Random(seed))
+        changed = np.ascontiguousarray(self.looks(image=image, force_apply=True)["image"])
+        if mask is not None and self.fill.kind != "keep":
+            # Only the object changes: the fill keeps its value, for production will see no other.
+            changed = cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy())
+        return self._complete(changed, mask, seed)
 
     def _complete(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
-        image, mask = self._run(self.last, image, mask, (seed, 5))
+        """Apply the last list, fit what is no square of the right size (any more), and show the mask where that is asked for."""
+        image, mask = self._apply(self.post_steps, image, mask, (seed, 5))
         if image.shape != (self.img_size, self.img_size, 3):
-            if mask is None:
-                image = fit_square(image, self.img_size)
-            else:
-                image, mask = self._part(fit_square(np.dstack((image, mask)), self.img_size), seed)
+            pixels = image if mask is None else np.dstack((image, mask))
+            image, mask = self._split(fit_square(pixels, self.img_size), seed)
         if not self.shows_mask:
             return image
         return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
-    def _part(self, square: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return image and mask of what may have moved; the mask has done so like a colour, and is cut at half height again."""
+    def _split(self, square: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return image and mask of what may have moved, with the fill once more where moving has brought in something else."""
         if square.shape[2] == 3:
             return square, None
         import cv2
 
-        mask = cv2.extractChannel(square, 3)
-        return self._refill(cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), mask, seed), mask
+        image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
+        if self.fill.kind != "blur":
+            image = fill_background(image, mask, self.fill, seed if self.is_training else None)
+        return image, mask
 
-    def _refill(self, image: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
-        """Return the image with the fill outside its mask once more, where moving has brought in something else."""
-        if self.fill.kind == "blur":
-            return image
-        return fill_background(image, mask, self.fill, seed if self.trains else None)
-
-    def _augment(self, square: np.ndarray, seed: int, looks: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return image and mask of a square, changed in the built-in way; without `looks` as it is."""
-        if not looks:
-            return self._part(square, seed)
-        import cv2
-
-        rng = np.random.default_rng(seed)
-        image, mask = self._part(self._move(square, rng), seed)
-        changed = _change_looks(looks, image, rng, seed)
-        if mask is None or self.fill.kind == "keep":
-            return changed, mask
-        # Only on the object: the fill keeps its value, for production will see no other.
-        return cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy()), mask
-
-    def _move(self, square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        import cv2
-
-        matrix = draw_move(rng, self.img_size)
-        if matrix is not None:  # all moves in one: each warp would soften the picture once more
-            # Three channels take cv2 twice the time of four, and give the same.
-            pixels = square if square.shape[2] == 4 else cv2.cvtColor(square, cv2.COLOR_RGB2RGBA)
-            moved = cv2.warpPerspective(pixels, matrix, pixels.shape[:2], borderValue=(PADDING_GRAY,) * 3 + (0,))
-            square = moved if square.shape[2] == 4 else cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
-        return cv2.flip(square, 1) if rng.random() < 0.5 else square
-
-    def _run(
+    def _apply(
         self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, words: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return what a list of transforms makes of image and mask; what is outside the mask stays the fill."""
         if not steps:
             return image, mask
         if mask is not None:
-            image = fill_background(image, mask, self.fill, words[0] if self.trains else None)
+            image = fill_background(image, mask, self.fill, words[0] if self.is_training else None)
         rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
         for step in steps:
+            name = step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
             step.set_random_state(rng, generator)
             try:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
             except Exception as error:  # what a library thinks of an image that is too small, say
                 reason = printable(f"{type(error).__name__}: {error}")[:200]
-                raise ImageError(f"{name_step(step)} cannot be applied: {reason}") from error
+                raise ImageError(f"{name} cannot be applied: {reason}") from error
             image, mask = changed["image"], changed.get("mask")
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                what = f"{image.dtype} {image.shape}"
-                raise ImageError(
-                    f"{name_step(step)} makes {what} of it, and what is needed is uint8 (height, width, 3)"
-                )
-        return np.ascontiguousarray(image), mask if mask is None else np.ascontiguousarray(mask)
+                result = f"{image.dtype} {image.shape}"
+                raise ImageError(f"{name} makes {result} of it, and what is needed is uint8 (height, width, 3)")
+        return np.ascontiguousarray(image), None if mask is None else np.ascontiguousarray(mask)
 
 
-def given_lists(config: Config) -> dict[str, tuple[dict[str, Any], ...]]:
-    """Return the lists of transforms that are given, by option."""
-    return {name: getattr(config, name) for name in TRANSFORM_LISTS if getattr(config, name) is not None}
+class ListEntry(NamedTuple):
+    """One entry of a list of transforms."""
+
+    where: str  # its place, for messages
+    kind: str  # its type without capitals and underscores
+    type: str
+    arguments: dict[str, Any]
+
+
+def given_lists(config: Config) -> dict[str, list[ListEntry]]:
+    """Return the lists of transforms that are given, by option.
+
+    Raises:
+        UserError: an entry has no type.
+    """
+    given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
+    return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
+
+
+def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
+    read = []
+    for number, entry in enumerate(entries):
+        place = f"{where}[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+            raise UserError("has no type", place, "write an entry such as {type: coarse_dropout, p: 0.5}")
+        arguments = {key: value for key, value in entry.items() if key != "type"}
+        read.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
+    return read
 
 
 def production_transforms(config: Config) -> list[dict[str, Any]]:
     """Return what evaluation does to a crop before it is fitted, and whoever else embeds one has to do."""
-    names = ("pre_transforms", "val_augmentations", "post_transforms")
     lists = given_lists(config)
-    return [
-        entry for name in names for entry in lists.get(name, ()) if _read_entry(name, entry)[0] not in DEVICE_TRANSFORMS
-    ]
+    lists.pop("train_augmentations", None)
+    entries = itertools.chain(*lists.values())
+    return [{"type": entry.type, **entry.arguments} for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
 
 
 def build_transform(
     img_size: int,
     augment: bool,
     fill: Fill | None = None,
-    lists: dict[str, tuple[dict[str, Any], ...]] | None = None,
+    lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
     """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
@@ -3851,23 +3865,43 @@ def build_transform(
         UserError: an entry of a list is wrong.
     """
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
-    chosen = "train_augmentations" if augment else "val_augmentations"
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
+    chosen = "train_augmentations" if augment else "val_augmentations"
     return Transform(
         img_size,
         fill,
         looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
-        trains=augment,
-        first=build_steps("pre_transforms", lists),
-        listed=build_steps(chosen, lists) if chosen in lists else None,
-        last=build_steps("post_transforms", lists),
+        is_training=augment,
+        pre_steps=build_steps(lists.get("pre_transforms", ())),
+        list_steps=build_steps(lists[chosen]) if chosen in lists else None,
+        post_steps=build_steps(lists.get("post_transforms", ())),
         shows_mask=shows_mask,
     )
+
+
+def _looks(A: Any) -> list[Any]:  # noqa: N803
+    """Lights and cameras, compressed pictures, and things that lie in the way."""
+    return [
+        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
+        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
+        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
+        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
+        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+        A.MotionBlur(blur_limit=(3, 7), p=0.05),
+        A.ImageCompression(quality_range=(50, 95), p=0.1),
+        A.CoarseDropout(
+            num_holes_range=(1, 4),
+            hole_height_range=(0.05, 0.18),
+            hole_width_range=(0.05, 0.18),
+            fill=PADDING_GRAY,
+            p=0.12,
+        ),
+    ]
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
@@ -3895,6 +3929,19 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
     return square
 
 
+def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a square uint8 (S, S, 3 or 4) moved and flipped at random; a fourth channel, the mask, moves along."""
+    import cv2
+
+    matrix = draw_move(rng, len(square))
+    if matrix is not None:  # all moves in one: each warp would soften the picture once more
+        # Three channels take cv2 twice the time of four, and give the same.
+        pixels = square if square.shape[2] == 4 else cv2.cvtColor(square, cv2.COLOR_RGB2RGBA)
+        moved = cv2.warpPerspective(pixels, matrix, pixels.shape[:2], borderValue=(PADDING_GRAY,) * 3 + (0,))
+        square = moved if square.shape[2] == 4 else cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
+    return cv2.flip(square, 1) if rng.random() < 0.5 else square
+
+
 def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     """Draw how a square moves: where its pixels go, as a matrix (3, 3) in homogeneous px; None, in half of the cases, not at all.
 
@@ -3902,76 +3949,36 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
     3 to 4 points, more than any other choice of the recipe moved.
     """
-    moves = []
+    import cv2
+
+    centre = np.full(2, side / 2 - 0.5)
+    affine = []  # (linear map about the centre, shift) of each move
     if rng.random() < 0.2:
         angle = rng.uniform(-math.pi, math.pi)
         turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        moves.append(_about_centre(turn, np.zeros(2), side))
+        affine.append((turn, np.zeros(2)))
     if rng.random() < 0.25:
-        moves.append(_about_centre(np.diag(rng.uniform(0.85, 1.1, 2)), rng.uniform(-0.06, 0.06, 2) * side, side))
-    if rng.random() < 0.12:
-        moves.append(_draw_perspective(rng, side))
+        scale = np.diag(rng.uniform(0.85, 1.1, 2))
+        affine.append((scale, rng.uniform(-0.06, 0.06, 2) * side))
+    moves = []
+    for linear, shift in affine:
+        matrix = np.eye(3)
+        matrix[:2, :2] = linear
+        matrix[:2, 2] = shift + centre - linear @ centre
+        moves.append(matrix)
+    if rng.random() < 0.12:  # the view of a camera that is not held straight, as albumentations' Perspective draws it
+        square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+        jitter = np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32  # corners stay in their quarter
+        corners = np.abs(square - jitter)
+        top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
+        zoom = np.array([max(top, bottom), max(right, left)])  # what is seen is enlarged once more by what was lost
+        source, target = (corners * side).astype(np.float32), (square / zoom * side).astype(np.float32)
+        moves.append(cv2.getPerspectiveTransform(source, target))
     return functools.reduce(lambda before, move: move @ before, moves) if moves else None
 
 
-def _about_centre(linear: np.ndarray, shift: np.ndarray, side: int) -> np.ndarray:
-    centre = np.full(2, side / 2 - 0.5)
-    matrix = np.eye(3)
-    matrix[:2, :2], matrix[:2, 2] = linear, shift + centre - linear @ centre
-    return matrix
-
-
-def _draw_perspective(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Draw the view of a camera that is not held straight, as albumentations' Perspective does."""
-    import cv2
-
-    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
-    jitter = (
-        np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32
-    )  # corners stay in their quarter of the square
-    corners = np.abs(square - jitter)
-    top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
-    zoom = np.array([max(top, bottom), max(right, left)])  # what is seen is enlarged once more by what was lost
-    return cv2.getPerspectiveTransform((corners * side).astype(np.float32), (square / zoom * side).astype(np.float32))
-
-
-def _looks(A: Any) -> list[Any]:  # noqa: N803
-    """Lights and cameras, compressed pictures, and things that lie in the way."""
-    return [
-        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-        A.MotionBlur(blur_limit=(3, 7), p=0.05),
-        A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout(
-            num_holes_range=(1, 4),
-            hole_height_range=(0.05, 0.18),
-            hole_width_range=(0.05, 0.18),
-            fill=PADDING_GRAY,
-            p=0.12,
-        ),
-    ]
-
-
 # Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
-# What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
-RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
-# ... or two of them make a range, which begins where it ends if the lower one is not given.
-RANGE_ARGUMENTS = {
-    "num_holes_range": ("min_holes", "max_holes"),
-    "hole_height_range": ("min_height", "max_height"),
-    "hole_width_range": ("min_width", "max_width"),
-    "quality_range": ("quality_lower", "quality_upper"),
-    "scale_range": ("scale_min", "scale_max"),
-}
-POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision
-DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # what the device does anyway
-POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-
-
-def build_steps(name: str, lists: dict[str, tuple[dict[str, Any], ...]]) -> tuple[Any, ...]:
+def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
     """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
 
     A step is called with image and mask, and gives both; `set_random_state` comes first.
@@ -3982,30 +3989,12 @@ def build_steps(name: str, lists: dict[str, tuple[dict[str, Any], ...]]) -> tupl
     import albumentations as A
 
     steps = []
-    for number, entry in enumerate(lists.get(name, ())):
-        where = f"dataset.{name}[{number}]"
-        kind, arguments = _read_entry(where, entry)
-        if kind in POLICIES:
-            steps.append(_build_policy_step(where, kind, arguments))
-        elif kind == "normalize":
-            read_normalization(where, arguments)
-        elif kind in DEVICE_TRANSFORMS:  # images go to the device as they are
-            _check_arguments(where, A.ToTensorV2, arguments)
-        else:
-            steps.append(A.Compose([_build_albumentation(where, entry)]))
+    for entry in entries:
+        if entry.kind in POLICIES:
+            steps.append(_build_policy(entry))
+        elif entry.kind not in DEVICE_TRANSFORMS:
+            steps.append(A.Compose([_build_albumentation(entry)]))
     return tuple(steps)
-
-
-def name_step(step: Any) -> str:
-    """Return the name of what a step does."""
-    return step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
-
-
-def _read_entry(where: str, entry: Any) -> tuple[str, dict[str, Any]]:
-    """Return the name of a transform without capitals and underscores, and its arguments."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
-        raise UserError("has no type", where, "write an entry such as {type: coarse_dropout, p: 0.5}")
-    return entry["type"].replace("_", "").lower(), {key: value for key, value in entry.items() if key != "type"}
 
 
 @functools.cache
@@ -4014,47 +4003,41 @@ def _albumentations_by_name() -> dict[str, type]:
     import albumentations as A
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
-    found = {name.lower(): value for name, value in vars(A).items() if inspect.isclass(value) and value not in bases}
-    return {name: value for name, value in found.items() if issubclass(value, bases)}
+    classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
+    return {value.__name__.lower(): value for value in classes if value not in bases}
 
 
-def _build_albumentation(where: str, entry: Any) -> Any:
+def _build_albumentation(entry: ListEntry) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
     from importlib.metadata import version
 
-    kind, arguments = _read_entry(where, entry)
-    known = _albumentations_by_name()
-    if "].transforms[" in where and kind in (*POLICIES, *DEVICE_TRANSFORMS):
-        raise UserError(f"{entry['type']} cannot stand inside another transform", where, "put it into the list itself")
-    if kind not in known:
-        short = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", own.__name__).lower() for own in known.values()]
-        names = [*short, *(own.__name__ for own in known.values()), *POLICIES, "to_tensor"]
-        what = f"{entry['type']} is no transform of albumentations {version('albumentations')}"
-        raise UserError(
-            what, f"{where}.type", _closest(entry["type"], names, "https://albumentations.ai/docs lists them")
-        )
-    own = known[kind]
-    arguments = _translate_arguments(own, arguments)
-    _check_arguments(where, own, arguments)
+    known, where = _albumentations_by_name(), entry.where
+    if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
+        raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
+    if entry.kind not in known:
+        long_names = [transform.__name__ for transform in known.values()]
+        short_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in long_names]
+        names = [*short_names, *long_names, *POLICIES, "to_tensor"]
+        what = f"{entry.type} is no transform of albumentations {version('albumentations')}"
+        remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
+        raise UserError(what, f"{where}.type", remedy)
+    transform = known[entry.kind]
+    arguments = _translate_arguments(transform, entry.arguments)
+    _check_arguments(where, transform, arguments)
     if isinstance(arguments.get("transforms"), list):
-        inner = enumerate(arguments["transforms"])
-        arguments["transforms"] = [_build_albumentation(f"{where}.transforms[{i}]", item) for i, item in inner]
+        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
+        arguments["transforms"] = [_build_albumentation(item) for item in inner]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
-        return _construct(where, own, arguments)
+        return _construct(where, transform, arguments)
 
 
-def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(word, dict.fromkeys(known), n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else otherwise
-
-
-def _translate_arguments(own: type, arguments: dict[str, Any]) -> dict[str, Any]:
+def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments as version 2 of albumentations wants them, where that is certain."""
     import cv2
 
-    known, arguments = inspect.signature(own).parameters, dict(arguments)
+    known, arguments = inspect.signature(transform).parameters, dict(arguments)
     for old, new in RENAMED_ARGUMENTS.items():
         if old in arguments and old not in known and new in known and new not in arguments:
             arguments[new] = arguments.pop(old)
@@ -4071,69 +4054,58 @@ def _translate_arguments(own: type, arguments: dict[str, Any]) -> dict[str, Any]
     return arguments
 
 
-def _check_arguments(where: str, own: Callable, arguments: dict[str, Any]) -> None:
-    known = inspect.signature(own).parameters
+def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
+    known = inspect.signature(transform).parameters
     for key in arguments:
         if key not in known:
-            old = [new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known]
-            remedy = f"write {old[0]}: [low, high]" if old else _closest(str(key), known, f"it has {', '.join(known)}")
-            raise UserError(f"is no argument of {own.__name__}", f"{where}.{key}", remedy)
+            ranges = [new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known]
+            remedy = did_you_mean(str(key), known, f"it has {', '.join(known)}")
+            if ranges:
+                remedy = f"write {ranges[0]}: [low, high]"
+            raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
-def _construct(where: str, own: Callable, arguments: dict[str, Any]) -> Any:
+def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
     try:
-        return own(**arguments)
+        return transform(**arguments)
     except Exception as error:  # whatever a library raises; albumentations wraps what pydantic says
         cause = error.__cause__ if hasattr(error.__cause__, "errors") else error
         details = cause.errors()[0] if hasattr(cause, "errors") else {"loc": (), "msg": str(error)}
         place = ".".join(map(str, (where, *details["loc"][:1])))
         what = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
-        raise UserError(what, place, f"see {own.__name__} in the documentation of its library") from error
+        raise UserError(what, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def read_normalization(where: str, arguments: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and std of an entry `normalize`, for the device to subtract; None if it has none: those of the model stay.
-
-    Raises:
-        UserError: it is not (image / 255 - mean) / std of three channels.
-    """
-    import albumentations as A
-
-    _check_arguments(where, A.Normalize, arguments)
-    for key, wanted in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
-        if arguments.get(key, wanted) != wanted:
-            what = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
-            raise UserError(what, f"{where}.{key}", "leave it out, and give --mean and --std")
-    pair = []
-    for key in ("mean", "std"):
-        value = arguments.get(key)
-        if ("mean" in arguments or "std" in arguments) and not (
-            isinstance(value, (list, tuple))
-            and len(value) == 3
-            and all(isinstance(x, (int, float)) and (key == "std") / 1000 <= x <= 1 for x in value)
-        ):
-            what = f"is not a list of three numbers from {'0.001' if key == 'std' else '0'} to 1"
-            raise UserError(what, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
-        pair.append(tuple(map(float, value or ())))
-    return (pair[0], pair[1]) if pair[0] else None
-
-
-def own_normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
     """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
 
     Raises:
-        UserError: the lists of transforms and --mean and --std contradict each other.
+        UserError: an entry `normalize` is not (image / 255 - mean) / std of three channels, or contradicts --mean and --std.
     """
     asked = (config.mean, config.std)
-    for name, entries in given_lists(config).items():
-        for number, entry in enumerate(entries):
-            where = f"dataset.{name}[{number}]"
-            kind, arguments = _read_entry(where, entry)
-            found = read_normalization(where, arguments) if kind == "normalize" else None
-            if found and asked[0] and found != asked:
-                what = f"has mean {found[0]} and std {found[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
-                raise UserError(what, where, "the device normalises once: give one mean and std")
-            asked = found or asked
+    for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
+        if kind != "normalize":
+            continue
+        import albumentations as A
+
+        _check_arguments(where, A.Normalize, arguments)
+        for key, wanted in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
+            if arguments.get(key, wanted) != wanted:
+                what = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
+                raise UserError(what, f"{where}.{key}", "leave it out, and give --mean and --std")
+        if "mean" not in arguments and "std" not in arguments:  # those of the model
+            continue
+        for key, lowest in (("mean", 0), ("std", 0.001)):
+            values = arguments.get(key)
+            is_triple = isinstance(values, (list, tuple)) and len(values) == 3
+            if not is_triple or not all(isinstance(value, (int, float)) and lowest <= value <= 1 for value in values):
+                what = f"is not a list of three numbers from {lowest} to 1"
+                raise UserError(what, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+        pair = tuple(map(float, arguments["mean"])), tuple(map(float, arguments["std"]))
+        if asked[0] and pair != asked:
+            what = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
+            raise UserError(what, where, "the device normalises once: give one mean and std")
+        asked = pair
     return asked
 
 
@@ -4144,30 +4116,26 @@ def check_transforms(config: Config) -> None:
         UserError: an entry is wrong, or the lists make something that the device does not take.
     """
     lists = given_lists(config)
-    try:
-        if lists:
-            _try_lists(config, lists)
-    except UserError as error:  # names sections, wherever the lists are from
-        where = error.where
-        for name in lists:
-            where = where.replace(f"dataset.{name}", config.place(name))
-        raise UserError(error.what, where, error.remedy) from error
-
-
-def _try_lists(config: Config, lists: dict[str, tuple[dict[str, Any], ...]]) -> None:
+    if not lists:
+        return
     own_normalization(config)
+    side = max(512, 2 * config.img_size)
+    image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
     for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
-        transform = build_transform(config.img_size, augment, lists=lists)
-        _check_order(lists, ("pre_transforms", chosen, "post_transforms"))
-        side = max(512, 2 * config.img_size)
-        image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
+        transform, normalize = build_transform(config.img_size, augment, lists=lists), ""
+        for entry in itertools.chain(*(lists.get(name, ()) for name in ("pre_transforms", chosen, "post_transforms"))):
+            if normalize and entry.kind not in DEVICE_TRANSFORMS:
+                what = f"comes after {normalize} (normalize), which is done last, on the device"
+                raise UserError(what, entry.where, "put it before")
+            if entry.kind == "normalize":
+                normalize = entry.where
         try:
             transform(image, None, 0)
             transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
         except ImageError as error:
-            names = ", ".join(f"dataset.{name}" for name in lists)
             what = f"fail on a picture of {side} px: {error}"
-            raise UserError(what, names, "change that transform, or leave it out") from error
+            remedy = "change that transform, or leave it out"
+            raise UserError(what, ", ".join(map(config.place, lists)), remedy) from error
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
@@ -4182,7 +4150,7 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     index = {path: row for row, path in enumerate(scan.listing.paths)}
     looks = scan.health.rows[[index[path] for path in scan.records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
-    extremes = {int(own.argmin()) for own in (width, height, width * height, width / height, height / width)}
+    extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     is_random = False
     for augment in (True, False):
         transform = build_transform(config.img_size, augment, lists=lists)
@@ -4193,25 +4161,14 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
             except ImageError:  # gone since the scan
                 continue
             try:
-                made = {transform(image, None, seed).tobytes() for seed in range(8)}
+                views = {transform(image, None, seed).tobytes() for seed in range(8)}
             except ImageError as error:
                 what = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
                 remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
                 raise UserError(what, ", ".join(map(config.place, lists)), remedy) from error
-            is_random |= not augment and len(made) > 1
+            is_random |= not augment and len(views) > 1
     note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
     return [note] if is_random else []
-
-
-def _check_order(lists: dict[str, tuple[dict[str, Any], ...]], names: Sequence[str]) -> None:
-    after = None
-    for name in names:
-        for number, entry in enumerate(lists.get(name, ())):
-            kind = _read_entry("", entry)[0]
-            if after and kind not in DEVICE_TRANSFORMS:
-                what = f"comes after {after}, which is done last, on the device"
-                raise UserError(what, f"dataset.{name}[{number}]", "put it before")
-            after = after or (f"dataset.{name}[{number}] (normalize)" if kind == "normalize" else None)
 
 
 @dataclass
@@ -4230,7 +4187,7 @@ class Policy:
         """Return image and mask, which follows the moves."""
         if self._rng.random() >= self.share:
             return {"image": image, "mask": mask}
-        policy = _build_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
+        policy = _make_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
         policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
             torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
@@ -4240,7 +4197,7 @@ class Policy:
 
 
 @functools.cache
-def _build_policy(kind: str, arguments: str) -> Any:
+def _make_policy(kind: str, arguments: str) -> Any:
     """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
     from torchvision.transforms import v2
 
@@ -4256,20 +4213,21 @@ def _build_policy(kind: str, arguments: str) -> Any:
     return WithMask(**{"fill": [PADDING_GRAY] * 3, **json.loads(arguments)})
 
 
-def _build_policy_step(where: str, kind: str, arguments: dict[str, Any]) -> Policy:
+def _build_policy(entry: ListEntry) -> Policy:
     from torchvision.transforms import v2
 
+    policy, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
     share = arguments.pop("p", 1.0)
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise UserError(f"{share} is no probability", f"{where}.p", "give a number from 0 to 1")
-    own = getattr(v2, POLICIES[kind])
-    _check_arguments(where, own, arguments)
-    _construct(where, own, arguments)
+        raise UserError(f"{share} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
+    _check_arguments(entry.where, policy, arguments)
+    _construct(entry.where, policy, arguments)
     bins, magnitude = arguments.get("num_magnitude_bins", 31), arguments.get("magnitude", 0)
     if not (isinstance(bins, int) and isinstance(magnitude, int) and 0 <= magnitude < bins > 1):
         what = f"magnitude {magnitude} is none of {bins} bins"
-        raise UserError(what, where, "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more")
-    return Policy(kind, arguments, float(share))
+        remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
+        raise UserError(what, entry.where, remedy)
+    return Policy(entry.kind, arguments, float(share))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
@@ -4306,13 +4264,28 @@ class Backgrounds:
         Raises:
             ImageError: the picture cannot be read any more.
         """
+        import cv2
+
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
             picture = load_image(self.root / path)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
-        image, mask = (part if part is None else shrink(part, self.max_side) for part in (image, mask))
+        factor = self.max_side / max(image.shape[:2])
+        if factor < 1:
+            size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
         return insert_background(image, mask, picture, rng, self.max_ratio)
+
+    def describe(self) -> str:
+        """Return in words how many pictures there are, and which cannot be used."""
+        unused = list(self.health.reasons.items())
+        lines = [f"backgrounds: {len(self.paths):,} pictures in {self.root}"]
+        lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
+        if len(unused) > 10:
+            lines.append(f"  ... and {len(unused) - 10} more")
+        return "\n".join(lines)
 
 
 def scan_backgrounds(config: Config) -> Backgrounds | None:
@@ -4327,45 +4300,30 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     kind = IMAGE_KIND._replace(name="background")
     health = check_files(root, tree.paths, tree.stamps, kind, config.out_dir / "background_cache.npz")
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
-    good = np.flatnonzero(~health.rows["broken"])
-    if not len(good):
-        found = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
-        what = f"holds no picture that can be used{found}"
-        raise UserError(
-            what, f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
-        )
-    contents = "\n".join(f"{tree.paths[i]} {health.rows['digest'][i]}" for i in good.tolist())
-    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
-    paths = PathTable([tree.paths[i] for i in good.tolist()])
-    share, max_ratio = config.insert_background_p, config.background_max_ratio
-    return Backgrounds(health, root, paths, digest, share, max_ratio, 2 * config.img_size)
+    usable = np.flatnonzero(~health.rows["broken"])
+    if not len(usable):
+        reason = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
+        where = f"{config.place('backgrounds')} {root}"
+        remedy = f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
+        raise UserError(f"holds no picture that can be used{reason}", where, remedy)
+    paths = [tree.paths[row] for row in usable.tolist()]
+    return Backgrounds(
+        health,
+        root,
+        PathTable(paths),
+        digest=fingerprint(paths, health.rows["digest"][usable]),
+        share=config.insert_background_p,
+        max_ratio=config.background_max_ratio,
+        max_side=2 * config.img_size,
+    )
 
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
     """Return what must be equal of the backgrounds for a run to go on."""
     if backgrounds is None:
         return {"backgrounds": None}
-    own = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
-    return {"backgrounds": f"{own}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
-
-
-def describe_backgrounds(backgrounds: Backgrounds) -> str:
-    """Return in words how many pictures there are, and which cannot be used."""
-    unused = list(backgrounds.health.reasons.items())
-    lines = [f"backgrounds: {len(backgrounds.paths):,} pictures in {backgrounds.root}"]
-    lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
-    return "\n".join(lines + [f"  ... and {len(unused) - 10} more"] * (len(unused) > 10))
-
-
-def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
-    """Return an image or mask whose longer side is `max_side` px at most."""
-    import cv2
-
-    factor = max_side / max(image.shape[:2])
-    if factor >= 1:
-        return image
-    size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    pictures = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
+    return {"backgrounds": f"{pictures}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
 
 
 def insert_background(
@@ -4373,7 +4331,8 @@ def insert_background(
 ) -> np.ndarray:
     """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
 
-    With a mask the object alone is pasted, as it is; its edge fades over the first pixels outside it.
+    The canvas is a random part of the picture, turned by a multiple of 90 degrees and flipped at random. With a mask the object
+    alone is pasted, as it is; its edge fades over the first pixels outside it.
 
     Args:
         image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object, or None.
@@ -4383,35 +4342,25 @@ def insert_background(
 
     height, width = image.shape[:2]
     size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
-    canvas = cover_canvas(picture, size[0], size[1], rng)
+    turned = np.rot90(picture, int(rng.integers(4)))
+    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
+    scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
+    sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
+    top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
+    seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+    canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
     top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
     place = canvas[top : top + height, left : left + width]
     if mask is None:
         place[:] = image
         return canvas
     solid = (mask > MASK_LEVEL).astype(np.float32)
-    softness = max(
-        1.0, 0.005 * max(height, width)
-    )  # px; of a large crop as much as of a small one once they are fitted
+    # px; of a large crop as much as of a small one once they are fitted
+    softness = max(1.0, 0.005 * max(height, width))
     alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
     place[:] = np.rint(alpha * image + (1 - alpha) * place)
     return canvas
-
-
-def cover_canvas(picture: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random part of a picture, turned by a multiple of 90 degrees and flipped at random, as uint8 (height, width, 3)."""
-    import cv2
-
-    turned = np.rot90(picture, int(rng.integers(4)))
-    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
-    scale = min(turned.shape[0] / height, turned.shape[1] / width) * rng.uniform(0.5, 1.0)
-    sides = [
-        min(max(1, round(length * scale)), most) for length, most in zip((height, width), turned.shape, strict=False)
-    ]
-    top, left = (int(rng.integers(most - side + 1)) for side, most in zip(sides, turned.shape, strict=False))
-    part = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
-    return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
 
 
 # Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
@@ -4420,9 +4369,7 @@ class Mixing(NamedTuple):
 
     partners: torch.Tensor  # int64 (B,), a permutation
     share: float  # of the image's own pixels: lambda, at least a half, so that the own label dominates
-    box: (
-        tuple[int, int, int, int] | None
-    )  # top, bottom, left, right of what CutMix takes from the partner; None = MixUp
+    box: tuple[int, int, int, int] | None  # top, bottom, left, right of what CutMix takes from it; None = MixUp
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
@@ -4467,11 +4414,11 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
 def partner_labels(
     labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the labels of the images that were mixed in, and the own share of each image, both (B,) over all batches."""
+    """Return the labels of the images that were mixed in, and the share of each image itself, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
-    others = [own if mixing is None else own[mixing.partners] for own, mixing in pairs]
-    shares = [torch.full((len(own),), 1.0 if mixing is None else mixing.share) for own, mixing in pairs]
-    return torch.cat(others), torch.cat(shares)
+    partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
+    shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.share) for batch, mixing in pairs]
+    return torch.cat(partners), torch.cat(shares)
 
 
 # ======================================================================================================================
@@ -4606,7 +4553,7 @@ class CropDataset(Dataset):
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         seed = key.seed
         rng = self.backgrounds.draw(seed) if self.backgrounds else None
-        is_masked, trains = bool(self.records.mask_of(key.row, key.view)), self.transform.trains
+        is_masked, trains = bool(self.records.mask_of(key.row, key.view)), self.transform.is_training
         keeps = self.store is not None and rng is None and self.transform.repeats(is_masked)
         square, lost = self.store.get(key.row, is_masked, trains) if keeps else None, ""
         if square is None:
@@ -8691,7 +8638,7 @@ def open_run(job: Job, plan: Plan) -> None:
     if idle := idle_options(config):
         run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
-        run.log(describe_backgrounds(job.backgrounds))
+        run.log(job.backgrounds.describe())
     if config.mixing != "none":
         run.log(
             f"{config.mixing}: the figures of train are those of mixed images, against the label of the larger part"

@@ -116,15 +116,14 @@ def test_moves_are_distributed_as_those_of_albumentations() -> None:
 
 def test_flips_are_half_of_the_pictures() -> None:
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
-    transform = lct.build_transform(64, augment=True)
-    moved = [transform._move(ramp, np.random.default_rng(seed)) for seed in range(400)]
+    moved = [lct.move_square(ramp, np.random.default_rng(seed)) for seed in range(400)]
     assert 30 < sum(np.array_equal(picture, ramp) for picture in moved) * 100 / 400 * 2 < 75
     flipped = sum(np.array_equal(picture, ramp[:, ::-1]) for picture in moved)
     assert 0.2 < flipped / 400 < 0.33  # 0.264
 
 
 def test_four_channels_move_as_three_do_bit_for_bit() -> None:
-    transform, square = lct.build_transform(64, augment=True), lct.fit_square(CROP, 64)
+    square = lct.fit_square(CROP, 64)
     moved = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
@@ -134,7 +133,7 @@ def test_four_channels_move_as_three_do_bit_for_bit() -> None:
             expected = cv2.warpPerspective(square, matrix, (64, 64), borderValue=(lct.PADDING_GRAY,) * 3)
             moved += 1
         expected = cv2.flip(expected, 1) if rng.random() < 0.5 else expected
-        assert np.array_equal(transform._move(square, np.random.default_rng(seed)), expected)
+        assert np.array_equal(lct.move_square(square, np.random.default_rng(seed)), expected)
     assert moved > 30
 
 
@@ -182,10 +181,14 @@ def test_only_the_built_in_augmentation_of_crops_without_mask_sees_fractions(tmp
     """Lists of transforms count in px of the file, masks are as large as the file, and evaluation is exact."""
     blur = ({"type": "medianblur"},)
     assert lct.build_transform(64, augment=True).least_side == 112
-    assert lct.build_transform(64, augment=True, lists={"post_transforms": blur}).least_side == 112
+    assert (
+        lct.build_transform(64, augment=True, lists=lct.given_lists(lct.Config(post_transforms=blur))).least_side == 112
+    )
     assert lct.build_transform(64, augment=False).least_side is None
     for name in ("pre_transforms", "train_augmentations"):
-        assert lct.build_transform(64, augment=True, lists={name: blur}).least_side is None
+        assert (
+            lct.build_transform(64, augment=True, lists=lct.given_lists(lct.Config(**{name: blur}))).least_side is None
+        )
     save_jpeg(tmp_path / "a.jpg", 640, 320)
     (tmp_path / "masks").mkdir()
     Image.new("L", (640, 320), 255).save(tmp_path / "masks/a_mask.png")

@@ -241,9 +241,7 @@ def test_masks_asked_for_where_there_are_none_end_with_two_ways_out(
 
 def move(image: np.ndarray, mask: np.ndarray, side: int, seed: int) -> np.ndarray:
     """Return image and mask as augmentation moves them, uint8 (side, side, 4)."""
-    transform = lct.build_transform(side, augment=True)
-    square = lct.fit_square(np.dstack([image, mask]), side)
-    return transform._move(square, np.random.default_rng(seed))
+    return lct.move_square(lct.fit_square(np.dstack([image, mask]), side), np.random.default_rng(seed))
 
 
 def test_augmented_mask_is_the_mask_of_the_augmented_object() -> None:

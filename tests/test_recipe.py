@@ -109,7 +109,7 @@ def test_backgrounds_are_a_function_of_the_sample_and_hit_their_share(masked_dat
     )
     scan, backgrounds = lct.attach_masks(lct.scan_dataset(config), config), lct.scan_backgrounds(config)
     assert list(backgrounds.paths) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
-    said = lct.describe_backgrounds(backgrounds)
+    said = backgrounds.describe()
     assert "5 pictures" in said and "not used as a background: broken.jpg" in said
     assert 0.25 < np.mean([backgrounds.draw(seed) is not None for seed in range(1000)]) < 0.35
     transform = lct.build_transform(32, augment=False)

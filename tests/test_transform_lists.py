@@ -26,7 +26,7 @@ def entry(name: str, **arguments: Any) -> dict[str, Any]:
 
 def build(*entries: dict[str, Any], augment: bool = True, fill: lct.Fill | None = None, **lists: Any) -> lct.Transform:
     name = "train_augmentations" if augment else "val_augmentations"
-    return lct.build_transform(48, augment, fill, {**lists, name: entries})
+    return lct.build_transform(48, augment, fill, lct.given_lists(lct.Config(**{**lists, name: entries})))
 
 
 def test_every_short_name_of_the_recipe_is_a_square_uint8_picture_without_a_warning() -> None:
@@ -77,11 +77,12 @@ def test_the_order_is_pre_then_train_or_val_then_post() -> None:
     cut |= {"train_augmentations": (entry("crop", x_min=4, y_min=4, x_max=56, y_max=56),)}
     cut |= {"val_augmentations": (entry("crop", x_min=2, y_min=2, x_max=56, y_max=56),)}
     cut |= {"post_transforms": (entry("crop", x_min=1, y_min=1, x_max=49, y_max=49),)}
-    train, val = (lct.build_transform(48, augment, None, cut) for augment in (True, False))
+    lists = lct.given_lists(lct.Config(**cut))
+    train, val = (lct.build_transform(48, augment, None, lists) for augment in (True, False))
     assert train(image, None, 0)[0, 0].tolist() == [13, 13, 0] and val(image, None, 0)[0, 0].tolist() == [11, 11, 0]
     assert train(image, None, 0, False).shape == (48, 48, 3)
     assert train(image, None, 0, False)[0, 0].tolist() == [9, 9, 0], "the schedule gates what is between pre and post"
-    built_in = lct.build_transform(48, True, None, {"pre_transforms": cut["pre_transforms"]})
+    built_in = lct.build_transform(48, True, None, {"pre_transforms": lists["pre_transforms"]})
     assert built_in.looks is not None and built_in(image, None, 0).shape == (48, 48, 3)
 
 
@@ -158,7 +159,7 @@ WRONG = {
     "[{type: DualTransform}]": ("[0].type", "is no transform"),
     "[{type: HistogramMatching, p: 1}]": ("train_augmentations: fail", "metadata"),
     "[{type: OneOf}]": ("[0]: cannot be used", "transforms"),
-    "[{type: normalize}, {type: median_blur}]": ("[1]: comes after dataset.train_augmentations[0]", "put it before"),
+    "[{type: normalize}, {type: median_blur}]": ("[1]: comes after --train_augmentations[0]", "put it before"),
 }
 
 
@@ -206,7 +207,7 @@ def test_flags_written_back_are_read_again() -> None:
     config = lct.parse_command_line(
         ["--train_augmentations", "[{type: coarse_dropout, p: 0.5}]", "--aug_start_p", "0.2"]
     )
-    words = lct.format_flags(config)
+    words = lct.format_flags(config, config.origins)
     again = lct.parse_command_line(words)
     assert again.train_augmentations == config.train_augmentations == (entry("coarse_dropout", p=0.5),)
     assert lct.Config(**{"val_augmentations": ()}).as_plain()["val_augmentations"] == []
