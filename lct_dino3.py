@@ -98,10 +98,6 @@ CUTOUTS_DIRNAME = "cutouts"
 LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-HEAD_WIDTHS = (512, 192)  # hidden units of the embedding head, and of each of several side by side
-MIN_PART_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
-BACKBONE_WEIGHT_DECAY = 0.05
-HEAD_WEIGHT_DECAY = 1e-4
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
@@ -175,10 +171,6 @@ DATA_TREE = """expected:  data_root/
                        0001.jpg"""
 MASKS_WAYS_OUT = (
     "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
-)
-WEIGHTS_WAYS_OUT = (
-    "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
-    " from random weights with --no-pretrained"
 )
 # One of the processes that torchrun has started, and not the first.
 IS_HELPER = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
@@ -1234,6 +1226,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -1889,7 +1882,7 @@ class Team:
                 send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
         for part in shared.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            if is_batchnorm(part):
                 part.forward = functools.partial(_normalise_together, part)
 
     def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
@@ -1988,6 +1981,11 @@ def _normalise_together(norm: Any, values: torch.Tensor) -> torch.Tensor:
     return norm.act(norm.drop(normal)) if hasattr(norm, "act") else normal
 
 
+def is_batchnorm(module: nn.Module) -> bool:
+    """Say whether a module is a BatchNorm layer."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how numbers are computed."""
@@ -2027,7 +2025,7 @@ class Runtime:
         """
         if self.num_gpus <= 1:
             return backbone
-        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in backbone.modules()):
+        if any(is_batchnorm(part) and part.training for part in backbone.modules()):
             remedy = f"use torchrun --nproc_per_node {self.num_gpus} {SCRIPT_NAME} ..., which sums them, without --gpus"
             raise UserError("the backbone has BatchNorm, which needs whole batches", f"--gpus {self.num_gpus}", remedy)
         return nn.DataParallel(backbone, device_ids=list(range(self.num_gpus)))
@@ -4769,6 +4767,14 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # 09  MODEL
 # ======================================================================================================================
 # Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
+HEAD_WIDTHS = (512, 192)  # hidden units of the embedding head, and of each of several side by side
+MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
+WEIGHTS_WAYS_OUT = (
+    "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
+    " from random weights with --no-pretrained"
+)
+
+
 class Backbone(nn.Module):
     """A timm model without classifier that takes uint8 images and normalises them on the device.
 
@@ -4778,9 +4784,11 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
         super().__init__()
-        self.model, self.frozen, self.dtype = model, False, torch.float32  # frozen: no weight of it is trained
+        self.model = model
+        self.frozen = False  # no weight of the model is trained
+        self.dtype = torch.float32  # of the autocast region
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
-        self._trained_parts: list[nn.Module] = []  # of a model that is trained in part
+        self._trained_modules: list[nn.Module] = []  # of a model that is trained in part
         self.keeps_statistics = False  # those of BatchNorm are not moved by training
         for name, values in (("mean", mean), ("std", std)):
             value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
@@ -4789,35 +4797,31 @@ class Backbone(nn.Module):
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
-        """Keep the model in eval mode and out of autograd from now on, but for those of its parts whose names are chosen.
+        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen.
 
         What stands before the first of them leaves nothing in memory for a backward pass, having no weight that wants a gradient.
         """
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name))
         self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
-        self._trained_parts = [module for name, module in self.model.named_modules() if is_trained(name)]
+        self._trained_modules = [module for name, module in self.model.named_modules() if is_trained(name)]
         self.frozen = not self.trained_keys
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which frozen parts ignore, and BatchNorm too where it keeps its statistics."""
+        """Set training mode, which frozen modules ignore, and BatchNorm too where it keeps its statistics."""
         super().train(mode and self.trained_keys is None)
-        for part in self._trained_parts:
-            part.training = mode
+        for module in self._trained_modules:
+            module.training = mode
         if self.keeps_statistics:
-            for part in self.modules():
-                part.training &= not isinstance(part, nn.modules.batchnorm._BatchNorm)
+            for module in self.modules():
+                module.training &= not is_batchnorm(module)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
-        if (
-            TEAM.size > 1
-            and not len(images)
-            and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules())
-        ):
-            # A process without a share of the batch; timm's ViTs stumble over none, and weights may have to be gathered.
+        if TEAM.size > 1 and not len(images) and not any(map(is_batchnorm, self.modules())):
+            # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         with (
@@ -4829,183 +4833,114 @@ class Backbone(nn.Module):
         return features.float()
 
 
-class ClassTokenBlock(nn.Module):
-    """The last block of a ViT whose class token alone is pooled: keys and values of all tokens, everything else of that one.
-
-    Exact, and five sixths of the block saved. It takes over the parts of a timm block, so that weights keep their names.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(block.__dict__)
-
-    def forward(self, tokens: torch.Tensor, rope: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-        """Return the class token (B, 1, D) of tokens (B, N, D)."""
-        class_token = tokens[:, :1] + self.drop_path1(self._scale(1, self._attend(self.norm1(tokens), rope)))
-        return class_token + self.drop_path2(self._scale(2, self.mlp(self.norm2(class_token))))
-
-    def _scale(self, number: int, branch: torch.Tensor) -> torch.Tensor:
-        if hasattr(self, f"ls{number}"):
-            return getattr(self, f"ls{number}")(branch)
-        gamma = getattr(self, f"gamma_{number}")
-        return branch if gamma is None else gamma * branch
-
-    def _attend(self, tokens: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-        attn, class_token = self.attn, tokens[:, :1]
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:  # Eva keeps them apart, for there is none of the keys
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        width = len(weight) // 3
-        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-        query = F.linear(class_token, weight[:width], bias_q)
-        parts = (query, *F.linear(tokens, weight[width:], bias_kv).chunk(2, dim=-1))
-        query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
-        query, key = attn.q_norm(query), attn.k_norm(key)
-        if rope is not None:  # of the patches only
-            from timm.layers import apply_rot_embed_cat
-
-            prefix, patches = key.tensor_split([attn.num_prefix_tokens], dim=2)
-            key = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2).type_as(value)
-        dropout = attn.attn_drop.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query.type_as(value), key.type_as(value), value, dropout_p=dropout)
-        attended = attn.norm(attended.transpose(1, 2).flatten(2))
-        if getattr(attn, "gate", None) is not None:
-            attended = attended * attn.gate(class_token).sigmoid()
-        return attn.proj_drop(attn.proj(attended))
-
-
-def keep_class_token(model: nn.Module) -> None:
-    """Let the last block of a ViT compute its class token only, where that is all that is pooled and the block is a known one."""
-    from timm.layers import Attention
-    from timm.models import eva, vision_transformer
-
-    known = {
-        vision_transformer.VisionTransformer: (vision_transformer.Block, Attention),
-        eva.Eva: (eva.EvaBlock, eva.EvaAttention),
-    }
-    if type(model) not in known or model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
-        return
-    last = model.blocks[-1]
-    if (type(last), type(last.attn)) == known[type(model)] and last.attn.qkv is not None:
-        model.blocks[-1] = ClassTokenBlock(last)
-
-
 def block_depths(model: nn.Module) -> dict[str, int]:
     """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
 
-    The order is that of registration: tokens and position embedding, stem, blocks, last norm. timm's own layer numbers put whatever
-    they do not name, such as the register tokens of some releases, behind the last block.
+    The order is that of registration: tokens and position embedding, stem, blocks, last norm. timm's own layer numbers, as
+    `timm.optim.param_groups_layer_decay` has them, are the same for ViTs, DINOv3 and ResNets; they count the last norm of ConvNeXt
+    and EVA-02 as one more block, and put what they do not name (CoaT's tokens, all of CaiT) behind the last block.
     """
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     groups = matcher if isinstance(matcher, dict) else {}  # cait has a function, which tells blocks from nothing else
-    specs = [
-        [(spec, None)] if isinstance(spec, str) else spec for group, spec in groups.items() if group != "stem" and spec
-    ]
-    patterns = [re.compile(pattern) for pattern, suffix in itertools.chain(*specs) if suffix is None]
+    patterns = []
+    for group, spec in groups.items():
+        if group != "stem":
+            pairs = [(spec, None)] if isinstance(spec, str) else spec or ()
+            patterns += [re.compile(pattern) for pattern, suffix in pairs if suffix is None]
     depth, depths = 0, {}
     for name, module in model.named_modules():
         depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
-        own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        depths |= {name: depth} | {f"{name}.{key}".lstrip("."): depth for key, _ in own}
+        depths[name] = depth
+        for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            depths[f"{name}.{key}".lstrip(".")] = depth
     return depths
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer W with a trained update U D of low rank. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
+class LoraUpdate(nn.Module):
+    """A trained update U D of low rank to a frozen weight. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
 
-    peft has one too, but brings transformers and accelerate with it; and Eva (DINOv3) and ClassTokenBlock compute with the weight
-    of a layer and not with its forward, so that peft's update would silently have no part in it. Here `weight` has it.
+    As a parametrization it changes the weight itself: Eva (DINOv3) computes with the weight of a layer and not with its forward, so
+    that peft's update would silently have no part in it (and peft brings transformers and accelerate with it).
     """
 
-    def __init__(self, base: nn.Linear, rank: int) -> None:
+    def __init__(self, out_features: int, in_features: int, rank: int) -> None:
         super().__init__()
-        self.base = base
-        self.lora_down = nn.Parameter(torch.empty(rank, base.in_features))  # D
-        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank))  # U: training starts from W
+        self.lora_down = nn.Parameter(torch.empty(rank, in_features))  # D
+        self.lora_up = nn.Parameter(torch.zeros(out_features, rank))  # U: training starts from the weight as it is
         nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))  # as nn.Linear itself
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight with its update (out, in)."""
-        return self.base.weight + self.lora_up @ self.lora_down
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias of the layer."""
-        return self.base.bias
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return (..., out) of (..., in)."""
-        if torch.is_inference_mode_enabled():  # merged: one product over the inputs instead of three
-            return F.linear(inputs, self.weight, self.bias)
-        return self.base(inputs) + F.linear(F.linear(inputs, self.lora_down), self.lora_up)
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the updated weight (out_features, in_features)."""
+        return weight + self.lora_up @ self.lora_down
 
 
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model's attention by name: those that make queries, keys, values, and the projection."""
-    kinds = ("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "proj")
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, LoraLinear))
-        and name.split(".")[-2:-1] == ["attn"]
-        and name.split(".")[-1] in kinds
-    }
+def attention_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a model's attention: those that make queries, keys, values, and the projection."""
+    pattern = re.compile(r"(.*\.)?attn\.(qkv|q|k|v|kv|q_proj|k_proj|v_proj|proj)")
+    named = model.named_modules()
+    return [module for name, module in named if isinstance(module, nn.Linear) and pattern.fullmatch(name)]
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
     """Give every attention layer an update of this rank, random from torch's generator and without effect at first."""
-    for name, layer in attention_layers(model).items():
-        model.set_submodule(name, LoraLinear(layer, rank))
+    for layer in attention_layers(model):
+        parametrize.register_parametrization(layer, "weight", LoraUpdate(*layer.weight.shape, rank))
+        # torch makes a class for the layer, which it does not let pickle; the processes of a team are sent the model.
+        type(layer).__reduce__ = _reduce_lora
+
+
+def _reduce_lora(layer: nn.Linear) -> tuple[Callable[[], nn.Linear], tuple, dict[str, Any]]:
+    return _unpickled_lora, (), layer.__dict__
+
+
+def _unpickled_lora() -> nn.Linear:
+    attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(1, 1)})})
+    add_lora(attention, 1)
+    return attention["attn"]["qkv"]
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Put plain linear layers with the updated weights in the place of those with an update."""
-    for name, layer in attention_layers(model).items():
-        if isinstance(layer, LoraLinear):
-            layer.base.weight.data = add_update(layer.base.weight, layer.lora_up, layer.lora_down)
-            model.set_submodule(name, layer.base)
-
-
-def add_update(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return weight + up @ down, rounded once, so that all machines agree on it."""
-    return (weight.detach().double() + up.detach().double() @ down.detach().double()).float()
+    """Make the updates of all layers part of their weights, rounded once, so that all machines agree on them."""
+    for layer in attention_layers(model):
+        if parametrize.is_parametrized(layer):
+            layer.double()
+            parametrize.remove_parametrizations(layer, "weight")
+            layer.float()
 
 
 class Head(nn.Module):
     """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
 
-    The last layer is cut into `parts` blocks, so that these are as many independent heads, each with its share of the embedding.
+    The last layer is cut into blocks, so that there are `num_heads` independent heads, each with its part of the embedding.
     """
 
-    def __init__(self, feature_dim: int, emb_dim: int, parts: int) -> None:
+    def __init__(self, feature_dim: int, emb_dim: int, num_heads: int) -> None:
         super().__init__()
-        width = parts * HEAD_WIDTHS[parts > 1]
+        width = num_heads * HEAD_WIDTHS[num_heads > 1]
         self.hidden = nn.Linear(feature_dim, width)
         self.norm = nn.BatchNorm1d(width)
-        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=parts)  # a Linear for each part
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=num_heads)  # a Linear for each head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
         hidden = self.hidden(features)
         if self.training and len(hidden) == 1:
             # The others of the batch may have become unreadable: no statistics in one.
-            hidden = F.batch_norm(
-                hidden, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
-            )
+            norm = self.norm
+            hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         else:
             hidden = self.norm(hidden)
         return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
 
 
-def count_parts(config: Config) -> int:
-    """Return how many equal parts an embedding has: --heads, fewer where they do not divide it, one where it is short."""
-    return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_PART_DIM else 1
+def count_heads(config: Config) -> int:
+    """Return how many heads share an embedding equally: --heads, fewer where they do not divide it, one where it is short."""
+    return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_HEAD_DIM else 1
 
 
-def normalize_parts(vectors: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return vectors (N, D) of unit length, all of whose parts are equally long: dot products are mean cosines of the parts."""
-    return F.normalize(vectors.unflatten(1, (parts, -1)), dim=2).flatten(1) / math.sqrt(parts)
+def normalize_heads(vectors: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return vectors (N, D) of unit length, equally long in each head's dimensions: dot products are mean cosines of the heads."""
+    return F.normalize(vectors.unflatten(1, (num_heads, -1)), dim=2).flatten(1) / math.sqrt(num_heads)
 
 
 @dataclass(frozen=True)
@@ -5014,7 +4949,7 @@ class BackboneInfo:
 
     model_id: str
     weights: str  # where they come from, in words
-    weights_hash: str  # SHA-256 over names and values, first 16 digits
+    weights_hash: str  # `hash_weights`
     feature_dim: int
     img_size: int
     pool: str
@@ -5030,39 +4965,46 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
     """
     settings, feature_dim = probe_model(config)
-    model, source = _create_model(config, settings, log)
-    cfg = model.pretrained_cfg
-    mean, std = (tuple(own or cfg[key]) for key, own in zip(("mean", "std"), own_normalization(config), strict=True))
-    pool = str(
-        settings.get("global_pool") or getattr(getattr(model, "global_pool", None), "pool_type", None) or "default"
-    )
+    model, source = load_timm_model(config, settings, log)
+    mean, std = own_normalization(config)
+    pooling = getattr(getattr(model, "global_pool", None), "pool_type", None)
     info = BackboneInfo(
-        config.model_id, source, hash_weights(model), feature_dim, config.img_size, pool, mean, std, "area"
+        config.model_id,
+        source or f"random, seed {config.seed}",
+        hash_weights(model),
+        feature_dim,
+        config.img_size,
+        pool=str(settings.get("global_pool") or pooling or "default"),
+        mean=tuple(mean or model.pretrained_cfg["mean"]),
+        std=tuple(std or model.pretrained_cfg["std"]),
+        interpolation="area",
     )
-    keep_class_token(model)
-    backbone = Backbone(model.to(memory_format=torch.channels_last), mean, std, config.in_channels)
+    backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
-    backbone.keeps_statistics = bool(config.pretrained or config.backbone_weights or config.load_from)
+    backbone.keeps_statistics = source is not None
     return backbone, info
 
 
-def _create_model(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> tuple[nn.Module, str]:
-    """Return the timm model with its weights, and in words where they come from."""
+def load_timm_model(
+    config: Config, settings: dict[str, Any], log: Callable[[str], None]
+) -> tuple[nn.Module, str | None]:
+    """Return the timm model with its weights, and in words where they come from: None = random ones of the seed."""
     import timm
 
     seed_torch(config.seed, 0)
-    if (start := read_start(config)) is not None:
+    start = read_start(config)
+    if start is not None:
         with _Unfilled():
             model = timm.create_model(config.model_id, pretrained=False, **settings)
-        load_backbone_weights(model, start, log)
+        fill_backbone(model, start, log)
         return model, str(start.path)
     if config.pretrained:
         return _fetch_pretrained(config, settings, log), "timm"
-    return timm.create_model(config.model_id, pretrained=False, **settings), f"random, seed {config.seed}"
+    return timm.create_model(config.model_id, pretrained=False, **settings), None
 
 
 class _Unfilled(TorchDispatchMode):
-    """Leave out the random numbers, which are most of the time of building a model, where weights will take their place.
+    """Leaves out the random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place.
 
     NaN marks what has not been filled. (On the meta device, buffers that are not in the weights would be lost.)
     """
@@ -5073,14 +5015,6 @@ class _Unfilled(TorchDispatchMode):
         return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
 
 
-def _check_filled(model: nn.Module) -> nn.Module:
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    empty = [name for name, value in named if value.is_floating_point() and value.flatten()[:1].isnan().any()]
-    if empty:
-        raise ValueError(f"they lack {', '.join(empty[:4])}")
-    return model
-
-
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     """Return timm's keyword arguments for the model, and its feature_dim, found on the meta device: no weights, no memory.
 
@@ -5088,28 +5022,27 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
     """
     options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    probe = _probe(config.model_id, config.img_size, config.pool, tuple(options.items()))
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    settings, feature_dim, num_blocks, has_attention = _probe(
+        config.model_id, config.img_size, config.pool, tuple(options.items())
+    )
     where = f"--model_id {config.model_id} "
-    if config.unfreeze_blocks > probe.num_blocks or (config.layer_decay < 1 and not probe.num_blocks):
+    if config.unfreeze_blocks > num_blocks or (config.layer_decay < 1 and not num_blocks):
         flag = config.said("unfreeze_blocks") if config.unfreeze_blocks else "--layer_decay"
         remedy = "give fewer, or train all with --no-freeze_backbone" if config.unfreeze_blocks else "leave it out"
-        raise UserError(f"has {probe.num_blocks or 'no'} blocks that timm names", where + flag, remedy)
-    if config.lora_rank and not probe.has_attention:
+        raise UserError(f"has {num_blocks or 'no'} blocks that timm names", where + flag, remedy)
+    if config.lora_rank and not has_attention:
         remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
         raise UserError("has no attention layers", f"{where}--lora_rank {config.lora_rank}", remedy)
-    return dict(probe.settings), probe.feature_dim
-
-
-class _Probe(NamedTuple):
-    settings: dict[str, Any]
-    feature_dim: int
-    num_blocks: int
-    has_attention: bool
+    return dict(settings), feature_dim
 
 
 @functools.cache  # it is asked for before the scan, and when the model is built
-def _probe(model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]) -> _Probe:
+def _probe(
+    model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]
+) -> tuple[dict[str, Any], int, int, bool]:
+    """Return settings and feature_dim as `probe_model` does, the number of blocks, and whether there are attention layers."""
     import timm
 
     base = model_id.removeprefix("hf-hub:").split(".")[0]
@@ -5130,47 +5063,51 @@ def _probe(model_id: str, img_size: int, pool: str | None, options: tuple[tuple[
                 raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
             shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        raise UserError(
-            f"timm cannot build it: {printable(str(error))[:300]}",
-            f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else ""),
-            "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options),
-        ) from error
+        where = f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else "")
+        remedy = "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options)
+        raise UserError(f"timm cannot build it: {printable(str(error))[:300]}", where, remedy) from error
     if len(shape) != 2:
-        raise UserError(
-            f"gives features of shape {tuple(shape)}, not one vector",
-            f"--model_id {model_id}",
-            "choose a --pool such as avg",
-        )
-    return _Probe(settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model)))
+        what = f"gives features of shape {tuple(shape)}, not one vector"
+        raise UserError(what, f"--model_id {model_id}", "choose a --pool such as avg")
+    return settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model))
 
 
 def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
+    """Return the timm model with the weights of the hub, from the cache where they are there."""
     import huggingface_hub.constants as hub_constants
     import timm
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    is_named = config.model_id.startswith(("hf-hub:", "local-dir:"))
     weights = timm.models.get_pretrained_cfg(config.model_id)
-    if not config.model_id.startswith(("hf-hub:", "local-dir:")) and (weights is None or not weights.has_weights):
+    if not is_named and (weights is None or not weights.has_weights):
         raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
+
+    def fetch() -> nn.Module:
+        with _Unfilled():
+            model = timm.create_model(config.model_id, pretrained=True, **settings)
+        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        missing = [
+            key for key, value in values.items() if value.is_floating_point() and value.flatten()[:1].isnan().any()
+        ]
+        if missing:
+            raise ValueError(f"they lack {', '.join(missing[:4])}")
+        return model
+
     was_offline = hub_constants.HF_HUB_OFFLINE
     try:
         try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
             hub_constants.HF_HUB_OFFLINE = True
-            with _Unfilled():
-                return _check_filled(timm.create_model(config.model_id, pretrained=True, **settings))
+            return fetch()
         except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
-            with _Unfilled():
-                return _check_filled(timm.create_model(config.model_id, pretrained=True, **settings))
+            return fetch()
     except MemoryError:
         raise
     except Exception as error:  # hub, network and file errors of several libraries
-        raise UserError(
-            f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}",
-            config.said("model_id"),
-            WEIGHTS_WAYS_OUT,
-        ) from error
+        what = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
+        raise UserError(what, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
 
@@ -5198,43 +5135,40 @@ def read_start(config: Config) -> Start | None:
     Raises:
         UserError: the file cannot be read.
     """
-    is_whole = config.load_from is not None
-    flag, path = ("--load_from", locate_start(config)) if is_whole else ("--backbone_weights", config.backbone_weights)
+    from safetensors import safe_open
+    from timm.models._helpers import load_state_dict
+
+    flag, path = "--backbone_weights", config.backbone_weights
+    if config.load_from is not None:
+        flag, path = "--load_from", locate_start(config)
     if path is None:
         return None
+    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     try:
-        state, class_names, identity = _read_weights(path)
+        payload = None
+        if is_torch_zip(path):
+            check_zip(path)
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(payload, dict) and "identity" in payload and "format" in payload:
+            state = payload.get("average", payload["model"])  # those that were judged
+            identity = payload["identity"]
+            class_names = identity["class_names"]
+        else:
+            state = load_state_dict(str(path), weights_only=True)
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
-        raise UserError(
-            f"cannot be read as weights: {printable(str(error))[:200]}",
-            f"{flag} {path}",
-            "give a state dict saved by torch.save or safetensors",
-        ) from error
+        what = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(what, f"{flag} {path}", "give a state dict saved by torch.save or safetensors") from error
     if not class_names:
         return Start(flag, path, state)
     prefix = "backbone.model."
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     head = {key: value for key, value in state.items() if not key.startswith(prefix)}
     return Start(flag, path, backbone, head, tuple(class_names), identity)
-
-
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Sequence[str], dict[str, Any]]:
-    """Return a state dict; and, where this script wrote the file, its classes and, of a checkpoint, its identity."""
-    from safetensors import safe_open
-    from timm.models._helpers import load_state_dict
-
-    payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_torch_zip(path) else None
-    if isinstance(payload, dict) and "identity" in payload and "format" in payload:
-        check_zip(path)
-        weights = payload.get("average", payload["model"])  # those that were judged
-        return weights, payload["identity"]["class_names"], payload["identity"]
-    state, meta = load_state_dict(str(path), weights_only=True), {}
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("lct_dino3", "{}"))
-    return state, meta.get("classes", ()), {}
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
@@ -5251,85 +5185,62 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
         options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
         files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    own = Config(**{name: identity[name] for name in names if name in identity}, **files)
-    model, source = _create_model(own, probe_model(own)[0], log)
+    config = Config(**{name: identity[name] for name in names if name in identity}, **files)
+    model, source = load_timm_model(config, probe_model(config)[0], log)
     if hash_weights(model) != identity["backbone_hash"]:
-        what = f"its backbone, which is not stored in it, was {identity['backbone_hash']}, and is {hash_weights(model)} here"
-        raise UserError(
-            f"{what} ({source})", start.where, "give it in the folder of its run, with config.json beside it"
-        )
-    state = model.state_dict()
-    for key, value in start.backbone.items():
-        if key.endswith(".lora_up"):
-            name = key.removesuffix("lora_up")
-            state[f"{name}weight"] = add_update(state[f"{name}weight"], value, start.backbone[f"{name}lora_down"])
-        elif not key.endswith(".lora_down"):
-            state[key] = value
-    return state
+        hashes = f"was {identity['backbone_hash']}, and is {hash_weights(model)} here ({source or 'random weights'})"
+        remedy = "give it in the folder of its run, with config.json beside it"
+        raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
+    if identity["lora_rank"]:
+        add_lora(model, identity["lora_rank"])
+    model.load_state_dict(start.backbone, strict=False)
+    merge_lora(model)
+    return model.state_dict()
 
 
-def load_backbone_weights(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
+def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
     """Fill a timm model from a file; a classifier in the file is dropped and said so, input channels follow timm's rule.
 
     Raises:
         UserError: keys or shapes that do not fit, naming them.
     """
+    from timm.models._manipulate import adapt_input_conv
+
     filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     weights = complete_backbone(start, log)
     try:
         weights = filter_function(weights, model) if filter_function else weights
     except Exception as error:  # key and shape errors of the models' own code
-        raise UserError(
-            f"cannot be read as weights: {printable(str(error))[:200]}", start.where, "check --model_id"
-        ) from error
+        what = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(what, start.where, "check --model_id") from error
     weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
-    names = model.pretrained_cfg.get("classifier") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in names))]
+
+    def layer_names(key: str) -> tuple[str, ...]:
+        names = model.pretrained_cfg.get(key) or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in layer_names("classifier")))]
     if dropped:
         log(f"{start.flag}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
-    own = model.state_dict()
-    _adapt_input(model, weights, own)
-    if problems := _name_misfits(weights, own):
-        raise UserError("does not fit the model: " + "; ".join(problems), start.where, "check --model_id")
-    model.load_state_dict(weights, strict=False)  # strict but for the counters that old files lack
-
-
-def _adapt_input(model: nn.Module, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    """Make weights for RGB images fit a model of other channels."""
-    from timm.models._manipulate import adapt_input_conv
-
-    names = model.pretrained_cfg.get("first_conv") or ()
-    for name in (names,) if isinstance(names, str) else names:
-        key = f"{name}.weight"
-        if key in own and key in weights and weights[key].shape[1:2] == (3,) != own[key].shape[1:2]:
-            weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
-
-
-def _name_misfits(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
-    """Return in words which keys and shapes of a file do not fit the model's own."""
-    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-    foreign = [key for key in weights if key not in own]
-    unfit = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    return [
-        f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' * (len(keys) > 4)})"
-        for what, keys in (("keys missing", missing), ("foreign keys", foreign), ("wrong shapes", unfit))
-        if keys
-    ]
+    expected = model.state_dict()
+    for key in (f"{name}.weight" for name in layer_names("first_conv")):
+        if key in expected and key in weights and weights[key].shape[1:2] == (3,) != expected[key].shape[1:2]:
+            weights[key] = adapt_input_conv(expected[key].shape[1], weights[key])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a line each for keys that are missing, foreign keys, and every wrong shape
+        problems = [line.strip()[:200] for line in str(error).splitlines()[1:5]]
+        raise UserError(f"does not fit the model: {'; '.join(problems)}", start.where, "check --model_id") from error
 
 
 def hash_weights(module: nn.Module) -> str:
     """Return 16 hex digits over the names, types, shapes and bytes of a module's state dict."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    hashes = {}
+    for key, value in module.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        hashes[key] = fingerprint(str(value.dtype), value.shape, value.flatten().view(torch.uint8).numpy())
+    return fingerprint(hashes)
 
 
 # ======================================================================================================================
@@ -5337,21 +5248,23 @@ def hash_weights(module: nn.Module) -> str:
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class Criterion(nn.Module):
-    """What the criteria have in common: an embedding has equal parts, one from each head, and each part learns by itself.
+    """What the criteria have in common: each head learns by itself from its equal part of the embedding.
 
-    Evaluation uses the mean of the parts' logits, and never a margin.
+    Evaluation uses the mean of the heads' logits, and never a margin.
     """
 
-    def __init__(self, scale: float, parts: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.scale, self.parts = scale, parts
+        self.scale = config.arc_scale
+        self.label_smoothing = config.label_smoothing
+        self.num_heads = count_heads(config)
 
     def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the parts (B, P, D / P), of unit norm, of embeddings (B, D) from `normalize_parts`."""
-        return math.sqrt(self.parts) * embeddings.unflatten(1, (self.parts, -1))
+        """Return the embeddings of each head (B, H, D / H), of unit norm, of embeddings (B, D) from `normalize_heads`."""
+        return math.sqrt(self.num_heads) * embeddings.unflatten(1, (self.num_heads, -1))
 
-    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return what each part says without margin (B, P, C): cosines, or logits over the scale."""
+    def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what each head says without margin (B, H, C): cosines, or logits over the scale."""
         raise NotImplementedError
 
     def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -5360,34 +5273,40 @@ class Criterion(nn.Module):
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, C) of embeddings (B, D) without margin, which evaluation uses."""
-        return self.scale * self.score_parts(embeddings).mean(dim=1)
+        return self.scale * self.score_heads(embeddings).mean(dim=1)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin (B, P, C), to be learned part by part, and those without (B, C)."""
-        scores = self.score_parts(embeddings)
-        shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.parts))
+        """Return logits with margin (B, H, C), to be learned head by head, and those without (B, C)."""
+        scores = self.score_heads(embeddings)
+        shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.num_heads))
         return self.scale * shifted.view_as(scores), self.scale * scores.mean(dim=1)
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the losses (B, H) of logits (B, H, C): cross-entropy."""
+        smoothing, repeated = self.label_smoothing, labels.repeat_interleave(self.num_heads)
+        losses = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none")
+        return losses.unflatten(0, (-1, self.num_heads))
 
 
 class ArcFace(Criterion):
-    """Class directions on the unit sphere of each part, and logits with an angular margin for the true class.
+    """Class directions on the unit sphere of each head, and logits with an angular margin for the true class.
 
     Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int, margin: float, scale: float, parts: int = 1) -> None:
-        super().__init__(scale, parts)
-        self.weight = nn.Parameter(normalize_parts(torch.randn(num_classes, emb_dim), parts))
-        self.margin = margin
+    def __init__(self, config: Config, num_vectors: int) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(normalize_heads(torch.randn(num_vectors, config.emb_dim), self.num_heads))
+        self.margin = config.arc_margin
 
-    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, P, C) of the parts to the class directions."""
-        directions = F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2)
-        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
+    def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, H, C) to the class directions of each head."""
+        directions = F.normalize(self.weight.unflatten(1, (self.num_heads, -1)), dim=2)
+        return torch.einsum("bhd,chd->bhc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the same as for any criterion, in one product: the cosine of whole vectors is the mean of their parts'."""
-        return self.scale * F.linear(embeddings, normalize_parts(self.weight, self.parts)).clamp(-1.0, 1.0)
+        """Return the same as for any criterion, in one product: the cosine of whole vectors is the mean of the heads'."""
+        return self.scale * F.linear(embeddings, normalize_heads(self.weight, self.num_heads)).clamp(-1.0, 1.0)
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the cosines (N, C), those of the true classes turned away by the margin."""
@@ -5408,59 +5327,54 @@ class SubCenterArcFace(ArcFace):
     Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
     """
 
-    def __init__(self, sub_centers: int, emb_dim: int, num_classes: int, *settings: Any) -> None:
-        super().__init__(emb_dim, num_classes * sub_centers, *settings)
-        self.sub_centers = sub_centers
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes * config.sub_centers)
+        self.sub_centers = config.sub_centers
 
-    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, P, C) of the parts to the nearest direction of each class."""
-        return super().score_parts(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
+    def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, H, C) to the nearest direction of each class."""
+        return super().score_heads(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
 
-    plain_logits = Criterion.plain_logits  # each part has a nearest direction of its own
+    plain_logits = Criterion.plain_logits  # each head has a nearest direction of its own
 
 
 class LinearClassifier(Criterion):
-    """A linear layer on the scaled parts: cross-entropy as of old, with embeddings that cosines can compare."""
+    """A linear layer on the scaled embeddings of each head: cross-entropy as of old, with embeddings that cosines can compare."""
 
-    def __init__(self, emb_dim: int, num_classes: int, scale: float, parts: int = 1) -> None:
-        super().__init__(scale, parts)
-        bound = math.sqrt(parts / emb_dim)  # as torch.nn.Linear draws them
-        self.weight = nn.Parameter(torch.empty(num_classes, emb_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_classes, parts))
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config)
+        bound = math.sqrt(self.num_heads / config.emb_dim)  # as torch.nn.Linear draws them
+        self.weight = nn.Parameter(torch.empty(num_classes, config.emb_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num_classes, self.num_heads))
 
-    def score_parts(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, P, C) of the parts, over the scale."""
-        weight = self.weight.unflatten(1, (self.parts, -1))
-        return torch.einsum("bpd,cpd->bpc", self.cut(embeddings), weight) + self.bias.T / self.scale
-
-
-def build_criterion(config: Config, num_classes: int) -> Criterion:
-    """Return what --criterion names, random from torch's generator."""
-    sizes, margin, scale = (config.emb_dim, num_classes), config.arc_margin, config.arc_scale
-    parts = count_parts(config)
-    if config.criterion in LINEAR_CRITERIA:
-        return LinearClassifier(*sizes, scale, parts)
-    if config.criterion == "subcenter_arcface":
-        return SubCenterArcFace(config.sub_centers, *sizes, margin, scale, parts)
-    return {"arcface": ArcFace, "cosface": CosFace}[config.criterion](*sizes, margin, scale, parts)
+    def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, H, C) of the heads, over the scale."""
+        weight = self.weight.unflatten(1, (self.num_heads, -1))
+        return torch.einsum("bhd,chd->bhc", self.cut(embeddings), weight) + self.bias.T / self.scale
 
 
-def classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, config: Config, reduction: str = "mean"
-) -> torch.Tensor:
-    """Return the mean loss () of logits (B, P, C), or with reduction none that of each image (B,).
+class FocalClassifier(LinearClassifier):
+    """Each answer is weighed by (1 - p)^gamma, p being the probability of its class. Lin et al., arXiv:1708.02002, eq. 4."""
 
-    It is cross-entropy, or the focal loss, which weighs each answer by (1 - p)^gamma, p being the probability of its class: Lin et
-    al., arXiv:1708.02002, eq. 4.
-    """
-    parts = logits.shape[1]
-    logits, labels = logits.flatten(0, 1), labels.repeat_interleave(parts)
-    losses = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing, reduction="none")
-    if config.criterion == "focal":
-        log_probability = F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.gamma = config.focal_gamma
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the focal losses (B, H) of logits (B, H, C)."""
+        classes = labels[:, None, None].expand(-1, self.num_heads, 1)
+        probability = F.log_softmax(logits, dim=2).gather(2, classes)[:, :, 0].exp()
         # Where the class is certain, the slope of the power stays finite.
-        losses = (1 - log_probability.exp()).clamp(min=1e-6) ** config.focal_gamma * losses
-    return losses.mean() if reduction == "mean" else losses.unflatten(0, (-1, parts)).mean(dim=1)
+        return (1 - probability).clamp(min=1e-6) ** self.gamma * super().losses(logits, labels)
+
+
+CRITERIA: dict[str, type[Criterion]] = {
+    "arcface": ArcFace,
+    "cosface": CosFace,
+    "subcenter_arcface": SubCenterArcFace,
+    "cross_entropy": LinearClassifier,
+    "focal": FocalClassifier,
+}
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
@@ -5485,27 +5399,29 @@ def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and criterion. The backbone may see a batch in parts, on several devices; what follows sees it whole."""
+    """Backbone, head and criterion. The backbone may see a batch in pieces, on several devices; what follows sees all of it."""
 
     def __init__(self, backbone: Backbone, head: Head, criterion: Criterion) -> None:
         super().__init__()
-        self.backbone, self.head, self.criterion = backbone, head, criterion
+        self.backbone = backbone
+        self.head = head
+        self.criterion = criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
-        return normalize_parts(self.head(features), self.criterion.parts)
+        return normalize_heads(self.head(features), self.criterion.num_heads)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin and without, both (B, C), of features (B, feature_dim) of the backbone."""
+        """Return logits with margin (B, H, C) and without (B, C), of features (B, feature_dim) of the backbone."""
         return self.criterion(self.embed(features), labels)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without what is frozen of the backbone, which its identity stands for."""
-        kept, prefix = self.backbone.trained_keys, "backbone.model."
+        trained, prefix = self.backbone.trained_keys, "backbone.model."
         return {
             key: value
             for key, value in self.state_dict().items()
-            if kept is None or not key.startswith(prefix) or key.removeprefix(prefix) in kept
+            if trained is None or not key.startswith(prefix) or key.removeprefix(prefix) in trained
         }
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -5514,11 +5430,10 @@ class Recognizer(nn.Module):
 
 
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
-    """Put a new head and class directions, random from the seed, on a backbone."""
+    """Put a new head and class vectors, random from the seed, on a backbone."""
     seed_torch(config.seed, 1)
-    model = Recognizer(
-        backbone, Head(info.feature_dim, config.emb_dim, count_parts(config)), build_criterion(config, num_classes)
-    )
+    head = Head(info.feature_dim, config.emb_dim, count_heads(config))
+    model = Recognizer(backbone, head, CRITERIA[config.criterion](config, num_classes))
     if config.lora_rank:
         add_lora(backbone.model, config.lora_rank)
         backbone.freeze(lambda name: "lora_" in name or "drop_path" in name)
@@ -5531,55 +5446,58 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    fitting = [key for key in own if key in start.head and start.head[key].shape == own[key].shape]
-    is_first_taken = "head.hidden.weight" in fitting  # what follows a random layer would be no better than that
-    taken = {key: start.head[key] for key in fitting if key.startswith("head.") and is_first_taken}
-    num_layers, shared = len(taken), [name for name in class_names if name in start.class_names]
-    rows, old_rows = ([names.index(name) for name in shared] for names in (class_names, start.class_names))
-    for key in own.keys() & start.head.keys() if shared else ():
-        if key.startswith("criterion."):  # one row a class, or several
-            old, new = start.head[key], own[key].clone()
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    common = [key for key in state if key in start.head]
+    loaded = {
+        key: start.head[key] for key in common if key.startswith("head.") and start.head[key].shape == state[key].shape
+    }
+    if "head.hidden.weight" not in loaded:  # what follows a random layer would be no better than that
+        loaded = {}
+    num_layers = len(loaded)
+    shared = [name for name in class_names if name in start.class_names]
+    rows = [class_names.index(name) for name in shared]
+    old_rows = [start.class_names.index(name) for name in shared]
+    for key in common:
+        if shared and key.startswith("criterion."):  # one row a class, or several
+            old, new = start.head[key], state[key].clone()
             per_class = len(new) // len(class_names)
             if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
                 new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
-                taken[key] = new
-    model.load_state_dict(taken, strict=False)
-    left = [key for key in own if key not in taken]
-    num_shared = len(shared) if len(taken) > num_layers else 0
-    log(
+                loaded[key] = new
+    model.load_state_dict(loaded, strict=False)
+    num_shared = len(shared) if len(loaded) > num_layers else 0
+    text = (
         f"{start.where}: backbone, {num_layers} tensors of the head and the vectors of {num_shared} of"
-        f" {len(class_names)} classes are taken" + (f"; these start at random: {', '.join(left)}" if left else "")
+        f" {len(class_names)} classes are taken"
     )
+    random_keys = [key for key in state if key not in loaded]
+    log(f"{text}; these start at random: {', '.join(random_keys)}" if random_keys else text)
 
 
 # ======================================================================================================================
 # 11  OPTIMIZER & SCHEDULE
 # ======================================================================================================================
 # Parameter groups; the learning rate as a function of the step: nothing to save, nothing to drift; the running mean of weights.
-def arc_learning_rate(config: Config) -> float:
-    """Return the peak lr of the class vectors: as directions they move little by little with the lr of a layer."""
-    if config.arc_lr is not None:
-        return config.arc_lr
-    return (1 if config.criterion in LINEAR_CRITERIA else 10) * head_learning_rate(config)
+BACKBONE_WEIGHT_DECAY = 0.05
+HEAD_WEIGHT_DECAY = 1e-4
 
 
-def backbone_learning_rate(config: Config) -> float:
-    """Return the peak lr of the backbone's last block."""
+def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
+    """Return the peak learning rate `lr` and the `weight_decay` of head, class vectors, and the last block of the backbone."""
+    head_lr = config.lr if config.fc_lr is None else config.fc_lr
+    class_lr = config.arc_lr
+    if class_lr is None:  # as directions, class vectors move little by little with the lr of a layer
+        class_lr = (1 if config.criterion in LINEAR_CRITERIA else 10) * head_lr
+    backbone_lr = max(0.2 * config.lr, 5e-5) if config.backbone_lr is None else config.backbone_lr
     if config.lr_type == "one_lr":
-        return config.lr
-    return config.backbone_lr if config.backbone_lr is not None else max(0.2 * config.lr, 5e-5)
-
-
-def head_learning_rate(config: Config) -> float:
-    """Return the peak lr of the head."""
-    return config.lr if config.fc_lr is None else config.fc_lr
-
-
-def weight_decays(config: Config) -> tuple[float, float]:
-    """Return the weight decay of head and class vectors, and that of the backbone."""
-    given = config.weight_decay
-    return (HEAD_WEIGHT_DECAY, BACKBONE_WEIGHT_DECAY) if given is None else (given, given)
+        backbone_lr = config.lr
+    head_decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    backbone_decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return {
+        "head": {"lr": head_lr, "weight_decay": head_decay},
+        "class_vectors": {"lr": class_lr, "weight_decay": head_decay},
+        "backbone": {"lr": backbone_lr, "weight_decay": backbone_decay},
+    }
 
 
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
@@ -5587,37 +5505,26 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
 
     Norms, biases, and the tokens and position embeddings that a backbone owns itself, are not decayed.
     """
-    head_decay, backbone_decay = weight_decays(config)
     backbone = model.backbone.model
     depths, exempt = block_depths(backbone), getattr(backbone, "no_weight_decay", set)()
     deepest = max(depths.values())
-    groups = []
-    for module, peak_lr, weight_decay in (
-        (model.head, head_learning_rate(config), head_decay),
-        (model.criterion, arc_learning_rate(config), head_decay),
-        (backbone, backbone_learning_rate(config), backbone_decay),
-    ):
-        own: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                scale, decays = 1.0, parameter.ndim > 1 and not name.endswith("bias")
-                if module is backbone:
-                    scale = config.layer_decay ** (deepest - depths[name])
-                    decays &= "." in name and name not in exempt
-                own.setdefault((scale, weight_decay * decays), []).append(parameter)
-        groups += [
-            {"params": parameters, "peak_lr": scale * peak_lr, "weight_decay": decay}
-            for (scale, decay), parameters in own.items()
-        ]
-    return groups
+    modules = {"head": model.head, "class_vectors": model.criterion, "backbone": backbone}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for part, settings in optimizer_settings(config).items():
+        for name, parameter in modules[part].named_parameters():
+            if not parameter.requires_grad:
+                continue
+            peak_lr, decays = settings["lr"], parameter.ndim > 1 and not name.endswith("bias")
+            if part == "backbone":
+                peak_lr = config.layer_decay ** (deepest - depths[name]) * peak_lr
+                decays = decays and "." in name and name not in exempt
+            weight_decay = settings["weight_decay"] * decays
+            empty = {"params": [], "peak_lr": peak_lr, "weight_decay": weight_decay}
+            groups.setdefault((part, peak_lr, weight_decay), empty)["params"].append(parameter)
+    return list(groups.values())
 
 
-def build_optimizer(model: Recognizer, config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer over all that is trained."""
-    return make_optimizer(parameter_groups(model, config), config)
-
-
-def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
     """Return the optimizer that --optimizer names over parameter groups."""
     given = {name: value for name, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
     if config.optimizer == "adamw":
@@ -5646,49 +5553,55 @@ def check_optimizer(config: Config) -> None:
         raise UserError("needs another training loop", where, remedy)
     if "kron" in config.optimizer:
         raise UserError("draws random numbers that no checkpoint has, so that no run could be continued", where, remedy)
-    given = {"betas": config.betas or None, "eps": config.eps}
     try:
-        group = make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
-    except TypeError:
+        group = build_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
+    except TypeError:  # of a setting that it has not
         group = {}
     except (AssertionError, ImportError, RuntimeError) as error:  # those of apex and bitsandbytes
         raise UserError(f"cannot be had here: {printable(str(error))[:200]}", where, remedy) from error
-    for name, value in given.items():  # timm drops in silence what an optimizer has not
+    for name, value in (("betas", config.betas or None), ("eps", config.eps)):  # timm drops some in silence
         if value is not None and group.get(name) != value:
             raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0, or one cycle."""
-    step = min(step, total_steps - 1)  # images may have gone while the run was interrupted, and steps with them
-    if config.scheduler == "onecycle":
-        return _onecycle_factor(config, step, total_steps)
-    share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
-    warmup_steps = max(1, int(total_steps * share + 1e-9))
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    """Return the share of the peak learning rate at a step.
 
-
-def _onecycle_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return what torch's OneCycleLR gives, over its max_lr: from 1 / div_factor up to 1, and down to that / final_div_factor."""
-    first, last_step = 1 / config.div_factor, total_steps - 1
+    Linear warm-up and half a cosine to 0; or what torch's OneCycleLR gives over its max_lr: from 1 / div_factor up to 1, and down
+    to that / final_div_factor.
+    """
+    last_step = total_steps - 1
+    step = min(step, last_step)  # images may have gone while the run was interrupted, and steps with them
+    if config.scheduler == "cosine":
+        share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+        warmup_steps = max(1, int(total_steps * share + 1e-9))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     peak_step = config.pct_start * total_steps - 1
     if step <= peak_step:
-        start, end, share = first, 1.0, step / peak_step if peak_step else 1.0
+        start, end = 1 / config.div_factor, 1.0
+        progress = step / peak_step if peak_step else 1.0
     else:
-        share = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
-        start, end = 1.0, first / config.final_div_factor
+        start, end = 1.0, 1 / config.div_factor / config.final_div_factor
+        progress = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
     if config.anneal_strategy == "linear":
-        return start + (end - start) * share
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+        return start + (end - start) * progress
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the lr of every group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 class WeightAverage:
     """Running mean of what is trained (EMA), float tensors only; the rest, counters, is as it is."""
 
     def __init__(self, model: Recognizer, decay: float) -> None:
-        self._live, self._decay = model.trained_state(), decay  # views of the model's own tensors
+        self._live = model.trained_state()  # views of the model's own tensors
+        self._decay = decay
         self.values = {key: value.clone() for key, value in self._live.items()}
 
     def update(self, step: int) -> None:
@@ -5700,29 +5613,24 @@ class WeightAverage:
             self.values[key].copy_(self._live[key])
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Have the model be its mean for a while."""
-        kept = {key: value.clone() for key, value in self._live.items()}
-        self._show(self.values)
+    def applied(self) -> Iterator[None]:
+        """Use the averaged weights inside the with-block."""
+        live_values = {key: value.clone() for key, value in self._live.items()}
+        copy_tensors(self.values, self._live)
         try:
             yield
         finally:
-            self._show(kept)
-
-    def _show(self, values: dict[str, torch.Tensor]) -> None:
-        for key, live in self._live.items():
-            live.copy_(values[key])
+            copy_tensors(live_values, self._live)
 
     def restore(self, values: dict[str, torch.Tensor]) -> None:
         """Take up the values of a checkpoint."""
-        for key, value in self.values.items():
-            value.copy_(values[key])
+        copy_tensors(values, self.values)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the lr of every group to `factor` times its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    """Copy the values of tensors into those of the same key."""
+    for key, value in target.items():
+        value.copy_(source[key])
 
 
 # ======================================================================================================================
@@ -6100,13 +6008,13 @@ class TrainState:
 
     def judged(self) -> contextlib.AbstractContextManager:
         """Have the model be what is judged and kept for a while: with --ema_decay the running mean of its weights."""
-        return contextlib.nullcontext() if self.average is None else self.average.shown()
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
 
 def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
     """Return the state of a model that has not been trained yet."""
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
-    return TrainState(model, build_optimizer(model, config), runtime.make_scaler(), average)
+    return TrainState(model, build_optimizer(parameter_groups(model, config), config), runtime.make_scaler(), average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -8065,7 +7973,7 @@ def train_step(
             seed_torch(config.seed, 5, state.step, *([index] if index else []))  # of dropout
             features.append(TEAM.gather(network(images), batch.sizes))
         embeddings = state.model.embed(torch.cat(features))
-        loss, plain = mixed_loss(config, state.model.criterion, embeddings, labels, mixings)
+        loss, plain = mixed_loss(state.model.criterion, embeddings, labels, mixings)
         share = sum(map(len, labels)) / num_images
         with TEAM.holding(group is not groups[-1]):
             state.scaler.scale(loss * share).backward()
@@ -8083,11 +7991,7 @@ def train_step(
 
 
 def mixed_loss(
-    config: Config,
-    criterion: Criterion,
-    embeddings: torch.Tensor,
-    labels: Sequence[torch.Tensor],
-    mixings: Sequence[Mixing | None],
+    criterion: Criterion, embeddings: torch.Tensor, labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
 
@@ -8095,7 +7999,6 @@ def mixed_loss(
     hard, as margins want.
 
     Args:
-        config, criterion: what the loss is.
         embeddings: of all images.
         labels, mixings: of each batch, on the CPU.
     """
@@ -8103,12 +8006,12 @@ def mixed_loss(
     targets = torch.cat(list(labels)).to(device, non_blocking=True)
     logits, plain = criterion(embeddings, targets)
     if not any(mixings):
-        return classification_loss(logits, targets, config), plain
+        return criterion.losses(logits, targets).mean(), plain
     partners, shares = (part.to(device) for part in partner_labels(labels, mixings))
     partner_logits, _ = criterion(embeddings, partners)
-    own_losses = classification_loss(logits, targets, config, "none")
-    partner_losses = classification_loss(partner_logits, partners, config, "none")
-    return (shares * own_losses + (1 - shares) * partner_losses).mean(), plain
+    losses = criterion.losses(logits, targets).mean(dim=1)
+    partner_losses = criterion.losses(partner_logits, partners).mean(dim=1)
+    return (shares * losses + (1 - shares) * partner_losses).mean(), plain
 
 
 def check_finite(state: TrainState, folder: Path) -> None:
@@ -8654,22 +8557,15 @@ def describe_run(job: Job) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    config, (head_decay, backbone_decay) = job.config, weight_decays(job.config)
+    config, optimizer = job.config, optimizer_settings(job.config)
+    if not config.trains_backbone:
+        del optimizer["backbone"]
     packages = "torch timm albumentations opencv-python-headless scikit-learn numpy pillow simplejpeg".split()
     return {
         "options": config.as_plain(),
         "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
-        "optimizer": {
-            "type": config.optimizer,
-            "head": {"lr": head_learning_rate(config), "weight_decay": head_decay},
-            "class_vectors": {"lr": arc_learning_rate(config), "weight_decay": head_decay},
-            **(
-                {"backbone": {"lr": backbone_learning_rate(config), "weight_decay": backbone_decay}}
-                if config.trains_backbone
-                else {}
-            ),
-        },
+        "optimizer": {"type": config.optimizer, **optimizer},
         "schedule": config.scheduler,
         "loss": config.criterion,
         "data": {

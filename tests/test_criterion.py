@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_finite_at_the_poles(value: float) -> None:
 
 
 def test_gradient_through_unit_vectors_equal_to_their_class_direction_is_finite() -> None:
-    arcface = lct.ArcFace(8, 5, margin=0.3, scale=30.0)
+    arcface = lct.ArcFace(lct.Config(emb_dim=8), 5)
     raw = arcface.weight.detach().repeat(40, 1).mul(torch.rand(200, 1) * 5).requires_grad_()
     logits, plain = arcface(F.normalize(raw), torch.arange(5).repeat(40))
     assert (plain.diagonal() > 30 * 0.999999).all()
@@ -63,7 +63,7 @@ def test_gradient_is_the_derivative_of_the_formula() -> None:
 def test_loss_and_gradient_equal_pytorch_metric_learning() -> None:
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     torch.manual_seed(0)
-    arcface = lct.ArcFace(16, 7, margin=0.3, scale=30.0)
+    arcface = lct.ArcFace(lct.Config(emb_dim=16, heads=1), 7)
     peer = losses.ArcFaceLoss(7, 16, margin=math.degrees(0.3), scale=30.0)
     peer.W.data = arcface.weight.detach().T.clone()
     labels = torch.arange(64) % 7
@@ -78,17 +78,17 @@ def test_loss_and_gradient_equal_pytorch_metric_learning() -> None:
 
 
 def test_evaluation_never_sees_the_margin() -> None:
-    arcface = lct.ArcFace(8, 4, margin=0.5, scale=30.0)
+    arcface = lct.ArcFace(lct.Config(emb_dim=8, arc_margin=0.5), 4)
     embeddings = F.normalize(torch.randn(10, 8))
     expected = embeddings @ F.normalize(arcface.weight).T
     torch.testing.assert_close(arcface(embeddings, torch.arange(10) % 4)[1], 30 * expected)
     torch.testing.assert_close(arcface.plain_logits(embeddings), 30 * expected)
 
 
-def build(criterion: str, **options: object) -> tuple[lct.Criterion, lct.Config]:
+def build(criterion: str, **options: object) -> lct.Criterion:
     torch.manual_seed(0)
-    config = lct.Config(criterion=criterion, emb_dim=8, **options)  # too short for several parts
-    return lct.build_criterion(config, 4), config
+    config = lct.Config(criterion=criterion, emb_dim=8, **options)  # too short for several heads
+    return lct.CRITERIA[criterion](config, 4)
 
 
 def some_embeddings() -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,14 +97,14 @@ def some_embeddings() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_cosface_takes_the_margin_from_the_cosine_of_the_true_class() -> None:
-    cosface, _ = build("cosface", arc_margin=0.35, arc_scale=16.0)
+    cosface = build("cosface", arc_margin=0.35, arc_scale=16.0)
     embeddings, labels = some_embeddings()
     logits, plain = cosface(embeddings, labels)
     torch.testing.assert_close(plain - logits[:, 0], 16 * 0.35 * F.one_hot(labels, 4).float())
 
 
 def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcface_with_one() -> None:
-    several, _ = build("subcenter_arcface", sub_centers=3)
+    several = build("subcenter_arcface", sub_centers=3)
     embeddings, labels = some_embeddings()
     assert several.weight.shape == (12, 8)
     directions = F.normalize(several.weight).view(4, 3, 8)
@@ -112,66 +112,67 @@ def test_subcenter_arcface_takes_the_nearest_of_several_directions_and_is_arcfac
     torch.testing.assert_close(several.plain_logits(embeddings), 30 * expected)
     logits = several(embeddings, labels)[0][:, 0]
     torch.testing.assert_close(logits, 30 * lct.add_angular_margin(expected, labels, 0.3))
-    single, _ = build("subcenter_arcface", sub_centers=1)
-    plain, _ = build("arcface")
+    single = build("subcenter_arcface", sub_centers=1)
+    plain = build("arcface")
     torch.testing.assert_close(single(embeddings, labels), plain(embeddings, labels))
 
 
 def test_cross_entropy_is_a_linear_classifier_without_margin() -> None:
-    linear, config = build("cross_entropy")
+    linear = build("cross_entropy")
     embeddings, labels = some_embeddings()
     torch.nn.init.normal_(linear.bias)
     logits, plain = linear(embeddings, labels)
     expected = 30 * embeddings @ linear.weight.T + linear.bias[:, 0]
     torch.testing.assert_close(logits[:, 0], expected)
     torch.testing.assert_close(plain, expected)
-    torch.testing.assert_close(lct.classification_loss(logits, labels, config), F.cross_entropy(expected, labels))
+    torch.testing.assert_close(linear.losses(logits, labels).mean(), F.cross_entropy(expected, labels))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss_equals_its_formula_also_where_the_class_is_certain(gamma: float) -> None:
-    _, config = build("focal", focal_gamma=gamma)
+    focal = build("focal", focal_gamma=gamma)
     logits = torch.cat([torch.randn(50, 4, dtype=torch.float64), torch.tensor([[90.0, 0, 0, 0]])]).requires_grad_()
     labels = torch.arange(51) % 4
     labels[-1] = 0
     p = torch.softmax(logits.detach(), dim=1)[torch.arange(51), labels]
-    loss = lct.classification_loss(logits[:, None], labels, config)
+    loss = focal.losses(logits[:, None], labels).mean()
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float((-((1 - p) ** gamma) * p.log()).mean()), rel=1e-6)
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("criterion", ["arcface", "focal"])
-def test_label_smoothing_spreads_a_share_of_the_target_in_every_part(criterion: str) -> None:
-    _, config = build(criterion, label_smoothing=0.2, focal_gamma=0.0)
+@pytest.mark.parametrize("name", ["arcface", "focal"])
+def test_label_smoothing_spreads_a_share_of_the_target_in_every_head(name: str) -> None:
+    config = lct.Config(criterion=name, emb_dim=48, heads=3, label_smoothing=0.2, focal_gamma=0.0)
+    criterion = lct.CRITERIA[name](config, 4)
     logits, labels = torch.randn(30, 3, 4), torch.arange(30) % 4
     target = (0.8 * F.one_hot(labels, 4) + 0.05)[:, None]
-    expected = -(target * F.log_softmax(logits, dim=2)).sum(dim=2).mean(dim=1)
-    torch.testing.assert_close(lct.classification_loss(logits, labels, config), expected.mean())
-    torch.testing.assert_close(lct.classification_loss(logits, labels, config, "none"), expected)
+    expected = -(target * F.log_softmax(logits, dim=2)).sum(dim=2)
+    torch.testing.assert_close(criterion.losses(logits, labels), expected)
 
 
-@pytest.mark.parametrize("name", ["arcface", "cosface", "subcenter_arcface", "cross_entropy"])
-def test_parts_learn_as_heads_of_their_own_and_answer_together(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(lct.CRITERIA))
+def test_heads_learn_by_themselves_and_answer_together(name: str) -> None:
     torch.manual_seed(0)
     config = lct.Config(criterion=name, emb_dim=48, heads=3)
-    together, labels = lct.build_criterion(config, 5), torch.arange(10) % 5
+    together, labels = lct.CRITERIA[name](config, 5), torch.arange(10) % 5
     raw = torch.randn(10, 48)
-    logits, plain = together(lct.normalize_parts(raw, 3), labels)
+    logits, plain = together(lct.normalize_heads(raw, 3), labels)
     assert logits.shape == (10, 3, 5)
     answers = []
-    for part in range(3):
-        alone, own = lct.build_criterion(lct.Config(criterion=name, emb_dim=16), 5), slice(16 * part, 16 * part + 16)
-        alone.weight.data = together.weight.detach()[:, own].clone()
-        expected, own_plain = alone(F.normalize(raw[:, own]), labels)
-        torch.testing.assert_close(logits[:, part], expected[:, 0])
-        answers.append(own_plain)
+    for head in range(3):
+        alone, columns = lct.CRITERIA[name](lct.Config(emb_dim=16), 5), slice(16 * head, 16 * head + 16)
+        alone.weight.data = together.weight.detach()[:, columns].clone()
+        expected, plain_alone = alone(F.normalize(raw[:, columns]), labels)
+        torch.testing.assert_close(logits[:, head], expected[:, 0])
+        torch.testing.assert_close(together.losses(logits, labels)[:, head], alone.losses(expected, labels)[:, 0])
+        answers.append(plain_alone)
     torch.testing.assert_close(plain, torch.stack(answers).mean(dim=0))
-    torch.testing.assert_close(together.plain_logits(lct.normalize_parts(raw, 3)), plain)
+    torch.testing.assert_close(together.plain_logits(lct.normalize_heads(raw, 3)), plain)
 
 
-def test_embeddings_of_parts_have_unit_norm_and_the_mean_cosine_of_the_parts() -> None:
-    one, other = (lct.normalize_parts(torch.randn(6, 12), 3) for _ in range(2))
+def test_embeddings_of_heads_have_unit_norm_and_the_mean_cosine_of_the_heads() -> None:
+    one, other = (lct.normalize_heads(torch.randn(6, 12), 3) for _ in range(2))
     torch.testing.assert_close(one.norm(dim=1), torch.ones(6))
     cosines = F.cosine_similarity(one.unflatten(1, (3, 4)), other.unflatten(1, (3, 4)), dim=2)
     torch.testing.assert_close((one * other).sum(dim=1), cosines.mean(dim=1))

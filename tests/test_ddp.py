@@ -127,7 +127,9 @@ def train_small(path: str) -> int:
     """Do 20 steps in float64, some of two batches, together with other processes if there are any; write what comes out."""
     lct.TEAM.join()
     torch.manual_seed(lct.TEAM.rank)  # weights come from the first process
-    model = lct.Recognizer(Small(), lct.Head(12, 8, 2), lct.ArcFace(8, 5, 0.3, 30.0, 2)).double().train()
+    model = (
+        lct.Recognizer(Small(), lct.Head(12, 32, 2), lct.ArcFace(lct.Config(emb_dim=32, heads=2), 5)).double().train()
+    )
     lct.TEAM.copy_weights(model)
     lct.TEAM.bind(model, model.backbone)
     config = lct.Config(freeze_backbone=False)

@@ -30,10 +30,10 @@ def test_schedule_warms_up_and_falls_to_zero() -> None:
 
 def test_groups_have_the_rates_and_decays_of_the_contract() -> None:
     model, config = make_model(freeze=False)
-    optimizer = lct.build_optimizer(model, config)
+    optimizer = lct.build_optimizer(lct.parameter_groups(model, config), config)
     lct.set_learning_rate(optimizer, 0.5)
     found = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    classes = 0.5 * lct.arc_learning_rate(config)
+    classes = 0.5 * lct.optimizer_settings(config)["class_vectors"]["lr"]
     assert found == [(5e-4, 1e-4), (5e-4, 0.0), (classes, 1e-4), (1e-4, 0.05), (1e-4, 0.0)]
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
         p.numel() for p in model.parameters()
@@ -65,7 +65,7 @@ def test_a_weight_decay_that_is_given_is_that_of_all() -> None:
     none = lct.parameter_groups(model, dataclasses.replace(config, weight_decay=0.0))
     assert [group["weight_decay"] for group in none] == [0.0] * 3, "what has the same rate and decay is one group"
     config = dataclasses.replace(config, criterion="cross_entropy", weight_decay=0.2)
-    linear = lct.Recognizer(model.backbone, model.head, lct.build_criterion(config, 3))
+    linear = lct.Recognizer(model.backbone, model.head, lct.CRITERIA["cross_entropy"](config, 3))
     decay_of = {id(p): group["weight_decay"] for group in lct.parameter_groups(linear, config) for p in group["params"]}
     undecayed = {name for name, parameter in linear.named_parameters() if not decay_of[id(parameter)]}
     assert undecayed == {
@@ -116,7 +116,7 @@ def test_norms_biases_and_tokens_are_not_pulled_to_zero() -> None:
 
 def test_a_frozen_backbone_is_not_optimised_and_stays_in_eval_mode() -> None:
     model, config = make_model(freeze=True)
-    optimizer = lct.build_optimizer(model, config)
+    optimizer = lct.build_optimizer(lct.parameter_groups(model, config), config)
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not optimised & {id(p) for p in model.backbone.parameters()}
     model.train()
@@ -172,7 +172,7 @@ def test_optimizers_of_timm_take_the_groups(name: str) -> None:
     model, config = make_model(freeze=False)
     config = dataclasses.replace(config, optimizer=name)
     lct.check_optimizer(config)
-    optimizer = lct.build_optimizer(model, config)
+    optimizer = lct.build_optimizer(lct.parameter_groups(model, config), config)
     assert name in type(optimizer).__name__.lower()
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0, 1e-4, 0.05, 0.0]
     before = [p.clone() for p in model.parameters()]
@@ -230,7 +230,7 @@ def test_betas_and_eps_reach_the_optimizer_that_has_them() -> None:
     model, config = make_model(freeze=True)
     for name in ("adamw", "lamb"):
         own = dataclasses.replace(config, optimizer=name, betas=(0.8, 0.9), eps=1e-3)
-        group = lct.build_optimizer(model, own).param_groups[0]
+        group = lct.build_optimizer(lct.parameter_groups(model, own), own).param_groups[0]
         assert tuple(group["betas"]) == (0.8, 0.9) and group["eps"] == 1e-3
         lct.check_optimizer(own)
     with pytest.raises(lct.UserError, match="betas: rmsprop has no such setting"):
@@ -264,7 +264,7 @@ def step_on(sizes: list[int], frozen: bool, **options: object) -> tuple[lct.Reco
     """Do one step on 32 images in batches of the sizes given; return the model with its gradients and the loss."""
     torch.manual_seed(3)
     config = lct.Config(freeze_backbone=frozen, emb_dim=4, **options)
-    model = lct.Recognizer(Layers(frozen), lct.Head(6, 4, 1), lct.build_criterion(config, 3)).double().train()
+    model = lct.Recognizer(Layers(frozen), lct.Head(6, 4, 1), lct.ArcFace(config, 3)).double().train()
     state = lct.start_state(model, config, CPU)
     images, labels = torch.randn(32, 3, 2, 2, dtype=torch.float64), torch.arange(32) % 3
     parts = zip(images.split(sizes), labels.split(sizes), strict=True)
@@ -296,7 +296,7 @@ def test_accumulated_gradients_of_a_trained_backbone_are_the_mean_over_images() 
     found, loss = step_on(sizes, False, max_grad_norm=0.0)
     torch.manual_seed(3)  # the same start, and every batch by itself
     config = lct.Config(freeze_backbone=False, emb_dim=4)
-    model = lct.Recognizer(Layers(False), lct.Head(6, 4, 1), lct.build_criterion(config, 3)).double().train()
+    model = lct.Recognizer(Layers(False), lct.Head(6, 4, 1), lct.ArcFace(config, 3)).double().train()
     images, labels = torch.randn(32, 3, 2, 2, dtype=torch.float64), torch.arange(32) % 3
     total = 0.0
     for own, known in zip(images.split(sizes), labels.split(sizes), strict=True):
@@ -334,7 +334,7 @@ def test_the_running_mean_follows_its_formula_and_is_shown_for_a_while_only() ->
         average.update(step)
     torch.testing.assert_close(average.values["head.output.weight"], expected)
     live = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(KeyError), average.shown():
+    with pytest.raises(KeyError), average.applied():
         torch.testing.assert_close(weight.detach(), expected)
         raise KeyError
     assert all(torch.equal(value, live[key]) for key, value in model.state_dict().items())

@@ -266,12 +266,12 @@ def test_the_mixed_loss_is_that_of_the_two_hard_labels(margin: float) -> None:
     """With a margin each label has its own logits; without, it is the cross-entropy of soft labels. A batch is not mixed."""
     torch.manual_seed(0)
     embeddings, labels = F.normalize(torch.randn(14, 8)), torch.arange(14) % 5
-    mixing, arcface = draw("mixup", 4), lct.ArcFace(8, 5, margin, 30.0)
+    mixing, arcface = draw("mixup", 4), lct.ArcFace(lct.Config(emb_dim=8, arc_margin=margin), 5)
     others, shares = lct.partner_labels([labels[:10], labels[10:]], [mixing, None])
     assert torch.equal(others[:10], labels[:10][mixing.partners]) and torch.equal(others[10:], labels[10:])
     assert (shares[:10] == mixing.share).all() and (shares[10:] == 1).all()
     batches = [labels[:10], labels[10:]]
-    found, plain = lct.mixed_loss(lct.Config(), arcface, embeddings, batches, [mixing, None])
+    found, plain = lct.mixed_loss(arcface, embeddings, batches, [mixing, None])
     torch.testing.assert_close(plain, arcface.plain_logits(embeddings))
     by_hand = 0.0
     for row in range(14):
@@ -282,7 +282,7 @@ def test_the_mixed_loss_is_that_of_the_two_hard_labels(margin: float) -> None:
             by_hand += share * (torch.logsumexp(logits, 0) - logits[own[row]]) / 14
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
     soft = shares[:, None] * F.one_hot(labels, 5) + (1 - shares[:, None]) * F.one_hot(others, 5)
-    is_soft = torch.isclose(found, F.cross_entropy(30 * arcface.score_parts(embeddings)[:, 0], soft), rtol=1e-4)
+    is_soft = torch.isclose(found, F.cross_entropy(30 * arcface.score_heads(embeddings)[:, 0], soft), rtol=1e-4)
     assert bool(is_soft) == (margin == 0)
 
 

@@ -110,7 +110,7 @@ def plain_parts() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module, to
         .eval()
         .requires_grad_(False)
     )
-    head, arcface = lct.Head(trunk.num_features, 128, 1), lct.ArcFace(128, 4, 0.3, 30.0)
+    head, arcface = lct.Head(trunk.num_features, 128, 1), lct.ArcFace(lct.Config(heads=1), 4)
     return trunk, head, arcface, torch.optim.AdamW([*head.parameters(), *arcface.parameters()], lr=1e-3)
 
 

@@ -78,7 +78,7 @@ FAULTS = {
         "test_figures.py -k compared_with",
     ),
     "class vectors not normalised": Fault(
-        "F.linear(embeddings, normalize_parts(self.weight, self.parts))",
+        "F.linear(embeddings, normalize_heads(self.weight, self.num_heads))",
         "F.linear(embeddings, self.weight)",
         "test_figures.py -k each_epoch",
     ),
@@ -100,7 +100,7 @@ FAULTS = {
     ),
     "the head's seed": Fault("    seed_torch(config.seed, 1)\n", "", "test_wiring.py -k the_head"),
     "bound of the linear head": Fault(
-        "math.sqrt(parts / emb_dim)", "math.sqrt(1 / emb_dim)", "test_wiring.py -k the_head"
+        "math.sqrt(self.num_heads / config.emb_dim)", "math.sqrt(1 / config.emb_dim)", "test_wiring.py -k the_head"
     ),
     # Steps
     "the same mixing at every step": Fault(

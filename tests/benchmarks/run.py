@@ -694,7 +694,7 @@ def train_head(num_steps: int, num_classes: int, device: torch.device = torch.de
     backbone = lct.Backbone(torch.nn.Identity(), (0.5,) * 3, (0.5,) * 3)
     backbone.freeze()
     model = lct.Recognizer(
-        backbone, lct.Head(384, 128, lct.count_parts(config)), lct.build_criterion(config, num_classes)
+        backbone, lct.Head(384, 128, lct.count_heads(config)), lct.CRITERIA[config.criterion](config, num_classes)
     )
     state = lct.start_state(model.train().to(device), config, runtime)
     features, labels = torch.randn(64, 384), torch.arange(64) % num_classes
