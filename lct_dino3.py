@@ -55,15 +55,15 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import stat
-import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import unicodedata
+import urllib.parse
 import warnings
 import zipfile
 import zlib
@@ -88,7 +88,6 @@ MAX_FILE_BYTES = 500_000_000
 STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
 BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
-REDUCED_DECODE_RATIO = 1.75  # times the model's side that are left of a JPEG which training does not decode whole
 PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
 VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
@@ -135,6 +134,7 @@ LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interr
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
 CLOSE_SECONDS = 4.5  # that a run waits for its tracker at the end, and nowhere else
+SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whether it has them
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
@@ -156,13 +156,9 @@ MASK_FLAGS = (
         "debug",
     ),
 )
-RUN_MARKERS = (
-    "metrics.jsonl",
-    "data_report.json",
-    "mask_cache.npz",
-    "scan_cache.npz",
-    "background_cache.npz",
-)  # one of them in out_dir: it is ours
+MEMORY_NAME = "memory.sqlite"  # what is known of files
+SQUARES_NAME = "squares.u8"  # fitted crops, while a run lasts
+RUN_MARKERS = ("metrics.jsonl", "data_report.json", MEMORY_NAME, SQUARES_NAME)  # one of them in out_dir: it is ours
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
                    0001.jpg
@@ -1644,7 +1640,7 @@ def lock_directory(path: Path, flag: str = "--out_dir") -> filelock.AcquireRetur
     Raises:
         UserError: naming the process that holds it.
     """
-    lock, holder_path = filelock.FileLock(path / ".lock"), path / ".lock_holder"
+    lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
     try:
         proxy = lock.acquire(timeout=0)
@@ -1710,6 +1706,118 @@ def run_tool(command: str, argv: Sequence[str]) -> None:
         raise
     if code:
         raise ToolFailed(command, code if code > 0 else 128 - code)
+
+
+class FileMemory:
+    """What has been learned of files: one table in `memory.sqlite` of a folder, (kind, path) -> size, mtime_ns, value.
+
+    A value counts as long as the file has that size and that time. Whoever writes holds the lock of the folder. A table that is
+    damaged, or that something else has made, is removed and begun anew: looking at a file again is always right.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / MEMORY_NAME
+        self._learned: list[tuple[Any, ...]] = []
+        self._is_damaged = False
+        self._lock: Any = None
+
+    def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
+        """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
+        if not self.path.is_file():
+            return {}
+        query = "SELECT path, size, mtime_ns, value, checksum FROM files WHERE kind = ?"
+        try:
+            with self._open_table("rw") as table:  # not ro: what a killed process has begun to write is taken back
+                rows = table.execute(query, (kind,)).fetchall()
+        except sqlite3.Error as error:
+            self._is_damaged = _is_damage(error)
+            return {}
+        return {
+            path: (size, mtime_ns, value)
+            for path, size, mtime_ns, value, checksum in rows
+            if isinstance(value, bytes) and zlib.crc32(value) == checksum
+        }
+
+    def remember(self, kind: str, rows: Iterable[tuple[str, int, int, bytes]]) -> None:
+        """Write path, size, mtime in ns and value of some files in one transaction; the caller has the folder's lock.
+
+        Raises:
+            UserError: the table cannot be written.
+        """
+        self._write([(kind, *row, zlib.crc32(row[-1])) for row in rows])
+
+    def learn(self, kind: str, path: str, stamp: tuple[int, int], value: bytes) -> None:
+        """Keep in mind what the next `save` is to write; threads may call it."""
+        self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
+
+    def save(self) -> None:
+        """Write what has been learned in one transaction; the caller has the folder's lock.
+
+        Raises:
+            UserError: the table cannot be written.
+        """
+        with SIGNALS.hold():
+            rows = self._learned[:]
+            self._write(rows)
+            del self._learned[: len(rows)]
+
+    def save_early(self) -> None:
+        """Write what has been learned before anything else is in the folder, unless another process works there."""
+        with contextlib.suppress(UserError):
+            create_out_dir(self.folder)
+            with contextlib.nullcontext() if self._lock else lock_directory(self.folder):
+                self.save()
+
+    def claim_folder(self) -> None:
+        """Create the folder and take its lock until `release_folder`.
+
+        Raises:
+            UserError: another process has it.
+        """
+        create_out_dir(self.folder)
+        self._lock = lock_directory(self.folder)
+
+    def release_folder(self) -> None:
+        """Give the lock back, if it was taken."""
+        if self._lock is not None:
+            self._lock.lock.release()
+            self._lock = None
+
+    def _write(self, rows: list[tuple[Any, ...]]) -> None:
+        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
+        if not rows:
+            return
+        for attempt in (1, 2):
+            try:
+                if self._is_damaged:
+                    self.path.unlink()
+                    self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
+                    self._is_damaged = False
+                with self._open_table("rwc") as table:
+                    table.execute(
+                        f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
+                    )
+                    table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                return
+            except (sqlite3.Error, OSError) as error:
+                self._is_damaged = _is_damage(error)
+                if attempt == 2 or not self._is_damaged:
+                    raise write_error(self.path, OSError(str(error)), 0) from error
+
+    @contextlib.contextmanager
+    def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
+        """Open the file for one transaction: there is no connection that a fork or another thread could inherit."""
+        address = f"file:{urllib.parse.quote(os.fsencode(self.path.absolute()))}?mode={mode}"
+        with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as table, table:
+            yield table
+
+
+def _is_damage(error: Exception) -> bool:
+    """Say whether a table is to be begun anew: damaged, no database, or one of other columns; a full disk is no damage."""
+    damage = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    code = getattr(error, "sqlite_errorcode", None)  # none: what it holds is no text, say
+    return isinstance(error, sqlite3.Error) and (code is None or code & 0xFF in damage)
 
 
 # ======================================================================================================================
@@ -2154,39 +2262,13 @@ class ImageError(ValueError):
     """An image that cannot be used; the text is the reason."""
 
 
-def load_image(path: str | Path, least_side: int | None = None) -> np.ndarray:
+def load_image(path: str | Path) -> np.ndarray:
     """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3).
-
-    Args:
-        path: of the file.
-        least_side: px that are enough for the longer side: a JPEG may come at 1/2, 1/4 or 1/8 of its size. None = as it is.
 
     Raises:
         ImageError: with the reason, whatever is wrong with the file.
     """
-    data = read_file(path)
-    image = _decode_jpeg(data, least_side) if data.startswith(b"\xff\xd8") else None
-    return decode_image(data)[0] if image is None else image
-
-
-def _decode_jpeg(data: bytes, least_side: int | None) -> np.ndarray | None:
-    """Decode an ordinary JPEG as `load_image` has it; None where `decode_image` has to look.
-
-    With simplejpeg, libjpeg-turbo's own interface: Pillow's very pixels, in half of Pillow's time and nine tenths of cv2's.
-    """
-    import simplejpeg
-
-    with opened_image(data) as header:
-        if header.mode not in ("RGB", "L"):
-            return None
-        orientation, (width, height) = header.getexif().get(0x0112, 1), header.size
-    enough = max(width, height) if least_side is None else least_side
-    factor = next((factor for factor in (8, 4, 2) if max(width, height) >= factor * enough), 1)
-    try:
-        image = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
-    except ValueError:  # Pillow reads it all the same, or says what is wrong
-        return None
-    return turn_upright(image, orientation)
+    return decode_image(read_file(path))[0]
 
 
 def read_file(path: str | Path) -> bytes:
@@ -2240,11 +2322,19 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
     Raises:
         ImageError: with the reason.
     """
+    import simplejpeg
+
     with opened_image(data) as image:
-        mode, orientation = image.mode, image.getexif().get(0x0112, 1)
-        image.load()  # a TIFF turns itself upright in that
-        left_to_do = image.getexif().get(0x0112, 1)
-        return turn_upright(to_rgb(image), left_to_do), mode, orientation if orientation in range(1, 9) else 1
+        mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
+        if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
+            with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
+                pixels = simplejpeg.decode_jpeg(data, "RGB")  # Pillow's very pixels, in half of its time
+        remaining = orientation
+        if pixels is None:
+            image.load()  # a TIFF turns itself upright in that
+            remaining = image.getexif().get(0x0112, 1)
+            pixels = to_rgb(image)
+        return turn_upright(pixels, remaining), mode, orientation if orientation in range(1, 9) else 1
 
 
 def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -2261,45 +2351,34 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent.
 
-    In strips: converted whole, an image of 100 megapixels would take 3 GB on the way.
+    In strips: converted at once, an image of 100 megapixels would take 3 GB on the way.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
-    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, STRIP_PIXELS // max(1, image.width))
-    strips = [(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-
-    def cut(top: int, bottom: int) -> Image.Image:
-        return image.crop((0, top, image.width, bottom))
-
-    factor = _gray_factor(image.mode, (np.asarray(cut(*strip)) for strip in strips))
-    for top, bottom in strips:
-        rgb[top:bottom] = _strip_to_rgb(cut(top, bottom), factor)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    factor = None
+    if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's own conversion clips to white
+        highest = 0.0
+        for box in boxes:
+            values = np.asarray(image.crop(box))
+            if not np.isfinite(values).all():
+                raise ImageError("has values that are not finite")
+            highest = max(highest, float(values.max(initial=0)))
+        is_16_bit = image.mode.startswith("I;16") or highest > 255
+        factor = 1 / 257 if is_16_bit else 255.0 if image.mode == "F" and highest <= 1 else 1.0
+    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for box in boxes:
+        strip = image.crop(box)
+        if factor is not None:
+            gray = np.rint(np.asarray(strip, dtype=np.float64) * factor)
+            rgb[box[1] : box[3]] = np.clip(gray, 0, 255).astype(np.uint8)[:, :, None]
+            continue
+        if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
+            rgba = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
+        rgb[box[1] : box[3]] = np.asarray(strip.convert("RGB"))
     return rgb
-
-
-def _gray_factor(mode: str, strips: Iterable[np.ndarray]) -> float | None:
-    """Return what makes 8-bit values of 16-bit and float gray, which Pillow's own conversion clips to white; else None."""
-    if not mode.startswith(("I", "F")):
-        return None
-    highest = 0.0
-    for values in strips:
-        if not np.isfinite(values).all():
-            raise ImageError("has values that are not finite")
-        highest = max(highest, float(values.max(initial=0)))
-    if mode.startswith("I;16") or highest > 255:
-        return 1 / 257
-    return 255.0 if mode == "F" and highest <= 1 else 1.0
-
-
-def _strip_to_rgb(strip: Image.Image, factor: float | None) -> np.ndarray:
-    if factor is not None:
-        gray = np.clip(np.rint(np.asarray(strip, dtype=np.float64) * factor), 0, 255).astype(np.uint8)
-        return gray[:, :, None]
-    if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
-        rgba = strip.convert("RGBA")
-        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
-    return np.asarray(strip.convert("RGB"))
 
 
 class PathTable:
@@ -2357,46 +2436,11 @@ class Listing:
     folders: list[str]  # class folder of each path, NFC
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
-    left_out: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
+    excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # what is no image, by suffix; folders by "/"
 
 
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
-
-
-def _plain_images(entries: list[os.DirEntry]) -> list[str]:
-    """Return the names of the visible entries that are certainly images: files of a plain name with a lower-case suffix.
-
-    Most are: told in one expression, a scan of 100,000 takes a fifth less than by calls for each.
-    """
-    try:
-        names = [
-            name
-            for entry in entries
-            if (name := entry.name).endswith(IMAGE_SUFFIXES) and name[0] != "." and entry.is_file()
-        ]
-    except OSError:  # a link in a circle, or to where we may not look
-        return []
-    return names if "".join(names).isprintable() else [name for name in names if name.isprintable()]
-
-
-def _look_closer(
-    listing: Listing, prefix: str, entries: list[os.DirEntry], known: set[str], masks_dirname: str
-) -> list[str]:
-    """Return the names of the entries of a class folder that are images beside those known; note what the others are."""
-    names = []
-    for entry in sorted(entries, key=operator.attrgetter("name")):
-        name = entry.name
-        if name in known or name.startswith("."):
-            continue
-        if not name.lower().endswith(IMAGE_SUFFIXES):
-            if name not in (masks_dirname, CUTOUTS_DIRNAME):
-                listing.ignored["/" if is_folder(entry) else Path(name).suffix.lower() or name] += 1
-        elif problem := entry_problem(entry):
-            listing.problems.append((f"{prefix}/{name}", problem))
-        else:
-            names.append(name)
-    return names
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
@@ -2411,35 +2455,52 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         if not _is_plain(folder.name):
             listing.problems.append((folder.name, ODD_FOLDER_NAME))
             continue
-        has_cropped = is_folder(Path(folder.path, "cropped"))
-        prefix = f"{folder.name}/cropped" if has_cropped else folder.name
+        prefix = f"{folder.name}/cropped" if is_folder(Path(folder.path, "cropped")) else folder.name
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
         try:
-            with opened_folder(data_root / prefix) as entries:
-                names = _plain_images(entries)
-                if len(names) < len(entries):
-                    names += _look_closer(listing, prefix, entries, set(names), masks_dirname)
+            names = _list_folder(data_root, prefix, listing, masks_dirname)
         except OSError as error:
             listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
-        names.sort()
         listing.paths += [f"{prefix}/{name}" for name in names]
         listing.folders += [class_name] * len(names)
     return listing
 
 
-def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Return size in bytes and mtime in ns of files, int64 (N, 2); zeros for one that is gone, as opening it will say."""
-    stats: list[int] = []  # flat: a tuple a file would keep the garbage collector busy
-    for path in paths:
-        try:
-            status = os.stat(f"{root}/{path}")  # noqa: PTH116  making a Path takes longer than the call
-        except OSError:
-            stats += (0, 0)
-        else:
-            stats += (status.st_size, status.st_mtime_ns)
-    return np.array(stats, dtype=np.int64).reshape(-1, 2)
+def _list_folder(data_root: Path, prefix: str, listing: Listing, masks_dirname: str) -> list[str]:
+    """Return the sorted names of the images in a class folder; note in the listing what the other entries are."""
+    descriptor = os.open(data_root / prefix, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.scandir(
+            descriptor
+        ) as scanned:  # by its descriptor: joining the path of each entry takes a fifth longer
+            entries = list(scanned)
+        try:  # most are files of a plain name with a lower-case suffix; one expression takes a fifth less than calls for each
+            names = [
+                name
+                for entry in entries
+                if (name := entry.name).endswith(IMAGE_SUFFIXES) and name[0] != "." and entry.is_file()
+            ]
+        except OSError:  # a link in a circle, or to where we may not look
+            names = []
+        if not "".join(names).isprintable():
+            names = [name for name in names if name.isprintable()]
+        known = set(names) if len(names) < len(entries) else ()
+        for entry in sorted(entries, key=operator.attrgetter("name")) if known != () else ():
+            name = entry.name
+            if name in known or name.startswith("."):
+                continue
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                if name not in (masks_dirname, CUTOUTS_DIRNAME):
+                    listing.ignored["/" if is_folder(entry) else Path(name).suffix.lower() or name] += 1
+            elif problem := entry_problem(entry):
+                listing.problems.append((f"{prefix}/{name}", problem))
+            else:
+                names.append(name)
+    finally:
+        os.close(descriptor)
+    return sorted(names)
 
 
 class ImageTree(NamedTuple):
@@ -2452,7 +2513,7 @@ class ImageTree(NamedTuple):
 
 def list_image_tree(root: Path) -> ImageTree:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    found: list[tuple[str, int, int]] = []
+    images: list[tuple[str, int, int]] = []
     problems: list[tuple[str, str]] = []
     waiting, seen = [""], set()
     while waiting:
@@ -2477,24 +2538,10 @@ def list_image_tree(root: Path) -> ImageTree:
                 waiting.append(f"{path}/")
             else:
                 status = entry.stat()
-                found.append((path, status.st_size, status.st_mtime_ns))
-    found.sort()
-    stamps = np.array([row[1:] for row in found], dtype=np.int64).reshape(-1, 2)
-    return ImageTree([row[0] for row in found], stamps, sorted(problems))
-
-
-@contextlib.contextmanager
-def opened_folder(folder: Path) -> Iterator[list[os.DirEntry]]:
-    """List what lies in a folder, by its descriptor: joining the path of each entry would take a fifth of the time.
-
-    The entries can be asked while the folder is open; their `path` is their name.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with os.scandir(descriptor) as entries:
-            yield list(entries)
-    finally:
-        os.close(descriptor)
+                images.append((path, status.st_size, status.st_mtime_ns))
+    images.sort()
+    stamps = np.array([row[1:] for row in images], dtype=np.int64).reshape(-1, 2)
+    return ImageTree([row[0] for row in images], stamps, sorted(problems))
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -2526,6 +2573,19 @@ def entry_problem(entry: os.DirEntry) -> str:
         return error.strerror or "cannot be read"
 
 
+def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Return size in bytes and mtime in ns of files, int64 (N, 2); zeros for one that is gone, as opening it will say."""
+    stats: list[int] = []  # flat: a tuple a file would keep the garbage collector busy
+    for path in paths:
+        try:
+            status = os.stat(f"{root}/{path}")  # noqa: PTH116  making a Path takes longer than the call
+        except OSError:
+            stats += (0, 0)
+        else:
+            stats += (status.st_size, status.st_mtime_ns)
+    return np.array(stats, dtype=np.int64).reshape(-1, 2)
+
+
 def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
     """Return the class name of every folder; None leaves the folder out.
 
@@ -2537,15 +2597,15 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         UserError: no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    where, seen = f"--class_map {path}", set()
+    where, mapped = f"--class_map {path}", set()
     for new_name, old_names in _parse_class_map(path) if path is not None else ():
         for old_name in old_names:
             if old_name not in class_of:
                 what = f"names {old_name}, and data_root has no such folder"
                 raise UserError(what, where, did_you_mean(old_name, folders))
-            if old_name in seen:
+            if old_name in mapped:
                 raise UserError(f"names {old_name} twice", where, "give each folder to one class")
-            seen.add(old_name)
+            mapped.add(old_name)
             class_of[old_name] = new_name
     return class_of
 
@@ -2567,9 +2627,8 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
         new_name, *old_names = (unicodedata.normalize("NFC", node.value) for node in (key, *items))
         if not _is_plain(new_name):
-            raise UserError(
-                f"gives a class the name {printable(new_name)}, with control characters", where, "rename it"
-            )
+            what = f"gives a class the name {printable(new_name)}, with control characters"
+            raise UserError(what, where, "rename it")
         entries.append((None if new_name in ("null", "~", "") else new_name, old_names))
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated or not entries:
@@ -2578,7 +2637,7 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
     return entries
 
 
-# What one look at an image leaves behind; kept for every file in out_dir/scan_cache.npz.
+# What one look at an image leaves behind; `FileMemory` keeps it for every file.
 IMAGE_DTYPE = np.dtype(
     [
         ("width", "<i4"),
@@ -2591,49 +2650,48 @@ IMAGE_DTYPE = np.dtype(
         ("broken", "?"),
     ]
 )
-
-
 BIG_IMAGE_TURN = threading.Lock()
 
 
-def check_image(path: Path) -> tuple[np.ndarray, str]:
+def check_image(path: Path, keep: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, str]:
     """Decode one image and describe it.
+
+    Args:
+        path: of the file.
+        keep: gets the upright image, uint8 (H, W, 3).
 
     Returns:
         A IMAGE_DTYPE scalar and the reason why the image is broken ('' when it is fine).
     """
+    health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
-            return _describe_image(data), ""
+            _describe_image(data, health, keep)
     except ImageError as error:
-        health = np.zeros((), dtype=IMAGE_DTYPE)
         health["broken"] = True
         return health, str(error)
+    return health, ""
 
 
-def _describe_image(data: bytes) -> np.ndarray:
-    health = np.zeros((), dtype=IMAGE_DTYPE)
-    image, mode, orientation = decode_image(data)
-    small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
-    thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
-    health["height"], health["width"] = image.shape[:2]
-    health["mode"], health["orientation"], health["phash"] = mode, orientation, _perceptual_hash(small)
-    health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
-    return health
-
-
-def _perceptual_hash(small: np.ndarray) -> int:
-    """Return the 64-bit pHash of a (32, 32, 3) image: signs of the lowest DCT frequencies of its luma about their median."""
+def _describe_image(data: bytes, health: np.ndarray, keep: Callable[[np.ndarray], None] | None) -> None:
     from scipy.fft import dctn
 
-    luma = small @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
-    low = dctn(luma, norm="ortho")[:8, :8].ravel()
-    bits = low > np.median(low[1:])  # the first coefficient is the brightness
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    image, health["mode"], health["orientation"] = decode_image(data)
+    health["height"], health["width"] = image.shape[:2]
+    health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+    thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
+    health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
+    # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
+    # a small picture of its own.)
+    frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
+    bits = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
+    health["phash"] = int.from_bytes(np.packbits(bits).tobytes(), "big")
+    if keep is not None:
+        keep(image)
 
 
 class FileKind(NamedTuple):
@@ -2641,7 +2699,8 @@ class FileKind(NamedTuple):
 
     name: str
     dtype: np.dtype
-    check: Callable[[Path], tuple[np.ndarray, str]]  # path -> row, and the reason why the file is broken or ''
+    # path, what gets the decoded image -> row, and the reason why the file is broken or ''
+    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
 
 
 IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
@@ -2657,96 +2716,69 @@ class FileHealth:
     reasons: dict[str, str]  # path -> why it is broken
 
 
-def check_files(root: Path, paths: Sequence[str], stats: np.ndarray, kind: FileKind, cache_path: Path) -> FileHealth:
-    """Look at every file once, in parallel; those whose size and time are those in the cache are not opened again.
+def check_files(
+    root: Path,
+    paths: Sequence[str],
+    stats: np.ndarray,
+    kind: FileKind,
+    memory: FileMemory,
+    squares: SquareFile | None = None,
+) -> FileHealth:
+    """Look at every file once, in parallel; those that the memory knows with their size and time are not opened again.
 
     Args:
         root, paths: the files; a path may also be absolute.
         stats: int64 (N, 2), size in bytes and mtime in ns.
         kind: of files, and how to look at one.
-        cache_path: what `save_scan_cache` wrote.
+        memory: learns what is found; an interrupted or a long look saves it.
+        squares: gets what is decoded.
     """
-    rows = np.zeros(len(paths), dtype=kind.dtype)
-    reasons: dict[str, str] = {}
-    known = _load_scan_cache(cache_path, root, kind.dtype)
-    todo = []
+    name, size = f"{kind.name} {printable(str(root.resolve()))}", kind.dtype.itemsize
+    known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
+    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
+    recalled, todo = [], []  # positions
     for index, path in enumerate(paths):
-        cached = known.get((path, *stats[index].tolist()))
-        if cached is None:
+        entry = known.get(path)
+        if entry is None or entry[:2] != stamps[index] or len(entry[2]) < size:
             todo.append(index)
             continue
-        rows[index], reason = cached
-        if reason:
-            reasons[path] = reason
-    health, done, saved_at = FileHealth(paths, stats, rows, reasons), 0, time.monotonic()
-    pool = ThreadPoolExecutor(count_cores())
+        recalled.append(index)
+        if reason := entry[2][size:]:
+            reasons[path] = reason.decode("utf-8")
+    rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
+
+    def look(index: int) -> tuple[np.ndarray, str]:
+        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
+        return kind.check(root / paths[index], keep)
+
+    saved_at = time.monotonic()
     try:
         with progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
-            for index, (row, reason) in _map_in_portions(pool, lambda index: kind.check(root / paths[index]), todo):
+            for index, (row, reason) in map_in_threads(look, todo):
                 with SIGNALS.hold():
-                    rows[index], done = row, done + 1
+                    rows[index] = row
                     reasons |= {paths[index]: reason} if reason else {}
+                    memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
                 bar.update()
                 if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
-                    _save_part_of_scan(cache_path, root, health, todo[done:])
+                    memory.save_early()
                     saved_at = time.monotonic()
     except Interrupted:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _save_part_of_scan(cache_path, root, health, todo[done:])
+        memory.save_early()
         raise
-    pool.shutdown()
-    return health
+    return FileHealth(paths, stats, rows, reasons)
 
 
-def _map_in_portions(
-    pool: ThreadPoolExecutor, function: Callable[[int], Any], items: list[int]
-) -> Iterator[tuple[int, Any]]:
-    """Yield (item, result) in order; the pool never holds more than it does in a moment, for Ctrl-C waits for that."""
+def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, result) in order; the threads never hold more than they do in a moment, for Ctrl-C waits for that."""
     portion = 32 * count_cores()
-    for start in range(0, len(items), portion):
-        part = items[start : start + portion]
-        yield from zip(part, pool.map(function, part), strict=True)
-
-
-def _save_part_of_scan(cache_path: Path, root: Path, health: FileHealth, missing: Sequence[int]) -> None:
-    """Write down what an unfinished scan has learned so far, unless another process works in that folder."""
-    kept = np.setdiff1d(np.arange(len(health.paths)), missing)
-    part = FileHealth([health.paths[i] for i in kept], health.stats[kept], health.rows[kept], health.reasons)
-    create_out_dir(cache_path.parent)
-    with contextlib.suppress(UserError), lock_directory(cache_path.parent):
-        save_scan_cache(cache_path, root, part)
-
-
-def save_scan_cache(cache_path: Path, root: Path, health: FileHealth) -> None:
-    """Write what looking at the files told, keyed by path, size and time of each."""
-    table = PathTable(health.paths)
-    with atomic_file(cache_path) as file:
-        np.savez(
-            file,
-            root=np.array(str(root.resolve())),
-            offsets=table.offsets,
-            data=table.data,
-            stats=health.stats,
-            rows=health.rows,
-            reasons=np.array(json.dumps(health.reasons)),
-        )
-
-
-def _load_scan_cache(
-    cache_path: Path, root: Path, dtype: np.dtype
-) -> dict[tuple[str, int, int], tuple[np.ndarray, str]]:
-    """Return {(path, size, mtime_ns): (row, reason)}; {} when there is no cache of this folder and format."""
+    pool = ThreadPoolExecutor(count_cores())
     try:
-        check_zip(cache_path)
-        with np.load(cache_path, allow_pickle=False) as cache:
-            if str(cache["root"]) != str(root.resolve()) or cache["rows"].dtype != dtype:
-                return {}
-            offsets, data = cache["offsets"].tolist(), cache["data"].tobytes()
-            stats, rows, reasons = cache["stats"].tolist(), cache["rows"], json.loads(str(cache["reasons"]))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
-        return {}  # absent, or not ours: looking again is always right
-    paths = [data[start:stop].decode("utf-8") for start, stop in itertools.pairwise(offsets)]
-    return {(path, *stat): (row, reasons.get(path, "")) for path, stat, row in zip(paths, stats, rows, strict=True)}
+        for start in range(0, len(items), portion):
+            part = items[start : start + portion]
+            yield from zip(part, pool.map(function, part), strict=True)
+    finally:
+        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
 
 
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
@@ -2760,42 +2792,35 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
         thumbs: uint8 (N, K).
         max_bits: Hamming distance allowed.
     """
-    pairs, first = _pairs_of_equal_hashes(phashes, thumbs)
-    unique = phashes[first]
-    borders = np.linspace(0, 64, max_bits + 2).astype(int)
-    for low, high in itertools.pairwise(borders):
-        slices = (unique >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        pairs += [first[found] for found in _pairs_in_equal_slices(unique, slices, max_bits)]
-    candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
-    difference = np.abs(thumbs[candidates[:, 0]].astype(np.int16) - thumbs[candidates[:, 1]]).mean(axis=1)
-    return candidates[difference <= THUMB_TOLERANCE]
 
+    def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.abs(thumbs[first].astype(np.int16) - thumbs[second]).mean(axis=1)
 
-def _pairs_of_equal_hashes(phashes: np.ndarray, thumbs: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return pairs that link images of one hash that look alike, and one image (k,) to stand for each such set."""
     pairs, representatives = [], [np.zeros(0, np.int64)]
-    left = np.argsort(phashes, kind="stable")
-    while len(left):  # of each hash, the first image left stands for all that look like it
-        starts = np.flatnonzero(np.r_[True, phashes[left][1:] != phashes[left][:-1]])
-        first = np.repeat(left[starts], np.diff(np.r_[starts, len(left)]))
-        alike = np.abs(thumbs[left].astype(np.int16) - thumbs[first]).mean(axis=1) <= THUMB_TOLERANCE
-        pairs.append(np.stack([first, left], axis=1)[alike & (first != left)])
-        representatives.append(left[starts])
-        left = left[~alike]
-    return pairs, np.concatenate(representatives)
-
-
-def _pairs_in_equal_slices(hashes: np.ndarray, slices: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
-    order = np.argsort(slices, kind="stable")
-    left = np.arange(len(order) - 1) if len(order) else np.zeros(0, np.int64)
-    step = 1
-    while len(left):  # compare each image with the next, the second next ... as long as both stand in one bucket
-        left = left[left + step < len(order)]
-        left = left[slices[order[left]] == slices[order[left + step]]]
-        distance = np.bitwise_count(hashes[order[left]] ^ hashes[order[left + step]])
-        close = left[(distance <= max_bits) & (distance > 0)]  # of one hash: known to be unlike
-        yield np.stack([order[close], order[close + step]], axis=1)
-        step += 1
+    rest = np.argsort(phashes, kind="stable")
+    while len(rest):  # of each hash, the first image left stands for all that look like it
+        starts = np.flatnonzero(np.r_[True, phashes[rest][1:] != phashes[rest][:-1]])
+        first = np.repeat(rest[starts], np.diff(np.r_[starts, len(rest)]))
+        is_alike = differ(rest, first) <= THUMB_TOLERANCE
+        pairs.append(np.stack([first, rest], axis=1)[is_alike & (first != rest)])
+        representatives.append(rest[starts])
+        rest = rest[~is_alike]
+    first = np.concatenate(representatives)
+    hashes = phashes[first]
+    for low, high in itertools.pairwise(np.linspace(0, 64, max_bits + 2).astype(int)):
+        slices = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(slices, kind="stable")
+        rest = np.arange(max(0, len(order) - 1))
+        step = 1
+        while len(rest):  # compare each image with the next, the second next ... as long as both have that slice
+            rest = rest[rest + step < len(order)]
+            rest = rest[slices[order[rest]] == slices[order[rest + step]]]
+            distance = np.bitwise_count(hashes[order[rest]] ^ hashes[order[rest + step]])
+            close = rest[(distance <= max_bits) & (distance > 0)]  # of one hash: known to be unlike
+            pairs.append(first[np.stack([order[close], order[close + step]], axis=1)])
+            step += 1
+    candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+    return candidates[differ(candidates[:, 0], candidates[:, 1]) <= THUMB_TOLERANCE]
 
 
 def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
@@ -2830,11 +2855,8 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
             keys[index] = first_with.setdefault(match.group(1), index)
     if not first_with:
         example = paths[0].rsplit("/", 1)[-1] if paths else ""
-        raise UserError(
-            f"matches no file name, for instance not {example}",
-            f"--group_regex {pattern}",
-            r"for example '^(shot\d+)_'",
-        )
+        what = f"matches no file name, for instance not {example}"
+        raise UserError(what, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
 
 
@@ -2845,10 +2867,10 @@ def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups so that every class is shared out as closely to `shares` as its groups allow.
+    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow.
 
     Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
-    the class counts of the splits and their targets; single images then fill what is left of each target, rounded so that the
+    the class counts of the splits and their targets; single images then fill what each target lacks, rounded so that the
     shares also hold over all classes. At last, classes that have enough groups but none in some split get one moved there.
 
     Args:
@@ -2872,18 +2894,28 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
     have = np.zeros_like(targets)
     for group in several[np.argsort(-sizes[several], kind="stable")]:
         classes, added = _group_counts(counts, group)
-        place[group] = np.argmin(_chi_square_increase(targets[classes], have[classes], added))
+        # The growth of sum (have - target)^2 / target in each split; infinite where nothing is wanted.
+        target, change = targets[classes], added[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = (change**2 - 2 * change * (target - have[classes])) / target
+        place[group] = np.argmin(np.where(target > 0, growth, np.inf).sum(axis=0))
         have[classes, place[group]] += added
     singles = order[sizes[order] == 1]
     single_labels = counts.indices[counts.indptr[singles]]
-    owed = np.zeros(3)  # what rounding has taken from each split so far, or given it
+    # What rounding has taken from each split so far, or given it: who is rounded up depends on it. Otherwise 40 classes of 35
+    # images at 10 % would all round 3.5 the same way, and their test be 8.6 % or 11.4 % of the data.
+    owed = np.zeros(3)
     for label, positions in enumerate(rows_by_class(single_labels, num_classes)):
         if not len(positions):
             continue
-        mine = singles[positions]
         need = np.maximum(targets[label] - have[label], 0)
-        portions, owed = _largest_remainder(need if need.sum() > 0 else targets[label], len(mine), owed)
-        place[mine] = np.repeat(np.arange(3), portions)
+        weights = need if need.sum() > 0 else targets[label]
+        quota = weights / weights.sum() * len(positions)
+        portions = np.floor(quota).astype(int)
+        claims = np.where(weights > 0, quota - portions + owed, -np.inf)
+        portions[np.argsort(-claims, kind="stable")[: len(positions) - portions.sum()]] += 1
+        owed = owed + quota - portions
+        place[singles[positions]] = np.repeat(np.arange(3), portions)
     _give_every_class_its_splits(counts, place, np.asarray(shares) > 0)
     return place[groups]
 
@@ -2893,53 +2925,32 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
     return counts.indices[span], counts.data[span]
 
 
-def _chi_square_increase(targets: np.ndarray, have: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """Return by how much sum (have - target)^2 / target grows in each split when `added` (k,) images go there; inf where 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        growth = (added[:, None] ** 2 - 2 * added[:, None] * (targets - have)) / targets
-    return np.where(targets > 0, growth, np.inf).sum(axis=0)
-
-
-def _largest_remainder(weights: np.ndarray, total: int, owed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return integers (3,) that sum to `total` in the proportions of `weights`, and what each place is owed after that.
-
-    Each is its quota rounded down or up; who is rounded up depends on what earlier classes still owe it. Otherwise 40 classes of
-    35 images at 10 % would all round 3.5 the same way, and their test be 8.6 % or 11.4 % of the data.
-    """
-    quota = weights / weights.sum() * total
-    portions = np.floor(quota).astype(int)
-    claims = np.where(weights > 0, quota - portions + owed, -np.inf)
-    portions[np.argsort(-claims, kind="stable")[: total - portions.sum()]] += 1
-    return portions, owed + quota - portions
-
-
 def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndarray) -> None:
     """Move groups, in place, until each class has a group in train, then val, then test, as far as its groups go."""
     by_class = counts.tocsc()
     # Groups by class and split.
     present = np.stack([counts[place == split].getnnz(axis=0) for split in range(3)], axis=1)
     wanted = np.flatnonzero(active)
+
+    def cost(group: int) -> tuple[int, float, int]:
+        """Take nothing from a class that has only this group there, then from the larger split, then the smallest group."""
+        classes, added = _group_counts(counts, group)
+        return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
+
     for _ in range(3):  # a move may take from another class what it needs; the next round mends that
         for label, split in np.argwhere(present == 0):
             members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
             donors = [g for g in members if present[label, place[g]] > 1 or place[g] > split]  # few groups: train first
             if split not in wanted[: len(members)] or present[label, split] or not donors:
                 continue
-            group = min(donors, key=lambda g: _move_cost(counts, present, place, g))
+            group = min(donors, key=cost)
             classes, _ = _group_counts(counts, group)
             present[classes, place[group]] -= 1
             present[classes, split] += 1
             place[group] = split
-    _disentangle(counts, place, present, wanted)
-
-
-def _disentangle(counts: Any, place: np.ndarray, present: np.ndarray, wanted: np.ndarray) -> None:
-    """Random walk, in place, for the rare case that single moves get stuck: classes that share their few groups.
-
-    A move that leaves more of the group's classes without a split than before is taken one time in ten only.
-    """
+    # A random walk for the rare case that single moves get stuck: classes that share their few groups. A move that leaves more
+    # of the group's classes without a split than before is taken one time in ten only.
     rng = np.random.default_rng(0)
-    by_class = counts.tocsc()
     able = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
     for _ in range(2000):
         lacking = [(label, split) for label in able for split in wanted if not present[label, split]]
@@ -2951,15 +2962,9 @@ def _disentangle(counts: Any, place: np.ndarray, present: np.ndarray, wanted: np
         moved = present.copy()
         moved[classes, place[group]] -= 1
         moved[classes, split] += 1
-        mine = np.ix_(np.intersect1d(classes, able), wanted)
-        if (moved[mine] == 0).sum() <= (present[mine] == 0).sum() + (rng.random() < 0.1):
+        affected = np.ix_(np.intersect1d(classes, able), wanted)
+        if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
             present[:], place[group] = moved, split
-
-
-def _move_cost(counts: Any, present: np.ndarray, place: np.ndarray, group: int) -> tuple[int, float, int]:
-    """Order of choice: take nothing from a class that has only this group there, then from the larger split, then the smallest."""
-    classes, added = _group_counts(counts, group)
-    return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
 
 
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
@@ -2970,23 +2975,21 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
     """
     if fraction == 1:
         return records
-    kept = np.zeros(len(records.labels), dtype=bool)
+    is_used = np.zeros(len(records.labels), dtype=bool)
     if splits_path is None:
-        for split in SPLIT_NAMES:
-            rows = records.rows(split)
-            if len(rows):
-                halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
-                kept[rows] = halves == 0
+        for rows in filter(len, map(records.rows, SPLIT_NAMES)):
+            halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
+            is_used[rows] = halves == 0
     else:
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
-        kept[:] = [path in chosen for path in records.paths]
+        is_used[:] = [path in chosen for path in records.paths]
     return dataclasses.replace(
         records,
-        paths=PathTable([records.paths[row] for row in np.flatnonzero(kept).tolist()]),
-        labels=records.labels[kept],
-        groups=records.groups[kept],
-        splits=records.splits[kept],
+        paths=PathTable([records.paths[row] for row in np.flatnonzero(is_used).tolist()]),
+        labels=records.labels[is_used],
+        groups=records.groups[is_used],
+        splits=records.splits[is_used],
     )
 
 
@@ -3000,61 +3003,79 @@ def count_leaks(records: Records, shares: Sequence[float], seed: int) -> int:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a scan found: the records to train on, the text of data_report.json, and what the cache keeps."""
+    """What a scan found: the records to train on, the text of data_report.json, and what is known of each file."""
 
     records: Records
     report: dict[str, Any]
     fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
     health: FileHealth  # of the listing
+    memory: FileMemory  # of out_dir; `save` writes what the scan has learned
     mask_health: FileHealth | None = None
-
-    def save_caches(self, out_dir: Path) -> None:
-        """Write what looking at images and masks told, so that a second start need not look again."""
-        save_scan_cache(out_dir / "scan_cache.npz", self.records.root, self.health)
-        if self.mask_health is not None and len(self.mask_health.rows):
-            save_scan_cache(out_dir / "mask_cache.npz", self.records.root, self.mask_health)
 
 
 @contextlib.contextmanager
-def keep_scan(scan: Scan, out_dir: Path) -> Iterator[None]:
+def keep_scan(scan: Scan) -> Iterator[None]:
     """Write down what a scan has learned, should the block be interrupted."""
     try:
         yield
     except Interrupted:
-        _save_part_of_scan(out_dir / "scan_cache.npz", scan.records.root, scan.health, ())
+        scan.memory.save_early()
         raise
 
 
-def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
-    """List, check, merge, group and split the data; read data_root and the cache in out_dir, write nothing.
-
-    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued.
+def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
+    """Return the listing without dropped classes and excluded files, the class map, and how many files each --exclude matches.
 
     Raises:
-        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
+        UserError: there is no image to look at.
     """
     listing = list_images(config.data_root, config.masks_dirname)
     if not listing.all_folders:
         raise UserError("holds no class folders", config.said("data_root"), DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
-    found = len(listing.paths)
-    listing, excluded = _leave_out(listing, class_of, config.exclude)
-    if found and not listing.paths:
-        raise UserError(f"leave none of {found} images", "--class_map, --exclude", "leave out less")
-    if not listing.paths:
+    used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
+    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
+        name = path.rsplit("/", 1)[-1]
+        hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
+        matched.update(hits)
+        if not hits and class_of[folder] is not None:
+            used.append(index)
+        else:
+            excluded.append(path)
+    if excluded and not used:
+        raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
+    if not used:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         raise UserError(f"holds no images{instead}", config.said("data_root"), DATA_TREE)
+    paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
+    return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
+
+
+def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
+    """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
+
+    Masks are not looked for: `attach_masks` does that.
+
+    Args:
+        config: of the run.
+        splits_path: of a run that is continued.
+        squares: gets the images that are decoded, if there is room for all of them.
+
+    Raises:
+        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
+    """
+    listing, class_of, excluded = _choose_images(config)
     stats = stat_files(config.data_root, listing.paths)
-    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, config.out_dir / "scan_cache.npz")
+    memory = squares.memory if squares is not None else FileMemory(config.out_dir)
+    if squares is not None and not squares.has_room(len(listing.paths)):
+        squares = None
+    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
-        raise UserError(
-            f"all {len(listing.paths)} images are broken (the first: {path}: {reason})",
-            config.said("data_root"),
-            "check that the files are whole",
-        )
+        what = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
+        raise UserError(what, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
     order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
@@ -3081,49 +3102,33 @@ def scan_dataset(config: Config, splits_path: Path | None = None) -> Scan:
         "leaks_prevented": count_leaks(used, shares, config.seed),
     }
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
-    classes = count_classes(used, listing, health, class_of)
-    report["warnings"] += find_warnings(classes, config)
-    report["classes"] = classes
-    return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health)
+    report["classes"] = count_classes(used, listing, health, class_of)
+    report["warnings"] += find_warnings(report["classes"], config)
+    return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return in words what a listing passed over: other types of files, and folders inside a class."""
     folders, files = ignored["/"], sum(count for kind, count in ignored.items() if kind != "/")
     kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind != "/")
-    parts = [f"{files} files of other types ({kinds})"] * (files > 0)
-    return " and ".join(parts + [f"{folders} folders inside class folders"] * (folders > 0))
-
-
-def _leave_out(listing: Listing, class_of: dict[str, str | None], globs: Sequence[str]) -> tuple[Listing, Counter[str]]:
-    """Return the listing without dropped classes and excluded files, and how many files each glob matches."""
-    kept, left_out, matched = [], [], Counter({glob: 0 for glob in globs})
-    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
-        name = path.rsplit("/", 1)[-1]
-        hits = [glob for glob in globs if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob)]
-        matched.update(hits)
-        if not hits and class_of[folder] is not None:
-            kept.append(index)
-        else:
-            left_out.append(path)
-    return dataclasses.replace(
-        listing, paths=[listing.paths[i] for i in kept], folders=[listing.folders[i] for i in kept], left_out=left_out
-    ), matched
+    phrases = [f"{files} files of other types ({kinds})"] if files else []
+    phrases += [f"{folders} folders inside class folders"] if folders else []
+    return " and ".join(phrases)
 
 
 def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     """Return the parts of the data report that speak of single images: quarantine, sizes, modes, orientation."""
     rows = health.rows[~health.rows["broken"]]
-    quarantined = [
-        {"path": printable(path), "reason": reason} for path, reason in [*listing.problems, *health.reasons.items()]
-    ]
+    broken = [*listing.problems, *health.reasons.items()]
+    quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
+    functions = {"min": np.min, "median": np.median, "max": np.max}
     sizes = {
         f"{side}_{name}": int(function(rows[side]))
         for side in ("width", "height")
-        for name, function in (("min", np.min), ("median", np.median), ("max", np.max))
+        for name, function in functions.items()
     }
     folders = Counter(listing.all_folders)
-    warnings_found = [
+    found = [
         f"{count} folders are all named {name} once their Unicode is normalised: one class"
         for name, count in folders.items()
         if count > 1
@@ -3131,20 +3136,17 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     by_case: dict[str, list[str]] = {}
     for name in sorted(folders):
         by_case.setdefault(name.casefold(), []).append(name)
-    warnings_found += [
-        f"the folders {', '.join(names)} differ only in case: {len(names)} classes"
-        for names in by_case.values()
-        if len(names) > 1
-    ]
+    for names in by_case.values():
+        if len(names) > 1:
+            found.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
     if listing.ignored:
-        warnings_found.append(f"passed over: {describe_ignored(listing.ignored)}")
-    tiny = int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum())
-    if tiny:
-        warnings_found.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
+        found.append(f"passed over: {describe_ignored(listing.ignored)}")
+    if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
+        found.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
     return {
         "quarantined": sorted(quarantined, key=lambda item: item["path"]),
         "sizes": sizes,
-        "warnings": warnings_found,
+        "warnings": found,
         "modes": dict(Counter(rows["mode"].tolist()).most_common()),
         "exif_rotated": int((rows["orientation"] > 1).sum()),
     }
@@ -3159,14 +3161,13 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
         runs = np.split(order, np.flatnonzero(np.diff(components[order])) + 1)
         return [run.tolist() for run in runs if len(run) > 1]
 
+    def name_paths(sets: Iterable[list[int]]) -> list[list[str]]:
+        return [[records.paths[row] for row in rows] for rows in sets]
+
     every = sets_of(np.concatenate(list(duplicates.values())))
-    named = {
-        kind: [[records.paths[i] for i in members] for members in sets_of(pairs)] for kind, pairs in duplicates.items()
-    }
-    conflicts = [
-        [records.paths[i] for i in members] for members in every if len(set(records.labels[members].tolist())) > 1
-    ]
-    return {"duplicates": named, "label_conflicts": conflicts}
+    conflicts = [rows for rows in every if len(set(records.labels[rows].tolist())) > 1]
+    named = {kind: name_paths(sets_of(pairs)) for kind, pairs in duplicates.items()}
+    return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
 
 def split_shares(config: Config) -> dict[str, float]:
@@ -3181,7 +3182,7 @@ def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[st
     for name, row in classes.items():
         lacking = [split for split in wanted if row["usable"] and not row[split]]
         if lacking:
-            groups = f"{row['groups']} group{'s' * (row['groups'] != 1)}"
+            groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
             what = f"{name}: {row['usable']} images in {groups}, so none in {' and '.join(lacking)}"
             found.append(f"{what} (its figures there are missing)")
     return found
@@ -3191,20 +3192,18 @@ def count_classes(
     records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None]
 ) -> dict[str, dict[str, int]]:
     """Return per class: usable and quarantined images, groups, and images in each split."""
-    broken = Counter(
-        class_of[folder] for path, folder in zip(listing.paths, listing.folders, strict=True) if path in health.reasons
-    )
+    of_folder = dict(zip(listing.paths, listing.folders, strict=True))
+    broken = Counter(class_of[of_folder[path]] for path in health.reasons)
     broken.update(class_of.get(unicodedata.normalize("NFC", path.split("/")[0])) for path, _ in listing.problems)
     table = {}
-    for class_name, mine in zip(
-        records.class_names, rows_by_class(records.labels, len(records.class_names)), strict=True
-    ):
-        in_split = np.bincount(records.splits[mine], minlength=3)
+    by_class = rows_by_class(records.labels, len(records.class_names))
+    for class_name, rows in zip(records.class_names, by_class, strict=True):
+        counts = np.bincount(records.splits[rows], minlength=3)
         table[class_name] = {
-            "usable": len(mine),
+            "usable": len(rows),
             "quarantined": broken[class_name],
-            "groups": len(np.unique(records.groups[mine])),
-            **{name: int(count) for name, count in zip(SPLIT_NAMES, in_split, strict=True)},
+            "groups": len(np.unique(records.groups[rows])),
+            **dict(zip(SPLIT_NAMES, counts.tolist(), strict=True)),
         }
     return table
 
@@ -3216,33 +3215,29 @@ def check_trainable(scan: Scan, config: Config) -> None:
         UserError: fewer than two classes, or another number than was asked for, classes below --min_per_class (all are listed), or
             an empty split.
     """
-    where = config.said("data_root")
-    if len(scan.records.class_names) < 2:
-        raise UserError(
-            f"has one class only ({scan.records.class_names[0]}); a recogniser needs two", where, "add another class"
-        )
-    if config.n_classes is not None and config.n_classes != len(scan.records.class_names):
-        what = f"has {len(scan.records.class_names)} classes, and --n_classes says {config.n_classes}"
+    where, records = config.said("data_root"), scan.records
+    num_classes = len(records.class_names)
+    if num_classes < 2:
+        what = f"has one class only ({records.class_names[0]}); a recogniser needs two"
+        raise UserError(what, where, "add another class")
+    if config.n_classes not in (None, num_classes):
+        what = f"has {num_classes} classes, and --n_classes says {config.n_classes}"
         raise UserError(what, where, "correct the number, or see what there is with the command scan")
-    poor = {name: row for name, row in scan.report["classes"].items() if row["usable"] < config.min_per_class}
-    if poor:
-        lines = [
-            f"{name}: {row['usable']} usable" + (f", {row['quarantined']} broken" if row["quarantined"] else "")
-            for name, row in poor.items()
-        ]
-        raise UserError(
-            f"{len(poor)} of {len(scan.records.class_names)} classes have fewer than {config.min_per_class} usable images:\n    "
-            + "\n    ".join(lines),
-            where,
-            "add images, lower --min_per_class, or leave the classes out with --class_map",
-        )
+    lines = []
+    for name, row in scan.report["classes"].items():
+        if row["usable"] < config.min_per_class:
+            broken = f", {row['quarantined']} broken" if row["quarantined"] else ""
+            lines.append(f"\n    {name}: {row['usable']} usable{broken}")
+    if lines:
+        what = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
+        remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
+        raise UserError(what + "".join(lines), where, remedy)
     for split, share in split_shares(config).items():
-        if share > 0 and not len(scan.records.rows(split)):
-            raise UserError(
-                f"{len(scan.records.labels)} images in {len(np.unique(scan.records.groups))} groups leave none for {split}",
-                where,
-                f"add images, or change --val_split, --test_split{', --group_regex' if config.group_regex else ''}",
-            )
+        if share > 0 and not len(records.rows(split)):
+            num_groups = len(np.unique(records.groups))
+            what = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
+            regex = ", --group_regex" if config.group_regex else ""
+            raise UserError(what, where, f"add images, or change --val_split, --test_split{regex}")
 
 
 def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int) -> str:
@@ -3262,24 +3257,23 @@ def format_class_table(report: dict[str, Any]) -> str:
     return format_table(columns, {name: [row[key] for key in columns] for name, row in report["classes"].items()}, 13)
 
 
-def _list_some(what: str, items: list[dict[str, str]]) -> list[str]:
-    lines = [f"  {what}: {item['path']}: {item['reason']}" for item in items[:10]]
-    return lines + [f"  ... and {len(items) - 10} more in data_report.json"] * (len(items) > 10)
-
-
 def format_findings(report: dict[str, Any]) -> str:
     """Return what a scan found wrong, a line each; long lists are cut, data_report.json has them whole."""
+
+    def list_some(what: str, items: list[dict[str, str]]) -> list[str]:
+        shown = [f"  {what}: {item['path']}: {item['reason']}" for item in items[:10]]
+        return shown + ([f"  ... and {len(items) - 10} more in data_report.json"] if len(items) > 10 else [])
+
     lines = [f"{report['num_usable']:,} of {report['num_images']:,} images usable"]
     if report["num_used"] < report["num_usable"]:
-        lines.append(
-            f"--data_fraction: {report['num_used']:,} of them are used: whole groups, one of every class and split at least"
-        )
-    lines += _list_some("quarantined", report["quarantined"])
+        used = f"--data_fraction: {report['num_used']:,} of them are used"
+        lines.append(f"{used}: whole groups, one of every class and split at least")
+    lines += list_some("quarantined", report["quarantined"])
     masks = report["masks"]
     if masks["usable"] or masks["refused"]:
         made = f", {masks['made']:,} of them drawn by SAM-2" if masks["made"] else ""
         lines.append(f"masks: {masks['usable']:,} of {report['num_used']:,} crops have one that can be used{made}")
-    lines += _list_some("refused", masks["refused"])
+    lines += list_some("refused", masks["refused"])
     if masks["not_made"]:
         path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
         lines.append(f"SAM-2 drew no acceptable mask for {len(masks['not_made']):,} crops, e.g. {path}: {reason}")
@@ -3342,35 +3336,34 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     table = read_splits(path)
     class_names = table["classes"]
     if class_names != list(records.class_names):
-        raise UserError(
-            f"the run was started with other classes: {describe_change(class_names, records.class_names)}",
-            str(path.parent),
-            "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite",
-        )
+        what = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
+        remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
+        raise UserError(what, str(path.parent), remedy)
     rows = sorted(
-        (class_names.index(name), item, SPLIT_NAMES.index(split))
-        for split in SPLIT_NAMES
+        (class_names.index(name), item, number)
+        for number, split in enumerate(SPLIT_NAMES)
         for name, items in table[split].items()
         for item in items
     )
-    group_of = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
-    mask_of = {records.paths[i]: records.masks[i] for i in np.flatnonzero(records.has_mask).tolist()}
-    kept = {item for _, item, _ in rows}
-    notes = []
-    if gone := [item for _, item, _ in rows if item not in group_of]:
+    labels, paths, splits = zip(*rows, strict=True) if rows else ((), (), ())
+    scanned = list(records.paths)
+    group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
+    mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
+    known, notes = set(paths), []
+    if gone := [item for item in paths if item not in group_of]:
         notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
-    if new := [item for item in group_of if item not in kept]:
+    if new := [item for item in scanned if item not in known]:
         notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
-    groups = [group_of.get(item, len(group_of) + index) for index, (_, item, _) in enumerate(rows)]
+    groups = [group_of.get(item, len(group_of) + index) for index, item in enumerate(paths)]
     return dataclasses.replace(
         records,
-        paths=PathTable([item for _, item, _ in rows]),
-        labels=np.array([label for label, _, _ in rows], dtype=np.int32),
+        paths=PathTable(paths),
+        labels=np.array(labels, dtype=np.int32),
         groups=np.array(groups, dtype=np.int32),
-        splits=np.array([split for _, _, split in rows], dtype=np.int8),
-        masks=PathTable([mask_of.get(item, "") for _, item, _ in rows]),
+        splits=np.array(splits, dtype=np.int8),
+        masks=PathTable([mask_of.get(item, "") for item in paths]),
     ), notes
 
 
@@ -3408,7 +3401,12 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
         return to_rgb(upright).max(axis=2) > MASK_LEVEL  # drawn in colours; what is transparent becomes gray 114
 
 
-def check_mask(masks_dirname: str, path: Path) -> tuple[np.ndarray, str]:
+def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
+    """Say whether it is the alpha of a file that counts: cutouts, and crops that bring their own."""
+    return Path(path).parent.name != masks_dirname
+
+
+def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
     """Decode one mask and describe it: a MASK_DTYPE scalar, and the reason why it cannot be used or ''."""
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
@@ -3420,11 +3418,6 @@ def check_mask(masks_dirname: str, path: Path) -> tuple[np.ndarray, str]:
     row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
     row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return row, "" if 0 < row["area"] < 1 else f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
-
-
-def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
-    """Say whether it is the alpha of a file that counts: cutouts, and crops that bring their own."""
-    return Path(path).parent.name != masks_dirname
 
 
 @dataclass(frozen=True)
@@ -3439,23 +3432,21 @@ class MaskFiles:
 def list_mask_files(config: Config, folders: Iterable[str]) -> MaskFiles:
     """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out."""
     files = MaskFiles({}, {}, {})
-    roots = [config.data_root, *([config.masks_out.absolute()] if config.masks_out else [])]
-    for root, folder in itertools.product(roots, sorted(folders)):
-        for dirname in (CUTOUTS_DIRNAME, config.masks_dirname):
-            prefix = f"{folder}/{dirname}" if root is config.data_root else f"{root}/{folder}/{dirname}"
-            if not (config.data_root / prefix).is_dir():
+    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
+        prefix = f"{root}{folder}/{dirname}"
+        if not (config.data_root / prefix).is_dir():
+            continue
+        for entry in sorted(visible_entries(config.data_root / prefix), key=operator.attrgetter("name")):
+            path, suffix = f"{prefix}/{entry.name}", Path(entry.name).suffix.lower()
+            if suffix not in IMAGE_SUFFIXES:
                 continue
-            for entry in sorted(visible_entries(config.data_root / prefix), key=operator.attrgetter("name")):
-                path = f"{prefix}/{entry.name}"
-                if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                problem = entry_problem(entry) or "is no PNG" * (not entry.name.lower().endswith(".png"))
-                if problem:
-                    files.problems[path] = problem
-                    continue
-                status = entry.stat()
-                files.paths[_mask_key(path)] = path
-                files.stats[path] = (status.st_size, status.st_mtime_ns)
+            if problem := entry_problem(entry) or ("" if suffix == ".png" else "is no PNG"):
+                files.problems[path] = problem
+                continue
+            status = entry.stat()
+            files.paths[_mask_key(path)] = path
+            files.stats[path] = (status.st_size, status.st_mtime_ns)
     return files
 
 
@@ -3471,7 +3462,7 @@ def mask_names(config: Config, path: str) -> list[str]:
     folder, name = path.split("/", 1)[0], path.rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    inside += [f"{config.masks_dirname}/{found}.png" for found in (f"{name}_mask", f"{stem}_mask", stem)]
+    inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", f"{stem}_mask", stem)]
     roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
     return [f"{root}{folder}/{item}" for root in roots for item in inside]
 
@@ -3479,37 +3470,34 @@ def mask_names(config: Config, path: str) -> list[str]:
 def attach_masks(scan: Scan, config: Config) -> Scan:
     """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
     records, listing = scan.records, scan.listing
-    files = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.left_out)})
+    files = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.excluded)})
     crops = {
         path: (row, stat) for path, row, stat in zip(listing.paths, scan.health.rows, scan.health.stats, strict=True)
     }
-    choices = [_mask_choices(records.paths[i], config, files, crops) for i in range(len(records.paths))]
+    choices = []  # of each record
+    for path in records.paths:
+        keys = map(_mask_key, mask_names(config, path)) if files.paths else ()
+        choice = [files.paths[key] for key in keys if key in files.paths]
+        has_alpha = str(crops[path][0]["mode"]) in ("RGBA", "LA", "PA")
+        choices.append([*choice, path] if has_alpha else choice)
     paths = sorted({path for choice in choices for path in choice})
     stats = [files.stats[path] if path in files.stats else crops[path][1] for path in paths]
-    kind = FileKind("mask", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
-    health = check_files(
-        config.data_root, paths, np.array(stats, dtype=np.int64).reshape(-1, 2), kind, config.out_dir / "mask_cache.npz"
-    )
+    kind = FileKind(f"mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
+    stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
+    health = check_files(config.data_root, paths, stats, kind, scan.memory)
     row_of, refused = dict(zip(paths, health.rows, strict=True)), dict(files.problems)
-    found = []
-    for i, choice in enumerate(choices):
-        crop = crops[records.paths[i]][0]
-        reasons = {path: health.reasons.get(path) or _misfit(row_of[path], crop) for path in choice}
-        refused |= {path: reason for path, reason in reasons.items() if reason and path in files.stats}
-        found.append(next((path for path, reason in reasons.items() if not reason), ""))
+    masks = []
+    for path, choice in zip(records.paths, choices, strict=True):
+        reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path][0]) for mask in choice}
+        refused |= {mask: reason for mask, reason in reasons.items() if reason and mask in files.stats}
+        masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
     refused |= {path: "has no image" for path in _orphans(files, listing)}
-    report = scan.report | {"masks": describe_masks(scan, found, refused, config)}
+    report = scan.report | {"masks": describe_masks(scan, masks, refused, config)}
     report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
-    contents = {path: row_of[path]["digest"] for path in found if path}
+    contents = {path: row_of[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(contents) if contents else ""
-    records = dataclasses.replace(records, masks=PathTable(found), masks_hash=masks_hash)
+    records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=masks_hash)
     return dataclasses.replace(scan, records=records, report=report, mask_health=health)
-
-
-def _mask_choices(path: str, config: Config, files: MaskFiles, crops: dict[str, Any]) -> list[str]:
-    names = mask_names(config, path) if files.paths else []
-    own_alpha = [path] * (str(crops[path][0]["mode"]) in ("RGBA", "LA", "PA"))
-    return [files.paths[key] for key in map(_mask_key, names) if key in files.paths] + own_alpha
 
 
 def _misfit(mask: np.void, crop: np.void) -> str:
@@ -3521,8 +3509,8 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 
 def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
-    """Return the mask files whose name belongs to no image, neither a usable nor a broken nor a left-out one."""
-    every = (*listing.paths, *listing.left_out, *(path for path, _ in listing.problems))
+    """Return the mask files whose name belongs to no image, neither a usable nor a broken nor an excluded one."""
+    every = (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems))
     known = {_mask_key(f"{path.split('/', 1)[0]}/{path.rsplit('/', 1)[-1]}") for path in every}
     known |= {name.rsplit(".", 1)[0] for name in known}
     orphans = []
@@ -3548,34 +3536,28 @@ def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def describe_masks(scan: Scan, found: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
+def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
     """Return the part of the data report that speaks of masks: kinds, what was refused, what SAM-2 did, counts by class."""
     records, log = scan.records, read_mask_log(config.out_dir)
     classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
     kinds, not_made = Counter(), []
-    for row, (mask, label) in enumerate(zip(found, records.labels.tolist(), strict=True)):
-        crop, counts = records.paths[row], classes[records.class_names[label]]
-        record = log.get(crop)
-        kinds[_mask_kind(mask, crop, config.masks_dirname)] += 1
+    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
+        record, counts = log.get(crop), classes[records.class_names[label]]
+        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
+        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
         counts["masks"] += bool(mask)
         counts["made"] += bool(mask and record and not record["reason"])
         if record and record["reason"] and not mask:
             counts["not_made"] += 1
             not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
     return {
-        "usable": len(found) - kinds["none"],
+        "usable": len(masks) - kinds["none"],
         **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
         "made": sum(counts["made"] for counts in classes.values()),
         "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
         "not_made": not_made,
         "classes": classes,
     }
-
-
-def _mask_kind(path: str, crop_path: str, masks_dirname: str) -> str:
-    if not path or path == crop_path:
-        return "own_alpha" if path else "none"
-    return "cutouts" if is_alpha_file(path, masks_dirname) else "masks"
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -3592,14 +3574,8 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
     raise UserError(what, config.said("crop_mode"), MASKS_WAYS_OUT)
 
 
-def load_crop(
-    records: Records, row: int, view: int, least_side: int | None = None
-) -> tuple[np.ndarray, np.ndarray | None, str]:
+def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Read a crop and, for the masked view, its mask.
-
-    Args:
-        records, row, view: which crop, and how.
-        least_side: as of `load_image`, for a crop that is shown without its mask.
 
     Returns:
         Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
@@ -3608,8 +3584,7 @@ def load_crop(
     Raises:
         ImageError: the crop itself cannot be read.
     """
-    mask_path = records.mask_of(row, view)
-    image = load_image(records.root / records.paths[row], None if mask_path else least_side)
+    image, mask_path = load_image(records.root / records.paths[row]), records.mask_of(row, view)
     if not mask_path:
         return image, None, ""
     try:
@@ -3631,9 +3606,8 @@ class Fill(NamedTuple):
 
 def make_fill(config: Config, mean: Sequence[float]) -> Fill:
     """Return the fill that --mask_fill asks for; `mean` is the one that the model subtracts, in 0..1."""
-    gray = (PADDING_GRAY,) * 3
     colours = {"black": (0, 0, 0), "mean": tuple(round(255 * value) for value in mean)}
-    return Fill(config.mask_fill, colours.get(config.mask_fill, gray))
+    return Fill(config.mask_fill, colours.get(config.mask_fill, (PADDING_GRAY,) * 3))
 
 
 def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int | None) -> np.ndarray:
@@ -3649,25 +3623,18 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
     if fill.kind == "keep":
         return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
-    if fill.kind == "blur":
-        behind = _blur_background(image, is_object == 0)
-    elif fill.kind == "random" and seed is not None:
-        behind = np.empty_like(image)
-        behind[:] = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
+    if fill.kind == "blur":  # each pixel's mean over the background around it; the object's colours take no part in it
+        side = (max(3, image.shape[1] // 4), max(3, image.shape[0] // 4))
+        weight = (is_object == 0).astype(np.float32)
+        total = cv2.blur(image * weight[:, :, None], side)
+        mean = total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]
+        behind = np.rint(mean).clip(0, 255).astype(np.uint8)
     else:
         behind = np.empty_like(image)
         behind[:] = fill.colour
+        if fill.kind == "random" and seed is not None:
+            behind[:] = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
     return cv2.copyTo(image, is_object, behind)  # 20 times as fast as indexing by a boolean array
-
-
-def _blur_background(image: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Return each pixel's mean over the background around it; the object's colours take no part in it."""
-    import cv2
-
-    side = (max(3, image.shape[1] // 4), max(3, image.shape[0] // 4))
-    weight = background.astype(np.float32)
-    total = cv2.blur(image * weight[:, :, None], side)
-    return np.rint(total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]).clip(0, 255).astype(np.uint8)
 
 
 # ======================================================================================================================
@@ -3729,17 +3696,6 @@ class Transform:
         if self.list_steps is not None or self.pre_steps:
             return False
         return not (is_masked and self.is_training and self.fill.kind == "random")
-
-    @property
-    def least_side(self) -> int | None:
-        """Px of the longer side that a crop without mask needs to have in its file; None = it is used as it is.
-
-        Training may see crops that JPEG's own scaling has halved, up to three times, where enough is left that the rest, done as
-        always, hides the difference. Accuracy against whole decoding, 16 paired seeds of mobilenetv2 on grocery40: -0.1 ± 0.1
-        points at 1.78 times the input's side, -0.3 ± 0.2 at 1.33 times.
-        """
-        augments_crop = self.looks is not None and self.list_steps is None and not self.pre_steps
-        return math.ceil(REDUCED_DECODE_RATIO * self.img_size) if augments_crop else None
 
     def make_square(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
         """Return the fitted crop, uint8 (img_size, img_size, 3); of a crop with a mask its mask is the fourth channel."""
@@ -4286,8 +4242,8 @@ class Backgrounds:
         return "\n".join(lines)
 
 
-def scan_backgrounds(config: Config) -> Backgrounds | None:
-    """Look at all pictures of --backgrounds; None if none are to be inserted. Writes nothing.
+def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
+    """Look at all pictures of --backgrounds that the memory does not know; None if none are to be inserted.
 
     Raises:
         UserError: not one can be used.
@@ -4295,8 +4251,7 @@ def scan_backgrounds(config: Config) -> Backgrounds | None:
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    kind = IMAGE_KIND._replace(name="background")
-    health = check_files(root, tree.paths, tree.stamps, kind, config.out_dir / "background_cache.npz")
+    health = check_files(root, tree.paths, tree.stamps, IMAGE_KIND._replace(name="background"), memory)
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -4422,14 +4377,13 @@ def partner_labels(
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
-# Samples, their order, batches of uint8 images, and the file without a name that keeps what is decoded while a run lasts. A picture
-# that cannot be read is left out of its batch and named.
+# Samples, their order, and batches of uint8 images, decoded or read from the squares of the run. A picture that cannot be read
+# is left out of its batch and named.
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: (
-        torch.Tensor
-    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    images: torch.Tensor
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
@@ -4453,86 +4407,180 @@ class SampleKey(NamedTuple):
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
-STORE_HEAD = struct.Struct("<BI")  # channels, CRC-32 of the pixels
+# Where a fitted crop lies in `squares.u8`; `FileMemory` keeps it for every crop of a kind `name_squares` returns.
+SQUARE_DTYPE = np.dtype(
+    [("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")]
+)  # first byte, CRC-32, digest of the mask
 
 
-class CropStore:
-    """Fitted crops on disk, so that an image is decoded once and not every epoch: exact, and gone with the processes that use it.
+def name_squares(side: int, fill: Any = "") -> str:
+    """Return the kind of files as which the memory has squares of plain crops, or of masked ones on a fill."""
+    return f"square {side} {fill}"
 
-    A file without a name, which loader workers inherit, and which other processes of the machine open by the number of its owner.
-    It has a place for each crop, plain and masked, in training and in evaluation: the number of channels, 0 as long as the place is
-    empty, a checksum, and pixels. Who lacks a crop puts it there; two who do so at a time write the same. The pages are the
-    system's, which keeps them in memory as long as there is room.
+
+class SquareFile:
+    """Writes crops as squares, one after the other, into `squares.u8` of a run's folder; several threads may.
+
+    uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. The file is made for the first of them. When it cannot
+    be written, it is given up: it is only for speed.
     """
 
-    def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
-        self._file = file
+    def __init__(self, memory: FileMemory, side: int, room: int, end: int | None = None) -> None:
+        """Take squares up to byte `room`, from byte `end` on; None = after what is there, once the folder's lock is taken."""
+        self.path = memory.folder / SQUARES_NAME
+        self.memory = memory
+        self.failure: Exception | None = None
+        self._side, self._room, self._end = side, room, end
+        self._file: BinaryIO | None = None
+        self._made: list[Path] = []  # what was not there before
+        self._guard = threading.Lock()
+
+    def has_room(self, count: int) -> bool:
+        """Say whether so many more plain crops find room."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        return size + count * 3 * self._side**2 <= self._room
+
+    def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
+        """Fit the decoded image of a file, and put it down."""
+        self.put(name_squares(self._side), path, stamp, fit_square(image, self._side))
+
+    def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
+        """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
+
+        Args:
+            kind: what `name_squares` returns.
+            path, stamp: of the crop's file; size in bytes and mtime in ns.
+            square: uint8 (side, side, 3 or 4).
+            mask: digest of the mask's file.
+        """
+        square = np.ascontiguousarray(square)
+        try:
+            with self._guard:
+                if self._file is None and self._room:
+                    self._open()
+                place = self._end or 0
+                if place + square.nbytes > self._room:
+                    return -1
+                self._end = place + square.nbytes
+            if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
+                os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
+        except (OSError, UserError) as error:
+            self.give_up(error)
+            return -1
+        value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
+        self.memory.learn(kind, path, stamp, value.tobytes())
+        return place
+
+    def _open(self) -> None:
+        if self._end is None:
+            folder = self.memory.folder
+            paths = (self.path, folder / ".lock", folder / ".lock_holder", folder, *folder.parents)
+            self._made = [path for path in paths if not path.exists()]
+            self.memory.claim_folder()
+        # Left open: when the run is interrupted, threads may still write.
+        self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
+        size = self._file.seek(0, os.SEEK_END)
+        self._end = size if self._end is None else self._end
+
+    def give_up(self, failure: Exception) -> None:
+        """Write no more, and make room on the disk."""
+        with self._guard:
+            self.failure, self._room = failure, 0
+            if self._file is not None:
+                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(0)
+
+    def close(self) -> None:
+        """Have all squares reach the disk, and take no more."""
+        with self._guard:
+            self._room = 0
+        if self._file is not None and self.failure is None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self.give_up(error)
+
+    def withdraw(self) -> None:
+        """Leave nothing behind: the data are refused."""
+        for path in self._made:
+            with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def find_squares(
+    memory: FileMemory,
+    kind: str,
+    crops: Sequence[str],
+    stamps: Mapping[str, tuple[int, int]],
+    masks: np.ndarray,
+    side: int,
+) -> np.ndarray:
+    """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
+
+    Args:
+        memory, kind: of the run's folder, and what `name_squares` returns.
+        crops: paths of the crops.
+        stamps: size in bytes and mtime in ns of the files that are there, by path.
+        masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
+        side: px of a square.
+    """
+    places, path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
+    if not path.is_file() or not path.stat().st_size:
+        return places
+    pixels, known = np.asarray(np.memmap(path, np.uint8, "r")), memory.recall(kind)
+    rows = [row for row, crop in enumerate(crops) if crop in known and known[crop][:2] == stamps.get(crop)]
+    values = [known[crops[row]][2] for row in rows]
+    if any(len(value) != SQUARE_DTYPE.itemsize for value in values):
+        return places
+    table, rows = np.frombuffer(b"".join(values), dtype=SQUARE_DTYPE), np.array(rows, dtype=np.int64)
+    channels = 3 + (masks[rows] > 0)
+
+    def is_whole(index: int) -> bool:
+        place, checksum, mask = table[index].tolist()
+        return mask == masks[rows[index]] and checksum == zlib.crc32(pixels[place : place + channels[index] * side**2])
+
+    checks = progress(map_in_threads(is_whole, range(len(rows))), len(rows), "checking fitted crops", "crop")
+    good = [index for index, passes in checks if passes]
+    places[rows[good]] = table["place"][good]
+    return places
+
+
+class SquareStore:
+    """Reads the squares that `SquareFile` wrote, mapped into memory: exactly what decoding and fitting gives.
+
+    The pages are the system's, which keeps them in memory as long as there is room, for all processes once.
+    """
+
+    def __init__(self, path: Path, records: Records, places: np.ndarray, side: int) -> None:
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        # (2, 2, N) int64: evaluation or training, plain or masked, record -> first byte, -1 = none
-        self._places = places
-        self._side = side
+        self.places = places  # (2, N) int64: plain or masked, record -> first byte, -1 = none
+        self._path, self._side = path, side
+        self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        status = os.fstat(self._file.fileno())
-        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        return _reopen_store, (path, (status.st_dev, status.st_ino), self.records, self._places, self._side)
+        return _reopen_store, (self._path.resolve(), _stamp_file(self._path), self.records, self.places, self._side)
 
-    def get(self, row: int, is_masked: bool, trains: bool) -> np.ndarray | None:
-        """Return what was put there, uint8 (side, side, 3 or 4); None if nothing was, or it cannot be read whole."""
-        place = self._find(row, is_masked, trains)
-        if place < 0:
-            return None
-        try:
-            head = os.pread(self._file.fileno(), STORE_HEAD.size, place)
-            if len(head) < STORE_HEAD.size or not head[0]:
-                return None
-            channels, checksum = STORE_HEAD.unpack(head)
-            square = np.empty((self._side, self._side, channels), np.uint8)
-            size = os.preadv(self._file.fileno(), [square], place + STORE_HEAD.size)
-        except OSError:  # it is only for speed
-            return None
-        # A disk that fills up may lose a page after it was taken, and give zeros for it.
-        return square if size == square.nbytes and zlib.crc32(square) == checksum else None
-
-    def put(self, row: int, is_masked: bool, trains: bool, square: np.ndarray) -> None:
-        """Keep what `Transform.make_square` has made, if there is a place for it."""
-        place = self._find(row, is_masked, trains)
-        if place < 0:
-            return
-        square = np.ascontiguousarray(square)
-        with contextlib.suppress(OSError):  # a full disk: it will be decoded again
-            if os.pwrite(self._file.fileno(), square, place + STORE_HEAD.size) == square.nbytes:
-                head = STORE_HEAD.pack(square.shape[2], zlib.crc32(square))
-                os.pwrite(self._file.fileno(), head, place)  # last: from now on it can be read
-
-    def describe(self) -> str:
-        """Return one sentence for the log."""
-        count = int((self._places >= 0).sum())
-        megabytes = max(self._places[:, i].max() + store_bytes(self._side, bool(i)) for i in (0, 1)) / 1e6
-        return f"decoded crops are kept on disk while the run lasts: {count:,}, at most {megabytes:,.1f} MB (--cache_crops)"
-
-    def _find(self, row: int, is_masked: bool, trains: bool) -> int:
-        return int(self._places[int(trains), int(is_masked), row])
+    def get(self, row: int, is_masked: bool) -> np.ndarray | None:
+        """Return a square of its own, uint8 (side, side, 3 or 4); None if it is not there."""
+        place = int(self.places[int(is_masked), row])
+        shape = (self._side, self._side, 4 if is_masked else 3)
+        return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape).copy()
 
 
-def store_bytes(side: int, is_masked: bool) -> int:
-    """Return how many bytes a crop takes in a `CropStore`."""
-    return STORE_HEAD.size + (4 if is_masked else 3) * side * side
+def _stamp_file(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def _reopen_store(
-    path: str, inode: tuple[int, int], records: Records, places: np.ndarray, side: int
-) -> CropStore | None:
-    """Return the store of another process of this machine; None where it is not that machine."""
-    try:  # elsewhere it may be anything, a pipe too
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), "r+b", buffering=0)
-    except OSError:
+def _reopen_store(path: Path, stamp: tuple[int, int], *rest: Any) -> SquareStore | None:
+    """Return the store in another process; None where that file is not, on another machine say: there, crops are decoded."""
+    try:
+        return SquareStore(path, *rest) if _stamp_file(path) == stamp else None
+    except (OSError, ValueError):
         return None
-    status = os.fstat(file.fileno())
-    if (status.st_dev, status.st_ino) != inode:
-        file.close()
-        return None
-    return CropStore(file, records, places, side)
 
 
 class CropDataset(Dataset):
@@ -4543,45 +4591,35 @@ class CropDataset(Dataset):
         records: Records,
         transform: Transform,
         backgrounds: Backgrounds | None = None,
-        store: CropStore | None = None,
+        store: SquareStore | None = None,
     ) -> None:
         self.records, self.transform, self.backgrounds = records, transform, backgrounds
         self.store = store if store is not None and store.records is records else None
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
-        seed = key.seed
+        seed, is_masked = key.seed, bool(self.records.mask_of(key.row, key.view))
         rng = self.backgrounds.draw(seed) if self.backgrounds else None
-        is_masked, trains = bool(self.records.mask_of(key.row, key.view)), self.transform.is_training
-        keeps = self.store is not None and rng is None and self.transform.repeats(is_masked)
-        square, lost = self.store.get(key.row, is_masked, trains) if keeps else None, ""
-        if square is None:
+        problem = ""
+        try:
+            if self.store is not None and rng is None and self.transform.repeats(is_masked):
+                square = self.store.get(key.row, is_masked)
+                if square is not None:
+                    return self.transform.finish(square, seed, key.augmented), key, ""
             try:
-                image, mask, lost = self._read(key, rng)
+                image, mask, reason = load_crop(self.records, key.row, 1 if rng else key.view)
             except ImageError as error:
                 return None, key, f"cannot be read any more and is left out: {error}"
-        try:
-            if not keeps:
-                return self.transform(image, mask, seed, key.augmented), key, lost
-            if square is None:
-                square = self.transform.make_square(image, mask, seed)
-                if not lost:
-                    self.store.put(key.row, is_masked, trains, square)
-            return self.transform.finish(square, seed, key.augmented), key, lost
+            if reason:
+                problem = f"is used with its background, since its mask cannot be read any more: {reason}"
+            if rng is not None:
+                try:
+                    image, mask = self.backgrounds.insert(image, mask, rng), None
+                except ImageError as error:
+                    mask = mask if key.view else None
+                    problem = f"is used without the background that cannot be read any more: {error}"
+            return self.transform(image, mask, seed, key.augmented), key, problem
         except ImageError as error:
             return None, key, f"is left out: {error}"
-
-    def _read(self, key: SampleKey, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None, str]:
-        """Return image and mask, on a background if there is a generator, and what of that cannot be had any more."""
-        least_side = None if rng else self.transform.least_side
-        image, mask, reason = load_crop(self.records, key.row, 1 if rng else key.view, least_side)
-        lost = f"is used with its background, since its mask cannot be read any more: {reason}" if reason else ""
-        if rng:
-            try:
-                return self.backgrounds.insert(image, mask, rng), None, lost
-            except ImageError as error:
-                mask = mask if key.view else None
-                lost = f"is used without the background that cannot be read any more: {error}"
-        return image, mask, lost
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
         """Stack the samples that could be read."""
@@ -4641,15 +4679,14 @@ class EpochSampler(Sampler):
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
-        labels = self.labels[self.rows]
+        labels, first = self.labels[self.rows], self.epoch * self.per_class
         for label, positions in enumerate(rows_by_class(labels, int(labels.max()) + 1)):
             if not len(positions):
                 continue
-            mine = self.rows[positions]
-            first = self.epoch * self.per_class
-            turns = range(first // len(mine), (first + self.per_class - 1) // len(mine) + 1)
-            shuffles = [np.random.default_rng((self.seed, 2, label, turn)).permutation(mine) for turn in turns]
-            start = first - turns[0] * len(mine)
+            rows = self.rows[positions]
+            turns = range(first // len(rows), (first + self.per_class - 1) // len(rows) + 1)
+            shuffles = [np.random.default_rng((self.seed, 2, label, turn)).permutation(rows) for turn in turns]
+            start = first - turns[0] * len(rows)
             chosen.append(np.concatenate(shuffles)[start : start + self.per_class])
         return np.concatenate(chosen)
 
@@ -4702,7 +4739,8 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
                 yield batch
             return
         except (RuntimeError, ConnectionError, EOFError) as error:
-            if not is_dead_worker(error):
+            # torch has noticed, or what the worker made cannot be fetched from it
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
             reason = printable(str(error) or type(error).__name__)[:200]
             if failed == LOADER_RESTARTS:
@@ -4712,12 +4750,6 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
 
 class DeadWorker(Exception):
     """Loader workers are killed again and again."""
-
-
-def is_dead_worker(error: Exception) -> bool:
-    """Say whether a loader fails since a worker has been killed: torch has noticed, or what it made cannot be fetched from it."""
-    noticed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-    return noticed or isinstance(error, (ConnectionError, EOFError))
 
 
 def take_turns(
@@ -4751,9 +4783,8 @@ def _start_worker(_: int) -> None:
 def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:
     """Return the samples that evaluation looks at: bbox and mask see each crop once, mix those with a mask both ways."""
     has_mask = records.has_mask[rows]
-    keys = [
-        SampleKey(row, (), int(view)) for row, view in zip(rows.tolist(), has_mask & (crop_mode == "mask"), strict=True)
-    ]
+    views = has_mask & (crop_mode == "mask")
+    keys = [SampleKey(row, (), int(view)) for row, view in zip(rows.tolist(), views, strict=True)]
     return keys + [SampleKey(row, (), 1) for row in rows[has_mask & (crop_mode == "mix")].tolist()]
 
 
@@ -4977,7 +5008,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         pool=str(settings.get("global_pool") or pooling or "default"),
         mean=tuple(mean or model.pretrained_cfg["mean"]),
         std=tuple(std or model.pretrained_cfg["std"]),
-        interpolation="area",
+        interpolation="bicubic, antialiased",
     )
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
@@ -7430,7 +7461,7 @@ class Job:
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
-    store: CropStore | None = None  # of what is decoded while it trains
+    store: SquareStore | None = None  # of what is decoded already
     unreadable: dict[int, str] = dataclasses.field(
         default_factory=dict
     )  # images that failed after the scan, each named once
@@ -7457,49 +7488,117 @@ class Job:
                 self.run.log(f"warning: {self.records.paths[row]} {reason}")
 
 
-def open_store(job: Job) -> CropStore | None:
-    """Open a place on disk for the crops that the job will need again; None if there are none, or no room.
+def square_room(config: Config) -> int:
+    """Return how many bytes of fitted crops a run may keep in out_dir: --cache_crops, and a quarter of free disk and of memory.
 
-    It takes no more than a quarter of what is free there, nor of the memory, beyond which reading would be slower than decoding.
+    Beyond that much memory, reading them would be slower than decoding.
     """
-    config, records = job.config, job.records
-    needed = list(_find_repeating(job)) if config.cache_crops else []
-    if not needed:
-        return None
-    free = shutil.disk_usage(config.out_dir).free
+    folder = next(folder for folder in (config.out_dir, *config.out_dir.absolute().parents) if folder.exists())
+    squares = config.out_dir / SQUARES_NAME
+    free = shutil.disk_usage(folder).free + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = int(min(1e9 * config.cache_crops, free / 4, memory / 4))
-    places = np.full((2, 2, len(records.paths)), -1, np.int64)
-    end = 0
-    for trains, is_masked, rows in needed:  # the first rows, if there is no room for all
-        size = store_bytes(config.img_size, is_masked)
-        given = rows[: (room - end) // size]
-        places[int(trains), int(is_masked), given] = end + size * np.arange(len(given))
-        end += size * len(given)
-    with contextlib.suppress(OSError):
-        if end:
-            file = tempfile.TemporaryFile(dir=config.out_dir, buffering=0)  # noqa: SIM115  the store's
-            return CropStore(file, records, places, config.img_size)
-    job.run.log(f"warning: no room to keep decoded crops in {config.out_dir}: they are decoded each epoch")
-    return None
+    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))
 
 
-def _find_repeating(job: Job) -> Iterator[tuple[bool, bool, np.ndarray]]:
-    """Yield which crops are made the same again: whether for training, whether masked, and their rows."""
+@contextlib.contextmanager
+def collect_squares(config: Config) -> Iterator[SquareFile | None]:
+    """Give what keeps the crops that a scan decodes, fitted; None where training would not read them.
+
+    Lists of transforms may work on the crop as it is. With --crop_mode mask, most crops are shown masked, which the scan does not
+    know yet; of a part of the data, most would be in vain.
+    """
+    lists = given_lists(config)
+    is_read = not lists.get("pre_transforms") and not {"train_augmentations", "val_augmentations"} <= lists.keys()
+    if not config.cache_crops or not is_read or config.crop_mode == "mask" or config.data_fraction < 1:
+        yield None
+        return
+    squares = SquareFile(FileMemory(config.out_dir), config.img_size, square_room(config))
+    try:
+        yield squares
+    except UserError:
+        squares.withdraw()
+        raise
+    finally:
+        squares.close()
+        squares.memory.release_folder()
+
+
+def open_store(job: Job, scan: Scan) -> SquareStore | None:
+    """Open the squares of the run: the scan's, those of before an interruption, and all others that training will read again.
+
+    These are decoded here, as far as there is room. None where there is no square, and where the disk refuses them.
+    """
+    config, records, run = job.config, job.records, job.run
+    path, room = run.path / SQUARES_NAME, square_room(config)
+    if not config.cache_crops:
+        return None
+    scan.memory.save()
+    transform, crops = job.transform(augment=False), list(records.paths)
+    kinds = name_squares(config.img_size), name_squares(config.img_size, transform.fill)
+    stamps = dict(zip(scan.listing.paths, map(tuple, scan.health.stats.tolist()), strict=True))
+    digests = np.zeros((2, len(crops)), np.uint64)
+    if scan.mask_health is not None and records.masks is not None:
+        digest_of = dict(zip(scan.mask_health.paths, scan.mask_health.rows["digest"].tolist(), strict=True))
+        digests[1] = [digest_of.get(mask, 0) for mask in records.masks]
+    known = zip(kinds, digests, strict=True)
+    places = np.stack([find_squares(scan.memory, kind, crops, stamps, own, config.img_size) for kind, own in known])
+    sizes = config.img_size**2 * np.array([3, 4])
+    end = int(np.where(places < 0, 0, places + sizes[:, None]).max(initial=0))
+    lacking = [(row, is_masked) for row, is_masked in list_repeating(job) if places[is_masked, row] < 0]
+    ends = end + np.cumsum([sizes[is_masked] for _, is_masked in lacking])
+    fitting = lacking[: np.searchsorted(ends, room, side="right")]
+    writer = SquareFile(scan.memory, config.img_size, room, end)
+
+    def fit(key: tuple[int, int]) -> int:
+        row, is_masked = key
+        try:
+            image, mask, reason = load_crop(records, row, is_masked)
+        except ImageError:
+            return -1
+        if reason or crops[row] not in stamps:
+            return -1
+        square, digest = transform.make_square(image, mask, 0), int(digests[is_masked, row])
+        return writer.put(kinds[is_masked], crops[row], stamps[crops[row]], square, digest)
+
+    try:
+        for (row, is_masked), place in progress(map_in_threads(fit, fitting), len(fitting), "fitting crops", "crop"):
+            places[is_masked, row] = place
+    finally:
+        writer.close()
+        scan.memory.save()
+    count = int((places >= 0).sum())
+    if writer.failure is not None or (lacking and not count):
+        reason = f": {writer.failure}" if writer.failure else ""
+        run.log(f"warning: no room to keep decoded crops in {run.path}{reason}: they are decoded each epoch")
+        return None
+    if not count:
+        return None
+    megabytes = path.stat().st_size / 1e6
+    run.log(f"decoded crops are kept on disk while the run lasts: {count:,}, {megabytes:,.1f} MB (--cache_crops)")
+    return SquareStore(path, records, places, config.img_size)
+
+
+def list_repeating(job: Job) -> list[tuple[int, int]]:
+    """Return the crops that the run would make the same of again and again: row, and 1 for those that are shown masked."""
     config, records = job.config, job.records
-    train, val, has_mask = records.rows("train"), records.rows("val"), records.has_mask
-    parts = []
+    train, has_mask, uses = records.rows("train"), records.has_mask, []
     is_covered = job.backgrounds is not None and job.backgrounds.share == 1  # by which each sample is another
     if (config.cache_views or config.epochs) > 1 and not is_covered:
-        parts.append((True, train))
+        uses.append((True, train))
     if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
-        parts += [(False, val), (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS))]
-    for trains, rows in parts:
+        uses += [
+            (False, records.rows("val")),
+            (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)),
+        ]
+    keys: dict[tuple[int, int], None] = {}
+    for trains, rows in uses:
         transform = job.transform(trains)
         if transform.repeats(is_masked=False):
-            yield trains, False, rows[~has_mask[rows]] if config.crop_mode == "mask" else rows
+            shown = rows[~has_mask[rows]] if config.crop_mode == "mask" else rows
+            keys |= dict.fromkeys((row, 0) for row in shown.tolist())
         if transform.repeats(is_masked=True) and config.crop_mode != "bbox":
-            yield trains, True, rows[has_mask[rows]]
+            keys |= dict.fromkeys((row, 1) for row in rows[has_mask[rows]].tolist())
+    return list(keys)
 
 
 @dataclass(frozen=True)
@@ -8236,11 +8335,11 @@ def run_scan(config: Config) -> None:
     check_transforms(config)
     refuse_finished_folder(config)
     scan = scan_dataset(config)
-    with keep_scan(scan, config.out_dir):
+    with keep_scan(scan):
         scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
-        scan.save_caches(config.out_dir)
+        scan.memory.save()
         write_json(config.out_dir / "data_report.json", scan.report)
     show(format_class_table(scan.report))
     show(format_findings(scan.report))
@@ -8412,10 +8511,12 @@ def run_train(config: Config) -> None:
     check_optimizer(config)
     if config.unknown_dir is not None:
         unknown_records(config.unknown_dir)
-    scan = scan_dataset(config, point and point.path.with_name("splits.json"))
-    with keep_scan(scan, config.out_dir):
-        plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config), point)
+    with collect_squares(config) as squares:
+        scan = scan_dataset(config, point and point.path.with_name("splits.json"), squares)
+        with keep_scan(scan):
+            plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config, scan.memory), point)
     if plan is None:
+        (config.out_dir / SQUARES_NAME).unlink(missing_ok=True)
         return
     if config.auto_generate_masks and not plan.scan.records.has_mask.all():
         plan = draw_missing_masks(config, plan, point)
@@ -8426,16 +8527,20 @@ def run_train(config: Config) -> None:
         for path in (old / name for name in (MASK_LOG_NAME, "masks_preview.png") if config.auto_generate_masks):
             if path.exists():
                 shutil.copyfile(path, config.out_dir / path.name)
+        for name in (MEMORY_NAME, SQUARES_NAME):  # of the same images
+            with contextlib.suppress(FileNotFoundError):
+                (old / name).rename(config.out_dir / name)
     with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
         job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint, plan.backgrounds)
-        job = dataclasses.replace(job, store=open_store(job))
         open_run(job, plan)
+        job = dataclasses.replace(job, store=open_store(job, plan.scan))
         bank, state = start_training(job, plan.backbone, point)
         if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
             task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
             run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
         fit(job, state, bank)
         finish_run(job, state, bank)
+        (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -8482,9 +8587,7 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
 
 def draw_missing_masks(config: Config, plan: Plan, point: ResumePoint | None) -> Plan:
     """Let tools/masks.py draw the masks that are missing, and return the plan with them."""
-    create_out_dir(config.out_dir)
-    with lock_directory(config.out_dir):
-        plan.scan.save_caches(config.out_dir)  # the tool scans too
+    plan.scan.memory.save_early()  # the tool scans too
     run_tool("masks", format_flags(config, MASK_FLAGS))
     scan = attach_masks(plan.scan, config)
     check_masks_usable(scan, config)
@@ -8523,9 +8626,7 @@ def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
 def open_run(job: Job, plan: Plan) -> None:
     """Write what is known before training: options, splits, data report, the script itself."""
     config, run, scan = job.config, job.run, plan.scan
-    scan.save_caches(run.path)
-    if job.backgrounds is not None:
-        save_scan_cache(run.path / "background_cache.npz", job.backgrounds.root, job.backgrounds.health)
+    scan.memory.save()
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
     write_json(run.path / "config.json", describe_run(job))
     if job.records is scan.records:  # not resumed
@@ -8536,8 +8637,6 @@ def open_run(job: Job, plan: Plan) -> None:
     run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
-    if job.store is not None:
-        run.log(job.store.describe())
     if idle := idle_options(config):
         run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
@@ -8897,7 +8996,6 @@ class Helper:
         self._take_job(job)
 
     def _take_job(self, job: Job) -> None:
-        # Its store is that of the first process, None on another machine: there only the first one writes.
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         self.feed = TrainFeed(self.job, self.state)
 

@@ -1,7 +1,6 @@
 """Section 07: square crops with a gray border, and randomness that is a function of the seed alone."""
 
 import warnings
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -135,77 +134,3 @@ def test_four_channels_move_as_three_do_bit_for_bit() -> None:
         expected = cv2.flip(expected, 1) if rng.random() < 0.5 else expected
         assert np.array_equal(lct.move_square(square, np.random.default_rng(seed)), expected)
     assert moved > 30
-
-
-# --- decoding at a fraction, for training
-
-
-def save_jpeg(path: Path, width: int, height: int, orientation: int = 1, mode: str = "RGB") -> Path:
-    """Save a picture of smooth colours with some detail."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path, "JPEG", quality=95, exif=exif)
-    return path
-
-
-@pytest.mark.parametrize(("width", "factor"), [(223, 1), (224, 2), (446, 2), (448, 4), (895, 4), (896, 8), (4000, 8)])
-def test_a_jpeg_is_decoded_at_the_fraction_that_leaves_enough(tmp_path: Path, width: int, factor: int) -> None:
-    path = save_jpeg(tmp_path / "photo.jpg", width, 80)
-    image = lct.load_image(path, 112)
-    assert image.shape == (-(-80 // factor), -(-width // factor), 3) and (image.shape[1] >= 112 or factor == 1)
-    with Image.open(path) as theirs:
-        theirs.draft("RGB", (width // factor, 80 // factor))
-        assert np.array_equal(image, np.asarray(theirs))
-    assert lct.load_image(path).shape == (80, width, 3)
-
-
-def test_a_fraction_stands_upright_and_has_the_right_colours(tmp_path: Path) -> None:
-    path = save_jpeg(tmp_path / "turned.jpg", 640, 320, orientation=6)
-    whole, half = lct.load_image(path), lct.load_image(path, 320)
-    assert whole.shape == (640, 320, 3) and half.shape == (320, 160, 3)
-    gap = lct.fit_square(whole, 96).astype(int) - lct.fit_square(half, 96)
-    assert np.abs(gap).mean() < 1
-    assert lct.load_image(save_jpeg(tmp_path / "gray.jpg", 640, 320, mode="L"), 320).shape == (160, 320, 3)
-
-
-def test_other_files_are_decoded_whole(tmp_path: Path) -> None:
-    save_jpeg(tmp_path / "ink.jpg", 640, 320, mode="CMYK")
-    Image.open(save_jpeg(tmp_path / "photo.jpg", 640, 320)).save(tmp_path / "photo.png")
-    for name in ("ink.jpg", "photo.png"):
-        assert lct.load_image(tmp_path / name, 32).shape == (320, 640, 3)
-
-
-def test_only_the_built_in_augmentation_of_crops_without_mask_sees_fractions(tmp_path: Path) -> None:
-    """Lists of transforms count in px of the file, masks are as large as the file, and evaluation is exact."""
-    blur = ({"type": "medianblur"},)
-    assert lct.build_transform(64, augment=True).least_side == 112
-    assert (
-        lct.build_transform(64, augment=True, lists=lct.given_lists(lct.Config(post_transforms=blur))).least_side == 112
-    )
-    assert lct.build_transform(64, augment=False).least_side is None
-    for name in ("pre_transforms", "train_augmentations"):
-        assert (
-            lct.build_transform(64, augment=True, lists=lct.given_lists(lct.Config(**{name: blur}))).least_side is None
-        )
-    save_jpeg(tmp_path / "a.jpg", 640, 320)
-    (tmp_path / "masks").mkdir()
-    Image.new("L", (640, 320), 255).save(tmp_path / "masks/a_mask.png")
-    one = np.zeros(1, np.int32)
-    records = lct.Records(
-        tmp_path,
-        ("a",),
-        lct.PathTable(["a.jpg"]),
-        one,
-        one,
-        one.astype(np.int8),
-        masks=lct.PathTable(["masks/a_mask.png"]),
-    )
-    assert lct.load_crop(records, 0, 0, 112)[0].shape == (80, 160, 3)
-    image, mask, _ = lct.load_crop(records, 0, 1, 112)
-    assert image.shape == (320, 640, 3) and mask.shape == (320, 640)
-    dataset = lct.CropDataset(records, lct.build_transform(64, augment=True))
-    key = lct.SampleKey(0, (5,), 0)
-    wanted = dataset.transform(lct.load_image(tmp_path / "a.jpg", 112), None, key.seed)
-    assert np.array_equal(dataset[key][0], wanted)

@@ -206,7 +206,7 @@ def one_message(ends: list[tuple[int, str]]) -> str:
 @pytest.mark.parametrize(
     ("plan", "code"),
     [
-        (kill("load_image", 20, KILL), -9),
+        (kill("SquareStore.get", 20, KILL), -9),
         (kill("train_step", 8, TERM), 143),  # as when a scheduler wants one machine back
         (fail("train_step", 8, error="MemoryError"), 2),
     ],

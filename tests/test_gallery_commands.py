@@ -273,7 +273,11 @@ def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_ot
     trained: tuple[Path, Path], tmp_path: Path, call_main: Main
 ) -> None:
     strangers = new_class(tmp_path / "strangers", "any", 9, 40)
+    before = {name: list(records.paths) for name, records in lct.unknown_records(strangers).items()}
+    new_class(strangers / ".thumbs", "any", 9, 5)
+    (strangers / ".hidden.png").write_bytes(b"")
     halves = lct.unknown_records(strangers)
+    assert {name: list(records.paths) for name, records in halves.items()} == before, "what is hidden is passed over"
     paths = {name: {records.paths[i] for i in range(len(records.paths))} for name, records in halves.items()}
     assert len(paths["fit"] | paths["measure"]) == 40 and not paths["fit"] & paths["measure"]
     args = ("--data_root", trained[0], *TINY_RUN)

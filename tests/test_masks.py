@@ -221,7 +221,7 @@ def test_a_second_scan_opens_no_mask_again(tmp_path: Path, patch_used: Callable)
     root, decoded = make_masked_dataset(tmp_path / "data", 3), patch_used(lct, "decode_mask")
     first = scan(root)
     (tmp_path / "run").mkdir()
-    first.save_caches(tmp_path / "run")
+    first.memory.save()
     assert decoded.calls
     decoded.calls.clear()
     again = scan(root)

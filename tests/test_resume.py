@@ -77,9 +77,12 @@ DEATHS = {
     "inside a step, terminated": kill("nn.utils.clip_grad_norm_", 3, TERM),
     "after an update that nobody has noted": kill("torch.optim.AdamW.step", 6, KILL, when="after"),
     "terminal closed in mid-epoch": kill("torch.optim.AdamW.step", 6, HUP, when="after"),
-    "while an image is read": kill("load_image", 60, TERM),
-    "while a decoded crop is kept": kill("CropStore.put", 50, KILL),
-    "while a decoded crop is fetched": kill("CropStore.get", 150, TERM),
+    "while an image is read": kill("decode_image", 20, TERM),
+    "scan, while a square is written": kill("os.pwrite", 25, KILL),
+    "scan, while a square is written, terminated": kill("os.pwrite", 25, TERM, when="half"),
+    "while what the scan has learned is saved": kill("FileMemory.save", 1, KILL),
+    "while the squares are opened": kill("find_squares", 1, TERM),
+    "while a square is read": kill("SquareStore.get", 150, TERM),
     "last step of an epoch": kill("train_step", 8, INT, when="after"),
     "train figures": kill("score_training", 2, KILL),
     "validation, killed": kill("evaluate_val", 2, KILL),
@@ -231,7 +234,12 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
     data: Path, start: Any, nursery: Nursery, tmp_path: Path
 ) -> None:
     assert start(kill("_describe_image", 40, TERM))[0] == 143
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"scan_cache.npz", ".lock", ".lock_holder"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "memory.sqlite",
+        "squares.u8",
+        ".lock",
+        ".lock_holder",
+    }
     assert start(kill("_describe_image", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, (
         "fewer than 20 were left"
     )
@@ -243,7 +251,7 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
 
 def test_a_swallowed_interrupt_is_honoured_all_the_same(start: Any, tmp_path: Path) -> None:
     """Python drops exceptions that are raised in destructors and callbacks."""
-    assert start(kill("CropStore.get", 130, TERM, when="swallowed"), flags=("--save_minutes", 0))[0] == 143
+    assert start(kill("SquareStore.get", 130, TERM, when="swallowed"), flags=("--save_minutes", 0))[0] == 143
     assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth"))[0] == 1
 
 

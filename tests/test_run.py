@@ -66,7 +66,7 @@ def test_a_run_leaves_what_the_contract_lists(run: Path) -> None:
         "report.html",
         "lct_dino3.py",
         "preview.jpg",
-        "scan_cache.npz",
+        "memory.sqlite",
         ".lock",
         ".lock_holder",
     }

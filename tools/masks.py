@@ -107,19 +107,19 @@ def draw_masks(options: MaskOptions) -> None:
         check_sam2(options)
     runtime = lct.make_runtime(options.gpus, options.precision)
     scan = lct.scan_dataset(options)
-    with lct.keep_scan(scan, out_dir):
+    with lct.keep_scan(scan):
         scan = lct.attach_masks(scan, options)
     requests = request_masks(scan, options) if options.draw else []
     if requests and not is_checked:
         check_sam2(options)
     lct.create_out_dir(out_dir)
     with lct.lock_directory(out_dir):
-        scan.save_caches(out_dir)
+        scan.memory.save()
         if requests:
             lct.show(f"{len(requests):,} of {len(scan.records.paths):,} crops lack a usable mask")
             generate_masks(options, runtime, requests)
             scan = lct.attach_masks(scan, options)
-            scan.save_caches(out_dir)
+            scan.memory.save()
         preview_masks(scan, out_dir)
         written = [str(out_dir / "masks_preview.png")]
         if not (out_dir / "metrics.jsonl").exists():  # the data report of a run is that of its first start
@@ -134,7 +134,7 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
     """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
     records = scan.records
     root = (options.masks_out or options.data_root).absolute()
-    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in (*scan.listing.paths, *scan.listing.left_out))
+    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in (*scan.listing.paths, *scan.listing.excluded))
     requests = []
     for row in np.flatnonzero(~records.has_mask).tolist():
         path = records.paths[row]

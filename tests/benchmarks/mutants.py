@@ -135,7 +135,7 @@ FAULTS = {
     ),
     # Data, masks, galleries
     "masks at the wrong crops": Fault(
-        'masks=PathTable([mask_of.get(item, "") for _, item, _ in rows])',
+        'masks=PathTable([mask_of.get(item, "") for item in paths])',
         'masks=PathTable([*map(records.masks.__getitem__, range(len(records.paths))), *[""] * len(rows)][: len(rows)])',
         "test_figures.py -k masks_stay",
     ),

@@ -29,7 +29,7 @@ SETTINGS = (
     " --epochs 3 --save_every 2"
 ).split()
 EXPECTED = {-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT}
-OF_WORKERS = ("load_image", "open")  # with workers these are called there
+OF_WORKERS = ("decode_image", "SquareStore.get", "open")  # with workers these are called there
 
 
 def draw_plan(rng: random.Random, calls: dict[str, int], workers: int) -> dict:
