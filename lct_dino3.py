@@ -6422,6 +6422,10 @@ class Gallery:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's own matcher."""
         return self.module.score(queries)
 
+    def logits(self, queries: np.ndarray) -> np.ndarray:
+        """Return the scores (Q, C) over the temperature, whose softmax are calibrated probabilities."""
+        return self.scores(queries) / self.temperature
+
     def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
         return reduce_scores(self.scores, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
@@ -8814,11 +8818,7 @@ def start_report(run: RunDirectory) -> bool:
 
 def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, baseline: dict[str, float]) -> None:
     """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
-    names = job.records.class_names
-    _, figures, per_class = classify(
-        lambda queries: gallery.scores(queries) / gallery.temperature, test.values, test.labels, names
-    )
-    figures["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, test)
+    figures, per_class = score_gallery(gallery, test)
     classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     judgement = judge_training(baseline, figures["acc"], num_images)
@@ -8834,6 +8834,12 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
         " best epoch's weights"
     )
     job.run.log(judgement["verdict"])
+
+
+def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
+    """Return the figures of the gallery's answers, recall_at_1 among them, and those by class."""
+    _, figures, per_class = classify(gallery.logits, queries.values, queries.labels, gallery.class_names)
+    return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 
 class Vectors(NamedTuple):
@@ -8857,8 +8863,10 @@ def embed_unknown(job: Job, model: Recognizer) -> dict[str, Vectors]:
 def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, unknown: Vectors | None) -> None:
     """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
     num_classes = len(job.records.class_names)
-    known = Vectors(unit_features(job, bank.get("test")), embed(job, model, bank.get("test")))
-    train = Vectors(unit_features(job, bank.get("train")), embed(job, model, bank.get("train")))
+    known, train = (
+        Vectors(unit_features(job, features), embed(job, model, features))
+        for features in (bank.get("test"), bank.get("train"))
+    )
     centroids = class_centroids(train.features.values, train.features.labels, num_classes)
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
     others = {}
@@ -8871,12 +8879,7 @@ def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank
     logits = functools.partial(classifier_logits, job, model)
     compare("classifier, highest softmax", "embeddings", logits, highest_softmax)
     compare("trained, nearest reference", "embeddings", match_nearest(train.embeddings, num_classes).score, best_score)
-    compare(
-        "prototypes, calibrated probability",
-        "embeddings",
-        lambda queries: gallery.scores(queries) / gallery.temperature,
-        highest_softmax,
-    )
+    compare("prototypes, calibrated probability", "embeddings", gallery.logits, highest_softmax)
     figures = measure_gallery(gallery, known.embeddings, None if unknown is None else unknown.embeddings.values)
     figures["open_set"]["others"] = others
     job.run.event("measured", **figures)
@@ -8918,16 +8921,17 @@ def format_measures(figures: dict[str, Any]) -> str:
 
 def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded) -> tuple[Embedded, Embedded]:
     """Return the queries that have a mask, once as they are and once masked, in the same order; what is missing is embedded."""
-    has_mask = job.records.has_mask
-    rows, pair = np.unique(queries.rows[has_mask[queries.rows]]), []
+    queries = queries.take(job.records.has_mask[queries.rows])
+    rows = np.unique(queries.rows)
+    pair = []
     for view, name in enumerate(VIEW_NAMES):
-        known = queries.take((queries.views == view) & has_mask[queries.rows])
-        if len(known.rows) < len(rows):
+        embedded = queries.take(queries.views == view)
+        if len(embedded.rows) < len(rows):
             keys = [SampleKey(row, (), view) for row in rows.tolist()]
-            known = embed(job, model, bank.extract(keys, f"test as {name}"))
-        pair.append(known)
+            embedded = embed(job, model, bank.extract(keys, f"test as {name}"))
+        pair.append(embedded)
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
-    return tuple(part.take(np.searchsorted(part.rows, common)) for part in pair)
+    return tuple(embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair)
 
 
 def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> None:
@@ -8936,12 +8940,7 @@ def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -
     if not len(labels):
         return
     write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, pair)
-    figures = {}
-    for name, part in zip(VIEW_NAMES, pair, strict=True):
-        figures[name] = classify(
-            lambda own: gallery.scores(own) / gallery.temperature, part.values, labels, job.records.class_names
-        )[1]
-        figures[name]["recall_at_1"] = recall_at_1(gallery.stacks, gallery.stack_labels, part)
+    figures = {name: score_gallery(gallery, queries)[0] for name, queries in zip(VIEW_NAMES, pair, strict=True)}
     disagree = int((gallery.answer(pair[0].values)[0] != gallery.answer(pair[1].values)[0]).sum())
     job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
     shown = ", ".join(
