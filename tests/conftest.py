@@ -35,12 +35,12 @@ HARD_RUN = (
     "--model_id test_resnet --img_size 32 --emb_dim 32 --heads 2 --precision fp32 --gpus 0 --workers 0 --save_every 1"
     r" --val_split 0.35 --test_split 0.25 --target_precision 0.85 --seed 1 --group_regex ^\d+_(shot\d+)"
 ).split()
-HARD_RUNS = {
-    "plain": "--epochs 8 --batch 12 --unknown_dir unknown",
-    "tuned": "--epochs 12 --batch 64 --accumulate_grad_batches 2 --no-freeze_backbone --ema_decay 0.7 --lr 3e-3"
+HARD_RUNS = {  # with --patience, so that the best epoch is not the last
+    "plain": "--epochs 20 --patience 3 --batch 12 --unknown_dir unknown",
+    "tuned": "--epochs 40 --patience 3 --batch 64 --accumulate_grad_batches 2 --no-freeze_backbone --ema_decay 0.7 --lr 3e-3"
     " --unknown_dir unknown",  # one step an epoch
-    "mix": "--epochs 10 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss",
-    "cached": "--epochs 6 --batch 12 --cache_views 2",
+    "mix": "--epochs 20 --patience 3 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss",
+    "cached": "--epochs 20 --patience 3 --batch 12 --cache_views 2",
 }
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.

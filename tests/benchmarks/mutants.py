@@ -125,7 +125,7 @@ FAULTS = {
     "two views are two images": Fault(
         "draw_samples(images, draws) for images in groups",
         "draw_samples(np.arange(len(images)), draws) for images in groups",
-        "test_metrics.py -k views_of_an_image",
+        "test_figures.py -k two_views",
     ),
     "an interval of 90 %": Fault("(0.025, 0.975)", "(0.05, 0.95)", "test_figures.py -k intervals"),
     "no bin for certainty": Fault(
