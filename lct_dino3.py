@@ -1634,8 +1634,10 @@ def name_aside(path: Path, why: str) -> Path:
     return target
 
 
-def lock_directory(path: Path, flag: str = "--out_dir") -> filelock.AcquireReturnProxy:
+def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
+
+    A probe only wants to know whether another process works there, and leaves no name.
 
     Raises:
         UserError: naming the process that holds it.
@@ -1654,7 +1656,8 @@ def lock_directory(path: Path, flag: str = "--out_dir") -> filelock.AcquireRetur
         remedy = "choose a folder of your own, on a file system that has locks"
         raise UserError(f"cannot be locked: {reason}", where, remedy) from error
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
-        holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
+        if not is_probe:
+            holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
     return proxy
 
 
@@ -1665,7 +1668,7 @@ def refuse_if_in_use(path: Path) -> None:
         UserError: naming the process.
     """
     if (path / ".lock").exists():
-        lock_directory(path).lock.release()
+        lock_directory(path, is_probe=True).lock.release()
 
 
 def move_aside(path: Path) -> Path:
