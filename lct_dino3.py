@@ -421,7 +421,7 @@ class Config(Options):
         "optimizer", low=0.0, high=1.0, fixed=True, key="optimizer.eps")
     max_grad_norm: float = option(5.0, "norm that gradients are clipped to; 0 = not clipped",
         "optimizer", low=0.0, high=1e9, fixed=True, key="training.max_grad_norm")
-    accumulate_grad_batches: int = option(1, "batches a step: exactly as one batch of all their images",
+    accumulate_grad_batches: int = option(1, "batches a step; of a frozen backbone exactly as one batch of all their images",
         "optimizer", low=1, high=100_000, fixed=True, key="training.accumulate_grad_batches")
     ema_decay: float = option(0.0, "judge and keep a running mean of the weights with this decay; 0 = the weights",
         "optimizer", low=0.0, high=0.999999, fixed=True, key="training.ema_decay")

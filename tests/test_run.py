@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -559,3 +560,18 @@ def test_the_baseline_is_scored_like_the_trained_model(run: Path, data: Path) ->
     central = NearestCentroid().fit(means, splits["classes"]).predict(test_features)  # unit vectors: the same order
     assert test["centroid_acc"] == pytest.approx((central == test_names).mean())
     assert {f"logreg_{key}" for key in ("acc", "f1_macro", "auc_macro")} <= set(test)
+
+
+def test_a_progress_bar_shows_on_a_terminal_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, terminal = os.openpty()
+    os.set_blocking(screen, False)
+    termios.tcsetwinsize(terminal, (24, 80))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert list(lct.progress(range(3), 3, "reading", "crop")) == [0, 1, 2]
+        assert b"reading:" in os.read(screen, 4096)
+    os.close(screen)
+    with open(tmp_path / "log", "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert list(lct.progress(range(3), 3, "reading", "crop")) == [0, 1, 2]
+    assert (tmp_path / "log").read_text() == ""
