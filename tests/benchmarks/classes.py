@@ -2,8 +2,8 @@
 
     python tests/benchmarks/classes.py [classes]
 
-Five references a class of 128 dimensions (100,000 classes unless said), 1,000 images of val and as many of test, each about as far from
-its class as a second picture of one object. Prints seconds and the peak of the process, libraries included.
+Five references a class of 128 dimensions (100,000 classes unless said), 1,000 images of val and as many of test, each about as far
+from its class as a second picture of one object. Prints seconds and the peak of the process, libraries included.
 """
 
 import resource
