@@ -298,7 +298,7 @@ def epochs_of(run):
 
 # --- the files in configs/
 
-CONFIGS = sorted((REPO / "configs").glob("*"))
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 
 
 def test_the_ready_files_are_there():
