@@ -215,7 +215,6 @@ COMMANDS = {
 }
 # Each is a script in tools/ with options of its own; this script starts it and imports nothing of it.
 TOOLS = {
-    "crop": "cut labelled photos into folders of crops",
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
     "prelabel": "give detected objects a class or unknown, for annotation tools",
     "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
