@@ -78,7 +78,7 @@ def test_a_fine_tuned_run_of_two_processes_is_that_of_one(
         shutil.copytree(data, tmp_path / name / "data")
         ranks[0]["plans"] = [do("share_state", 1, shell=f"rm '{tmp_path / name / 'data' / gone}'")]
         argv = ("--data_root", tmp_path / name / "data", "--out_dir", tmp_path / name / "run", *FINE_TUNED)
-        ends += nursery.run_team(*argv, ranks=ranks)
+        ends += nursery.run_team(*argv, "--cache_crops", 0, ranks=ranks)
     assert [code for code, _ in ends] == [0, 0, 0], ends
     assert all(end[1].count(f"{gone} cannot be read any more") == 1 for end in ends[:2])
     one, two = (torch.load(tmp_path / name / "run/checkpoint_last.pth", weights_only=True) for name in ("one", "two"))

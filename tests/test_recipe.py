@@ -107,7 +107,10 @@ def test_backgrounds_are_a_function_of_the_sample_and_hit_their_share(masked_dat
         backgrounds=pictures,
         batch=6,
     )
-    scan, backgrounds = lct.attach_masks(lct.scan_dataset(config), config), lct.scan_backgrounds(config)
+    scan, backgrounds = (
+        lct.attach_masks(lct.scan_dataset(config), config),
+        lct.scan_backgrounds(config, lct.FileMemory(config.out_dir)),
+    )
     assert list(backgrounds.paths) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
     said = backgrounds.describe()
     assert "5 pictures" in said and "not used as a background: broken.jpg" in said
@@ -130,7 +133,7 @@ def test_a_large_crop_is_shrunk_before_it_is_put_on_a_picture(pictures: Path, ma
     config = dataclasses.replace(config, insert_background_p=1.0, backgrounds=pictures, background_max_ratio=1.0)
     crop, mask = np.full((300, 150, 3), 255, np.uint8), np.zeros((300, 150), np.uint8)
     mask[150:] = 255
-    canvas = lct.scan_backgrounds(config).insert(crop, mask, np.random.default_rng(0))
+    canvas = lct.scan_backgrounds(config, lct.FileMemory(config.out_dir)).insert(crop, mask, np.random.default_rng(0))
     assert canvas.shape == (64, 32, 3) and (canvas[32:] == 255).all() and (canvas[:29] < 250).any()
 
 
@@ -139,7 +142,10 @@ def test_a_background_that_vanishes_costs_itself_alone(masked_data: Path, pictur
     config = lct.Config(
         data_root=masked_data, out_dir=tmp_path / "x", insert_background_p=1.0, backgrounds=tmp_path / "pictures"
     )
-    records, backgrounds = lct.scan_dataset(config).records, lct.scan_backgrounds(config)
+    records, backgrounds = (
+        lct.scan_dataset(config).records,
+        lct.scan_backgrounds(config, lct.FileMemory(config.out_dir)),
+    )
     shutil.rmtree(tmp_path / "pictures")
     image, _, reason = lct.CropDataset(records, lct.build_transform(32, False), backgrounds)[lct.SampleKey(0, (1,), 0)]
     assert "used without the background that cannot be read" in reason and ".png" in reason
