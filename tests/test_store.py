@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -256,17 +257,21 @@ def test_a_disk_without_room_is_named_and_costs_the_store_alone(data: Path, monk
 
 @pytest.mark.parametrize("at", ["os.pwrite", "os.fsync"])
 def test_a_disk_that_fills_up_gets_its_room_back(data: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, real = [], getattr(os, at[3:])
+    calls, real, second_name = [], getattr(os, at[3:]), data.parent / "second_name"
 
     def fail(file: int, *rest: object) -> Any:
+        path = Path(f"/proc/self/fd/{file}").resolve()
         calls.append(1)
-        if Path(f"/proc/self/fd/{file}").resolve().name == lct.SQUARES_NAME and len(calls) > 7 * (at == "os.pwrite"):
+        if path.name == lct.SQUARES_NAME and len(calls) > 7 * (at == "os.pwrite"):
+            with contextlib.suppress(OSError):
+                os.link(path, second_name)
             raise OSError(28, "No space left on device")
         return real(file, *rest)
 
     monkeypatch.setattr(os, at[3:], fail)
     run = Run(data)
     assert run.store is None and not run.path.exists()
+    assert second_name.stat().st_size == 0, "whoever has it open keeps no room"
     assert "No space left on device" in (data.parent / "run/train.log").read_text(encoding="utf-8")
     assert len(load(run.job, run.job.training_crops(), 0)[0]) == len(run.rows("train"))
 
