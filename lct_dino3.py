@@ -5974,6 +5974,10 @@ class Tally:
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
+
+        def to_answers(scores: torch.Tensor) -> torch.Tensor:
+            return scores if scores.ndim == 1 else scores.argmax(dim=1)
+
         self.pending.append((loss, logits))
         self.labels.append(labels)
         self.sizes.append(len(labels))
@@ -6016,11 +6020,6 @@ class Tally:
             self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
-def to_answers(scores: torch.Tensor) -> torch.Tensor:
-    """Return the columns of the largest scores int64 (N,), which may already be what is given."""
-    return scores if scores.ndim == 1 else scores.argmax(dim=1)
-
-
 @dataclass
 class TrainState:
     """All that changes while training; what is not here is a function of (config, data, epoch, step)."""
@@ -6038,14 +6037,6 @@ class TrainState:
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
     saved_step: int | None = None  # what checkpoint_last.pth holds; of this process only
 
-    def finish_epoch(self) -> None:
-        """Move on to the start of the next epoch."""
-        self.epoch, self.batches, self.seconds, self.tally = self.epoch + 1, 0, 0.0, Tally()
-
-    def judged(self) -> contextlib.AbstractContextManager:
-        """Have the model be what is judged and kept for a while: with --ema_decay the running mean of its weights."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
-
 
 def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
     """Return the state of a model that has not been trained yet."""
@@ -6061,20 +6052,12 @@ def describe_position(epoch: int, batches: int) -> str:
 def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo | None) -> dict[str, Any]:
     """Return what must be equal for a checkpoint to fit: classes, every option that changes the result, and the backbone."""
     plain = config.as_plain()
-    options = {field.name: plain[field.name] for field in option_fields() if field.metadata.get("fixed")}
-    backbone = (
-        {}
-        if info is None
-        else {
-            "feature_dim": info.feature_dim,
-            "head_widths": list(HEAD_WIDTHS),
-            "backbone_hash": info.weights_hash,
-            "used_pool": info.pool,
-            "used_mean": list(info.mean),
-            "used_std": list(info.std),
-        }
-    )
-    return {"class_names": list(class_names), **options, **backbone}
+    identity = {"class_names": list(class_names)}
+    identity |= {field.name: plain[field.name] for field in option_fields() if field.metadata.get("fixed")}
+    if info is not None:
+        identity |= {"feature_dim": info.feature_dim, "head_widths": list(HEAD_WIDTHS), "used_pool": info.pool}
+        identity |= {"backbone_hash": info.weights_hash, "used_mean": list(info.mean), "used_std": list(info.std)}
+    return identity
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
@@ -6111,13 +6094,14 @@ def pack_state(state: TrainState) -> dict[str, Any]:
 
 
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
-    """Say where the loss went wrong, and what is left to go on from."""
+    """Say where the loss went wrong, and from which checkpoint one can go on."""
+    last = folder / LAST_NAME
     try:
-        payload, last = load_checkpoint(folder / LAST_NAME), folder / LAST_NAME
-        kept = f"the last good checkpoint is {last} ({describe_position(payload['epoch'], payload['batches'])})"
+        payload = load_checkpoint(last)
+        sound = f"the last good checkpoint is {last} ({describe_position(*progress_of(payload))})"
     except UserError:
-        kept = "there is no checkpoint yet"
-    return f"the loss is not finite at step {step} (epoch {epoch}); {kept}; lower --lr"
+        sound = "there is no checkpoint yet"
+    return f"the loss is not finite at step {step} (epoch {epoch}); {sound}; lower --lr"
 
 
 def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict[str, Any]:
@@ -6131,24 +6115,19 @@ def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict
         UserError: missing, damaged, unreadable, or not one of ours.
     """
     if not path.is_file():
-        raise UserError(
-            "there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out to start afresh"
-        )
+        raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
     try:
         check_zip(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
-        raise UserError(
-            f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}",
-            str(path),
-            "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH",
-        ) from error
+        problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
+        remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
+        raise UserError(problem, str(path), remedy) from error
     if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or set(keys) - payload.keys():
-        raise UserError(
-            "is not a checkpoint of this script and version", str(path), "resume from another one with --resume PATH"
-        )
+        problem = "is not a checkpoint of this script and version"
+        raise UserError(problem, str(path), "resume from another one with --resume PATH")
     return payload
 
 
@@ -6174,16 +6153,15 @@ def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Pat
     Raises:
         UserError: naming the tensors that are missing, foreign, or of another shape.
     """
-    expected = model.trained_state()
-
-    def shape(tensors: dict[str, torch.Tensor], key: str) -> str:
-        return str(tuple(tensors[key].shape)) if key in tensors else "none"
-
-    unfit = [key for key in sorted(expected.keys() | weights.keys()) if shape(expected, key) != shape(weights, key)]
+    expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
+    shapes = {key: str(tuple(value.shape)) for key, value in weights.items()}
+    unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
     if unfit:
-        named = ", ".join(f"{key} {shape(weights, key)} instead of {shape(expected, key)}" for key in unfit[:4])
-        what = f"{len(unfit)} of its tensors do not fit the model: {printable(named)}"
-        raise UserError(what, str(path), RESTORE_OR_OVERWRITE)
+        named = ", ".join(
+            f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]
+        )
+        problem = f"{len(unfit)} of its tensors do not fit the model: {printable(named)}"
+        raise UserError(problem, str(path), RESTORE_OR_OVERWRITE)
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -6197,19 +6175,14 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
     Raises:
         UserError: listing each difference as old -> new.
     """
-    lines = []
-    for key, new in current.items():
-        old = saved.get(key)
-        if key == "class_names" and old != new:
-            lines.append(f"classes: {describe_change(old, new)}")
-        elif old != new:
-            lines.append(f"{key}: {old} -> {new}")
+    changed = {key: (saved.get(key), new) for key, new in current.items() if saved.get(key) != new}
+    lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
+    if "class_names" in changed:
+        lines.append(f"classes: {describe_change(*changed['class_names'])}")
     if lines:
-        raise UserError(
-            "belongs to a run with other settings:\n    " + "\n    ".join(sorted(lines)),
-            str(path),
-            "use the settings of that run, choose a new --out_dir, or start afresh with --overwrite",
-        )
+        problem = "belongs to a run with other settings:\n    " + "\n    ".join(sorted(lines))
+        remedy = "use the settings of that run, choose a new --out_dir, or start afresh with --overwrite"
+        raise UserError(problem, str(path), remedy)
 
 
 @dataclass(frozen=True)
@@ -6257,15 +6230,15 @@ def choose_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, the last one first."""
-    found = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
-    return sorted(found, key=lambda path: (path.name != LAST_NAME, path.name))
+    paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
+    return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
-def find_sound_checkpoint(folder: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> ResumePoint | None:
+def find_sound_checkpoint(folder: Path, keys: Collection[str]) -> ResumePoint | None:
     """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
 
     Raises:
-        UserError: none is sound, or all are gone. They are left as they are.
+        UserError: none is sound, or all are gone. They stay as they are.
     """
     damaged: dict[Path, str] = {}
     point = None
@@ -6279,15 +6252,15 @@ def find_sound_checkpoint(folder: Path, keys: Collection[str] = CHECKPOINT_KEYS)
             point = ResumePoint(path, payload, damaged)
         if path.name == LAST_NAME:
             break
-    if point is None and damaged:
+    if point is not None:
+        return point
+    if damaged:
         lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
-    epochs = [event["epoch"] for event in read_events(folder) if event["event"] == "epoch_end"]
-    if point is None and epochs:
-        raise UserError(
-            f"{max(epochs)} epochs have been trained, and no checkpoint is left", str(folder), RESTORE_OR_OVERWRITE
-        )
-    return point
+    if epochs := [event["epoch"] for event in read_events(folder) if event["event"] == "epoch_end"]:
+        problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
+        raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
+    return None
 
 
 def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
@@ -6320,9 +6293,7 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        with contextlib.suppress(
-            OSError, zipfile.BadZipFile
-        ):  # none yet, or a damaged one that has not been set aside so far
+        with contextlib.suppress(OSError, zipfile.BadZipFile):  # none yet, or a damaged one that is not set aside yet
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
     (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # the run is finished
@@ -7471,9 +7442,8 @@ class Job:
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
     store: SquareStore | None = None  # of what is decoded already
-    unreadable: dict[int, str] = dataclasses.field(
-        default_factory=dict
-    )  # images that failed after the scan, each named once
+    # images that failed after the scan, each named once
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -7623,18 +7593,22 @@ class FeatureBank:
     """Features of whole splits without augmentation. A frozen backbone sees each view once; otherwise they are made anew."""
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
-        self._job, self._backbone, self._kept = job, backbone, {}
+        self._job = job
+        self._backbone = backbone
+        self._cache: dict[str, Features] = {}
         self._dataset = CropDataset(job.records, job.transform(augment=False), store=job.store)
 
     def get(self, split: str, per_class: int | None = None) -> Features:
         """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
-        if split in self._kept:
-            return self._kept[split]
+        if split in self._cache:
+            return self._cache[split]
         records, rows = self._job.records, self._job.records.rows(split)
         if not self._backbone.frozen:
             rows = first_of_each_class(rows, records.labels, per_class)
         features = self.extract(eval_keys(records, rows, self._job.config.crop_mode), split)
-        return self._kept.setdefault(split, features) if self._backbone.frozen else features
+        if self._backbone.frozen:
+            self._cache[split] = features
+        return features
 
     def extract(self, keys: list[SampleKey], name: str) -> Features:
         """Return the features of some samples; `name` is for the progress bar.
@@ -7642,19 +7616,20 @@ class FeatureBank:
         Raises:
             UserError: not one of them can be read.
         """
-        job, batches = self._job, cut_batches(keys, self._job.config.val_batch or self._job.config.batch)
-        rows, views, values = [], [], []
-        parts = extract_batches(job, self._backbone, self._dataset, batches)
-        for failures, part in progress(parts, len(batches), f"embedding {name}"):
+        job = self._job
+        batches = cut_batches(keys, job.config.val_batch or job.config.batch)
+        extracted = []
+        answers = extract_batches(job, self._backbone, self._dataset, batches)
+        for failures, features in progress(answers, len(batches), f"embedding {name}"):
             job.note_failures(failures)
-            if len(part.rows):
-                rows.append(part.rows)
-                views.append(part.views)
-                values.append(part.values)
-        if not values:
-            what = f"none of the {len(keys)} {name} images can be read any more"
-            raise UserError(what, str(job.records.root), "restore the images")
-        return Features(np.concatenate(rows), np.concatenate(views), torch.cat(values))
+            if len(features.rows):
+                extracted.append(features)
+        if not extracted:
+            problem = f"none of the {len(keys)} {name} images can be read any more"
+            raise UserError(problem, str(job.records.root), "restore the images")
+        rows = np.concatenate([features.rows for features in extracted])
+        views = np.concatenate([features.views for features in extracted])
+        return Features(rows, views, torch.cat([features.values for features in extracted]))
 
 
 def extract_batches(
@@ -7687,7 +7662,6 @@ class ViewCache:
         self._job, self._backbone = job, backbone
         self._rows = job.records.rows("train")
         self._path = job.run.path / "cached_views.f16"
-        self._dataset = job.training_crops()
         num_views = job.config.cache_views
         masked_share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
         draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
@@ -7716,13 +7690,9 @@ class ViewCache:
         is_readable = ~np.isnan(features[:, 0])
         positions, turns = positions[is_readable], turns[is_readable]
         rows = self._rows[positions]
-        return Batch(
-            torch.from_numpy(features[is_readable]),
-            torch.from_numpy(self._job.records.labels[rows].astype(np.int64)),
-            torch.from_numpy(rows),
-            torch.from_numpy(self._is_masked[turns, positions].astype(np.uint8)),
-            [],
-        )
+        labels = torch.from_numpy(self._job.records.labels[rows].astype(np.int64))
+        views = torch.from_numpy(self._is_masked[turns, positions].astype(np.uint8))
+        return Batch(torch.from_numpy(features[is_readable]), labels, torch.from_numpy(rows), views, [])
 
     def _fill(self) -> None:
         """Embed what is not there yet.
@@ -7752,9 +7722,9 @@ class ViewCache:
         if not missing:
             return
         if (free := shutil.disk_usage(self._path.parent).free) < missing * row_bytes:
-            what = f"need {missing * row_bytes:,} bytes, and {free:,} are free"
+            problem = f"need {missing * row_bytes:,} bytes, and {free:,} are free"
             remedy = f"make room in {self._path.parent}, or cache fewer views"
-            raise UserError(what, f"--cache_views {num_views}", remedy)
+            raise UserError(problem, f"--cache_views {num_views}", remedy)
         there = f", {done:,} are there" if done else ""
         job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
         with open(self._path, "r+b" if done else "wb") as file:
@@ -7779,22 +7749,21 @@ class ViewCache:
 
     def _embed(self, first: int) -> Iterator[np.ndarray]:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
-        num_views, num_images, feature_dim = self._shape
-        config = self._job.config
+        job, (num_views, num_images, feature_dim) = self._job, self._shape
+        dataset = job.training_crops()
         for view in range(first // num_images, num_views):
-            masked = self._is_masked[view + 1].tolist()
             keys = [
-                SampleKey(row, sample_words(config.seed, view, row), int(masked[position]))
-                for position, row in enumerate(self._rows.tolist())
+                SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
+                for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
-            batches = cut_batches(keys[max(0, first - view * num_images) :], config.batch)
-            parts = extract_batches(self._job, self._backbone, self._dataset, batches)
-            bar = progress(parts, len(batches), f"embedding view {view + 1} of {num_views}")
-            for batch, (failures, part) in zip(batches, bar, strict=True):
-                self._job.note_failures(failures)
+            batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
+            answers = extract_batches(job, self._backbone, dataset, batches)
+            bar = progress(answers, len(batches), f"embedding view {view + 1} of {num_views}")
+            for batch, (failures, extracted) in zip(batches, bar, strict=True):
+                job.note_failures(failures)
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
-                is_readable = np.isin([key.row for key in batch], part.rows)
-                features[is_readable] = part.values.clamp(-FP16_MAX, FP16_MAX).numpy()
+                is_readable = np.isin([key.row for key in batch], extracted.rows)
+                features[is_readable] = extracted.values.clamp(-FP16_MAX, FP16_MAX).numpy()
                 yield features
 
 
@@ -7812,34 +7781,29 @@ def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
     """Return the embeddings of features, by the head in eval mode."""
     model.eval()
     with torch.inference_mode():
-        parts = [model.embed(part.to(job.runtime.device)).cpu() for part in features.values.split(4096)]
+        chunks = [model.embed(chunk.to(job.runtime.device)).cpu() for chunk in features.values.split(4096)]
     labels = job.records.labels[features.rows].astype(np.int64)
-    return Embedded(features.rows, features.views, labels, torch.cat(parts).numpy())
-
-
-def share_state(job: Job, state: TrainState) -> None:
-    """Have the other processes of the team, which know the model, train it together with this one from where the state is."""
-    if TEAM.leads:
-        buffer = io.BytesIO()
-        torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
-        TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
-    TEAM.bind(state.model, state.model.backbone)
+    return Embedded(features.rows, features.views, labels, torch.cat(chunks).numpy())
 
 
 class TrainFeed:
-    """The training images in their order, from any batch of any epoch on; each process of a team has a part of each batch."""
+    """The training images in their order, from any batch of any epoch on; each process of a team has a part of each batch.
+
+    The other processes of the team, which know the model, take up the state, to train it together with this one.
+    """
 
     def __init__(self, job: Job, state: TrainState) -> None:
-        share_state(job, state)
+        if TEAM.leads:
+            buffer = io.BytesIO()
+            torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
+            TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
+        TEAM.bind(state.model, state.model.backbone)
         self._job = job
         self._dataset = job.training_crops()
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
         self._sampler.share = TEAM.share
         self._loader: DataLoader | None = None
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        return len(self._sampler)
+        self.num_batches = len(self._sampler)  # in an epoch
 
     def network(self, model: Recognizer) -> nn.Module:
         """Return what makes features of the batches."""
@@ -7851,20 +7815,21 @@ class TrainFeed:
         Raises:
             DeadWorker: loader workers are killed again and again.
         """
+        job = self._job
         TEAM.call("train_epoch", state.epoch, state.batches)
         if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
             TEAM.copy_weights(state.model.backbone)
-        label, first = f"epoch {state.epoch + 1}/{self._job.config.epochs}", state.batches
+        first = state.batches
 
         def read(failed: int, taken: int) -> DataLoader:
             if failed or self._loader is None:
-                self._loader = make_loader(self._dataset, self._sampler, self._job.config, self._job.runtime)
+                self._loader = make_loader(self._dataset, self._sampler, job.config, job.runtime)
             self._sampler.start_at(state.epoch, first + taken)
             return self._loader
 
-        with contextlib.closing(progress((), len(self), label)) as bar:
+        with contextlib.closing(progress((), self.num_batches, f"epoch {state.epoch + 1}/{job.config.epochs}")) as bar:
             bar.update(first)
-            for batch in outlive_workers(read, self._job.run.log):
+            for batch in outlive_workers(read, job.run.log):
                 yield TEAM.pool(batch)
                 bar.update()
 
@@ -7873,13 +7838,10 @@ class CachedFeed:
     """The training images in the same order, as features that are on disk already."""
 
     def __init__(self, job: Job, model: Recognizer, bank: FeatureBank) -> None:
-        self._job = job
+        self._num_epochs = job.config.epochs
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
         self._cache = ViewCache(job, model.backbone, bank.get("train"))
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        return len(self._sampler)
+        self.num_batches = len(self._sampler)  # in an epoch
 
     def network(self, _: Recognizer) -> nn.Module:
         """Return what makes features of the batches, which they are."""
@@ -7888,17 +7850,27 @@ class CachedFeed:
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch."""
         self._sampler.start_at(state.epoch, state.batches)
-        label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
-        yield from map(self._cache.take, progress(self._sampler, len(self) - state.batches, label))
+        bar = progress(self._sampler, self.num_batches - state.batches, f"epoch {state.epoch + 1}/{self._num_epochs}")
+        yield from map(self._cache.take, bar)
 
 
-@dataclass
-class Pace:
-    """How fast an epoch goes, as far as this process has seen it."""
+class Clock:
+    """Times an epoch, and says when the state is to be saved inside it; unmoved by changes of the date."""
 
-    images: int = 0
-    waited: float = 0.0  # seconds in which there was no batch to work on
-    started: float = dataclasses.field(default_factory=time.monotonic)
+    def __init__(self, save_minutes: float) -> None:
+        self._save_seconds = save_minutes * 60 or math.inf
+        self._saved = time.monotonic()
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Begin with an epoch, on which `seconds` have been spent before an interruption."""
+        self.images = 0
+        self.waited = 0.0  # seconds in which there was no batch to work on
+        self.started = time.monotonic()
+        self._seconds_before = seconds
+
+    def seconds(self) -> float:
+        """Return the time spent on the epoch so far."""
+        return self._seconds_before + time.monotonic() - self.started
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, and note how long each was waited for."""
@@ -7909,37 +7881,18 @@ class Pace:
             yield batch
             asked = time.monotonic()
 
-    def figures(self) -> dict[str, float]:
-        """Return images/s up to now, and the share of the time that was waited for data; the device must have finished."""
+    def pace(self) -> dict[str, float]:
+        """Return images/s of this process, and the share of the time that was waited for data; the device must have finished."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(self.waited / seconds, 3)}
 
-
-def name_knob(config: Config) -> str:
-    """Return what to change where the device waits for data."""
-    if config.cache_views:
-        return "put --out_dir on a faster disk"
-    own_lists = config.pre_transforms or config.train_augmentations is not None
-    if not config.cache_crops and config.epochs > 1 and not own_lists:
-        return f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
-    if config.workers < count_cores():
-        return f"raise --workers, {config.workers} of {count_cores()} cores"
-    return "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
-
-
-class SaveClock:
-    """Says when the state is to be saved inside an epoch; unmoved by changes of the date."""
-
-    def __init__(self, minutes: float) -> None:
-        self._seconds, self._last = minutes * 60 or math.inf, time.monotonic()
-
-    def is_due(self) -> bool:
+    def is_save_due(self) -> bool:
         """Say whether a signal has asked for it, or the time has come."""
-        return SIGNALS.wants_save or time.monotonic() - self._last >= self._seconds
+        return SIGNALS.wants_save or time.monotonic() - self._saved >= self._save_seconds
 
-    def restart(self) -> None:
+    def note_save(self) -> None:
         """Count from now."""
-        self._last = time.monotonic()
+        self._saved = time.monotonic()
         SIGNALS.wants_save = False
 
 
@@ -7950,63 +7903,56 @@ def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    feed = CachedFeed(job, state.model, bank) if job.config.cache_views else TrainFeed(job, state)
-    clock = SaveClock(job.config.save_minutes)
-    while not has_ended(job.config, state.epoch, state.best):
-        started = time.monotonic() - state.seconds
+    config = job.config
+    feed = CachedFeed(job, state.model, bank) if config.cache_views else TrainFeed(job, state)
+    clock = Clock(config.save_minutes)
+    while not has_ended(config, state.epoch, state.best):
+        clock.start(state.seconds)
         try:
-            pace = train_epoch(job, state, feed, clock)
+            train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
             if state.saved_step != state.step:
                 save_state(job, state)
             raise
+        pace = clock.pace()
         train, train_per_class = score_training(job, state)
-        with state.judged():
+        with state.average.applied() if state.average else contextlib.nullcontext():
             val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
-        record = {
-            "epoch": state.epoch + 1,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "train": train,
-            "val": val,
-            **({"val_by_view": val_by_view} if val_by_view else {}),
-            "seconds": round(time.monotonic() - started, 2),
-            "pace": pace,
-        }
         if not math.isfinite(val["loss"]):
             raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
+        record = {"epoch": state.epoch + 1, "lr": state.optimizer.param_groups[0]["lr"], "train": train, "val": val}
+        if val_by_view:
+            record["val_by_view"] = val_by_view
+        record |= {"seconds": round(clock.seconds(), 2), "pace": pace}
+        per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class} if config.save_metrics else {}
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
-            job.run.log(format_epoch(record, job.config))
-            per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class}
-            job.run.event("epoch_end", **record, **(per_class if job.config.save_metrics else {}))
-            state.finish_epoch()
-            save_epoch(job, state, update_best(job, state, val))
-            clock.restart()
-    if state.epoch < job.config.epochs:
-        why = f"no better {job.config.best_metric} since epoch {state.best['epoch']}"
-        job.run.log(f"training ends after epoch {state.epoch}: {why} (--patience {job.config.patience})")
+            job.run.log(format_epoch(record, config))
+            job.run.event("epoch_end", **record, **per_class)
+            save_epoch(job, state, val)
+            clock.note_save()
+    if state.epoch < config.epochs:
+        reason = f"no better {config.best_metric} since epoch {state.best['epoch']}"
+        job.run.log(f"training ends after epoch {state.epoch}: {reason} (--patience {config.patience})")
 
 
-def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: SaveClock) -> dict[str, float]:
-    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered. Return the pace."""
-    network, pace = feed.network(state.model.train()), Pace()
-    started = time.monotonic() - state.seconds
-    for batches in group_batches(pace.watch(feed.batches(state)), job.config):
+def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: Clock) -> None:
+    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered."""
+    network = feed.network(state.model.train())
+    for batches in group_batches(clock.watch(feed.batches(state)), job.config):
         for batch in batches:
             job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
-            take_step(job, network, state, batches, len(feed))
-            state.seconds = time.monotonic() - started
+            take_step(job, network, state, batches, feed.num_batches)
+            state.seconds = clock.seconds()
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
-            check_finite(state, job.run.path)
-        if clock.is_due():
-            by_signal = SIGNALS.wants_save
+            check_finite(job, state)
+        if clock.is_save_due():
             save_state(job, state)
-            clock.restart()
-            if by_signal:
+            if SIGNALS.wants_save:
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
+            clock.note_save()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
-    return pace.figures()
 
 
 def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Batch]]:
@@ -8019,36 +7965,13 @@ def take_step(job: Job, network: nn.Module, state: TrainState, batches: list[Bat
     """Do the optimizer step of some batches, of `num_batches` in an epoch; without a readable image there is none."""
     readable = [batch for batch in batches if len(batch.labels)]
     if readable:
-        config = job.config
-        total_steps = -(-num_batches // config.accumulate_grad_batches) * config.epochs
-        set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
-        loss, logits = train_step(config, job.runtime, network, state, readable)
+        total_steps = math.ceil(num_batches / job.config.accumulate_grad_batches) * job.config.epochs
+        set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
+        loss, logits = train_step(job.config, job.runtime, network, state, readable)
         state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
         if state.average:
             state.average.update(state.step)
     state.batches += len(batches)
-
-
-def save_state(job: Job, state: TrainState) -> None:
-    """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
-    check_finite(state, job.run.path)
-    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
-    state.saved_step = state.step
-
-
-def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
-    """Return the figures of what the model answered in the epoch that is in the tally."""
-    totals = state.tally.totals()
-    if not totals:
-        raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
-    sizes = totals["sizes"].double()
-    mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    labels, names = totals["labels"].numpy(), job.records.class_names
-    if "logits" in totals:
-        _, figures, per_class = classify(lambda own: own, totals["logits"].numpy(), labels, names)
-    else:
-        figures, per_class = compute_metrics(totals["answers"].numpy(), labels, names)
-    return {"loss": mean_loss, **figures}, per_class
 
 
 def train_step(
@@ -8061,27 +7984,26 @@ def train_step(
     batch has a part of the images; features, loss and logits are those of all images together.
     """
     is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
-    groups = [[index] for index in range(len(batches))] if is_trained else [range(len(batches))]
+    numbered = list(enumerate(batches))
+    groups = [[pair] for pair in numbered] if is_trained else [numbered]
     num_images = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
     losses, logits = [], []
     for group in groups:
-        labels = [batches[index].labels for index in group]
+        labels = [batch.labels for _, batch in group]
         mixings = [
-            draw_mixing(config, (state.epoch, state.batches + index), batches[index].images, len(batches[index].labels))
-            for index in group
+            draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
+            for index, batch in group
         ]
         features = []
-        for index, mixing in zip(group, mixings, strict=True):
-            batch = batches[index]
+        for (index, batch), mixing in zip(group, mixings, strict=True):
             images = batch.images.to(runtime.device, non_blocking=True)
             if mixing is not None:  # with images of the whole batch, which the other processes have
                 everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
                 images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
             seed_torch(config.seed, 5, state.step, *([index] if index else []))  # of dropout
             features.append(TEAM.gather(network(images), batch.sizes))
-        embeddings = state.model.embed(torch.cat(features))
-        loss, plain = mixed_loss(state.model.criterion, embeddings, labels, mixings)
+        loss, plain = mixed_loss(state.model.criterion, state.model.embed(torch.cat(features)), labels, mixings)
         share = sum(map(len, labels)) / num_images
         with TEAM.holding(group is not groups[-1]):
             state.scaler.scale(loss * share).backward()
@@ -8103,26 +8025,22 @@ def mixed_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
 
-    Of mixed images it is lambda times the loss for the own labels and 1 - lambda times that for the partners'. Both labels are
-    hard, as margins want.
-
-    Args:
-        embeddings: of all images.
-        labels, mixings: of each batch, on the CPU.
+    Of mixed images it is lambda times the loss for their label and 1 - lambda times that for the partner's. Both labels are hard,
+    as margins want. Labels and mixings are those of each batch, on the CPU.
     """
     device = embeddings.device
     targets = torch.cat(list(labels)).to(device, non_blocking=True)
     logits, plain = criterion(embeddings, targets)
     if not any(mixings):
         return criterion.losses(logits, targets).mean(), plain
-    partners, shares = (part.to(device) for part in partner_labels(labels, mixings))
+    partners, shares = (values.to(device) for values in partner_labels(labels, mixings))
     partner_logits, _ = criterion(embeddings, partners)
     losses = criterion.losses(logits, targets).mean(dim=1)
     partner_losses = criterion.losses(partner_logits, partners).mean(dim=1)
     return (shares * losses + (1 - shares) * partner_losses).mean(), plain
 
 
-def check_finite(state: TrainState, folder: Path) -> None:
+def check_finite(job: Job, state: TrainState) -> None:
     """Look at the losses of the last steps; waits for the device.
 
     Raises:
@@ -8130,7 +8048,29 @@ def check_finite(state: TrainState, folder: Path) -> None:
     """
     steps_ago = state.tally.settle()
     if steps_ago is not None:
-        raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, folder))
+        raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
+
+
+def save_state(job: Job, state: TrainState) -> None:
+    """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
+    check_finite(job, state)
+    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
+    state.saved_step = state.step
+
+
+def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
+    """Return the figures of what the model answered in the epoch that is in the tally, and those by class."""
+    totals = state.tally.totals()
+    if not totals:
+        raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
+    sizes = totals["sizes"].double()
+    mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
+    labels, names = totals["labels"].numpy(), job.records.class_names
+    if "logits" in totals:
+        _, figures, per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
+    else:
+        figures, per_class = compute_metrics(totals["answers"].numpy(), labels, names)
+    return {"loss": mean_loss, **figures}, per_class
 
 
 def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
@@ -8182,25 +8122,25 @@ def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> f
     return float((labels[nearest[0]] == queries.labels).mean())
 
 
-def update_best(job: Job, state: TrainState, val: dict[str, float | None]) -> bool:
-    """Compare the epoch with the best so far by --best_metric, ties by loss; return whether it is the new best."""
-    name = job.config.best_metric
+def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> None:
+    """Move on to the next epoch; compare this one with the best so far by --best_metric, ties by loss; write the checkpoints.
+
+    Best comes before last, so that a run that dies in between finds itself one epoch earlier.
+    """
+    config, folder, name = job.config, job.run.path, job.config.best_metric
+    state.epoch += 1
+    state.batches = 0
+    state.seconds = 0.0
+    state.tally = Tally()
     sign = -1.0 if name == "loss" else 1.0
     value = -math.inf if val[name] is None else sign * val[name]
-    if state.best and (value, -val["loss"]) <= (sign * state.best["value"], -state.best["loss"]):
-        return False
-    state.best = {"epoch": state.epoch, "metric": f"val_{name}", "value": sign * value, "loss": val["loss"]}
-    job.run.event("best_update", **state.best)
-    return True
-
-
-def save_epoch(job: Job, state: TrainState, is_best: bool) -> None:
-    """Write the epoch's checkpoints; best before last, so that a run that dies in between finds itself one epoch earlier."""
-    if is_best:
-        save_checkpoint(job.run.path / BEST_NAME, state, job.identity)
-    if job.config.save_checkpoints and job.config.save_every and state.epoch % job.config.save_every == 0:
-        save_checkpoint(job.run.path / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
-    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
+    if not state.best or (value, -val["loss"]) > (sign * state.best["value"], -state.best["loss"]):
+        state.best = {"epoch": state.epoch, "metric": f"val_{name}", "value": sign * value, "loss": val["loss"]}
+        job.run.event("best_update", **state.best)
+        save_checkpoint(folder / BEST_NAME, state, job.identity)
+    if config.save_checkpoints and config.save_every and state.epoch % config.save_every == 0:
+        save_checkpoint(folder / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
+    save_checkpoint(folder / LAST_NAME, state, job.identity)
 
 
 def keep_best_of(job: Job, state: TrainState) -> None:
@@ -8222,36 +8162,39 @@ def keep_best_of(job: Job, state: TrainState) -> None:
             if candidate != path:
                 copy_checkpoint(candidate, path)
             return
-    gone = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
+    problem = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
     if state.epoch >= job.config.epochs:
-        raise UserError(gone, str(path), "give more --epochs, or resume from an older checkpoint")
-    job.run.log(f"warning: {gone}; the best is chosen among the epochs to come")
+        raise UserError(problem, str(path), "give more --epochs, or resume from an older checkpoint")
+    job.run.log(f"warning: {problem}; the best is chosen among the epochs to come")
     state.best = {}
 
 
 def format_epoch(record: dict[str, Any], config: Config) -> str:
-    """Return the epoch's aligned line for train.log."""
+    """Return the epoch's aligned line for train.log; where the device waits for data, it says what to change."""
+    names = {"loss": "loss", "acc": "acc", "f1_macro": "F1", "auc_macro": "AUC", "proto_acc": "proto"}
+    names["recall_at_1"] = "R@1"
 
     def figures(split: str) -> str:
-        shown = {
-            "loss": "loss",
-            "acc": "acc",
-            "f1_macro": "F1",
-            "auc_macro": "AUC",
-            "proto_acc": "proto",
-            "recall_at_1": "R@1",
-        }
-        values = [(name, record[split][key]) for key, name in shown.items() if key in record[split]]
+        values = [(name, record[split][key]) for key, name in names.items() if key in record[split]]
         return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
 
-    by_view = "".join(
-        f"  |  {view} acc {own['acc']:.3f} proto {own['proto_acc']:.3f}"
-        for view, own in record.get("val_by_view", {}).items()
-    )
-    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {figures('train')}  |  val {figures('val')}{by_view}"
+    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {figures('train')}  |  val {figures('val')}"
+    for view, by_view in record.get("val_by_view", {}).items():
+        line += f"  |  {view} acc {by_view['acc']:.3f} proto {by_view['proto_acc']:.3f}"
     rate, wait = record["pace"]["images_per_s"], record["pace"]["data_wait"]
-    knob = f" ({name_knob(config)})" if wait > MAX_DATA_WAIT else ""
-    return f"{line}  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data{knob}"
+    line += f"  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data"
+    if wait <= MAX_DATA_WAIT:
+        return line
+    reads_crops = config.pre_transforms or config.train_augmentations is not None  # squares would be of no use
+    if config.cache_views:
+        remedy = "put --out_dir on a faster disk"
+    elif not config.cache_crops and config.epochs > 1 and not reads_crops:
+        remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
+    elif config.workers < count_cores():
+        remedy = f"raise --workers, {config.workers} of {count_cores()} cores"
+    else:
+        remedy = "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
+    return f"{line} ({remedy})"
 
 
 def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
@@ -8262,9 +8205,8 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
     Returns:
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}.
     """
+    names, scale = job.records.class_names, job.config.arc_scale
     train = bank.get("train")
-    names = job.records.class_names
-    scale = job.config.arc_scale
     references = unit_features(job, train)
     centroids = class_centroids(references.values, references.labels, len(names))
     nearest_reference = match_nearest(references, len(names))
@@ -8321,8 +8263,7 @@ BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "
 
 def judge_training(baseline: dict[str, float], accuracy: float, num_images: int) -> dict[str, Any]:
     """Compare accuracy by prototype matching with the best frozen baseline; return its name, its accuracy and the verdict."""
-    measured = [name for name in BASELINE_NAMES if f"{name}_acc" in baseline]
-    name = max(measured, key=lambda name: baseline[f"{name}_acc"])
+    name = max((key for key in BASELINE_NAMES if f"{key}_acc" in baseline), key=lambda key: baseline[f"{key}_acc"])
     frozen = baseline[f"{name}_acc"]
     gain = accuracy - frozen
     noise = 1.96 * math.sqrt((accuracy * (1 - accuracy) + frozen * (1 - frozen)) / num_images)
