@@ -6105,11 +6105,7 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
 
 
 def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU once all of it has been checked, never executing anything in it.
-
-    Args:
-        path: of the file.
-        keys: that it must have; those of this script's training, or those of another program's.
+    """Read a checkpoint with these keys onto the CPU once all of it has been checked, never executing anything in it.
 
     Raises:
         UserError: missing, damaged, unreadable, or not one of ours.
@@ -6201,12 +6197,7 @@ def choose_checkpoint(
 
     With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
     that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself.
-
-    Args:
-        folder: of the run.
-        resume: as --resume has it; None = not given, "last" = without PATH.
-        overwrite: whether the run starts afresh.
-        keys: as of `load_checkpoint`.
+    `resume` is None where the option is not given, and "last" without PATH.
 
     Raises:
         UserError: there is nothing to resume, or nothing sound.
@@ -7580,25 +7571,19 @@ def list_repeating(job: Job) -> list[tuple[int, int]]:
     return list(keys)
 
 
-@dataclass(frozen=True)
-class Features:
-    """Backbone outputs of some records."""
-
-    rows: np.ndarray  # (n,) int64
-    views: np.ndarray  # (n,) uint8 into VIEW_NAMES
-    values: torch.Tensor  # (n, feature_dim) float32 on the CPU
-
-
 class FeatureBank:
-    """Features of whole splits without augmentation. A frozen backbone sees each view once; otherwise they are made anew."""
+    """Features of whole splits without augmentation, values (n, feature_dim) as the backbone gives them.
+
+    A frozen backbone sees each view once; otherwise they are made anew.
+    """
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job = job
         self._backbone = backbone
-        self._cache: dict[str, Features] = {}
+        self._cache: dict[str, Embedded] = {}
         self._dataset = CropDataset(job.records, job.transform(augment=False), store=job.store)
 
-    def get(self, split: str, per_class: int | None = None) -> Features:
+    def get(self, split: str, per_class: int | None = None) -> Embedded:
         """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
         if split in self._cache:
             return self._cache[split]
@@ -7610,7 +7595,7 @@ class FeatureBank:
             self._cache[split] = features
         return features
 
-    def extract(self, keys: list[SampleKey], name: str) -> Features:
+    def extract(self, keys: list[SampleKey], name: str) -> Embedded:
         """Return the features of some samples; `name` is for the progress bar.
 
         Raises:
@@ -7627,56 +7612,65 @@ class FeatureBank:
         if not extracted:
             problem = f"none of the {len(keys)} {name} images can be read any more"
             raise UserError(problem, str(job.records.root), "restore the images")
-        rows = np.concatenate([features.rows for features in extracted])
-        views = np.concatenate([features.views for features in extracted])
-        return Features(rows, views, torch.cat([features.values for features in extracted]))
+        names = [field.name for field in dataclasses.fields(Embedded)]
+        return Embedded(*(np.concatenate([getattr(features, name) for features in extracted]) for name in names))
 
 
 def extract_batches(
     job: Job, backbone: Backbone, dataset: CropDataset, batches: list[list[SampleKey]]
-) -> Iterator[tuple[list[tuple[int, str]], Features]]:
+) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
     """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
     TEAM.call("extract", dataclasses.replace(job, run=None, records=None, store=None), dataset, batches)
     network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
     if not backbone.frozen:
         TEAM.copy_weights(backbone)
 
-    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Features]:
-        values = torch.zeros(0, 1)
+    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
+        values = np.zeros((0, 1), np.float32)
         if len(batch.rows):
             with torch.inference_mode():
-                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu()
-        return batch.failures, Features(batch.rows.numpy(), batch.views.numpy(), values)
+                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu().numpy()
+        return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
     return take_turns(lambda part: make_loader(dataset, part, job.config, runtime), batches, answer)
 
 
 class ViewCache:
-    """Features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
+    """Trains on features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
 
     They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
     are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
     """
 
-    def __init__(self, job: Job, backbone: Backbone, clean: Features) -> None:
+    def __init__(self, job: Job, backbone: Backbone, clean: Embedded) -> None:
         self._job, self._backbone = job, backbone
         self._rows = job.records.rows("train")
+        self._sampler = EpochSampler(self._rows, job.records.labels, job.config)
+        self.num_batches = len(self._sampler)  # in an epoch
+        self.network = nn.Identity()  # makes features of the batches, which they are
         self._path = job.run.path / "cached_views.f16"
         num_views = job.config.cache_views
-        masked_share = EpochSampler(self._rows, job.records.labels, job.config).masked_share
         draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
         has_mask = job.records.has_mask[self._rows]
         # bool (1 + views, images): shown masked; the clean view is number 0
-        self._is_masked = np.stack([(rng.random(len(self._rows)) < masked_share) & has_mask for rng in draws])
+        self._is_masked = np.stack(
+            [(rng.random(len(self._rows)) < self._sampler.masked_share) & has_mask for rng in draws]
+        )
         # Position of each image's clean view among the features, -1 for those that could not be read, int64 (images,).
         known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
         order = np.argsort(known)
         nearest = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
         self._clean_index = np.where(known[nearest] == wanted, nearest, -1)
-        self._clean = clean.values.numpy()
+        self._clean = clean.values
         self._shape = (num_views, len(self._rows), self._clean.shape[1])
         self._fill()
         self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
+
+    def batches(self, state: TrainState) -> Iterator[Batch]:
+        """Yield what the state has not seen of its epoch."""
+        self._sampler.start_at(state.epoch, state.batches)
+        label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
+        yield from map(self.take, progress(self._sampler, self.num_batches - state.batches, label))
 
     def take(self, keys: list[SampleKey]) -> Batch:
         """Return the features of the views whose turn it is."""
@@ -7763,7 +7757,7 @@ class ViewCache:
                 job.note_failures(failures)
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
                 is_readable = np.isin([key.row for key in batch], extracted.rows)
-                features[is_readable] = extracted.values.clamp(-FP16_MAX, FP16_MAX).numpy()
+                features[is_readable] = extracted.values.clip(-FP16_MAX, FP16_MAX)
                 yield features
 
 
@@ -7777,13 +7771,13 @@ def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | N
     return rows[np.sort(order[rank < per_class])]
 
 
-def embed(job: Job, model: Recognizer, features: Features) -> Embedded:
+def embed(job: Job, model: Recognizer, features: Embedded) -> Embedded:
     """Return the embeddings of features, by the head in eval mode."""
     model.eval()
     with torch.inference_mode():
-        chunks = [model.embed(chunk.to(job.runtime.device)).cpu() for chunk in features.values.split(4096)]
-    labels = job.records.labels[features.rows].astype(np.int64)
-    return Embedded(features.rows, features.views, labels, torch.cat(chunks).numpy())
+        chunks = torch.from_numpy(features.values).split(4096)
+        values = torch.cat([model.embed(chunk.to(job.runtime.device)).cpu() for chunk in chunks])
+    return dataclasses.replace(features, values=values.numpy())
 
 
 class TrainFeed:
@@ -7804,10 +7798,7 @@ class TrainFeed:
         self._sampler.share = TEAM.share
         self._loader: DataLoader | None = None
         self.num_batches = len(self._sampler)  # in an epoch
-
-    def network(self, model: Recognizer) -> nn.Module:
-        """Return what makes features of the batches."""
-        return self._job.runtime.wrap(model.backbone)
+        self.network = job.runtime.wrap(state.model.train().backbone)  # makes features of the batches
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch.
@@ -7834,39 +7825,16 @@ class TrainFeed:
                 bar.update()
 
 
-class CachedFeed:
-    """The training images in the same order, as features that are on disk already."""
-
-    def __init__(self, job: Job, model: Recognizer, bank: FeatureBank) -> None:
-        self._num_epochs = job.config.epochs
-        self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-        self._cache = ViewCache(job, model.backbone, bank.get("train"))
-        self.num_batches = len(self._sampler)  # in an epoch
-
-    def network(self, _: Recognizer) -> nn.Module:
-        """Return what makes features of the batches, which they are."""
-        return nn.Identity()
-
-    def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield what the state has not seen of its epoch."""
-        self._sampler.start_at(state.epoch, state.batches)
-        bar = progress(self._sampler, self.num_batches - state.batches, f"epoch {state.epoch + 1}/{self._num_epochs}")
-        yield from map(self._cache.take, bar)
-
-
 class Clock:
     """Times an epoch, and says when the state is to be saved inside it; unmoved by changes of the date."""
 
-    def __init__(self, save_minutes: float) -> None:
-        self._save_seconds = save_minutes * 60 or math.inf
-        self._saved = time.monotonic()
-
-    def start(self, seconds: float = 0.0) -> None:
-        """Begin with an epoch, on which `seconds` have been spent before an interruption."""
+    def __init__(self, save_minutes: float, seconds: float = 0.0) -> None:
         self.images = 0
         self.waited = 0.0  # seconds in which there was no batch to work on
         self.started = time.monotonic()
-        self._seconds_before = seconds
+        self._seconds_before = seconds  # spent on the epoch before an interruption
+        self._save_seconds = save_minutes * 60 or math.inf
+        self._saved = self.started
 
     def seconds(self) -> float:
         """Return the time spent on the epoch so far."""
@@ -7890,8 +7858,8 @@ class Clock:
         """Say whether a signal has asked for it, or the time has come."""
         return SIGNALS.wants_save or time.monotonic() - self._saved >= self._save_seconds
 
-    def note_save(self) -> None:
-        """Count from now."""
+    def restart(self) -> None:
+        """Count from now until the next save."""
         self._saved = time.monotonic()
         SIGNALS.wants_save = False
 
@@ -7904,10 +7872,9 @@ def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     config = job.config
-    feed = CachedFeed(job, state.model, bank) if config.cache_views else TrainFeed(job, state)
-    clock = Clock(config.save_minutes)
+    feed = ViewCache(job, state.model.backbone, bank.get("train")) if config.cache_views else TrainFeed(job, state)
     while not has_ended(config, state.epoch, state.best):
-        clock.start(state.seconds)
+        clock = Clock(config.save_minutes, state.seconds)
         try:
             train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
@@ -7929,20 +7896,20 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             job.run.log(format_epoch(record, config))
             job.run.event("epoch_end", **record, **per_class)
             save_epoch(job, state, val)
-            clock.note_save()
+            SIGNALS.wants_save = False
     if state.epoch < config.epochs:
         reason = f"no better {config.best_metric} since epoch {state.best['epoch']}"
         job.run.log(f"training ends after epoch {state.epoch}: {reason} (--patience {config.patience})")
 
 
-def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock: Clock) -> None:
+def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock: Clock) -> None:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered."""
-    network = feed.network(state.model.train())
+    state.model.train()
     for batches in group_batches(clock.watch(feed.batches(state)), job.config):
         for batch in batches:
             job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
-            take_step(job, network, state, batches, feed.num_batches)
+            take_step(job, feed, state, batches)
             state.seconds = clock.seconds()
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(job, state)
@@ -7950,7 +7917,7 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | CachedFeed, clock
             save_state(job, state)
             if SIGNALS.wants_save:
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
-            clock.note_save()
+            clock.restart()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
 
@@ -7961,13 +7928,13 @@ def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Bat
         yield group
 
 
-def take_step(job: Job, network: nn.Module, state: TrainState, batches: list[Batch], num_batches: int) -> None:
-    """Do the optimizer step of some batches, of `num_batches` in an epoch; without a readable image there is none."""
+def take_step(job: Job, feed: TrainFeed | ViewCache, state: TrainState, batches: list[Batch]) -> None:
+    """Do the optimizer step of some batches; without a readable image there is none."""
     readable = [batch for batch in batches if len(batch.labels)]
     if readable:
-        total_steps = math.ceil(num_batches / job.config.accumulate_grad_batches) * job.config.epochs
+        total_steps = math.ceil(feed.num_batches / job.config.accumulate_grad_batches) * job.config.epochs
         set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
-        loss, logits = train_step(job.config, job.runtime, network, state, readable)
+        loss, logits = train_step(job.config, job.runtime, feed.network, state, readable)
         state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
         if state.average:
             state.average.update(state.step)
@@ -8081,10 +8048,14 @@ def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, 
     """
     val = embed(job, model, bank.get("val"))
     references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
+    numbers = np.arange(len(job.records.class_names))
+    centroids = class_centroids(references.values, references.labels, len(numbers))
 
     def score(queries: Embedded) -> tuple[dict, dict]:
         figures, per_class = score_classifier(job, model, queries)
-        return figures | score_matching(references, queries, len(job.records.class_names)), per_class
+        figures["proto_acc"] = recall_at_1(centroids, numbers, queries)
+        figures["recall_at_1"] = recall_at_1(references.values, references.labels, queries)
+        return figures, per_class
 
     has_mask = job.records.has_mask[val.rows]
     by_view = {}
@@ -8105,15 +8076,6 @@ def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np
     """Return the logits without margin float32 (n, C) of unit embeddings (n, emb_dim)."""
     with torch.inference_mode():
         return model.criterion.plain_logits(torch.from_numpy(embeddings).to(job.runtime.device)).cpu().numpy()
-
-
-def score_matching(references: Embedded, queries: Embedded, num_classes: int) -> dict[str, float]:
-    """Return the share of queries whose nearest centroid, and whose nearest reference, is of their class."""
-    centroids = class_centroids(references.values, references.labels, num_classes)
-    return {
-        "proto_acc": recall_at_1(centroids, np.arange(num_classes), queries),
-        "recall_at_1": recall_at_1(references.values, references.labels, queries),
-    }
 
 
 def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> float:
@@ -8207,7 +8169,7 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
     """
     names, scale = job.records.class_names, job.config.arc_scale
     train = bank.get("train")
-    references = unit_features(job, train)
+    references = unit_features(train)
     centroids = class_centroids(references.values, references.labels, len(names))
     nearest_reference = match_nearest(references, len(names))
     classifiers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -8221,33 +8183,32 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
         if not len(job.records.rows(split)):
             continue
         features = bank.get(split)
-        queries = unit_features(job, features)
+        queries = unit_features(features)
         baseline[split] = {}
         for name, score in classifiers.items():
-            vectors = features.values.numpy() if name == "logreg" else queries.values
+            vectors = features.values if name == "logreg" else queries.values
             figures = classify(score, vectors, queries.labels, names)[1]
             baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     return baseline
 
 
-def unit_features(job: Job, features: Features) -> Embedded:
+def unit_features(features: Embedded) -> Embedded:
     """Return the features themselves as unit embeddings."""
-    labels = job.records.labels[features.rows].astype(np.int64)
-    return Embedded(features.rows, features.views, labels, F.normalize(features.values).numpy())
+    return dataclasses.replace(features, values=F.normalize(torch.from_numpy(features.values)).numpy())
 
 
-def fit_logistic_regression(job: Job, features: Features) -> Callable[[np.ndarray], np.ndarray]:
+def fit_logistic_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
     """Fit scikit-learn's logistic regression on standardised features; return what makes log-probabilities (n, C) of them."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    labels = job.records.labels[features.rows]
-    chosen = np.sort(np.random.default_rng((job.config.seed, 4)).permutation(len(labels))[:LOGREG_MAX_IMAGES])
+    order = np.random.default_rng((job.config.seed, 4)).permutation(len(features.labels))
+    chosen = np.sort(order[:LOGREG_MAX_IMAGES])
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
-        classifier.fit(features.values.numpy()[chosen], labels[chosen])
+        classifier.fit(features.values[chosen], features.labels[chosen])
 
     def score(queries: np.ndarray) -> np.ndarray:
         scores = np.full((len(queries), len(job.records.class_names)), -np.inf)  # it may not have seen every class
@@ -8280,10 +8241,15 @@ def judge_training(baseline: dict[str, float], accuracy: float, num_images: int)
 # ======================================================================================================================
 # One recipe a command, and the way out: exit codes, signals, messages.
 def run_scan(config: Config) -> None:
-    """Check the data and preview the split; write data_report.json, train nothing."""
+    """Check the data and preview the split; write data_report.json, train nothing.
+
+    Raises:
+        UserError: out_dir holds a run, or its data cannot be trained on.
+    """
     check_paths(config)
     check_transforms(config)
-    refuse_finished_folder(config)
+    if (config.out_dir / "metrics.jsonl").exists():
+        raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
     scan = scan_dataset(config)
     with keep_scan(scan):
         scan = attach_masks(scan, config)
@@ -8297,25 +8263,39 @@ def run_scan(config: Config) -> None:
     check_trainable(scan, config)
 
 
-def refuse_finished_folder(config: Config) -> None:
-    """Refuse to write another data report over that of a run.
-
-    Raises:
-        UserError: out_dir holds a run.
-    """
-    if (config.out_dir / "metrics.jsonl").exists():
-        raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
-
-
 def run_evaluate(config: EvaluateOptions) -> None:
-    """Judge a finished run on its own test or val images, or on another labelled folder; write evaluation.json into the run."""
+    """Judge a finished run on its own test or val images, or on another labelled folder; write evaluation.json into the run.
+
+    Images of another folder whose class the gallery does not know are unknown objects, as those of --unknown_dir are.
+    """
     check_run_paths(config)
     keep_freed_memory()
     run = load_run(config.run, answer_runtime(config), config.backbone_weights)
+    names = run.gallery.class_names
     if config.data_root is None:
-        test, strangers = _embed_split(run, config), np.zeros((0, run.gallery.stacks.shape[1]), np.float32)
+        records = scan_own_data(run, choose_options(run.config, config))
+        rows = records.rows(config.split)
+        if not len(rows):
+            raise UserError(
+                f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR"
+            )
+        show(f"{config.split} images of {run.config.data_root}")
     else:
-        test, strangers = _embed_labelled(run, config)
+        records = scan_for_run(run, config.data_root, config).records
+        rows = np.arange(len(records.paths))
+        foreign = [name for name in records.class_names if name not in names]
+        num_known = len(records.class_names) - len(foreign)
+        if not num_known:
+            problem = f"has no class of the gallery, only {', '.join(foreign[:5])}"
+            raise UserError(problem, config.said("data_root"), f"it knows {', '.join(names[:8])}")
+        show(f"{len(rows):,} images of {config.data_root}, {num_known} known classes")
+        if foreign:
+            show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
+    embedded = embed_records(run, records, rows, config)
+    number = {name: index for index, name in enumerate(names)}
+    labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+    test = dataclasses.replace(embedded, labels=labels).take(labels >= 0)
+    strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
     if config.unknown_dir is not None:
         records = unknown_records(config.unknown_dir)["measure"]
         unknown = embed_records(run, records, np.arange(len(records.paths)), config)
@@ -8328,17 +8308,6 @@ def run_evaluate(config: EvaluateOptions) -> None:
     show(f"written: {run.path / 'evaluation.json'}")
 
 
-def _embed_split(run: TrainedRun, config: EvaluateOptions) -> Embedded:
-    records = scan_own_data(run, choose_options(run.config, config))
-    if not len(records.rows(config.split)):
-        raise UserError(f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR")
-    show(f"{config.split} images of {run.config.data_root}")
-    embedded = embed_records(run, records, records.rows(config.split), config)
-    number = {name: index for index, name in enumerate(run.gallery.class_names)}
-    known = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
-    return dataclasses.replace(embedded, labels=known).take(known >= 0)
-
-
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
     """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
     splits_path = run.path / "splits.json"
@@ -8348,57 +8317,41 @@ def scan_own_data(run: TrainedRun, options: Config) -> Records:
     return records
 
 
-def _embed_labelled(run: TrainedRun, config: EvaluateOptions) -> tuple[Embedded, np.ndarray]:
-    """Return the images of classes that the gallery knows, and embeddings of all others: unknown objects."""
-    records = scan_for_run(run, config.data_root, config).records
-    number = {name: index for index, name in enumerate(run.gallery.class_names)}
-    labels = np.array([number.get(name, -1) for name in records.class_names])
-    known = [name for name in records.class_names if name in number]
-    foreign = [name for name in records.class_names if name not in number]
-    if not known:
-        what = f"has no class of the gallery, only {', '.join(foreign[:5])}"
-        raise UserError(what, config.said("data_root"), f"it knows {', '.join(run.gallery.class_names[:8])}")
-    show(f"{len(records.paths):,} images of {config.data_root}, {len(known)} known classes")
-    if foreign:
-        show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
-    embedded = embed_records(run, records, np.arange(len(records.paths)), config)
-    own = labels[embedded.labels]
-    return dataclasses.replace(embedded, labels=own).take(own >= 0), embedded.values[own < 0]
-
-
 def run_prototypes(config: PrototypesOptions) -> None:
     """Make a run's gallery anew, show it, enrol classes from a few crops, or take one out; the old file is kept beside the new."""
     check_run_paths(config)
     keep_freed_memory()
+    path = config.run / "prototypes.npz"
     if config.list:
-        show(format_gallery(load_gallery(config.run / "prototypes.npz")[0]))
+        show(format_gallery(load_gallery(path)[0]))
         return
-    named: Sequence[str] = ()
+    added_names: Sequence[str] = ()
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
     with lock_directory(config.run, "--run"):
-        if config.remove is not None:
-            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
-            gallery, meta = remove_class(run.gallery, config.remove), run.meta
-        elif config.add is not None:
-            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
-            gallery, named = enrol_folder(run, config)
-            meta = run.meta
-        else:
+        if config.remove is None and config.add is None:
             gallery, meta = rebuild_gallery(config)
-        kept = replace_gallery(config.run / "prototypes.npz", gallery, meta)
+        else:
+            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
+            meta = run.meta
+        if config.remove is not None:
+            gallery = remove_class(run.gallery, config.remove)
+        elif config.add is not None:
+            records = scan_for_run(run, config.add, config).records
+            added = embed_records(run, records, np.arange(len(records.paths)), config)
+            paths = [str((config.add / name).resolve()) for name in records.paths]
+            added_names = records.class_names
+            gallery = enrol(run.gallery, added, added_names, paths, choose_options(run.config, config).target_precision)
+        old = None
+        if path.exists():
+            old = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
+            while old.exists():
+                old = old.with_name(f"{old.stem}_.npz")
+            copy_checkpoint(path, old)
+        save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    for sentence in (*find_collisions(gallery, named), *find_outnumbered(gallery, named)):
+    for sentence in (*find_collisions(gallery, added_names), *find_outnumbered(gallery, added_names)):
         show(f"warning: {sentence}")
-    show(f"written: {config.run / 'prototypes.npz'}" + (f"; as it was, it is {kept.name}" if kept else ""))
-
-
-def enrol_folder(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery, Sequence[str]]:
-    """Return the run's gallery with the crops below --add, and the names of their classes."""
-    records = scan_for_run(run, config.add, config).records
-    added = embed_records(run, records, np.arange(len(records.paths)), config)
-    paths = [str((config.add / records.paths[row]).resolve()) for row in range(len(records.paths))]
-    precision = choose_options(run.config, config).target_precision
-    return enrol(run.gallery, added, records.class_names, paths, precision), records.class_names
+    show(f"written: {path}" + (f"; as it was, it is {old.name}" if old else ""))
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery, dict[str, Any]]:
@@ -8407,9 +8360,8 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery, dict[str, Any]]
     Raises:
         UserError: the run has no model, or its images have other classes now.
     """
-    run = share_run(
-        load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
-    )
+    model = load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
+    run = share_run(model)
     options = choose_options(run.config, config)
     records = scan_own_data(run, options)
     embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
@@ -8426,27 +8378,11 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery, dict[str, Any]]
     return gallery, describe_gallery(options, run.info, records.class_names, run.model)
 
 
-def choose_options(own: Config, typed: RunOptions) -> Config:
+def choose_options(trained: Config, typed: RunOptions) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
-    return dataclasses.replace(own, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
-
-
-def replace_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> Path | None:
-    """Write prototypes.npz with a new date; return where the old one is kept, None if there was none.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    kept = None
-    if path.exists():
-        kept = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
-        while kept.exists():
-            kept = kept.with_name(f"{kept.stem}_.npz")
-        copy_checkpoint(path, kept)
-    save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    return kept
+    return dataclasses.replace(trained, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
 
 
 def run_train(config: Config) -> None:
@@ -8457,19 +8393,25 @@ def run_train(config: Config) -> None:
     runtime = training_runtime(config)
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config.out_dir, config.resume, config.overwrite)
+    splits_path = point and point.path.with_name("splits.json")
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
     if config.unknown_dir is not None:
         unknown_records(config.unknown_dir)
     with collect_squares(config) as squares:
-        scan = scan_dataset(config, point and point.path.with_name("splits.json"), squares)
+        scan = scan_dataset(config, splits_path, squares)
         with keep_scan(scan):
             plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config, scan.memory), point)
     if plan is None:
         (config.out_dir / SQUARES_NAME).unlink(missing_ok=True)
         return
     if config.auto_generate_masks and not plan.scan.records.has_mask.all():
-        plan = draw_missing_masks(config, plan, point)
+        plan.scan.memory.save_early()  # the tool scans too
+        run_tool("masks", format_flags(config, MASK_FLAGS))
+        scan = attach_masks(plan.scan, config)
+        check_masks_usable(scan, config)
+        records = reuse_splits(splits_path, scan.records)[0] if point else scan.records
+        plan = dataclasses.replace(plan, scan=scan, records=records)
     if config.overwrite and config.out_dir.exists():
         old = move_aside(config.out_dir)
         show(f"the old run is moved to {old}")
@@ -8517,32 +8459,20 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
     records, notes = scan.records, check_transforms_fit(scan, config)
     if point:
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
-        notes += changes
         identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
         check_identity(point.path, point.payload["identity"], identity)
-        if is_finished(config, point.payload):
-            is_through = point.payload["epoch"] >= config.epochs
-            more = "more --epochs" if is_through else f"a --patience above {config.patience}"
-            show(
-                f"the run in {config.out_dir} is finished: {point.payload['epoch']} epochs, see {config.out_dir / 'report.html'}\n"
-                f"to train on, give {more}; to start afresh, --overwrite"
-            )
+        epoch, events = point.payload["epoch"], read_events(config.out_dir)
+        is_completed = bool(events) and events[-1].get("status") == "completed"
+        if is_completed and has_ended(config, epoch, point.payload["best"]):
+            more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
+            show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
+            show(f"to train on, give {more}; to start afresh, --overwrite")
             return None
-        notes += describe_changes(config, scan.fingerprint)
+        notes += changes + describe_changes(config, scan.fingerprint)
     backbone, info = build_backbone(config, show)
     if point:
         check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, info))
     return Plan(scan, records, notes, backbone, info, backgrounds)
-
-
-def draw_missing_masks(config: Config, plan: Plan, point: ResumePoint | None) -> Plan:
-    """Let tools/masks.py draw the masks that are missing, and return the plan with them."""
-    plan.scan.memory.save_early()  # the tool scans too
-    run_tool("masks", format_flags(config, MASK_FLAGS))
-    scan = attach_masks(plan.scan, config)
-    check_masks_usable(scan, config)
-    records = reuse_splits(point.path.with_name("splits.json"), scan.records)[0] if point else scan.records
-    return dataclasses.replace(plan, scan=scan, records=records)
 
 
 def describe_changes(config: Config, fingerprint: str) -> list[str]:
@@ -8552,65 +8482,30 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
         old, old_fingerprint = last["options"], last["data"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):  # it is only for people
         return ["config.json of the last start cannot be read, so that changed options are not named"]
-    new = config.as_plain()
     notes = [
-        f"--{name} was {old.get(name)} at the last start and is {new[name]} now"
-        for name in new
-        if name not in ("command", "resume", "overwrite") and old.get(name) != new[name]
+        f"--{name} was {old.get(name)} at the last start and is {value} now"
+        for name, value in config.as_plain().items()
+        if name not in ("command", "resume", "overwrite") and old.get(name) != value
     ]
     if old_fingerprint != fingerprint:
         notes.append("the images are not those of the last start: what follows is no exact continuation")
     return notes
 
 
-def is_finished(config: Config, checkpoint: dict[str, Any]) -> bool:
-    """Say whether nothing is left to do: all epochs are trained, and the last thing recorded is a completed run."""
-    events = read_events(config.out_dir)
-    return (
-        has_ended(config, checkpoint["epoch"], checkpoint["best"])
-        and bool(events)
-        and events[-1].get("status") == "completed"
-    )
-
-
 def open_run(job: Job, plan: Plan) -> None:
     """Write what is known before training: options, splits, data report, the script itself."""
-    config, run, scan = job.config, job.run, plan.scan
-    scan.memory.save()
-    write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
-    write_json(run.path / "config.json", describe_run(job))
-    if job.records is scan.records:  # not resumed
-        write_splits(run.path / "splits.json", job.records, config.seed)
-        write_json(run.path / "data_report.json", scan.report)
-    run.log(f"data: {config.data_root}, {len(job.records.class_names)} classes")
-    table = format_class_table(scan.report) if job.records is scan.records else "the split is that of splits.json"
-    run.log("\n".join([table, format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
-    training = name_training(config.as_plain())
-    run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
-    if idle := idle_options(config):
-        run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
-    if job.backgrounds is not None:
-        run.log(job.backgrounds.describe())
-    if config.mixing != "none":
-        run.log(
-            f"{config.mixing}: the figures of train are those of mixed images, against the label of the larger part"
-        )
-        if config.criterion not in LINEAR_CRITERIA and config.arc_margin:
-            run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
-    if config.preview:
-        write_preview(job)
-
-
-def describe_run(job: Job) -> dict[str, Any]:
-    """Return the content of config.json."""
     import platform
     from importlib.metadata import version
 
-    config, optimizer = job.config, optimizer_settings(job.config)
+    config, run, scan, records = job.config, job.run, plan.scan, job.records
+    is_fresh = records is scan.records
+    scan.memory.save()
+    write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
+    optimizer = optimizer_settings(config)
     if not config.trains_backbone:
         del optimizer["backbone"]
     packages = "torch timm albumentations opencv-python-headless scikit-learn numpy pillow simplejpeg".split()
-    return {
+    facts = {
         "options": config.as_plain(),
         "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
@@ -8619,15 +8514,34 @@ def describe_run(job: Job) -> dict[str, Any]:
         "loss": config.criterion,
         "data": {
             "fingerprint": job.fingerprint,
-            "masks_hash": job.records.masks_hash,
-            "images": len(job.records.paths),
-            "classes": list(job.records.class_names),
+            "masks_hash": records.masks_hash,
+            "images": len(records.paths),
+            "classes": list(records.class_names),
             **identify_backgrounds(job.backgrounds),
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+    write_json(run.path / "config.json", facts)
+    if is_fresh:
+        write_splits(run.path / "splits.json", records, config.seed)
+        write_json(run.path / "data_report.json", scan.report)
+    run.log(f"data: {config.data_root}, {len(records.class_names)} classes")
+    run.log(format_class_table(scan.report) if is_fresh else "the split is that of splits.json")
+    run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
+    training = name_training(config.as_plain())
+    run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
+    if idle := idle_options(config):
+        run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
+    if job.backgrounds is not None:
+        run.log(job.backgrounds.describe())
+    if config.mixing != "none":
+        run.log(f"{config.mixing}: the train figures are of mixed images, against the label of the larger part")
+        if config.criterion not in LINEAR_CRITERIA and config.arc_margin:
+            run.log(f"warning: {config.mixing} usually costs a little with a margin, as {config.criterion} has it")
+    if config.preview:
+        write_preview(job)
 
 
 def write_preview(job: Job) -> None:
@@ -8642,7 +8556,7 @@ def write_preview(job: Job) -> None:
             break
     crops = crops[:64]
     side = job.config.img_size
-    sheet = Image.new("RGB", (8 * side, max(-(-len(crops) // 8), 1) * side))
+    sheet = Image.new("RGB", (8 * side, max(math.ceil(len(crops) / 8), 1) * side))
     for index, crop in enumerate(crops):
         tile = Image.fromarray(crop[:, :, :3]).convert("L" if job.config.in_channels == 1 else "RGB")
         if crop.shape[2] == 4:  # what is outside the mask, which the model sees too, is shown darker
@@ -8660,8 +8574,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     backbone.dtype = job.runtime.dtype_of(backbone)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
-    if TEAM.leads:
-        TEAM.call("take_model", job.runtime, config, model)
+    TEAM.call("take_model", job.runtime, config, model)
     state = start_state(model.to(job.runtime.device), config, job.runtime)
     if config.compile:
         backbone.model.compile()
@@ -8707,26 +8620,25 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     run, records, model = job.run, job.records, state.model
     model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
-    embedded = {split: embed(job, model, bank.get(split)) for split in SPLIT_NAMES if len(records.rows(split))}
-    unknown = embed_unknown(job, model) if job.config.unknown_dir is not None else {}
-    strangers = unknown["fit"].embeddings.values if unknown else None
+    features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
+    embedded = {split: embed(job, model, features[split]) for split in features}
+    unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
+    if job.config.unknown_dir is not None:
+        for name, strangers in unknown_records(job.config.unknown_dir).items():
+            keys = eval_keys(strangers, np.arange(len(strangers.paths)), "bbox")
+            half = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
+            unknown[name] = half.extract(keys, "unknown")
+    strangers = embed(job, model, unknown["fit"]).values if unknown else None
     gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, strangers)
-    save_gallery(
-        run.path / "prototypes.npz", gallery, describe_gallery(job.config, job.info, job.records.class_names, model)
-    )
-    run.event(
-        "proto_end",
-        refs=len(gallery.stack_labels),
-        prototypes=len(gallery.prototypes),
-        matcher=gallery.matcher,
-        knn_k=gallery.knn_k,
-        temperature=gallery.temperature,
-    )
+    meta = describe_gallery(job.config, job.info, records.class_names, model)
+    save_gallery(run.path / "prototypes.npz", gallery, meta)
+    sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
+    matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
+    run.event("proto_end", **sizes, **matched)
+    k = f", k = {gallery.knn_k}" if gallery.matcher == "knn" else ""
     run.log(
         f"prototypes: {len(gallery.prototypes):,} of {len(gallery.class_names):,} classes, from"
-        f" {len(gallery.stack_labels):,} references; matched by the {MATCHER_NAMES[gallery.matcher]}"
-        + f", k = {gallery.knn_k}"
-        * (gallery.matcher == "knn")
+        f" {len(gallery.stack_labels):,} references; matched by the {MATCHER_NAMES[gallery.matcher]}{k}"
     )
     if gallery.is_pooled.any():
         run.log(
@@ -8737,13 +8649,11 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if "test" in embedded:
         write_predictions(run.path / "predictions.csv", gallery, records, [embedded["test"]])
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
-        measure_run(job, model, gallery, bank, unknown.get("measure"))
-        compare_views(job, gallery, pair_views(job, model, bank, embedded["test"]))
+        measure_run(job, model, gallery, features, unknown.get("measure"))
+        compare_views(job, model, gallery, bank, embedded["test"])
     has_report = start_report(run)
     if job.unreadable:
-        run.log(
-            f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, each named above"
-        )
+        run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
 
 
@@ -8753,9 +8663,8 @@ def start_report(run: RunDirectory) -> bool:
     if not tool.is_file():
         run.log("no report: tools/report.py is not beside the script")
         return False
-    done = subprocess.run(
-        [sys.executable, tool, run.path], capture_output=True, text=True, errors="replace", check=False
-    )
+    command = [sys.executable, tool, run.path]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         run.log(f"no report: {reason.removeprefix('error: ')}")
@@ -8768,17 +8677,12 @@ def test_run(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, base
     classifier = score_classifier(job, model, test)[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     judgement = judge_training(baseline, figures["acc"], num_images)
-    job.run.event(
-        "test_end", classifier=classifier, prototypes=figures, per_class=per_class, images=num_images, **judgement
-    )
-    shown = {"acc": "acc", "macro F1": "f1_macro", "AUC": "auc_macro", "Recall@1": "recall_at_1"}
-    by_prototypes = ", ".join(
-        f"{name} {'-' if figures[key] is None else f'{figures[key]:.3f}'}" for name, key in shown.items()
-    )
-    job.run.log(
-        f"test by prototypes: {by_prototypes}; by the classifier: acc {classifier['acc']:.3f}; {num_images} images,"
-        " best epoch's weights"
-    )
+    scored = {"classifier": classifier, "prototypes": figures, "per_class": per_class, "images": num_images}
+    job.run.event("test_end", **scored, **judgement)
+    names = {"acc": "acc", "macro F1": "f1_macro", "AUC": "auc_macro", "Recall@1": "recall_at_1"}
+    shown = [f"{name} {'-' if figures[key] is None else f'{figures[key]:.3f}'}" for name, key in names.items()]
+    by_classifier = f"by the classifier: acc {classifier['acc']:.3f}"
+    job.run.log(f"test by prototypes: {', '.join(shown)}; {by_classifier}; {num_images} images, best epoch's weights")
     job.run.log(judgement["verdict"])
 
 
@@ -8788,46 +8692,31 @@ def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
     return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 
-class Vectors(NamedTuple):
-    """What some crops are to the untouched and to the trained model."""
-
-    features: Embedded  # unit norm
-    embeddings: Embedded
-
-
-def embed_unknown(job: Job, model: Recognizer) -> dict[str, Vectors]:
-    """Return the images in --unknown_dir as vectors: those to `fit` the thresholds with, and those to `measure` with."""
-    halves = {}
-    for name, records in unknown_records(job.config.unknown_dir).items():
-        of_half = dataclasses.replace(job, records=records)
-        keys = eval_keys(records, np.arange(len(records.paths)), "bbox")
-        features = FeatureBank(of_half, model.backbone).extract(keys, "unknown")
-        halves[name] = Vectors(unit_features(of_half, features), embed(of_half, model, features))
-    return halves
-
-
-def measure_run(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, unknown: Vectors | None) -> None:
+def measure_run(
+    job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
+) -> None:
     """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
     num_classes = len(job.records.class_names)
-    known, train = (
-        Vectors(unit_features(job, features), embed(job, model, features))
-        for features in (bank.get("test"), bank.get("train"))
-    )
-    centroids = class_centroids(train.features.values, train.features.labels, num_classes)
-    backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
-    others = {}
-
-    def compare(name: str, kind: str, score: Callable, confide: Callable) -> None:
-        strange = None if unknown is None else getattr(unknown, kind).values
-        others[name] = open_set_figures(score, getattr(known, kind), strange, confide)
-
-    compare(f"{backbone} backbone, nearest centroid", "features", lambda queries: queries @ centroids.T, best_score)
+    train = unit_features(features["train"])
+    centroids = class_centroids(train.values, train.labels, num_classes)
+    nearest_reference = match_nearest(embed(job, model, features["train"]), num_classes)
     logits = functools.partial(classifier_logits, job, model)
-    compare("classifier, highest softmax", "embeddings", logits, highest_softmax)
-    compare("trained, nearest reference", "embeddings", match_nearest(train.embeddings, num_classes).score, best_score)
-    compare("prototypes, calibrated probability", "embeddings", gallery.logits, highest_softmax)
-    figures = measure_gallery(gallery, known.embeddings, None if unknown is None else unknown.embeddings.values)
-    figures["open_set"]["others"] = others
+    known = {"features": unit_features(features["test"]), "embeddings": embed(job, model, features["test"])}
+    strangers = {}
+    if unknown is not None:
+        strangers = {"features": unit_features(unknown).values, "embeddings": embed(job, model, unknown).values}
+    backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
+    ways: dict[str, tuple[str, Callable, Callable]] = {
+        f"{backbone} backbone, nearest centroid": ("features", lambda queries: queries @ centroids.T, best_score),
+        "classifier, highest softmax": ("embeddings", logits, highest_softmax),
+        "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
+        "prototypes, calibrated probability": ("embeddings", gallery.logits, highest_softmax),
+    }
+    figures = measure_gallery(gallery, known["embeddings"], strangers.get("embeddings"))
+    figures["open_set"]["others"] = {
+        name: open_set_figures(score, known[kind], strangers.get(kind), confide)
+        for name, (kind, score, confide) in ways.items()
+    }
     job.run.event("measured", **figures)
     job.run.log(format_measures(figures))
 
@@ -8843,17 +8732,14 @@ def format_measures(figures: dict[str, Any]) -> str:
 
     lines = []
     for name, closed in figures["closed"].items():
-        k = f", k = {closed['k']}" if name == "knn" else ""
-        lines.append(
-            f"closed set, {MATCHER_NAMES[name]}{k}: acc {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}"
-        )
+        matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
+        lines.append(f"closed set, {matcher}: acc {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}")
     retrieval = (f"{RETRIEVAL_NAMES[key]} {show(figure)}" for key, figure in figures["retrieval"].items())
     lines.append("retrieval: " + ", ".join(retrieval))
     open_set = figures["open_set"]
     for name, way in {"prototypes": open_set, **open_set.get("others", {})}.items():
-        lines.append(
-            f"unknown objects ({open_set['source']}) by {name}: AUROC {show(way['auroc'])}, FPR95 {show(way['fpr95'])}"
-        )
+        told = f"AUROC {show(way['auroc'])}, FPR95 {show(way['fpr95'])}"
+        lines.append(f"unknown objects ({open_set['source']}) by {name}: {told}")
     thresholds = {f"threshold for {at['target']:.0%} precision on val": at for at in figures["answers"]}
     for name, at in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
         lines.append(f"{name}: answers {show(at['coverage'])} of the test, {show(at['precision'])} of them right")
@@ -8865,35 +8751,30 @@ def format_measures(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pair_views(job: Job, model: Recognizer, bank: FeatureBank, queries: Embedded) -> tuple[Embedded, Embedded]:
-    """Return the queries that have a mask, once as they are and once masked, in the same order; what is missing is embedded."""
-    queries = queries.take(job.records.has_mask[queries.rows])
-    rows = np.unique(queries.rows)
+def compare_views(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, test: Embedded) -> None:
+    """Score the test crops that have a mask with and without their background; predictions_by_view.csv has the answers."""
+    run = job.run
+    test = test.take(job.records.has_mask[test.rows])
+    rows = np.unique(test.rows)
     pair = []
     for view, name in enumerate(VIEW_NAMES):
-        embedded = queries.take(queries.views == view)
-        if len(embedded.rows) < len(rows):
+        embedded = test.take(test.views == view)
+        if len(embedded.rows) < len(rows):  # --crop_mode shows the other view only
             keys = [SampleKey(row, (), view) for row in rows.tolist()]
             embedded = embed(job, model, bank.extract(keys, f"test as {name}"))
         pair.append(embedded)
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
-    return tuple(embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair)
-
-
-def compare_views(job: Job, gallery: Gallery, pair: tuple[Embedded, Embedded]) -> None:
-    """Score the same crops with and without their background, and record it; predictions_by_view.csv has the answers."""
-    labels = pair[0].labels
-    if not len(labels):
+    if not len(common):
         return
-    write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, pair)
-    figures = {name: score_gallery(gallery, queries)[0] for name, queries in zip(VIEW_NAMES, pair, strict=True)}
-    disagree = int((gallery.answer(pair[0].values)[0] != gallery.answer(pair[1].values)[0]).sum())
-    job.run.event("test_views", images=len(labels), disagree=disagree, **figures)
-    shown = ", ".join(
-        f"{text} acc {figures[name]['acc']:.3f} macro F1 {figures[name]['f1_macro']:.3f}"
-        for name, text in (("bbox", "as they are"), ("mask", "masked"))
-    )
-    job.run.log(f"the {len(labels)} test crops with a mask: {shown}; {disagree} answers differ")
+    pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
+    write_predictions(run.path / "predictions_by_view.csv", gallery, job.records, pair)
+    bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
+    answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
+    disagree = int((answers != masked_answers).sum())
+    run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
+    shown = f"as they are acc {bbox['acc']:.3f} macro F1 {bbox['f1_macro']:.3f}"
+    shown += f", masked acc {mask['acc']:.3f} macro F1 {mask['f1_macro']:.3f}"
+    run.log(f"the {len(common)} test crops with a mask: {shown}; {disagree} answers differ")
 
 
 class Helper:
@@ -8938,18 +8819,15 @@ class Helper:
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
         restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
-        self._take_job(job)
-
-    def _take_job(self, job: Job) -> None:
         self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
         self.feed = TrainFeed(self.job, self.state)
 
     def train_epoch(self, epoch: int, batches: int) -> None:
-        """Do a part of `train_epoch`; what it records and saves is not ours."""
+        """Do a part of `train_epoch`; the first process records and saves."""
         self.state.epoch, self.state.batches = epoch, batches
-        network = self.feed.network(self.model.train())
+        self.model.train()
         for group in group_batches(self.feed.batches(self.state), self.job.config):
-            take_step(self.job, network, self.state, group, len(self.feed))
+            take_step(self.job, self.feed, self.state, group)
 
     def log(self, text: str) -> None:
         """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
@@ -8962,11 +8840,10 @@ RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prot
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of this script and return its exit code."""
-
-    def parse() -> Options:
-        return COMMAND_LINE if argv is None else parse_command_line(argv)
-
-    return run_recipe(parse, lambda options: RECIPES[options.command](options))
+    return run_recipe(
+        lambda: COMMAND_LINE if argv is None else parse_command_line(argv),
+        lambda options: RECIPES[options.command](options),
+    )
 
 
 def run_program(
@@ -9055,15 +8932,11 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
             " if something else fills the memory, the same command continues",
         )
     if isinstance(error, PeerLost):
-        return UserError(
-            "another process of the job has ended", f"torchrun, process {TEAM.rank}", "the same command continues"
-        )
+        place = f"torchrun, process {TEAM.rank}"
+        return UserError("another process of the job has ended", place, "the same command continues")
     if isinstance(error, DeadWorker):
-        return UserError(
-            f"a process that reads images was killed: {text}",
-            f"--workers {given.get('workers')}",
-            "lower --workers if memory is short (/dev/shm too); the same command continues",
-        )
+        remedy = "lower --workers if memory is short (/dev/shm too); the same command continues"
+        return UserError(f"a process that reads images was killed: {text}", f"--workers {given.get('workers')}", remedy)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
         return UserError(f"cannot be written: {error.strerror}", str(error.filename or given.get("out_dir")), remedy)

@@ -76,7 +76,7 @@ def test_a_fine_tuned_run_of_two_processes_is_that_of_one(
     ends = []
     for name, ranks in (("one", [{}]), ("two", [{}, {}])):
         shutil.copytree(data, tmp_path / name / "data")
-        ranks[0]["plans"] = [do("share_state", 1, shell=f"rm '{tmp_path / name / 'data' / gone}'")]
+        ranks[0]["plans"] = [do("TrainFeed.__init__", 1, shell=f"rm '{tmp_path / name / 'data' / gone}'")]
         argv = ("--data_root", tmp_path / name / "data", "--out_dir", tmp_path / name / "run", *FINE_TUNED)
         ends += nursery.run_team(*argv, "--cache_crops", 0, ranks=ranks)
     assert [code for code, _ in ends] == [0, 0, 0], ends

@@ -89,7 +89,7 @@ DEATHS = {
     "validation, terminated": kill("evaluate_val", 2, TERM),
     "validation, second time in a row": kill("compute_metrics", 10, INT),
     "epoch's record": kill("os.write", 9, KILL, when="half"),
-    "between record and checkpoint": kill("update_best", 2, KILL),
+    "between record and checkpoint": kill("save_epoch", 2, KILL),
     "checkpoint: write": kill("torch.serialization._save", 5, KILL, when="after"),
     "checkpoint: write, Ctrl-C": kill("torch.serialization._save", 5, INT, when="after"),
     "checkpoint: nothing written": kill("torch.serialization._save", 4, KILL),

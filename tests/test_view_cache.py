@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def open_cache(data: Path, **options: object) -> tuple[lct.ViewCache, lct.Job, lct.Backbone, lct.Features]:
+def open_cache(data: Path, **options: object) -> tuple[lct.ViewCache, lct.Job, lct.Backbone, lct.Embedded]:
     fixed = {"model_id": "test_resnet", "pretrained": False, "img_size": 32, "gpus": 0, "workers": 0, "batch": 8}
     config = lct.Config(
         data_root=data, out_dir=data.parent / "run", **{**fixed, "cache_views": 2, "precision": "fp32", **options}
@@ -59,9 +59,14 @@ def test_what_the_schedule_does_not_augment_is_shown_clean(data: Path) -> None:
             lct.SampleKey(row, (), 0, showing, augmented)
             for row, augmented in zip(rows, [False, True] * 99, strict=False)
         ]
-        features, expected = cache.take(keys).images[::2], clean.values[np.searchsorted(clean.rows, rows)][::2]
+        features, expected = (
+            cache.take(keys).images[::2],
+            torch.from_numpy(clean.values)[np.searchsorted(clean.rows, rows)][::2],
+        )
         assert torch.equal(features, expected)
-    assert not torch.equal(cache.take([lct.SampleKey(row, (), 0, 1) for row in rows]).images, clean.values)
+    assert not torch.equal(
+        cache.take([lct.SampleKey(row, (), 0, 1) for row in rows]).images, torch.from_numpy(clean.values)
+    )
 
 
 @pytest.mark.parametrize("crop_mode", ["bbox", "mask", "mix"])
@@ -178,7 +183,7 @@ def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
 
 def test_pace_tells_waiting_from_work() -> None:
     batch = lct.Batch(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), torch.zeros(4), [])
-    pace = lct.Pace()
-    assert sum(len(own.labels) for own in pace.watch(iter([batch] * 5))) == pace.images == 20
-    pace.started -= 10  # ten seconds of work between the batches
-    assert pace.figures()["images_per_s"] == pytest.approx(2, rel=0.05) and pace.figures()["data_wait"] < 0.01
+    clock = lct.Clock(0)
+    assert sum(len(own.labels) for own in clock.watch(iter([batch] * 5))) == clock.images == 20
+    clock.started -= 10  # ten seconds of work between the batches
+    assert clock.pace()["images_per_s"] == pytest.approx(2, rel=0.05) and clock.pace()["data_wait"] < 0.01
