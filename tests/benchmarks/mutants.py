@@ -48,7 +48,7 @@ FAULTS = {
         "test_figures.py -k each_epoch",
     ),
     "the other strangers fit": Fault(
-        'unknown["fit"].embeddings', 'unknown["measure"].embeddings', "test_figures.py -k thresholds"
+        'unknown["fit"]).values', 'unknown["measure"]).values', "test_figures.py -k thresholds"
     ),
     "the other strangers measure": Fault(
         'unknown.get("measure")', 'unknown.get("fit")', "test_figures.py -k not_tuned"
@@ -91,7 +91,11 @@ FAULTS = {
         "deployed_weights(load_checkpoint(run.path / LAST_NAME))",
         "test_figures.py -k references_are",
     ),
-    "val judges the live weights": Fault("with state.judged():", "if True:", "test_figures.py -k each_epoch"),
+    "val judges the live weights": Fault(
+        "with state.average.applied() if state.average else contextlib.nullcontext():",
+        "if True:",
+        "test_figures.py -k each_epoch",
+    ),
     "no warm-up of the EMA": Fault(
         "min(self._decay, (1 + step) / (10 + step))", "self._decay", "test_figures.py -k forgets_faster"
     ),
@@ -117,8 +121,8 @@ FAULTS = {
         "seed_torch(config.seed, 5, state.step", "seed_torch(config.seed, 5, 0", "test_wiring.py -k each_step"
     ),
     "floor of the steps": Fault(
-        "-(-num_batches // config.accumulate_grad_batches)",
-        "max(1, num_batches // config.accumulate_grad_batches)",
+        "math.ceil(feed.num_batches / job.config.accumulate_grad_batches)",
+        "max(1, feed.num_batches // job.config.accumulate_grad_batches)",
         "test_figures.py -k learning_rate",
     ),
     # Intervals and errors
