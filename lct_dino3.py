@@ -7428,7 +7428,7 @@ class Job:
     config: Config
     records: Records
     runtime: Runtime
-    run: RunDirectory
+    run: RunDirectory | None  # None before anything is written, and for other processes
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
@@ -8114,9 +8114,9 @@ def keep_best_of(job: Job, state: TrainState) -> None:
     path = job.run.path / BEST_NAME
     if not state.best:  # the first epoch will write it
         return
-    for candidate in (path, *list_checkpoints(job.run.path)):
+    for candidate in sorted(list_checkpoints(job.run.path), key=lambda candidate: candidate != path):
         try:
-            payload = load_checkpoint(candidate) if candidate.is_file() else {"best": None}
+            payload = load_checkpoint(candidate)
         except UserError as error:
             set_aside(candidate, error.what, job.run.log)
             continue
@@ -8401,17 +8401,19 @@ def run_train(config: Config) -> None:
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
         with keep_scan(scan):
-            plan = plan_run(config, attach_masks(scan, config), scan_backgrounds(config, scan.memory), point)
+            scan = attach_masks(scan, config)
+            plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:
         (config.out_dir / SQUARES_NAME).unlink(missing_ok=True)
         return
-    if config.auto_generate_masks and not plan.scan.records.has_mask.all():
-        plan.scan.memory.save_early()  # the tool scans too
+    job, backbone, notes = plan
+    if config.auto_generate_masks and not scan.records.has_mask.all():
+        scan.memory.save_early()  # the tool scans too
         run_tool("masks", format_flags(config, MASK_FLAGS))
-        scan = attach_masks(plan.scan, config)
+        scan = attach_masks(scan, config)
         check_masks_usable(scan, config)
         records = reuse_splits(splits_path, scan.records)[0] if point else scan.records
-        plan = dataclasses.replace(plan, scan=scan, records=records)
+        job = dataclasses.replace(job, records=records)
     if config.overwrite and config.out_dir.exists():
         old = move_aside(config.out_dir)
         show(f"the old run is moved to {old}")
@@ -8423,10 +8425,10 @@ def run_train(config: Config) -> None:
             with contextlib.suppress(FileNotFoundError):
                 (old / name).rename(config.out_dir / name)
     with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
-        job = Job(config, plan.records, runtime, run, plan.info, plan.scan.fingerprint, plan.backgrounds)
-        open_run(job, plan)
-        job = dataclasses.replace(job, store=open_store(job, plan.scan))
-        bank, state = start_training(job, plan.backbone, point)
+        job = dataclasses.replace(job, run=run)
+        open_run(job, scan, notes)
+        job = dataclasses.replace(job, store=open_store(job, scan))
+        bank, state = start_training(job, backbone, point)
         if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
             task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
             run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
@@ -8435,20 +8437,10 @@ def run_train(config: Config) -> None:
         (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about, before anything is written."""
-
-    scan: Scan
-    records: Records  # those of the scan, or of splits.json when a run is continued
-    notes: list[str]  # what has changed since its last start
-    backbone: Backbone
-    info: BackboneInfo
-    backgrounds: Backgrounds | None
-
-
-def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None) -> Plan | None:
-    """Check that data, model and checkpoint go together; None when the run is finished.
+def plan_run(
+    config: Config, runtime: Runtime, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None
+) -> tuple[Job, Backbone, list[str]] | None:
+    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished.
 
     Raises:
         UserError: data that cannot be trained on, or a checkpoint of a run with other settings.
@@ -8470,9 +8462,10 @@ def plan_run(config: Config, scan: Scan, backgrounds: Backgrounds | None, point:
             return None
         notes += changes + describe_changes(config, scan.fingerprint)
     backbone, info = build_backbone(config, show)
+    job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
-        check_identity(point.path, point.payload["identity"], make_identity(config, records.class_names, info))
-    return Plan(scan, records, notes, backbone, info, backgrounds)
+        check_identity(point.path, point.payload["identity"], job.identity)
+    return job, backbone, notes
 
 
 def describe_changes(config: Config, fingerprint: str) -> list[str]:
@@ -8492,12 +8485,12 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
     return notes
 
 
-def open_run(job: Job, plan: Plan) -> None:
+def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     """Write what is known before training: options, splits, data report, the script itself."""
     import platform
     from importlib.metadata import version
 
-    config, run, scan, records = job.config, job.run, plan.scan, job.records
+    config, run, records = job.config, job.run, job.records
     is_fresh = records is scan.records
     scan.memory.save()
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
@@ -8529,7 +8522,7 @@ def open_run(job: Job, plan: Plan) -> None:
         write_json(run.path / "data_report.json", scan.report)
     run.log(f"data: {config.data_root}, {len(records.class_names)} classes")
     run.log(format_class_table(scan.report) if is_fresh else "the split is that of splits.json")
-    run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in plan.notes)]))
+    run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
     if idle := idle_options(config):
@@ -8925,12 +8918,10 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
     text, given = str(error), vars(options)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return UserError(
-            f"out of memory: {printable(text).split('. ')[0][:200]}",
-            " ".join(f"--{name} {given[name]}" for name in ("batch", "img_size", "precision") if name in given),
-            "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite;"
-            " if something else fills the memory, the same command continues",
-        )
+        where = " ".join(f"--{name} {given[name]}" for name in ("batch", "img_size", "precision") if name in given)
+        remedy = "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite; if something else"
+        remedy += " fills the memory, the same command continues"
+        return UserError(f"out of memory: {printable(text).split('. ')[0][:200]}", where, remedy)
     if isinstance(error, PeerLost):
         place = f"torchrun, process {TEAM.rank}"
         return UserError("another process of the job has ended", place, "the same command continues")
