@@ -8539,24 +8539,22 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
 
 def write_preview(job: Job) -> None:
     """Write preview.jpg: the first 64 images of the first epoch as the model sees them, mixed ones too, 8 by 8."""
+    from torchvision.utils import make_grid
+
     sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-    dataset, crops = job.training_crops(), []
+    dataset, batches = job.training_crops(), []
     for index, keys in enumerate(sampler):
         images = dataset.collate([dataset[key] for key in keys]).images
         mixing = draw_mixing(job.config, (0, index), images, len(images))
-        crops.extend((images if mixing is None else mix_images(images, mixing)).permute(0, 2, 3, 1).numpy())
-        if len(crops) >= 64:
+        batches.append(images if mixing is None else mix_images(images, mixing))
+        if sum(map(len, batches)) >= 64:
             break
-    crops = crops[:64]
-    side = job.config.img_size
-    sheet = Image.new("RGB", (8 * side, max(math.ceil(len(crops) / 8), 1) * side))
-    for index, crop in enumerate(crops):
-        tile = Image.fromarray(crop[:, :, :3]).convert("L" if job.config.in_channels == 1 else "RGB")
-        if crop.shape[2] == 4:  # what is outside the mask, which the model sees too, is shown darker
-            tile.paste(0, mask=Image.fromarray((255 - crop[:, :, 3]) // 2))
-        sheet.paste(tile, (index % 8 * side, index // 8 * side))
+    grid = make_grid(torch.cat(batches)[:64], nrow=8, padding=0).permute(1, 2, 0).contiguous().numpy()
+    sheet = Image.fromarray(grid[:, :, :3]).convert("L" if job.config.in_channels == 1 else "RGB")
+    if grid.shape[2] == 4:  # what is outside the mask, which the model sees too, is shown darker
+        sheet.paste(0, mask=Image.fromarray((255 - grid[:, :, 3]) // 2))
     with atomic_file(job.run.path / "preview.jpg") as file:
-        sheet.save(file, "JPEG", quality=90)
+        sheet.convert("RGB").save(file, "JPEG", quality=90)
     job.run.log(f"preview: {job.run.path / 'preview.jpg'}")
 
 
@@ -8778,7 +8776,6 @@ class Helper:
 
     def __init__(self) -> None:
         self.runtime: Runtime | None = None
-        self.model: Recognizer | None = None
         self.run: TrainedRun | None = None
         self.job: Job | None = None
         self.state: TrainState | None = None
@@ -8801,13 +8798,13 @@ class Helper:
 
     def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
         """Take the model of a run that is to be trained."""
-        self.runtime, self.model = runtime.settle(), model
+        self.runtime = runtime.settle()
         self.state = start_state(model.to(self.runtime.device), config, self.runtime)
 
     def extract(self, job: Job, *args: Any) -> None:
         """Do a part of `FeatureBank.extract`."""
         job = dataclasses.replace(job, runtime=self.runtime)
-        deque(extract_batches(job, self.model.backbone, *args), maxlen=0)
+        deque(extract_batches(job, self.state.model.backbone, *args), maxlen=0)
 
     def take_state(self, job: Job, packed: bytes) -> None:
         """Take up the training."""
@@ -8818,7 +8815,7 @@ class Helper:
     def train_epoch(self, epoch: int, batches: int) -> None:
         """Do a part of `train_epoch`; the first process records and saves."""
         self.state.epoch, self.state.batches = epoch, batches
-        self.model.train()
+        self.state.model.train()
         for group in group_batches(self.feed.batches(self.state), self.job.config):
             take_step(self.job, self.feed, self.state, group)
 
