@@ -7825,20 +7825,18 @@ class TrainFeed:
                 bar.update()
 
 
+@dataclass
 class Clock:
-    """Times an epoch, and says when the state is to be saved inside it; unmoved by changes of the date."""
+    """Times an epoch as far as this process has seen it; unmoved by changes of the date."""
 
-    def __init__(self, save_minutes: float, seconds: float = 0.0) -> None:
-        self.images = 0
-        self.waited = 0.0  # seconds in which there was no batch to work on
-        self.started = time.monotonic()
-        self._seconds_before = seconds  # spent on the epoch before an interruption
-        self._save_seconds = save_minutes * 60 or math.inf
-        self._saved = self.started
+    seconds_before: float = 0.0  # spent on the epoch before an interruption
+    images: int = 0
+    waited: float = 0.0  # seconds in which there was no batch to work on
+    started: float = dataclasses.field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
         """Return the time spent on the epoch so far."""
-        return self._seconds_before + time.monotonic() - self.started
+        return self.seconds_before + time.monotonic() - self.started
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, and note how long each was waited for."""
@@ -7854,15 +7852,6 @@ class Clock:
         seconds = max(time.monotonic() - self.started, 1e-9)
         return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(self.waited / seconds, 3)}
 
-    def is_save_due(self) -> bool:
-        """Say whether a signal has asked for it, or the time has come."""
-        return SIGNALS.wants_save or time.monotonic() - self._saved >= self._save_seconds
-
-    def restart(self) -> None:
-        """Count from now until the next save."""
-        self._saved = time.monotonic()
-        SIGNALS.wants_save = False
-
 
 def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
     """Say whether nothing is left to train after `epoch` epochs: all are done, or --patience is at its end."""
@@ -7874,7 +7863,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     config = job.config
     feed = ViewCache(job, state.model.backbone, bank.get("train")) if config.cache_views else TrainFeed(job, state)
     while not has_ended(config, state.epoch, state.best):
-        clock = Clock(config.save_minutes, state.seconds)
+        clock = Clock(state.seconds)
         try:
             train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
@@ -7904,6 +7893,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock: Clock) -> None:
     """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered."""
+    save_seconds = job.config.save_minutes * 60 or math.inf
+    saved = time.monotonic()
     state.model.train()
     for batches in group_batches(clock.watch(feed.batches(state)), job.config):
         for batch in batches:
@@ -7913,11 +7904,12 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
             state.seconds = clock.seconds()
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(job, state)
-        if clock.is_save_due():
+        if SIGNALS.wants_save or time.monotonic() - saved >= save_seconds:
             save_state(job, state)
             if SIGNALS.wants_save:
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
-            clock.restart()
+                SIGNALS.wants_save = False
+            saved = time.monotonic()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
 
