@@ -8607,10 +8607,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     embedded = {split: embed(job, model, features[split]) for split in features}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
     if job.config.unknown_dir is not None:
-        for name, strangers in unknown_records(job.config.unknown_dir).items():
-            keys = eval_keys(strangers, np.arange(len(strangers.paths)), "bbox")
-            half = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
-            unknown[name] = half.extract(keys, "unknown")
+        for half, half_records in unknown_records(job.config.unknown_dir).items():
+            keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
+            half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
+            unknown[half] = half_bank.extract(keys, "unknown")
     strangers = embed(job, model, unknown["fit"]).values if unknown else None
     gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, strangers)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
@@ -8618,16 +8618,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
     run.event("proto_end", **sizes, **matched)
-    k = f", k = {gallery.knn_k}" if gallery.matcher == "knn" else ""
-    run.log(
-        f"prototypes: {len(gallery.prototypes):,} of {len(gallery.class_names):,} classes, from"
-        f" {len(gallery.stack_labels):,} references; matched by the {MATCHER_NAMES[gallery.matcher]}{k}"
-    )
-    if gallery.is_pooled.any():
-        run.log(
-            f"{int(gallery.is_pooled.sum())} of {len(gallery.class_names)} classes have fewer than {MIN_CALIBRATION_SAMPLES} val"
-            " answers: their threshold is that of all classes together"
-        )
+    matcher = MATCHER_NAMES[gallery.matcher] + (f", k = {gallery.knn_k}" if gallery.matcher == "knn" else "")
+    num_classes, source = len(records.class_names), f"from {len(gallery.stack_labels):,} references"
+    run.log(f"prototypes: {len(gallery.prototypes):,} of {num_classes:,} classes, {source}; matched by the {matcher}")
+    if num_pooled := int(gallery.is_pooled.sum()):
+        few = f"{num_pooled} of {num_classes} classes have fewer than {MIN_CALIBRATION_SAMPLES} val answers"
+        run.log(f"{few}: their threshold is that of all classes together")
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     if "test" in embedded:
         write_predictions(run.path / "predictions.csv", gallery, records, [embedded["test"]])
