@@ -92,18 +92,18 @@ GUARDS = {
     ),
     "strict load": ("if own.keys() != state.keys():", "if False:", "tests/test_resume.py -k lack_a_tensor"),
     "quarantine": (
-        "        set_aside(path, reason, run.log)\n    restore_state",
-        "        pass\n    restore_state",
+        "        set_aside(path, reason, run.log)\n    for weights",
+        "        pass\n    for weights",
         "tests/test_resume.py -k set_aside",
     ),
     "stop when no checkpoint is sound": (
-        "    if point is None and damaged:\n",
-        "    if False:\n",
+        "    if damaged:\n        lines",
+        "    if False:\n        lines",
         "tests/test_resume.py -k no_checkpoint_is_sound",
     ),
     "stop when all checkpoints are gone": (
-        "    if point is None and epochs:\n",
-        "    if False:\n",
+        "        raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)\n",
+        "        return None\n",
         "tests/test_resume.py -k no_checkpoint_is_sound",
     ),
     "finite weights": (
@@ -122,8 +122,8 @@ GUARDS = {
         "tests/test_resume.py -k lock",
     ),
     "other settings are refused": (
-        '    if lines:\n        raise UserError(\n            "belongs to a run with other settings',
-        '    if False:\n        raise UserError(\n            "belongs to a run with other settings',
+        '    if lines:\n        problem = "belongs to a run with other settings',
+        '    if False:\n        problem = "belongs to a run with other settings',
         "tests/test_resume.py -k change_the_result_are_refused",
     ),
     "dead workers are replaced": (
@@ -137,7 +137,7 @@ GUARDS = {
         "tests/test_resume.py -k without_save_minutes",
     ),
     "figures of the epoch so far": (
-        '    state.tally.restore(payload.get("tally", {}))\n',
+        '    state.tally.restore(payload.get("tally", {}))  # other processes are given none\n',
         "",
         "tests/test_resume.py -k 'ends_as_if and update'",
     ),
