@@ -1720,9 +1720,9 @@ class FileMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / MEMORY_NAME
+        self.is_locked = False  # the folder, by this process
         self._learned: list[tuple[Any, ...]] = []
         self._is_damaged = False
-        self._lock: Any = None
 
     def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
         """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
@@ -1741,16 +1741,8 @@ class FileMemory:
             if isinstance(value, bytes) and zlib.crc32(value) == checksum
         }
 
-    def remember(self, kind: str, rows: Iterable[tuple[str, int, int, bytes]]) -> None:
-        """Write path, size, mtime in ns and value of some files in one transaction; the caller has the folder's lock.
-
-        Raises:
-            UserError: the table cannot be written.
-        """
-        self._write([(kind, *row, zlib.crc32(row[-1])) for row in rows])
-
     def learn(self, kind: str, path: str, stamp: tuple[int, int], value: bytes) -> None:
-        """Keep in mind what the next `save` is to write; threads may call it."""
+        """Keep in mind what the next `save` is to write; `stamp` is size and mtime in ns; threads may call it."""
         self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
@@ -1768,43 +1760,25 @@ class FileMemory:
         """Write what has been learned before anything else is in the folder, unless another process works there."""
         with contextlib.suppress(UserError):
             create_out_dir(self.folder)
-            with contextlib.nullcontext() if self._lock else lock_directory(self.folder):
+            with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
                 self.save()
-
-    def claim_folder(self) -> None:
-        """Create the folder and take its lock until `release_folder`.
-
-        Raises:
-            UserError: another process has it.
-        """
-        create_out_dir(self.folder)
-        self._lock = lock_directory(self.folder)
-
-    def release_folder(self) -> None:
-        """Give the lock back, if it was taken."""
-        if self._lock is not None:
-            self._lock.lock.release()
-            self._lock = None
 
     def _write(self, rows: list[tuple[Any, ...]]) -> None:
         columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
-        if not rows:
-            return
-        for attempt in (1, 2):
+        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
+        for is_last_try in (False, True) if rows else ():
             try:
                 if self._is_damaged:
                     self.path.unlink()
                     self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
                     self._is_damaged = False
                 with self._open_table("rwc") as table:
-                    table.execute(
-                        f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
-                    )
+                    table.execute(create)
                     table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
                 return
             except (sqlite3.Error, OSError) as error:
                 self._is_damaged = _is_damage(error)
-                if attempt == 2 or not self._is_damaged:
+                if is_last_try or not self._is_damaged:
                     raise write_error(self.path, OSError(str(error)), 0) from error
 
     @contextlib.contextmanager
@@ -2448,12 +2422,10 @@ ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
     """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
 
-    One `os.scandir` a class; hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
+    Hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
     """
     listing = Listing([], [], [], [])
-    for folder in sorted(visible_entries(data_root), key=operator.attrgetter("name")):
-        if not is_folder(folder):
-            continue
+    for folder in filter(is_folder, visible_entries(data_root)):
         if not _is_plain(folder.name):
             listing.problems.append((folder.name, ODD_FOLDER_NAME))
             continue
@@ -2461,48 +2433,21 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders.append(class_name)
         try:
-            names = _list_folder(data_root, prefix, listing, masks_dirname)
+            entries = visible_entries(data_root / prefix)
         except OSError as error:
             listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
-        listing.paths += [f"{prefix}/{name}" for name in names]
-        listing.folders += [class_name] * len(names)
-    return listing
-
-
-def _list_folder(data_root: Path, prefix: str, listing: Listing, masks_dirname: str) -> list[str]:
-    """Return the sorted names of the images in a class folder; note in the listing what the other entries are."""
-    descriptor = os.open(data_root / prefix, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with os.scandir(
-            descriptor
-        ) as scanned:  # by its descriptor: joining the path of each entry takes a fifth longer
-            entries = list(scanned)
-        try:  # most are files of a plain name with a lower-case suffix; one expression takes a fifth less than calls for each
-            names = [
-                name
-                for entry in entries
-                if (name := entry.name).endswith(IMAGE_SUFFIXES) and name[0] != "." and entry.is_file()
-            ]
-        except OSError:  # a link in a circle, or to where we may not look
-            names = []
-        if not "".join(names).isprintable():
-            names = [name for name in names if name.isprintable()]
-        known = set(names) if len(names) < len(entries) else ()
-        for entry in sorted(entries, key=operator.attrgetter("name")) if known != () else ():
+        for entry in entries:
             name = entry.name
-            if name in known or name.startswith("."):
-                continue
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 if name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored["/" if is_folder(entry) else Path(name).suffix.lower() or name] += 1
             elif problem := entry_problem(entry):
                 listing.problems.append((f"{prefix}/{name}", problem))
             else:
-                names.append(name)
-    finally:
-        os.close(descriptor)
-    return sorted(names)
+                listing.paths.append(f"{prefix}/{name}")
+                listing.folders.append(class_name)
+    return listing
 
 
 class ImageTree(NamedTuple):
@@ -2547,9 +2492,9 @@ def list_image_tree(root: Path) -> ImageTree:
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
-    """Return what lies in a folder, but for hidden entries."""
+    """Return what lies in a folder by name, but for hidden entries."""
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted((entry for entry in entries if entry.name[0] != "."), key=operator.attrgetter("name"))
 
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
@@ -2733,7 +2678,7 @@ def check_files(
         stats: int64 (N, 2), size in bytes and mtime in ns.
         kind: of files, and how to look at one.
         memory: learns what is found; an interrupted or a long look saves it.
-        squares: gets what is decoded.
+        squares: gets the images, fitted.
     """
     name, size = f"{kind.name} {printable(str(root.resolve()))}", kind.dtype.itemsize
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
@@ -2750,7 +2695,11 @@ def check_files(
     rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
 
     def look(index: int) -> tuple[np.ndarray, str]:
-        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
+        def keep(image: np.ndarray) -> None:
+            if squares is not None:
+                square = fit_square(image, squares.side)
+                squares.put(name_squares(squares.side), paths[index], stamps[index], square)
+
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
@@ -3070,7 +3019,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     listing, class_of, excluded = _choose_images(config)
     stats = stat_files(config.data_root, listing.paths)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
-    if squares is not None and not squares.has_room(len(listing.paths)):
+    if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
     health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
     usable = np.flatnonzero(~health.rows["broken"])
@@ -3439,7 +3388,7 @@ def list_mask_files(config: Config, folders: Iterable[str]) -> MaskFiles:
         prefix = f"{root}{folder}/{dirname}"
         if not (config.data_root / prefix).is_dir():
             continue
-        for entry in sorted(visible_entries(config.data_root / prefix), key=operator.attrgetter("name")):
+        for entry in visible_entries(config.data_root / prefix):
             path, suffix = f"{prefix}/{entry.name}", Path(entry.name).suffix.lower()
             if suffix not in IMAGE_SUFFIXES:
                 continue
@@ -4421,30 +4370,19 @@ def name_squares(side: int, fill: Any = "") -> str:
 
 
 class SquareFile:
-    """Writes crops as squares, one after the other, into `squares.u8` of a run's folder; several threads may.
+    """Writes crops as squares, one after the other, into `squares.u8` of a locked folder; several threads may.
 
-    uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. The file is made for the first of them. When it cannot
-    be written, it is given up: it is only for speed.
+    uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
+    only for speed.
     """
 
-    def __init__(self, memory: FileMemory, side: int, room: int, end: int | None = None) -> None:
-        """Take squares up to byte `room`, from byte `end` on; None = after what is there, once the folder's lock is taken."""
+    def __init__(self, memory: FileMemory, side: int, room: int, end: int) -> None:
+        """Take squares from byte `end` on, up to byte `room`."""
         self.path = memory.folder / SQUARES_NAME
-        self.memory = memory
+        self.memory, self.side, self.room, self.end = memory, side, room, end
         self.failure: Exception | None = None
-        self._side, self._room, self._end = side, room, end
-        self._file: BinaryIO | None = None
-        self._made: list[Path] = []  # what was not there before
+        self._file: BinaryIO | None = None  # opened for the first square
         self._guard = threading.Lock()
-
-    def has_room(self, count: int) -> bool:
-        """Say whether so many more plain crops find room."""
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        return size + count * 3 * self._side**2 <= self._room
-
-    def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
-        """Fit the decoded image of a file, and put it down."""
-        self.put(name_squares(self._side), path, stamp, fit_square(image, self._side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
         """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
@@ -4458,38 +4396,27 @@ class SquareFile:
         square = np.ascontiguousarray(square)
         try:
             with self._guard:
-                if self._file is None and self._room:
-                    self._open()
-                place = self._end or 0
-                if place + square.nbytes > self._room:
+                place = self.end
+                if place + square.nbytes > self.room:
                     return -1
-                self._end = place + square.nbytes
+                if self._file is None:  # left open: when the run is interrupted, threads may still write
+                    self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
+                self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
                 os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
-        except (OSError, UserError) as error:
+        except OSError as error:
             self.give_up(error)
             return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
         self.memory.learn(kind, path, stamp, value.tobytes())
         return place
 
-    def _open(self) -> None:
-        if self._end is None:
-            folder = self.memory.folder
-            paths = (self.path, folder / ".lock", folder / ".lock_holder", folder, *folder.parents)
-            self._made = [path for path in paths if not path.exists()]
-            self.memory.claim_folder()
-        # Left open: when the run is interrupted, threads may still write.
-        self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
-        size = self._file.seek(0, os.SEEK_END)
-        self._end = size if self._end is None else self._end
-
     def give_up(self, failure: Exception) -> None:
         """Write no more, and make room on the disk."""
         with self._guard:
-            self.failure, self._room = failure, 0
+            self.failure, self.room = failure, 0
             if self._file is not None:
                 self.path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
@@ -4498,55 +4425,42 @@ class SquareFile:
     def close(self) -> None:
         """Have all squares reach the disk, and take no more."""
         with self._guard:
-            self._room = 0
+            self.room = 0
         if self._file is not None and self.failure is None:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 self.give_up(error)
 
-    def withdraw(self) -> None:
-        """Leave nothing behind: the data are refused."""
-        for path in self._made:
-            with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
-                path.rmdir() if path.is_dir() else path.unlink()
-
 
 def find_squares(
-    memory: FileMemory,
-    kind: str,
-    crops: Sequence[str],
-    stamps: Mapping[str, tuple[int, int]],
-    masks: np.ndarray,
-    side: int,
+    memory: FileMemory, kind: str, crops: dict[str, tuple[int, int] | None], masks: np.ndarray, side: int
 ) -> np.ndarray:
     """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
 
     Args:
         memory, kind: of the run's folder, and what `name_squares` returns.
-        crops: paths of the crops.
-        stamps: size in bytes and mtime in ns of the files that are there, by path.
+        crops: size in bytes and mtime in ns by path, None for a file that is gone.
         masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
         side: px of a square.
     """
     places, path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
     if not path.is_file() or not path.stat().st_size:
         return places
-    pixels, known = np.asarray(np.memmap(path, np.uint8, "r")), memory.recall(kind)
-    rows = [row for row, crop in enumerate(crops) if crop in known and known[crop][:2] == stamps.get(crop)]
-    values = [known[crops[row]][2] for row in rows]
-    if any(len(value) != SQUARE_DTYPE.itemsize for value in values):
-        return places
-    table, rows = np.frombuffer(b"".join(values), dtype=SQUARE_DTYPE), np.array(rows, dtype=np.int64)
-    channels = 3 + (masks[rows] > 0)
+    pixels, known, squares = np.asarray(np.memmap(path, np.uint8, "r")), memory.recall(kind), []
+    for row, (crop, stamp) in enumerate(crops.items()):
+        size, mtime_ns, value = known.get(crop, (0, 0, b""))
+        if (size, mtime_ns) == stamp and len(value) == SQUARE_DTYPE.itemsize:
+            squares.append((row, *np.frombuffer(value, dtype=SQUARE_DTYPE)[0].tolist()))
 
-    def is_whole(index: int) -> bool:
-        place, checksum, mask = table[index].tolist()
-        return mask == masks[rows[index]] and checksum == zlib.crc32(pixels[place : place + channels[index] * side**2])
+    def is_whole(square: tuple[int, int, int, int]) -> bool:
+        row, place, checksum, mask = square
+        length = (4 if masks[row] else 3) * side**2
+        return mask == masks[row] and checksum == zlib.crc32(pixels[place : place + length])
 
-    checks = progress(map_in_threads(is_whole, range(len(rows))), len(rows), "checking fitted crops", "crop")
-    good = [index for index, passes in checks if passes]
-    places[rows[good]] = table["place"][good]
+    checks = map_in_threads(is_whole, squares)
+    for (row, place, *_), passes in progress(checks, len(squares), "checking fitted crops", "crop"):
+        places[row] = place if passes else -1
     return places
 
 
@@ -4559,30 +4473,23 @@ class SquareStore:
     def __init__(self, path: Path, records: Records, places: np.ndarray, side: int) -> None:
         self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
         self.places = places  # (2, N) int64: plain or masked, record -> first byte, -1 = none
-        self._path, self._side = path, side
+        self._path, self._side = path.resolve(), side
         self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen_store, (self._path.resolve(), _stamp_file(self._path), self.records, self.places, self._side)
+        stamp = stat_files(self._path.parent, [self._path.name])
+        return _reopen_store, (stamp, self._path, self.records, self.places, self._side)
 
     def get(self, row: int, is_masked: bool) -> np.ndarray | None:
-        """Return a square of its own, uint8 (side, side, 3 or 4); None if it is not there."""
+        """Return a copy of a square, uint8 (side, side, 3 or 4); None if it is not there."""
         place = int(self.places[int(is_masked), row])
         shape = (self._side, self._side, 4 if is_masked else 3)
         return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape).copy()
 
 
-def _stamp_file(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _reopen_store(path: Path, stamp: tuple[int, int], *rest: Any) -> SquareStore | None:
+def _reopen_store(stamp: np.ndarray, path: Path, *rest: Any) -> SquareStore | None:
     """Return the store in another process; None where that file is not, on another machine say: there, crops are decoded."""
-    try:
-        return SquareStore(path, *rest) if _stamp_file(path) == stamp else None
-    except (OSError, ValueError):
-        return None
+    return SquareStore(path, *rest) if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None
 
 
 class CropDataset(Dataset):
@@ -7463,34 +7370,43 @@ def square_room(config: Config) -> int:
 
     Beyond that much memory, reading them would be slower than decoding.
     """
-    folder = next(folder for folder in (config.out_dir, *config.out_dir.absolute().parents) if folder.exists())
     squares = config.out_dir / SQUARES_NAME
-    free = shutil.disk_usage(folder).free + (squares.stat().st_size if squares.is_file() else 0)
+    free = shutil.disk_usage(config.out_dir).free + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min(1e9 * config.cache_crops, free / 4, memory / 4))
 
 
 @contextlib.contextmanager
 def collect_squares(config: Config) -> Iterator[SquareFile | None]:
-    """Give what keeps the crops that a scan decodes, fitted; None where training would not read them.
+    """Lock out_dir, and give what keeps the crops that a scan decodes, fitted; None where training would not read them.
 
     Lists of transforms may work on the crop as it is. With --crop_mode mask, most crops are shown masked, which the scan does not
-    know yet; of a part of the data, most would be in vain.
+    know yet; of a part of the data, most would be in vain. Data that are refused leave nothing behind.
     """
     lists = given_lists(config)
     is_read = not lists.get("pre_transforms") and not {"train_augmentations", "val_augmentations"} <= lists.keys()
     if not config.cache_crops or not is_read or config.crop_mode == "mask" or config.data_fraction < 1:
         yield None
         return
-    squares = SquareFile(FileMemory(config.out_dir), config.img_size, square_room(config))
+    memory, folder = FileMemory(config.out_dir), config.out_dir
+    paths = [folder / name for name in (SQUARES_NAME, ".lock", ".lock_holder")] + [folder, *folder.parents]
+    made = [path for path in paths if not path.exists()]
     try:
-        yield squares
+        create_out_dir(folder)
+        with lock_directory(folder):
+            paths[0].touch()  # by which a run that is killed is known as one
+            memory.is_locked = True
+            squares = SquareFile(memory, config.img_size, square_room(config), paths[0].stat().st_size)
+            try:
+                yield squares
+            finally:
+                squares.close()
+                memory.is_locked = False
     except UserError:
-        squares.withdraw()
+        for path in made:
+            with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
+                path.rmdir() if path.is_dir() else path.unlink()
         raise
-    finally:
-        squares.close()
-        squares.memory.release_folder()
 
 
 def open_store(job: Job, scan: Scan) -> SquareStore | None:
@@ -7498,41 +7414,40 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
 
     These are decoded here, as far as there is room. None where there is no square, and where the disk refuses them.
     """
-    config, records, run = job.config, job.records, job.run
-    path, room = run.path / SQUARES_NAME, square_room(config)
+    config, records, run, side = job.config, job.records, job.run, job.config.img_size
     if not config.cache_crops:
         return None
     scan.memory.save()
-    transform, crops = job.transform(augment=False), list(records.paths)
-    kinds = name_squares(config.img_size), name_squares(config.img_size, transform.fill)
+    transform, paths = job.transform(augment=False), list(records.paths)
+    kinds = name_squares(side), name_squares(side, transform.fill)
     stamps = dict(zip(scan.listing.paths, map(tuple, scan.health.stats.tolist()), strict=True))
-    digests = np.zeros((2, len(crops)), np.uint64)
+    crops = {path: stamps.get(path) for path in paths}
+    digests = np.zeros((2, len(paths)), np.uint64)
     if scan.mask_health is not None and records.masks is not None:
         digest_of = dict(zip(scan.mask_health.paths, scan.mask_health.rows["digest"].tolist(), strict=True))
         digests[1] = [digest_of.get(mask, 0) for mask in records.masks]
-    known = zip(kinds, digests, strict=True)
-    places = np.stack([find_squares(scan.memory, kind, crops, stamps, own, config.img_size) for kind, own in known])
-    sizes = config.img_size**2 * np.array([3, 4])
+    places = np.stack([find_squares(scan.memory, kinds[view], crops, digests[view], side) for view in (0, 1)])
+    sizes = side**2 * np.array([3, 4])
     end = int(np.where(places < 0, 0, places + sizes[:, None]).max(initial=0))
-    lacking = [(row, is_masked) for row, is_masked in list_repeating(job) if places[is_masked, row] < 0]
-    ends = end + np.cumsum([sizes[is_masked] for _, is_masked in lacking])
-    fitting = lacking[: np.searchsorted(ends, room, side="right")]
-    writer = SquareFile(scan.memory, config.img_size, room, end)
+    lacking = [(row, view) for row, view in list_repeating(job) if places[view, row] < 0]
+    writer = SquareFile(scan.memory, side, square_room(config), end)
+    ends = end + np.cumsum([sizes[view] for _, view in lacking])
+    fitting = lacking[: np.searchsorted(ends, writer.room, side="right")]
 
     def fit(key: tuple[int, int]) -> int:
-        row, is_masked = key
+        row, view = key
         try:
-            image, mask, reason = load_crop(records, row, is_masked)
+            image, mask, reason = load_crop(records, row, view)
         except ImageError:
             return -1
-        if reason or crops[row] not in stamps:
+        if reason or crops[paths[row]] is None:
             return -1
-        square, digest = transform.make_square(image, mask, 0), int(digests[is_masked, row])
-        return writer.put(kinds[is_masked], crops[row], stamps[crops[row]], square, digest)
+        square = transform.make_square(image, mask, 0)
+        return writer.put(kinds[view], paths[row], crops[paths[row]], square, int(digests[view, row]))
 
     try:
-        for (row, is_masked), place in progress(map_in_threads(fit, fitting), len(fitting), "fitting crops", "crop"):
-            places[is_masked, row] = place
+        for (row, view), place in progress(map_in_threads(fit, fitting), len(fitting), "fitting crops", "crop"):
+            places[view, row] = place
     finally:
         writer.close()
         scan.memory.save()
@@ -7543,9 +7458,9 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
         return None
     if not count:
         return None
-    megabytes = path.stat().st_size / 1e6
+    megabytes = writer.path.stat().st_size / 1e6
     run.log(f"decoded crops are kept on disk while the run lasts: {count:,}, {megabytes:,.1f} MB (--cache_crops)")
-    return SquareStore(path, records, places, config.img_size)
+    return SquareStore(writer.path, records, places, side)
 
 
 def list_repeating(job: Job) -> list[tuple[int, int]]:
@@ -7556,13 +7471,11 @@ def list_repeating(job: Job) -> list[tuple[int, int]]:
     if (config.cache_views or config.epochs) > 1 and not is_covered:
         uses.append((True, train))
     if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
-        uses += [
-            (False, records.rows("val")),
-            (False, first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)),
-        ]
+        references = first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)
+        uses += [(False, records.rows("val")), (False, references)]
     keys: dict[tuple[int, int], None] = {}
-    for trains, rows in uses:
-        transform = job.transform(trains)
+    for augment, rows in uses:
+        transform = job.transform(augment)
         if transform.repeats(is_masked=False):
             shown = rows[~has_mask[rows]] if config.crop_mode == "mask" else rows
             keys |= dict.fromkeys((row, 0) for row in shown.tolist())

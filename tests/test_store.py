@@ -10,7 +10,7 @@ import pickle
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -301,9 +301,9 @@ def test_squares_are_used_again_unless_they_are_damaged_or_their_crop_or_mask_ha
 
 def test_another_fill_or_size_has_squares_of_its_own(data: Path) -> None:
     first = Run(data, crop_mode="mask")
-    second = Run(data, crop_mode="mask", mask_fill="black")
     row = first.rows("train", masked=True)[0]
     assert first.store.get(row, True)[0, 0].tolist() == [114] * 3 + [0]
+    second = Run(data, crop_mode="mask", mask_fill="black")
     assert second.store.get(row, True)[0, 0].tolist() == [0, 0, 0, 0]
     third = Run(data, crop_mode="mask", img_size=16)
     assert third.store.get(row, True).shape == (16, 16, 4)
@@ -364,13 +364,19 @@ def test_a_finished_run_that_is_started_again_decodes_nothing(data: Path, tmp_pa
 # --- the memory of files
 
 
+def remember(memory: lct.FileMemory, kind: str, rows: Iterable[tuple[str, int, int, bytes]]) -> None:
+    for path, size, mtime_ns, value in rows:
+        memory.learn(kind, path, (size, mtime_ns), value)
+    memory.save()
+
+
 def test_what_is_remembered_is_recalled_by_kind_and_the_newest_counts(tmp_path: Path) -> None:
     memory = lct.FileMemory(tmp_path)
     assert memory.recall("image") == {}
     rows = [("a/1.png", 5, 2**62, b"\0one"), ("ключ/ё'\"?#.png", 0, -7, b"")]
-    memory.remember("image", rows)
-    memory.remember("mask", [("a/1.png", 6, 8, b"two")])
-    memory.remember("image", [("a/1.png", 7, 9, b"three")])
+    remember(memory, "image", rows)
+    remember(memory, "mask", [("a/1.png", 6, 8, b"two")])
+    remember(memory, "image", [("a/1.png", 7, 9, b"three")])
     assert lct.FileMemory(tmp_path).recall("image") == {"a/1.png": (7, 9, b"three"), "ключ/ё'\"?#.png": (0, -7, b"")}
     assert memory.recall("mask") == {"a/1.png": (6, 8, b"two")}
     assert [path.name for path in tmp_path.iterdir()] == [lct.MEMORY_NAME]
@@ -387,9 +393,8 @@ def test_what_is_learned_is_there_once_it_is_saved(tmp_path: Path) -> None:
     with lct.lock_directory(tmp_path / "new"):
         memory.save_early()
         assert set(memory.recall("image")) == {"a"}, "another process works there"
-    memory.claim_folder()
-    memory.save_early()
-    memory.release_folder()
+        memory.is_locked = True
+        memory.save_early()
     assert set(memory.recall("image")) == {"a", "b"}
     lct.refuse_if_in_use(tmp_path / "new")
 
@@ -397,7 +402,7 @@ def test_what_is_learned_is_there_once_it_is_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["text", "empty", "truncated", "zeros", "other table", "other columns"])
 def test_a_damaged_or_foreign_table_is_begun_anew(tmp_path: Path, damage: str) -> None:
     memory = lct.FileMemory(tmp_path)
-    memory.remember("image", [(f"a/{index:05}.png", index, index, os.urandom(200)) for index in range(2000)])
+    remember(memory, "image", [(f"a/{index:05}.png", index, index, os.urandom(200)) for index in range(2000)])
     path = tmp_path / lct.MEMORY_NAME
     whole = path.read_bytes()
     if damage.startswith("other"):
@@ -412,13 +417,13 @@ def test_a_damaged_or_foreign_table_is_begun_anew(tmp_path: Path, damage: str) -
         )
     for reader in (memory, lct.FileMemory(tmp_path)):
         assert reader.recall("image") == {}
-        reader.remember("image", [("a", 1, 2, b"new")])
+        remember(reader, "image", [("a", 1, 2, b"new")])
         assert reader.recall("image") == {"a": (1, 2, b"new")}
         path.write_bytes(b"hello" * 999)
 
 
 def test_a_flipped_bit_of_a_value_is_noticed(tmp_path: Path) -> None:
-    lct.FileMemory(tmp_path).remember("image", [("a", 1, 2, b"first value"), ("b", 1, 2, b"second value")])
+    remember(lct.FileMemory(tmp_path), "image", [("a", 1, 2, b"first value"), ("b", 1, 2, b"second value")])
     path = tmp_path / lct.MEMORY_NAME
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"first value", b"firsu value"))
@@ -426,9 +431,9 @@ def test_a_flipped_bit_of_a_value_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_written_is_said_so_and_kept(tmp_path: Path, nursery: Nursery) -> None:
-    lct.FileMemory(tmp_path).remember("image", [("a", 1, 2, b"x")])
+    remember(lct.FileMemory(tmp_path), "image", [("a", 1, 2, b"x")])
     with pytest.raises(lct.UserError, match=r"memory\.sqlite.*cannot be written"):
-        lct.FileMemory(tmp_path / "nowhere").remember("image", [("a", 1, 2, b"x")])
+        remember(lct.FileMemory(tmp_path / "nowhere"), "image", [("a", 1, 2, b"x")])
     data = make_dataset(tmp_path / "data", {"a": 5, "b": 5})
     argv = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--epochs", 1, "--cache_crops", 0)
     code, text = nursery.run(*argv, file_limit=4096)
@@ -439,7 +444,7 @@ def test_a_table_that_cannot_be_written_is_said_so_and_kept(tmp_path: Path, nurs
 
 def test_what_a_killed_process_has_begun_to_write_is_taken_back(tmp_path: Path) -> None:
     memory = lct.FileMemory(tmp_path)
-    memory.remember("image", [("a", 1, 2, b"x")])
+    remember(memory, "image", [("a", 1, 2, b"x")])
     child = os.fork()
     if not child:
         table = sqlite3.connect(memory.path, isolation_level=None)
@@ -455,7 +460,9 @@ def test_what_a_killed_process_has_begun_to_write_is_taken_back(tmp_path: Path) 
 
 def test_a_hundred_thousand_files_are_recalled_in_a_moment(tmp_path: Path) -> None:
     memory, value = lct.FileMemory(tmp_path), bytes(lct.IMAGE_DTYPE.itemsize)
-    memory.remember("image", ((f"class{index // 1000:03}/{index:06}.jpg", 9, 2**60, value) for index in range(100_000)))
+    remember(
+        memory, "image", ((f"class{index // 1000:03}/{index:06}.jpg", 9, 2**60, value) for index in range(100_000))
+    )
     started = time.process_time()
     assert len(memory.recall("image")) == 100_000
     assert time.process_time() - started < 3, "0.3 s on an idle core"
