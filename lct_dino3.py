@@ -2525,7 +2525,7 @@ def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
     stats: list[int] = []  # flat: a tuple a file would keep the garbage collector busy
     for path in paths:
         try:
-            status = os.stat(f"{root}/{path}")  # noqa: PTH116  making a Path takes longer than the call
+            status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path takes longer
         except OSError:
             stats += (0, 0)
         else:
@@ -2935,13 +2935,9 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    return dataclasses.replace(
-        records,
-        paths=PathTable([records.paths[row] for row in np.flatnonzero(is_used).tolist()]),
-        labels=records.labels[is_used],
-        groups=records.groups[is_used],
-        splits=records.splits[is_used],
-    )
+    paths = PathTable([path for path, used in zip(records.paths, is_used, strict=True) if used])
+    rest = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
+    return dataclasses.replace(records, paths=paths, **rest)
 
 
 def count_leaks(records: Records, shares: Sequence[float], seed: int) -> int:
@@ -3060,10 +3056,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return in words what a listing passed over: other types of files, and folders inside a class."""
-    folders, files = ignored["/"], sum(count for kind, count in ignored.items() if kind != "/")
     kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind != "/")
+    files = ignored.total() - ignored["/"]
     phrases = [f"{files} files of other types ({kinds})"] if files else []
-    phrases += [f"{folders} folders inside class folders"] if folders else []
+    phrases += [f"{ignored['/']} folders inside class folders"] if ignored["/"] else []
     return " and ".join(phrases)
 
 
@@ -3072,32 +3068,27 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     rows = health.rows[~health.rows["broken"]]
     broken = [*listing.problems, *health.reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
-    functions = {"min": np.min, "median": np.median, "max": np.max}
-    sizes = {
-        f"{side}_{name}": int(function(rows[side]))
-        for side in ("width", "height")
-        for name, function in functions.items()
-    }
-    folders = Counter(listing.all_folders)
-    found = [
-        f"{count} folders are all named {name} once their Unicode is normalised: one class"
-        for name, count in folders.items()
-        if count > 1
-    ]
-    by_case: dict[str, list[str]] = {}
-    for name in sorted(folders):
+    sizes = {}
+    for side in ("width", "height"):
+        values = rows[side]
+        sizes |= {f"{side}_min": int(values.min()), f"{side}_median": int(np.median(values))}
+        sizes[f"{side}_max"] = int(values.max())
+    folders, by_case, notes = Counter(listing.all_folders), {}, []
+    for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
+        if count > 1:
+            notes.append(f"{count} folders are all named {name} once their Unicode is normalised: one class")
     for names in by_case.values():
         if len(names) > 1:
-            found.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
+            notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
     if listing.ignored:
-        found.append(f"passed over: {describe_ignored(listing.ignored)}")
+        notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
-        found.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
+        notes.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
     return {
         "quarantined": sorted(quarantined, key=lambda item: item["path"]),
         "sizes": sizes,
-        "warnings": found,
+        "warnings": notes,
         "modes": dict(Counter(rows["mode"].tolist()).most_common()),
         "exif_rotated": int((rows["orientation"] > 1).sum()),
     }
@@ -3106,17 +3097,15 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
 def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the sets of duplicates by path, and those whose images lie in different classes."""
 
-    def sets_of(pairs: np.ndarray) -> list[list[int]]:
+    def sets_of(pairs: np.ndarray) -> list[np.ndarray]:
         components = connect(len(records.labels), pairs)
-        order = np.argsort(components, kind="stable")
-        runs = np.split(order, np.flatnonzero(np.diff(components[order])) + 1)
-        return [run.tolist() for run in runs if len(run) > 1]
+        return [rows for rows in rows_by_class(components, int(components.max()) + 1) if len(rows) > 1]
 
-    def name_paths(sets: Iterable[list[int]]) -> list[list[str]]:
-        return [[records.paths[row] for row in rows] for rows in sets]
+    def name_paths(sets: Iterable[np.ndarray]) -> list[list[str]]:
+        return [[records.paths[row] for row in rows.tolist()] for rows in sets]
 
     every = sets_of(np.concatenate(list(duplicates.values())))
-    conflicts = [rows for rows in every if len(set(records.labels[rows].tolist())) > 1]
+    conflicts = [rows for rows in every if len(np.unique(records.labels[rows])) > 1]
     named = {kind: name_paths(sets_of(pairs)) for kind, pairs in duplicates.items()}
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
@@ -3129,14 +3118,14 @@ def split_shares(config: Config) -> dict[str, float]:
 
 def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    wanted, found = [split for split, share in split_shares(config).items() if share > 0], []
+    notes = []
     for name, row in classes.items():
-        lacking = [split for split in wanted if row["usable"] and not row[split]]
-        if lacking:
+        wanted = [split for split, share in split_shares(config).items() if share > 0 and row["usable"]]
+        if lacking := " and ".join(split for split in wanted if not row[split]):
             groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
-            what = f"{name}: {row['usable']} images in {groups}, so none in {' and '.join(lacking)}"
-            found.append(f"{what} (its figures there are missing)")
-    return found
+            images = f"{name}: {row['usable']} images in {groups}"
+            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+    return notes
 
 
 def count_classes(
@@ -3149,13 +3138,10 @@ def count_classes(
     table = {}
     by_class = rows_by_class(records.labels, len(records.class_names))
     for class_name, rows in zip(records.class_names, by_class, strict=True):
-        counts = np.bincount(records.splits[rows], minlength=3)
-        table[class_name] = {
-            "usable": len(rows),
-            "quarantined": broken[class_name],
-            "groups": len(np.unique(records.groups[rows])),
-            **dict(zip(SPLIT_NAMES, counts.tolist(), strict=True)),
-        }
+        counts = {"usable": len(rows), "quarantined": broken[class_name]}
+        counts["groups"] = len(np.unique(records.groups[rows]))
+        by_split = np.bincount(records.splits[rows], minlength=3).tolist()
+        table[class_name] = counts | dict(zip(SPLIT_NAMES, by_split, strict=True))
     return table
 
 
@@ -3371,34 +3357,25 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
     return row, "" if 0 < row["area"] < 1 else f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
 
 
-@dataclass(frozen=True)
-class MaskFiles:
-    """The PNG files in the mask and cutout folders of all classes."""
+def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out.
 
-    paths: dict[str, str]  # by NFC path with the suffix in lower case
-    stats: dict[str, tuple[int, int]]  # size in bytes and mtime in ns, by path
-    problems: dict[str, str]  # path -> reason
-
-
-def list_mask_files(config: Config, folders: Iterable[str]) -> MaskFiles:
-    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out."""
-    files = MaskFiles({}, {}, {})
+    Returns:
+        The paths of PNG files by `_mask_key`; and why other images there are refused, by path.
+    """
+    files, refused = {}, {}
     roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
         prefix = f"{root}{folder}/{dirname}"
-        if not (config.data_root / prefix).is_dir():
-            continue
-        for entry in visible_entries(config.data_root / prefix):
+        for entry in visible_entries(config.data_root / prefix) if (config.data_root / prefix).is_dir() else ():
             path, suffix = f"{prefix}/{entry.name}", Path(entry.name).suffix.lower()
             if suffix not in IMAGE_SUFFIXES:
                 continue
             if problem := entry_problem(entry) or ("" if suffix == ".png" else "is no PNG"):
-                files.problems[path] = problem
-                continue
-            status = entry.stat()
-            files.paths[_mask_key(path)] = path
-            files.stats[path] = (status.st_size, status.st_mtime_ns)
-    return files
+                refused[path] = problem
+            else:
+                files[_mask_key(path)] = path
+    return files, refused
 
 
 def _mask_key(path: str) -> str:
@@ -3406,7 +3383,7 @@ def _mask_key(path: str) -> str:
 
 
 def mask_names(config: Config, path: str) -> list[str]:
-    """Return where the mask of a crop may lie, best first: cutouts before masks, data_root before --masks_out.
+    """Return where the mask of a crop may lie, as `_mask_key`s, best first: cutouts before masks, data_root before --masks_out.
 
     `<file name>_mask.png` tells apart crops that differ in their suffix only.
     """
@@ -3415,34 +3392,31 @@ def mask_names(config: Config, path: str) -> list[str]:
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
     inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", f"{stem}_mask", stem)]
     roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
-    return [f"{root}{folder}/{item}" for root in roots for item in inside]
+    return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
 
 
 def attach_masks(scan: Scan, config: Config) -> Scan:
     """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
     records, listing = scan.records, scan.listing
-    files = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.excluded)})
-    crops = {
-        path: (row, stat) for path, row, stat in zip(listing.paths, scan.health.rows, scan.health.stats, strict=True)
-    }
-    choices = []  # of each record
+    files, refused = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.excluded)})
+    choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
+    for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
+        choices[path] = [files[key] for key in mask_names(config, path) if key in files]
+    for path in set(files.values()).difference(*choices.values()):
+        refused[path] = "has no image"
+    crops = dict(zip(listing.paths, scan.health.rows, strict=True))
     for path in records.paths:
-        keys = map(_mask_key, mask_names(config, path)) if files.paths else ()
-        choice = [files.paths[key] for key in keys if key in files.paths]
-        has_alpha = str(crops[path][0]["mode"]) in ("RGBA", "LA", "PA")
-        choices.append([*choice, path] if has_alpha else choice)
-    paths = sorted({path for choice in choices for path in choice})
-    stats = [files.stats[path] if path in files.stats else crops[path][1] for path in paths]
+        choices.setdefault(path, [])
+        if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
+            choices[path].append(path)
+    paths = sorted({mask for path in records.paths for mask in choices[path]})
     kind = FileKind(f"mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
-    stats = np.array(stats, dtype=np.int64).reshape(-1, 2)
-    health = check_files(config.data_root, paths, stats, kind, scan.memory)
-    row_of, refused = dict(zip(paths, health.rows, strict=True)), dict(files.problems)
-    masks = []
-    for path, choice in zip(records.paths, choices, strict=True):
-        reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path][0]) for mask in choice}
-        refused |= {mask: reason for mask, reason in reasons.items() if reason and mask in files.stats}
+    health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
+    row_of, masks = dict(zip(paths, health.rows, strict=True)), []
+    for path in records.paths:
+        reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
+        refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
-    refused |= {path: "has no image" for path in _orphans(files, listing)}
     report = scan.report | {"masks": describe_masks(scan, masks, refused, config)}
     report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
     contents = {path: row_of[path]["digest"] for path in masks if path}
@@ -3457,20 +3431,6 @@ def _misfit(mask: np.void, crop: np.void) -> str:
     if abs(width * crop_height - height * crop_width) <= MASK_ASPECT_TOLERANCE * height * crop_width:
         return ""
     return f"is {width} x {height} px, which does not fit a crop of {crop_width} x {crop_height} px"
-
-
-def _orphans(files: MaskFiles, listing: Listing) -> list[str]:
-    """Return the mask files whose name belongs to no image, neither a usable nor a broken nor an excluded one."""
-    every = (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems))
-    known = {_mask_key(f"{path.split('/', 1)[0]}/{path.rsplit('/', 1)[-1]}") for path in every}
-    known |= {name.rsplit(".", 1)[0] for name in known}
-    orphans = []
-    for key, path in files.paths.items():
-        folder, _, name = key[:-4].rsplit("/", 2)
-        stems = {name, name.removesuffix("_mask"), name.removesuffix("_cutout")}
-        if not any(f"{folder.rsplit('/', 1)[-1]}/{stem}" in known for stem in stems):
-            orphans.append(path)
-    return orphans
 
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
