@@ -2239,11 +2239,7 @@ class ImageError(ValueError):
 
 
 def load_image(path: str | Path) -> np.ndarray:
-    """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3).
-
-    Raises:
-        ImageError: with the reason, whatever is wrong with the file.
-    """
+    """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3). Raises ImageError with the reason."""
     return decode_image(read_file(path))[0]
 
 
@@ -2290,13 +2286,9 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
-    """Decode the bytes of an image file.
+    """Decode the bytes of an image file: the upright image, uint8 (H, W, 3); its mode in Pillow, e.g. `CMYK`; the EXIF orientation.
 
-    Returns:
-        The upright image, uint8 (H, W, 3); the mode that Pillow found, e.g. `CMYK`; the EXIF orientation, 1 to 8.
-
-    Raises:
-        ImageError: with the reason.
+    Raises ImageError with the reason.
     """
     import simplejpeg
 
@@ -3313,20 +3305,12 @@ MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("d
 
 
 def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
-    """Read a mask, or the alpha of a cutout, as bool (H, W): True is object.
-
-    Raises:
-        ImageError: with the reason, whatever is wrong with the file.
-    """
+    """Read a mask, or the alpha of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
     return decode_mask(read_file(path), is_alpha)
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
-
-    Raises:
-        ImageError: with the reason.
-    """
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError."""
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
         if is_alpha:
@@ -3674,8 +3658,8 @@ class Transform:
                 raise ImageError(f"{name} cannot be applied: {reason}") from error
             image, mask = changed["image"], changed.get("mask")
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                result = f"{image.dtype} {image.shape}"
-                raise ImageError(f"{name} makes {result} of it, and what is needed is uint8 (height, width, 3)")
+                needed = "what is needed is uint8 (height, width, 3)"
+                raise ImageError(f"{name} makes {image.dtype} {image.shape} of it, and {needed}")
         return np.ascontiguousarray(image), None if mask is None else np.ascontiguousarray(mask)
 
 
@@ -3751,6 +3735,7 @@ def build_transform(
 
 def _looks(A: Any) -> list[Any]:  # noqa: N803
     """Lights and cameras, compressed pictures, and things that lie in the way."""
+    hole = (0.05, 0.18)
     return [
         A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
         A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
@@ -3759,13 +3744,7 @@ def _looks(A: Any) -> list[Any]:  # noqa: N803
         A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
         A.MotionBlur(blur_limit=(3, 7), p=0.05),
         A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout(
-            num_holes_range=(1, 4),
-            hole_height_range=(0.05, 0.18),
-            hole_width_range=(0.05, 0.18),
-            fill=PADDING_GRAY,
-            p=0.12,
-        ),
+        A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
     ]
 
 
@@ -3816,21 +3795,20 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     """
     import cv2
 
-    centre = np.full(2, side / 2 - 0.5)
-    affine = []  # (linear map about the centre, shift) of each move
-    if rng.random() < 0.2:
-        angle = rng.uniform(-math.pi, math.pi)
-        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        affine.append((turn, np.zeros(2)))
-    if rng.random() < 0.25:
-        scale = np.diag(rng.uniform(0.85, 1.1, 2))
-        affine.append((scale, rng.uniform(-0.06, 0.06, 2) * side))
-    moves = []
-    for linear, shift in affine:
+    centre, moves = np.full(2, side / 2 - 0.5), []
+
+    def add(linear: np.ndarray, shift: np.ndarray) -> None:
         matrix = np.eye(3)
         matrix[:2, :2] = linear
         matrix[:2, 2] = shift + centre - linear @ centre
         moves.append(matrix)
+
+    if rng.random() < 0.2:
+        angle = rng.uniform(-math.pi, math.pi)
+        add(np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]), np.zeros(2))
+    if rng.random() < 0.25:
+        scale = np.diag(rng.uniform(0.85, 1.1, 2))
+        add(scale, rng.uniform(-0.06, 0.06, 2) * side)
     if rng.random() < 0.12:  # the view of a camera that is not held straight, as albumentations' Perspective draws it
         square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
         jitter = np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32  # corners stay in their quarter
@@ -3853,13 +3831,11 @@ def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
     """
     import albumentations as A
 
-    steps = []
-    for entry in entries:
-        if entry.kind in POLICIES:
-            steps.append(_build_policy(entry))
-        elif entry.kind not in DEVICE_TRANSFORMS:
-            steps.append(A.Compose([_build_albumentation(entry)]))
-    return tuple(steps)
+    entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
+    return tuple(
+        _build_policy(entry) if entry.kind in POLICIES else A.Compose([_build_albumentation(entry)])
+        for entry in entries
+    )
 
 
 @functools.cache
@@ -3883,9 +3859,9 @@ def _build_albumentation(entry: ListEntry) -> Any:
         long_names = [transform.__name__ for transform in known.values()]
         short_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in long_names]
         names = [*short_names, *long_names, *POLICIES, "to_tensor"]
-        what = f"{entry.type} is no transform of albumentations {version('albumentations')}"
+        problem = f"{entry.type} is no transform of albumentations {version('albumentations')}"
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
-        raise UserError(what, f"{where}.type", remedy)
+        raise UserError(problem, f"{where}.type", remedy)
     transform = known[entry.kind]
     arguments = _translate_arguments(transform, entry.arguments)
     _check_arguments(where, transform, arguments)
@@ -3921,13 +3897,11 @@ def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str
 
 def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
     known = inspect.signature(transform).parameters
-    for key in arguments:
-        if key not in known:
-            ranges = [new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known]
-            remedy = did_you_mean(str(key), known, f"it has {', '.join(known)}")
-            if ranges:
-                remedy = f"write {ranges[0]}: [low, high]"
-            raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
+    for key in (key for key in arguments if key not in known):
+        remedy = did_you_mean(str(key), known, f"it has {', '.join(known)}")
+        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known):
+            remedy = f"write {new}: [low, high]"
+        raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
 def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
@@ -3956,20 +3930,20 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
         _check_arguments(where, A.Normalize, arguments)
         for key, wanted in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
             if arguments.get(key, wanted) != wanted:
-                what = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
-                raise UserError(what, f"{where}.{key}", "leave it out, and give --mean and --std")
+                problem = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
+                raise UserError(problem, f"{where}.{key}", "leave it out, and give --mean and --std")
         if "mean" not in arguments and "std" not in arguments:  # those of the model
             continue
         for key, lowest in (("mean", 0), ("std", 0.001)):
             values = arguments.get(key)
             is_triple = isinstance(values, (list, tuple)) and len(values) == 3
             if not is_triple or not all(isinstance(value, (int, float)) and lowest <= value <= 1 for value in values):
-                what = f"is not a list of three numbers from {lowest} to 1"
-                raise UserError(what, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+                problem = f"is not a list of three numbers from {lowest} to 1"
+                raise UserError(problem, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
         pair = tuple(map(float, arguments["mean"])), tuple(map(float, arguments["std"]))
         if asked[0] and pair != asked:
-            what = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
-            raise UserError(what, where, "the device normalises once: give one mean and std")
+            problem = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
+            raise UserError(problem, where, "the device normalises once: give one mean and std")
         asked = pair
     return asked
 
@@ -3981,26 +3955,22 @@ def check_transforms(config: Config) -> None:
         UserError: an entry is wrong, or the lists make something that the device does not take.
     """
     lists = given_lists(config)
-    if not lists:
-        return
     own_normalization(config)
     side = max(512, 2 * config.img_size)
     image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
-    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)):
+    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
         transform, normalize = build_transform(config.img_size, augment, lists=lists), ""
         for entry in itertools.chain(*(lists.get(name, ()) for name in ("pre_transforms", chosen, "post_transforms"))):
             if normalize and entry.kind not in DEVICE_TRANSFORMS:
-                what = f"comes after {normalize} (normalize), which is done last, on the device"
-                raise UserError(what, entry.where, "put it before")
-            if entry.kind == "normalize":
-                normalize = entry.where
+                problem = f"comes after {normalize} (normalize), which is done last, on the device"
+                raise UserError(problem, entry.where, "put it before")
+            normalize = entry.where if entry.kind == "normalize" else normalize
         try:
             transform(image, None, 0)
             transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
         except ImageError as error:
-            what = f"fail on a picture of {side} px: {error}"
-            remedy = "change that transform, or leave it out"
-            raise UserError(what, ", ".join(map(config.place, lists)), remedy) from error
+            where, remedy = ", ".join(map(config.place, lists)), "change that transform, or leave it out"
+            raise UserError(f"fail on a picture of {side} px: {error}", where, remedy) from error
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
@@ -4009,29 +3979,26 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     Raises:
         UserError: a transform cannot be applied to one of them.
     """
-    lists = given_lists(config)
+    lists, is_random = given_lists(config), False
     if not lists:
         return []
     index = {path: row for row, path in enumerate(scan.listing.paths)}
     looks = scan.health.rows[[index[path] for path in scan.records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
-    is_random = False
-    for augment in (True, False):
-        transform = build_transform(config.img_size, augment, lists=lists)
-        for row in sorted(extremes):
-            path = scan.records.paths[row]
-            try:
-                image = load_image(scan.records.root / path)
-            except ImageError:  # gone since the scan
-                continue
-            try:
-                views = {transform(image, None, seed).tobytes() for seed in range(8)}
-            except ImageError as error:
-                what = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
-                remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
-                raise UserError(what, ", ".join(map(config.place, lists)), remedy) from error
-            is_random |= not augment and len(views) > 1
+    for augment, row in itertools.product((True, False), sorted(extremes)):
+        transform, path = build_transform(config.img_size, augment, lists=lists), scan.records.paths[row]
+        try:
+            image = load_image(scan.records.root / path)
+        except ImageError:  # gone since the scan
+            continue
+        try:
+            views = {transform(image, None, seed).tobytes() for seed in range(8)}
+        except ImageError as error:
+            problem = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
+            remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
+            raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
+        is_random |= not augment and len(views) > 1
     note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
     return [note] if is_random else []
 
@@ -4089,9 +4056,8 @@ def _build_policy(entry: ListEntry) -> Policy:
     _construct(entry.where, policy, arguments)
     bins, magnitude = arguments.get("num_magnitude_bins", 31), arguments.get("magnitude", 0)
     if not (isinstance(bins, int) and isinstance(magnitude, int) and 0 <= magnitude < bins > 1):
-        what = f"magnitude {magnitude} is none of {bins} bins"
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
-        raise UserError(what, entry.where, remedy)
+        raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
     return Policy(entry.kind, arguments, float(share))
 
 
@@ -4145,12 +4111,9 @@ class Backgrounds:
 
     def describe(self) -> str:
         """Return in words how many pictures there are, and which cannot be used."""
-        unused = list(self.health.reasons.items())
-        lines = [f"backgrounds: {len(self.paths):,} pictures in {self.root}"]
-        lines += [f"warning: not used as a background: {path}: {reason}" for path, reason in unused[:10]]
-        if len(unused) > 10:
-            lines.append(f"  ... and {len(unused) - 10} more")
-        return "\n".join(lines)
+        unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.health.reasons.items()]
+        more = [f"  ... and {len(unused) - 10} more"] if len(unused) > 10 else []
+        return "\n".join([f"backgrounds: {len(self.paths):,} pictures in {self.root}", *unused[:10], *more])
 
 
 def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
@@ -4167,19 +4130,12 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         reason = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
-        where = f"{config.place('backgrounds')} {root}"
-        remedy = f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
+        where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = [tree.paths[row] for row in usable.tolist()]
-    return Backgrounds(
-        health,
-        root,
-        PathTable(paths),
-        digest=fingerprint(paths, health.rows["digest"][usable]),
-        share=config.insert_background_p,
-        max_ratio=config.background_max_ratio,
-        max_side=2 * config.img_size,
-    )
+    digest = fingerprint(paths, health.rows["digest"][usable])
+    share, max_ratio = config.insert_background_p, config.background_max_ratio
+    return Backgrounds(health, root, PathTable(paths), digest, share, max_ratio, max_side=2 * config.img_size)
 
 
 def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
