@@ -2528,9 +2528,7 @@ def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
 def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
     """Return the class name of every folder; None leaves the folder out.
 
-    Args:
-        path: YAML file `new name: [old names]`, `null: [names to leave out]`; None changes nothing.
-        folders: all class folders there are.
+    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`.
 
     Raises:
         UserError: no such mapping, a folder that does not exist, or one that is named twice.
@@ -2540,8 +2538,8 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     for new_name, old_names in _parse_class_map(path) if path is not None else ():
         for old_name in old_names:
             if old_name not in class_of:
-                what = f"names {old_name}, and data_root has no such folder"
-                raise UserError(what, where, did_you_mean(old_name, folders))
+                problem = f"names {old_name}, and data_root has no such folder"
+                raise UserError(problem, where, did_you_mean(old_name, folders))
             if old_name in mapped:
                 raise UserError(f"names {old_name} twice", where, "give each folder to one class")
             mapped.add(old_name)
@@ -2566,13 +2564,13 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
         new_name, *old_names = (unicodedata.normalize("NFC", node.value) for node in (key, *items))
         if not _is_plain(new_name):
-            what = f"gives a class the name {printable(new_name)}, with control characters"
-            raise UserError(what, where, "rename it")
+            problem = f"gives a class the name {printable(new_name)}, with control characters"
+            raise UserError(problem, where, "rename it")
         entries.append((None if new_name in ("null", "~", "") else new_name, old_names))
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated or not entries:
-        what = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
-        raise UserError(what, where, CLASS_MAP_EXAMPLE)
+        problem = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
+        raise UserError(problem, where, CLASS_MAP_EXAMPLE)
     return entries
 
 
@@ -2593,14 +2591,9 @@ BIG_IMAGE_TURN = threading.Lock()
 
 
 def check_image(path: Path, keep: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, str]:
-    """Decode one image and describe it.
+    """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
 
-    Args:
-        path: of the file.
-        keep: gets the upright image, uint8 (H, W, 3).
-
-    Returns:
-        A IMAGE_DTYPE scalar and the reason why the image is broken ('' when it is fine).
+    `keep` gets the upright image, uint8 (H, W, 3).
     """
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
@@ -2668,7 +2661,6 @@ def check_files(
     Args:
         root, paths: the files; a path may also be absolute.
         stats: int64 (N, 2), size in bytes and mtime in ns.
-        kind: of files, and how to look at one.
         memory: learns what is found; an interrupted or a long look saves it.
         squares: gets the images, fitted.
     """
@@ -2731,9 +2723,7 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
     equal slice are compared; images with the same hash and look are compared through the first of them.
 
     Args:
-        phashes: uint64 (N,).
-        thumbs: uint8 (N, K).
-        max_bits: Hamming distance allowed.
+        phashes, thumbs: uint64 (N,) and uint8 (N, K).
     """
 
     def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -2798,8 +2788,8 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
             keys[index] = first_with.setdefault(match.group(1), index)
     if not first_with:
         example = paths[0].rsplit("/", 1)[-1] if paths else ""
-        what = f"matches no file name, for instance not {example}"
-        raise UserError(what, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
+        problem = f"matches no file name, for instance not {example}"
+        raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
 
 
@@ -2997,7 +2987,6 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     Masks are not looked for: `attach_masks` does that.
 
     Args:
-        config: of the run.
         splits_path: of a run that is continued.
         squares: gets the images that are decoded, if there is room for all of them.
 
@@ -3013,8 +3002,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
-        what = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
-        raise UserError(what, config.said("data_root"), "check that the files are whole")
+        problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
+        raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
     order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
@@ -3138,35 +3127,30 @@ def count_classes(
 
 
 def check_trainable(scan: Scan, config: Config) -> None:
-    """Refuse data that cannot be trained on.
-
-    Raises:
-        UserError: fewer than two classes, or another number than was asked for, classes below --min_per_class (all are listed), or
-            an empty split.
-    """
+    """Refuse fewer than two classes, another number than was asked for, classes below --min_per_class, and an empty split."""
     where, records = config.said("data_root"), scan.records
     num_classes = len(records.class_names)
     if num_classes < 2:
-        what = f"has one class only ({records.class_names[0]}); a recogniser needs two"
-        raise UserError(what, where, "add another class")
+        problem = f"has one class only ({records.class_names[0]}); a recogniser needs two"
+        raise UserError(problem, where, "add another class")
     if config.n_classes not in (None, num_classes):
-        what = f"has {num_classes} classes, and --n_classes says {config.n_classes}"
-        raise UserError(what, where, "correct the number, or see what there is with the command scan")
+        problem = f"has {num_classes} classes, and --n_classes says {config.n_classes}"
+        raise UserError(problem, where, "correct the number, or see what there is with the command scan")
     lines = []
     for name, row in scan.report["classes"].items():
         if row["usable"] < config.min_per_class:
             broken = f", {row['quarantined']} broken" if row["quarantined"] else ""
             lines.append(f"\n    {name}: {row['usable']} usable{broken}")
     if lines:
-        what = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
+        problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
         remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
-        raise UserError(what + "".join(lines), where, remedy)
+        raise UserError(problem + "".join(lines), where, remedy)
     for split, share in split_shares(config).items():
         if share > 0 and not len(records.rows(split)):
             num_groups = len(np.unique(records.groups))
-            what = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
+            problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
             regex = ", --group_regex" if config.group_regex else ""
-            raise UserError(what, where, f"add images, or change --val_split, --test_split{regex}")
+            raise UserError(problem, where, f"add images, or change --val_split, --test_split{regex}")
 
 
 def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int) -> str:
@@ -3189,8 +3173,8 @@ def format_class_table(report: dict[str, Any]) -> str:
 def format_findings(report: dict[str, Any]) -> str:
     """Return what a scan found wrong, a line each; long lists are cut, data_report.json has them whole."""
 
-    def list_some(what: str, items: list[dict[str, str]]) -> list[str]:
-        shown = [f"  {what}: {item['path']}: {item['reason']}" for item in items[:10]]
+    def list_some(kind: str, items: list[dict[str, str]]) -> list[str]:
+        shown = [f"  {kind}: {item['path']}: {item['reason']}" for item in items[:10]]
         return shown + ([f"  ... and {len(items) - 10} more in data_report.json"] if len(items) > 10 else [])
 
     lines = [f"{report['num_usable']:,} of {report['num_images']:,} images usable"]
@@ -3265,9 +3249,9 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     table = read_splits(path)
     class_names = table["classes"]
     if class_names != list(records.class_names):
-        what = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
+        problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
-        raise UserError(what, str(path.parent), remedy)
+        raise UserError(problem, str(path.parent), remedy)
     rows = sorted(
         (class_names.index(name), item, number)
         for number, split in enumerate(SPLIT_NAMES)
@@ -3338,7 +3322,9 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
         return row, str(error)
     row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
     row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    return row, "" if 0 < row["area"] < 1 else f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
+    if 0 < row["area"] < 1:
+        return row, ""
+    return row, f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -3422,8 +3408,7 @@ def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
 
     A line that a killed process left half-written is passed over.
     """
-    path = out_dir / MASK_LOG_NAME
-    records: dict[str, dict[str, Any]] = {}
+    path, records = out_dir / MASK_LOG_NAME, {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
@@ -3456,17 +3441,13 @@ def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], co
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
-    """Refuse to train with masks where there are none.
-
-    Raises:
-        UserError: --crop_mode mask or mix, and no crop has a usable mask.
-    """
+    """Refuse --crop_mode mask and mix where no crop has a usable mask."""
     if config.crop_mode == "bbox" or scan.records.has_mask.any():
         return
     refused = scan.report["masks"]["refused"]
     first = f" ({len(refused)} are refused, the first: {refused[0]['path']}: {refused[0]['reason']})" if refused else ""
-    what = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
-    raise UserError(what, config.said("crop_mode"), MASKS_WAYS_OUT)
+    problem = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
+    raise UserError(problem, config.said("crop_mode"), MASKS_WAYS_OUT)
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -3474,10 +3455,7 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
 
     Returns:
         Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
-        and the reason why a mask that was there at the scan cannot be had, or ''.
-
-    Raises:
-        ImageError: the crop itself cannot be read.
+        and the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
     """
     image, mask_path = load_image(records.root / records.paths[row]), records.mask_of(row, view)
     if not mask_path:
@@ -3508,10 +3486,7 @@ def make_fill(config: Config, mean: Sequence[float]) -> Fill:
 def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int | None) -> np.ndarray:
     """Return a copy of the image (H, W, 3) whose pixels outside the mask, uint8 (H, W), are replaced.
 
-    Args:
-        image, mask: of one size; above MASK_LEVEL is object.
-        fill: by what.
-        seed: of the colour that `random` draws in training; None in evaluation.
+    `seed` is that of the colour that `random` draws in training; None in evaluation.
     """
     import cv2
 
@@ -3756,7 +3731,6 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
     Args:
         image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
-        side: px of the square.
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
@@ -3827,7 +3801,7 @@ def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
     A step is called with image and mask, and gives both; `set_random_state` comes first.
 
     Raises:
-        UserError: naming the entry, what is wrong with it and what comes closest.
+        UserError: an entry is wrong.
     """
     import albumentations as A
 
@@ -4200,8 +4174,7 @@ def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, nu
 
     Args:
         place: epoch and batch, which with the seed decide all.
-        images: (b, C, H, W) of this process.
-        num_images: in the whole batch.
+        images: (b, C, H, W) of this process, of `num_images` in the whole batch.
     """
     rng = np.random.default_rng((config.seed, 9, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
@@ -4306,8 +4279,7 @@ class SquareFile:
         Args:
             kind: what `name_squares` returns.
             path, stamp: of the crop's file; size in bytes and mtime in ns.
-            square: uint8 (side, side, 3 or 4).
-            mask: digest of the mask's file.
+            square, mask: uint8 (side, side, 3 or 4), and the digest of the mask's file.
         """
         square = np.ascontiguousarray(square)
         try:
@@ -4358,7 +4330,6 @@ def find_squares(
         memory, kind: of the run's folder, and what `name_squares` returns.
         crops: size in bytes and mtime in ns by path, None for a file that is gone.
         masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
-        side: px of a square.
     """
     places, path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
     if not path.is_file() or not path.stat().st_size:
@@ -4546,12 +4517,10 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
 
-    Args:
-        read: starts reading; gets the number of loaders that have failed and of batches that have been yielded.
-        say: takes a warning.
+    `read` starts reading; it gets the number of loaders that have failed and of batches that have been yielded.
 
     Raises:
-        DeadWorker: workers are killed again and again.
+        DeadWorker: that has happened LOADER_RESTARTS times.
     """
     taken = 0
     for failed in itertools.count():
@@ -4582,15 +4551,13 @@ def take_turns(
 ) -> Iterator[Any]:
     """Yield the answer to each batch, in order; in a team the processes take turns, and the first one yields all answers.
 
-    Args:
-        loader: gives a loader for some of the batches.
-        answer: of what the loader yields; goes from process to process.
+    `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
 
     Raises:
         DeadWorker: loader workers are killed again and again.
     """
-    own = batches[TEAM.rank :: TEAM.size]
-    read = outlive_workers(lambda _, taken: loader(own[taken:]), show)
+    batches_of_rank = batches[TEAM.rank :: TEAM.size]
+    read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
     for _ in range(-(-len(batches) // TEAM.size)):
         batch = next(read, None)
         yield from TEAM.collect(None if batch is None else answer(batch))
