@@ -2679,11 +2679,7 @@ def check_files(
     rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
 
     def look(index: int) -> tuple[np.ndarray, str]:
-        def keep(image: np.ndarray) -> None:
-            if squares is not None:
-                square = fit_square(image, squares.side)
-                squares.put(name_squares(squares.side), paths[index], stamps[index], square)
-
+        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
@@ -4272,6 +4268,10 @@ class SquareFile:
         self.failure: Exception | None = None
         self._file: BinaryIO | None = None  # opened for the first square
         self._guard = threading.Lock()
+
+    def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
+        """Fit the decoded image of a file, and put it down."""
+        self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
         """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
