@@ -3881,8 +3881,8 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         cause = error.__cause__ if hasattr(error.__cause__, "errors") else error
         details = cause.errors()[0] if hasattr(cause, "errors") else {"loc": (), "msg": str(error)}
         place = ".".join(map(str, (where, *details["loc"][:1])))
-        what = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
-        raise UserError(what, place, f"see {transform.__name__} in the documentation of its library") from error
+        problem = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
+        raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
 def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
