@@ -4255,19 +4255,21 @@ def name_squares(side: int, fill: Any = "") -> str:
 
 
 class SquareFile:
-    """Writes crops as squares, one after the other, into `squares.u8` of a locked folder; several threads may.
+    """Writes crops as squares, one after the other, into `squares.u8` of a folder; several threads may.
 
     uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
     only for speed.
     """
 
-    def __init__(self, memory: FileMemory, side: int, room: int, end: int) -> None:
-        """Take squares from byte `end` on, up to byte `room`."""
+    def __init__(
+        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """Take squares from byte `end` on, up to byte `room`; `prepare` is called before the first is written."""
         self.path = memory.folder / SQUARES_NAME
         self.memory, self.side, self.room, self.end = memory, side, room, end
         self.failure: Exception | None = None
-        self._file: BinaryIO | None = None  # opened for the first square
-        self._guard = threading.Lock()
+        self._prepare, self._guard = prepare, threading.Lock()
+        self._file: BinaryIO | None = None
 
     def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
         """Fit the decoded image of a file, and put it down."""
@@ -4288,13 +4290,15 @@ class SquareFile:
                 if place + square.nbytes > self.room:
                     return -1
                 if self._file is None:  # left open: when the run is interrupted, threads may still write
+                    if self._prepare is not None:
+                        self._prepare()
                     self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
                 self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
                 os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.give_up(error)
             return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
@@ -7253,43 +7257,48 @@ def square_room(config: Config) -> int:
 
     Beyond that much memory, reading them would be slower than decoding.
     """
+    folder = next(folder for folder in (config.out_dir, *config.out_dir.absolute().parents) if folder.exists())
     squares = config.out_dir / SQUARES_NAME
-    free = shutil.disk_usage(config.out_dir).free + (squares.stat().st_size if squares.is_file() else 0)
+    free = shutil.disk_usage(folder).free + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min(1e9 * config.cache_crops, free / 4, memory / 4))
 
 
 @contextlib.contextmanager
 def collect_squares(config: Config) -> Iterator[SquareFile | None]:
-    """Lock out_dir, and give what keeps the crops that a scan decodes, fitted; None where training would not read them.
+    """Give what keeps the crops that a scan decodes, fitted; None where training would not read them.
 
     Lists of transforms may work on the crop as it is. With --crop_mode mask, most crops are shown masked, which the scan does not
-    know yet; of a part of the data, most would be in vain. Data that are refused leave nothing behind.
+    know yet; of a part of the data, most would be in vain. out_dir is locked from the first square on; data that are refused leave
+    nothing behind.
     """
     lists = given_lists(config)
     is_read = not lists.get("pre_transforms") and not {"train_augmentations", "val_augmentations"} <= lists.keys()
     if not config.cache_crops or not is_read or config.crop_mode == "mask" or config.data_fraction < 1:
         yield None
         return
-    memory, folder = FileMemory(config.out_dir), config.out_dir
+    memory, folder, made = FileMemory(config.out_dir), config.out_dir, []
     paths = [folder / name for name in (SQUARES_NAME, ".lock", ".lock_holder")] + [folder, *folder.parents]
-    made = [path for path in paths if not path.exists()]
-    try:
-        create_out_dir(folder)
-        with lock_directory(folder):
-            paths[0].touch()  # by which a run that is killed is known as one
+    with contextlib.ExitStack() as stack:
+
+        def claim_folder() -> None:
+            made.extend(path for path in paths if not path.exists())
+            create_out_dir(folder)
+            stack.enter_context(lock_directory(folder))
             memory.is_locked = True
-            squares = SquareFile(memory, config.img_size, square_room(config), paths[0].stat().st_size)
-            try:
-                yield squares
-            finally:
-                squares.close()
-                memory.is_locked = False
-    except UserError:
-        for path in made:
-            with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
-                path.rmdir() if path.is_dir() else path.unlink()
-        raise
+
+        end = paths[0].stat().st_size if paths[0].is_file() else 0
+        squares = SquareFile(memory, config.img_size, square_room(config), end, claim_folder)
+        try:
+            yield squares
+        except UserError:
+            for path in made:
+                with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise
+        finally:
+            squares.close()
+            memory.is_locked = False
 
 
 def open_store(job: Job, scan: Scan) -> SquareStore | None:

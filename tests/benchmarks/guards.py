@@ -185,11 +185,6 @@ GUARDS = {
         "return",
         "tests/test_store.py -k damaged_or_their",
     ),
-    "a run that is killed at once is known as one": (
-        "            paths[0].touch()  #",
-        "            #",
-        "tests/test_store.py -k killed_at_once",
-    ),
     "no other file is taken for the squares": (
         "if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None",
         "if True else None",
