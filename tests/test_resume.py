@@ -535,7 +535,7 @@ def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:
     with lct.lock_directory(tmp_path), pytest.raises(lct.UserError, match="in use"):
         lct.RunDirectory(tmp_path)
     assert leftover.exists()
-    lct.RunDirectory(tmp_path).close("completed")
+    lct.RunDirectory(tmp_path).close()
     assert not leftover.exists()
 
 
