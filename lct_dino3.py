@@ -5522,16 +5522,11 @@ def compute_metrics(
     precision[np.isnan(precision) & (support > 0)] = 0.0  # a class that has images and is never answered
     f1[support == 0] = np.nan
     auc = np.full(len(class_names), np.nan) if scores is None else one_vs_rest_auc(scores, labels)
-    per_class = {
-        name: {
-            "precision": none_if_nan(precision[i]),
-            "recall": none_if_nan(recall[i]),
-            "f1": none_if_nan(f1[i]),
-            "auc": none_if_nan(auc[i]),
-            "support": int(support[i]),
-        }
-        for i, name in enumerate(class_names)
-    }
+    columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
+    per_class = {}
+    for label, name in enumerate(class_names):
+        per_class[name] = {key: none_if_nan(values[label]) for key, values in columns.items()}
+        per_class[name]["support"] = int(support[label])
     figures = {
         "acc": float((answers == labels).mean()),
         "f1_macro": none_if_nan(mean_of_defined(f1)),
@@ -5593,14 +5588,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def retrieval_scores(
     queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Score a search for references of the same class, query by query; the means over queries are the usual figures.
+    """Score a search of queries (Q, D) for references (N, D) of the same class; the means over queries are the usual figures.
 
     MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): the precision at each rank among the first R
     that holds a right reference, summed and divided by R, where R is the number of references of the query's class.
-
-    Args:
-        queries, labels: (Q, D) unit norm and (Q,).
-        stacks, stack_labels: (N, D) unit norm and (N,), the references.
 
     Returns:
         recall_at_1, recall_at_5, map_at_r, each (Q,); NaN for a query whose class has no reference.
@@ -5609,7 +5600,7 @@ def retrieval_scores(
     num_right = counts[labels]
     top = min(len(stacks), max(5, int(counts.max(initial=0))))
     ranks = np.arange(1, top + 1)
-    scores = {name: np.full(len(labels), np.nan) for name in ("recall_at_1", "recall_at_5", "map_at_r")}
+    scores = {name: np.full(len(labels), np.nan) for name in RETRIEVAL_NAMES}
     defined = np.flatnonzero(num_right > 0)
     for block in np.array_split(defined, max(1, -(-len(defined) * len(stacks) // RETRIEVAL_CHUNK))):
         cosine = queries[block] @ stacks.T
@@ -5641,8 +5632,7 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
     known_at = np.bincount(known, minlength=num_ranks)
     unknown_at = np.bincount(unknown, minlength=num_ranks)
     won = (known_at * (unknown_at.cumsum() - unknown_at / 2)).sum()  # half a point for a tie
-    # At least 95 % of the known are not below the threshold.
-    threshold = (known_at.cumsum() > math.floor(0.05 * len(known))).argmax()
+    threshold = (known_at.cumsum() > math.floor(0.05 * len(known))).argmax()  # at least 95 % of the known are not below
     return {
         "auroc": float(won / len(known) / len(unknown)),
         "fpr95": float(unknown_at[threshold:].sum() / len(unknown)),
@@ -5652,11 +5642,8 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
 def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
     """Return the chance that a known object is answered right, and with a higher score than an unknown one.
 
-    It is the area under the curve of correct classification against false positives of Dhamija et al. (arXiv:1811.04110).
-
-    Args:
-        known, is_right: (N,), score of the answer, and whether it is right.
-        unknown: (U,), scores of the answers to unknown objects.
+    It is the area under the curve of correct classification against false positives of Dhamija et al. (arXiv:1811.04110), of the
+    scores of the answers to known (N,) and unknown (U,) objects.
     """
     ranked = np.sort(unknown)
     won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # twice: a tie is half a point
@@ -5671,25 +5658,14 @@ def calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: in
     return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
 
 
-def precision_above(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
-    """Return for each answer (N,) the share of right ones among the answers with its score or more."""
-    num = len(scores) - np.searchsorted(np.sort(scores), scores)
-    num_right = int(is_right.sum()) - np.searchsorted(np.sort(scores[is_right]), scores)
-    return num_right / num
-
-
 def precision_threshold(
     scores: np.ndarray, is_right: np.ndarray, precision: float, prior: np.ndarray | None = None
 ) -> float:
     """Return the least threshold at or above which that share of the answers is right; one above all scores if there is none.
 
     It lies below the last score (N,) that passes, by SCORE_ROUNDING or half the way to the next one: the same picture, embedded in
-    another batch, must pass as well. Answers of one score come or go together.
-
-    Args:
-        scores, is_right: (N,).
-        precision: share of right answers.
-        prior: (N,), share expected at each score, which counts as PRIOR_ANSWERS further answers: one error among few is no proof.
+    another batch, must pass as well. Answers of one score come or go together. The `prior` (N,), the precision expected at each
+    score, counts as PRIOR_ANSWERS further answers: one error among few is no proof.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -5708,25 +5684,29 @@ def precision_threshold(
 
 
 def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return figures with their 95 % percentile intervals over images drawn with replacement.
+    """Return figures as {name: {value, interval}}, the 95 % percentile interval over images drawn with replacement.
 
     Args:
-        compute: from positions (n,) of samples, an array for each group, to figures by name; NaN = undefined.
+        compute: from positions (n,) of samples, an array for each group, to figures by name; NaN = undefined, None in the result.
         groups: int (N,) each, the image of each sample: two views of one come and go together.
-
-    Returns:
-        {name: {value, interval}}; None for what is undefined.
     """
     draws = min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, *map(len, groups)))
     samples = zip(*(draw_samples(images, draws) for images in groups), strict=True)
     of_all, *drawn = [compute(*positions) for positions in samples]
     figures = {}
     for name, value in of_all.items():
-        values = np.array([own[name] for own in drawn])
+        values = np.array([of_draw[name] for of_draw in drawn])
         defined = values[~np.isnan(values)]
         interval = np.quantile(defined, (0.025, 0.975)).tolist() if len(defined) else None
         figures[name] = {"value": none_if_nan(value), "interval": interval}
     return figures
+
+
+def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return the means of the scores (N,) that are not NaN, with their intervals; see `with_intervals`."""
+    return with_intervals(
+        lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
+    )
 
 
 def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
@@ -6217,7 +6197,7 @@ class Gallery:
 
 def match_nearest(references: Embedded, num_classes: int) -> Matcher:
     """Return the matcher that scores each class by the nearest of its references."""
-    references = references.take(np.argsort(references.labels, kind="stable"))
+    references = references.by_class()
     return Matcher(references.values, references.labels, np.ones(num_classes, np.int64))
 
 
@@ -6225,9 +6205,8 @@ def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int
     """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
     from scipy.sparse import csr_matrix
 
-    order = np.argsort(labels, kind="stable")
-    ends = np.cumsum(np.bincount(labels, minlength=num_classes))
-    members = csr_matrix((np.ones(len(order)), order, np.append(0, ends)), shape=(num_classes, len(order)))
+    rows = np.arange(len(labels))
+    members = csr_matrix((np.ones(len(rows)), (labels, rows)), shape=(num_classes, len(rows)))
     sums = members @ embeddings  # in float64, and 30 times as fast as np.add.at
     return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
@@ -6240,12 +6219,8 @@ def class_borders(labels: np.ndarray, num_classes: int) -> list[tuple[int, int]]
 def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
     """Return how many nearest references (C,) make the score of each class: k, and less where a class has fewer than usual.
 
-    Else a class of five references, all of them in its score, would stand against the five best of a hundred.
-
-    Args:
-        num_references: (C,).
-        usual: references of the median class, from which on a class gets all k.
-        k: the most.
+    Else a class of five references, all of them in its score, would stand against the five best of a hundred. `usual` is the number
+    of references of the median class.
     """
     return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
 
@@ -6265,14 +6240,13 @@ def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray
 def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
     """Return the ascending positions of at most `limit` references that cover a class best.
 
-    The class is cut into `limit` k-means clusters, and each is stood for by the real reference nearest to its centre: the usual
-    views are all there, and a single mislabelled picture is not, as it would be if the farthest points were taken.
+    Each of `limit` k-means clusters is stood for by the real reference nearest to its centre: the usual views are all there, and a
+    single mislabelled picture is not, as it would be if the farthest points were taken.
     """
     if len(embeddings) <= limit:
         return np.arange(len(embeddings))
-    centres = cluster(embeddings, limit, 1).cluster_centers_
     chosen: list[int] = []
-    for similarity in centres @ embeddings.T:
+    for similarity in cluster(embeddings, limit, 1).cluster_centers_ @ embeddings.T:
         chosen.append(next(i for i in np.argsort(-similarity, kind="stable").tolist() if i not in chosen))
     return np.sort(chosen)
 
@@ -6286,8 +6260,7 @@ def cluster(embeddings: np.ndarray, count: int, starts: int) -> Any:
         return KMeans(count, n_init=starts, random_state=0).fit(embeddings)
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """Embeddings of some records."""
 
     rows: np.ndarray  # (n,) int64 record numbers
@@ -6297,7 +6270,16 @@ class Embedded:
 
     def take(self, chosen: np.ndarray) -> Embedded:
         """Return some of them, by positions or by a mask."""
-        return Embedded(self.rows[chosen], self.views[chosen], self.labels[chosen], self.values[chosen])
+        return Embedded(*(column[chosen] for column in self))
+
+    def by_class(self) -> Embedded:
+        """Return them in ascending order of their labels."""
+        return self.take(np.argsort(self.labels, kind="stable"))
+
+
+def concatenate_embedded(several: Iterable[Embedded]) -> Embedded:
+    """Return the embeddings of all as one."""
+    return Embedded(*map(np.concatenate, zip(*several, strict=True)))
 
 
 def build_gallery(
@@ -6312,7 +6294,7 @@ def build_gallery(
         unknown: embeddings (U, D) of objects of no class, any answer to which is wrong.
     """
     num_classes = len(records.class_names)
-    references = references.take(np.argsort(references.labels, kind="stable"))
+    references = references.by_class()
     centroids = class_centroids(references.values, references.labels, num_classes)
     stacks = references
     if config.max_refs_per_class is not None:
@@ -6345,11 +6327,9 @@ def build_gallery(
 
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
-    """Return the gallery with up to that many prototypes a class, matched by them if a class has several.
+    """Return the gallery with up to `per_class` prototypes a class, 1 being the centroid, matched by them if a class has several.
 
-    Args:
-        references: all of the gallery's, grouped by class.
-        per_class: 1 is the centroid alone.
+    The references are all of the gallery's, grouped by class.
     """
     if per_class == 1:
         return gallery
@@ -6381,7 +6361,7 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
     return means if len(means) > 1 else centroid[None]
 
 
-def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None = None, wanted: str = "auto") -> Gallery:
+def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None, wanted: str) -> Gallery:
     """Return the gallery with the matcher, and the k of KNN_CHOICES, that do best on val; of equals the simpler.
 
     Best is the one that is right most often; where there are objects of no class, (U, D), the one that is right and surer than of
@@ -6391,9 +6371,9 @@ def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None =
     def quality(candidate: Gallery) -> float:
         answers, best = candidate.answer(val.values)
         is_right = answers == val.labels
-        return (
-            float(is_right.mean()) if unknown is None else open_set_rate(best, is_right, candidate.answer(unknown)[1])
-        )
+        if unknown is None:
+            return float(is_right.mean())
+        return open_set_rate(best, is_right, candidate.answer(unknown)[1])
 
     sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
@@ -6424,11 +6404,12 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
     return gallery
 
 
-def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None = None) -> Gallery:
+def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None) -> Gallery:
     """Return the gallery with the temperature and the thresholds that val, and objects of no class, ask for."""
+    num_classes = len(gallery.class_names)
     answers, best = gallery.answer(val.values)
     is_right = answers == val.labels
-    num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // len(gallery.class_names))  # one number needs no more images
+    num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # one number needs no more images
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
     temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
     if unknown is not None and len(unknown):
@@ -6436,13 +6417,10 @@ def calibrate(gallery: Gallery, val: Embedded, precision: float, unknown: np.nda
         answers = np.concatenate([answers, unknown_answers])
         best = np.concatenate([best, unknown_best])
         is_right = np.concatenate([is_right, np.zeros(len(unknown), bool)])
-    thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, len(gallery.class_names))
+    thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, num_classes)
+    val_thresholds = tuple(precision_threshold(best, is_right, target) for target in PRECISION_TARGETS)
     return dataclasses.replace(
-        gallery,
-        temperature=temperature,
-        thresholds=thresholds,
-        is_pooled=is_pooled,
-        val_thresholds=tuple(precision_threshold(best, is_right, target) for target in PRECISION_TARGETS),
+        gallery, temperature=temperature, thresholds=thresholds, is_pooled=is_pooled, val_thresholds=val_thresholds
     )
 
 
@@ -6460,19 +6438,16 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 def fit_thresholds(
     answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return per class the least score above which that share of its answers is right, and whether it is the pooled one.
+    """Return per class the least score above which that share of its answers is right, and whether it is the pooled one, (C,) both.
 
     What all answers together show is weighed in (see `precision_threshold`), and a class with fewer than MIN_CALIBRATION_SAMPLES
-    answers gets their threshold.
-
-    Args:
-        answers, best, is_right: (N,), class and score of each answer, and whether it is right.
-        precision: share of right answers.
-        num_classes: C, the length of both arrays that are returned.
+    answers gets their threshold. `answers`, `best`, `is_right` (N,) are class and score of each answer, and whether it is right.
     """
     thresholds = np.full(num_classes, precision_threshold(best, is_right, precision), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
-    pooled = precision_above(best, is_right)
+    # Share of right answers among all with the score of each answer, or more.
+    num_above = len(best) - np.searchsorted(np.sort(best), best)
+    pooled = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
     for label in np.flatnonzero(~is_pooled):
         of_class = answers == label
         thresholds[label] = precision_threshold(best[of_class], is_right[of_class], precision, pooled[of_class])
@@ -6499,14 +6474,13 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     best = judged.scores[:, 0]
     confidence = judged.probabilities[:, 0]
     is_right = answers == test.labels
-    retrieval = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
 
     def closed_set(matcher: str) -> dict[str, Any]:
-        found = dataclasses.replace(gallery, matcher=matcher).answer(test.values)[0]
+        matched = dataclasses.replace(gallery, matcher=matcher).answer(test.values)[0]
         figures = with_intervals(
             lambda drawn: {
-                "acc": mean_of_defined(found[drawn] == test.labels[drawn]),
-                "f1_macro": macro_f1(test.labels[drawn], found[drawn], num_classes),
+                "acc": mean_of_defined(matched[drawn] == test.labels[drawn]),
+                "f1_macro": macro_f1(test.labels[drawn], matched[drawn], num_classes),
             },
             test.rows,
         )
@@ -6514,23 +6488,14 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
         passed = best >= thresholds
-        return with_intervals(
-            lambda drawn: {
-                "coverage": mean_of_defined(passed[drawn]),
-                "precision": mean_of_defined(is_right[drawn][passed[drawn]]),
-            },
-            test.rows,
-        )
+        return mean_intervals(test.rows, coverage=passed, precision=np.where(passed, is_right, np.nan))
 
+    matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     support = np.bincount(test.labels, minlength=num_classes)
     figures = {
-        "closed": {
-            matcher: closed_set(matcher)
-            for matcher in MATCHER_NAMES
-            if matcher != "prototypes" or gallery.most_prototypes > 1
-        },
-        "retrieval": with_intervals(
-            lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in retrieval.items()}, test.rows
+        "closed": {matcher: closed_set(matcher) for matcher in matchers},
+        "retrieval": mean_intervals(
+            test.rows, **retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
         ),
         "open_set": open_set_figures(gallery.scores, test, unknown),
         "answers": [
@@ -6544,9 +6509,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     if unknown is not None:
         unknown_answers, unknown_best = gallery.answer(unknown)
         passed = unknown_best >= gallery.thresholds[unknown_answers]
-        figures |= with_intervals(
-            lambda drawn: {"unknown_passed": mean_of_defined(passed[drawn])}, np.arange(len(passed))
-        )
+        figures |= mean_intervals(np.arange(len(passed)), unknown_passed=passed)
     return figures
 
 
@@ -6580,11 +6543,13 @@ def open_set_figures(
     def rank(confidences: np.ndarray) -> np.ndarray:
         return np.unique(confidences, return_inverse=True)[1]
 
+    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
+        folds = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
+        return tuple(confide(scores[:, folds != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
+
     if unknown is not None:
-        of_both = [
-            reduce_scores(score, queries, lambda scores, _: (confide(scores),))[0]
-            for queries in (known.values, unknown)
-        ]
+        queries = (known.values, unknown)
+        of_both = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
         of_known, of_unknown = np.split(rank(np.concatenate(of_both)), [len(known.values)])
         figures = with_intervals(
             lambda drawn, drawn_unknown: open_set_metrics(of_known[drawn], of_unknown[drawn_unknown]),
@@ -6592,11 +6557,6 @@ def open_set_figures(
             np.arange(len(unknown)),
         )
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
-
-    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
-        folds = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
-        return tuple(confide(scores[:, folds != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
-
     ranks = [rank(confidences) for confidences in reduce_scores(score, known.values, hold_out)]
     folds = known.labels % HELD_OUT_FOLDS
 
@@ -6605,13 +6565,13 @@ def open_set_figures(
         for fold, of_fold in enumerate(ranks):
             is_unknown = folds[drawn] == fold
             figures.append(open_set_metrics(of_fold[drawn][~is_unknown], of_fold[drawn][is_unknown]))
-        return {name: mean_of_defined(np.array([own[name] for own in figures])) for name in ("auroc", "fpr95")}
+        return {name: mean_of_defined(np.array([of_fold[name] for of_fold in figures])) for name in figures[0]}
 
     figures = with_intervals(mean_of_folds, known.rows)
     return figures | {"unknowns": len(known.labels), "source": "classes held out in turn"}
 
 
-def write_predictions(path: Path, gallery: Gallery, records: Records, queries: Sequence[Embedded]) -> None:
+def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: Embedded) -> None:
     """Write what the gallery answers to crops of known classes as a CSV file, a row for each view of a crop.
 
     `answer` is the nearest class, even where `is_unknown` says that it lies below its threshold. A cosine is the similarity that
@@ -6619,36 +6579,35 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, queries: S
     """
     names = gallery.class_names
     stack_views = [VIEW_NAMES[view] for view in gallery.stack_views.tolist()]
-    lines = []
-    for part in queries:
-        judged = gallery.judge(part.values, part.labels)
-        cosines = judged.scores.astype(np.str_)  # the shortest text that is the same float32 again
-        is_unknown = judged.scores[:, 0] < gallery.thresholds[judged.labels[:, 0]]
-        nearest = nearest_references(gallery, part.values, judged.labels[:, 0])
-        nearest_of_class = nearest_references(gallery, part.values, part.labels)
-        for i, row in enumerate(part.rows.tolist()):
-            answer, label, runner_up = judged.labels[i].tolist()
-            has_runner_up = runner_up != answer
-            lines.append({
-                "path": records.paths[row],
-                "view": VIEW_NAMES[part.views[i]],
-                "class": names[label],
-                "answer": names[answer],
-                "is_unknown": "true" if is_unknown[i] else "false",
-                "cosine": cosines[i, 0],
-                "probability": float(judged.probabilities[i, 0]),
-                "runner_up": names[runner_up] if has_runner_up else "",
-                "runner_up_cosine": cosines[i, 2] if has_runner_up else "",
-                "class_cosine": cosines[i, 1],
-                "class_probability": float(judged.probabilities[i, 1]),
-                "nearest_reference": gallery.stack_paths[nearest[i]],
-                "nearest_reference_view": stack_views[nearest[i]],
-                "nearest_of_class": gallery.stack_paths[nearest_of_class[i]],
-                "nearest_of_class_view": stack_views[nearest_of_class[i]],
-                "mask": records.mask_of(row, 1),
-            })  # fmt: skip
-    if not lines:  # not one of the files can be read any more
+    if not len(embedded.rows):  # not one of the files can be read any more
         return
+    judged = gallery.judge(embedded.values, embedded.labels)
+    cosines = judged.scores.astype(np.str_)  # the shortest text that is the same float32 again
+    is_unknown = judged.scores[:, 0] < gallery.thresholds[judged.labels[:, 0]]
+    nearest = nearest_references(gallery, embedded.values, judged.labels[:, 0])
+    nearest_of_class = nearest_references(gallery, embedded.values, embedded.labels)
+    lines = []
+    for i, row in enumerate(embedded.rows.tolist()):
+        answer, label, runner_up = judged.labels[i].tolist()
+        has_runner_up = runner_up != answer
+        lines.append({
+            "path": records.paths[row],
+            "view": VIEW_NAMES[embedded.views[i]],
+            "class": names[label],
+            "answer": names[answer],
+            "is_unknown": "true" if is_unknown[i] else "false",
+            "cosine": cosines[i, 0],
+            "probability": float(judged.probabilities[i, 0]),
+            "runner_up": names[runner_up] if has_runner_up else "",
+            "runner_up_cosine": cosines[i, 2] if has_runner_up else "",
+            "class_cosine": cosines[i, 1],
+            "class_probability": float(judged.probabilities[i, 1]),
+            "nearest_reference": gallery.stack_paths[nearest[i]],
+            "nearest_reference_view": stack_views[nearest[i]],
+            "nearest_of_class": gallery.stack_paths[nearest_of_class[i]],
+            "nearest_of_class_view": stack_views[nearest_of_class[i]],
+            "mask": records.mask_of(row, 1),
+        })  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -6658,19 +6617,16 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, queries: S
 
 def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
     """Write the embeddings behind the figures, by split, with what they are of; readable with `allow_pickle=False`."""
-    rows, views, labels, values = (
-        np.concatenate([getattr(part, name) for part in embedded.values()])
-        for name in ("rows", "views", "labels", "values")
-    )
+    of_all = concatenate_embedded(embedded.values())
     with atomic_file(path) as file:
         np.savez(
             file,
-            embeddings=values,
-            labels=labels,
-            paths=np.array([records.paths[row] for row in rows.tolist()], dtype=np.str_),
-            views=views,
-            splits=np.repeat(list(embedded), [len(part.rows) for part in embedded.values()]),
-            masks=np.array([records.mask_of(row, 1) for row in rows.tolist()], dtype=np.str_),
+            embeddings=of_all.values,
+            labels=of_all.labels,
+            paths=np.array([records.paths[row] for row in of_all.rows.tolist()], dtype=np.str_),
+            views=of_all.views,
+            splits=np.repeat(list(embedded), [len(of_split.rows) for of_split in embedded.values()]),
+            masks=np.array([records.mask_of(row, 1) for row in of_all.rows.tolist()], dtype=np.str_),
             class_names=np.array(records.class_names, dtype=np.str_),
         )
 
@@ -6718,8 +6674,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as content:
-            return unpack_gallery({name: content[name] for name in content.files})
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            return unpack_gallery(dict(content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
         remedy = f"python {SCRIPT_NAME} prototypes --run {path.parent} makes them anew from the best checkpoint"
         raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
@@ -6731,15 +6687,14 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     Raises:
         ValueError: naming an array that is missing, or of another type, shape or content than the others ask for.
     """
-    missing = [name for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    meta = json.loads(str(arrays["meta"])) if "meta" not in missing else {}
-    if isinstance(meta, dict) and meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
+    meta = json.loads(str(arrays.get("meta", "{}")))
+    if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
+    missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
+    needed = ("format", "temperature", "val_thresholds", "pooled_thresholds")
+    missing += [f"{key} in its meta" for key in needed if key not in meta]
     if missing:
-        raise ValueError(f"it has no array {missing[0]}")
-    for key in ("format", "temperature", "val_thresholds", "pooled_thresholds"):
-        if key not in meta:
-            raise ValueError(f"its meta has no {key}")
+        raise ValueError(f"it has no {missing[0]}")
     fields: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     for name, (field, kind, axes) in GALLERY_ARRAYS.items():
@@ -6750,9 +6705,8 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
         if array.shape != expected or array.ndim != len(axes):
             sizes = ", ".join(str(lengths.get(axis, "any")) for axis in axes)
             raise ValueError(f"its {name} has the shape {array.shape}, not ({sizes})")
-        if kind[0] != "U":
-            fields[field] = array
-        else:
+        fields[field] = array
+        if kind == "U0":
             fields[field] = tuple(array.tolist()) if axes else str(array)
     for name in ("prototype_labels", "stack_labels"):
         labels = arrays[name]
@@ -6760,31 +6714,22 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
             raise ValueError(f"its {name} are not numbers of its {lengths['C']} classes in ascending order")
     if fields["matcher"] not in MATCHER_NAMES:
         raise ValueError(f"its matcher is {fields['matcher']}, none of {', '.join(MATCHER_NAMES)}")
-    gallery = Gallery(
-        **fields,
-        temperature=float(meta["temperature"]),
-        is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
-        val_thresholds=tuple(map(float, meta["val_thresholds"])),
-    )
-    return gallery, meta
+    fields["temperature"] = float(meta["temperature"])
+    fields["is_pooled"] = np.isin(arrays["id2cls"], meta["pooled_thresholds"])
+    fields["val_thresholds"] = tuple(map(float, meta["val_thresholds"]))
+    return Gallery(**fields), meta
 
 
 def describe_gallery(
     config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
 ) -> dict[str, Any]:
     """Return the meta of prototypes.npz: what a query must have in common with the gallery, date, and hash of the options."""
-    options = make_identity(config, class_names, None)  # what changes the result, not where it was made
     return {
         **describe_embedding(config, info, model),
         "target_precision": config.target_precision,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "config_hash": fingerprint(options),
+        "config_hash": fingerprint(make_identity(config, class_names, None)),  # no path, no backbone
     }
-
-
-def hash_embedder(model: Recognizer) -> str:
-    """Return 16 hex digits over all weights that an embedding is a function of."""
-    return hash_weights(nn.ModuleList([model.backbone.model, model.head]))
 
 
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
@@ -6792,7 +6737,7 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
     transforms = production_transforms(config)
     return {
         "model_id": info.model_id,
-        "weights_hash": hash_embedder(model),
+        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
         "emb_dim": config.emb_dim,
         "img_size": info.img_size,
         "mean": info.mean,
@@ -6852,17 +6797,15 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
         raise UserError("has no prototypes.npz", f"--run {path}", remedy)
     gallery, meta = load_gallery(gallery_path)
     run = load_model(path, config, runtime, backbone_weights)
-    expected = to_json(describe_embedding(config, run.info, run.model))
     differences = [
         f"\n    {key}: {meta.get(key)} in the prototypes, {value} in the run"
-        for key, value in expected.items()
+        for key, value in to_json(describe_embedding(config, run.info, run.model)).items()
         if meta.get(key) != value
     ]
     if differences:
+        problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
         remedy = "put back the file of this run, or run its training command again, which writes it anew"
-        raise UserError(
-            f"does not belong to the checkpoint beside it:{''.join(differences)}", str(gallery_path), remedy
-        )
+        raise UserError(problem, str(gallery_path), remedy)
     return share_run(dataclasses.replace(run, gallery=gallery, meta=meta))
 
 
@@ -6880,19 +6823,20 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     except UserError as error:
         raise UserError(error.what, str(path / BEST_NAME), _other_version_remedy(path)) from error
     start = config.load_from or config.backbone_weights
+    source: dict[str, Any] = {}
     if not config.freeze_backbone:  # its weights are in the checkpoint
         source = {"pretrained": False, "backbone_weights": None, "load_from": None}
     elif backbone_weights is not None:
         source = {"backbone_weights": backbone_weights, "load_from": None}
     elif start is not None and not start.exists():
         raise UserError(f"its backbone's weights are no longer at {start}", place, "give --backbone_weights FILE")
-    else:
-        source = {}
     backbone, info = build_backbone(dataclasses.replace(config, **source), show)
     expected = payload["identity"]["backbone_hash"]
     if config.freeze_backbone and info.weights_hash != expected:
-        what = f"its head was trained on other backbone weights: {expected}, here {info.weights_hash} ({info.weights})"
-        raise UserError(what, place, "give those weights with --backbone_weights FILE")
+        problem = (
+            f"its head was trained on other backbone weights: {expected}, here {info.weights_hash} ({info.weights})"
+        )
+        raise UserError(problem, place, "give those weights with --backbone_weights FILE")
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
@@ -6916,26 +6860,28 @@ def read_run_config(path: Path) -> Config:
     Raises:
         UserError: config.json is missing, damaged, or of another version of this script.
     """
-
-    def restore(field: dataclasses.Field, value: Any) -> Any:  # of what `as_plain` made of it
-        kind = field_kind(field)
-        if isinstance(value, list):
-            return tuple(kind(item) for item in value)
-        return value if value is None or kind is bool else kind(value)
-
     try:
         options = json.loads((path / "config.json").read_text(encoding="utf-8"))["options"]
-        known = {field.name: field for field in option_fields() if field.name in options}
-        config = Config(**{name: restore(field, options[name]) for name, field in known.items()})
+        fields = {field.name: field for field in option_fields() if field.name in options}
+        restored = {}
+        for name, field in fields.items():  # of what `as_plain` made of it
+            value = options[name]
+            kind = field_kind(field)
+            if isinstance(value, list):
+                restored[name] = tuple(kind(item) for item in value)
+            else:
+                restored[name] = value if value is None or kind is bool else kind(value)
+        config = Config(**restored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = printable(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")[:200]
-        what = f"has no config.json that can be read: {reason}"
-        raise UserError(what, f"--run {path}", "give the out_dir of a finished run") from error
-    foreign = sorted(options.keys() - known.keys() - {"command"})
+        problem = f"has no config.json that can be read: {reason}"
+        raise UserError(problem, f"--run {path}", "give the out_dir of a finished run") from error
+    foreign = sorted(options.keys() - fields.keys() - {"command"})
     missing = [field.name for field in option_fields() if field.metadata.get("fixed") and field.name not in options]
     if foreign or missing:
-        what = "was made by another version of this script, with other options: " + ", ".join((*foreign, *missing)[:8])
-        raise UserError(what, f"--run {path}", _other_version_remedy(path))
+        names = ", ".join((*foreign, *missing)[:8])
+        problem = f"was made by another version of this script, with other options: {names}"
+        raise UserError(problem, f"--run {path}", _other_version_remedy(path))
     check_ranges(config)
     return config
 
@@ -6947,26 +6893,22 @@ def unknown_records(folder: Path) -> dict[str, Records]:
         UserError: one half is empty.
     """
     halves: dict[str, list[str]] = {"measure": [], "fit": []}
-    paths = list_image_tree(folder).paths
-    for path in paths:
+    for path in list_image_tree(folder).paths:
         is_odd = hashlib.sha256(os.fsencode(path)).digest()[0] % 2
         halves["fit" if is_odd else "measure"].append(path)
-    if not all(halves.values()):
-        what = f"holds {len(paths)} images, which leaves one half empty"
-        raise UserError(what, f"--unknown_dir {folder}", "give a folder with more images of no class")
     records = {}
-    for name, half in halves.items():
-        zeros = np.zeros(len(half), np.int32)
-        groups = np.arange(len(half), dtype=np.int32)
-        records[name] = Records(folder, ("unknown",), PathTable(half), zeros, groups, zeros.astype(np.int8))
+    for name, paths in halves.items():
+        if not paths:
+            problem = f"holds {sum(map(len, halves.values()))} images, which leaves one half empty"
+            raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
+        zeros = np.zeros(len(paths), np.int32)
+        groups = np.arange(len(paths), dtype=np.int32)
+        records[name] = Records(folder, ("unknown",), PathTable(paths), zeros, groups, zeros.astype(np.int8))
     return records
 
 
 def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions) -> Embedded:
-    """Return embeddings of some records by a finished run, in the views that it was trained with.
-
-    Args:
-        config: of this command: --batch, --workers.
+    """Return embeddings of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
 
     Raises:
         UserError: not one image can be read.
@@ -6981,8 +6923,7 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: R
             embedded.append(of_batch)
     if not embedded:
         raise UserError(f"none of {len(keys)} images can be read", str(records.root), "check that the files are whole")
-    names = [field.name for field in dataclasses.fields(Embedded)]
-    return Embedded(*(np.concatenate([getattr(of_batch, name) for of_batch in embedded]) for name in names))
+    return concatenate_embedded(embedded)
 
 
 def embed_batches(
@@ -7049,30 +6990,29 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     centroids[changed] = class_centroids(stacks, labels, num_classes)[changed]
     usual = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
     new_counts = count_nearest(np.bincount(labels)[num_old:], usual, gallery.knn_k)
+    prototypes = [gallery.prototypes[low:high] for low, high in class_borders(gallery.prototype_labels, num_classes)]
+    borders = class_borders(labels, num_classes)
+    for label in changed.tolist():  # as many as before
+        low, high = borders[label]
+        prototypes[label] = mean_of_clusters(stacks[low:high], gallery.most_prototypes, centroids[label])
     grown = dataclasses.replace(
-        gallery,
+        take_prototypes(gallery, prototypes),
         class_names=class_names,
         centroids=centroids,
         stacks=stacks,
         stack_labels=labels,
         stack_paths=tuple(stack_paths[i] for i in order.tolist()),
         stack_views=np.concatenate([gallery.stack_views, added.views])[order],
-        thresholds=np.concatenate([gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)]),
-        knn_counts=np.concatenate([gallery.knn_counts, new_counts]),
-        is_pooled=np.concatenate([gallery.is_pooled, np.ones(num_new, bool)]),
+        thresholds=np.append(gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)),
+        knn_counts=np.append(gallery.knn_counts, new_counts),
+        is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
     )
-    borders = class_borders(labels, num_classes)
-    prototypes = [gallery.prototypes[low:high] for low, high in class_borders(gallery.prototype_labels, num_classes)]
-    for label in changed.tolist():  # as many as before
-        low, high = borders[label]
-        prototypes[label] = mean_of_clusters(stacks[low:high], gallery.most_prototypes, centroids[label])
-    grown = take_prototypes(grown, prototypes)
     answers, best = answer_without_oneself(grown)
-    is_right = answers == labels
     for label in range(num_old, num_classes):
         is_answered = answers == label
         if (labels == label).sum() > 1 and is_answered.any():
-            grown.thresholds[label] = precision_threshold(best[is_answered], is_right[is_answered], precision)
+            is_right = labels[is_answered] == label
+            grown.thresholds[label] = precision_threshold(best[is_answered], is_right, precision)
             grown.is_pooled[label] = False
     return grown
 
@@ -7118,38 +7058,35 @@ def score_without_oneself(gallery: Gallery) -> np.ndarray:
     return scores
 
 
-def find_collisions(gallery: Gallery, names: Iterable[str]) -> list[str]:
-    """Return a sentence for each of the named classes that another one is hard to tell from."""
+def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
+    """Return a sentence for each of the named classes that another one is hard to tell from.
+
+    One more, if classes of few references, among those named, are matched against the nearest of many.
+    """
     answers = answer_without_oneself(gallery)[0]
+    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     sentences = []
     for label, name in enumerate(gallery.class_names):
-        of_class = gallery.stack_labels == label
-        if name not in names or not of_class.any():
+        if name not in names or not counts[label]:
             continue
-        taken = np.bincount(answers[of_class], minlength=len(gallery.class_names))
-        taken[label] = 0
+        num_taken = np.bincount(answers[gallery.stack_labels == label], minlength=len(counts))
+        num_taken[label] = 0
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
-        nearest = int(taken.argmax()) if taken.any() else int(similarity.argmax())
-        if taken[nearest] or similarity[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
+        nearest = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
+        if num_taken[nearest] or similarity[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
             sentences.append(
                 f"{name} is hard to tell from {gallery.class_names[nearest]}: similarity of their centroids"
-                f" {similarity[nearest]:.3f}, {taken[nearest]} of its {int(of_class.sum())} crops are taken for it"
+                f" {similarity[nearest]:.3f}, {num_taken[nearest]} of its {counts[label]} crops are taken for it"
             )
-    return sentences
-
-
-def find_outnumbered(gallery: Gallery, names: Iterable[str]) -> list[str]:
-    """Return a sentence if classes of few references, among those named, are matched against the nearest of many."""
-    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     is_few = 5 * counts < np.median(counts)
     few = [name for name in itertools.compress(gallery.class_names, is_few) if name in names]
-    if gallery.matcher != "knn" or not few:
-        return []
-    return [
-        f"{', '.join(few)}: of many references of another class one is often nearer than the few of these; matched by"
-        " centroids (prototypes --matcher centroid, then --add again) new classes are found more often"
-    ]
+    if gallery.matcher == "knn" and few:
+        sentences.append(
+            f"{', '.join(few)}: of many references of another class one is often nearer than the few of these; matched by"
+            " centroids (prototypes --matcher centroid, then --add again) new classes are found more often"
+        )
+    return sentences
 
 
 def remove_class(gallery: Gallery, name: str) -> Gallery:
@@ -7163,27 +7100,19 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     if len(gallery.class_names) <= 2:
         raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
     label = gallery.class_names.index(name)
-    classes = np.arange(len(gallery.class_names)) != label
-    prototypes = gallery.prototype_labels != label
-    references = gallery.stack_labels != label
-
-    def close_gap(labels: np.ndarray) -> np.ndarray:
-        return labels - (labels > label)
-
-    return dataclasses.replace(
-        gallery,
-        class_names=tuple(itertools.compress(gallery.class_names, classes)),
-        centroids=gallery.centroids[classes],
-        prototypes=gallery.prototypes[prototypes],
-        prototype_labels=close_gap(gallery.prototype_labels[prototypes]),
-        stacks=gallery.stacks[references],
-        stack_labels=close_gap(gallery.stack_labels[references]),
-        stack_paths=tuple(itertools.compress(gallery.stack_paths, references)),
-        stack_views=gallery.stack_views[references],
-        thresholds=gallery.thresholds[classes],
-        knn_counts=gallery.knn_counts[classes],
-        is_pooled=gallery.is_pooled[classes],
-    )
+    others = {  # by the first axis of an array
+        "C": np.arange(len(gallery.class_names)) != label,
+        "P": gallery.prototype_labels != label,
+        "N": gallery.stack_labels != label,
+    }
+    fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[others["C"]]}
+    for field, kind, axes in GALLERY_ARRAYS.values():
+        if axes:
+            values = np.array(getattr(gallery, field))[others[axes[0]]]
+            fields[field] = tuple(values.tolist()) if kind == "U0" else values
+    for field in ("prototype_labels", "stack_labels"):
+        fields[field] = fields[field] - (fields[field] > label)
+    return dataclasses.replace(gallery, **fields)
 
 
 def format_gallery(gallery: Gallery) -> str:
@@ -8431,7 +8360,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         run.log(f"{few}: their threshold is that of all classes together")
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     if "test" in embedded:
-        write_predictions(run.path / "predictions.csv", gallery, records, [embedded["test"]])
+        write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
         measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, bank, embedded["test"])
