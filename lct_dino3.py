@@ -4656,8 +4656,7 @@ class Backbone(nn.Module):
             torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32),
         ):
             inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
-            features = self.model((inputs - self.mean) / self.std)
-        return features.float()
+            return self.model((inputs - self.mean) / self.std).float()
 
 
 def block_depths(model: nn.Module) -> dict[str, int]:
@@ -4667,14 +4666,14 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     `timm.optim.param_groups_layer_decay` has them, are the same for ViTs, DINOv3 and ResNets; they count the last norm of ConvNeXt
     and EVA-02 as one more block, and put what they do not name (CoaT's tokens, all of CaiT) behind the last block.
     """
-    matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    groups = matcher if isinstance(matcher, dict) else {}  # cait has a function, which tells blocks from nothing else
+    groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     patterns = []
-    for group, spec in groups.items():
+    for group, spec in groups.items() if isinstance(groups, dict) else ():  # cait's function tells blocks from nothing
         if group != "stem":
             pairs = [(spec, None)] if isinstance(spec, str) else spec or ()
             patterns += [re.compile(pattern) for pattern, suffix in pairs if suffix is None]
-    depth, depths = 0, {}
+    depth = 0
+    depths = {}
     for name, module in model.named_modules():
         depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
         depths[name] = depth
@@ -4751,12 +4750,13 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
         hidden = self.hidden(features)
-        if self.training and len(hidden) == 1:
-            # The others of the batch may have become unreadable: no statistics in one.
-            norm = self.norm
+        norm = self.norm
+        if (
+            self.training and len(hidden) == 1
+        ):  # the others of the batch may have become unreadable: no statistics in one
             hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         else:
-            hidden = self.norm(hidden)
+            hidden = norm(hidden)
         return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
 
 
@@ -4843,7 +4843,7 @@ class _Unfilled(TorchDispatchMode):
 
 
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model, and its feature_dim, found on the meta device: no weights, no memory.
+    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory.
 
     Raises:
         UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
@@ -4855,13 +4855,16 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         config.model_id, config.img_size, config.pool, tuple(options.items())
     )
     where = f"--model_id {config.model_id} "
-    if config.unfreeze_blocks > num_blocks or (config.layer_decay < 1 and not num_blocks):
-        flag = config.said("unfreeze_blocks") if config.unfreeze_blocks else "--layer_decay"
-        remedy = "give fewer, or train all with --no-freeze_backbone" if config.unfreeze_blocks else "leave it out"
-        raise UserError(f"has {num_blocks or 'no'} blocks that timm names", where + flag, remedy)
+    if config.unfreeze_blocks > num_blocks:
+        remedy = "give fewer, or train all with --no-freeze_backbone"
+        raise UserError(
+            f"has {num_blocks or 'no'} blocks that timm names", where + config.said("unfreeze_blocks"), remedy
+        )
+    if config.layer_decay < 1 and not num_blocks:
+        raise UserError("has no blocks that timm names", where + "--layer_decay", "leave it out")
     if config.lora_rank and not has_attention:
         remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", f"{where}--lora_rank {config.lora_rank}", remedy)
+        raise UserError("has no attention layers", where + config.said("lora_rank"), remedy)
     return dict(settings), feature_dim
 
 
@@ -4905,18 +4908,16 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     import timm
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    is_named = config.model_id.startswith(("hf-hub:", "local-dir:"))
     weights = timm.models.get_pretrained_cfg(config.model_id)
+    is_named = config.model_id.startswith(("hf-hub:", "local-dir:"))
     if not is_named and (weights is None or not weights.has_weights):
         raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
 
     def fetch() -> nn.Module:
         with _Unfilled():
             model = timm.create_model(config.model_id, pretrained=True, **settings)
-        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        missing = [
-            key for key, value in values.items() if value.is_floating_point() and value.flatten()[:1].isnan().any()
-        ]
+        values = (*model.named_parameters(), *model.named_buffers())
+        missing = [key for key, value in values if value.is_floating_point() and value.flatten()[:1].isnan().any()]
         if missing:
             raise ValueError(f"they lack {', '.join(missing[:4])}")
         return model
@@ -4933,8 +4934,8 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
     except MemoryError:
         raise
     except Exception as error:  # hub, network and file errors of several libraries
-        what = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
-        raise UserError(what, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
+        problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
+        raise UserError(problem, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
 
@@ -4988,8 +4989,8 @@ def read_start(config: Config) -> Start | None:
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
-        what = f"cannot be read as weights: {printable(str(error))[:200]}"
-        raise UserError(what, f"{flag} {path}", "give a state dict saved by torch.save or safetensors") from error
+        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(problem, f"{flag} {path}", "give a state dict saved by torch.save or safetensors") from error
     if not class_names:
         return Start(flag, path, state)
     prefix = "backbone.model."
@@ -5038,20 +5039,20 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     try:
         weights = filter_function(weights, model) if filter_function else weights
     except Exception as error:  # key and shape errors of the models' own code
-        what = f"cannot be read as weights: {printable(str(error))[:200]}"
-        raise UserError(what, start.where, "check --model_id") from error
+        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(problem, start.where, "check --model_id") from error
     weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
 
-    def layer_names(key: str) -> tuple[str, ...]:
-        names = model.pretrained_cfg.get(key) or ()
-        return (names,) if isinstance(names, str) else tuple(names)
+    def layer_prefixes(kind: str) -> tuple[str, ...]:
+        names = model.pretrained_cfg.get(kind) or ()
+        return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
-    dropped = [key for key in weights if key.startswith(tuple(f"{name}." for name in layer_names("classifier")))]
-    if dropped:
+    if dropped := [key for key in weights if key.startswith(layer_prefixes("classifier"))]:
         log(f"{start.flag}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
     expected = model.state_dict()
-    for key in (f"{name}.weight" for name in layer_names("first_conv")):
+    for prefix in layer_prefixes("first_conv"):
+        key = f"{prefix}weight"
         if key in expected and key in weights and weights[key].shape[1:2] == (3,) != expected[key].shape[1:2]:
             weights[key] = adapt_input_conv(expected[key].shape[1], weights[key])
     try:
@@ -5244,12 +5245,13 @@ class Recognizer(nn.Module):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without what is frozen of the backbone, which its identity stands for."""
-        trained, prefix = self.backbone.trained_keys, "backbone.model."
-        return {
-            key: value
-            for key, value in self.state_dict().items()
-            if trained is None or not key.startswith(prefix) or key.removeprefix(prefix) in trained
-        }
+        state = self.state_dict()
+        trained = self.backbone.trained_keys
+        if trained is None:
+            return state
+        prefix = "backbone.model."
+        is_trained = {key: not key.startswith(prefix) or key.removeprefix(prefix) in trained for key in state}
+        return {key: value for key, value in state.items() if is_trained[key]}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `trained_state` returned."""
@@ -5275,26 +5277,25 @@ def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: 
     """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
     common = [key for key in state if key in start.head]
-    loaded = {
-        key: start.head[key] for key in common if key.startswith("head.") and start.head[key].shape == state[key].shape
-    }
-    if "head.hidden.weight" not in loaded:  # what follows a random layer would be no better than that
-        loaded = {}
-    num_layers = len(loaded)
+    layers = [key for key in common if key.startswith("head.") and start.head[key].shape == state[key].shape]
+    if "head.hidden.weight" not in layers:  # what follows a random layer would be no better than that
+        layers = []
+    loaded = {key: start.head[key] for key in layers}
     shared = [name for name in class_names if name in start.class_names]
     rows = [class_names.index(name) for name in shared]
     old_rows = [start.class_names.index(name) for name in shared]
     for key in common:
         if shared and key.startswith("criterion."):  # one row a class, or several
-            old, new = start.head[key], state[key].clone()
+            old = start.head[key]
+            new = state[key].clone()
             per_class = len(new) // len(class_names)
             if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
                 new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
                 loaded[key] = new
     model.load_state_dict(loaded, strict=False)
-    num_shared = len(shared) if len(loaded) > num_layers else 0
+    num_shared = len(shared) if len(loaded) > len(layers) else 0
     text = (
-        f"{start.where}: backbone, {num_layers} tensors of the head and the vectors of {num_shared} of"
+        f"{start.where}: backbone, {len(layers)} tensors of the head and the vectors of {num_shared} of"
         f" {len(class_names)} classes are taken"
     )
     random_keys = [key for key in state if key not in loaded]
@@ -5330,18 +5331,20 @@ def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay.
 
-    Norms, biases, and the tokens and position embeddings that a backbone owns itself, are not decayed.
+    Norms, biases, and the tokens and position embeddings that stand directly in a backbone, are not decayed.
     """
     backbone = model.backbone.model
-    depths, exempt = block_depths(backbone), getattr(backbone, "no_weight_decay", set)()
+    depths = block_depths(backbone)
     deepest = max(depths.values())
+    exempt = getattr(backbone, "no_weight_decay", set)()
     modules = {"head": model.head, "class_vectors": model.criterion, "backbone": backbone}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for part, settings in optimizer_settings(config).items():
         for name, parameter in modules[part].named_parameters():
             if not parameter.requires_grad:
                 continue
-            peak_lr, decays = settings["lr"], parameter.ndim > 1 and not name.endswith("bias")
+            peak_lr = settings["lr"]
+            decays = parameter.ndim > 1 and not name.endswith("bias")
             if part == "backbone":
                 peak_lr = config.layer_decay ** (deepest - depths[name]) * peak_lr
                 decays = decays and "." in name and name not in exempt
@@ -5371,10 +5374,11 @@ def check_optimizer(config: Config) -> None:
         return
     from timm.optim import get_optimizer_info, list_optimizers
 
-    known, where = list_optimizers(), config.said("optimizer")
-    if config.optimizer not in known:
+    names = list_optimizers()
+    where = config.said("optimizer")
+    if config.optimizer not in names:
         others = "give one of timm.optim.list_optimizers(), such as adamw, lamb, lion or sgd"
-        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, known, others))
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, names, others))
     remedy = "choose another, such as adamw"
     if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
         raise UserError("needs another training loop", where, remedy)
@@ -5433,8 +5437,8 @@ class WeightAverage:
 
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from 1; early steps count for more, as there is nothing to average yet."""
-        floats = [key for key, value in self._live.items() if value.is_floating_point()]
         decay = min(self._decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+        floats = [key for key, value in self._live.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.values[key] for key in floats], [self._live[key] for key in floats], 1 - decay)
         for key in self._live.keys() - set(floats):
             self.values[key].copy_(self._live[key])
