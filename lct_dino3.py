@@ -4892,13 +4892,12 @@ def _probe(
             if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
                 raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
             shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
+            if len(shape) != 2:
+                raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
         where = f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else "")
         remedy = "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options)
         raise UserError(f"timm cannot build it: {printable(str(error))[:300]}", where, remedy) from error
-    if len(shape) != 2:
-        what = f"gives features of shape {tuple(shape)}, not one vector"
-        raise UserError(what, f"--model_id {model_id}", "choose a --pool such as avg")
     return settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model))
 
 
@@ -4944,17 +4943,12 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
 class Start:
     """Weights that a run starts from: one of our own checkpoints or exports, or what timm or others have saved."""
 
-    flag: str  # that names the file
+    where: str  # the flag that names it and its value, for messages
     path: Path
     backbone: dict[str, torch.Tensor]  # of one of our checkpoints: what was trained of it
     head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
     class_names: tuple[str, ...] = ()  # of the class directions
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
-
-    @property
-    def where(self) -> str:
-        """The flag and its value, for messages."""
-        return f"{self.flag} {self.path}"
 
 
 def read_start(config: Config) -> Start | None:
@@ -4966,11 +4960,10 @@ def read_start(config: Config) -> Start | None:
     from safetensors import safe_open
     from timm.models._helpers import load_state_dict
 
-    flag, path = "--backbone_weights", config.backbone_weights
-    if config.load_from is not None:
-        flag, path = "--load_from", locate_start(config)
+    path = config.backbone_weights if config.load_from is None else locate_start(config)
     if path is None:
         return None
+    where = f"--{'backbone_weights' if config.load_from is None else 'load_from'} {path}"
     class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     try:
         payload = None
@@ -4990,13 +4983,13 @@ def read_start(config: Config) -> Start | None:
         raise
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
         problem = f"cannot be read as weights: {printable(str(error))[:200]}"
-        raise UserError(problem, f"{flag} {path}", "give a state dict saved by torch.save or safetensors") from error
+        raise UserError(problem, where, "give a state dict saved by torch.save or safetensors") from error
     if not class_names:
-        return Start(flag, path, state)
+        return Start(where, path, state)
     prefix = "backbone.model."
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     head = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    return Start(flag, path, backbone, head, tuple(class_names), identity)
+    return Start(where, path, backbone, head, tuple(class_names), identity)
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
@@ -5048,7 +5041,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
     if dropped := [key for key in weights if key.startswith(layer_prefixes("classifier"))]:
-        log(f"{start.flag}: the classifier in the file is not used ({', '.join(dropped)})")
+        log(f"{start.where}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
     expected = model.state_dict()
     for prefix in layer_prefixes("first_conv"):
@@ -5475,10 +5468,7 @@ def reduce_scores(
 ) -> tuple[np.ndarray, ...]:
     """Return what `reduce` makes of the scores of all queries, a block at a time: those of 100,000 classes exceed the memory.
 
-    Args:
-        score: from queries (n, D) to scores (n, C).
-        queries: (N, D).
-        reduce: from scores (n, C), and which of the queries they belong to, to arrays (n, ...), which are concatenated.
+    `score` makes scores (n, C) of queries (n, D); `reduce` makes arrays (n, ...) of these and their place in the queries.
     """
     step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
     blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
@@ -5506,12 +5496,9 @@ def classify(
 def compute_metrics(
     answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
-    """Score a classification.
+    """Score a classification by the classes answered and true, int (N,).
 
-    Args:
-        answers, labels: int (N,), classes answered and true.
-        class_names: (C,).
-        scores: (N, C), columns comparable over rows (log-probabilities), for the AUC, which is None without.
+    The AUC, None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities).
 
     Returns:
         acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
@@ -5619,12 +5606,10 @@ def retrieval_scores(
 
 
 def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
-    """Say how well a score tells known objects, which should have the higher ones, from unknown ones.
+    """Say how well scores tell known objects, which should have the higher ones, from unknown ones.
 
+    Of known (N,) and unknown (U,) come the ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
     Counting ranks takes 16 us for 300 objects, `roc_auc_score` and `roc_curve` 2.3 ms: 500 draws of ten folds feel it.
-
-    Args:
-        known, unknown: int (N,) and (U,), ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
 
     Returns:
         auroc: the chance that a known object scores above an unknown one; fpr95: the share of unknowns that pass when the
@@ -6077,12 +6062,9 @@ class Matcher(nn.Module):
     """Scores embeddings by the mean cosine of the nearest vectors of each class: in evaluation, for labels, in exported files."""
 
     def __init__(self, vectors: np.ndarray, labels: np.ndarray, num_nearest: np.ndarray) -> None:
-        """Lay out the vectors by class.
+        """Lay out unit vectors float32 (P, D) by their labels (P,), ascending.
 
-        Args:
-            vectors: float32 (P, D) unit norm.
-            labels: int (P,) ascending, their classes.
-            num_nearest: int (C,), how many vectors make the score of a class. One with fewer uses all, one with none has -1.
+        `num_nearest` int (C,) vectors make the score of a class. One with fewer uses all, one with none has -1.
         """
         super().__init__()
         sizes = np.bincount(labels, minlength=len(num_nearest))
@@ -6291,11 +6273,9 @@ def build_gallery(
 ) -> Gallery:
     """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val.
 
-    Args:
-        records: to name classes and references.
-        references, val: embeddings of the training and the val images.
-        config: --max_refs_per_class, --target_precision, --matcher, --prototypes_per_class.
-        unknown: embeddings (U, D) of objects of no class, any answer to which is wrong.
+    The matcher, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with embeddings `unknown`
+    (U, D) of objects of no class, those that are right and surer than of them. On classes held out the embedder is too good for
+    those to stand in here: it was trained to tell them.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -6322,21 +6302,29 @@ def build_gallery(
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
     )
-    if config.prototypes_per_class != "auto":
+    if config.prototypes_per_class not in ("auto", "1"):
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
-    gallery = choose_matcher(gallery, val, unknown, config.matcher)
+
+    def quality(candidate: Gallery) -> float:
+        answers, best = candidate.answer(val.values)
+        is_right = answers == val.labels
+        if unknown is None:
+            return float(is_right.mean())
+        return open_set_rate(best, is_right, candidate.answer(unknown)[1])
+
+    sizes = np.bincount(stacks.labels, minlength=num_classes)
+    counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
+    knn = max((dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts), key=quality)
+    if config.matcher == "knn" or (config.matcher == "auto" and quality(knn) > quality(gallery)):
+        gallery = knn
+    gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
     return calibrate(gallery, val, config.target_precision, unknown)
 
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
-    """Return the gallery with up to `per_class` prototypes a class, 1 being the centroid, matched by them if a class has several.
-
-    The references are all of the gallery's, grouped by class.
-    """
-    if per_class == 1:
-        return gallery
+    """Return the gallery with up to `per_class` prototypes a class, of references by class; matched by them if there are more."""
     borders = class_borders(references.labels, len(gallery.class_names))
     prototypes = [
         mean_of_clusters(references.values[low:high], per_class, gallery.centroids[label])
@@ -6363,28 +6351,6 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
     clusters = cluster(embeddings, count, 4).labels_
     means = class_centroids(embeddings, clusters, count)[np.bincount(clusters, minlength=count) >= MIN_CLUSTER]
     return means if len(means) > 1 else centroid[None]
-
-
-def choose_matcher(gallery: Gallery, val: Embedded, unknown: np.ndarray | None, wanted: str) -> Gallery:
-    """Return the gallery with the matcher, and the k of KNN_CHOICES, that do best on val; of equals the simpler.
-
-    Best is the one that is right most often; where there are objects of no class, (U, D), the one that is right and surer than of
-    them. On classes held out the embedder is too good for those to stand in here: it was trained to tell them.
-    """
-
-    def quality(candidate: Gallery) -> float:
-        answers, best = candidate.answer(val.values)
-        is_right = answers == val.labels
-        if unknown is None:
-            return float(is_right.mean())
-        return open_set_rate(best, is_right, candidate.answer(unknown)[1])
-
-    sizes = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
-    counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
-    knn = max((dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts), key=quality)
-    if wanted == "knn" or (wanted == "auto" and quality(knn) > quality(gallery)):
-        return knn
-    return dataclasses.replace(gallery, knn_counts=knn.knn_counts)
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
@@ -6459,12 +6425,9 @@ def fit_thresholds(
 
 
 def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None = None) -> dict[str, Any]:
-    """Measure all that production will ask of a gallery; whatever was chosen was chosen on val.
+    """Measure all that production will ask of a gallery, with queries of known classes that nothing was chosen on.
 
-    Args:
-        gallery: with its matcher, thresholds and temperature.
-        test: queries of known classes.
-        unknown: embeddings (U, D) of objects of no class; None: classes are held out in turn.
+    Without embeddings `unknown` (U, D) of objects of no class, classes are held out in turn.
 
     Returns:
         Figures as {value, interval}. closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and
@@ -6533,15 +6496,10 @@ def open_set_figures(
     unknown: np.ndarray | None,
     confide: Callable[[np.ndarray], np.ndarray] = best_score,
 ) -> dict[str, Any]:
-    """Return auroc and fpr95, as {value, interval}, of what `confide` makes of the scores, by default the best similarity.
+    """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` makes of the scores of queries (n, C).
 
-    Args:
-        score: from queries (n, D) to scores (n, C).
-        known: objects of known classes.
-        unknown: (U, D), objects of no class; None: a tenth of the classes at a time is taken out of the gallery, its objects are
-            the unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so that strangers
-            will be harder.
-        confide: from the scores (n, c) of the classes in the gallery to a confidence (n,).
+    Without objects of no class, `unknown` (U, D), a tenth of the classes at a time is taken out of the gallery, its objects are the
+    unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so that strangers will be harder.
     """
 
     def rank(confidences: np.ndarray) -> np.ndarray:
@@ -6783,16 +6741,10 @@ class TrainedRun:
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a finished run and its gallery.
-
-    Args:
-        path: out_dir of the run.
-        runtime: where it is to compute.
-        backbone_weights: of a frozen backbone, where they are no longer where the run found them.
+    """Load the best model of a finished run and its gallery; `backbone_weights` where they are no longer where the run found them.
 
     Raises:
-        UserError: not a run, or one of another version; as `load_model` does; or the gallery is missing, damaged, or of another
-            model.
+        UserError: not a run, or one of another version; as `load_model` does; a gallery that is missing, damaged, of another model.
     """
     config = read_run_config(path)
     gallery_path = path / "prototypes.npz"
@@ -6810,11 +6762,11 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
         problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
         remedy = "put back the file of this run, or run its training command again, which writes it anew"
         raise UserError(problem, str(gallery_path), remedy)
-    return share_run(dataclasses.replace(run, gallery=gallery, meta=meta))
+    return dataclasses.replace(run, gallery=gallery, meta=meta)
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run with these options, without its gallery and still on the CPU: `share_run` moves it.
+    """Load the best model of a run with these options, without its gallery, here and in the other processes of the team.
 
     Raises:
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
@@ -6845,13 +6797,10 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
-    return TrainedRun(path, config, info, model.eval(), runtime)
-
-
-def share_run(run: TrainedRun) -> TrainedRun:
-    """Return the run with its model on the device, here and in the other processes of the team."""
+    run = TrainedRun(path, config, info, model.eval(), runtime)
     TEAM.call("take_run", run)
-    return dataclasses.replace(run, model=run.model.to(run.runtime.device))
+    run.model.to(runtime.device)
+    return run
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -6947,9 +6896,7 @@ def embed_batches(
 def scan_for_run(
     run: TrainedRun, root: Path, config: Config | EvaluateOptions | PrototypesOptions, splits_path: Path | None = None
 ) -> Scan:
-    """Scan a folder of class folders with masks, as the run looked at its own data; writes nothing.
-
-    Of its own data, those are scanned that it used, which its splits.json says.
+    """Scan a folder of class folders with masks, as the run looked at its data, and of these, by splits.json, what it used.
 
     Raises:
         UserError: no class folders, or no usable images.
@@ -6968,45 +6915,40 @@ def scan_for_run(
 
 
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str], precision: float) -> Gallery:
-    """Return the gallery with more references, of its own classes or of new ones; nothing is trained.
+    """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
-    Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new
-    one gets its own from its crops, each judged by a gallery without it.
-
-    Args:
-        added: the crops; labels into `names`, rows into `paths`.
-        names: class names of the crops.
-        paths: of the crops, to be kept as stack_paths.
-        precision: share of right answers that a new threshold is set to.
+    Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new one
+    gets its own, at which that share of its crops, each judged by a gallery without it, is right. Labels of the crops are into
+    `names`, rows into `paths`.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
     num_old = len(gallery.class_names)
     num_new = num_classes - num_old
-    added_labels = np.array([class_names.index(name) for name in names], dtype=np.int64)[added.labels]
-    labels = np.concatenate([gallery.stack_labels, added_labels])
-    order = np.argsort(labels, kind="stable")
-    labels = labels[order]
-    stacks = np.concatenate([gallery.stacks, added.values])[order]
-    stack_paths = (*gallery.stack_paths, *(paths[row] for row in added.rows.tolist()))
-    changed = np.unique(added_labels)
-    centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.shape[1]), np.float32)])
-    centroids[changed] = class_centroids(stacks, labels, num_classes)[changed]
+    label_of = np.array([class_names.index(name) for name in names], dtype=np.int64)
+    num_stacks = len(gallery.stacks)
+    stacks = Embedded(np.arange(num_stacks), gallery.stack_views, gallery.stack_labels, gallery.stacks)
+    added = added._replace(rows=num_stacks + added.rows, labels=label_of[added.labels])
+    stacks = concatenate_embedded([stacks, added]).by_class()
+    stack_paths = (*gallery.stack_paths, *paths)
+    changed = np.unique(added.labels)
+    centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.values.shape[1]), np.float32)])
+    centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
     usual = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
-    new_counts = count_nearest(np.bincount(labels)[num_old:], usual, gallery.knn_k)
+    new_counts = count_nearest(np.bincount(stacks.labels)[num_old:], usual, gallery.knn_k)
     prototypes = [gallery.prototypes[low:high] for low, high in class_borders(gallery.prototype_labels, num_classes)]
-    borders = class_borders(labels, num_classes)
+    borders = class_borders(stacks.labels, num_classes)
     for label in changed.tolist():  # as many as before
         low, high = borders[label]
-        prototypes[label] = mean_of_clusters(stacks[low:high], gallery.most_prototypes, centroids[label])
+        prototypes[label] = mean_of_clusters(stacks.values[low:high], gallery.most_prototypes, centroids[label])
     grown = dataclasses.replace(
         take_prototypes(gallery, prototypes),
         class_names=class_names,
         centroids=centroids,
-        stacks=stacks,
-        stack_labels=labels,
-        stack_paths=tuple(stack_paths[i] for i in order.tolist()),
-        stack_views=np.concatenate([gallery.stack_views, added.views])[order],
+        stacks=stacks.values,
+        stack_labels=stacks.labels,
+        stack_paths=tuple(stack_paths[row] for row in stacks.rows.tolist()),
+        stack_views=stacks.views,
         thresholds=np.append(gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)),
         knn_counts=np.append(gallery.knn_counts, new_counts),
         is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
@@ -7014,8 +6956,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     answers, best = answer_without_oneself(grown)
     for label in range(num_old, num_classes):
         is_answered = answers == label
-        if (labels == label).sum() > 1 and is_answered.any():
-            is_right = labels[is_answered] == label
+        if (stacks.labels == label).sum() > 1 and is_answered.any():
+            is_right = stacks.labels[is_answered] == label
             grown.thresholds[label] = precision_threshold(best[is_answered], is_right, precision)
             grown.is_pooled[label] = False
     return grown
