@@ -4662,9 +4662,8 @@ class Backbone(nn.Module):
 def block_depths(model: nn.Module) -> dict[str, int]:
     """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
 
-    The order is that of registration: tokens and position embedding, stem, blocks, last norm. timm's own layer numbers, as
-    `timm.optim.param_groups_layer_decay` has them, are the same for ViTs, DINOv3 and ResNets; they count the last norm of ConvNeXt
-    and EVA-02 as one more block, and put what they do not name (CoaT's tokens, all of CaiT) behind the last block.
+    The order is that of registration. Those of `timm.optim.param_groups_layer_decay` are the same for ViTs, DINOv3 and ResNets;
+    they count the last norm of ConvNeXt and EVA-02 as one more block, and put CoaT's tokens and all of CaiT behind the last.
     """
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     patterns = []
@@ -4735,10 +4734,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU, Linear: features (B, feature_dim) -> (B, emb_dim), not yet normalised.
-
-    The last layer is cut into blocks, so that there are `num_heads` independent heads, each with its part of the embedding.
-    """
+    """Linear, BatchNorm, ReLU and, for each of some independent heads, Linear: features (B, feature_dim) -> (B, emb_dim)."""
 
     def __init__(self, feature_dim: int, emb_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -4751,9 +4747,7 @@ class Head(nn.Module):
         """Return the raw embedding."""
         hidden = self.hidden(features)
         norm = self.norm
-        if (
-            self.training and len(hidden) == 1
-        ):  # the others of the batch may have become unreadable: no statistics in one
+        if self.training and len(hidden) == 1:  # others of the batch may have become unreadable: no statistics in one
             hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         else:
             hidden = norm(hidden)
@@ -5199,15 +5193,11 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
-    """Replace cos(theta) of the true class by cos(theta + m), finite in value and gradient at cos = +-1.
+    """Replace cos(theta) of the true class (B,) in cosines (B, C) by cos(theta + m), finite in value and gradient at cos = +-1.
 
+    The margin m is in radians, 0 <= m < pi / 2.
     cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it falling.
     d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
-
-    Args:
-        cosine: (B, C) in [-1, 1].
-        labels: (B,) true classes.
-        margin: radians, 0 <= margin < pi / 2.
     """
     target = cosine.gather(1, labels[:, None])
     sine_squared = 1.0 - target * target
@@ -5238,13 +5228,13 @@ class Recognizer(nn.Module):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without what is frozen of the backbone, which its identity stands for."""
-        state = self.state_dict()
         trained = self.backbone.trained_keys
-        if trained is None:
-            return state
         prefix = "backbone.model."
-        is_trained = {key: not key.startswith(prefix) or key.removeprefix(prefix) in trained for key in state}
-        return {key: value for key, value in state.items() if is_trained[key]}
+        return {
+            key: value
+            for key, value in self.state_dict().items()
+            if trained is None or not key.startswith(prefix) or key.removeprefix(prefix) in trained
+        }
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `trained_state` returned."""
@@ -5579,13 +5569,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def retrieval_scores(
     queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Score a search of queries (Q, D) for references (N, D) of the same class; the means over queries are the usual figures.
+    """Return recall_at_1, recall_at_5, map_at_r (Q,) of a search for references (N, D) of each query's class; NaN if it has none.
 
     MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): the precision at each rank among the first R
     that holds a right reference, summed and divided by R, where R is the number of references of the query's class.
-
-    Returns:
-        recall_at_1, recall_at_5, map_at_r, each (Q,); NaN for a query whose class has no reference.
     """
     counts = np.bincount(stack_labels, minlength=int(labels.max(initial=0)) + 1)
     num_right = counts[labels]
@@ -5610,10 +5597,8 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
 
     Of known (N,) and unknown (U,) come the ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
     Counting ranks takes 16 us for 300 objects, `roc_auc_score` and `roc_curve` 2.3 ms: 500 draws of ten folds feel it.
-
-    Returns:
-        auroc: the chance that a known object scores above an unknown one; fpr95: the share of unknowns that pass when the
-        threshold lets 95 % of the known ones pass. NaN where there are no known or no unknown objects.
+    auroc is the chance that a known object scores above an unknown one; fpr95 the share of unknowns that pass when the threshold
+    lets 95 % of the known ones pass; NaN where there are no known or no unknown objects.
     """
     if not len(known) or not len(unknown):
         return {"auroc": math.nan, "fpr95": math.nan}
@@ -5675,9 +5660,8 @@ def precision_threshold(
 def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return figures as {name: {value, interval}}, the 95 % percentile interval over images drawn with replacement.
 
-    Args:
-        compute: from positions (n,) of samples, an array for each group, to figures by name; NaN = undefined, None in the result.
-        groups: int (N,) each, the image of each sample: two views of one come and go together.
+    `compute` makes figures of positions (n,) of samples, an array for each group; NaN = undefined, None in the result. A group, int
+    (N,), has the image of each sample: two views of one come and go together.
     """
     draws = min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, *map(len, groups)))
     samples = zip(*(draw_samples(images, draws) for images in groups), strict=True)
