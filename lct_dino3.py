@@ -6744,11 +6744,11 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
         problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
         remedy = "put back the file of this run, or run its training command again, which writes it anew"
         raise UserError(problem, str(gallery_path), remedy)
-    return dataclasses.replace(run, gallery=gallery, meta=meta)
+    return share_run(dataclasses.replace(run, gallery=gallery, meta=meta))
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run with these options, without its gallery, here and in the other processes of the team.
+    """Load the best model of a run with these options, without its gallery and still on the CPU: `share_run` moves it.
 
     Raises:
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
@@ -6779,10 +6779,13 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
-    run = TrainedRun(path, config, info, model.eval(), runtime)
+    return TrainedRun(path, config, info, model.eval(), runtime)
+
+
+def share_run(run: TrainedRun) -> TrainedRun:
+    """Return the run with its model on the device, here and, with its gallery, in the other processes of the team."""
     TEAM.call("take_run", run)
-    run.model.to(runtime.device)
-    return run
+    return dataclasses.replace(run, model=run.model.to(run.runtime.device))
 
 
 def _other_version_remedy(path: Path) -> str:
