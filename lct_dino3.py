@@ -7277,8 +7277,7 @@ class FeatureBank:
         if not extracted:
             problem = f"none of the {len(keys)} {name} images can be read any more"
             raise UserError(problem, str(job.records.root), "restore the images")
-        names = [field.name for field in dataclasses.fields(Embedded)]
-        return Embedded(*(np.concatenate([getattr(features, name) for features in extracted]) for name in names))
+        return concatenate_embedded(extracted)
 
 
 def extract_batches(
@@ -7442,7 +7441,7 @@ def embed(job: Job, model: Recognizer, features: Embedded) -> Embedded:
     with torch.inference_mode():
         chunks = torch.from_numpy(features.values).split(4096)
         values = torch.cat([model.embed(chunk.to(job.runtime.device)).cpu() for chunk in chunks])
-    return dataclasses.replace(features, values=values.numpy())
+    return features._replace(values=values.numpy())
 
 
 class TrainFeed:
@@ -7851,7 +7850,7 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
 
 def unit_features(features: Embedded) -> Embedded:
     """Return the features themselves as unit embeddings."""
-    return dataclasses.replace(features, values=F.normalize(torch.from_numpy(features.values)).numpy())
+    return features._replace(values=F.normalize(torch.from_numpy(features.values)).numpy())
 
 
 def fit_logistic_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
@@ -7951,7 +7950,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
     embedded = embed_records(run, records, rows, config)
     number = {name: index for index, name in enumerate(names)}
     labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
-    test = dataclasses.replace(embedded, labels=labels).take(labels >= 0)
+    test = embedded._replace(labels=labels).take(labels >= 0)
     strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
     if config.unknown_dir is not None:
         records = unknown_records(config.unknown_dir)["measure"]
@@ -8006,7 +8005,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
             copy_checkpoint(path, old)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    for sentence in (*find_collisions(gallery, added_names), *find_outnumbered(gallery, added_names)):
+    for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")
     show(f"written: {path}" + (f"; as it was, it is {old.name}" if old else ""))
 
@@ -8411,7 +8410,7 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBa
     if not len(common):
         return
     pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
-    write_predictions(run.path / "predictions_by_view.csv", gallery, job.records, pair)
+    write_predictions(run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
     bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
     answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
     disagree = int((answers != masked_answers).sum())
