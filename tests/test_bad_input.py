@@ -212,7 +212,9 @@ def test_weights_of_another_model_name_the_keys(tmp_path, small_data, refuse):
     text = refuse(small_data, "--backbone_weights", tmp_path / "weights.pth")
     assert str(tmp_path / "weights.pth") in text and "foreign.weight" in text
     assert re.search(r"size mismatch for conv1.0.weight.*\[5\].*\[\d+, 3, 3, 3\]", text)
-    assert re.search(r"Missing key.*conv1.1.weight", text) and len(text) < 1500, "one sentence, not a list of all layers"
+    assert re.search(r"Missing key.*conv1.1.weight", text) and len(text) < 1500, (
+        "one sentence, not a list of all layers"
+    )
 
 
 def test_real_weights_do_not_fit_another_model(small_data, shared_data, refuse):
