@@ -841,15 +841,15 @@ def _make_yaml_loader() -> type:
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
         read = functools.partial(loader.construct_object, deep=True)
-        own: set[Any] = set()
+        seen_keys: set[Any] = set()
         for key, _ in node.value:
             if key.tag.endswith(":merge"):
                 continue
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-            if read(key) in own:
+            if read(key) in seen_keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            own.add(read(key))
+            seen_keys.add(read(key))
         loader.flatten_mapping(node)  # puts what << names before the node's own keys
         return {read(key): read(value) for key, value in node.value}
 
@@ -1516,11 +1516,11 @@ class RunDirectory:
         """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
         records = read_events(self.path)
         of_epochs = ("baseline_end", "epoch_end", "best_update")
-        kept = [r for r in records if r["event"] not in of_epochs or r.get("epoch", 0) <= epoch]
-        if len(kept) == len(records):
+        remaining = [r for r in records if r["event"] not in of_epochs or r.get("epoch", 0) <= epoch]
+        if len(remaining) == len(records):
             return
         self._events.close()
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
         write_bytes(self.path / "metrics.jsonl", lines.encode("utf-8", "backslashreplace"))
         self._events = LineFile(self.path / "metrics.jsonl")
 
@@ -2084,7 +2084,7 @@ class Runtime:
         """Return the type of a backbone's autocast region."""
         return self.frozen_dtype or self.dtype if backbone.frozen else self.dtype
 
-    def settle(self) -> Runtime:
+    def activate(self) -> Runtime:
         """Return this for the device of the calling process, and make it the one in use.
 
         Raises:
@@ -2162,7 +2162,7 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
     rounds_frozen = rounds_frozen and precision == "auto" and not num_gpus and cpu_multiplies_bf16()
-    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None).settle()
+    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None).activate()
 
 
 def training_runtime(config: Config) -> Runtime:
@@ -5702,7 +5702,7 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: the steps so far. Those not yet settled wait on the device.
+    """What the train figures of an epoch are made of: the steps so far. Those not yet fetched wait on the device.
 
     Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
@@ -5730,7 +5730,7 @@ class Tally:
             self.scores = [to_answers(scores) for scores in self.scores]
             self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
 
-    def settle(self) -> int | None:
+    def fetch(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
         if not self.pending:
             return None
@@ -5743,7 +5743,7 @@ class Tally:
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first settled step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first fetched step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
@@ -7669,7 +7669,7 @@ def check_finite(job: Job, state: TrainState) -> None:
     Raises:
         Diverged: naming the first step whose loss is not finite and the last good checkpoint.
     """
-    steps_ago = state.tally.settle()
+    steps_ago = state.tally.fetch()
     if steps_ago is not None:
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
@@ -8441,7 +8441,7 @@ class Helper:
 
     def take_run(self, run: TrainedRun) -> None:
         """Take a finished run to answer with."""
-        runtime = run.runtime.settle()
+        runtime = run.runtime.activate()
         self.run = dataclasses.replace(run, runtime=runtime, model=run.model.to(runtime.device))
 
     def embed_records(self, *args: Any) -> None:
@@ -8450,7 +8450,7 @@ class Helper:
 
     def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
         """Take the model of a run that is to be trained."""
-        self.runtime = runtime.settle()
+        self.runtime = runtime.activate()
         self.state = start_state(model.to(self.runtime.device), config, self.runtime)
 
     def extract(self, job: Job, *args: Any) -> None:
