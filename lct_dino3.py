@@ -1489,7 +1489,7 @@ class RunDirectory:
         self._tracker: subprocess.Popen | None = None
         create_out_dir(path)
         self._lock = lock_directory(path).lock
-        # Of a run that was killed while it wrote: nobody writes without the lock.
+        # Left by a run that was killed while it wrote; safe to delete, since only the holder of the lock writes.
         for leftover in path.glob(".*.[0-9]*.tmp"):
             leftover.unlink()
         self._log = LineFile(path / "train.log")
@@ -3413,7 +3413,7 @@ def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
-    """Return the part of the data report that speaks of masks: kinds, what was refused, what SAM-2 did, counts by class."""
+    """Return the part of the data report about masks: kinds, those refused, those SAM-2 made or failed to make, counts by class."""
     records, log = scan.records, read_mask_log(config.out_dir)
     classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
     kinds, not_made = Counter(), []
@@ -4018,17 +4018,18 @@ def _make_policy(kind: str, arguments: str) -> Any:
 def _build_policy(entry: ListEntry) -> Policy:
     from torchvision.transforms import v2
 
-    policy, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
-    share = arguments.pop("p", 1.0)
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise UserError(f"{share} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
-    _check_arguments(entry.where, policy, arguments)
-    _construct(entry.where, policy, arguments)
-    bins, magnitude = arguments.get("num_magnitude_bins", 31), arguments.get("magnitude", 0)
-    if not (isinstance(bins, int) and isinstance(magnitude, int) and 0 <= magnitude < bins > 1):
+    policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
+    probability = arguments.pop("p", 1.0)
+    if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
+    _check_arguments(entry.where, policy_class, arguments)
+    _construct(entry.where, policy_class, arguments)  # which says what is wrong with a value
+    defaults = {name: parameter.default for name, parameter in inspect.signature(policy_class).parameters.items()}
+    bins, magnitude = ((defaults | arguments).get(name, 0) for name in ("num_magnitude_bins", "magnitude"))
+    if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
         raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, arguments, float(share))
+    return Policy(entry.kind, arguments, float(probability))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
@@ -5881,9 +5882,9 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
         state.average.restore(payload["average"])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally.restore(payload.get("tally", {}))  # other processes are given none
+    state.tally.restore(payload.get("tally", {}))  # absent in what the other processes of torchrun are sent
     if state.model.backbone.frozen:
-        # A run keeps to what it began with, also on another machine.
+        # A run keeps the dtype that it began with, also on a machine that would choose another.
         state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
 
 
@@ -6480,16 +6481,18 @@ def open_set_figures(
 ) -> dict[str, Any]:
     """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` makes of the scores of queries (n, C).
 
-    Without objects of no class, `unknown` (U, D), a tenth of the classes at a time is taken out of the gallery, its objects are the
-    unknown ones, and the figures are means over the tenths. The embedder has seen those classes, so that strangers will be harder.
+    `unknown` (U, D) are the queries of no class. If it is None, each fold of the classes in turn is taken out of the gallery, its
+    queries count as unknown, and figures are means over the folds. The embedder has seen those classes: strangers are harder.
     """
 
-    def rank(confidences: np.ndarray) -> np.ndarray:
+    def rank(
+        confidences: np.ndarray,
+    ) -> np.ndarray:  # only their order counts, and integers compare faster in each draw
         return np.unique(confidences, return_inverse=True)[1]
 
     def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
-        folds = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
-        return tuple(confide(scores[:, folds != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
+        fold_of_class = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
+        return tuple(confide(scores[:, fold_of_class != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
 
     if unknown is not None:
         queries = (known.values, unknown)
@@ -6501,15 +6504,15 @@ def open_set_figures(
             np.arange(len(unknown)),
         )
         return figures | {"unknowns": len(unknown), "source": "images of no class"}
-    ranks = [rank(confidences) for confidences in reduce_scores(score, known.values, hold_out)]
-    folds = known.labels % HELD_OUT_FOLDS
+    ranks_by_fold = [rank(confidences) for confidences in reduce_scores(score, known.values, hold_out)]
+    fold_of_query = known.labels % HELD_OUT_FOLDS
 
     def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
-        figures = []
-        for fold, of_fold in enumerate(ranks):
-            is_unknown = folds[drawn] == fold
-            figures.append(open_set_metrics(of_fold[drawn][~is_unknown], of_fold[drawn][is_unknown]))
-        return {name: mean_of_defined(np.array([of_fold[name] for of_fold in figures])) for name in figures[0]}
+        per_fold = []
+        for fold, ranks in enumerate(ranks_by_fold):
+            is_unknown = fold_of_query[drawn] == fold
+            per_fold.append(open_set_metrics(ranks[drawn][~is_unknown], ranks[drawn][is_unknown]))
+        return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 
     figures = with_intervals(mean_of_folds, known.rows)
     return figures | {"unknowns": len(known.labels), "source": "classes held out in turn"}
@@ -6796,13 +6799,13 @@ def read_run_config(path: Path) -> Config:
     """Return the options that a run was trained with.
 
     Raises:
-        UserError: config.json is missing, damaged, or of another version of this script.
+        UserError: config.json is missing or damaged, of another version of this script, or has a value out of range.
     """
     try:
-        options = json.loads((path / "config.json").read_text(encoding="utf-8"))["options"]
+        options = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))["options"])
         fields = {field.name: field for field in option_fields() if field.name in options}
         restored = {}
-        for name, field in fields.items():  # of what `as_plain` made of it
+        for name, field in fields.items():  # undoes `as_plain`: JSON has neither tuples nor paths
             value = options[name]
             kind = field_kind(field)
             if isinstance(value, list):

@@ -156,6 +156,7 @@ WRONG = {
     "[{type: normalize, mean: 0.5, std: 0.5}]": ("[0].mean", "three numbers"),
     "[{type: normalize, mean: [0.5, 0.5, 0.5], std: [0, 0, 0]}]": ("[0].std", "from 0.001 to 1"),
     "[{type: randaugment, magnitude: high}]": ("[0]", "magnitude high is none of 31 bins"),
+    "[{type: randaugment, num_magnitude_bins: 5}]": ("[0]", "magnitude 9 is none of 5 bins"),
     "[{type: DualTransform}]": ("[0].type", "is no transform"),
     "[{type: HistogramMatching, p: 1}]": ("train_augmentations: fail", "metadata"),
     "[{type: OneOf}]": ("[0]: cannot be used", "transforms"),

@@ -628,6 +628,7 @@ def test_a_run_that_does_not_fit_together_is_refused(
     assert "has no prototypes.npz" in told(lambda folder: (folder / "prototypes.npz").unlink())
     assert "has no checkpoint_best.pth" in told(lambda folder: (folder / "checkpoint_best.pth").unlink())
     assert "config.json" in told(lambda folder: (folder / "config.json").write_text("{"))
+    assert "config.json" in told(lambda folder: (folder / "config.json").write_text('{"options": "none"}'))
     assert "another version" in told(set_options(no_such_option=1))
     error = told(lambda folder: shutil.copy(other / "prototypes.npz", folder))
     assert "does not belong" in error and "weights_hash: " in error and "img_size: 48 in the prototypes, 32" in error
