@@ -633,6 +633,7 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     run.views = np.repeat(np.array([0, 1], np.uint8), count)
     text = make_page(run.write())
     assert "6 of 12 views of test images are wrong" in section(text, "errors")
+    assert "Views of test images by prototype matching" in section(text, "confusion")
     assert "36 images" in text and "prototypes, 6 test images" in text
     assert section(text, "map").count('<i class="pt c') == 72
 
