@@ -1232,6 +1232,11 @@ from tqdm import tqdm
 # ======================================================================================================================
 # Everything that stays in out_dir is written through `atomic_file` or the two logs, and signals come in here. Starts tools as
 # processes. Raises UserError for what cannot be written.
+def get_rank() -> int:
+    """Return the number of this process among those that torchrun has started; 0, the first, is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Signals:
     """What the terminal and the scheduler ask of this process.
 
@@ -1260,9 +1265,10 @@ class Signals:
                 signal.signal(number, lambda number, _: setattr(self, "asked", number))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def receive(self, number: int) -> None:
-        """Act on a signal that another process has got."""
-        if self.asked is None:
+    def receive_any(self, numbers: Iterable[int | None]) -> None:
+        """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
+        number = next(filter(None, numbers), None)
+        if number is not None and get_rank() == 0 and self.asked is None:
             self._stop(number, None)
 
     def _stop(self, number: int, _: Any) -> None:
@@ -1472,7 +1478,12 @@ class LineFile:
 
 
 def show(text: str) -> None:
-    """Print a line above the progress bars. A terminal that has gone, or a closed pipe, ends the printing and not the run."""
+    """Print a line above the progress bars; the first process does, as all do the same.
+
+    A terminal that has gone, or a closed pipe, ends the printing and not the run.
+    """
+    if get_rank():
+        return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -1523,6 +1534,9 @@ class RunDirectory:
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
         write_bytes(self.path / "metrics.jsonl", lines.encode("utf-8", "backslashreplace"))
         self._events = LineFile(self.path / "metrics.jsonl")
+
+    def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
+        return ReadRunDirectory, (self.path,)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -1583,6 +1597,25 @@ class RunDirectory:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._tracker.pid, signal.SIGKILL)
             self._tracker.wait()
+
+
+class ReadRunDirectory(RunDirectory):
+    """A run's folder as the processes beside the first see it, which write nothing: it becomes that on its way to them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, text: str = "") -> None:
+        """Leave it to the first process, which does the same."""
+
+    def event(self, name: str, **values: Any) -> None:
+        """Leave it to the first process, which does the same."""
+
+    def forget_epochs_after(self, epoch: int) -> None:
+        """Leave it to the first process, which does the same."""
+
+    def start_tracker(self, *flags: str) -> None:
+        """Leave it to the first process, which does the same."""
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -1799,275 +1832,137 @@ def _is_damage(error: Exception) -> bool:
 # ======================================================================================================================
 # 04  RUNTIME
 # ======================================================================================================================
-# Device, precision, seeds; one device, DataParallel, or the processes that torchrun starts. The rest of the file does not ask which
-# it is. The only section that touches torch.distributed. Raises UserError for devices that are not there, PeerLost.
-class PeerLost(Exception):
-    """Another process of the team has ended before its time."""
+# Device, precision, seeds; one device, DataParallel, or the processes that torchrun starts, each of which runs the same program on
+# its part of each batch; the first one writes. Raises UserError for devices that are not there.
+def start_processes() -> dist.Store | None:
+    """Meet the other processes that torchrun has started; return the store that all of them share, None without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return None
+    # Nothing is lost yet, and a handler in Python would have to wait for the others.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(agree_on_name(store, rank, world_size), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # The first process may be at work alone for long. When a process ends, those who wait for it see that at once.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=365))
+    return store
 
 
-class Team:
-    """The processes that torchrun has started for one job; without torchrun, this one alone. There is one of these, `TEAM`.
+def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
+    """Return a word that only the processes of this start know.
 
-    The first process does the whole job, and is the only one that scans, decides and writes. What is worth sharing is images
-    through the backbone: for that it calls the others, who wait meanwhile, do their share of each batch and come back to wait.
-    All features of a training batch are gathered in every process, and head, ArcFace and loss computed on all of them: so
-    BatchNorm's statistics and the mean of the loss are those of one process, whatever the shares, and only the gradients of the
-    backbone have to be summed. A process that goes closes its sockets, which wakes those who wait for it.
+    When torchrun starts all anew, its store still holds the addresses of the dead, to which gloo would connect: torch 2.14 gives
+    each start no prefix of its own, and machines may count their restarts differently.
     """
+    word = os.urandom(8).hex()
+    if rank:
+        store.set(f"asks/{rank}", word)
+        name = store.get(f"answers/{word}").decode()  # waits; only a living first process answers to a new word
+        store.set(f"{name}/{rank}", "known")
+        return name
+    waiting = set(range(1, world_size))
+    while waiting:
+        for number in waiting:
+            if store.check([f"asks/{number}"]):
+                store.set(f"answers/{store.get(f'asks/{number}').decode()}", word)
+        waiting = {number for number in waiting if not store.check([f"{word}/{number}"])}
+        time.sleep(0.02)
+    return word
 
-    def __init__(self) -> None:
-        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
-        self._store = self._control = None
-        self._sums: list[Any] = []  # gradients on their way
-        self._holds = False  # gradients are not sent yet
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the first of several processes."""
-        return self.size > 1 and not self.rank
+def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
+    """Return the exit code of the first process that has failed, and whether this one is it: it alone says why.
 
-    def join(self) -> None:
-        """Meet the other processes, if torchrun has started any."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
-            return
-        # Nothing is lost yet, and a handler in Python would have to wait for the others.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        self.local_rank, self.local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
-        store, self.rank, self.size = next(dist.rendezvous("env://"))
-        self._store = dist.PrefixStore(self._agree_on_name(store), store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
-        # The first process may be long at work by itself; that it has died shows at once.
-        self._control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    It tells before its sockets close, and so before other processes fail by that.
+    """
+    if store is None:
+        return code, True
+    SIGNALS.listen()  # torchrun may end us by now, as another process has ended
+    first = f"{get_rank()} {code}"
+    with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
+        first = store.compare_set("failed", "", first).decode()
+    rank, code = map(int, first.split())
+    return code, rank == get_rank()
 
-    def _agree_on_name(self, store: Any) -> str:
-        """Return a word that only the processes of this start know.
 
-        When torchrun starts all anew, its store still holds the addresses of the dead ones, and gloo would connect to them.
-        """
-        own = os.urandom(8).hex()
-        if self.rank:
-            store.set(f"lct_ask/{self.rank}", own)
-            name = store.get(f"lct_answer/{own}").decode()  # waits; only a living first process answers to a new word
-            store.set(f"{name}/{self.rank}", "known")
-            return name
-        waiting = set(range(1, self.size))
-        while waiting:
-            for rank in waiting:
-                if store.check([f"lct_ask/{rank}"]):
-                    store.set(f"lct_answer/{store.get(f'lct_ask/{rank}').decode()}", own)
-            waiting = {rank for rank in waiting if not store.check([f"{own}/{rank}"])}
-            time.sleep(0.02)
+def from_first(function: Callable[..., Any], *args: Any) -> Any:
+    """Return in every process what a function returns in the first one, which alone runs it."""
+    return broadcast(function(*args) if get_rank() == 0 else None)
+
+
+def broadcast(value: Any) -> Any:
+    """Return in every process the value that the first one has."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def gather_batch(batch: Batch) -> Batch:
+    """Return this process's images of a training batch, labels and failures of the whole batch, and the sizes of all parts."""
+    if not dist.is_initialized():
+        return batch
+    parts: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(parts, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
+    labels, failures, shapes, asked = zip(*parts, strict=True)
+    SIGNALS.receive_any(asked)
+    images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
+    failures = list(itertools.chain(*failures))
+    return batch._replace(images=images, labels=torch.cat(labels), failures=failures, sizes=tuple(map(len, labels)))
+
+
+def gather_rows(own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the rows (B, ...) of all processes, of which each has `sizes[rank]`; without sizes, the rows are all there are.
+
+    Every process computes the same loss of all rows, so that the gradient of its own rows is here already, and no gradients have to
+    be exchanged. It is multiplied by the number of processes, by which DistributedDataParallel divides the sum of gradients.
+    """
+    if not sizes:
         return own
-
-    def call(self, name: str, *args: Any) -> None:
-        """Have the others do `name` of `Helper` while the caller does the same; what they do makes no calls."""
-        if self.leads:
-            with _peers():
-                dist.broadcast_object_list([(name, args)], 0, group=self._control)
-
-    def calls(self) -> Iterator[tuple[str, tuple]]:
-        """Yield what the first process calls for, until it says that all is done."""
-        while True:
-            received = [None]
-            with _peers():
-                dist.broadcast_object_list(received, 0, group=self._control)
-            if received[0][0] == "":
-                return
-            yield received[0]
-
-    def conclude(self, code: int) -> tuple[int, bool]:
-        """Agree how the job fails; return the exit code, and whether it is ours to explain.
-
-        The first process to tell is believed. It tells before its sockets close, and so before others fail by that.
-        """
-        if self.size == 1:
-            return code, True
-        SIGNALS.listen()  # torchrun may end us by now, as another one has ended
-        verdict = f"{self.rank} {code}"
-        with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
-            verdict = self._store.compare_set("lct_end", "", verdict).decode()
-        rank, code = map(int, verdict.split())
-        return code, rank == self.rank
-
-    def close(self) -> None:
-        """Leave in good order, together with the others."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
-    def share(self, items: Sequence) -> Sequence:
-        """Return this process's part of what all do together; the parts of all in turn are the whole."""
-        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
-
-    def pool(self, batch: Batch) -> Batch:
-        """Return this process's part of a training batch with the labels and failures of the whole, and the parts' sizes."""
-        if self.size == 1:
-            return batch
-        parts: list[Any] = [None] * self.size
-        own = (batch.labels, batch.failures, tuple(batch.images.shape[1:]))
-        with _peers():
-            dist.all_gather_object(parts, (own, SIGNALS.asked), group=self._control)
-        self._hear([asked for _, asked in parts])
-        labels, failures, shapes = zip(*(part for part, _ in parts), strict=True)
-        images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
-        failures = list(itertools.chain(*failures))
-        return batch._replace(images=images, labels=torch.cat(labels), failures=failures, sizes=tuple(map(len, labels)))
-
-    def collect(self, item: Any) -> list[Any]:
-        """Return the items of all processes in the first one, [] in the others; None stands for no item."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] | None = None if self.rank else [None] * self.size
-        with _peers():
-            dist.gather_object((item, SIGNALS.asked), items, 0, group=self._control)
-        if items is None:
-            return []
-        self._hear([asked for _, asked in items])
-        return [item for item, _ in items if item is not None]
-
-    def _hear(self, asked: Sequence[int | None]) -> None:
-        """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
-        number = next(filter(None, asked), None)
-        if number is not None and not self.rank:
-            SIGNALS.receive(number)
-
-    def gather(self, features: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Return the features (B, feature_dim) of all processes, of which each has `sizes[rank]`; their gradients flow back.
-
-        Without sizes, the batch is whole already.
-        """
-        with _peers():
-            return _Gather.apply(features, sizes, self.rank) if sizes else features
-
-    def cut(self, items: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Return this process's rows of what `gather` made whole."""
-        return items.split(sizes)[self.rank] if sizes else items
-
-    def copy_weights(self, module: nn.Module) -> None:
-        """Give the module in all processes the weights that it has in the first."""
-        with _peers():
-            for value in module.state_dict().values() if self.size > 1 else ():
-                dist.broadcast(value, 0)
-
-    def bind(self, module: nn.Module, shared: nn.Module) -> None:
-        """Keep the module equal in all processes while it is trained, of which `shared` sees a part of each batch only.
-
-        Gradients of `shared` are summed while the rest of them is still being computed. All others are equal but for what devices
-        make of rounding, and become those of the first process. (torch's DistributedDataParallel would divide by the number of
-        processes, and wants a loss each.)
-        """
-        summed = {parameter for parameter in shared.parameters() if parameter.requires_grad}
-        if self.size == 1 or not summed:  # what the others make of the rest then reaches nobody
-            return
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                send = dist.all_reduce if parameter in summed else functools.partial(dist.broadcast, src=0)
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, send))
-        for part in shared.modules():
-            if is_batchnorm(part):
-                part.forward = functools.partial(_normalise_together, part)
-
-    def _send_gradient(self, send: Callable[..., Any], parameter: torch.Tensor) -> None:
-        if not self._holds:
-            with _peers():
-                self._sums.append(send(parameter.grad, async_op=True))
-
-    @contextlib.contextmanager
-    def holding(self, holds: bool) -> Iterator[None]:
-        """Keep gradients to this process for a while, as there is more to add to them."""
-        self._holds = holds
-        try:
-            yield
-        finally:
-            self._holds = False
-
-    def finish_gradients(self) -> None:
-        """Wait until the gradients of this step are those of all processes; on a GPU its stream waits, and not Python."""
-        with _peers():
-            while self._sums:
-                self._sums.pop().wait()
+    padded = own.new_zeros(max(sizes), *own.shape[1:])
+    padded[: len(own)] = own.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    parts[get_rank()] = own
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * len(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-TEAM = Team()
+def gather_answers(answer: Any) -> list[Any]:
+    """Return the answers of all processes in the first one, and [] in the others; None stands for no answer."""
+    if not dist.is_initialized():
+        return [answer]
+    answers: list[Any] | None = None if get_rank() else [None] * get_world_size()
+    dist.gather_object((answer, SIGNALS.asked), answers, 0)
+    if answers is None:
+        return []
+    SIGNALS.receive_any([asked for _, asked in answers])
+    return [answer for answer, _ in answers if answer is not None]
 
 
-@contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # what torch raises when a connection breaks
-        raise PeerLost(str(error)) from error
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all processes, one process after the other; a process gets back the gradient of its own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, sizes: Sequence[int], rank: int) -> torch.Tensor:
-        """Return the rows of all."""
-        ctx.sizes, ctx.rank = sizes, rank
-        padded = F.pad(own, (0, 0, 0, max(sizes) - len(own)))
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Return the gradient of this process's rows."""
-        return gradient.split(ctx.sizes)[ctx.rank], None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over all processes of a tensor that each has; each gets back the sum of the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
-        """Return the sum."""
-        total = own.clone()
-        with _peers():
-            dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the gradients."""
-        return _Sum.forward(ctx, gradient.contiguous())
-
-
-def _normalise_together(norm: Any, values: torch.Tensor) -> torch.Tensor:
-    """Be the forward of a BatchNorm layer (timm's with activation too) whose statistics are those of the whole batch.
-
-    torch.nn.SyncBatchNorm does it on GPUs only. Two sums: the variance is that of centred values, as E[x^2] - E[x]^2 cancels.
-    """
-    if not norm.training:
-        return type(norm).forward(norm, values)
-    over, shape = (0, *range(2, values.ndim)), (1, -1) + (1,) * (values.ndim - 2)
-    exact = values.to(torch.promote_types(values.dtype, torch.float32))
-    sums = _Sum.apply(F.pad(exact.sum(over), (0, 1), value=values.numel() / values.shape[1]))
-    count = sums[-1].detach()
-    mean = sums[:-1] / count
-    centred = exact - mean.view(shape)
-    variance = _Sum.apply(centred.square().sum(over)) / count
-    if norm.track_running_stats:
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
-    normal = centred * (variance + norm.eps).rsqrt().view(shape)
-    if norm.affine:
-        normal = normal * norm.weight.view(shape) + norm.bias.view(shape)
-    normal = normal.to(values.dtype)
-    return norm.act(norm.drop(normal)) if hasattr(norm, "act") else normal
+def get_world_size() -> int:
+    """Return how many processes torchrun has started for this job; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_batchnorm(module: nn.Module) -> bool:
     """Say whether a module is a BatchNorm layer."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+class FrozenDataParallel(nn.DataParallel):
+    """DataParallel that copies a backbone to the other GPUs once and not with every batch, since its weights do not change."""
+
+    def replicate(self, module: Backbone, device_ids: Sequence[int]) -> list[Backbone]:
+        """Return the copies for some of the GPUs, the first ones."""
+        if not module.replicas:
+            with torch.inference_mode(False), torch.no_grad():
+                module.replicas = super().replicate(module, self.device_ids)
+        return module.replicas[: len(device_ids)]
 
 
 @dataclass(frozen=True)
@@ -2084,35 +1979,35 @@ class Runtime:
         """Return the type of a backbone's autocast region."""
         return self.frozen_dtype or self.dtype if backbone.frozen else self.dtype
 
-    def activate(self) -> Runtime:
-        """Return this for the device of the calling process, and make it the one in use.
+    def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
+        """Return the backbone as it is to be called: spread over the GPUs of this process, or trained with other processes.
 
-        Raises:
-            UserError: torchrun has started more processes on the machine than it has GPUs.
+        All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
-        # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
-        if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
-            torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
-        if not self.num_gpus or TEAM.size == 1:
-            return self
-        if TEAM.local_rank >= torch.cuda.device_count():
-            what = f"{os.uname().nodename} has {torch.cuda.device_count()} GPUs"
-            raise UserError(what, f"torchrun --nproc_per_node {TEAM.local_size}", "start one process a GPU")
-        torch.cuda.set_device(TEAM.local_rank)
-        return dataclasses.replace(self, device=torch.device("cuda", TEAM.local_rank))
-
-    def wrap(self, backbone: nn.Module) -> nn.Module:
-        """Return the backbone spread over the GPUs of this process; all that follows it sees whole batches, on the first of them.
-
-        Raises:
-            UserError: it would be trained with BatchNorm, whose statistics would be those of a GPU's part of the batch.
-        """
-        if self.num_gpus <= 1:
+        if self.num_gpus > 1:
+            return (FrozenDataParallel if backbone.frozen else nn.DataParallel)(backbone, list(range(self.num_gpus)))
+        if not dist.is_initialized() or backbone.frozen or not is_trained:
             return backbone
-        if any(is_batchnorm(part) and part.training for part in backbone.modules()):
-            remedy = f"use torchrun --nproc_per_node {self.num_gpus} {SCRIPT_NAME} ..., which sums them, without --gpus"
+        return nn.parallel.DistributedDataParallel(backbone, [self.device] if self.num_gpus else None)
+
+    def share_batchnorm(self, backbone: Backbone) -> None:
+        """Have the BatchNorm layers of a backbone that is to be trained see whole batches: processes on GPUs share statistics.
+
+        Raises:
+            UserError: GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made.
+        """
+        if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
+            return
+        if self.num_gpus > 1:
+            remedy = f"use torchrun --nproc_per_node {self.num_gpus} {SCRIPT_NAME} ... without --gpus"
             raise UserError("the backbone has BatchNorm, which needs whole batches", f"--gpus {self.num_gpus}", remedy)
-        return nn.DataParallel(backbone, device_ids=list(range(self.num_gpus)))
+        if get_world_size() > 1 and not self.num_gpus:
+            problem = "the backbone has BatchNorm, whose statistics processes share on GPUs only"
+            raise UserError(problem, f"{get_world_size()} processes on CPUs", "start one process, without torchrun")
+        if get_world_size() > 1:
+            from timm.layers import convert_sync_batchnorm
+
+            convert_sync_batchnorm(backbone)
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Return the gradient scaler; it is a no-op unless the precision is fp16."""
@@ -2124,7 +2019,7 @@ class Runtime:
         exact = ", deterministic" if self.deterministic else ""
         kinds = dict.fromkeys((self.dtype, self.frozen_dtype or self.dtype))
         shown = ", frozen backbones in ".join(str(kind).removeprefix("torch.") for kind in kinds)
-        exact += f", one of {TEAM.size} processes" if TEAM.size > 1 else ""
+        exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
         return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
 
 
@@ -2142,7 +2037,7 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
     """
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if gpus is None else gpus
-    if TEAM.size > 1 and num_gpus > 1:
+    if dist.is_initialized() and num_gpus > 1:
         raise UserError(
             "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
         )
@@ -2158,11 +2053,22 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
     )
     if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(precision, names[automatic])
+    if dist.is_initialized() and num_gpus:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= available:
+            problem = f"{os.uname().nodename} has {available} GPUs"
+            where = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+            raise UserError(problem, where, "start one process a GPU")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
     rounds_frozen = rounds_frozen and precision == "auto" and not num_gpus and cpu_multiplies_bf16()
-    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None).activate()
+    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None)
 
 
 def training_runtime(config: Config) -> Runtime:
@@ -2214,18 +2120,26 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seed_torch(*words: int) -> None:
+def seed_torch(*words: int, rank: int = 0) -> None:
     """Seed torch's generators with a hash of the words, so that seeds 1, 2 and epochs 2, 1 do not meet.
 
-    Each process of a team has its own images, and draws its own dropout.
+    With a rank, a process draws dropout of its own; each GPU of one process always does.
     """
-    words = (*words, TEAM.rank) if TEAM.rank else words
-    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1)
+
+    def derive(device: int) -> int:
+        stream = (rank, device) if rank or device else ()
+        return int(np.random.SeedSequence(words, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
+
+    torch.manual_seed(derive(0))
+    for device in range(
+        1, torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
+    ):
+        torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
     """Return a progress bar; silent when stderr is not a terminal."""
-    silent = TEAM.rank > 0 or not sys.stderr.isatty()
+    silent = get_rank() > 0 or not sys.stderr.isatty()
     return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True, disable=silent)
 
 
@@ -3672,6 +3586,12 @@ def production_transforms(config: Config) -> list[dict[str, Any]]:
     return [{"type": entry.type, **entry.arguments} for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
 
 
+def make_transform(config: Config, mean: Sequence[float], augment: bool = False) -> Transform:
+    """Return what makes a crop the input of a run's model, of a backbone with this mean."""
+    fill = make_fill(config, mean)
+    return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
+
+
 def build_transform(
     img_size: int,
     augment: bool,
@@ -4446,7 +4366,7 @@ class EpochSampler(Sampler):
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
         self.rows, self.labels, self.epoch, self.first_batch = rows, labels, 0, 0
-        self.share: Callable[[list[SampleKey]], list[SampleKey]] = list  # what to yield of a batch
+        self.rank, self.world_size = 0, 1  # of the process whose part of each batch is yielded
         self.config, self.seed, self.batch = config, config.seed, config.batch
         self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
@@ -4460,7 +4380,8 @@ class EpochSampler(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return map(self.share, itertools.islice(self._all_batches(), self.first_batch, None))
+        for keys in itertools.islice(self._all_batches(), self.first_batch, None):
+            yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
 
     def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
@@ -4507,7 +4428,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
     """Return a loader over batches of sample keys; the number of workers, a process, does not change what it yields."""
-    workers = min(config.workers, -(-count_cores() // TEAM.local_size))
+    workers = min(config.workers, -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -4554,18 +4475,18 @@ class DeadWorker(Exception):
 def take_turns(
     loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
 ) -> Iterator[Any]:
-    """Yield the answer to each batch, in order; in a team the processes take turns, and the first one yields all answers.
+    """Yield the answer to each batch, in order; processes take turns, the first one yields all answers, and the others none.
 
     `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
 
     Raises:
         DeadWorker: loader workers are killed again and again.
     """
-    batches_of_rank = batches[TEAM.rank :: TEAM.size]
+    batches_of_rank = batches[get_rank() :: get_world_size()]
     read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
-    for _ in range(-(-len(batches) // TEAM.size)):
+    for _ in range(-(-len(batches) // get_world_size())):
         batch = next(read, None)
-        yield from TEAM.collect(None if batch is None else answer(batch))
+        yield from gather_answers(None if batch is None else answer(batch))
 
 
 def _start_worker(_: int) -> None:
@@ -4587,7 +4508,7 @@ def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[Sample
 
 def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
     """Return the keys in order, `batch` at a time over all processes together."""
-    batch = -(-batch // TEAM.size)
+    batch = -(-batch // get_world_size())
     return [keys[start : start + batch] for start in range(0, len(keys), batch)]
 
 
@@ -4618,6 +4539,7 @@ class Backbone(nn.Module):
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_modules: list[nn.Module] = []  # of a model that is trained in part
         self.keeps_statistics = False  # those of BatchNorm are not moved by training
+        self.replicas: list[Backbone] = []  # of a frozen one, on the GPUs of this process
         for name, values in (("mean", mean), ("std", std)):
             value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
             self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
@@ -4648,7 +4570,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
-        if TEAM.size > 1 and not len(images) and not any(map(is_batchnorm, self.modules())):
+        if not len(images) and not any(map(is_batchnorm, self.modules())):
             # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
@@ -4711,18 +4633,6 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Give every attention layer an update of this rank, random from torch's generator and without effect at first."""
     for layer in attention_layers(model):
         parametrize.register_parametrization(layer, "weight", LoraUpdate(*layer.weight.shape, rank))
-        # torch makes a class for the layer, which it does not let pickle; the processes of a team are sent the model.
-        type(layer).__reduce__ = _reduce_lora
-
-
-def _reduce_lora(layer: nn.Linear) -> tuple[Callable[[], nn.Linear], tuple, dict[str, Any]]:
-    return _unpickled_lora, (), layer.__dict__
-
-
-def _unpickled_lora() -> nn.Linear:
-    attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(1, 1)})})
-    add_lora(attention, 1)
-    return attention["attn"]["qkv"]
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -5808,9 +5718,13 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it.
 
+    The first process does it for all.
+
     Raises:
         Diverged: a weight is not finite. Nothing is written then.
     """
+    if get_rank():
+        return
     packed = pack_state(state)
     if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
@@ -6711,18 +6625,24 @@ class TrainedRun:
     gallery: Gallery | None = None  # None as long as it is made anew
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
 
-    def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
-        backbone = self.runtime.wrap(self.model.backbone)
-        with torch.inference_mode():
-            blocks = [block.to(self.runtime.device, non_blocking=True) for block in images.split(batch)]
-            return torch.cat([self.model.embed(backbone(block)).cpu() for block in blocks]).numpy()
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The backbone as it is to be called."""
+        return self.runtime.wrap(self.model.backbone)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return unit embeddings (B, D) of images uint8 (B, 3 or 4, H, W) on the device."""
+        return self.model.embed(self.network(images))
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
-        config = self.config
-        fill = make_fill(config, self.info.mean)
-        return build_transform(config.img_size, False, fill, given_lists(config), config.in_channels == 4)
+        return make_transform(self.config, self.info.mean)
+
+    def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
+        with torch.inference_mode():
+            blocks = [block.to(self.runtime.device, non_blocking=True) for block in images.split(batch)]
+            return torch.cat([self.forward(block).cpu() for block in blocks]).numpy()
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -6747,11 +6667,11 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
         problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
         remedy = "put back the file of this run, or run its training command again, which writes it anew"
         raise UserError(problem, str(gallery_path), remedy)
-    return share_run(dataclasses.replace(run, gallery=gallery, meta=meta))
+    return dataclasses.replace(run, gallery=gallery, meta=meta)
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run with these options, without its gallery and still on the CPU: `share_run` moves it.
+    """Load the best model of a run with these options, without its gallery.
 
     Raises:
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
@@ -6782,13 +6702,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
-    return TrainedRun(path, config, info, model.eval(), runtime)
-
-
-def share_run(run: TrainedRun) -> TrainedRun:
-    """Return the run with its model on the device, here and, with its gallery, in the other processes of the team."""
-    TEAM.call("take_run", run)
-    return dataclasses.replace(run, model=run.model.to(run.runtime.device))
+    return TrainedRun(path, config, info, model.eval().to(runtime.device), runtime)
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -6848,37 +6762,61 @@ def unknown_records(folder: Path) -> dict[str, Records]:
     return records
 
 
-def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions) -> Embedded:
-    """Return embeddings of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
+def embed_batches(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    dataset: CropDataset,
+    batches: list[list[SampleKey]],
+    config: Config | RunOptions,
+    runtime: Runtime,
+) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
+    """Yield of each batch what could not be read, and what the network makes of all else; only the first process gets them."""
+
+    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
+        values = np.zeros((0, 1), np.float32)
+        if len(batch.rows):
+            with torch.inference_mode():
+                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu().numpy()
+        return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
+
+    return take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
+
+
+def collect_embedded(
+    answers: Iterable[tuple[list[tuple[int, str]], Embedded]], note: Callable[[list[tuple[int, str]]], None], where: str
+) -> Embedded | None:
+    """Return what `embed_batches` yields as one; None in the processes beside the first. `note` is told what cannot be read.
 
     Raises:
         UserError: not one image can be read.
     """
-    keys = eval_keys(records, rows, run.config.crop_mode)
-    batches = cut_batches(keys, config.batch)
     embedded = []
-    for failures, of_batch in progress(embed_batches(run, records, batches, config), len(batches), "embedding"):
-        for row, reason in failures:
-            show(f"warning: {printable(records.paths[row])} {reason}")
+    for failures, of_batch in answers:
+        note(failures)
         if len(of_batch.rows):
             embedded.append(of_batch)
+    if get_rank():
+        return None
     if not embedded:
-        raise UserError(f"none of {len(keys)} images can be read", str(records.root), "check that the files are whole")
+        raise UserError("none of the images can be read", where, "check that the files are there and whole")
     return concatenate_embedded(embedded)
 
 
-def embed_batches(
-    run: TrainedRun, records: Records, batches: list[list[SampleKey]], config: RunOptions
-) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
-    """Yield of each batch what could not be read, and the embeddings of all else; the processes of a team take turns."""
-    TEAM.call("embed_records", records, batches, config)
-    dataset = CropDataset(records, run.transform())
+def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions) -> Embedded | None:
+    """Return embeddings of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
 
-    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
-        values = run.embed(batch.images, config.batch) if len(batch.rows) else np.zeros((0, 1), np.float32)
-        return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
+    They are for the first process: the others, which have embedded a part of them, get None.
 
-    return take_turns(lambda part: make_loader(dataset, part, config, run.runtime), batches, answer)
+    Raises:
+        UserError: not one image can be read.
+    """
+    batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
+    answers = embed_batches(run.forward, CropDataset(records, run.transform()), batches, config, run.runtime)
+
+    def note(failures: list[tuple[int, str]]) -> None:
+        for row, reason in failures:
+            show(f"warning: {printable(records.paths[row])} {reason}")
+
+    return collect_embedded(progress(answers, len(batches), "embedding"), note, str(records.root))
 
 
 def scan_for_run(
@@ -7100,8 +7038,7 @@ class Job:
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
-        config, fill = self.config, make_fill(self.config, self.info.mean)
-        return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
+        return make_transform(self.config, self.info.mean, augment)
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
@@ -7251,7 +7188,7 @@ class FeatureBank:
         self._cache: dict[str, Embedded] = {}
         self._dataset = CropDataset(job.records, job.transform(augment=False), store=job.store)
 
-    def get(self, split: str, per_class: int | None = None) -> Embedded:
+    def get(self, split: str, per_class: int | None = None) -> Embedded | None:
         """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
         if split in self._cache:
             return self._cache[split]
@@ -7263,43 +7200,18 @@ class FeatureBank:
             self._cache[split] = features
         return features
 
-    def extract(self, keys: list[SampleKey], name: str) -> Embedded:
-        """Return the features of some samples; `name` is for the progress bar.
+    def extract(self, keys: list[SampleKey], name: str) -> Embedded | None:
+        """Return the features of some samples, None in the processes beside the first; `name` is for the progress bar.
 
         Raises:
             UserError: not one of them can be read.
         """
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
-        extracted = []
-        answers = extract_batches(job, self._backbone, self._dataset, batches)
-        for failures, features in progress(answers, len(batches), f"embedding {name}"):
-            job.note_failures(failures)
-            if len(features.rows):
-                extracted.append(features)
-        if not extracted:
-            problem = f"none of the {len(keys)} {name} images can be read any more"
-            raise UserError(problem, str(job.records.root), "restore the images")
-        return concatenate_embedded(extracted)
-
-
-def extract_batches(
-    job: Job, backbone: Backbone, dataset: CropDataset, batches: list[list[SampleKey]]
-) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
-    """Yield of each batch what could not be read, and the features of all else; the processes of a team take turns."""
-    TEAM.call("extract", dataclasses.replace(job, run=None, records=None, store=None), dataset, batches)
-    network, runtime = job.runtime.wrap(backbone.eval()), job.runtime
-    if not backbone.frozen:
-        TEAM.copy_weights(backbone)
-
-    def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
-        values = np.zeros((0, 1), np.float32)
-        if len(batch.rows):
-            with torch.inference_mode():
-                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu().numpy()
-        return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
-
-    return take_turns(lambda part: make_loader(dataset, part, job.config, runtime), batches, answer)
+        network = job.runtime.wrap(self._backbone.eval())
+        answers = embed_batches(network, self._dataset, batches, job.config, job.runtime)
+        bar = progress(answers, len(batches), f"embedding {name}")
+        return collect_embedded(bar, job.note_failures, f"{name} images of {job.records.root}")
 
 
 class ViewCache:
@@ -7307,9 +7219,10 @@ class ViewCache:
 
     They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
     are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
+    All processes embed; the first one alone trains the head, which takes no images any more.
     """
 
-    def __init__(self, job: Job, backbone: Backbone, clean: Embedded) -> None:
+    def __init__(self, job: Job, backbone: Backbone, clean: Embedded | None) -> None:
         self._job, self._backbone = job, backbone
         self._rows = job.records.rows("train")
         self._sampler = EpochSampler(self._rows, job.records.labels, job.config)
@@ -7323,18 +7236,22 @@ class ViewCache:
         self._is_masked = np.stack(
             [(rng.random(len(self._rows)) < self._sampler.masked_share) & has_mask for rng in draws]
         )
+        self._shape = (num_views, len(self._rows), job.info.feature_dim)
+        self._fill()
+        if clean is None:
+            return
         # Position of each image's clean view among the features, -1 for those that could not be read, int64 (images,).
         known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
         order = np.argsort(known)
         nearest = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
         self._clean_index = np.where(known[nearest] == wanted, nearest, -1)
         self._clean = clean.values
-        self._shape = (num_views, len(self._rows), self._clean.shape[1])
-        self._fill()
         self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch."""
+        if get_rank():
+            return
         self._sampler.start_at(state.epoch, state.batches)
         label = f"epoch {state.epoch + 1}/{self._job.config.epochs}"
         yield from map(self.take, progress(self._sampler, self.num_batches - state.batches, label))
@@ -7361,35 +7278,18 @@ class ViewCache:
         Raises:
             UserError: there is no room for it.
         """
-        from importlib.metadata import version
-
-        job, (num_views, num_images, feature_dim) = self._job, self._shape
-        row_bytes = 2 * feature_dim
-        packages = "torch timm albumentations opencv-python-headless simplejpeg".split()
-        maker = {
-            "format": CHECKPOINT_FORMAT,
-            "identity": job.identity,
-            "data": [job.fingerprint, job.records.masks_hash],
-            "dtype": str(self._backbone.dtype),
-            "versions": [version(name) for name in packages],
-            "shape": list(self._shape),
-        }
-        done, note_path = 0, self._path.with_suffix(".json")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no note, or not one of ours
-            note = json.loads(note_path.read_text(encoding="utf-8"))
-            if note["maker"] == to_json(maker):
-                done = min(note["done"], self._path.stat().st_size // row_bytes)
-        missing = num_views * num_images - done
-        if not missing:
+        num_views, num_images, feature_dim = self._shape
+        maker, note_path = self._describe_maker(), self._path.with_suffix(".json")
+        done = from_first(self._count_done, note_path, maker)
+        if done == num_views * num_images:
             return
-        if (free := shutil.disk_usage(self._path.parent).free) < missing * row_bytes:
-            problem = f"need {missing * row_bytes:,} bytes, and {free:,} are free"
-            remedy = f"make room in {self._path.parent}, or cache fewer views"
-            raise UserError(problem, f"--cache_views {num_views}", remedy)
         there = f", {done:,} are there" if done else ""
-        job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
+        self._job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
+        if get_rank():
+            deque(self._embed(done), maxlen=0)
+            return
         with open(self._path, "r+b" if done else "wb") as file:
-            file.seek(done * row_bytes)
+            file.seek(done * 2 * feature_dim)
             file.truncate()
 
             def write_note() -> None:
@@ -7408,19 +7308,51 @@ class ViewCache:
             finally:
                 write_note()
 
+    def _describe_maker(self) -> dict[str, Any]:
+        """Return all that the features are a function of."""
+        from importlib.metadata import version
+
+        packages = "torch timm albumentations opencv-python-headless simplejpeg".split()
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "identity": self._job.identity,
+            "data": [self._job.fingerprint, self._job.records.masks_hash],
+            "dtype": str(self._backbone.dtype),
+            "versions": [version(name) for name in packages],
+            "shape": list(self._shape),
+        }
+
+    def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
+        """Return how many features of this maker are in the file already; see that there is room for all others."""
+        num_views, num_images, feature_dim = self._shape
+        row_bytes = 2 * feature_dim
+        done = 0
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no note, or not one of ours
+            note = json.loads(note_path.read_text(encoding="utf-8"))
+            if note["maker"] == to_json(maker):
+                done = min(note["done"], self._path.stat().st_size // row_bytes)
+        missing = (num_views * num_images - done) * row_bytes
+        if missing and (free := shutil.disk_usage(self._path.parent).free) < missing:
+            problem = f"need {missing:,} bytes, and {free:,} are free"
+            raise UserError(
+                problem, f"--cache_views {num_views}", f"make room in {self._path.parent}, or cache fewer views"
+            )
+        return done
+
     def _embed(self, first: int) -> Iterator[np.ndarray]:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
         job, (num_views, num_images, feature_dim) = self._job, self._shape
         dataset = job.training_crops()
+        network = job.runtime.wrap(self._backbone)
         for view in range(first // num_images, num_views):
             keys = [
                 SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
-            answers = extract_batches(job, self._backbone, dataset, batches)
+            answers = embed_batches(network, dataset, batches, job.config, job.runtime)
             bar = progress(answers, len(batches), f"embedding view {view + 1} of {num_views}")
-            for batch, (failures, extracted) in zip(batches, bar, strict=True):
+            for batch, (failures, extracted) in zip(batches, bar, strict=get_rank() == 0):
                 job.note_failures(failures)
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
                 is_readable = np.isin([key.row for key in batch], extracted.rows)
@@ -7448,24 +7380,17 @@ def embed(job: Job, model: Recognizer, features: Embedded) -> Embedded:
 
 
 class TrainFeed:
-    """The training images in their order, from any batch of any epoch on; each process of a team has a part of each batch.
-
-    The other processes of the team, which know the model, take up the state, to train it together with this one.
-    """
+    """The training images in their order, from any batch of any epoch on; each process has a part of each batch."""
 
     def __init__(self, job: Job, state: TrainState) -> None:
-        if TEAM.leads:
-            buffer = io.BytesIO()
-            torch.save(pack_state(state), buffer)  # unlike a tensor on a GPU, it is read wherever the reader wants
-            TEAM.call("take_state", dataclasses.replace(job, run=None), buffer.getvalue())
-        TEAM.bind(state.model, state.model.backbone)
         self._job = job
         self._dataset = job.training_crops()
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-        self._sampler.share = TEAM.share
+        self._sampler.rank = get_rank()
+        self._sampler.world_size = get_world_size()
         self._loader: DataLoader | None = None
         self.num_batches = len(self._sampler)  # in an epoch
-        self.network = job.runtime.wrap(state.model.train().backbone)  # makes features of the batches
+        self.network = job.runtime.wrap(state.model.train().backbone, is_trained=True)  # makes features of the batches
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch.
@@ -7474,9 +7399,9 @@ class TrainFeed:
             DeadWorker: loader workers are killed again and again.
         """
         job = self._job
-        TEAM.call("train_epoch", state.epoch, state.batches)
-        if state.average and not state.model.backbone.frozen:  # the others embedded val with its running mean
-            TEAM.copy_weights(state.model.backbone)
+        if dist.is_initialized():  # devices may round differently
+            for value in (*state.model.head.state_dict().values(), *state.model.criterion.state_dict().values()):
+                dist.broadcast(value, 0)
         first = state.batches
 
         def read(failed: int, taken: int) -> DataLoader:
@@ -7488,7 +7413,7 @@ class TrainFeed:
         with contextlib.closing(progress((), self.num_batches, f"epoch {state.epoch + 1}/{job.config.epochs}")) as bar:
             bar.update(first)
             for batch in outlive_workers(read, job.run.log):
-                yield TEAM.pool(batch)
+                yield gather_batch(batch)
                 bar.update()
 
 
@@ -7538,20 +7463,14 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
                 save_state(job, state)
             raise
         pace = clock.pace()
-        train, train_per_class = score_training(job, state)
         with state.average.applied() if state.average else contextlib.nullcontext():
-            val, val_per_class, val_by_view = evaluate_val(job, state.model, bank)
-        if not math.isfinite(val["loss"]):
-            raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
-        record = {"epoch": state.epoch + 1, "lr": state.optimizer.param_groups[0]["lr"], "train": train, "val": val}
-        if val_by_view:
-            record["val_by_view"] = val_by_view
+            features = {"val": bank.get("val"), "train": bank.get("train", EPOCH_REFS_PER_CLASS)}
+            record, per_class = from_first(score_epoch, job, state, features)
         record |= {"seconds": round(clock.seconds(), 2), "pace": pace}
-        per_class = {"train_per_class": train_per_class, "val_per_class": val_per_class} if config.save_metrics else {}
         with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
             job.run.log(format_epoch(record, config))
-            job.run.event("epoch_end", **record, **per_class)
-            save_epoch(job, state, val)
+            job.run.event("epoch_end", **record, **(per_class if config.save_metrics else {}))
+            save_epoch(job, state, record["val"])
             SIGNALS.wants_save = False
     if state.epoch < config.epochs:
         reason = f"no better {config.best_metric} since epoch {state.best['epoch']}"
@@ -7606,8 +7525,8 @@ def train_step(
     """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
     The features of a frozen backbone are those of all batches together, exactly as of one batch of all their images; of one that is
-    trained, the gradients of the batches are added up, each weighed by its images, and BatchNorm sees single batches. In a team, a
-    batch has a part of the images; features, loss and logits are those of all images together.
+    trained, the gradients of the batches are added up, each weighed by its images, and BatchNorm sees single batches. Of several
+    processes, each has a part of the images of a batch; features, loss and logits are those of all images together.
     """
     is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
     numbered = list(enumerate(batches))
@@ -7621,21 +7540,22 @@ def train_step(
             draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
             for index, batch in group
         ]
-        features = []
-        for (index, batch), mixing in zip(group, mixings, strict=True):
-            images = batch.images.to(runtime.device, non_blocking=True)
-            if mixing is not None:  # with images of the whole batch, which the other processes have
-                everyone = TEAM.gather(images.flatten(1), batch.sizes).unflatten(1, images.shape[1:])
-                images = TEAM.cut(mix_images(everyone, mixing), batch.sizes)
-            seed_torch(config.seed, 5, state.step, *([index] if index else []))  # of dropout
-            features.append(TEAM.gather(network(images), batch.sizes))
-        loss, plain = mixed_loss(state.model.criterion, state.model.embed(torch.cat(features)), labels, mixings)
-        share = sum(map(len, labels)) / num_images
-        with TEAM.holding(group is not groups[-1]):
+        # Processes exchange the gradients of a step once, with the last of its batches.
+        adds_up = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
+        with network.no_sync() if adds_up else contextlib.nullcontext():
+            features = []
+            for (index, batch), mixing in zip(group, mixings, strict=True):
+                images = batch.images.to(runtime.device, non_blocking=True)
+                if mixing is not None:  # with images of the whole batch, which the other processes have
+                    mixed = mix_images(gather_rows(images, batch.sizes), mixing)
+                    images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
+                seed_torch(config.seed, 5, state.step, *([index] if index else []), rank=get_rank())  # of dropout
+                features.append(gather_rows(network(images), batch.sizes))
+            loss, plain = mixed_loss(state.model.criterion, state.model.embed(torch.cat(features)), labels, mixings)
+            share = sum(map(len, labels)) / num_images
             state.scaler.scale(loss * share).backward()
         losses.append(loss.detach() * share)
         logits.append(plain.detach())
-    TEAM.finish_gradients()
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
         trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -7673,7 +7593,7 @@ def check_finite(job: Job, state: TrainState) -> None:
         Diverged: naming the first step whose loss is not finite and the last good checkpoint.
     """
     steps_ago = state.tally.fetch()
-    if steps_ago is not None:
+    if steps_ago is not None and get_rank() == 0:  # one process is enough to say so
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
 
@@ -7699,14 +7619,30 @@ def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
     return {"loss": mean_loss, **figures}, per_class
 
 
-def evaluate_val(job: Job, model: Recognizer, bank: FeatureBank) -> tuple[dict, dict, dict]:
+def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the record of an epoch, and its figures by class.
+
+    Raises:
+        Diverged: the loss on val is not finite.
+    """
+    train, train_per_class = score_training(job, state)
+    val, val_per_class, val_by_view = score_val(job, state.model, features)
+    if not math.isfinite(val["loss"]):
+        raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
+    record = {"epoch": state.epoch + 1, "lr": state.optimizer.param_groups[0]["lr"], "train": train, "val": val}
+    if val_by_view:
+        record["val_by_view"] = val_by_view
+    return record, {"train_per_class": train_per_class, "val_per_class": val_per_class}
+
+
+def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tuple[dict, dict, dict]:
     """Score val by the classifier that is trained, and by matching with the training images: proto_acc and recall_at_1.
 
     Returns:
         Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
     """
-    val = embed(job, model, bank.get("val"))
-    references = embed(job, model, bank.get("train", EPOCH_REFS_PER_CLASS))
+    val = embed(job, model, features["val"])
+    references = embed(job, model, features["train"])
     numbers = np.arange(len(job.records.class_names))
     centroids = class_centroids(references.values, references.labels, len(numbers))
 
@@ -7764,15 +7700,17 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
     save_checkpoint(folder / LAST_NAME, state, job.identity)
 
 
-def keep_best_of(job: Job, state: TrainState) -> None:
+def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
     """See to it that checkpoint_best.pth is the best epoch that the state knows of, also when resumed from an older checkpoint.
+
+    Return what is known of that epoch, {} if its weights are gone.
 
     Raises:
         UserError: its weights are gone, and no epoch is left to find better ones.
     """
     path = job.run.path / BEST_NAME
     if not state.best:  # the first epoch will write it
-        return
+        return {}
     for candidate in sorted(list_checkpoints(job.run.path), key=lambda candidate: candidate != path):
         try:
             payload = load_checkpoint(candidate)
@@ -7782,12 +7720,12 @@ def keep_best_of(job: Job, state: TrainState) -> None:
         if payload["best"] == state.best and progress_of(payload) == (state.best["epoch"], 0):
             if candidate != path:
                 copy_checkpoint(candidate, path)
-            return
+            return state.best
     problem = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
     if state.epoch >= job.config.epochs:
         raise UserError(problem, str(path), "give more --epochs, or resume from an older checkpoint")
     job.run.log(f"warning: {problem}; the best is chosen among the epochs to come")
-    state.best = {}
+    return {}
 
 
 def format_epoch(record: dict[str, Any], config: Config) -> str:
@@ -7818,7 +7756,7 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
     return f"{line} ({remedy})"
 
 
-def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]:
+def measure_baseline(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str, float]]:
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
     Training has to beat the best of them. Of more than LOGREG_MAX_CLASSES classes there is no logistic regression.
@@ -7827,7 +7765,7 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}.
     """
     names, scale = job.records.class_names, job.config.arc_scale
-    train = bank.get("train")
+    train = features["train"]
     references = unit_features(train)
     centroids = class_centroids(references.values, references.labels, len(names))
     nearest_reference = match_nearest(references, len(names))
@@ -7839,13 +7777,12 @@ def measure_baseline(job: Job, bank: FeatureBank) -> dict[str, dict[str, float]]
         classifiers["logreg"] = fit_logistic_regression(job, train)
     baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
-        if not len(job.records.rows(split)):
+        if split not in features:
             continue
-        features = bank.get(split)
-        queries = unit_features(features)
+        queries = unit_features(features[split])
         baseline[split] = {}
         for name, score in classifiers.items():
-            vectors = features.values if name == "logreg" else queries.values
+            vectors = features[split].values if name == "logreg" else queries.values
             figures = classify(score, vectors, queries.labels, names)[1]
             baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     return baseline
@@ -7905,6 +7842,8 @@ def run_scan(config: Config) -> None:
     Raises:
         UserError: out_dir holds a run, or its data cannot be trained on.
     """
+    if get_rank():
+        return
     check_paths(config)
     check_transforms(config)
     if (config.out_dir / "metrics.jsonl").exists():
@@ -7930,7 +7869,34 @@ def run_evaluate(config: EvaluateOptions) -> None:
     check_run_paths(config)
     keep_freed_memory()
     run = load_run(config.run, answer_runtime(config), config.backbone_weights)
-    names = run.gallery.class_names
+    records, rows = from_first(choose_records, run, config)
+    embedded = embed_records(run, records, rows, config)
+    unknown = None
+    if config.unknown_dir is not None:
+        unknown_half = from_first(unknown_records, config.unknown_dir)["measure"]
+        unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
+    if get_rank():
+        return
+    number = {name: index for index, name in enumerate(run.gallery.class_names)}
+    labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+    test = embedded._replace(labels=labels).take(labels >= 0)
+    strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
+    if unknown is not None:
+        strangers = np.concatenate([strangers, unknown.values])
+    figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
+    source = str((config.data_root or run.config.data_root).resolve())
+    with lock_directory(run.path, "--run"):
+        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+    show(format_measures(figures))
+    show(f"written: {run.path / 'evaluation.json'}")
+
+
+def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
+    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count.
+
+    Raises:
+        UserError: no images, or none of a class of the gallery.
+    """
     if config.data_root is None:
         records = scan_own_data(run, choose_options(run.config, config))
         rows = records.rows(config.split)
@@ -7939,32 +7905,18 @@ def run_evaluate(config: EvaluateOptions) -> None:
                 f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR"
             )
         show(f"{config.split} images of {run.config.data_root}")
-    else:
-        records = scan_for_run(run, config.data_root, config).records
-        rows = np.arange(len(records.paths))
-        foreign = [name for name in records.class_names if name not in names]
-        num_known = len(records.class_names) - len(foreign)
-        if not num_known:
-            problem = f"has no class of the gallery, only {', '.join(foreign[:5])}"
-            raise UserError(problem, config.said("data_root"), f"it knows {', '.join(names[:8])}")
-        show(f"{len(rows):,} images of {config.data_root}, {num_known} known classes")
-        if foreign:
-            show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
-    embedded = embed_records(run, records, rows, config)
-    number = {name: index for index, name in enumerate(names)}
-    labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
-    test = embedded._replace(labels=labels).take(labels >= 0)
-    strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
-    if config.unknown_dir is not None:
-        records = unknown_records(config.unknown_dir)["measure"]
-        unknown = embed_records(run, records, np.arange(len(records.paths)), config)
-        strangers = np.concatenate([strangers, unknown.values])
-    figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
-    source = str((config.data_root or run.config.data_root).resolve())
-    with lock_directory(run.path, "--run"):
-        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
-    show(format_measures(figures))
-    show(f"written: {run.path / 'evaluation.json'}")
+        return records, rows
+    records = scan_for_run(run, config.data_root, config).records
+    names = run.gallery.class_names
+    foreign = [name for name in records.class_names if name not in names]
+    num_known = len(records.class_names) - len(foreign)
+    if not num_known:
+        problem = f"has no class of the gallery, only {', '.join(foreign[:5])}"
+        raise UserError(problem, config.said("data_root"), f"it knows {', '.join(names[:8])}")
+    show(f"{len(records.paths):,} images of {config.data_root}, {num_known} known classes")
+    if foreign:
+        show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
+    return records, np.arange(len(records.paths))
 
 
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
@@ -7981,12 +7933,14 @@ def run_prototypes(config: PrototypesOptions) -> None:
     check_run_paths(config)
     keep_freed_memory()
     path = config.run / "prototypes.npz"
+    if get_rank() and (config.list or config.remove is not None):
+        return
     if config.list:
         show(format_gallery(load_gallery(path)[0]))
         return
     added_names: Sequence[str] = ()
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
-    with lock_directory(config.run, "--run"):
+    with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         if config.remove is None and config.add is None:
             gallery, meta = rebuild_gallery(config)
         else:
@@ -7995,11 +7949,14 @@ def run_prototypes(config: PrototypesOptions) -> None:
         if config.remove is not None:
             gallery = remove_class(run.gallery, config.remove)
         elif config.add is not None:
-            records = scan_for_run(run, config.add, config).records
+            records = from_first(lambda: scan_for_run(run, config.add, config).records)
             added = embed_records(run, records, np.arange(len(records.paths)), config)
             paths = [str((config.add / name).resolve()) for name in records.paths]
             added_names = records.class_names
-            gallery = enrol(run.gallery, added, added_names, paths, choose_options(run.config, config).target_precision)
+            precision = choose_options(run.config, config).target_precision
+            gallery = None if get_rank() else enrol(run.gallery, added, added_names, paths, precision)
+        if get_rank():
+            return
         old = None
         if path.exists():
             old = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
@@ -8013,28 +7970,32 @@ def run_prototypes(config: PrototypesOptions) -> None:
     show(f"written: {path}" + (f"; as it was, it is {old.name}" if old else ""))
 
 
-def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery, dict[str, Any]]:
+def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
     """Return the gallery that the run's own training and val images make, with the options of the run or those typed, and its meta.
+
+    It is None in the processes beside the first.
 
     Raises:
         UserError: the run has no model, or its images have other classes now.
     """
-    model = load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
-    run = share_run(model)
+    run = load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
     options = choose_options(run.config, config)
-    records = scan_own_data(run, options)
+    records = from_first(scan_own_data, run, options)
     embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
     unknown = None
     if options.unknown_dir is not None:
-        strangers = unknown_records(options.unknown_dir)["fit"]
-        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config).values
-    gallery = build_gallery(records, embedded["train"], embedded["val"], options, unknown)
+        strangers = from_first(unknown_records, options.unknown_dir)["fit"]
+        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config)
+    meta = describe_gallery(options, run.info, records.class_names, run.model)
+    if get_rank():
+        return None, meta
+    gallery = build_gallery(records, embedded["train"], embedded["val"], options, unknown and unknown.values)
     path = config.run / "prototypes.npz"
     if path.is_file():
         with contextlib.suppress(UserError):  # damaged: the very reason to make it anew
             if lost := sorted(set(load_gallery(path)[0].class_names) - set(records.class_names)):
                 show(f"warning: enrolled classes have to be added again: {', '.join(lost)}")
-    return gallery, describe_gallery(options, run.info, records.class_names, run.model)
+    return gallery, meta
 
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
@@ -8046,10 +8007,41 @@ def choose_options(trained: Config, typed: RunOptions) -> Config:
 
 def run_train(config: Config) -> None:
     """Scan, split, train, export prototypes, test, report; or continue where an interrupted run stopped."""
-    check_paths(config)
-    check_transforms(config)
     keep_freed_memory()
     runtime = training_runtime(config)
+    with contextlib.ExitStack() as stack:
+        backbone = None
+        if get_rank():
+            backbone, info = build_for_training(config, runtime)  # while the first process scans
+            job, point = broadcast(None)
+        else:
+            job, backbone, point = prepare_run(config, runtime, stack)
+            broadcast((job, point))
+        if job is None:
+            return
+        if get_rank():
+            job = dataclasses.replace(job, runtime=runtime)
+            if info.weights_hash != job.info.weights_hash:
+                problem = f"its weights are {info.weights_hash} here, and {job.info.weights_hash} in the first process"
+                raise UserError(problem, config.said("model_id"), "give all machines the same weights")
+        bank, state = start_training(job, backbone, point)
+        if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
+            task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
+            job.run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
+        fit(job, state, bank)
+        finish_run(job, state, bank)
+
+
+def prepare_run(
+    config: Config, runtime: Runtime, stack: contextlib.ExitStack
+) -> tuple[Job | None, Backbone | None, ResumePoint | None]:
+    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished.
+
+    Raises:
+        UserError: whatever forbids to train.
+    """
+    check_paths(config)
+    check_transforms(config)
     refuse_if_in_use(config.out_dir)
     point = choose_checkpoint(config.out_dir, config.resume, config.overwrite)
     splits_path = point and point.path.with_name("splits.json")
@@ -8064,7 +8056,7 @@ def run_train(config: Config) -> None:
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:
         (config.out_dir / SQUARES_NAME).unlink(missing_ok=True)
-        return
+        return None, None, None
     job, backbone, notes = plan
     if config.auto_generate_masks and not scan.records.has_mask.all():
         scan.memory.save_early()  # the tool scans too
@@ -8083,17 +8075,18 @@ def run_train(config: Config) -> None:
         for name in (MEMORY_NAME, SQUARES_NAME):  # of the same images
             with contextlib.suppress(FileNotFoundError):
                 (old / name).rename(config.out_dir / name)
-    with RunDirectory(config.out_dir) as run, keep_interrupted(config.out_dir):
-        job = dataclasses.replace(job, run=run)
-        open_run(job, scan, notes)
-        job = dataclasses.replace(job, store=open_store(job, scan))
-        bank, state = start_training(job, backbone, point)
-        if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
-            task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
-            run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
-        fit(job, state, bank)
-        finish_run(job, state, bank)
-        (run.path / SQUARES_NAME).unlink(missing_ok=True)
+    job = dataclasses.replace(job, run=stack.enter_context(RunDirectory(config.out_dir)))
+    stack.enter_context(keep_interrupted(config.out_dir))
+    open_run(job, scan, notes)
+    return dataclasses.replace(job, store=open_store(job, scan)), backbone, point
+
+
+def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, BackboneInfo]:
+    """Build the backbone of a run, and see that its BatchNorm layers can be trained where it runs."""
+    backbone, info = build_backbone(config, show)
+    if config.trains_backbone:
+        runtime.share_batchnorm(backbone)
+    return backbone, info
 
 
 def plan_run(
@@ -8120,7 +8113,7 @@ def plan_run(
             show(f"to train on, give {more}; to start afresh, --overwrite")
             return None
         notes += changes + describe_changes(config, scan.fingerprint)
-    backbone, info = build_backbone(config, show)
+    backbone, info = build_for_training(config, runtime)
     job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
         check_identity(point.path, point.payload["identity"], job.identity)
@@ -8224,7 +8217,6 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     backbone.dtype = job.runtime.dtype_of(backbone)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
-    TEAM.call("take_model", job.runtime, config, model)
     state = start_state(model.to(job.runtime.device), config, job.runtime)
     if config.compile:
         backbone.model.compile()
@@ -8234,7 +8226,8 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         return bank, state
     run.forget_epochs_after(-1)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
-    state.baseline = measure_baseline(job, bank)
+    features = {split: bank.get(split) for split in SPLIT_NAMES if len(job.records.rows(split))}
+    state.baseline = from_first(measure_baseline, job, features)
     run.event("baseline_end", **state.baseline)
     for split, figures in state.baseline.items():
         accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
@@ -8247,37 +8240,46 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
 def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     """Restore the state from a checkpoint, which becomes the last one, and drop what the log knows beyond it."""
     run = job.run
-    for path, reason in point.damaged.items():
-        set_aside(path, reason, run.log)
     for weights in (point.payload["model"], deployed_weights(point.payload)):
         check_weights(state.model, weights, point.path)
     restore_state(state, point.payload)
-    if point.path.name != LAST_NAME:
-        copy_checkpoint(point.path, run.path / LAST_NAME)
-    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # it may be ahead of where the run is put back to
-        (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
+    state.best = from_first(settle_checkpoints, job, state, point)
     run.forget_epochs_after(state.epoch)
     run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
     position = describe_position(state.epoch, state.batches)
     run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
     if (dtype := state.model.backbone.dtype) != job.runtime.dtype_of(state.model.backbone):
         run.log(f"the backbone goes on in {str(dtype).removeprefix('torch.')}, as the run began")
-    keep_best_of(job, state)
+
+
+def settle_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
+    """Have the folder hold the checkpoint that the run goes on from, and the best one; return what is known of the best epoch."""
+    run = job.run
+    for path, reason in point.damaged.items():
+        set_aside(path, reason, run.log)
+    if point.path.name != LAST_NAME:
+        copy_checkpoint(point.path, run.path / LAST_NAME)
+    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # it may be ahead of where the run is put back to
+        (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
+    return keep_best_of(job, state)
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, have the report written."""
     run, records, model = job.run, job.records, state.model
-    model.load_trained_state(deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     run.event("proto_start", epoch=state.best["epoch"])
+    model.load_trained_state(from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME))))
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
-    embedded = {split: embed(job, model, features[split]) for split in features}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
     if job.config.unknown_dir is not None:
-        for half, half_records in unknown_records(job.config.unknown_dir).items():
+        for half, half_records in from_first(unknown_records, job.config.unknown_dir).items():
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
             half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
             unknown[half] = half_bank.extract(keys, "unknown")
+    other_views = embed_other_views(job, bank)
+    if get_rank():
+        return
+    embedded = {split: embed(job, model, features[split]) for split in features}
     strangers = embed(job, model, unknown["fit"]).values if unknown else None
     gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, strangers)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
@@ -8296,11 +8298,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
         test_run(job, model, gallery, embedded["test"], state.baseline["test"])
         measure_run(job, model, gallery, features, unknown.get("measure"))
-        compare_views(job, model, gallery, bank, embedded["test"])
+        compare_views(job, model, gallery, embedded["test"], other_views)
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
+    (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
 
 def start_report(run: RunDirectory) -> bool:
@@ -8397,18 +8400,23 @@ def format_measures(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare_views(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBank, test: Embedded) -> None:
+def embed_other_views(job: Job, bank: FeatureBank) -> Embedded | None:
+    """Return features of the test crops that have a mask in the view that --crop_mode does not show; None if it shows both."""
+    rows = job.records.rows("test")
+    rows = rows[job.records.has_mask[rows]]
+    if job.config.crop_mode == "mix" or not len(rows):
+        return None
+    view = int(job.config.crop_mode == "bbox")
+    return bank.extract([SampleKey(row, (), view) for row in rows.tolist()], f"test as {VIEW_NAMES[view]}")
+
+
+def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, others: Embedded | None) -> None:
     """Score the test crops that have a mask with and without their background; predictions_by_view.csv has the answers."""
     run = job.run
     test = test.take(job.records.has_mask[test.rows])
-    rows = np.unique(test.rows)
-    pair = []
-    for view, name in enumerate(VIEW_NAMES):
-        embedded = test.take(test.views == view)
-        if len(embedded.rows) < len(rows):  # --crop_mode shows the other view only
-            keys = [SampleKey(row, (), view) for row in rows.tolist()]
-            embedded = embed(job, model, bank.extract(keys, f"test as {name}"))
-        pair.append(embedded)
+    if others is not None:
+        test = concatenate_embedded([test, embed(job, model, others)])
+    pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
     if not len(common):
         return
@@ -8423,63 +8431,6 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, bank: FeatureBa
     run.log(f"the {len(common)} test crops with a mask: {shown}; {disagree} answers differ")
 
 
-class Helper:
-    """What a process of a team does that is not the first: its part of what that one calls for, with arguments from there.
-
-    Each method is the counterpart of a function that the first process runs at the same time, down to the same collectives.
-    """
-
-    def __init__(self) -> None:
-        self.runtime: Runtime | None = None
-        self.run: TrainedRun | None = None
-        self.job: Job | None = None
-        self.state: TrainState | None = None
-        self.feed: TrainFeed | None = None
-
-    def follow(self) -> None:
-        """Do what is called for until all is done."""
-        keep_freed_memory()
-        for name, args in TEAM.calls():
-            getattr(self, name)(*args)
-
-    def take_run(self, run: TrainedRun) -> None:
-        """Take a finished run to answer with."""
-        runtime = run.runtime.activate()
-        self.run = dataclasses.replace(run, runtime=runtime, model=run.model.to(runtime.device))
-
-    def embed_records(self, *args: Any) -> None:
-        """Do a part of `embed_records`."""
-        deque(embed_batches(self.run, *args), maxlen=0)
-
-    def take_model(self, runtime: Runtime, config: Config, model: Recognizer) -> None:
-        """Take the model of a run that is to be trained."""
-        self.runtime = runtime.activate()
-        self.state = start_state(model.to(self.runtime.device), config, self.runtime)
-
-    def extract(self, job: Job, *args: Any) -> None:
-        """Do a part of `FeatureBank.extract`."""
-        job = dataclasses.replace(job, runtime=self.runtime)
-        deque(extract_batches(job, self.state.model.backbone, *args), maxlen=0)
-
-    def take_state(self, job: Job, packed: bytes) -> None:
-        """Take up the training."""
-        restore_state(self.state, torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True))
-        self.job = dataclasses.replace(job, runtime=self.runtime, run=self)
-        self.feed = TrainFeed(self.job, self.state)
-
-    def train_epoch(self, epoch: int, batches: int) -> None:
-        """Do a part of `train_epoch`; the first process records and saves."""
-        self.state.epoch, self.state.batches = epoch, batches
-        self.state.model.train()
-        for group in group_batches(self.feed.batches(self.state), self.job.config):
-            take_step(self.job, self.feed, self.state, group)
-
-    def log(self, text: str) -> None:
-        """Tell what would stand in train.log, had the first process noticed it; a signal to all ends loader workers too."""
-        if SIGNALS.asked is None:
-            show(f"process {TEAM.rank}: {text}")
-
-
 RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prototypes": run_prototypes}
 
 
@@ -8488,6 +8439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_recipe(
         lambda: COMMAND_LINE if argv is None else parse_command_line(argv),
         lambda options: RECIPES[options.command](options),
+        is_shared=True,
     )
 
 
@@ -8496,7 +8448,7 @@ def run_program(
     options_class: type[Options],
     recipe: Callable[[Any], None],
     argv: Sequence[str] | None = None,
-    helper: type[Helper] = Helper,
+    is_shared: bool = False,
 ) -> int:
     """Run a tool: read its command line, then do what the recipe does of the options; return the exit code.
 
@@ -8505,35 +8457,35 @@ def run_program(
         options_class: its options.
         recipe: what it does.
         argv: words of the command line; None = those of this process.
-        helper: what the processes of torchrun that are not the first can be called for.
+        is_shared: all processes that torchrun has started run the recipe, and not the first one alone.
     """
     words = sys.argv[1:] if argv is None else argv
-    return run_recipe(lambda: parse_options(options_class, words, command), recipe, helper)
+    return run_recipe(lambda: parse_options(options_class, words, command), recipe, is_shared)
 
 
-def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], helper: type[Helper] = Helper) -> int:
+def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_shared: bool) -> int:
     """Do what a recipe does of the parsed options: exit codes 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
 
     Of the processes that torchrun has started, one explains a failure, and all return the same code.
     """
-    TEAM.join()
+    store = start_processes()
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     options = Options()
     try:
-        if TEAM.rank:
-            SIGNALS.listen()
-            helper().follow()
+        if get_rank():
+            SIGNALS.listen()  # the first process decides what becomes of a signal
         else:
             SIGNALS.catch()
-            options = parse()
+        options = parse()
+        if is_shared or get_rank() == 0:
             recipe(options)
-            TEAM.call("")
-        TEAM.close()
+        if store is not None:
+            dist.destroy_process_group()
         return EXIT_OK
     except (Exception, Interrupted) as error:
         failure = error
     code, message = explain_end(failure, options)
-    code, is_ours = TEAM.conclude(code)
+    code, is_ours = agree_on_failure(store, code)
     if not is_ours:
         return code
     if not message:
@@ -8548,7 +8500,7 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], help
 def exit_process(code: int) -> None:
     """End the process with an exit code, at once where threads or other processes would have to be waited for."""
     is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
-    if (code > 128 and is_busy) or (code and TEAM.size > 1):
+    if (code > 128 and is_busy) or (code and dist.is_initialized()):
         os._exit(code)  # neither a huge image that is still being decoded is waited for, nor processes that have gone
     sys.exit(code)
 
@@ -8566,17 +8518,34 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
 
+SHARED_MEMORY = re.compile(r"/dev/shm|shared memory|unable to (write to|mmap)")
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+PEER_ENDED = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|remote process|socket (closed|timeout)", re.IGNORECASE
+)
+
+
 def explain_failure(error: Exception, options: Options) -> UserError | None:
     """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
-    text, given = str(error), vars(options)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    text, given = printable(str(error)), vars(options)
+    cause = text.partition("\n")[0].split(". ")[0][:200]
+    if isinstance(error, (MemoryError, RuntimeError)) and (
+        OUT_OF_MEMORY.search(text) or isinstance(error, MemoryError)
+    ):
         where = " ".join(f"--{name} {given[name]}" for name in ("batch", "img_size", "precision") if name in given)
         remedy = "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite; if something else"
         remedy += " fills the memory, the same command continues"
-        return UserError(f"out of memory: {printable(text).split('. ')[0][:200]}", where, remedy)
-    if isinstance(error, PeerLost):
-        place = f"torchrun, process {TEAM.rank}"
-        return UserError("another process of the job has ended", place, "the same command continues")
+        return UserError(f"out of memory: {cause}", where, remedy)
+    if isinstance(error, RuntimeError) and SHARED_MEMORY.search(text):
+        remedy = "give it more room (docker run --shm-size 8g, or --ipc host); the same command continues"
+        return UserError(f"processes cannot share memory: {cause}", "/dev/shm", remedy)
+    if isinstance(error, RuntimeError) and dist.is_initialized():
+        place = f"torchrun, process {get_rank()}"
+        if "Duplicate GPU" in text:
+            return UserError(f"two processes have the same GPU: {cause}", place, "start one process a GPU")
+        if PEER_ENDED.search(text):
+            remedy = "see what it has said itself, and torchrun of it; the same command continues"
+            return UserError(f"another process of the job has ended ({cause})", place, remedy)
     if isinstance(error, DeadWorker):
         remedy = "lower --workers if memory is short (/dev/shm too); the same command continues"
         return UserError(f"a process that reads images was killed: {text}", f"--workers {given.get('workers')}", remedy)

@@ -633,14 +633,14 @@ def test_a_loader_worker_killed_amid_the_batches_of_one_step(start: Any, tmp_pat
     steps = ("--accumulate_grad_batches", 8, "--workers", 1, "--epochs", 2)
     assert start(flags=steps)[0] == 0
     (tmp_path / "run").rename(tmp_path / "calm")
-    code, text = start(do("TEAM.pool", 2, kill_worker=True), flags=steps)
+    code, text = start(do("gather_batch", 2, kill_worker=True), flags=steps)
     assert code == 0 and "the loader is started again" in text
     assert differences(tmp_path / "calm", tmp_path / "run") == []
 
 
 def test_a_loader_worker_killed_while_images_are_embedded(start: Any, straight: Path, tmp_path: Path) -> None:
     """One worker has made two batches by then; the others have to be made by another one."""
-    code, text = start(do("TEAM.collect", 1, kill_worker=True), flags=("--workers", 1))
+    code, text = start(do("gather_answers", 1, kill_worker=True), flags=("--workers", 1))
     assert code == 0 and "the loader is started again" in text, text[-3000:]
     assert differences(straight, tmp_path / "run") == []
 

@@ -498,7 +498,7 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
     key = hashlib.sha256(json.dumps([*settings, options.box_pad]).encode()).hexdigest()[:24]
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
-    waiting = [group for group in groups if not all(unit.digest in answers for unit in group)]
+    waiting = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
     num_done = len(units) - sum(map(len, waiting))
     if num_done:
         lct.show(f"{num_done:,} of {len(units):,} images are answered already")
@@ -515,10 +515,9 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
 def answer_batches(
     run: lct.TrainedRun, detections: Detections, groups: list[list[Unit]], options: PrelabelOptions
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of each group of units; the processes that torchrun has started take turns."""
-    lct.TEAM.call("answer", detections, groups, options)
+    """Yield the records of each group of units, in the first process; those that torchrun has started take turns."""
     dataset = DetectionDataset(detections, run, options.box_pad)
-    batch_size = -(-options.batch // lct.TEAM.size)
+    batch_size = -(-options.batch // lct.get_world_size())
 
     def answer(batch: CutBatch) -> list[dict[str, Any]]:
         embeddings = run.embed(batch.images, batch_size) if len(batch.images) else np.zeros((0, 1), np.float32)
@@ -532,14 +531,6 @@ def answer_batches(
         return records
 
     return lct.take_turns(lambda units: lct.make_loader(dataset, units, options, run.runtime), groups, answer)
-
-
-class PrelabelHelper(lct.Helper):
-    """What a process of torchrun that is not the first does for pre-labelling."""
-
-    def answer(self, *args: Any) -> None:
-        """Do a part of `answer_batches`."""
-        deque(answer_batches(self.run, *args), maxlen=0)
 
 
 # --- writing
@@ -693,8 +684,11 @@ def label_photos(options: PrelabelOptions) -> None:
     check_options(options)
     lct.keep_freed_memory()
     runtime = lct.answer_runtime(options)
-    detections = read_detections(options)
+    detections = lct.from_first(read_detections, options)
     run = lct.load_run(options.run, runtime, options.backbone_weights)
+    if lct.get_rank():  # the first process records what all answer
+        deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
+        return
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote
@@ -714,7 +708,7 @@ def label_photos(options: PrelabelOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pre-label as the command line says, and return the exit code."""
-    return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, PrelabelHelper)
+    return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, is_shared=True)
 
 
 if __name__ == "__main__":
