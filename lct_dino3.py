@@ -7421,26 +7421,51 @@ class TrainFeed:
 class Clock:
     """Times an epoch as far as this process has seen it; unmoved by changes of the date."""
 
+    device: torch.device
     seconds_before: float = 0.0  # spent on the epoch before an interruption
     images: int = 0
-    waited: float = 0.0  # seconds in which there was no batch to work on
+    waited: float = 0.0  # seconds in which the device had no batch to work on
     started: float = dataclasses.field(default_factory=time.monotonic)
+    # When a batch was asked for and when it came, as `_mark` gives it, of the waits that are not counted yet.
+    waits: deque[tuple[Any, Any]] = dataclasses.field(default_factory=deque)
 
     def seconds(self) -> float:
         """Return the time spent on the epoch so far."""
         return self.seconds_before + time.monotonic() - self.started
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and note how long each was waited for."""
-        asked = time.monotonic()
+        """Yield the batches, and note how long the device was idle before each: a GPU may still be at work on the last step."""
+        asked = self._mark()
         for batch in batches:
-            self.waited += time.monotonic() - asked
+            self.waits.append((asked, self._mark()))
+            self._count_waits()
             self.images += len(batch.labels)
             yield batch
-            asked = time.monotonic()
+            asked = self._mark()
+
+    def _mark(self) -> float | torch.cuda.Event:
+        """Return the time on a CPU; on a GPU an event, which happens when the GPU has done what it was given so far."""
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count_waits(self) -> None:
+        """Count the waits whose end is known."""
+        while self.waits:
+            asked, came = self.waits[0]
+            if self.device.type != "cuda":
+                self.waited += came - asked
+            elif came.query():
+                self.waited += asked.elapsed_time(came) / 1000
+            else:
+                return
+            self.waits.popleft()
 
     def pace(self) -> dict[str, float]:
         """Return images/s of this process, and the share of the time that was waited for data; the device must have finished."""
+        self._count_waits()
         seconds = max(time.monotonic() - self.started, 1e-9)
         return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(self.waited / seconds, 3)}
 
@@ -7455,7 +7480,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     config = job.config
     feed = ViewCache(job, state.model.backbone, bank.get("train")) if config.cache_views else TrainFeed(job, state)
     while not has_ended(config, state.epoch, state.best):
-        clock = Clock(state.seconds)
+        clock = Clock(job.runtime.device, state.seconds)
         try:
             train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps

@@ -1,9 +1,12 @@
 """Section 15: features of augmented views on disk; what they are, whose turn it is, and that interruptions change nothing."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +186,59 @@ def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
 
 def test_pace_tells_waiting_from_work() -> None:
     batch = lct.Batch(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), torch.zeros(4), [])
-    clock = lct.Clock(0)
+    clock = lct.Clock(torch.device("cpu"))
     assert sum(len(own.labels) for own in clock.watch(iter([batch] * 5))) == clock.images == 20
     clock.started -= 10  # ten seconds of work between the batches
     assert clock.pace()["images_per_s"] == pytest.approx(2, rel=0.05) and clock.pace()["data_wait"] < 0.01
+
+
+class Gpu:
+    """A device that works beside the program: the time is `now`, and it will have done what it was given at `busy_until`."""
+
+    def __init__(self) -> None:
+        self.now, self.busy_until = 0.0, 0.0
+
+    def work(self, seconds: float) -> None:
+        self.busy_until = max(self.now, self.busy_until) + seconds
+
+    def event(self, enable_timing: bool) -> Gpu.Event:
+        assert enable_timing
+        return Gpu.Event(self)
+
+    class Event:
+        def __init__(self, gpu: Gpu) -> None:
+            self.gpu, self.at = gpu, None
+
+        def record(self) -> None:
+            self.at = max(self.gpu.now, self.gpu.busy_until)
+
+        def query(self) -> bool:
+            return self.gpu.now >= self.at
+
+        def elapsed_time(self, end: Gpu.Event) -> float:
+            assert self.query() and end.query()
+            return 1000 * (end.at - self.at)
+
+
+@pytest.mark.parametrize(("work", "expected"), [(5.0, 3 / 103), (1.0, 62 / 82)])
+def test_a_gpu_waits_for_data_only_when_it_has_finished_its_step(
+    work: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 20 batches takes 3 s to come and `work` to be worked on; the program itself waits for each of them nearly always."""
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(time, "monotonic", lambda: gpu.now)
+
+    def load() -> Iterator[lct.Batch]:
+        for _ in range(20):
+            gpu.now += 3.0
+            yield lct.Batch(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), torch.zeros(4), [])
+
+    clock = lct.Clock(torch.device("cuda"), started=0.0)
+    for _ in clock.watch(load()):
+        gpu.work(work)
+    gpu.now = max(gpu.now, gpu.busy_until)  # the program reads the losses
+    pace = clock.pace()
+    assert clock.images == 80
+    assert pace["images_per_s"] == pytest.approx(80 / gpu.now, abs=0.05)
+    assert pace["data_wait"] == pytest.approx(expected, abs=0.02)

@@ -193,7 +193,7 @@ def our_epoch(precision: str) -> Costs:
     job, state = make_job(precision)
     state.batches, state.tally = 0, lct.Tally()
     started = time.process_time()
-    lct.train_epoch(job, state, lct.TrainFeed(job, state), lct.Clock(0))
+    lct.train_epoch(job, state, lct.TrainFeed(job, state), lct.Clock(job.runtime.device))
     trained = time.process_time()
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
@@ -213,7 +213,7 @@ def our_cached_epoch() -> Costs:
     feed = lct.ViewCache(job, state.model.backbone, bank.get("train"))
     view = time.process_time()
     state.batches, state.tally = 0, lct.Tally()
-    lct.train_epoch(job, state, feed, lct.Clock(0))
+    lct.train_epoch(job, state, feed, lct.Clock(job.runtime.device))
     return Costs((view - clean, clean - started, time.process_time() - view))
 
 
