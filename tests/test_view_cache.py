@@ -220,7 +220,7 @@ class Gpu:
             return 1000 * (end.at - self.at)
 
 
-@pytest.mark.parametrize(("work", "expected"), [(5.0, 3 / 103), (1.0, 62 / 82)])
+@pytest.mark.parametrize(("work", "expected"), [(5.0, 3 / 103), (1.0, 41 / 61)])
 def test_a_gpu_waits_for_data_only_when_it_has_finished_its_step(
     work: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
