@@ -203,6 +203,21 @@ def test_a_frozen_backbone_goes_to_the_other_gpus_once(monkeypatch: pytest.Monke
     assert dataclasses.replace(runtime, num_gpus=1).wrap(backbone) is backbone
 
 
+def test_processes_and_gpus_draw_dropout_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a backbone on the GPUs of one process would else drop the same paths of their images."""
+    gpus = [torch.Generator() for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    seeds = []
+    for words, rank in (((42, 5, 0), 0), ((42, 5, 0), 1), ((42, 5, 0, 1), 0), ((42, 5, 1), 1)):
+        lct.seed_torch(*words, rank=rank)
+        seeds += [torch.initial_seed(), *(gpu.initial_seed() for gpu in gpus[1:])]
+    assert len(set(seeds)) == 4 * len(gpus)
+    lct.seed_torch(42, 5, 0)
+    assert [torch.initial_seed(), gpus[1].initial_seed(), gpus[2].initial_seed()] == seeds[:3]
+
+
 def test_evaluate_and_prelabel_share_their_images(nursery: Nursery, data: Path, alone: Path, tmp_path: Path) -> None:
     answers = []
     for size in (1, 2):
