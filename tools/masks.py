@@ -102,6 +102,10 @@ def draw_masks(options: MaskOptions) -> None:
     lct.check_folder(options, "data_root", lct.DATA_TREE)
     lct.check_out_dir(options)
     out_dir = options.out_dir
+    if (
+        options.gpus == 0
+    ):  # sam2 fills its tables on any GPU that it sees, while it is imported and built for the CPU too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     is_checked = options.draw and options.sam2_ckpt is not None
     if is_checked:
         check_sam2(options)
@@ -210,6 +214,7 @@ def _import_sam2() -> None:
             import sam2.build_sam
             import sam2.sam2_image_predictor  # noqa: F401
     except Exception as error:  # it raises RuntimeError when a clone of its repository shadows it
+        _raise_if_memory_is_short(error)
         problem = f"cannot be imported: {lct.printable(str(error)).split('. ')[0][:200]}"
         remedy = SAM2_INSTALL
         if importlib.util.find_spec("sam2") is None:
@@ -234,6 +239,15 @@ def _quiet_sam2() -> Iterator[None]:
         logging.root.removeHandler(handler)
 
 
+def _raise_if_memory_is_short(error: Exception) -> None:
+    """Raise what says so, where a failure comes from want of memory, as on a GPU that others fill; Hydra wraps it in its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(cause):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def _build_sam2(options: MaskOptions) -> torch.nn.Module:
     """Return the model of --sam2_cfg on the CPU, with random weights; Hydra and the random generator are left as they were."""
     import sam2
@@ -256,6 +270,7 @@ def _build_sam2(options: MaskOptions) -> torch.nn.Module:
         remedy = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
         raise lct.UserError("is no config of the sam2 package", options.said("sam2_cfg"), remedy) from error
     except Exception as error:  # Hydra, OmegaConf and the constructors: whatever a config of another kind provokes
+        _raise_if_memory_is_short(error)
         problem = f"cannot be built: {lct.printable(str(error)).split('. ')[0][:200]}"
         raise lct.UserError(problem, options.said("sam2_cfg"), f"give one of {', '.join(known)}") from error
     finally:
@@ -294,6 +309,7 @@ def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+        _raise_if_memory_is_short(error)
         is_foreign = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
         reason = "it is not what torch.save writes" if is_foreign else lct.printable(str(error)).split(". ")[0][:200]
         raise lct.UserError(f"is no checkpoint, or not a complete one: {reason}", where, remedy) from error

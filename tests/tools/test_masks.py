@@ -511,6 +511,45 @@ def test_the_addresses_are_those_that_the_package_names() -> None:
     assert "http" not in masks._how_to_get_checkpoint("configs/my_own.yaml")
 
 
+def test_on_the_cpu_no_gpu_is_touched(
+    config: masks.MaskOptions,
+    two_missing: Path,
+    asked: list[bytes],
+    call_main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """sam2 puts tables on any GPU that CUDA shows: here there is one as long as it is visible, and using it fails."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    words = ("--out_dir", config.out_dir, *missing_flags(config, two_missing), "--mask_min_score", "0")
+    assert call_main(*words, main=masks.main) == 0
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "place", ["sam2.build_sam.build_sam2", "sam2.modeling.position_encoding.torch.arange", "torch.load"]
+)
+def test_memory_that_is_full_is_not_blamed_on_a_file(
+    config: masks.MaskOptions,
+    two_missing: Path,
+    place: str,
+    call_main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """What the constructors raise, as on a GPU that others fill, comes wrapped in Hydra's own exception."""
+    words = ("--out_dir", config.out_dir, *missing_flags(config, two_missing))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, _fill_memory)
+        assert call_main(*words, main=masks.main) == 2
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "--sam2_cfg" not in said and "--sam2_ckpt" not in said
+
+
+def _fill_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+
 def test_an_unknown_config_is_named_with_the_nearest(config: masks.MaskOptions) -> None:
     near = check_fails(dataclasses.replace(config, sam2_cfg="configs/sam2.1/sam2.1_hiera_x.yaml"))
     assert "is no config of the sam2 package" in near and "did you mean configs/sam2.1/sam2.1_hiera_" in near
