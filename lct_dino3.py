@@ -135,6 +135,9 @@ SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
 CLOSE_SECONDS = 4.5  # that a run waits for its tracker at the end, and nowhere else
 SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whether it has them
+MAX_WORKERS = (
+    16  # by default: 540 images/s each feed a ViT-L three times over; more of them cost memory and start-up time
+)
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
@@ -460,7 +463,8 @@ class Config(Options):
         "prototypes", metavar="auto|N")
 
     gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
-    workers: int = option(4, "processes that read images, capped at the cores there are",
+    workers: int | None = option(None,
+        f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)",
         "machine", low=0, high=256, key="dataset.data_loaders.workers")
     cache_crops: float = option(8.0,
         "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
@@ -525,7 +529,7 @@ class RunOptions(Options):
     )
     batch: int = option(64, "images a pass, over all GPUs together", "machine", low=1, high=65_536)
     gpus: int | None = same_option("gpus")
-    workers: int = same_option("workers")
+    workers: int | None = same_option("workers")
     precision: str = same_option("precision")
     debug: bool = same_option("debug")
 
@@ -4426,9 +4430,18 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     return borders
 
 
+def count_workers(workers: int | None) -> int:
+    """Return how many processes read images: as many as asked for, or one core less than there are, as training needs one itself.
+
+    Never more than the cores that there are for each process of a machine; at least one by default, and at most MAX_WORKERS.
+    """
+    cores = -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(max(cores - 1, 1), MAX_WORKERS) if workers is None else min(workers, cores)
+
+
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
     """Return a loader over batches of sample keys; the number of workers, a process, does not change what it yields."""
-    workers = min(config.workers, -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = count_workers(config.workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -7774,8 +7787,8 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
         remedy = "put --out_dir on a faster disk"
     elif not config.cache_crops and config.epochs > 1 and not reads_crops:
         remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
-    elif config.workers < count_cores():
-        remedy = f"raise --workers, {config.workers} of {count_cores()} cores"
+    elif (workers := count_workers(config.workers)) < count_cores():
+        remedy = f"raise --workers, {workers} of {count_cores()} cores"
     else:
         remedy = "store smaller images, or add CPU cores" if config.trains_backbone else "try --cache_views 4"
     return f"{line} ({remedy})"
@@ -8573,7 +8586,11 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
             return UserError(f"another process of the job has ended ({cause})", place, remedy)
     if isinstance(error, DeadWorker):
         remedy = "lower --workers if memory is short (/dev/shm too); the same command continues"
-        return UserError(f"a process that reads images was killed: {text}", f"--workers {given.get('workers')}", remedy)
+        return UserError(
+            f"a process that reads images was killed: {text}",
+            f"--workers {count_workers(given.get('workers'))}",
+            remedy,
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
         return UserError(f"cannot be written: {error.strerror}", str(error.filename or given.get("out_dir")), remedy)

@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_design():
     config = lct.parse_command_line([])
     design = {
         "command": "train", "model_id": "vit_large_patch16_dinov3.lvd1689m", "emb_dim": 128, "epochs": 15, "batch": 64,
-        "lr": 1e-3, "img_size": 224, "workers": 4, "seed": 42, "val_split": 0.2, "test_split": 0.1, "save_every": 5,
+        "lr": 1e-3, "img_size": 224, "workers": None, "seed": 42, "val_split": 0.2, "test_split": 0.1, "save_every": 5,
         "max_refs_per_class": None, "gpus": None, "min_per_class": 3, "samples_per_class": 300, "freeze_backbone": True,
         "clearml_project": "DINOv3-Embeddings", "arc_scale": 30.0, "arc_margin": 0.30, "best_metric": "acc",
         "balanced_per_class": False, "use_clearml": False,

@@ -37,6 +37,22 @@ def load_epoch(records: lct.Records, workers: int, epoch: int, **options: object
     return batches
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "default"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 3), (16, 1, 15), (192, 1, 16), (192, 8, 16), (16, 8, 1)],
+)
+def test_by_default_there_is_a_worker_for_each_core_that_training_leaves(
+    cores: int, processes: int, default: int, monkeypatch: pytest.MonkeyPatch, patch_used: Callable
+) -> None:
+    """And nobody gets more of them than there are cores, however many are asked for."""
+    patch_used(lct, "count_cores", lambda: cores)
+    monkeypatch.setattr(lct.TEAM, "local_size", processes)
+    records = lct.Records(Path(), ("a",), ["x"], np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int8))
+    dataset = lct.CropDataset(records, None)
+    for asked, expected in ((None, default), (0, 0), (1, 1), (256, -(-cores // processes))):
+        assert lct.make_loader(dataset, [], lct.Config(workers=asked), CPU).num_workers == expected
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_do_not_change_what_is_loaded(records: lct.Records, workers: int, patch_used: Callable) -> None:
     patch_used(lct, "count_cores", lambda: 8)  # workers are capped at the cores there are

@@ -89,7 +89,7 @@ class MaskOptions(lct.Options):
     mask_min_score: float = lct.option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
     mask_cleanup: bool = lct.option(True, "remove specks and fill small holes of drawn masks", "masks")
     gpus: int | None = lct.same_option("gpus")
-    workers: int = lct.same_option("workers")
+    workers: int | None = lct.same_option("workers")
     precision: str = lct.same_option("precision")
     debug: bool = lct.same_option("debug")
     # fmt: on
@@ -441,7 +441,7 @@ def generate_masks(
     read = functools.partial(_read_crop, side=sam2.side)
     with (
         contextlib.closing(_open_mask_log(options.out_dir / lct.MASK_LOG_NAME)) as log,
-        contextlib.closing(_read_ahead(jobs, read, max(1, min(options.workers, lct.count_cores())))) as crops,
+        contextlib.closing(_read_ahead(jobs, read, max(1, lct.count_workers(options.workers)))) as crops,
         lct.progress((), len(jobs), "masks", "crop") as bar,
     ):
         for job, crop in zip(jobs, crops, strict=True):
