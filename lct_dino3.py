@@ -2119,6 +2119,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on the device, without waiting for what that is busy with: from pinned memory."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
+
+
 def count_cores() -> int:
     """Return how many cores this process may use, which on a shared machine are fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -4115,7 +4121,7 @@ def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, nu
 
 def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     """Return the images (B, C, H, W) of a whole batch mixed, in their own type, channels last in memory."""
-    others = images[mixing.partners.to(images.device)]
+    others = images[send(mixing.partners, images.device)]
     if mixing.box is None:
         mixed = torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
     else:
@@ -4587,10 +4593,10 @@ class Backbone(nn.Module):
             # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
-        with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
-            torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32),
-        ):
+        rounds = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            rounds = torch.autocast(images.device.type, dtype=self.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), rounds:
             inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
             return self.model((inputs - self.mean) / self.std).float()
 
@@ -4802,6 +4808,9 @@ def _probe(
             model = timm.create_model(model_id, pretrained=False, **settings)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
                 settings["img_size"] = img_size
+            # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
+            if getattr(model, "dynamic_img_size", False):
+                settings["dynamic_img_size"] = False
             if pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = pool or "token"
             model = timm.create_model(model_id, pretrained=False, **settings).eval()
@@ -7583,7 +7592,7 @@ def train_step(
         with network.no_sync() if adds_up else contextlib.nullcontext():
             features = []
             for (index, batch), mixing in zip(group, mixings, strict=True):
-                images = batch.images.to(runtime.device, non_blocking=True)
+                images = send(batch.images, runtime.device)
                 if mixing is not None:  # with images of the whole batch, which the other processes have
                     mixed = mix_images(gather_rows(images, batch.sizes), mixing)
                     images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
@@ -7613,11 +7622,11 @@ def mixed_loss(
     as margins want. Labels and mixings are those of each batch, on the CPU.
     """
     device = embeddings.device
-    targets = torch.cat(list(labels)).to(device, non_blocking=True)
+    targets = send(torch.cat(list(labels)), device)
     logits, plain = criterion(embeddings, targets)
     if not any(mixings):
         return criterion.losses(logits, targets).mean(), plain
-    partners, shares = (values.to(device) for values in partner_labels(labels, mixings))
+    partners, shares = (send(values, device) for values in partner_labels(labels, mixings))
     partner_logits, _ = criterion(embeddings, partners)
     losses = criterion.losses(logits, targets).mean(dim=1)
     partner_losses = criterion.losses(partner_logits, partners).mean(dim=1)

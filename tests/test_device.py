@@ -1,0 +1,139 @@
+"""What a GPU would be asked to do, seen without one: no step waits for it, nothing of a fixed size is made anew for each batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lct_dino3 as lct
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+DINOV3 = "vit_tiny_patch16_dinov3_qkvb"  # the smallest that timm has
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
+
+
+class WaitFinder(TorchDispatchMode):
+    """Notes what would have the CPU wait for a device, which the meta device stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note values that are read from the device, and copies that are not left to it."""
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        of_device = [value for value in torch.utils._pytree.tree_leaves(args) if getattr(value, "device", CPU) == META]
+        if name in READS and of_device:
+            self.waits.append(name)
+        if name in ("_to_copy", "copy_"):
+            goes_to = kwargs.get("device") or args[0].device if name == "_to_copy" else args[0].device
+            comes_from = args[name == "copy_"].device
+            is_left = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            if goes_to != comes_from and not (is_left and goes_to == META):
+                self.waits.append(f"{name} from {comes_from} to {goes_to}")
+        return func(*args, **kwargs)
+
+
+def make_batch(config: lct.Config, size: int) -> lct.Batch:
+    images = torch.randint(0, 256, (size, 3, config.img_size, config.img_size), dtype=torch.uint8)
+    labels = torch.arange(size) % 3
+    return lct.Batch(images, labels, labels, labels.byte(), [])
+
+
+@pytest.mark.parametrize(
+    ("mixing", "options"),
+    [
+        ("none", {}),
+        ("mixup", {}),
+        ("cutmix", {"freeze_backbone": False, "drop_path": 0.1, "accumulate_grad_batches": 2}),
+        ("none", {"lora_rank": 2, "criterion": "subcenter_arcface", "max_grad_norm": 1.0}),
+        ("mixup", {"unfreeze_blocks": 1, "criterion": "focal", "ema_decay": 0.9}),
+    ],
+    ids=["frozen", "mixup", "fine-tuned", "lora", "last block"],
+)
+def test_no_step_waits_for_the_device(mixing: str, options: dict[str, Any]) -> None:
+    config = lct.Config(
+        model_id=DINOV3, pretrained=False, img_size=32, emb_dim=16, mixing=mixing, mixing_p=1.0, **options
+    )
+    backbone, info = lct.build_backbone(config, print)
+    model = lct.build_recognizer(config, 3, backbone, info).to(META)
+    state = lct.start_state(model, config, lct.Runtime(CPU, 0, torch.float32))
+    for group in state.optimizer.param_groups:
+        group["fused"] = False  # torch's own way on a GPU, which the meta device has not
+    model.train()
+    batches = [make_batch(config, 4), make_batch(config, 3)]
+    with WaitFinder() as finder:
+        for step in range(2):
+            loss, logits = lct.train_step(config, lct.Runtime(META, 0, torch.float32), backbone, state, batches)
+            state.tally.add(loss, logits, torch.cat([batch.labels for batch in batches]))
+            if state.average:
+                state.average.update(step)
+    assert loss.device == META and logits.shape == (7, 3)
+    assert finder.waits == []
+
+
+def test_what_waits_is_found() -> None:
+    """Or the test above would find nothing where there is something."""
+    values = torch.zeros(3, device=META)
+    with WaitFinder() as finder:
+        torch.zeros(3).to(META)
+        torch.zeros(3).to(META, non_blocking=True)
+        for read in (lambda: values.to(CPU, non_blocking=True), lambda: values.sum().item()):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read()
+        values.copy_(torch.ones(3))
+    assert finder.waits == [
+        "_to_copy from cpu to meta",
+        "_to_copy from meta to cpu",
+        "_local_scalar_dense",
+        "copy_ from cpu to meta",
+    ]
+
+
+def test_what_goes_to_a_gpu_goes_from_pinned_memory() -> None:
+    """From other memory the driver may wait for the device, whatever it is asked."""
+
+    class Values(list):
+        def pin_memory(self) -> Values:
+            return Values([*self, "pinned"])
+
+        def to(self, device: torch.device, non_blocking: bool) -> Values:
+            return Values([*self, device, non_blocking])
+
+    gpu = torch.device("cuda", 1)
+    assert lct.send(Values(), gpu) == ["pinned", gpu, True]
+    assert lct.send(Values(), CPU) == [CPU, True]
+
+
+@pytest.mark.parametrize("name", [DINOV3, "vit_small_patch16_dinov3", "test_vit", "eva02_tiny_patch14_224"])
+def test_positions_are_made_once_and_features_are_those_of_timm(name: str, tmp_path: Any) -> None:
+    """Bit for bit, at a size that is not the model's own, with weights saved from the model as timm builds it."""
+    size = 56 if "14" in name else 48
+    made = {"img_size": size} if "14" in name else {"dynamic_img_size": True}
+    torch.manual_seed(0)
+    plain = timm.create_model(name, pretrained=False, num_classes=0, global_pool="token", **made).eval()
+    with torch.no_grad():
+        for key, parameter in plain.named_parameters():
+            if "gamma" in key:  # LayerScale starts at 1e-5, with which the blocks hardly show
+                parameter.fill_(0.5)
+    torch.save(plain.state_dict(), tmp_path / "weights.pth")
+    config = lct.Config(
+        model_id=name, img_size=size, backbone_weights=tmp_path / "weights.pth", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    if name == "test_vit":  # its position table is a weight, which timm resamples for another size
+        config = lct.Config(**{**vars(config), "img_size": 160})
+    backbone, _ = lct.build_backbone(config, print)
+    images = make_batch(config, 2).images
+    with torch.no_grad():
+        features = backbone.eval()(images)
+        expected = plain((images.float() - backbone.mean) / backbone.std)
+    assert torch.equal(features, expected)
+    backbone.to(META)
+    with torch.no_grad(), WaitFinder() as finder:
+        backbone(images.to(META, non_blocking=True))
+    assert finder.waits == []
