@@ -2020,7 +2020,8 @@ class Runtime:
     def describe(self) -> str:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        exact = ", deterministic" if self.deterministic else ""
+        exact = ", no TF32" if self.num_gpus else ""
+        exact += ", deterministic" if self.deterministic else ""
         kinds = dict.fromkeys((self.dtype, self.frozen_dtype or self.dtype))
         shown = ", frozen backbones in ".join(str(kind).removeprefix("torch.") for kind in kinds)
         exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
@@ -2057,6 +2058,10 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
     )
     if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # float32 has 24 bits, in the head and where the backbone is not rounded: torch gives convolutions the 11 of TF32 by default,
+    # which moves cosines by 1.4e-4.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -4671,7 +4676,7 @@ class Head(nn.Module):
         width = num_heads * HEAD_WIDTHS[num_heads > 1]
         self.hidden = nn.Linear(feature_dim, width)
         self.norm = nn.BatchNorm1d(width)
-        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=num_heads)  # a Linear for each head
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=num_heads)  # weights of a Linear for each head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the raw embedding."""
@@ -4681,7 +4686,10 @@ class Head(nn.Module):
             hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         else:
             hidden = norm(hidden)
-        return self.output(F.relu(hidden)[:, :, None])[:, :, 0]
+        # Products of matrices, as a convolution has ways of its own to round on a GPU.
+        of_heads = F.relu(hidden).unflatten(1, (self.output.groups, -1))
+        weights = self.output.weight[:, :, 0].unflatten(0, (self.output.groups, -1))
+        return torch.einsum("bhw,hdw->bhd", of_heads, weights).flatten(1) + self.output.bias
 
 
 def count_heads(config: Config) -> int:

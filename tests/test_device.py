@@ -137,3 +137,56 @@ def test_positions_are_made_once_and_features_are_those_of_timm(name: str, tmp_p
     with torch.no_grad(), WaitFinder() as finder:
         backbone(images.to(META, non_blocking=True))
     assert finder.waits == []
+
+
+def test_float32_is_never_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does it in convolutions unless it is told not to, and in products of matrices if somebody asks for it."""
+    for precision in ("auto", "fp32", "bf16"):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        lct.make_runtime(0, precision)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert lct.Runtime(torch.device("cuda"), 1, torch.float32).describe() == "1 x NVIDIA H200, float32, no TF32"
+
+
+class ConvolutionFinder(TorchDispatchMode):
+    """Notes the types of what is convolved or multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note the operation."""
+        result = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__
+        if name in ("convolution", "mm", "bmm", "addmm", "baddbmm"):
+            self.calls.add((name, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize(("emb_dim", "heads"), [(32, 1), (64, 4)])
+def test_the_head_multiplies_float32_matrices_and_takes_the_weights_of_a_convolution(emb_dim: int, heads: int) -> None:
+    config = lct.Config(model_id="test_vit", pretrained=False, img_size=160, emb_dim=emb_dim, heads=heads)
+    backbone, info = lct.build_backbone(config, print)
+    model = lct.build_recognizer(config, 3, backbone, info).eval()
+    backbone.dtype = torch.bfloat16
+    width = heads * lct.HEAD_WIDTHS[heads > 1]
+    torch.manual_seed(3)
+    output = torch.nn.Conv1d(width, emb_dim, kernel_size=1, groups=heads)
+    model.load_trained_state({f"head.output.{key}": value for key, value in output.state_dict().items()})
+    images = make_batch(config, 5).images
+    with torch.no_grad(), ConvolutionFinder() as finder:
+        features = backbone(images)
+    assert ("convolution", torch.bfloat16) in finder.calls and features.dtype == torch.float32
+    with ConvolutionFinder() as finder:
+        embeddings = model.embed(features)
+        model.criterion(embeddings, torch.arange(5) % 3)[0].sum().backward()
+    assert {dtype for _, dtype in finder.calls} == {torch.float32}
+    assert "convolution" not in {name for name, _ in finder.calls}
+    model.double()
+    output.double()
+    hidden = torch.relu(model.head.norm(model.head.hidden(features.double())))
+    expected = lct.normalize_heads(output(hidden[:, :, None])[:, :, 0], heads)
+    assert (embeddings - expected).abs().max() < 1e-6
