@@ -1988,6 +1988,7 @@ class Runtime:
 
         All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
+        backbone.round_weights()  # before replicas are made of it
         if self.num_gpus > 1:
             return (FrozenDataParallel if backbone.frozen else nn.DataParallel)(backbone, list(range(self.num_gpus)))
         if not dist.is_initialized() or backbone.frozen or not is_trained:
@@ -4560,6 +4561,8 @@ class Backbone(nn.Module):
         self.model = model
         self.frozen = False  # no weight of the model is trained
         self.dtype = torch.float32  # of the autocast region
+        self.is_rounded = False  # the weights themselves are of that type, and there is no autocast
+        self.hashes: dict[str, str] = {}  # `hash_tensors` of the model as it was built
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_modules: list[nn.Module] = []  # of a model that is trained in part
         self.keeps_statistics = False  # those of BatchNorm are not moved by training
@@ -4592,18 +4595,47 @@ class Backbone(nn.Module):
                 module.training &= not is_batchnorm(module)
         return self
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether a model computes with weights in bf16, and without autocast: if it is frozen, and does so on a GPU.
+
+        Autocast would round the weights anew in each pass, and go back to float32 for each norm. The CPU, where this gains
+        nothing, keeps to it, and so does what is trained, whose updates are smaller than the steps of bf16.
+        """
+        return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
+
+    def round_weights(self) -> None:
+        """Turn the weights into bf16 once, if they are used so; BatchNorm keeps its own, which are no product's.
+
+        What the model is known by stays the hash of its weights as they were.
+        """
+        if self.is_rounded or not self.rounds_weights:
+            return
+        norms = {module: copy.deepcopy(module.state_dict()) for module in self.model.modules() if is_batchnorm(module)}
+        with torch.inference_mode(False):
+            self.model.to(torch.bfloat16)
+            for norm, state in norms.items():
+                norm.float().load_state_dict(state)
+        self.is_rounded = True
+
+    def hash_tensors(self) -> dict[str, str]:
+        """Return `hash_tensors` of the model; of one that is frozen, as it was built."""
+        return self.hashes if self.frozen and self.hashes else hash_tensors(self.model)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
         if not len(images) and not any(map(is_batchnorm, self.modules())):
             # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
+        self.round_weights()
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         rounds = contextlib.nullcontext()
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and not self.is_rounded:
             rounds = torch.autocast(images.device.type, dtype=self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), rounds:
             inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
-            return self.model((inputs - self.mean) / self.std).float()
+            inputs = (inputs - self.mean) / self.std
+            return self.model(inputs.to(self.dtype) if self.is_rounded else inputs).float()
 
 
 def block_depths(model: nn.Module) -> dict[str, int]:
@@ -4727,10 +4759,11 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     model, source = load_timm_model(config, settings, log)
     mean, std = own_normalization(config)
     pooling = getattr(getattr(model, "global_pool", None), "pool_type", None)
+    hashes = hash_tensors(model)
     info = BackboneInfo(
         config.model_id,
         source or f"random, seed {config.seed}",
-        hash_weights(model),
+        fingerprint(hashes),
         feature_dim,
         config.img_size,
         pool=str(settings.get("global_pool") or pooling or "default"),
@@ -4739,6 +4772,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         interpolation="bicubic, antialiased",
     )
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
+    backbone.hashes = hashes
     # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
     backbone.keeps_statistics = source is not None
     return backbone, info
@@ -4992,11 +5026,16 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
 
 def hash_weights(module: nn.Module) -> str:
     """Return 16 hex digits over the names, types, shapes and bytes of a module's state dict."""
+    return fingerprint(hash_tensors(module))
+
+
+def hash_tensors(module: nn.Module) -> dict[str, str]:
+    """Return 16 hex digits over type, shape and bytes of each tensor of a module's state dict."""
     hashes = {}
     for key, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()
         hashes[key] = fingerprint(str(value.dtype), value.shape, value.flatten().view(torch.uint8).numpy())
-    return fingerprint(hashes)
+    return hashes
 
 
 # ======================================================================================================================
@@ -6626,9 +6665,11 @@ def describe_gallery(
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
     """Return all that an embedding is a function of, besides the crop."""
     transforms = production_transforms(config)
+    hashes = {f"0.{key}": value for key, value in model.backbone.hash_tensors().items()}
+    hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
     return {
         "model_id": info.model_id,
-        "weights_hash": hash_weights(nn.ModuleList([model.backbone.model, model.head])),
+        "weights_hash": fingerprint(hashes),
         "emb_dim": config.emb_dim,
         "img_size": info.img_size,
         "mean": info.mean,

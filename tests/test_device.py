@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -190,3 +194,80 @@ def test_the_head_multiplies_float32_matrices_and_takes_the_weights_of_a_convolu
     hidden = torch.relu(model.head.norm(model.head.hidden(features.double())))
     expected = lct.normalize_heads(output(hidden[:, :, None])[:, :, 0], heads)
     assert (embeddings - expected).abs().max() < 1e-6
+
+
+@pytest.fixture
+def rounding_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have frozen backbones compute on the CPU as they do on a GPU."""
+    rule = property(lambda self: self.frozen and self.dtype == torch.bfloat16)
+    monkeypatch.setattr(lct.Backbone, "rounds_weights", rule)
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", DINOV3, "test_resnet", "test_efficientnet", "test_convnext", "mobilenetv2_035"]
+)
+def test_a_frozen_backbone_computes_with_weights_in_bf16(name: str, rounding_cpu: None) -> None:
+    """As near to float32 as autocast is, whose rounding it does once; statistics of BatchNorm are not rounded."""
+    config = lct.Config(model_id=name, pretrained=False, img_size=160)
+    backbone, info = lct.build_backbone(config, print)
+    model = lct.build_recognizer(config, 3, backbone, info).eval()
+    identity = lct.describe_embedding(config, info, model)
+    images = make_batch(config, 4).images
+    features = {"float32": backbone(images)}
+    statistics = {key: value.clone() for key, value in backbone.state_dict().items() if "running" in key}
+    backbone.dtype = torch.bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lct.Backbone, "rounds_weights", False)
+        features["autocast"] = backbone(images)
+    runtime = lct.Runtime(CPU, 0, torch.bfloat16)
+    assert runtime.wrap(backbone) is backbone and backbone.is_rounded
+    with ConvolutionFinder() as finder:
+        features["weights"] = backbone(images)
+    assert {dtype for _, dtype in finder.calls} == {torch.bfloat16}
+    norms = tuple(f"{key}." for key, module in backbone.named_modules() if lct.is_batchnorm(module))
+    for key, parameter in backbone.named_parameters():
+        assert parameter.dtype == (torch.float32 if key.startswith(norms) else torch.bfloat16), key
+    assert all(torch.equal(backbone.state_dict()[key], value) for key, value in statistics.items())
+    apart = {
+        key: 1 - torch.cosine_similarity(features[key], features["float32"]).min() for key in ("autocast", "weights")
+    }
+    assert 0 < apart["weights"] < max(4 * apart["autocast"], 1e-3), apart
+    assert lct.describe_embedding(config, info, model) == identity
+    assert not any(key.startswith("backbone.") for key in model.trained_state())
+
+
+@pytest.mark.parametrize("options", [{"freeze_backbone": False}, {"lora_rank": 2}, {"unfreeze_blocks": 1}])
+def test_what_is_trained_of_a_backbone_keeps_its_weights(options: dict[str, Any], rounding_cpu: None) -> None:
+    config = lct.Config(model_id="test_vit", pretrained=False, img_size=160, **options)
+    backbone, info = lct.build_backbone(config, print)
+    lct.build_recognizer(config, 3, backbone, info)
+    backbone.dtype = torch.bfloat16
+    lct.Runtime(CPU, 0, torch.bfloat16).wrap(backbone)(make_batch(config, 2).images)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+
+
+def test_the_rule_is_for_gpus_and_bf16() -> None:
+    backbone, _ = lct.build_backbone(lct.Config(model_id="test_vit", pretrained=False, img_size=160), print)
+    backbone.freeze()
+    backbone.dtype = torch.bfloat16
+    assert not backbone.rounds_weights
+    del backbone.mean
+    backbone.mean = types.SimpleNamespace(device=torch.device("cuda"))
+    assert backbone.rounds_weights
+    backbone.dtype = torch.float16
+    assert not backbone.rounds_weights
+
+
+def test_a_run_with_rounded_weights_answers_as_it_was_trained(
+    small_data: Path, tmp_path: Path, rounding_cpu: None, call_main: Callable
+) -> None:
+    """Its gallery belongs to the weights as the hub has them: the run is found whole, by a device that does not round too."""
+    flags = (
+        "--model_id test_resnet --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16 --epochs 1"
+    )
+    places = ("--data_root", small_data, "--out_dir", tmp_path / "run")
+    assert call_main(*places, *flags.split(), "--precision", "bf16") == 0
+    for precision in ("bf16", "fp32"):
+        run = lct.load_run(tmp_path / "run", lct.make_runtime(0, precision))
+        embeddings = run.embed(make_batch(run.config, 3).images, 2)
+        assert np.isfinite(embeddings).all() and run.model.backbone.is_rounded == (precision == "bf16")
