@@ -121,6 +121,8 @@ FINITE_CHECK_STEPS = 50  # a check waits for the device
 MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
 CACHE_NOTE_SECONDS = 10  # embedding views is interrupted at the loss of no more
 FP16_MAX = 65504.0
+# Models that pass it inside: DINOv3 has no fp16, its authors say (facebookresearch/dinov3, issue 181); EVA's blocks are alike.
+FP16_OVERFLOWS = ("dinov3", "eva")
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
@@ -199,7 +201,7 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """The loss is no longer finite. Exit code 3."""
+    """The loss is no longer finite, or features are not. Exit code 3."""
 
 
 class Interrupted(BaseException):
@@ -470,7 +472,8 @@ class Config(Options):
         "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
         "machine", low=0.0, high=100_000.0)
     precision: str = option("auto",
-        "auto is bf16 or fp16 on a GPU, fp32 on the CPU (a frozen backbone: bf16, if the CPU is made for it)",
+        "auto is bf16 on a GPU, or else fp16 (DINOv3 and EVA: fp32), fp32 on the CPU (a frozen backbone: bf16, if the CPU is"
+        " made for it)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
         key="training.precision")
     compile: bool = option(False, "compile the backbone with torch.compile: minutes first, faster then",
@@ -1978,6 +1981,14 @@ class Runtime:
     dtype: torch.dtype  # of the autocast region; float32 = no autocast
     deterministic: bool = False
     frozen_dtype: torch.dtype | None = None  # of a frozen backbone, where it differs
+    is_automatic: bool = False  # the types were chosen for the device, not by the user
+
+    def for_model(self, model_id: str) -> Runtime:
+        """Return this, in float32 where fp16 was chosen for a model that is known to pass its largest number."""
+        overflows = any(family in model_id.lower() for family in FP16_OVERFLOWS)
+        if self.is_automatic and self.dtype == torch.float16 and overflows:
+            return dataclasses.replace(self, dtype=torch.float32)
+        return self
 
     def dtype_of(self, backbone: nn.Module) -> torch.dtype:
         """Return the type of a backbone's autocast region."""
@@ -2078,12 +2089,14 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
     # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
     rounds_frozen = rounds_frozen and precision == "auto" and not num_gpus and cpu_multiplies_bf16()
-    return Runtime(device, num_gpus, dtype, deterministic, torch.bfloat16 if rounds_frozen else None)
+    frozen_dtype = torch.bfloat16 if rounds_frozen else None
+    return Runtime(device, num_gpus, dtype, deterministic, frozen_dtype, precision == "auto")
 
 
 def training_runtime(config: Config) -> Runtime:
     """Return where and how a run is trained."""
-    return make_runtime(config.gpus, config.precision, config.deterministic, not config.trains_backbone)
+    runtime = make_runtime(config.gpus, config.precision, config.deterministic, not config.trains_backbone)
+    return runtime.for_model(config.model_id)
 
 
 def answer_runtime(options: RunOptions) -> Runtime:
@@ -4749,6 +4762,25 @@ class BackboneInfo:
     interpolation: str
 
 
+def check_features(
+    features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
+) -> None:
+    """Look whether features (B, feature_dim) can be worked with; waits for the device. `name_of` gives the name of each image.
+
+    Raises:
+        Diverged: they are not finite, or so large that their length is not, naming the image, the weights and the precision.
+    """
+    is_finite = features.norm(dim=1).isfinite().cpu()
+    if is_finite.all():
+        return
+    name = printable(name_of(int(is_finite.int().argmin())))
+    precision = str(backbone.dtype).removeprefix("torch.")
+    made_by = f"by {info.model_id} ({info.weights}) in {precision}"
+    remedy = "give other weights" if backbone.dtype == torch.float32 else "give --precision fp32, or other weights"
+    remedy += "" if backbone.frozen else ", or lower --lr"
+    raise Diverged(f"the features of {name}, {made_by}, are not finite numbers; {remedy}")
+
+
 def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
     """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed.
 
@@ -4885,9 +4917,9 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         with _Unfilled():
             model = timm.create_model(config.model_id, pretrained=True, **settings)
         values = (*model.named_parameters(), *model.named_buffers())
-        missing = [key for key, value in values if value.is_floating_point() and value.flatten()[:1].isnan().any()]
+        missing = [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]
         if missing:
-            raise ValueError(f"they lack {', '.join(missing[:4])}")
+            raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
         return model
 
     was_offline = hub_constants.HF_HUB_OFFLINE
@@ -4953,6 +4985,11 @@ def read_start(config: Config) -> Start | None:
     except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
         problem = f"cannot be read as weights: {printable(str(error))[:200]}"
         raise UserError(problem, where, "give a state dict saved by torch.save or safetensors") from error
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
+        raise UserError(problem, where, "give weights of a training that went well")
     if not class_names:
         return Start(where, path, state)
     prefix = "backbone.model."
@@ -6701,19 +6738,21 @@ class TrainedRun:
         """The backbone as it is to be called."""
         return self.runtime.wrap(self.model.backbone)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return unit embeddings (B, D) of images uint8 (B, 3 or 4, H, W) on the device."""
-        return self.model.embed(self.network(images))
+    def embed(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
+        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
+
+        Raises:
+            Diverged: the features of one are not finite.
+        """
+        with torch.inference_mode():
+            blocks = [send(block, self.runtime.device) for block in images.split(batch)]
+            features = torch.cat([self.network(block) for block in blocks])
+            check_features(features, name_of, self.model.backbone, self.info)
+            return torch.cat([self.model.embed(block).cpu() for block in features.split(batch)]).numpy()
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
         return make_transform(self.config, self.info.mean)
-
-    def embed(self, images: torch.Tensor, batch: int) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time."""
-        with torch.inference_mode():
-            blocks = [block.to(self.runtime.device, non_blocking=True) for block in images.split(batch)]
-            return torch.cat([self.forward(block).cpu() for block in blocks]).numpy()
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
@@ -6748,6 +6787,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
     """
     place = f"--run {path}"
+    runtime = runtime.for_model(config.model_id)
     if not (path / BEST_NAME).is_file():
         raise UserError(f"has no {BEST_NAME}", place, "give the out_dir of a run that has finished")
     try:
@@ -6834,19 +6874,21 @@ def unknown_records(folder: Path) -> dict[str, Records]:
 
 
 def embed_batches(
-    network: Callable[[torch.Tensor], torch.Tensor],
+    embed: Callable[[torch.Tensor, Callable[[int], str]], np.ndarray],
     dataset: CropDataset,
     batches: list[list[SampleKey]],
     config: Config | RunOptions,
     runtime: Runtime,
 ) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
-    """Yield of each batch what could not be read, and what the network makes of all else; only the first process gets them."""
+    """Yield of each batch what could not be read, and the embeddings of all else; only the first process gets them.
+
+    `embed` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
+    """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
         values = np.zeros((0, 1), np.float32)
         if len(batch.rows):
-            with torch.inference_mode():
-                values = network(batch.images.to(runtime.device, non_blocking=True)).cpu().numpy()
+            values = embed(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
         return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
     return take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
@@ -6881,7 +6923,12 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: R
         UserError: not one image can be read.
     """
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
-    answers = embed_batches(run.forward, CropDataset(records, run.transform()), batches, config, run.runtime)
+    dataset = CropDataset(records, run.transform())
+
+    def embed(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
+        return run.embed(images, config.batch, name_of)
+
+    answers = embed_batches(embed, dataset, batches, config, run.runtime)
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
@@ -7111,6 +7158,18 @@ class Job:
         """Return what makes a crop the model's input."""
         return make_transform(self.config, self.info.mean, augment)
 
+    def extractor(self, backbone: Backbone) -> Callable[[torch.Tensor, Callable[[int], str]], np.ndarray]:
+        """Return what makes features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W), and gets what names an image."""
+        network = self.runtime.wrap(backbone.eval())
+
+        def extract(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
+            with torch.inference_mode():
+                features = network(send(images, self.runtime.device)).cpu()
+            check_features(features, name_of, backbone, self.info)
+            return features.numpy()
+
+        return extract
+
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
         return CropDataset(self.records, self.transform(augment=True), self.backgrounds, self.store)
@@ -7279,8 +7338,8 @@ class FeatureBank:
         """
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
-        network = job.runtime.wrap(self._backbone.eval())
-        answers = embed_batches(network, self._dataset, batches, job.config, job.runtime)
+        extract = job.extractor(self._backbone)
+        answers = embed_batches(extract, self._dataset, batches, job.config, job.runtime)
         bar = progress(answers, len(batches), f"embedding {name}")
         return collect_embedded(bar, job.note_failures, f"{name} images of {job.records.root}")
 
@@ -7414,14 +7473,14 @@ class ViewCache:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
         job, (num_views, num_images, feature_dim) = self._job, self._shape
         dataset = job.training_crops()
-        network = job.runtime.wrap(self._backbone)
+        extract = job.extractor(self._backbone)
         for view in range(first // num_images, num_views):
             keys = [
                 SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
-            answers = embed_batches(network, dataset, batches, job.config, job.runtime)
+            answers = embed_batches(extract, dataset, batches, job.config, job.runtime)
             bar = progress(answers, len(batches), f"embedding view {view + 1} of {num_views}")
             for batch, (failures, extracted) in zip(batches, bar, strict=get_rank() == 0):
                 job.note_failures(failures)

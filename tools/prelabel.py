@@ -520,7 +520,10 @@ def answer_batches(
     batch_size = -(-options.batch // lct.get_world_size())
 
     def answer(batch: CutBatch) -> list[dict[str, Any]]:
-        embeddings = run.embed(batch.images, batch_size) if len(batch.images) else np.zeros((0, 1), np.float32)
+        embeddings = np.zeros((0, 1), np.float32)
+        if len(batch.images):
+            photos = [detections.paths[cut.unit.image] for cut in batch.cuts for _ in cut.objects]
+            embeddings = run.embed(batch.images, batch_size, photos.__getitem__)
         fields = iter(answer_crops(run.gallery, embeddings))
         records = []
         for cut in batch.cuts:
@@ -696,7 +699,9 @@ def label_photos(options: PrelabelOptions) -> None:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for note in detections.notes:
             lct.show(note)
-        lct.show(f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {runtime.describe()}")
+        lct.show(
+            f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {run.runtime.describe()}"
+        )
         prelabels = answer_objects(run, detections, options)
         with contextlib.closing(prelabels.answers):
             summary = write_prelabels(prelabels, run, options)
