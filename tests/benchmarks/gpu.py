@@ -1,7 +1,7 @@
 """What only a GPU can tell of lct_dino3.py: speed, waits, rounding, memory, exact resume. One line a check.
 
     python tests/benchmarks/gpu.py                   on one large GPU, in under nine minutes
-    python tests/benchmarks/gpu.py --dry             the same logic on the CPU with a tiny model, in under 90 seconds
+    python tests/benchmarks/gpu.py --dry             the same logic on the CPU with a tiny model: 100 s of CPU time
     python tests/benchmarks/gpu.py resume torchrun   the checks whose names contain one of the words
 
 Weights are random, pictures are drawn, nothing is fetched; one check needs sam2. A line is "VERDICT check: figure (seconds)": pass;
