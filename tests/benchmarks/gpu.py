@@ -1,6 +1,6 @@
 """What only a GPU can tell of lct_dino3.py: speed, waits, rounding, memory, exact resume. One line a check.
 
-    python tests/benchmarks/gpu.py                   on one large GPU, in under nine minutes
+    python tests/benchmarks/gpu.py                   on one large GPU; sized for nine minutes
     python tests/benchmarks/gpu.py --dry             the same logic on the CPU with a tiny model: 100 s of CPU time
     python tests/benchmarks/gpu.py resume torchrun   the checks whose names contain one of the words
 
