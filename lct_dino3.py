@@ -6874,7 +6874,7 @@ def unknown_records(folder: Path) -> dict[str, Records]:
 
 
 def embed_batches(
-    embed: Callable[[torch.Tensor, Callable[[int], str]], np.ndarray],
+    make_values: Callable[[torch.Tensor, Callable[[int], str]], np.ndarray],
     dataset: CropDataset,
     batches: list[list[SampleKey]],
     config: Config | RunOptions,
@@ -6882,13 +6882,13 @@ def embed_batches(
 ) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
     """Yield of each batch what could not be read, and the embeddings of all else; only the first process gets them.
 
-    `embed` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
+    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
     """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
         values = np.zeros((0, 1), np.float32)
         if len(batch.rows):
-            values = embed(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
+            values = make_values(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
         return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
     return take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
@@ -6925,10 +6925,10 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: R
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
 
-    def embed(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
+    def make_values(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
         return run.embed(images, config.batch, name_of)
 
-    answers = embed_batches(embed, dataset, batches, config, run.runtime)
+    answers = embed_batches(make_values, dataset, batches, config, run.runtime)
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
