@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lct_dino3 as lct
@@ -259,14 +260,23 @@ def test_the_rule_is_for_gpus_and_bf16() -> None:
 
 
 def test_a_run_with_rounded_weights_answers_as_it_was_trained(
-    small_data: Path, tmp_path: Path, rounding_cpu: None, call_main: Callable
+    small_data: Path, tmp_path: Path, rounding_cpu: None, call_main: Callable, patch_used: Callable
 ) -> None:
-    """Its gallery belongs to the weights as the hub has them: the run is found whole, by a device that does not round too."""
+    """Its gallery belongs to the weights as the hub has them: the run is found whole, by a device that does not round too.
+
+    Its thresholds, and those of what is built or enrolled later, leave room for what rounding moves.
+    """
+    fitted, enrolled = patch_used(lct, "fit_thresholds"), patch_used(lct, "enrol")
     flags = (
         "--model_id test_resnet --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16 --epochs 1"
     )
     places = ("--data_root", small_data, "--out_dir", tmp_path / "run")
     assert call_main(*places, *flags.split(), "--precision", "bf16") == 0
+    again = ("prototypes", "--run", tmp_path / "run", "--gpus", 0, "--workers", 0, "--precision")
+    new = make_dataset(tmp_path / "new", {"bolt": 3})
+    for words in ([], ["--add", new]):
+        assert call_main(*again, "bf16", *words) == 0
+    assert [call[-1] for call in (*fitted.calls, *enrolled.calls)] == [torch.bfloat16] * 3
     for precision in ("bf16", "fp32"):
         run = lct.load_run(tmp_path / "run", lct.make_runtime(0, precision))
         embeddings = run.embed(make_batch(run.config, 3).images, 2)

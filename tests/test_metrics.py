@@ -186,6 +186,18 @@ def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     assert all(is_right[scores >= lower].mean() < 0.9 for lower in np.unique(scores) if lower < threshold)
 
 
+def test_a_threshold_leaves_as_much_room_as_the_precision_of_the_backbone_needs() -> None:
+    """As far as there is room: half the way to the next score."""
+    scores, is_right, sure = np.array([0.9, 0.5, 0.1]), np.array([True, True, False]), np.ones(3, bool)
+    room = [0.5 - lct.precision_threshold(scores, is_right, 1.0, dtype=dtype) for dtype in lct.SCORE_ROUNDING]
+    assert room == pytest.approx(list(lct.SCORE_ROUNDING.values()), rel=1e-2) and room == sorted(room)
+    assert lct.SCORE_ROUNDING[torch.float32] == 1e-4 and lct.SCORE_ROUNDING[torch.bfloat16] >= 9.4e-4
+    alone = lct.fit_thresholds(np.zeros(3, int), scores, sure, 0.95, 1, torch.bfloat16)[0]
+    assert alone == pytest.approx(0.1 - lct.SCORE_ROUNDING[torch.bfloat16])
+    near = np.array([0.5, 0.4999])
+    assert lct.precision_threshold(near, np.array([True, False]), 1.0, dtype=torch.bfloat16) > 0.49994
+
+
 def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together() -> None:
     values = (np.arange(200) % 5 > 0).astype(float)  # 0.8
 
