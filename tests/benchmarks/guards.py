@@ -201,7 +201,7 @@ GUARDS = {
         "tests/test_store.py -k flipped",
     ),
     "a picture at the threshold passes in another batch too": (
-        "max(last - SCORE_ROUNDING, (last + below) / 2)",
+        "max(last - SCORE_ROUNDING[dtype], (last + below) / 2)",
         "last",
         "tests/test_metrics.py -k precision_threshold",
     ),
