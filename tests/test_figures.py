@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from conftest import HARD_RUN, HARD_RUNS, draw_confusable, run_cli
 from PIL import Image
 from scipy.optimize import minimize_scalar
+from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
@@ -389,8 +390,13 @@ def test_the_final_test_is_that_of_the_best_epoch(run: Run) -> None:
     assert recorded["prototypes"] == approx(figures)
 
 
+def mean_by_image(rows: np.ndarray, is_right: np.ndarray) -> float:
+    """Return the mean over images of the share of their views that are answered right."""
+    return float(np.mean([is_right[rows == row].mean() for row in np.unique(rows)]))
+
+
 def frozen_baselines(run: Run, split: str) -> dict[str, float]:
-    """Return the accuracies of the untrained backbone on a split."""
+    """Return the accuracies of the untrained backbone on a split, and that of logistic regression over images."""
     train, queries = run.crops("train"), run.crops(split)
     features, wanted = run.features("frozen", "train").numpy(), run.features("frozen", split).numpy()
     scaler = StandardScaler().fit(features)
@@ -399,6 +405,7 @@ def frozen_baselines(run: Run, split: str) -> dict[str, float]:
     matching = judge_matching(unit, train.labels, unit_wanted, queries.labels)
     return {
         "logreg_acc": accuracy_score(queries.labels, classifier.predict(scaler.transform(wanted))),
+        "by_image": mean_by_image(queries.rows, classifier.predict(scaler.transform(wanted)) == queries.labels),
         "nn1_acc": matching["recall_at_1"],
         "centroid_acc": matching["proto_acc"],
     }
@@ -408,18 +415,21 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
     measured = run.event("baseline_end")
     expected = {split: frozen_baselines(run, split) for split in ("val", "test")}
     for split, figures in expected.items():
-        assert {name: measured[split][name] for name in figures} == approx(figures)
+        by_view = {name: value for name, value in figures.items() if name != "by_image"}
+        assert {name: measured[split][name] for name in by_view} == approx(by_view)
     recorded = run.event("test_end")
-    best = max(expected["test"].values())
-    name = next(name for name in ("logreg", "nn1", "centroid") if expected["test"][f"{name}_acc"] == best)
-    assert recorded["baseline"] == {"name": name, "acc": pytest.approx(best)}
-    gain = recorded["prototypes"]["acc"] - best
+    name = max(("logreg", "nn1", "centroid"), key=lambda name: expected["val"][f"{name}_acc"])
+    assert name == "logreg"
+    frozen = expected["test"]["by_image"]
+    test = run.crops("test")
+    trained = mean_by_image(test.rows, run.scores(run.embed(run.best, "test")).argmax(axis=1) == test.labels)
+    gain = trained - frozen
+    assert recorded["baseline"] == {"name": name, "acc": pytest.approx(frozen)}
+    assert recorded["gain"]["value"] == pytest.approx(gain)
     accuracies = re.findall(r"prototype matching (\d\.\d+), .* on the frozen backbone (\d\.\d+)", recorded["verdict"])
-    assert accuracies == [(f"{recorded['prototypes']['acc']:.3f}", f"{best:.3f}")]
-    word = "helped" if gain > 1e-9 else "hurt" if gain < -1e-9 else "changed nothing"
-    points = f" by {100 * abs(gain):.1f} points" if abs(gain) > 1e-9 else ""
-    assert recorded["verdict"].startswith(f"training {word}{points}:")
-    assert max(expected["val"].values()) != pytest.approx(best), "of val it would be another"
+    assert accuracies == [(f"{trained:.3f}", f"{frozen:.3f}")]
+    word = "no measurable difference" if recorded["p_value"] >= 0.05 else f"training {'helped' if gain > 0 else 'hurt'}"
+    assert recorded["verdict"].startswith(f"{word}: ")
 
 
 def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[str], Run]) -> None:
@@ -444,14 +454,15 @@ def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[s
 def least_threshold(
     scores: np.ndarray, is_right: np.ndarray, precision: float, prior: np.ndarray | None = None
 ) -> float:
-    """Return the least score above which that share of the answers is right, where the prior counts as ten more; else 1."""
+    """Return the least score above which the binomial bound at 60 % promises that share, where the prior counts as ten more."""
     passing = 1.0
     for place in np.argsort(-scores):
         above = scores >= scores[place]
-        share = is_right[above].mean()
+        num_right, num_answers = float(is_right[above].sum()), float(above.sum())
         if prior is not None:
-            share = (is_right[above].sum() + 10 * prior[place]) / (above.sum() + 10)
-        if share >= precision:
+            num_right, num_answers = num_right + 10 * prior[place], num_answers + 10
+        num_wrong = num_answers - num_right + (prior is None)
+        if num_right and 1 - beta.ppf(0.6, max(num_wrong, 1e-9), num_right) >= precision:
             passing = scores[place]
     return float(passing)
 
@@ -459,7 +470,7 @@ def least_threshold(
 def assert_threshold(threshold: float, scores: np.ndarray, expected: float) -> None:
     """It lies below the last score that passes, above the next one, and not far below; above all if none passes."""
     if expected == 1.0:
-        assert threshold == pytest.approx(scores.max(), abs=1e-6)
+        assert threshold == pytest.approx(scores.max() + 1e-4, abs=1e-6)
         return
     below = scores[scores < expected - 1e-6].max(initial=-1.0)
     assert threshold == pytest.approx(max(expected - 1e-4, (expected + below) / 2), abs=1e-5)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest
 from sklearn import metrics
 
 import lct_dino3 as lct
@@ -168,9 +170,15 @@ def test_calibration_error_is_that_of_the_definition() -> None:
     assert np.isnan(lct.calibration_error(np.zeros(0), np.zeros(0, bool)))
 
 
+def proportion_interval(num_right: int, count: int) -> tuple[float, float]:
+    """Return the interval of Wilson as scipy has it."""
+    interval = binomtest(num_right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     scores, is_right = np.array([0.9, 0.8, 0.8, 0.7, 0.6]), np.array([True, True, False, True, True])
-    for precision, expected in ((1.0, 0.9), (0.75, 0.6), (0.5, 0.6)):
+    for precision, expected in ((1.0, 0.9), (0.6, 0.6), (0.5, 0.6)):
         threshold = lct.precision_threshold(scores, is_right, precision)
         assert threshold < expected == pytest.approx(threshold, abs=2e-4), "the same picture may round otherwise"
     near = np.array([0.5, 0.49999, 0.49998], np.float32)
@@ -181,9 +189,54 @@ def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     rng = np.random.default_rng(0)
     scores = np.round(rng.random(300), 2)
     is_right = rng.random(300) < scores
+
+    def promised(threshold: float) -> float:  # the precision that the binomial test at 40 % does not reject
+        num_right, num_answers = int(is_right[scores >= threshold].sum()), int((scores >= threshold).sum())
+        return brentq(lambda share: binom.sf(num_right - 1, num_answers, share) - 0.4, 1e-9, 1 - 1e-9)
+
     threshold = lct.precision_threshold(scores, is_right, 0.9)
-    assert is_right[scores >= threshold].mean() >= 0.9
-    assert all(is_right[scores >= lower].mean() < 0.9 for lower in np.unique(scores) if lower < threshold)
+    assert promised(threshold) >= 0.9
+    assert all(promised(lower) < 0.9 for lower in np.unique(scores) if lower < threshold)
+
+
+def test_eighteen_right_answers_are_the_least_that_promise_95_percent() -> None:
+    scores = np.linspace(0.9, 0.5, 18)
+    assert lct.precision_threshold(scores, np.ones(18, bool), 0.95) < 0.5
+    assert lct.precision_threshold(scores[:17], np.ones(17, bool), 0.95) > 0.9
+
+
+@pytest.mark.parametrize(("num_answers", "least"), [(70, 0.93), (150, 0.94), (300, 0.9475), (800, 0.9475)])
+def test_thresholds_keep_their_promise_over_redrawn_val_sets(num_answers: int, least: float) -> None:
+    """Answers are right as often as their score says, .8 to 1; the plain share of right answers on val falls short of 95 %."""
+    rng = np.random.default_rng(num_answers)
+    right = wrong = 0.0
+    for _ in range(300):
+        scores = rng.uniform(0.8, 1.0, num_answers)
+        threshold = lct.precision_threshold(scores, rng.random(num_answers) < scores, 0.95)
+        share = (
+            max(0.0, 1.0 - max(threshold, 0.8)) / 0.2
+        )  # of further answers that pass; they are right (1 + threshold) / 2 times
+        right += share * (1 + max(threshold, 0.8)) / 2
+        wrong += share * (1 - max(threshold, 0.8)) / 2
+    assert least <= right / (right + wrong) <= 0.97
+
+
+def test_where_all_are_right_the_interval_is_that_of_wilson() -> None:
+    images = np.arange(13)
+    figures = lct.mean_intervals(images, right=np.ones(13), wrong=np.zeros(13), half=np.arange(13) % 2 == 0)
+    low, high = proportion_interval(13, 13)
+    assert figures["right"] == {"value": 1.0, "interval": pytest.approx([low, 1.0], rel=1e-4)} and low == pytest.approx(
+        0.772, abs=1e-3
+    )
+    assert figures["wrong"] == {
+        "value": 0.0,
+        "interval": pytest.approx([0.0, 1 - low], rel=1e-4),
+    } and high == pytest.approx(1.0)
+    assert 0 < figures["half"]["interval"][0] < figures["half"]["interval"][1] < 1
+    views = lct.mean_intervals(images // 2, right=np.ones(13))
+    assert views["right"]["interval"] == pytest.approx([proportion_interval(7, 7)[0], 1.0], rel=1e-4), (
+        "two views are one image"
+    )
 
 
 def test_a_threshold_leaves_as_much_room_as_the_precision_of_the_backbone_needs() -> None:
@@ -192,7 +245,7 @@ def test_a_threshold_leaves_as_much_room_as_the_precision_of_the_backbone_needs(
     room = [0.5 - lct.precision_threshold(scores, is_right, 1.0, dtype=dtype) for dtype in lct.SCORE_ROUNDING]
     assert room == pytest.approx(list(lct.SCORE_ROUNDING.values()), rel=1e-2) and room == sorted(room)
     assert lct.SCORE_ROUNDING[torch.float32] == 1e-4 and lct.SCORE_ROUNDING[torch.bfloat16] >= 9.4e-4
-    alone = lct.fit_thresholds(np.zeros(3, int), scores, sure, 0.95, 1, torch.bfloat16)[0]
+    alone = lct.fit_thresholds(np.zeros(3, int), scores, sure, 0.5, 1, torch.bfloat16)[0]
     assert alone == pytest.approx(0.1 - lct.SCORE_ROUNDING[torch.bfloat16])
     near = np.array([0.5, 0.4999])
     assert lct.precision_threshold(near, np.array([True, False]), 1.0, dtype=torch.bfloat16) > 0.49994

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -424,13 +426,48 @@ def test_a_foreign_checkpoint_is_refused_and_never_executed(
     assert not (tmp_path / "owned").exists() and not (tmp_path / "run").exists()
 
 
-def test_verdict_compares_with_the_best_baseline() -> None:
-    baseline = {"centroid_acc": 0.5, "nn1_acc": 0.6, "logreg_acc": 0.7}
-    helped = lct.judge_training(baseline, 0.9, 1000)
-    assert helped["baseline"] == {"name": "logreg", "acc": 0.7}
-    assert helped["verdict"].startswith("training helped by 20.0 points") and "noise" not in helped["verdict"]
-    assert lct.judge_training(baseline, 0.65, 50)["verdict"].startswith("training hurt by 5.0 points")
-    assert "within the noise of 50 images" in lct.judge_training(baseline, 0.65, 50)["verdict"]
+BASELINE = {
+    "val": {"centroid_acc": 0.5, "nn1_acc": 0.6, "logreg_acc": 0.7},
+    "test": {"centroid_acc": 0.99, "nn1_acc": 0.98, "logreg_acc": 0.7},
+}
+
+
+@pytest.mark.parametrize(
+    ("num_better", "num_worse", "word"),
+    [
+        (30, 10, "training helped: "),
+        (10, 30, "training hurt: "),
+        (6, 0, "training helped: "),
+        (5, 0, "no measurable difference: "),  # five coins that all fall on one side: one time in sixteen
+        (12, 9, "no measurable difference: "),
+        (0, 0, "no measurable difference: "),
+    ],
+)
+def test_verdict_compares_the_answers_to_the_same_images(num_better: int, num_worse: int, word: str) -> None:
+    """With the baseline that is the best on val, though on test another one looks better."""
+    frozen = {f"{index}.jpg": float(index >= num_better) for index in range(100)}
+    trained = {path: float(int(path[:-4]) < 100 - num_worse) for path in frozen}
+    judged = lct.judge_training(BASELINE, frozen, trained | {"gone.jpg": 1.0})
+    assert judged["baseline"] == {"name": "logreg", "acc": pytest.approx(1 - num_better / 100)}
+    assert judged["gain"]["value"] == pytest.approx((num_better - num_worse) / 100)
+    low, high = judged["gain"]["interval"]
+    assert low <= judged["gain"]["value"] <= high
+    num_unequal = num_better + num_worse
+    expected = sum(math.comb(num_unequal, k) for k in range(min(num_better, num_worse) + 1)) / 2 ** max(
+        num_unequal - 1, 0
+    )
+    assert judged["p_value"] == pytest.approx(min(1.0, expected))
+    assert judged["verdict"].startswith(f"{word}prototype matching {1 - num_worse / 100:.3f}, logistic regression")
+    assert (
+        f"({100 * judged['gain']['value']:+.1f} points, " in judged["verdict"]
+        and "on 100 test images" in judged["verdict"]
+    )
+
+
+def test_an_image_of_two_views_is_one_image() -> None:
+    records = SimpleNamespace(paths=["a.jpg", "b.jpg", "c.jpg"])
+    rows, is_right = np.array([2, 0, 2, 0, 1]), np.array([True, False, False, False, True])
+    assert lct.share_right(records, rows, is_right) == {"a.jpg": 0.0, "b.jpg": 1.0, "c.jpg": 0.5}
 
 
 def test_training_on_real_crops_beats_matching_with_the_frozen_backbone(
