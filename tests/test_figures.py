@@ -419,8 +419,8 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
         assert {name: measured[split][name] for name in by_view} == approx(by_view)
     recorded = run.event("test_end")
     name = max(("logreg", "nn1", "centroid"), key=lambda name: expected["val"][f"{name}_acc"])
-    assert name == "logreg"
-    frozen = expected["test"]["by_image"]
+    frozen = expected["test"]["by_image" if name == "logreg" else f"{name}_acc"]
+    assert name == "logreg" or len(set(run.crops("test").rows.tolist())) == len(run.crops("test").rows)
     test = run.crops("test")
     trained = mean_by_image(test.rows, run.scores(run.embed(run.best, "test")).argmax(axis=1) == test.labels)
     gain = trained - frozen
