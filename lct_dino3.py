@@ -4614,8 +4614,9 @@ class Backbone(nn.Module):
     def rounds_weights(self) -> bool:
         """Whether a model computes with weights in bf16, and without autocast: if it is frozen, and does so on a GPU.
 
-        Autocast would round the weights anew in each pass, and go back to float32 for each norm. The CPU, where this gains
-        nothing, keeps to it, and so does what is trained, whose updates are smaller than the steps of bf16.
+        Autocast would round the weights anew in each pass, and go back to float32 for each norm. A CPU keeps to it, where the
+        other way gains 3 % (tf_efficientnet_lite0) to 18 % (ViT-S), and so does what is trained, whose updates are smaller than
+        the steps of bf16.
         """
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
