@@ -51,7 +51,8 @@ def test_pool_overrides() -> None:
 
 def test_the_default_model_is_known_and_takes_the_default_size() -> None:
     settings, feature_dim = lct.probe_model(lct.Config())
-    assert settings == {"num_classes": 0, "img_size": 224, "global_pool": "token"} and feature_dim == 1024
+    expected = {"num_classes": 0, "img_size": 224, "dynamic_img_size": False, "global_pool": "token"}
+    assert settings == expected and feature_dim == 1024
 
 
 def test_images_are_normalised_on_the_device() -> None:
