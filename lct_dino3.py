@@ -3518,7 +3518,9 @@ class Transform:
         return fit_square(cv2.merge((filled, mask)), self.img_size)
 
     def finish(self, square: np.ndarray, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return what `__call__` does of what `make_square` has made."""
+        """Return what `__call__` does of what `make_square` has made, which may be read-only; as may be what is returned then."""
+        if self.looks is not None or self.post_steps:
+            square = square.copy()  # libraries may write into it
         if not augmented or self.looks is None:
             return self._complete(*self._split(square, seed), seed)
         import cv2
@@ -4323,10 +4325,10 @@ class SquareStore:
         return _reopen_store, (stamp, self._path, self.records, self.places, self._side)
 
     def get(self, row: int, is_masked: bool) -> np.ndarray | None:
-        """Return a copy of a square, uint8 (side, side, 3 or 4); None if it is not there."""
+        """Return a square, read-only uint8 (side, side, 3 or 4); None if it is not there."""
         place = int(self.places[int(is_masked), row])
         shape = (self._side, self._side, 4 if is_masked else 3)
-        return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape).copy()
+        return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape)
 
 
 def _reopen_store(stamp: np.ndarray, path: Path, *rest: Any) -> SquareStore | None:
@@ -6146,6 +6148,8 @@ class Matcher(nn.Module):
 
     def score(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity float32 (Q, C) of unit queries (Q, D) to each class, in bounded memory."""
+        if self.has_one_each:  # the scores are all that is made
+            return queries @ self.vectors.numpy().T
         with torch.inference_mode():
             blocks = torch.from_numpy(queries).split(max(1, MATCHER_CHUNK // len(self.vectors)))
             return torch.cat([self(block) for block in blocks]).numpy()
