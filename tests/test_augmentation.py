@@ -1,5 +1,6 @@
 """Section 07: square crops with a gray border, and randomness that is a function of the seed alone."""
 
+import dataclasses
 import warnings
 
 import cv2
@@ -134,3 +135,19 @@ def test_four_channels_move_as_three_do_bit_for_bit() -> None:
         expected = cv2.flip(expected, 1) if rng.random() < 0.5 else expected
         assert np.array_equal(lct.move_square(square, np.random.default_rng(seed)), expected)
     assert moved > 30
+
+
+def test_a_square_of_the_store_which_is_read_only_may_be_written_into_by_libraries() -> None:
+    import albumentations as A
+
+    def write_in_place(image: np.ndarray, **_: object) -> np.ndarray:
+        image[:8] = 0
+        return image
+
+    step = A.Compose([A.Lambda(image=write_in_place, p=1.0)])
+    square = np.full((32, 32, 3), 200, np.uint8)
+    square.flags.writeable = False
+    for augment in (True, False):
+        transform = dataclasses.replace(lct.build_transform(32, augment), post_steps=(step,))
+        assert (transform.finish(square, 0)[:8] == 0).all()
+    assert (square == 200).all()
