@@ -3,7 +3,7 @@
     python tests/benchmarks/run.py [--quick] [--growth] [--data DIR] [ROW ...]
 
 The usual script is what most people write: Pillow, albumentations, float tensors, a plain loop. The strongest is what somebody
-writes who knows the libraries well, for the same work and the same result: JPEGs decoded at a fraction, torchvision v2, a memory
+writes who knows the libraries well, for the same work, as well done: JPEGs decoded at a fraction, torchvision v2, a memory
 map of fitted squares, numpy's selection, bf16, features embedded once. The sides take turns, each time in a fork of their own with
 one thread, and what counts is process CPU time: the medians of the rounds are printed, and of the ratios of each round, in half an
 hour on two cores, with --quick in five minutes. The usual script is a plain process; the others keep freed memory, ours as a run
