@@ -99,6 +99,11 @@ THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
+# A head that is trained without some classes says what unseen ones will meet with.
+UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 200_000
+UNSEEN_STEPS = 5000  # at most, of all such heads together: half a minute
+UNSEEN_REFS_PER_CLASS = 50  # in their galleries
+ENROLMENT_CROPS = (1, 5, 20)
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
@@ -1534,7 +1539,7 @@ class RunDirectory:
     def forget_epochs_after(self, epoch: int) -> None:
         """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
         records = read_events(self.path)
-        of_epochs = ("baseline_end", "epoch_end", "best_update")
+        of_epochs = ("baseline_end", "unseen_classes", "epoch_end", "best_update")
         remaining = [r for r in records if r["event"] not in of_epochs or r.get("epoch", 0) <= epoch]
         if len(remaining) == len(records):
             return
@@ -4641,7 +4646,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
-        if not len(images) and not any(map(is_batchnorm, self.modules())):
+        if get_world_size() > 1 and not len(images) and not any(map(is_batchnorm, self.modules())):
             # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         self.round_weights()
@@ -6560,11 +6565,6 @@ def open_set_figures(
     queries count as unknown, and figures are means over the folds. The embedder has seen those classes: strangers are harder.
     """
 
-    def rank(
-        confidences: np.ndarray,
-    ) -> np.ndarray:  # only their order counts, and integers compare faster in each draw
-        return np.unique(confidences, return_inverse=True)[1]
-
     def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
         fold_of_class = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
         return tuple(confide(scores[:, fold_of_class != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
@@ -6572,25 +6572,36 @@ def open_set_figures(
     if unknown is not None:
         queries = (known.values, unknown)
         of_both = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
-        of_known, of_unknown = np.split(rank(np.concatenate(of_both)), [len(known.values)])
-        figures = with_intervals(
-            lambda drawn, drawn_unknown: open_set_metrics(of_known[drawn], of_unknown[drawn_unknown]),
-            known.rows,
-            np.arange(len(unknown)),
-        )
-        return figures | {"unknowns": len(unknown), "source": "images of no class"}
-    ranks_by_fold = [rank(confidences) for confidences in reduce_scores(score, known.values, hold_out)]
-    fold_of_query = known.labels % HELD_OUT_FOLDS
+        is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
+        images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
+        figures = tell_unknown(images, [(np.concatenate(of_both), ~is_unknown, is_unknown)])
+        return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
+    is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
+    of_folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
+    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in of_folds])
+    source = "classes held out in turn, on which it was trained"
+    return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
+
+
+def tell_unknown(
+    images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Return auroc and fpr95, means over folds as {value, interval}, of telling known objects from unknown ones by confidence.
+
+    Of each fold these are the confidences of all queries (n,), and which of them are known, and which unknown: bool (n,) both.
+    `images` (n,) says which queries are views of one image.
+    """
+    # Only their order counts, and integers compare faster in each draw.
+    folds = [(np.unique(confidences, return_inverse=True)[1], *which) for confidences, *which in folds]
 
     def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
-        per_fold = []
-        for fold, ranks in enumerate(ranks_by_fold):
-            is_unknown = fold_of_query[drawn] == fold
-            per_fold.append(open_set_metrics(ranks[drawn][~is_unknown], ranks[drawn][is_unknown]))
+        per_fold = [
+            open_set_metrics(ranks[drawn[is_known[drawn]]], ranks[drawn[is_unknown[drawn]]])
+            for ranks, is_known, is_unknown in folds
+        ]
         return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 
-    figures = with_intervals(mean_of_folds, known.rows)
-    return figures | {"unknowns": len(known.labels), "source": "classes held out in turn"}
+    return with_intervals(mean_of_folds, images)
 
 
 def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: Embedded) -> None:
@@ -7992,7 +8003,7 @@ def measure_baseline(job: Job, features: dict[str, Embedded]) -> tuple[dict[str,
         "nn1": lambda queries: scale * nearest_reference.score(queries),
     }
     if len(names) <= LOGREG_MAX_CLASSES:
-        classifiers["logreg"] = fit_logistic_regression(job, train)
+        classifiers["logreg"] = score_by_regression(job, train)
     baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         if split not in features:
@@ -8028,8 +8039,8 @@ def unit_features(features: Embedded) -> Embedded:
     return features._replace(values=F.normalize(torch.from_numpy(features.values)).numpy())
 
 
-def fit_logistic_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit scikit-learn's logistic regression on standardised features; return what makes log-probabilities (n, C) of them."""
+def fit_logistic_regression(job: Job, features: Embedded) -> tuple[Any, np.ndarray]:
+    """Fit scikit-learn's logistic regression on standardised features; return its pipeline, and the classes that it has seen."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -8040,14 +8051,143 @@ def fit_logistic_regression(job: Job, features: Embedded) -> Callable[[np.ndarra
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
         classifier.fit(features.values[chosen], features.labels[chosen])
+    return classifier, classifier.classes_
+
+
+def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what makes log-probabilities (n, C) of features by logistic regression on these, -inf for a class not among them."""
+    classifier, classes = fit_logistic_regression(job, features)
 
     def score(queries: np.ndarray) -> np.ndarray:
-        scores = np.full((len(queries), len(job.records.class_names)), -np.inf)  # it may not have seen every class
+        scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
         if len(queries):
-            scores[:, classifier.classes_] = classifier.predict_log_proba(queries)
+            scores[:, classes] = classifier.predict_log_proba(queries)
         return scores
 
     return score
+
+
+def measure_unseen(job: Job, features: dict[str, Embedded]) -> dict[str, Any] | None:
+    """Measure what an embedding makes of classes that it was not trained on; None where there are too few or too many images.
+
+    To hold classes out of the training itself would cost more runs. So heads of the same kind are trained on the clean features of
+    the untrained backbone, each without a fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allow. Matcher
+    and thresholds are chosen on val images of the others.
+
+    Returns:
+        classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the others;
+        open_set: auroc and fpr95 of telling them from the others, and `others` by other ways; enrolment: by number of crops,
+        accuracy on enrolled classes (`new`), and on the others afterwards (`old`) and `before`.
+    """
+    names, train = job.records.class_names, features["train"]
+    folds = np.random.default_rng((job.config.seed, 9)).permutation(len(names)) % UNSEEN_FOLDS
+    steps = job.config.epochs * -(-len(train.rows) // job.config.batch)
+    num_folds = max(1, min(UNSEEN_FOLDS, UNSEEN_STEPS // steps))
+    if "test" not in features or len(names) < UNSEEN_FOLDS or len(train.rows) > UNSEEN_MAX_IMAGES:
+        return None
+    queries = concatenate_embedded([features["val"], features["test"]])
+    is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
+    by_prototypes, by_regression, accuracies, enrolment = [], [], [], []
+    for fold in range(num_folds):
+        seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        model = train_without(job, train, seen)
+        references, answered = embed(job, model, train), embed(job, model, queries)
+        is_unseen = np.isin(queries.labels, unseen)
+        number = np.searchsorted(seen, np.arange(len(names)))  # of a class among those seen
+        own = references.take(~np.isin(train.labels, unseen))
+        val, test = answered.take(~is_unseen & ~is_test), answered.take(~is_unseen & is_test)
+        gallery = build_gallery(
+            dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
+            own._replace(labels=number[own.labels]),
+            val._replace(labels=number[val.labels]),
+            dataclasses.replace(job.config, max_refs_per_class=UNSEEN_REFS_PER_CLASS),
+        )
+        which = (~is_unseen & is_test, is_unseen)
+        by_prototypes.append((gallery.answer(answered.values)[1], *which))
+        regression = fit_logistic_regression(job, train.take(~np.isin(train.labels, unseen)))[0]
+        by_regression.append((regression.decision_function(queries.values).max(axis=1), *which))
+        test = test._replace(labels=number[test.labels])
+        accuracies.append((gallery.answer(test.values)[0] == test.labels).mean())
+        enrolment.append(measure_enrolment(job, gallery, test, references, answered.take(is_unseen), unseen))
+    open_set = tell_unknown(queries.rows, by_prototypes)
+    open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
+    way = "frozen backbone, largest logit of logistic regression"
+    figures = {key: np.mean([[at[key] for at in own] for own in enrolment], axis=0).tolist() for key in enrolment[0][0]}
+    return {
+        "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
+        "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
+        "known_acc": float(np.mean(accuracies)),
+        "open_set": {**open_set, "others": {way: tell_unknown(queries.rows, by_regression)}},
+        "enrolment": [dict(zip(figures, at, strict=True)) for at in zip(*figures.values(), strict=True)],
+    }
+
+
+def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
+    """Return a head trained on the features of some of the classes, as the run trains its own, but on clean views alone."""
+    whole = {
+        "freeze_backbone": True,
+        "unfreeze_blocks": 0,
+        "lora_rank": 0,
+        "ema_decay": 0.0,
+        "mixing": "none",
+        "compile": False,
+    }
+    config = dataclasses.replace(job.config, **whole)
+    train = train.take(np.isin(train.labels, seen))
+    labels = torch.from_numpy(np.searchsorted(seen, train.labels))
+    values = torch.from_numpy(train.values)
+    backbone = Backbone(nn.Identity(), job.info.mean, job.info.std)
+    model = build_recognizer(config, len(seen), backbone, job.info).to(job.runtime.device)
+    state = start_state(model, config, job.runtime)
+    borders = batch_borders(len(labels), config.batch)
+    num_epochs = max(1, min(config.epochs, UNSEEN_STEPS // (len(borders) - 1)))
+    total_steps = num_epochs * (len(borders) - 1)
+    model.train()
+    for epoch in progress(range(num_epochs), num_epochs, "a head without some classes", "epoch"):
+        order = torch.from_numpy(np.random.default_rng((config.seed, 9, epoch)).permutation(len(labels)))
+        for start, stop in itertools.pairwise(borders):
+            rows = order[start:stop]
+            batch = Batch(values[rows], labels[rows], rows, rows, [])
+            set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
+            train_step(config, job.runtime, nn.Identity(), state, [batch])
+    return model.eval()
+
+
+def measure_enrolment(
+    job: Job, gallery: Gallery, known: Embedded, train: Embedded, strangers: Embedded, unseen: np.ndarray
+) -> list[dict[str, float]]:
+    """Enrol unseen classes, from each number of crops; return accuracy on them, and on known ones afterwards and before."""
+    names = [job.records.class_names[label] for label in unseen.tolist()]
+    new_labels = len(gallery.class_names) + np.searchsorted(unseen, strangers.labels)
+    before = (gallery.answer(known.values)[0] == known.labels).mean()
+    figures = []
+    for num_crops in ENROLMENT_CROPS:
+        rng = np.random.default_rng((job.config.seed, 9, num_crops))
+        chosen = [rng.permutation(np.flatnonzero(train.labels == label))[:num_crops] for label in unseen.tolist()]
+        added = train.take(np.concatenate(chosen))
+        added = added._replace(rows=np.arange(len(added.rows)), labels=np.searchsorted(unseen, added.labels))
+        grown = enrol(gallery, added, names, [""] * len(added.rows), job.config.target_precision)
+        new = (grown.answer(strangers.values)[0] == new_labels).mean()
+        old = (grown.answer(known.values)[0] == known.labels).mean()
+        figures.append({"crops": num_crops, "new": new, "old": old, "before": before})
+    return figures
+
+
+def format_unseen(figures: dict[str, Any]) -> str:
+    """Return the figures of `measure_unseen` for the log."""
+    lines = [
+        f"{len(figures['classes'])} classes as unseen ones, by heads on the untrained backbone that do not know them:"
+    ]
+    open_set = figures["open_set"]
+    for name, way in {"prototypes": open_set, **open_set["others"]}.items():
+        auroc, fpr95 = (
+            "{:.3f} ({:.3f} to {:.3f})".format(way[key]["value"], *way[key]["interval"]) for key in ("auroc", "fpr95")
+        )
+        lines.append(f"  told from known ones by {name}: AUROC {auroc}, FPR95 {fpr95}")
+    for at in figures["enrolment"]:
+        shown = f"{at['new']:.3f} of their images are right, {at['old']:.3f} of the others (before {at['before']:.3f})"
+        lines.append(f"  enrolled from {at['crops']:.0f} crops each: {shown}")
+    return "\n".join(lines)
 
 
 BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
@@ -8480,6 +8620,9 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(job.records.rows(split))}
     state.baseline, state.frozen_right = from_first(measure_baseline, job, features)
     run.event("baseline_end", **state.baseline)
+    if unseen := from_first(measure_unseen, job, features):
+        run.event("unseen_classes", **unseen)
+        run.log(format_unseen(unseen))
     for split, figures in state.baseline.items():
         accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
         shown = (f"{text} {value:.3f}" for text, value in accuracies.items() if value is not None)

@@ -46,7 +46,7 @@ def test_by_default_there_is_a_worker_for_each_core_that_training_leaves(
 ) -> None:
     """And nobody gets more of them than there are cores, however many are asked for."""
     patch_used(lct, "count_cores", lambda: cores)
-    monkeypatch.setattr(lct.TEAM, "local_size", processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     records = lct.Records(Path(), ("a",), ["x"], np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int8))
     dataset = lct.CropDataset(records, None)
     for asked, expected in ((None, default), (0, 0), (1, 1), (256, -(-cores // processes))):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -385,18 +384,6 @@ def test_lora_starts_from_the_base_trains_its_own_weights_and_merges(name: str) 
     lct.merge_lora(model.backbone.model)
     assert model.backbone.model.state_dict().keys() == base.backbone.model.state_dict().keys()
     torch.testing.assert_close(model.backbone(images), unmerged, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_with_lora_goes_to_another_process_and_back() -> None:
-    """torch makes a class for each parametrized layer, which no other process knows."""
-    model, config = build_whole(model_id=EVA, img_size=32, lora_rank=2)
-    train_a_little(model, config)
-    images = draw_images(2, 3, 32, 32)
-    again = pickle.loads(pickle.dumps(model.eval()))
-    assert torch.equal(again.backbone(images), model.backbone(images))
-    assert again.trained_state().keys() == model.trained_state().keys()
-    lct.merge_lora(again.backbone.model)
-    torch.testing.assert_close(again.backbone(images), model.backbone(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

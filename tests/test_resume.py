@@ -85,8 +85,8 @@ DEATHS = {
     "while a square is read": kill("SquareStore.get", 150, TERM),
     "last step of an epoch": kill("train_step", 8, INT, when="after"),
     "train figures": kill("score_training", 2, KILL),
-    "validation, killed": kill("evaluate_val", 2, KILL),
-    "validation, terminated": kill("evaluate_val", 2, TERM),
+    "validation, killed": kill("score_val", 2, KILL),
+    "validation, terminated": kill("score_val", 2, TERM),
     "validation, second time in a row": kill("compute_metrics", 10, INT),
     "epoch's record": kill("os.write", 9, KILL, when="half"),
     "between record and checkpoint": kill("save_epoch", 2, KILL),
@@ -219,14 +219,14 @@ def test_sigusr1_saves_and_goes_on(straight: Path, start: Any, tmp_path: Path) -
     flags = ("--save_minutes", 0)
     code, text = start(kill("train_step", 6, signal.SIGUSR1), kill("train_step", 7, KILL), flags=flags)
     assert code == -9 and "saved on SIGUSR1: epoch 1 and 2 batches" in text
-    assert start(kill("list_images", 1, signal.SIGUSR1), kill("evaluate_val", 1, KILL))[0] == -9
+    assert start(kill("list_images", 1, signal.SIGUSR1), kill("score_val", 1, KILL))[0] == -9
     assert_ends_like(straight, start, tmp_path / "run")
 
 
 def test_without_save_minutes_the_state_is_saved_when_an_epoch_ends(start: Any, tmp_path: Path) -> None:
     assert start(kill("train_step", 7, KILL), flags=("--save_minutes", 0))[0] == -9
     assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 0)
-    assert start(kill("evaluate_val", 1, KILL), flags=("--save_minutes", 0))[0] == -9
+    assert start(kill("score_val", 1, KILL), flags=("--save_minutes", 0))[0] == -9
     assert lct.progress_of(lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")) == (1, 4), "before validation"
 
 
@@ -590,7 +590,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["checkpoint", "log"])
 def test_a_full_disk(name: str, start: Any, straight: Path, small_disk: Path) -> None:
     fill = f"head -c 100m /dev/zero > {small_disk}/filler; truncate -s -{{}} {small_disk}/filler; true"
-    room, at = ("100k", "save_checkpoint") if name == "checkpoint" else ("0", "evaluate_val")
+    room, at = ("100k", "save_checkpoint") if name == "checkpoint" else ("0", "score_val")
     flags = ("--out_dir", small_disk / "run")
     code, text = start(do(at, 5 if name == "checkpoint" else 2, shell=fill.format(room)), flags=flags)
     assert code == 2 and os.strerror(errno.ENOSPC) in text and f"{small_disk}/run/" in text, text
@@ -608,7 +608,7 @@ def test_a_full_disk(name: str, start: Any, straight: Path, small_disk: Path) ->
 def test_a_read_only_file_system(start: Any, straight: Path, small_disk: Path) -> None:
     flags = ("--out_dir", small_disk / "run")
     remount = f"mount -o remount,{{}} {small_disk}"
-    assert start(kill("evaluate_val", 2, KILL), flags=flags)[0] == -9
+    assert start(kill("score_val", 2, KILL), flags=flags)[0] == -9
     subprocess.run(remount.format("ro"), shell=True, check=True)
     code, text = start(flags=flags)
     assert code == 2 and "written" in text and str(small_disk) in text and "Traceback" not in text
@@ -618,7 +618,7 @@ def test_a_read_only_file_system(start: Any, straight: Path, small_disk: Path) -
 
 
 def test_a_folder_that_is_deleted_during_the_run(start: Any, tmp_path: Path) -> None:
-    code, text = start(do("evaluate_val", 2, shell=f"rm -r {tmp_path / 'run'}"))
+    code, text = start(do("score_val", 2, shell=f"rm -r {tmp_path / 'run'}"))
     assert code == 2 and "cannot be written" in text and str(tmp_path / "run") in text and "Traceback" not in text
 
 

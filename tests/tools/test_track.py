@@ -285,7 +285,7 @@ def test_an_interrupted_run_is_recorded_as_such_and_continued(
     nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str]
 ) -> None:
     flags = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--use_tensorboard")
-    code, text = nursery.run(*flags, env=no_server, plans=[kill("evaluate_val", 2, signal.SIGTERM)])
+    code, text = nursery.run(*flags, env=no_server, plans=[kill("score_val", 2, signal.SIGTERM)])
     assert code == 143, text
     assert read_text(read_board(tmp_path / "run"), "status") == "interrupted"
     code, text = nursery.run(*flags, env=no_server)
