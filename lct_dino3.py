@@ -100,6 +100,16 @@ THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JP
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
 # A head that is trained without some classes says what unseen ones will meet with.
+UNKNOWN_NAMES = (
+    "unknown",
+    "other",
+    "others",
+    "background",
+    "none",
+    "misc",
+    "negative",
+    "negatives",
+)  # of folders of no class
 UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 200_000
 UNSEEN_STEPS = 5000  # at most, of all such heads together: half a minute
 UNSEEN_REFS_PER_CLASS = 50  # in their galleries
@@ -8564,6 +8574,11 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         write_splits(run.path / "splits.json", records, config.seed)
         write_json(run.path / "data_report.json", scan.report)
     run.log(f"data: {config.data_root}, {len(records.class_names)} classes")
+    for name in records.class_names:
+        if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
+            flags = f"--exclude '{name}/*' --unknown_dir '{config.data_root / name}'"
+            remedy = f"if its images are of no class, {flags} has the run learn to say unknown"
+            run.log(f"warning: a class is named {name}: {remedy}")
     run.log(format_class_table(scan.report) if is_fresh else "the split is that of splits.json")
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
@@ -8694,6 +8709,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         test_run(job, state, gallery, embedded["test"])
         measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, embedded["test"], other_views)
+    if job.config.unknown_dir is None and "test" in embedded:
+        run.log(
+            "with --unknown_dir, pictures of no class, thresholds and figures are those of objects that production will meet"
+        )
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")

@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest
 from sklearn import metrics
+from sklearn.metrics import roc_auc_score
 
 import lct_dino3 as lct
 
@@ -159,6 +160,20 @@ def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
     assert figures(scores) == (1.0, 0.0), "held out, each falls to 0.3 or less"
     assert figures(np.full((2, 2), 0.9))[0] == 0.5
     assert figures(scores, np.full((4, 3), 0.75))[1] == 1.0
+
+
+def test_unknown_objects_are_told_in_each_fold_as_scikit_learn_says() -> None:
+    rng = np.random.default_rng(0)
+    images = np.arange(60) // 2
+    folds = [(rng.random(60) + 0.4 * (images % 3 != fold), images % 3 != fold, images % 3 == fold) for fold in range(3)]
+    folds[0][1][:10] = False  # neither known nor unknown: a head was chosen on them
+    figures = lct.tell_unknown(images, folds)
+    expected = [
+        roc_auc_score(is_known[is_known | is_unknown], confidence[is_known | is_unknown])
+        for confidence, is_known, is_unknown in folds
+    ]
+    assert figures["auroc"]["value"] == pytest.approx(np.mean(expected))
+    assert figures["auroc"]["interval"][0] < figures["auroc"]["value"] < figures["auroc"]["interval"][1]
 
 
 def test_calibration_error_is_that_of_the_definition() -> None:

@@ -142,6 +142,7 @@ class Figures:
     test: dict[str, Any] | None  # test_end event
     views: dict[str, Any] | None  # test_views event
     measured: dict[str, Any] | None  # measured event
+    unseen: dict[str, Any] | None  # unseen_classes event
     started: float | None  # seconds since 1970
     scored: str  # the split that the page leads with: test, else val
     scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
@@ -303,6 +304,7 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
         test=test,
         views=last.get("test_views"),
         measured=last.get("measured"),
+        unseen=last.get("unseen_classes"),
         started=events[0]["time"] if events else None,
         scored="test" if test else "val",
         scores=scores,
@@ -485,6 +487,7 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
         "errors": view_errors(run),
         "views": compare_views(run),
         "measured": view_measured(run.figures.measured),
+        "unseen": run.figures.unseen,
         "calibration": view_calibration(run.predictions),
         "data": view_data(run.data_report),
     }
@@ -905,6 +908,7 @@ def view_measured(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "source": measured["open_set"]["source"],
         "answers": measured["answers"],
         "thresholds": measured["thresholds"],
+        "unknown_passed": measured.get("unknown_passed"),
         "few": measured["few"],
     }
 

@@ -35,17 +35,22 @@ FAULTS = {
         "match.group(1), index", "match.group(0), index", "test_figures.py -k captures"
     ),
     "verdict against val": Fault(
-        'state.baseline["test"])', 'state.baseline["val"])', "test_figures.py -k compared_with"
+        'features["test"]\n    vectors', 'features["val"]\n    vectors', "test_figures.py -k compared_with"
     ),
-    "verdict of the classifier": Fault(
-        'judge_training(baseline, figures["acc"]',
-        'judge_training(baseline, classifier["acc"]',
+    "baseline chosen on test": Fault(
+        'best_baseline(baseline["val"]), features',
+        'best_baseline(baseline["test"]), features',
         "test_figures.py -k compared_with",
     ),
     "val matched against itself": Fault(
-        'references = embed(job, model, bank.get("train", EPOCH',
-        'references = embed(job, model, bank.get("val", EPOCH',
+        'references = embed(job, model, features["train"])',
+        'references = embed(job, model, features["val"])',
         "test_figures.py -k each_epoch",
+    ),
+    "a head that has seen the unseen classes": Fault(
+        "    train = train.take(np.isin(train.labels, seen))\n    labels = torch.from_numpy(np.searchsorted(seen, train.labels))",
+        "    labels = torch.from_numpy(np.searchsorted(seen, train.labels).clip(max=len(seen) - 1))",
+        "test_unseen.py -k sees_nothing",
     ),
     "the other strangers fit": Fault(
         'unknown["fit"]).values', 'unknown["measure"]).values', "test_figures.py -k thresholds"

@@ -1,0 +1,88 @@
+"""Section 15: what an embedding makes of classes that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lct_dino3 as lct
+
+NUM_CLASSES, PER_CLASS = 10, 24
+SPLITS = np.array([0] * 14 + [1] * 5 + [2] * 5)  # of the images of a class: train, val, test
+
+
+def make_job(epochs: int = 6) -> lct.Job:
+    paths = [f"class{label}/{number}.jpg" for label in range(NUM_CLASSES) for number in range(PER_CLASS)]
+    labels = np.repeat(np.arange(NUM_CLASSES, dtype=np.int32), PER_CLASS)
+    splits = np.tile(SPLITS, NUM_CLASSES).astype(np.int8)
+    names = tuple(f"class{label}" for label in range(NUM_CLASSES))
+    records = lct.Records(Path(), names, paths, labels, np.arange(len(paths), dtype=np.int32), splits)
+    config = lct.Config(epochs=epochs, batch=16, emb_dim=32, heads=2, lr=1e-2)
+    info = lct.BackboneInfo("test_vit", "random", "0", 16, 32, "token", (0.5,) * 3, (0.5,) * 3, "bicubic, antialiased")
+    return lct.Job(config, records, lct.Runtime(torch.device("cpu"), 0, torch.float32), None, info)
+
+
+def draw_features(job: lct.Job, spread: float) -> dict[str, lct.Embedded]:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(NUM_CLASSES, 16))
+    values = (centres[job.records.labels] + spread * rng.normal(size=(len(job.records.paths), 16))).astype(np.float32)
+    features = {}
+    for split in lct.SPLIT_NAMES:
+        rows = job.records.rows(split)
+        labels = job.records.labels[rows].astype(np.int64)
+        features[split] = lct.Embedded(rows, np.zeros(len(rows), np.uint8), labels, values[rows])
+    return features
+
+
+def test_a_head_sees_nothing_of_the_classes_that_it_is_trained_without() -> None:
+    job = make_job()
+    train = draw_features(job, 0.5)["train"]
+    seen = np.array([0, 2, 3, 5, 6, 7, 8, 9])
+    heads = []
+    for poison in (np.float32(0), np.float32(np.nan)):
+        values = train.values.copy()
+        values[~np.isin(train.labels, seen)] += poison
+        heads.append(lct.train_without(job, train._replace(values=values), seen).state_dict())
+    assert all(torch.equal(value, heads[1][key]) for key, value in heads[0].items())
+    assert heads[0]["criterion.weight"].shape[0] % len(seen) == 0
+
+
+@pytest.mark.parametrize(("spread", "least"), [(0.2, 0.9), (3.0, 0.0)])
+def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) -> None:
+    job = make_job()
+    figures = lct.measure_unseen(job, draw_features(job, spread))
+    assert figures["classes"] == list(job.records.class_names), "each is left out once"
+    assert figures["images"] == NUM_CLASSES * 10, "val and test"
+    assert figures["open_set"]["trained_on_them"] is False
+    aurocs = [
+        figures["open_set"]["auroc"]["value"],
+        *(way["auroc"]["value"] for way in figures["open_set"]["others"].values()),
+    ]
+    assert [at["crops"] for at in figures["enrolment"]] == [1, 5, 20]
+    if least:
+        assert figures["known_acc"] > least and min(aurocs) > 0.8
+        assert figures["enrolment"][1]["new"] > figures["enrolment"][0]["new"] > 0.5
+    else:  # nothing to be told: what is near chance must not look like more
+        assert abs(np.mean(aurocs) - 0.5) < 0.15 and figures["enrolment"][2]["new"] < 0.5
+    text = lct.format_unseen(figures)
+    assert f"AUROC {figures['open_set']['auroc']['value']:.3f}" in text and "enrolled from 20 crops each" in text
+
+
+def test_where_there_is_too_little_nothing_is_measured() -> None:
+    job = make_job()
+    features = draw_features(job, 0.2)
+    assert lct.measure_unseen(job, {split: features[split] for split in ("train", "val")}) is None
+    few = {split: own.take(own.labels < 4) for split, own in features.items()}
+    records = job.records
+    small = lct.Records(
+        records.root,
+        records.class_names[:4],
+        records.paths[:96],
+        records.labels[:96],
+        records.groups[:96],
+        records.splits[:96],
+    )
+    assert lct.measure_unseen(lct.Job(job.config, small, job.runtime, None, job.info), few) is None
