@@ -8576,8 +8576,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     run.log(f"data: {config.data_root}, {len(records.class_names)} classes")
     for name in records.class_names:
         if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
-            flags = f"--exclude '{name}/*' --unknown_dir '{config.data_root / name}'"
-            remedy = f"if its images are of no class, {flags} has the run learn to say unknown"
+            remedy = "if its images are of no class, move it out of data_root and give it as --unknown_dir"
             run.log(f"warning: a class is named {name}: {remedy}")
     run.log(format_class_table(scan.report) if is_fresh else "the split is that of splits.json")
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))

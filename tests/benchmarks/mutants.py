@@ -59,8 +59,8 @@ FAULTS = {
         'unknown.get("measure")', 'unknown.get("fit")', "test_figures.py -k not_tuned"
     ),
     "evaluate measures the other strangers": Fault(
-        'unknown_records(config.unknown_dir)["measure"]',
-        'unknown_records(config.unknown_dir)["fit"]',
+        'from_first(unknown_records, config.unknown_dir)["measure"]',
+        'from_first(unknown_records, config.unknown_dir)["fit"]',
         "test_figures.py -k evaluate",
     ),
     "strangers count as right": Fault(
