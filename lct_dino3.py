@@ -73,7 +73,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the library otherwise calls home when it is imported
 # OpenMP's threads otherwise spin while they wait, on the cores that the loader workers need: with one of two cores busy, waiting
@@ -276,19 +276,29 @@ class Options:
     command: str = "train"
     # Where the options that were given stand; the others have their defaults.
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    word_break: ClassVar[str] = "_"  # of flags, as help and messages spell them; both `_` and `-` are read
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
         plain = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
         return {
-            k: str(v.absolute()) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            k: str(v.absolute())
+            if isinstance(v, Path)
+            else [str(item.absolute()) if isinstance(item, Path) else item for item in v]
+            if isinstance(v, tuple)
+            else v
             for k, v in plain.items()
         }
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """Return the flag of an option as the help spells it."""
+        return f"--{name.replace('_', cls.word_break)}"
 
     def place(self, name: str) -> str:
         """Return where an option stands, for a message about it: its flag, or file and key."""
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
-        return f"--{name}" if origin == COMMAND_LINE_ORIGIN else origin
+        return self.flag(name) if origin == COMMAND_LINE_ORIGIN else origin
 
     def said(self, name: str) -> str:
         """Return where an option stands, and its value."""
@@ -646,12 +656,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(what, "command line", f"{self.prog} --help lists all options")
 
 
+def program_name(command: str) -> str:
+    """Return how a command is started: by this script, or, if that does not know it, as a tool."""
+    if command == "train":
+        return f"python {SCRIPT_NAME}"
+    return f"python {SCRIPT_NAME} {command}" if command in COMMANDS | TOOLS else f"python tools/{command}.py"
+
+
+def needed_flags(options_class: type[Options]) -> list[str]:
+    """Return the flags that a command cannot do without, with what stands for their values."""
+    needed = (field for field in option_fields(options_class) if field.metadata.get("needed"))
+    return [f"{options_class.flag(field.name)} {field.metadata['metavar']}" for field in needed]
+
+
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
     """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
     is_main = command == "train"
-    program = f"python {SCRIPT_NAME}" + ("" if is_main else f" {command}")
+    program = program_name(command)
     fields = option_fields(options_class)
-    needed = "".join(f" --{field.name} {field.metadata['metavar']}" for field in fields if field.metadata.get("needed"))
+    needed = "".join(f" {example}" for example in needed_flags(options_class))
     lines = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
@@ -676,7 +699,9 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
         shown = ("on" if field.default else "off") if kind is bool else field.default
         settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
         names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
-        flags = [f"--{name}" for name in names]
+        flags = dict.fromkeys(
+            flag for name in names for flag in (options_class.flag(name), f"--{name}", f"--{name.replace('_', '-')}")
+        )
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
 
@@ -1076,10 +1101,9 @@ def check_given(options: Options) -> None:
     """
     fields = option_fields(type(options))
     for field in fields:
-        if field.metadata.get("needed") and getattr(options, field.name) is None:
-            command = "" if options.command == "train" else f" {options.command}"
-            needed = (f"--{f.name} {f.metadata['metavar']}" for f in fields if f.metadata.get("needed"))
-            raise UserError("is missing", f"--{field.name}", f"python {SCRIPT_NAME}{command} {' '.join(needed)}")
+        if field.metadata.get("needed") and getattr(options, field.name) in (None, ()):
+            remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
+            raise UserError("is missing", options.flag(field.name), remedy)
     for field in fields:
         path = getattr(options, field.name)
         if isinstance(path, Path):
@@ -1518,17 +1542,18 @@ def show(text: str) -> None:
 class RunDirectory:
     """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the process that follows that."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flag: str = "--out_dir", events_name: str = "metrics.jsonl") -> None:
         self.path = path
+        self.events_path = path / events_name
         self._tracker: subprocess.Popen | None = None
-        create_out_dir(path)
-        self._lock = lock_directory(path).lock
+        create_out_dir(path, flag)
+        self._lock = lock_directory(path, flag).lock
         # Left by a run that was killed while it wrote; safe to delete, since only the holder of the lock writes.
         for leftover in path.glob(".*.[0-9]*.tmp"):
             leftover.unlink()
         self._log = LineFile(path / "train.log")
-        damage = repair_events(path / "metrics.jsonl")
-        self._events = LineFile(path / "metrics.jsonl")
+        damage = repair_events(self.events_path)
+        self._events = LineFile(self.events_path)
         if damage:
             self.log(f"warning: {damage}")
 
@@ -1548,15 +1573,19 @@ class RunDirectory:
 
     def forget_epochs_after(self, epoch: int) -> None:
         """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
-        records = read_events(self.path)
         of_epochs = ("baseline_end", "unseen_classes", "epoch_end", "best_update")
-        remaining = [r for r in records if r["event"] not in of_epochs or r.get("epoch", 0) <= epoch]
+        self.forget(lambda record: record["event"] in of_epochs and record.get("epoch", 0) > epoch)
+
+    def forget(self, is_outdated: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop records of what is done again."""
+        records = read_events(self.path, self.events_path.name)
+        remaining = [record for record in records if not is_outdated(record)]
         if len(remaining) == len(records):
             return
         self._events.close()
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
-        write_bytes(self.path / "metrics.jsonl", lines.encode("utf-8", "backslashreplace"))
-        self._events = LineFile(self.path / "metrics.jsonl")
+        write_bytes(self.events_path, lines.encode("utf-8", "backslashreplace"))
+        self._events = LineFile(self.events_path)
 
     def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
         return ReadRunDirectory, (self.path,)
@@ -1654,9 +1683,9 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "event" in record else None
 
 
-def read_events(out_dir: Path) -> list[dict[str, Any]]:
+def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl; damaged lines, which the next start repairs and names, are left out."""
-    path = out_dir / "metrics.jsonl"
+    path = out_dir / name
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [record for record in map(parse_record, lines) if record is not None]
 
@@ -4490,7 +4519,7 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
         batch_sampler=batches,
         collate_fn=dataset.collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=workers > 0,
         pin_memory=runtime.num_gpus > 0,
     )
@@ -4545,7 +4574,8 @@ def take_turns(
         yield from gather_answers(None if batch is None else answer(batch))
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Leave signals and messages of a loader's process to the one that reads from it, and keep to one thread."""
     # libjpeg says there, once an epoch, what it thinks of every file that it has mended; failures come home as exceptions.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they reach every process of the terminal

@@ -1,0 +1,102 @@
+"""What DINO and iBOT minimise: the student's answers to some views shall be the teacher's to others, and to masked patches.
+
+DINO: arXiv:2104.14294; iBOT: arXiv:2111.07832; Sinkhorn: arXiv:2006.09882; KoLeo: arXiv:1806.03198.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
+    """Return probabilities (N, K) nearest to softmax(logits / temperature) that use all K outputs equally often over the batch."""
+    scaled = logits.float() / temperature
+    plan = (scaled - scaled.max()).exp()
+    for _ in range(num_iterations):
+        plan = plan / plan.sum(dim=0, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
+        plan = plan / plan.sum(dim=1, keepdim=True)
+    return plan
+
+
+class Target(nn.Module):
+    """Turns the teacher's logits into the distribution that the student has to match, kept from collapsing."""
+
+    def __init__(
+        self, out_dim: int, temperature: float, center_momentum: float = 0.9, sinkhorn_iterations: int = 0
+    ) -> None:
+        """Args:
+        out_dim: of the logits.
+        temperature: of the teacher.
+        center_momentum: of the running mean that is subtracted from the logits.
+        sinkhorn_iterations: 0 = centring; else Sinkhorn of the logits as they are.
+        """
+        super().__init__()
+        self.temperature = temperature
+        self.center_momentum = center_momentum
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.register_buffer("center", torch.zeros(out_dim))
+
+    def plain(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return probabilities (N, K) without Sinkhorn: what the teacher says of an image, whatever the others in the batch are."""
+        centered = logits.float() if self.sinkhorn_iterations else logits.float() - self.center
+        return F.softmax(centered / self.temperature, dim=-1)
+
+    @torch.no_grad()
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return probabilities (N, K) of all that the teacher has said in a step, and move the centre once."""
+        if self.sinkhorn_iterations:
+            return sinkhorn(logits, self.temperature, self.sinkhorn_iterations)
+        probabilities = self.plain(logits)
+        self.center.lerp_(logits.float().mean(dim=0), 1 - self.center_momentum)
+        return probabilities
+
+
+def class_loss(student: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the mean cross-entropy of every student view with every teacher view but the same.
+
+    Args:
+        student: logits (V, B, K), the global views first.
+        target: probabilities (G, B, K) of the G global views.
+        temperature: of the student.
+    """
+    log_probabilities = F.log_softmax(student.float() / temperature, dim=-1)
+    num_global, num_views = len(target), len(student)
+    losses = -torch.einsum("gbk,vbk->gv", target, log_probabilities) / student.shape[1]
+    is_same = torch.eye(num_global, num_views, dtype=torch.bool, device=losses.device)
+    return losses.masked_fill(is_same, 0.0).sum() / (num_global * (num_views - 1))
+
+
+def patch_loss(student: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the cross-entropy of the student with the teacher at masked patches.
+
+    Args:
+        student: logits (M, K) of the masked patches.
+        target: probabilities (M, K) of the teacher, who has seen them.
+        weights: (M,) of each patch, those of all views sum to 1.
+        temperature: of the student.
+    """
+    log_probabilities = F.log_softmax(student.float() / temperature, dim=-1)
+    return -((target * log_probabilities).sum(dim=-1) * weights).sum()
+
+
+def koleo_loss(features: torch.Tensor) -> torch.Tensor:
+    """Return minus the mean log distance of each feature (B, D), on the unit sphere, to its nearest: it spreads them evenly."""
+    unit = F.normalize(features.float(), dim=-1, eps=1e-8)
+    with torch.no_grad():
+        cosines = unit @ unit.T
+        nearest = cosines.fill_diagonal_(-math.inf).argmax(dim=1)
+    return -((unit - unit[nearest]).norm(dim=1) + 1e-8).log().mean()
+
+
+def mutual_information(probabilities: torch.Tensor) -> float:
+    """Return H(mean p) - mean H(p) in nats of probabilities (N, K): 0 if all images get the same answer or none gets a sure one."""
+
+    def entropy(values: torch.Tensor) -> torch.Tensor:
+        return -torch.xlogy(values, values).sum(dim=-1)
+
+    values = probabilities.double()
+    return float(entropy(values.mean(dim=0)) - entropy(values).mean())

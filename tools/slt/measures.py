@@ -1,0 +1,62 @@
+"""What features are worth without training on them: two-view retrieval, k nearest neighbours, and what pixels and colours give."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+NEIGHBOURS = 5
+TEMPERATURE = 0.07  # of the neighbours' votes, as DINO has it
+PIXEL_SIDE = 16  # px of the small pictures that are compared as they are
+COLOUR_BINS = 4  # a channel of the joint histogram
+
+
+def two_view_retrieval(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return how often the nearest of the second views is that of the same image, of features (N, D) each, their mean removed."""
+    mean = torch.cat([first, second]).mean(dim=0)
+    cosines = F.normalize(first - mean, dim=1) @ F.normalize(second - mean, dim=1).T
+    return (cosines.argmax(dim=1) == torch.arange(len(first), device=cosines.device)).double().mean().item()
+
+
+def knn_accuracy(
+    gallery: np.ndarray, gallery_labels: np.ndarray, queries: np.ndarray | None, query_labels: np.ndarray | None
+) -> float:
+    """Return the share of queries that their NEIGHBOURS nearest in the gallery give the right class, weighted by cosine.
+
+    Args:
+        gallery: features (N, D), which standardise all features.
+        gallery_labels: (N,).
+        queries: features (M, D); None = each of the gallery, which then does not vote for itself.
+        query_labels: (M,).
+    """
+    mean = gallery.mean(axis=0)
+    deviation = gallery.std(axis=0) + 1e-6
+    unit = [
+        F.normalize(torch.from_numpy((features - mean) / deviation).float(), dim=1)
+        for features in (gallery, gallery if queries is None else queries)
+    ]
+    cosines = unit[1] @ unit[0].T
+    if queries is None:
+        cosines.fill_diagonal_(-np.inf)
+        query_labels = gallery_labels
+    values, nearest = cosines.topk(min(NEIGHBOURS, len(gallery) - (queries is None)), dim=1)
+    labels = torch.from_numpy(gallery_labels)[nearest]
+    votes = torch.zeros(len(values), int(gallery_labels.max()) + 1)
+    votes.scatter_add_(1, labels, (values / TEMPERATURE).softmax(dim=1))
+    return (votes.argmax(dim=1).numpy() == query_labels).mean().item()
+
+
+def pixel_features(images: torch.Tensor) -> np.ndarray:
+    """Return images uint8 (N, 3, H, W) as pictures of PIXEL_SIDE px, float32 (N, D)."""
+    small = F.interpolate(images, (PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
+    return small.flatten(1).float().numpy()
+
+
+def colour_features(images: torch.Tensor) -> np.ndarray:
+    """Return the joint colour histograms of images uint8 (N, 3, H, W), float32 (N, COLOUR_BINS ** 3)."""
+    steps = (images.long() * COLOUR_BINS) // 256
+    cells = ((steps[:, 0] * COLOUR_BINS + steps[:, 1]) * COLOUR_BINS + steps[:, 2]).flatten(1)
+    counts = torch.zeros(len(images), COLOUR_BINS**3)
+    counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
+    return (counts / cells.shape[1]).sqrt().numpy()  # as Hellinger's distance: a background does not drown all else
