@@ -276,7 +276,7 @@ class Options:
     command: str = "train"
     # Where the options that were given stand; the others have their defaults.
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
-    word_break: ClassVar[str] = "_"  # of flags, as help and messages spell them; both `_` and `-` are read
+    word_break: ClassVar[str] = "_"  # of flags; where it is "-", both are read
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
@@ -699,9 +699,7 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
         shown = ("on" if field.default else "off") if kind is bool else field.default
         settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
         names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
-        flags = dict.fromkeys(
-            flag for name in names for flag in (options_class.flag(name), f"--{name}", f"--{name.replace('_', '-')}")
-        )
+        flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
 
