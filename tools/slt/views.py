@@ -1,0 +1,233 @@
+"""Views of images: each is a function of (seed, epoch, index), made in the loader's workers, whose number changes nothing."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+
+# isort: split
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+ORDER, VIEWS, MASKS = (
+    1,
+    2,
+    3,
+)  # first words of the seeds, so that no two uses of (seed, epoch, index) share their numbers
+ASPECT = (3 / 4, 4 / 3)  # of crops, as in torchvision's RandomResizedCrop
+BLUR_SIGMA = (0.1, 2.0)  # px in a view of 224 px, as in DINO
+SOLARIZE_FROM = 128
+MASK_PROBABILITY = 0.5  # of a global view, and
+MASK_SPREAD = 0.2  # half the range of the masked share around its mean: as in iBOT
+BLOCK_ASPECT = 0.3  # of a masked block at least, as in BEiT
+BLOCK_TRIES = 10
+LUMA = np.array(lct.LUMA)
+# Of the NTSC colour space, where a turn about the first axis changes hues and leaves grays as they are.
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+FROM_YIQ = np.linalg.inv(TO_YIQ)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views differ from their image; probabilities are those of each view."""
+
+    image_size: int  # px of a global view
+    local_crop_size: int
+    num_local_crops: int
+    global_crop_scale: tuple[float, float]  # share of the image's area
+    local_crop_scale: tuple[float, float]
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # in turns
+    color_jitter_prob: float = 0.0
+    grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    solarize_prob: float = 0.0
+    hflip_prob: float = 0.0
+
+    def draw_view(self, image: torch.Tensor, side: int, scale: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        """Return a random view uint8 (side, side, 3) of an image uint8 (1, 3, H, W)."""
+        height, width = image.shape[2:]
+        draws = rng.random(16)
+        area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
+        aspect = math.exp(math.log(ASPECT[0]) + draws[1] * math.log(ASPECT[1] / ASPECT[0]))
+        crop_width = min(width, max(1, round(math.sqrt(area * aspect))))
+        crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
+        left = int(draws[2] * (width - crop_width + 1))
+        top = int(draws[3] * (height - crop_height + 1))
+        view = resize(image[:, :, top : top + crop_height, left : left + crop_width], side)
+        if draws[4] < self.hflip_prob:
+            view = view[:, ::-1]
+        is_gray = draws[6] < self.grayscale_prob
+        if draws[5] < self.color_jitter_prob or is_gray:
+            jitter = draws[7:11] if draws[5] < self.color_jitter_prob else np.full(4, 0.5)
+            view = cv2.transform(np.ascontiguousarray(view), self._colour_map(view, 2 * jitter - 1, is_gray))
+        if draws[11] < self.gaussian_blur_prob:
+            sigma = (BLUR_SIGMA[0] + draws[12] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])) * side / 224
+            view = cv2.GaussianBlur(np.ascontiguousarray(view), (0, 0), max(sigma, 0.05))
+        if draws[13] < self.solarize_prob:
+            view = np.where(view >= SOLARIZE_FROM, 255 - view, view)
+        return np.ascontiguousarray(view)
+
+    def _colour_map(self, view: np.ndarray, jitter: np.ndarray, is_gray: bool) -> np.ndarray:
+        """Return a matrix (3, 4) that changes brightness, contrast, saturation and hue of RGB in one product.
+
+        Each is linear but for the offset of the contrast; hue turns in YIQ. Values are clipped once, at the end.
+        """
+        brightness, contrast, saturation = 1 + jitter[:3] * (self.brightness, self.contrast, self.saturation)
+        angle = jitter[3] * self.hue * math.tau
+        turn = np.array(
+            [[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]], dtype=np.float64
+        )
+        to_gray = np.tile(LUMA, (3, 1))
+        saturate = saturation * np.eye(3) + (1 - saturation) * to_gray
+        matrix = FROM_YIQ @ turn @ TO_YIQ @ saturate * (brightness * contrast)
+        offset = (1 - contrast) * brightness * float(LUMA @ cv2.mean(view if view.flags.forc else view.copy())[:3])
+        if is_gray:
+            matrix = to_gray @ matrix
+        return np.column_stack([matrix, np.full(3, offset)])
+
+
+def resize(image: torch.Tensor, side: int) -> np.ndarray:
+    """Return an image uint8 (1, 3, H, W) as a square uint8 (side, side, 3), antialiased; its aspect is not kept."""
+    if image.shape[2:] != (side, side):
+        image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
+    return image[0].permute(1, 2, 0).numpy()
+
+
+def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> np.ndarray:
+    """Return a mask of patches bool (grid * grid,) made of blocks, MASK_PROBABILITY that there are any."""
+    mask = np.zeros((grid, grid), dtype=bool)
+    if rng.random() >= MASK_PROBABILITY:
+        return mask.reshape(-1)
+    low, high = max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD)
+    target = max(1, round(rng.uniform(low, high) * grid * grid))
+    for _ in range(BLOCK_TRIES):
+        missing = target - int(mask.sum())
+        if missing <= 0:
+            break
+        area = rng.uniform(1, missing + 1)
+        aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
+        height = min(grid, max(1, round(math.sqrt(area * aspect))))
+        width = min(grid, max(1, round(math.sqrt(area / aspect))))
+        top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+        block = mask[top : top + height, left : left + width]
+        if block.size - int(block.sum()) <= missing:
+            block[...] = True
+    return mask.reshape(-1)
+
+
+class Images:
+    """Images by number: decoded when asked for, or once, as small squares in memory that workers share."""
+
+    def __init__(self, paths: Sequence[str], pixels: np.ndarray | None = None) -> None:
+        self.paths = lct.PathTable(paths)
+        self.pixels = pixels  # uint8 (N, S, S, 3)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return an image uint8 (1, 3, H, W), channels last in memory.
+
+        Raises:
+            UserError: it could be read when the run began, and cannot any more.
+        """
+        if self.pixels is not None:
+            image = self.pixels[index]
+        else:
+            try:
+                image = lct.load_image(self.paths[index])
+            except lct.ImageError as error:
+                remedy = "put it back, or start afresh without it; the same command continues"
+                raise lct.UserError(f"cannot be read any more: {error}", self.paths[index], remedy) from error
+        return torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+
+
+class ViewKey(NamedTuple):
+    """Which views of which image."""
+
+    epoch: int  # from 1; 0 = those that evaluation looks at
+    index: int
+
+
+class ViewBatch(NamedTuple):
+    """What a loader yields; views of one kind of all images follow each other."""
+
+    global_views: torch.Tensor  # uint8 (2, B, 3, S, S)
+    local_views: torch.Tensor  # uint8 (L, B, 3, s, s)
+    masks: torch.Tensor  # bool (2, B, N): patches that the student does not see
+
+
+class ViewDataset(Dataset):
+    """Two global views of an image, its local views, and masks of the global ones."""
+
+    def __init__(self, images: Images, augmentation: Augmentation, seed: int, grid: int, mask_ratio: float) -> None:
+        self.images = images
+        self.augmentation = augmentation
+        self.seed = seed
+        self.grid = grid  # patches a side of a global view
+        self.mask_ratio = mask_ratio  # 0 = nothing is masked
+
+    def __getitem__(self, key: ViewKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng((VIEWS, self.seed, *key))
+        image = self.images.read(key.index)
+        how = self.augmentation
+        global_views = [how.draw_view(image, how.image_size, how.global_crop_scale, rng) for _ in range(2)]
+        num_local = how.num_local_crops
+        local_views = [how.draw_view(image, how.local_crop_size, how.local_crop_scale, rng) for _ in range(num_local)]
+        masks = np.zeros((2, self.grid**2), dtype=bool)
+        if self.mask_ratio:
+            rng = np.random.default_rng((MASKS, self.seed, *key))
+            masks = np.stack([draw_block_mask(rng, self.grid, self.mask_ratio) for _ in range(2)])
+        local_shape = (0, how.local_crop_size, how.local_crop_size, 3)
+        local = np.stack(local_views) if local_views else np.zeros(local_shape, np.uint8)
+        return np.stack(global_views), local, masks
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> ViewBatch:
+        """Stack the views of a batch."""
+        global_views, local_views, masks = (
+            torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*samples, strict=True)
+        )
+        return ViewBatch(global_views.permute(0, 1, 4, 2, 3), local_views.permute(0, 1, 4, 2, 3), masks)
+
+
+class EpochBatches:
+    """The batches of one epoch from some position on: set before each pass, so that one loader serves all of them."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, is_shuffled: bool) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.is_shuffled = is_shuffled
+        self.epoch = 0
+        self.first = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps an epoch; images that fill no batch are left out, others in each epoch."""
+        return self.num_images // self.batch_size
+
+    def __len__(self) -> int:
+        return max(0, self.per_epoch - self.first)
+
+    def __iter__(self) -> Iterator[list[ViewKey]]:
+        order = np.arange(self.num_images)
+        if self.is_shuffled:
+            order = np.random.default_rng((ORDER, self.seed, self.epoch)).permutation(self.num_images)
+        for number in range(self.first, self.per_epoch):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield [ViewKey(self.epoch, index) for index in batch.tolist()]
