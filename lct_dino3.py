@@ -4601,6 +4601,7 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # ======================================================================================================================
 # Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
 HEAD_WIDTHS = (512, 192)  # hidden units of the embedding head, and of each of several side by side
+PRETRAINED_VIT = "vit_small_patch16_224"  # timm's model that tools/slt/models.py is, but for its sizes
 MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
@@ -4865,14 +4866,53 @@ def load_timm_model(
 
     seed_torch(config.seed, 0)
     start = read_start(config)
+    name, _ = split_model_id(config.model_id)  # `settings` hold the sizes
     if start is not None:
         with _Unfilled():
-            model = timm.create_model(config.model_id, pretrained=False, **settings)
+            model = timm.create_model(name, pretrained=False, **settings)
         fill_backbone(model, start, log)
         return model, str(start.path)
     if config.pretrained:
         return _fetch_pretrained(config, settings, log), "timm"
-    return timm.create_model(config.model_id, pretrained=False, **settings), None
+    return timm.create_model(name, pretrained=False, **settings), None
+
+
+def adopt_geometry(config: Config) -> Config:
+    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given.
+
+    Files of others say nothing of them, and change nothing.
+    """
+    path = config.backbone_weights
+    if path is None or not is_torch_zip(path):
+        return config
+    payload = read_archive(path, config.said("backbone_weights"))
+    metadata = payload.get("metadata") if isinstance(payload, dict) else None
+    geometry = metadata.get("geometry") if isinstance(metadata, dict) else None
+    if not isinstance(geometry, dict) or "image_size" not in geometry:
+        return config
+    sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
+    values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
+    values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
+    adopted = {name: value for name, value in values.items() if name not in config.origins}
+    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
+    return dataclasses.replace(config, origins=origins, **adopted)
+
+
+def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
+    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`.
+
+    Raises:
+        UserError: what follows is no list of sizes.
+    """
+    if model_id.startswith(("hf-hub:", "local-dir:")) or ":" not in model_id:
+        return model_id, {}
+    name, _, words = model_id.partition(":")
+    try:
+        pairs = [word.split("=") for word in words.split(",")]
+        return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
+    except ValueError as error:
+        remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
+        raise UserError(f"{words} is no list of sizes", f"--model_id {model_id}", remedy) from error
 
 
 class _Unfilled(TorchDispatchMode):
@@ -4920,13 +4960,14 @@ def _probe(
     """Return settings and feature_dim as `probe_model` does, the number of blocks, and whether there are attention layers."""
     import timm
 
-    base = model_id.removeprefix("hf-hub:").split(".")[0]
+    name, sizes = split_model_id(model_id)
+    base = name.removeprefix("hf-hub:").split(".")[0]
     if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
         raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
-    settings: dict[str, Any] = {"num_classes": 0, **dict(options)}
+    settings: dict[str, Any] = {"num_classes": 0, **dict(options), **sizes}
     try:
         with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(model_id, pretrained=False, **settings)
+            model = timm.create_model(name, pretrained=False, **settings)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
                 settings["img_size"] = img_size
             # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
@@ -4934,7 +4975,7 @@ def _probe(
                 settings["dynamic_img_size"] = False
             if pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = pool or "token"
-            model = timm.create_model(model_id, pretrained=False, **settings).eval()
+            model = timm.create_model(name, pretrained=False, **settings).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
             is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
             if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
@@ -4987,6 +5028,26 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
+def read_archive(path: Path, where: str) -> Any:
+    """Return what torch.save has written, never executing anything in it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # pickle, zip and I/O errors: whatever a wrong file provokes
+        raise unreadable_weights(error, where) from error
+
+
+def unreadable_weights(error: Exception, where: str) -> UserError:
+    """Return what to tell of a file that holds no weights."""
+    problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+    return UserError(problem, where, "give a state dict saved by torch.save or safetensors")
+
+
 @dataclass(frozen=True)
 class Start:
     """Weights that a run starts from: one of our own checkpoints or exports, or what timm or others have saved."""
@@ -5017,7 +5078,7 @@ def read_start(config: Config) -> Start | None:
         payload = None
         if is_torch_zip(path):
             check_zip(path)
-            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            payload = read_archive(path, where)
         if isinstance(payload, dict) and "identity" in payload and "format" in payload:
             state = payload.get("average", payload["model"])  # those that were judged
             identity = payload["identity"]
@@ -5027,11 +5088,10 @@ def read_start(config: Config) -> Start | None:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
                     class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
-    except Exception as error:  # pickle, zip, safetensors and key errors: whatever a wrong file provokes
-        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
-        raise UserError(problem, where, "give a state dict saved by torch.save or safetensors") from error
+    except Exception as error:  # zip, safetensors and key errors
+        raise unreadable_weights(error, where) from error
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -8437,6 +8497,7 @@ def choose_options(trained: Config, typed: RunOptions) -> Config:
 def run_train(config: Config) -> None:
     """Scan, split, train, export prototypes, test, report; or continue where an interrupted run stopped."""
     keep_freed_memory()
+    config = adopt_geometry(config)
     runtime = training_runtime(config)
     with contextlib.ExitStack() as stack:
         backbone = None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 NEIGHBOURS = 5
 TEMPERATURE = 0.07  # of the neighbours' votes, as DINO has it
 PIXEL_SIDE = 16  # px of the small pictures that are compared as they are
-COLOUR_BINS = 4  # a channel of the joint histogram
+COLOUR_BINS = 8  # a channel of the joint histogram
 
 
 def two_view_retrieval(first: torch.Tensor, second: torch.Tensor) -> float:
