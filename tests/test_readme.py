@@ -22,7 +22,8 @@ FOREIGN = re.compile(
     r"torchrun\b.*?(?=lct_dino3\.py|tools/\w+\.py|\.\.\.|`|$)"
     r"|(?<![\w-])(?:pip|tensorboard|clearml-task) [^`#\n]*|label-studio`|pytest[^`#\n]*"
 )
-STARTED = re.compile(r"lct_dino3\.py +([a-z]+)\b|\b(lct_dino3)\.py|\b(?:tools/)([a-z]+)\.py")
+STARTED = re.compile(r"lct_dino3\.py +([a-z]+)\b|\b(lct_dino3)\.py|\b(?:tools/)([a-z_]+)\.py")
+PRETRAINING = ("pretrain_dino_face", "pretrain_dino_hands")  # tools that the script does not start
 
 
 def flags_of_parser(options_class: type[lct.Options], command: str) -> set[str]:
@@ -49,9 +50,10 @@ def flags_of_rooms() -> dict[str, set[str]]:
         for command in lct.COMMANDS
     }
     for path in (REPO / "tools").glob("*.py"):
-        if path.stem in lct.TOOLS:
+        if path.stem in (*lct.TOOLS, *PRETRAINING):
             rooms[path.stem] = flags_of_tool(path) | {"--help"}
     rooms["demo"] |= rooms["train"]  # it passes them on
+    rooms["pretraining"] = rooms[PRETRAINING[0]]
     return rooms
 
 
@@ -136,7 +138,10 @@ def test_every_room_is_in_the_table() -> None:
     rooms = README.partition("## Rooms")[2].partition("\n## ")[0]
     for path in (REPO / "tools").glob("*.py"):
         assert f"`{path.name}`" in rooms, path.name
-        assert path.stem == "labels" or f"python lct_dino3.py {path.stem} " in rooms.replace("`", " "), path.name
+        if path.stem in PRETRAINING:
+            assert f"python tools/{path.name} " in rooms
+        elif path.stem not in ("labels", "pretrain_utils"):
+            assert f"python lct_dino3.py {path.stem} " in rooms.replace("`", " "), path.name
     for command in set(lct.COMMANDS) - {"train"}:
         assert f"python lct_dino3.py {command} " in rooms, command
 

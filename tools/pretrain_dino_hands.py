@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pretrain_utils import PretrainOptions, lct, pretrain
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+
+# isort: split
+import pretrain_utils
 
 
 @dataclass(frozen=True)
-class HandsOptions(PretrainOptions):
+class HandsOptions(pretrain_utils.PretrainOptions):
     """Pre-train a ViT on unlabelled crops of hands, left and right together, with DINO or iBOT."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Pre-train as the command line says, and return the exit code."""
-    return lct.run_program("pretrain_dino_hands", HandsOptions, pretrain, argv)
+    return lct.run_program("pretrain_dino_hands", HandsOptions, pretrain_utils.pretrain, argv)
 
 
 if __name__ == "__main__":

@@ -230,14 +230,14 @@ def compute_losses(job: Job, state: State, batch: ViewBatch) -> tuple[torch.Tens
         logits = student.head(class_tokens)
     loss_class = losses.class_loss(logits, class_target.unflatten(0, (2, -1)), options.student_temp)
     loss_patch = koleo = loss_class.new_zeros(())
-    if is_ibot and bool(batch.masks.any()):
+    if is_ibot:
         with job.autocast():
-            with torch.no_grad():
-                patch_target = state.targets["patch"](teacher.patch_head(taught[:, :, 1:][masks]))
+            with torch.no_grad():  # of all patches: the masked ones alone are too few for Sinkhorn, and no fair centre
+                patch_target = state.targets["patch"](teacher.patch_head(taught[:, :, 1:]).flatten(0, 2))
             patch_logits = student.patch_head(tokens[:, :, 1:][masks])
         # Each view counts as much as another, however many patches of it are masked.
         weights = (masks / masks.sum(-1, keepdim=True).clamp_min(1))[masks] / (len(masks) * masks.shape[1])
-        loss_patch = losses.patch_loss(patch_logits, patch_target, weights, options.student_temp)
+        loss_patch = losses.patch_loss(patch_logits, patch_target[masks.flatten()], weights, options.student_temp)
     if options.koleo_weight:
         koleo = (losses.koleo_loss(class_tokens[0]) + losses.koleo_loss(class_tokens[1])) / 2
     loss = loss_class + options.patch_loss_weight * loss_patch + options.koleo_weight * koleo
