@@ -23,7 +23,7 @@ import torch
 from conftest import REPO, draw_image, make_dataset, run_main
 from killing import Nursery, kill
 from PIL import Image
-from slt import losses, measures, models, views
+from slt import data, losses, measures, models, views
 from slt.options import PRESETS, apply_preset
 from torch.nn import functional as F
 
@@ -182,9 +182,16 @@ def test_information_is_zero_for_equal_and_for_unsure_answers() -> None:
     assert losses.mutual_information(torch.eye(8)[[3] * 5]) == pytest.approx(0, abs=1e-9)
 
 
-def test_patches_are_learned_from_the_teacher_at_masked_places_alone(tmp_path: Path) -> None:
+def make_job(options: pretrain_utils.PretrainOptions, **parts: object) -> pretrain_utils.Job:
+    names = ("data", "schedule", "batches", "run", "held_out_views")
+    runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
+    given = {name: parts.get(name) for name in names}
+    return pretrain_utils.Job(options, runtime=runtime, identity={}, **given)
+
+
+def test_patches_are_learned_from_the_teacher_at_masked_places_alone() -> None:
     """The patch loss of a step, computed once more from the definition."""
-    options = apply_preset(pretrain_utils.PretrainOptions(preset="small", algorithm="ibot", use_sinkhorn=False))
+    options = apply_preset(pretrain_utils.PretrainOptions(preset="small", algorithm="ibot"))
     options = lct.dataclasses.replace(options, use_sinkhorn=False, koleo_weight=0.0)
     state = pretrain_utils.build_state(options, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
@@ -193,8 +200,7 @@ def test_patches_are_learned_from_the_teacher_at_masked_places_alone(tmp_path: P
     masks[0, 1, :3] = True
     masks[1, 2, 4:9] = True
     batch = views.ViewBatch(global_views, torch.zeros(0, 3, 3, 16, 16, dtype=torch.uint8), masks)
-    runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
-    job = pretrain_utils.Job(options, None, runtime, None, None, {}, None, None)
+    job = make_job(options)
     _, _, found, _ = pretrain_utils.compute_losses(job, state, batch)
     mean, std = (torch.tensor(getattr(options, f"aug_{name}")).view(3, 1, 1) for name in ("mean", "std"))
     images = (global_views.float() / 255 - mean) / std
@@ -210,6 +216,50 @@ def test_patches_are_learned_from_the_teacher_at_masked_places_alone(tmp_path: P
         state.targets["patch"].center, 0.1 * state.teacher.head(state.teacher.encode(global_views)[:, :, 1:]).mean((0, 1, 2)),
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
+
+
+def test_a_step_freezes_the_last_layer_clips_and_weighs_the_losses() -> None:
+    options = apply_preset(pretrain_utils.PretrainOptions(preset="small", algorithm="ibot"))
+    options = lct.dataclasses.replace(options, clip_grad_norm=1e-3, freeze_last_layer_epochs=1.0, num_local_crops=1)
+    job = make_job(options, schedule=pretrain_utils.Schedule(options, steps_per_epoch=1))
+    state = pretrain_utils.build_state(options, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    crops = (
+        torch.randint(0, 256, (n, 6, 3, side, side), dtype=torch.uint8, generator=generator)
+        for n, side in ((2, 32), (1, 16))
+    )
+    batch = views.ViewBatch(*crops, torch.rand(2, 6, 16, generator=generator) < 0.3)
+    before = {name: value.clone() for name, value in state.student.named_parameters()}
+    figures = dict(zip(pretrain_utils.TALLY, pretrain_utils.train_step(job, state, batch).tolist(), strict=True))
+    weighted = figures["loss_class"] + 0.3 * figures["loss_patch"] + 0.1 * figures["koleo"]
+    assert figures["loss"] == pytest.approx(weighted) and figures["loss_patch"] > 0 and figures["koleo"] != 0
+    gradients = {name: p.grad for name, p in state.student.named_parameters() if p.grad is not None}
+    assert "head.prototypes" not in gradients and "head.mlp.0.weight" in gradients
+    assert figures["grad_norm"] > 0.01  # as it was
+    assert sum(g.square().sum() for g in gradients.values()).sqrt() == pytest.approx(1e-3, rel=0.01)
+    changed = {name for name, value in state.student.named_parameters() if not torch.equal(value, before[name])}
+    assert "head.prototypes" not in changed and "backbone.mask_token" in changed
+    pretrain_utils.train_step(job, state, batch)  # the second epoch
+    assert not torch.equal(state.student.head.prototypes, before["head.prototypes"])
+    assert (state.step, state.batches) == (2, 2)
+
+
+def test_it_is_the_teacher_that_is_judged() -> None:
+    options = apply_preset(pretrain_utils.PretrainOptions(preset="small"))
+    state = pretrain_utils.build_state(options, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in state.student.parameters():
+            parameter.zero_()
+    held_out = make_views()
+    pairs = torch.cat([held_out.collate([held_out[views.ViewKey(0, n)] for n in range(4)]).global_views] * 3, dim=1)
+    pixels = pairs[0]
+    labelled = pretrain_utils.Data(None, None, "", data.LabelledImages(pixels, np.arange(12) % 4), None)
+    figures = pretrain_utils.evaluate(make_job(options, data=labelled, held_out_views=pairs[:, :4]), state)
+    first, second = (state.teacher.encode(part[None, :4])[0, :, 0] for part in pairs)
+    assert figures["retrieval"] == measures.two_view_retrieval(first, second)
+    answers = (state.teacher.head(torch.cat([first, second])) / options.teacher_temp).softmax(-1)
+    assert figures["information"] == pytest.approx(losses.mutual_information(answers), rel=1e-4)
+    assert figures["knn_class"] == figures["knn_patch"] == 1.0  # each crop stands there three times
 
 
 # --- schedules
@@ -250,6 +300,36 @@ def test_views_are_a_function_of_seed_epoch_and_index() -> None:
     torch.manual_seed(3)
     assert bytes_of(0, 1, 2) == expected
     assert len({bytes_of(seed, epoch, index) for seed in (0, 1) for epoch in (1, 2) for index in (1, 2)}) == 8
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
+    batches = views.EpochBatches(23, 5, seed=1, is_shuffled=True)
+    orders = []
+    for epoch in (1, 2):
+        batches.epoch = epoch
+        orders.append([key.index for batch in batches for key in batch])
+        assert len(set(orders[-1])) == len(orders[-1]) == 20 and {key.epoch for batch in batches for key in batch} == {
+            epoch
+        }
+    assert orders[0] != orders[1]
+    batches.first = 3
+    assert [key.index for batch in batches for key in batch] == orders[1][15:] and len(batches) == 1
+    batches.is_shuffled, batches.first = False, 0
+    assert [key.index for batch in batches for key in batch] == list(range(20))
+
+
+def test_blur_and_solarisation_do_what_they_say() -> None:
+    image = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    how = {"image_size": 224, "local_crop_size": 8, "num_local_crops": 0}
+    scale = (1.0, 1.0)
+    plain, blurred, solarised = (
+        views.Augmentation(**how, global_crop_scale=scale, local_crop_scale=scale, **more).draw_view(
+            image, 224, scale, np.random.default_rng(4)
+        ).astype(int)
+        for more in ({}, {"gaussian_blur_prob": 1.0}, {"solarize_prob": 1.0})
+    )  # fmt: skip
+    assert blurred.std() < 0.8 * plain.std() and abs(blurred.mean() - plain.mean()) < 3
+    np.testing.assert_array_equal(solarised, np.where(plain >= 128, 255 - plain, plain))
 
 
 def test_colours_change_as_torchvision_changes_them() -> None:
@@ -536,11 +616,11 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
 
 def test_centring_collapses_and_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A real one: a centre that never moves, and a sharp teacher."""
-    data = make_dataset(tmp_path / "data", {"one": 40})
+    folder = make_dataset(tmp_path / "data", {"one": 40})
     flags = (
         "--teacher-temp 0.1 --student-temp 0.1 --center-momentum 1 --learning-rate 0.02 --warmup-epochs 0 --epochs 6"
     )
-    assert start(data, tmp_path / "run", *flags.split(), "--stop-on-collapse", "--teacher-momentum-base", 0.5) == 3
+    assert start(folder, tmp_path / "run", *flags.split(), "--stop-on-collapse", "--teacher-momentum-base", 0.5) == 3
     assert "collapsing" in capsys.readouterr().err
 
 
@@ -672,10 +752,10 @@ def test_bad_input_costs_one_sentence(
 
 
 def test_a_few_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = make_dataset(tmp_path / "data", {"one": 30})
-    (data / "one" / "broken.tiff").write_bytes(b"II*\0 cut off")
-    assert start(data, tmp_path / "run", "--epochs", 1) == 0
-    assert f"left out: {data / 'one' / 'broken.tiff'}" in capsys.readouterr().out
+    folder = make_dataset(tmp_path / "data", {"one": 30})
+    (folder / "one" / "broken.tiff").write_bytes(b"II*\0 cut off")
+    assert start(folder, tmp_path / "run", "--epochs", 1) == 0
+    assert f"left out: {folder / 'one' / 'broken.tiff'}" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "params.json").read_text())["dataset"]["images"] == 27  # 3 are held out
 
 
