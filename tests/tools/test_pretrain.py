@@ -808,6 +808,23 @@ def test_the_script_trains_on_what_was_pretrained(finished: Path, small_data: Pa
             torch.testing.assert_close(trained.model.backbone(images), ours.encode(pixels)[:, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_id", "said"),
+    [
+        ("vit_small_patch16_224:depth", "depth is no list of sizes"),
+        ("vit_small_patch16_224:depth=two", "depth=two is no list of sizes"),
+        ("vit_small_patch16_224:deepness=3", "timm cannot build it"),
+        ("vit_smal_patch16_224:depth=3", "did you mean vit_small_patch16_224"),
+    ],
+)
+def test_sizes_in_the_name_of_a_model_are_checked(
+    model_id: str, said: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("--no-pretrained", "--gpus", 0, "--epochs", 1)
+    assert run_main("--data_root", small_data, "--out_dir", tmp_path / "run", "--model_id", model_id, *flags) == 2
+    assert said in capsys.readouterr().err
+
+
 def documented_commands() -> list[str]:
     text = (REPO / "tools" / "README.md").read_text("utf-8").replace("\\\n", " ")
     return re.findall(r"^    (python tools/pretrain_dino_\w+\.py .*?)(?: +#.*)?$", text, re.MULTILINE)
