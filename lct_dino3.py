@@ -280,15 +280,13 @@ class Options:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
-        plain = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
-        return {
-            k: str(v.absolute())
-            if isinstance(v, Path)
-            else [str(item.absolute()) if isinstance(item, Path) else item for item in v]
-            if isinstance(v, tuple)
-            else v
-            for k, v in plain.items()
-        }
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [plain(item) for item in value]
+            return str(value.absolute()) if isinstance(value, Path) else value
+
+        return {field.name: plain(getattr(self, field.name)) for field in option_fields(type(self))}
 
     @classmethod
     def flag(cls, name: str) -> str:

@@ -654,7 +654,7 @@ def pretrain(options: PretrainOptions) -> None:
             fit(job, state)
             if options.export_backbone is not None:
                 export_best(job, state)
-        run.log(format_end(job, state))
+        run.log(describe_end(state))
 
 
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:
@@ -673,12 +673,21 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
     state.start = evaluate(job, state) | compare_pixels(job.data)
     run.event("run_start", epoch=0, step=0, algorithm=job.options.algorithm, chosen_by=job.identity["chosen_by"])
     run.event("start_end", epoch=0, step=0, **state.start)
+    run.log(describe_start(state.start))
 
 
-def format_end(job: Job, state: State) -> str:
+def describe_start(start: dict[str, float]) -> str:
+    """Return the figures of what needs no training."""
+    text = f"random weights: retrieval {start['retrieval']:.3f}"
+    if "knn_pixels" in start:
+        text += f", k-NN class token {start['knn_class']:.3f}, mean patch {start['knn_patch']:.3f}"
+        text += (
+            f"; {measures.PIXEL_SIDE}-px pixels {start['knn_pixels']:.3f}, colour histograms {start['knn_colours']:.3f}"
+        )
+    return text
+
+
+def describe_end(state: State) -> str:
     """Return what came out, beside what needs no training."""
     best = state.best
-    text = f"best: epoch {best['epoch']}, {best['metric']} {best['value']:.3f} (random weights {state.start[best['metric']]:.3f})"
-    if "knn_pixels" in state.start:
-        text += f"; k-NN of 16-px pixels {state.start['knn_pixels']:.3f}, of colour histograms {state.start['knn_colours']:.3f}"
-    return text
+    return f"best: epoch {best['epoch']}, {best['metric']} {best['value']:.3f}; {describe_start(state.start)}"
