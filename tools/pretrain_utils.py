@@ -628,7 +628,7 @@ def pretrain(options: PretrainOptions) -> None:
     batches = EpochBatches(len(data.train), options.batch_size, options.seed, options.dataset_shuffle)
     schedule = Schedule(options, batches.per_epoch)
     grid = options.image_size // options.patch_size
-    held_out = ViewDataset(data.held_out, options.augmentation, options.seed, grid, 0.0)
+    held_out = ViewDataset(data.held_out, options.augmentation.yardstick(), options.seed, grid, 0.0)
     views = torch.cat(
         [ViewDataset.collate([held_out[ViewKey(0, i)]]).global_views for i in range(len(data.held_out))], 1
     )

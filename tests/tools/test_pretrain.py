@@ -514,6 +514,25 @@ def test_streams_are_fused_frame_by_frame_and_what_was_not_seen_does_not_count(f
     assert not torch.allclose(encoder(**crops, pose=pose + 1, masks=masks), fused)
 
 
+@pytest.mark.parametrize("algorithm", ["dino", "ibot"])
+def test_what_is_learned_tells_classes_apart_that_it_was_never_told(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """72 steps of the preset on drawings of eight classes: k-NN with other drawings, random weights .40."""
+    classes = {str(kind): 24 for kind in range(8)}
+    seen = make_dataset(tmp_path / "seen", classes, side=48)
+    other = make_dataset(tmp_path / "other", classes, seed=1, side=48)
+    places = ("--train-dir", seen, "--knn-dir", seen, other, "--output-dir", tmp_path / "run")
+    flags = f"--preset small --epochs 12 --algorithm {algorithm} --device cpu".split()
+    assert run_main("pretrain_dino_face", *places, *flags) == 0
+    records = lct.read_events(tmp_path / "run")
+    start = next(record for record in records if record["event"] == "start_end")
+    end = [record for record in records if record["event"] == "epoch_end"][-1]
+    gains = {name: end[name] - start[name] for name in ("knn_class", "knn_patch", "retrieval")}
+    assert gains["knn_class"] > 0.2 and gains["knn_patch"] > 0.1 and gains["retrieval"] > 0.02, gains
+    assert end["collapse"] is None and "collapsing" not in capsys.readouterr().out
+
+
 def read_run(out: Path) -> dict[str, object]:
     """Return all that must not depend on interruptions."""
     content: dict[str, object] = {}

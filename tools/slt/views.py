@@ -32,6 +32,10 @@ MASK_PROBABILITY = 0.5  # of a global view, and
 MASK_SPREAD = 0.2  # half the range of the masked share around its mean: as in iBOT
 BLOCK_ASPECT = 0.3  # of a masked block at least, as in BEiT
 BLOCK_TRIES = 10
+YARDSTICK = {
+    **{"global_crop_scale": (0.5, 1.0), "local_crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
+    **{"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.02, "color_jitter_prob": 0.8},
+}
 LUMA = np.array(lct.LUMA)
 # Of the NTSC colour space, where a turn about the first axis changes hues and leaves grays as they are.
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -56,6 +60,13 @@ class Augmentation:
     gaussian_blur_prob: float = 0.0
     solarize_prob: float = 0.0
     hflip_prob: float = 0.0
+
+    def yardstick(self) -> Augmentation:
+        """Return the mild one that two-view retrieval is measured with, whatever is trained with.
+
+        Under views as strong as those of the training, features that have learned to overlook colours would look good.
+        """
+        return Augmentation(self.image_size, self.local_crop_size, 0, **YARDSTICK)
 
     def draw_view(self, image: torch.Tensor, side: int, scale: Sequence[float], rng: np.random.Generator) -> np.ndarray:
         """Return a random view uint8 (side, side, 3) of an image uint8 (1, 3, H, W)."""
