@@ -371,9 +371,12 @@ def compare_pixels(data: Data) -> dict[str, float]:
 
 
 def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
-    """Return what shows that features collapse, with the options to turn, or ''; nothing before the end of the warm-up."""
+    """Return what shows that features collapse, with the options to turn, or ''; a healthy run too may begin with a dip.
+
+    Nothing is said before twice the warm-up.
+    """
     limit = MIN_INFORMATION * math.log(job.options.out_dim)
-    if state.step < max(job.schedule.warmup_steps, 1):
+    if state.step < 2 * job.schedule.warmup_steps:
         return ""
     signs = []
     if figures["retrieval"] <= state.start["retrieval"]:
