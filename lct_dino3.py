@@ -9033,9 +9033,11 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     if isinstance(error, (MemoryError, RuntimeError)) and (
         OUT_OF_MEMORY.search(text) or isinstance(error, MemoryError)
     ):
-        where = " ".join(f"--{name} {given[name]}" for name in ("batch", "img_size", "precision") if name in given)
-        remedy = "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite; if something else"
-        remedy += " fills the memory, the same command continues"
+        sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
+        rounding = [name for name in ("precision",) if name in given]
+        where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + rounding)
+        remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}{', or give --precision bf16' if rounding else ''},"
+        remedy += " and start afresh with --overwrite; if something else fills the memory, the same command continues"
         return UserError(f"out of memory: {cause}", where, remedy)
     if isinstance(error, RuntimeError) and SHARED_MEMORY.search(text):
         remedy = "give it more room (docker run --shm-size 8g, or --ipc host); the same command continues"
@@ -9048,12 +9050,10 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
             remedy = "see what it has said itself, and torchrun of it; the same command continues"
             return UserError(f"another process of the job has ended ({cause})", place, remedy)
     if isinstance(error, DeadWorker):
-        remedy = "lower --workers if memory is short (/dev/shm too); the same command continues"
-        return UserError(
-            f"a process that reads images was killed: {text}",
-            f"--workers {count_workers(given.get('workers'))}",
-            remedy,
-        )
+        name = "num_workers" if "num_workers" in given else "workers"
+        remedy = f"lower {options.flag(name)} if memory is short (/dev/shm too); the same command continues"
+        where = f"{options.flag(name)} {count_workers(given.get(name))}"
+        return UserError(f"a process that reads images was killed: {text}", where, remedy)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
         return UserError(f"cannot be written: {error.strerror}", str(error.filename or given.get("out_dir")), remedy)

@@ -664,6 +664,26 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
     assert payload["step"] == 2 and all(value.isfinite().all() for value in payload["student"].values())
 
 
+def test_a_lack_of_memory_names_the_flags_of_this_tool(
+    crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture, patch_used: Callable
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    patch_used(pretrain_utils, "compute_losses", fail)
+    assert start(crops, tmp_path / "run") == 2
+    assert "lower --batch-size or --image-size, and start" in capsys.readouterr().err
+
+
+def test_a_run_can_start_from_an_export(crops: Path, finished: Path) -> None:
+    words = [*TINY, "--init-from", str(finished / "backbone.pt"), "--train-dir", str(crops), "--output-dir", "x"]
+    options = lct.parse_options(pretrain_dino_face.FaceOptions, words, "pretrain_dino_face")
+    state = pretrain_utils.build_state(options, torch.device("cpu"))
+    exported = torch.load(finished / "backbone.pt", weights_only=True)["model"]
+    for networks in (state.student, state.teacher):
+        torch.testing.assert_close(networks.backbone.state_dict(), exported, rtol=0, atol=0, check_dtype=True)
+
+
 # --- options
 
 
