@@ -279,8 +279,8 @@ def make_loader(job: Job) -> DataLoader:
     )
 
 
-def train_epoch(job: Job, state: State, loader: DataLoader) -> None:
-    """Train on what is left of the epoch.
+def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
+    """Train on what is left of the epoch; another loader takes the place of one whose worker was killed.
 
     Raises:
         Diverged: a loss or gradient is not finite.
@@ -288,9 +288,11 @@ def train_epoch(job: Job, state: State, loader: DataLoader) -> None:
     options = job.options
     job.batches.epoch = state.epoch + 1
 
-    def read(_: int, taken: int) -> DataLoader:
+    def read(failed: int, taken: int) -> DataLoader:
         job.batches.first = first + taken
-        return loader
+        if failed:
+            loaders[0] = make_loader(job)
+        return loaders[0]
 
     first = state.batches
     batches = lct.outlive_workers(read, job.run.log)
@@ -395,11 +397,11 @@ def fit(job: Job, state: State) -> None:
     Raises:
         Diverged: the loss is not finite; or features collapse, and the run is to stop at that.
     """
-    loader = make_loader(job)
+    loaders = [make_loader(job)]
     while state.epoch < job.options.epochs:
         began = time.monotonic()
         state.student.train()
-        train_epoch(job, state, loader)
+        train_epoch(job, state, loaders)
         check_finite(job, state)
         figures = dict(zip(TALLY, (state.tally / job.batches.per_epoch).tolist(), strict=True)) | evaluate(job, state)
         collapse = find_collapse(job, state, figures)

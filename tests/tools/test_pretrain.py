@@ -21,7 +21,7 @@ import pretrain_utils
 import pytest
 import torch
 from conftest import REPO, draw_image, make_dataset, run_main
-from killing import Nursery, kill
+from killing import Nursery, do, kill
 from PIL import Image
 from slt import data, losses, measures, models, views
 from slt.options import PRESETS, apply_preset
@@ -588,11 +588,13 @@ def test_killed_anywhere_it_goes_on_as_if_nothing_had_happened(
     assert len(straight["history"]) == 6 + 3 + 1 + sum(r["event"] == "best" for r in straight["history"])
 
 
-def test_workers_change_nothing(crops: Path, tmp_path: Path) -> None:
-    assert start(crops, tmp_path / "none", "--epochs", 1, "--warmup-epochs", 0) == 0
-    flags = ("--num-workers", 2, "--dataset-persistent-workers", "--dataset-pin-memory")
-    assert start(crops, tmp_path / "two", "--epochs", 1, "--warmup-epochs", 0, *flags) == 0
-    assert read_run(tmp_path / "none")["last"] == read_run(tmp_path / "two")["last"]
+def test_neither_workers_nor_the_death_of_one_change_anything(crops: Path, nursery: Nursery, tmp_path: Path) -> None:
+    assert start(crops, tmp_path / "none", "--source-size", 0) == 0
+    places = ("pretrain_dino_face", "--train-dir", crops, "--output-dir", tmp_path / "two", *TINY, "--source-size", 0)
+    flags = ("--num-workers", 1, "--dataset-persistent-workers", "--dataset-pin-memory")
+    code, text = nursery.run(*places, *flags, plans=[do("pretrain_utils.train_step", 3, kill_worker=True)])
+    assert code == 0 and "a loader worker was killed" in text, text
+    assert read_run(tmp_path / "none") == read_run(tmp_path / "two")
 
 
 def test_interrupted_with_ctrl_c_it_leaves_a_checkpoint_of_the_step(
