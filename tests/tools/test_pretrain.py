@@ -619,6 +619,18 @@ def test_the_best_is_chosen_by_retrieval_and_never_by_the_loss(
     assert best == {"metric": "retrieval", "value": 0.9, "epoch": 2, "step": 4}
 
 
+def test_retrieval_is_measured_with_one_yardstick_whatever_is_trained_with(crops: Path, tmp_path: Path) -> None:
+    flags = "--aug-solarize-prob 1 --aug-grayscale-prob 1 --global-crop-scale 0.1 0.2".split()
+    assert (
+        start(crops, tmp_path / "mild", "--epochs", 1) == start(crops, tmp_path / "strong", "--epochs", 1, *flags) == 0
+    )
+    first, other = (
+        next(record for record in lct.read_events(tmp_path / name) if record["event"] == "start_end")
+        for name in ("mild", "strong")
+    )
+    assert (first["retrieval"], first["information"]) == (other["retrieval"], other["information"])
+
+
 def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture, patch_used: Callable
 ) -> None:
