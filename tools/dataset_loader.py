@@ -1,0 +1,594 @@
+#!/usr/bin/env python3
+"""Bring sets of meshes onto this disk: known ones by download, a drawn one, or folders that are there.
+
+    python tools/dataset_loader.py                  a menu; it also takes its answers from a pipe
+
+modelit.py calls `load_dataset`. Downloads go on where they were interrupted, and nothing leaves the folder of the data set when an
+archive is unpacked. Folders that this file has made carry a marker; only these are ever deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import shutil
+import signal
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from meshes import MESH_SUFFIXES, VOXELS_VERSION, format_off, voxelize_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct
+
+MARKER_NAME = ".modelit_dataset.json"  # a folder that holds it was made here
+TOY_NAME = "toy"
+TOY_SHAPES = 60  # of each class
+DOWNLOAD_TRIES = 4
+TRY_AGAIN_SECONDS = 1.0  # before the second try; twice as long before each further one
+TIMEOUT_SECONDS = 30
+CHUNK_BYTES = 1 << 20
+MAX_UNPACKED_BYTES = 50 << 30  # ModelNet40 unpacks to 10 GB
+MAX_RATIO = 200  # of a file to what it takes in the archive; meshes as text have 3 to 10
+RATIO_FREE_BYTES = 10 << 20  # smaller files may have any ratio
+MAX_FILES = 1_000_000
+NEEDS_LOGIN = (
+    "ShapeNet gives its files only to those who have registered at https://shapenet.org: download and unpack it there"
+)
+
+
+class Link(NamedTuple):
+    """Where a known data set comes from."""
+
+    url: str  # '' = it cannot be fetched
+    text: str
+    classes: tuple[str, ...] = ()  # only these are used; () = all
+    folder: str = ""  # of another data set that it is a part of
+    sha256: str = ""  # '' = its publisher gives none
+
+
+# The addresses are those of https://modelnet.cs.princeton.edu.
+MODELNET10_URL = "http://3dvision.princeton.edu/projects/2014/3DShapeNets/ModelNet10.zip"
+DATASET_LINKS: dict[str, Link] = {
+    TOY_NAME: Link("", f"drawn here: chairs, tables, lamps, monitors, {TOY_SHAPES} each"),
+    "modelnet10": Link(MODELNET10_URL, "4,899 CAD models of furniture in 10 classes, 450 MB"),
+    "modelnet40": Link("http://modelnet.cs.princeton.edu/ModelNet40.zip", "12,311 CAD models in 40 classes, 2 GB"),
+    "chairs": Link(MODELNET10_URL, "the chairs of modelnet10", ("chair",), "modelnet10"),
+    "tables": Link(MODELNET10_URL, "the tables of modelnet10", ("table",), "modelnet10"),
+    "shapenetcore": Link("", "51,300 models in 55 classes; needs a login"),
+    "shapenetsem": Link("", "12,000 models in 270 classes; needs a login"),
+}
+
+
+def list_available_datasets() -> dict[str, str]:
+    """Return the names of the known data sets, and what each is."""
+    return {name: link.text for name, link in DATASET_LINKS.items()}
+
+
+def load_dataset(source: str | Path, download_path: str | Path = "datasets") -> list[Path]:
+    """Return the folders of meshes that a name or a path stands for; a known data set that is not here yet is fetched.
+
+    Args:
+        source: a folder, or a name of `DATASET_LINKS`; a folder of that name wins.
+        download_path: folder that data sets are kept in.
+
+    Raises:
+        UserError: neither a folder nor known; it needs a login; or it cannot be fetched.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return [path]
+    name = str(source).lower()
+    where = f"--dataset {source}"
+    if path.exists():
+        raise lct.UserError("is a file, not a folder", where, f"give a folder of {' '.join(MESH_SUFFIXES)}")
+    if name not in DATASET_LINKS:
+        remedy = lct.did_you_mean(name, DATASET_LINKS, f"give a folder of meshes, or one of {' '.join(DATASET_LINKS)}")
+        raise lct.UserError("is neither a folder nor a known data set", where, remedy)
+    link = DATASET_LINKS[name]
+    folder = Path(download_path) / (link.folder or name)
+    if not link.url and name != TOY_NAME:
+        raise lct.UserError("needs a login", where, f"{NEEDS_LOGIN}; then give its folder")
+    if not (folder / MARKER_NAME).is_file():
+        if folder.exists():
+            raise lct.UserError("was not made here", str(folder), f"give --dataset {folder}, or move it away")
+        lct.create_out_dir(folder.parent, "--download_path")
+        with lct.lock_directory(folder.parent, "--download_path"):
+            fill_folder(folder, link)
+    if not link.classes:
+        return [folder]
+    wanted = [found for found in sorted(folder.rglob("*")) if found.is_dir() and found.name in link.classes]
+    if not wanted:
+        raise lct.UserError(f"has no class {' '.join(link.classes)}", str(folder), "clear it, and load it again")
+    return wanted
+
+
+def fill_folder(folder: Path, link: Link) -> None:
+    """Draw or fetch a data set beside `folder`, and give it that name when all of it is there."""
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a start that was killed; this process has the lock
+    if link.url:
+        archive = folder.with_name(f"{folder.name}.zip")
+        download_file(link.url, archive, link.sha256)
+        extract_archive(archive, fresh)
+    else:
+        draw_toy_set(fresh)
+    lct.write_json(fresh / MARKER_NAME, {"source": link.url or "drawn", "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+    fresh.rename(folder)
+    lct.sync_folder(folder.parent)
+    if link.url:
+        archive.unlink()
+
+
+def clear_dataset_cache(download_path: str | Path = "datasets") -> list[str]:
+    """Delete the data sets that were made here, and what is left of downloads; return their names. Other folders stay."""
+    root = Path(download_path)
+    if not root.is_dir():
+        return []
+    cleared = []
+    with lct.lock_directory(root, "--download_path"):
+        for name in sorted({link.folder or name for name, link in DATASET_LINKS.items()}):
+            for leftover in (root / f"{name}.zip", root / f"{name}.zip.part", root / f"{name}.zip.part.json"):
+                leftover.unlink(missing_ok=True)
+            shutil.rmtree(root / f".{name}.tmp", ignore_errors=True)
+            if (root / name / MARKER_NAME).is_file() and not (root / name).is_symlink():
+                shutil.rmtree(root / name)
+                cleared.append(name)
+    return cleared
+
+
+def select_local_dataset() -> Path | None:
+    """Ask for a folder in a window; None if none is chosen.
+
+    Raises:
+        UserError: there is no PyQt5, or no display.
+    """
+    remedy = "pip install PyQt5, or give the path: --dataset DIR"
+    try:
+        from PyQt5.QtWidgets import QApplication, QFileDialog
+    except ImportError as error:
+        raise lct.UserError("choosing a folder in a window needs PyQt5", "select_local_dataset", remedy) from error
+    if sys.platform == "linux" and not any(map(lct.os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"))):
+        raise lct.UserError("there is no display", "select_local_dataset", "give the path: --dataset DIR")
+    application = QApplication.instance() or QApplication([])
+    folder = QFileDialog.getExistingDirectory(None, "Folder of meshes")
+    del application
+    return Path(folder) if folder else None
+
+
+# --- downloads
+
+
+def download_file(url: str, path: Path, sha256: str = "") -> None:
+    """Fetch a file over HTTP; what a failure leaves in `<path>.part` is where the next try goes on.
+
+    Raises:
+        UserError: the server cannot be reached, refuses, or has sent something else than it said.
+    """
+    part = path.with_name(f"{path.name}.part")
+    problem: Exception | None = None
+    for number in range(DOWNLOAD_TRIES):
+        if number:
+            time.sleep(TRY_AGAIN_SECONDS * 2 ** (number - 1))
+        try:
+            _fetch_rest(url, part)
+            break
+        except urllib.error.HTTPError as error:
+            problem = error
+            if error.code < 500 and error.code not in (408, 416, 429):
+                raise _download_error(url, error) from error
+        except OSError as error:  # no route, refused, reset, timed out, cut off
+            if (
+                isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == 28
+            ):  # the disk's, not the net's
+                raise lct.write_error(part, error, 0) from error
+            problem = error
+    else:
+        raise _download_error(url, problem) from problem
+    if sha256:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            part.unlink()
+            raise lct.UserError(
+                f"has SHA-256 {found}, not {sha256}", url, "it is deleted; try again, or tell its publisher"
+            )
+    part.replace(path)
+    part.with_name(f"{part.name}.json").unlink(missing_ok=True)
+    lct.sync_folder(path.parent)
+
+
+def _download_error(url: str, error: Exception | None) -> lct.UserError:
+    reason = str(getattr(error, "reason", "") or error)
+    remedy = "check the network and start again: it goes on where it stopped; or unpack it yourself and give its folder"
+    return lct.UserError(f"cannot be fetched: {reason}", url, remedy)
+
+
+def _fetch_rest(url: str, part: Path) -> None:
+    """Append what is missing; a file that has changed on the server is fetched from its beginning."""
+    note = part.with_name(f"{part.name}.json")
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(note.read_text(encoding="utf-8"))
+    start = part.stat().st_size if part.is_file() and known.get("url") == url and known.get("validator") else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "modelit"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", known["validator"])
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and known.get("length") == start:
+            return  # all of it was there
+        if error.code == 416:
+            note.unlink(missing_ok=True)
+        raise
+    with response:
+        is_rest = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        start = start if is_rest else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length is not None else None
+        entity_tag = response.headers.get("ETag", "")
+        # A weak tag promises no equal bytes.
+        strong = (
+            entity_tag if entity_tag and not entity_tag.startswith("W/") else response.headers.get("Last-Modified", "")
+        )
+        lct.write_json(note, {"url": url, "validator": strong, "length": total})
+        bar = lct.progress((), total or 0, url.rpartition("/")[2], unit="B")
+        bar.unit_scale = True
+        bar.update(start)
+        with contextlib.closing(bar), open(part, "ab" if start else "wb") as file:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+    size = part.stat().st_size
+    if total is not None and size != total:
+        raise ConnectionError(f"ended after {size:,} of {total:,} bytes")
+
+
+# --- archives
+
+
+def extract_archive(archive: Path, folder: Path) -> None:
+    """Unpack the meshes and texts of a zip archive into a new folder.
+
+    Raises:
+        UserError: it is damaged, or holds a path that leads out of the folder, a link, or far more than its size promises. What
+            was unpacked is removed.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [info for info in file.infolist() if not info.is_dir()]
+            _check_members(archive, members)
+            folder.mkdir(parents=True)
+            room = shutil.disk_usage(folder).free
+            needed = sum(info.file_size for info in members)
+            if needed > room:
+                raise lct.UserError(f"unpacks to {needed:,} bytes, and {room:,} are free", str(folder), "make room")
+            for info in lct.progress(members, len(members), "unpacking", unit="file"):
+                target = folder.joinpath(*PurePosixPath(info.filename).parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads no more than file_size says
+                    shutil.copyfileobj(source, copy, CHUNK_BYTES)
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        lct.zlib.error,
+    ) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        archive.unlink(missing_ok=True)
+        raise lct.UserError(
+            f"is damaged: {error}", str(archive), "it is deleted; start again to fetch it anew"
+        ) from error
+    except lct.UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_members(archive: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    remedy = "it is no archive of a data set: delete it"
+    names = set()
+    total = 0
+    for info in members:
+        path = PurePosixPath(info.filename)
+        mode = info.external_attr >> 16
+        total += info.file_size
+        leads_out = path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename
+        is_bomb = info.file_size > max(RATIO_FREE_BYTES, MAX_RATIO * info.compress_size)
+        is_plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
+        refusals = (
+            (leads_out, "leads out of the folder"),
+            (not is_plain, "is a link or a device"),
+            (is_bomb, f"would unpack to {info.file_size:,} bytes from {info.compress_size:,}"),
+            (path in names, "is there twice"),
+            (total > MAX_UNPACKED_BYTES or len(members) > MAX_FILES, "is one too many: the archive is far too large"),
+        )
+        for is_wrong, what in refusals:
+            if is_wrong:
+                raise lct.UserError(f"{info.filename!r} in it {what}", str(archive), remedy)
+        names.add(path)
+
+
+# --- the drawn set
+
+
+class Solid:
+    """A body that is drawn of boxes and turned columns, which become polygons of an .off file."""
+
+    def __init__(self) -> None:
+        self.vertices: list[tuple[float, float, float]] = []
+        self.polygons: list[list[int]] = []
+
+    def add_prism(self, bottom: np.ndarray, top: np.ndarray) -> None:
+        """Add a body between two polygons of equally many corners, each (N, 3), counter-clockwise from above."""
+        first = len(self.vertices)
+        count = len(bottom)
+        self.vertices += [tuple(corner) for corner in (*bottom.tolist(), *top.tolist())]
+        self.polygons.append([first + corner for corner in reversed(range(count))])
+        self.polygons.append([first + count + corner for corner in range(count)])
+        for corner in range(count):
+            after = (corner + 1) % count
+            self.polygons.append([first + corner, first + after, first + count + after, first + count + corner])
+
+    def add_box(self, low: Sequence[float], high: Sequence[float]) -> None:
+        """Add a box between two corners."""
+        corners = np.array([[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]]])
+        bottom, top = (np.column_stack([corners, np.full(4, z)]) for z in (low[2], high[2]))
+        self.add_prism(bottom, top)
+
+    def add_column(self, radii: tuple[float, float], heights: tuple[float, float]) -> None:
+        """Add a round column about the vertical axis: radius and height of its foot and of its top."""
+        angles = np.arange(20) * np.pi / 10
+        circle = np.column_stack([np.cos(angles), np.sin(angles)])
+        rings = [np.column_stack([r * circle, np.full(20, z)]) for r, z in zip(radii, heights, strict=True)]
+        self.add_prism(*rings)
+
+    def add_legs(self, half: tuple[float, float], thickness: float, height: float) -> None:
+        """Add four legs at the corners of a rectangle with these half sides."""
+        for x in (-half[0], half[0] - thickness):
+            for y in (-half[1], half[1] - thickness):
+                self.add_box((x, y, 0), (x + thickness, y + thickness, height))
+
+
+def draw_chair(rng: np.random.Generator) -> Solid:
+    """Draw a seat on four legs with a back, some with arms."""
+    solid = Solid()
+    width, depth = rng.uniform(0.22, 0.3, 2)
+    seat, back, thickness = rng.uniform(0.38, 0.52), rng.uniform(0.85, 1.15), rng.uniform(0.06, 0.09)
+    solid.add_box((-width, -depth, seat - thickness), (width, depth, seat))
+    solid.add_box((-width, depth - thickness, seat), (width, depth, back))
+    solid.add_legs((width, depth), thickness, seat - thickness)
+    if rng.random() < 0.4:
+        for x in (-width, width - thickness):
+            solid.add_box((x, -depth, seat + 0.2), (x + thickness, depth, seat + 0.2 + thickness))
+            solid.add_box((x, -depth, seat), (x + thickness, -depth + thickness, seat + 0.2))
+    return solid
+
+
+def draw_table(rng: np.random.Generator) -> Solid:
+    """Draw a top on four legs, or on a column with a foot."""
+    solid = Solid()
+    width, depth = rng.uniform(0.42, 0.6), rng.uniform(0.3, 0.45)
+    height, thickness = rng.uniform(0.5, 0.75), rng.uniform(0.06, 0.1)
+    solid.add_box((-width, -depth, height - thickness), (width, depth, height))
+    if rng.random() < 0.7:
+        solid.add_legs((width, depth), thickness, height - thickness)
+    else:
+        solid.add_column((0.08, 0.08), (thickness, height - thickness))
+        solid.add_column((0.28, 0.28), (0, thickness))
+    return solid
+
+
+def draw_lamp(rng: np.random.Generator) -> Solid:
+    """Draw a foot, a pole and a shade."""
+    solid = Solid()
+    height, foot = rng.uniform(1.0, 1.4), rng.uniform(0.16, 0.26)
+    shade, shade_height = rng.uniform(0.22, 0.34), rng.uniform(0.25, 0.4)
+    solid.add_column((foot, foot), (0, 0.07))
+    solid.add_column((0.04, 0.04), (0.07, height - shade_height))
+    solid.add_column((shade, shade * rng.uniform(0.4, 0.8)), (height - shade_height, height))
+    return solid
+
+
+def draw_monitor(rng: np.random.Generator) -> Solid:
+    """Draw a screen on a stand."""
+    solid = Solid()
+    width, height, thickness = rng.uniform(0.45, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.05, 0.1)
+    stand, foot = rng.uniform(0.12, 0.25), rng.uniform(0.18, 0.3)
+    solid.add_box((-foot, -foot * 0.7, 0), (foot, foot * 0.7, 0.05))
+    solid.add_box((-0.06, -0.04, 0.05), (0.06, 0.04, stand))
+    solid.add_box((-width, -thickness, stand), (width, thickness, stand + height))
+    return solid
+
+
+TOY_CLASSES = {"chair": draw_chair, "lamp": draw_lamp, "monitor": draw_monitor, "table": draw_table}
+
+
+def draw_toy_set(folder: Path, count: int = TOY_SHAPES) -> None:
+    """Draw `count` shapes of each class as `<class>/<class>_0001.off`; always the same ones."""
+    for position, (name, draw) in enumerate(TOY_CLASSES.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            solid = draw(np.random.default_rng((position, number)))
+            text = format_off(np.array(solid.vertices), solid.polygons)
+            (folder / name / f"{name}_{number + 1:04}.off").write_text(text, encoding="ascii")
+
+
+# --- voxels of a data set; the options are those of modelit.py
+
+
+class Shapes(NamedTuple):
+    """Voxels of all meshes that can be used."""
+
+    packed: np.ndarray  # uint8 (N, voxel_size**3 / 8)
+    labels: np.ndarray  # int64 (N,)
+    held_out: np.ndarray  # bool (N,)
+    class_names: list[str]
+
+    def grids(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """Return float32 (B, 1, size, size, size)."""
+        bits = np.unpackbits(self.packed[rows], axis=1)[:, : size**3]
+        return bits.reshape(-1, 1, size, size, size).astype(np.float32)
+
+
+def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
+    """Return path, class and whether a folder named test holds it; what is hidden is passed over.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = []
+    folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            parts = path.relative_to(folder).parts
+            if path.suffix.lower() not in MESH_SUFFIXES or any(part.startswith(".") for part in parts):
+                continue
+            # Of ModelNet10/chair/train/chair_0001.off the class is chair; in a folder without others it is that folder's name.
+            names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
+            found.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
+    if not found:
+        remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
+        raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
+    if options.max_samples:
+        counts: Counter[str] = Counter()
+        ranks = []
+        for _, name, _ in found:
+            ranks.append(counts[name])
+            counts[name] += 1
+        chosen = np.argsort(ranks, kind="stable")[: options.max_samples]
+        found = [found[row] for row in sorted(chosen.tolist())]
+    return found
+
+
+def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[tuple[str, str]]]:
+    """Voxelise what is not on disk yet, and decide what is held out; return also which meshes cannot be used, and why.
+
+    Raises:
+        UserError: fewer than two meshes can be used.
+    """
+    found = list_meshes(options)
+    kind = f"{options.voxel_mode} {options.voxel_size} {VOXELS_VERSION}"
+    memory = lct.FileMemory(options.download_path / ".voxels")
+    known = memory.recall(kind)
+    stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path, _, _ in found)]
+    names = [str(path.resolve()) for path, _, _ in found]
+    voxels: list[bytes | str | None] = [
+        known[name][2] if name in known and known[name][:2] == stamp else None
+        for name, stamp in zip(names, stamps, strict=True)
+    ]
+    waiting = [row for row, packed in enumerate(voxels) if packed is None]
+    try:
+        for row, packed in zip(waiting, voxelize_files([found[row][0] for row in waiting], options), strict=True):
+            voxels[row] = packed
+            if isinstance(packed, bytes):
+                memory.learn(kind, names[row], stamps[row], packed)
+    finally:
+        memory.save_early()
+    problems = [(names[row], packed) for row, packed in enumerate(voxels) if isinstance(packed, str)]
+    for name, reason in problems[:5]:
+        log(f"left out: {name}: {reason}")
+    if len(problems) > 5:
+        log(f"left out: {len(problems) - 5:,} more, see problems.json")
+    usable = [row for row, packed in enumerate(voxels) if isinstance(packed, bytes)]
+    if len(usable) < 2:
+        what = f"has {len(usable)} meshes that can be used, of {len(found)}"
+        first = f"; {problems[0][0]}: {problems[0][1]}" if problems else ""
+        raise lct.UserError(what + first, f"--dataset {' '.join(options.dataset)}", "give more meshes")
+    class_names = sorted({found[row][1] for row in usable})
+    labels = np.array([class_names.index(found[row][1]) for row in usable])
+    held_out = np.array([found[row][2] for row in usable])
+    if not held_out.any() or held_out.all():
+        shares = (1 - options.val_split, options.val_split, 0.0)
+        held_out = lct.assign_splits(labels, np.arange(len(labels)), shares, options.seed) == 1
+    packed = np.frombuffer(b"".join(voxels[row] for row in usable), np.uint8).reshape(len(usable), -1)
+    return Shapes(packed, labels, held_out, class_names), problems
+
+
+def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]:
+    """Yield the voxels of each file, or why there are none."""
+    voxelize = functools.partial(voxelize_file, size=options.voxel_size, is_solid=options.voxel_mode == "solid")
+    if not options.num_workers or len(paths) < 2:
+        yield from map(voxelize, lct.progress(paths, len(paths), "voxels", unit="mesh"))
+        return
+    # spawn: a fork of a process whose torch has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    workers = lct.count_workers(options.num_workers)
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield from lct.progress(pool.map(voxelize, paths, chunksize=8), len(paths), "voxels", unit="mesh")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --- the menu
+
+
+@dataclass(frozen=True)
+class LoaderOptions(lct.Options):
+    """Fetch, draw, choose or delete sets of meshes by a menu."""
+
+    download_path: Path = lct.option(Path("datasets"), "folder that data sets are kept in", "data", metavar="DIR")
+    debug: bool = lct.same_option("debug")
+
+
+def read_answers() -> Iterator[str]:
+    """Yield what is typed, or comes through a pipe, until it ends or is 0."""
+    while True:
+        print("number or name, 0 = end: ", end="", flush=True)
+        answer = sys.stdin.readline()
+        if not answer or answer.strip() in ("0", "q"):
+            print()
+            return
+        yield answer.strip()
+
+
+def run_menu(options: LoaderOptions) -> None:
+    """Ask what is to be done, until the answers end; a failure is told, and the last one is the exit code."""
+    names = list(DATASET_LINKS)
+    actions = [*names, "choose a folder", "clear"]
+    for number, name in enumerate(actions, start=1):
+        text = {"choose a folder": "in a window", "clear": f"delete what was fetched to {options.download_path}"}
+        print(f"{number:3}  {name:<16}{text.get(name) or DATASET_LINKS[name].text}")
+    failure = None
+    for answer in read_answers():
+        chosen = actions[int(answer) - 1] if answer.isdecimal() and 0 < int(answer) <= len(actions) else answer
+        try:
+            if chosen == "clear":
+                print(f"deleted: {' '.join(clear_dataset_cache(options.download_path)) or 'nothing'}")
+            elif chosen == "choose a folder":
+                print(f"chosen: {select_local_dataset() or 'none'}")
+            elif chosen:
+                print(f"ready: {' '.join(map(str, load_dataset(chosen, options.download_path)))}")
+        except lct.UserError as error:
+            failure = error
+            print(f"error: {error}", file=sys.stderr)
+    if failure is not None and not sys.stdin.isatty():
+        raise failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Show the menu, and return the exit code."""
+    return lct.run_program("dataset_loader", LoaderOptions, run_menu, argv)
+
+
+if __name__ == "__main__":
+    lct.exit_process(main())

@@ -1,0 +1,413 @@
+"""Triangle meshes: read, turned into voxels, made of voxels, written; and the pictures of modelit.py.
+
+A mesh is vertices, float64 (V, 3), and faces, int64 (F, 3). The third axis points upwards, as in ModelNet.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MESH_SUFFIXES = (".off", ".obj", ".ply", ".stl")
+VOXELS_VERSION = 1  # of what `voxelize` makes: voxels on disk are of one version
+SAMPLE_SPACING = 0.5  # voxels between samples of a surface: what is left out is the touched corner of a voxel
+MAX_SAMPLES = 2_000_000  # points on a surface at a time: 48 MB
+# Counts of steps along an edge: triangles of similar size are sampled together, each with at most a half more than it needs.
+STEP_COUNTS = np.unique(np.concatenate([2 ** np.arange(14), 3 * 2 ** np.arange(13)]))
+MIN_POINTS = 100  # of a cloud: fewer are no shape
+EMPTY_PROBABILITY = 0.05  # a grid that nowhere reaches it holds no shape, whatever the level
+LIGHT = np.array([0.35, -0.55, 0.75]) / np.linalg.norm([0.35, -0.55, 0.75])
+CLAY = np.array([196, 138, 92])  # RGB of a drawn mesh
+PAPER = 250  # gray of the background
+INK, GRID = "#374151", "#d7dae0"
+COLOURS = ("#26547c", "#c8553d", "#3a7d44", "#8e5ea2", "#b08900", "#6b7280")
+
+
+class MeshError(ValueError):
+    """A mesh that cannot be used; the text is the reason, with the line where there is one."""
+
+
+class Mesh(NamedTuple):
+    """Vertices, float64 (V, 3), and faces, int64 (F, 3)."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+
+
+# --- reading
+
+
+def read_mesh(path: Path) -> Mesh:
+    """Read a mesh; a scene of several becomes one, and a .ply of points alone stays without faces.
+
+    Raises:
+        MeshError: it cannot be read, or has no surface.
+    """
+    if path.suffix.lower() == ".off":
+        mesh = parse_off(path.read_bytes().decode("latin-1"))
+    else:
+        import trimesh
+
+        try:
+            loaded = trimesh.load_scene(path, process=False).to_geometry()
+            faces = np.asarray(getattr(loaded, "faces", np.zeros((0, 3))), dtype=np.int64)
+            mesh = Mesh(np.asarray(loaded.vertices, dtype=np.float64), faces)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever its parsers raise for a damaged file
+            raise MeshError(f"cannot be read: {str(error)[:200] or type(error).__name__}") from error
+    if not len(mesh.faces) and (path.suffix.lower() != ".ply" or len(mesh.vertices) < MIN_POINTS):
+        raise MeshError("has no faces")
+    if not np.isfinite(mesh.vertices).all():
+        raise MeshError("has vertices that are no finite numbers")
+    corners = mesh.vertices[mesh.faces].reshape(-1, 3) if len(mesh.faces) else mesh.vertices
+    if not np.ptp(corners, axis=0).any():
+        raise MeshError("has no extent")
+    return mesh
+
+
+def parse_off(text: str) -> Mesh:
+    """Read the text of an .off file: also `OFF8 6 0` on one line, comments, polygons, and colours, which are passed over.
+
+    Raises:
+        MeshError: naming the line.
+    """
+    stripped = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), start=1))
+    lines = [(number, line) for number, line in stripped if line]
+    header = re.match(r"(?:ST)?C?N?OFF(?!\s*BINARY)\s*(.*)", lines[0][1]) if lines else None
+    if header is None:
+        raise MeshError("line 1: does not begin with OFF")
+    counts_line, counts = lines[0][0], header[1].split()
+    del lines[0]
+    if not counts and lines:
+        counts_line, counts = lines[0][0], lines[0][1].split()
+        del lines[0]
+    if len(counts) not in (2, 3) or not all(word.isdecimal() for word in counts):
+        raise MeshError(f"line {counts_line}: is not the numbers of vertices, faces and edges")
+    num_vertices, num_faces = int(counts[0]), int(counts[1])
+    if len(lines) < num_vertices + num_faces:
+        last = lines[-1][0] if lines else counts_line
+        problem = (
+            f"ends after {len(lines)} lines of the {num_vertices} vertices and {num_faces} faces of line {counts_line}"
+        )
+        raise MeshError(f"line {last}: {problem}")
+    if len(lines) > num_vertices + num_faces:
+        number = lines[num_vertices + num_faces][0]
+        raise MeshError(
+            f"line {number}: is more than the {num_vertices} vertices and {num_faces} faces of line {counts_line}"
+        )
+    vertices = _parse_vertices(lines[:num_vertices])
+    faces, owners = _parse_faces(lines[num_vertices:])
+    wrong = np.flatnonzero(((faces < 0) | (faces >= num_vertices)).any(axis=1))
+    if len(wrong):
+        number = lines[num_vertices + owners[wrong[0]]][0]
+        raise MeshError(f"line {number}: names a vertex that is not one of 0 to {num_vertices - 1}")
+    return Mesh(vertices, faces)
+
+
+def _parse_vertices(lines: Sequence[tuple[int, str]]) -> np.ndarray:
+    if not lines:
+        return np.zeros((0, 3))
+    try:
+        return np.loadtxt([line for _, line in lines], usecols=(0, 1, 2), ndmin=2)
+    except ValueError:
+        for number, line in lines:
+            try:
+                is_vertex = len([float(word) for word in line.split()[:3]]) == 3
+            except ValueError:
+                is_vertex = False
+            if not is_vertex:
+                raise MeshError(f"line {number}: is not the three coordinates of a vertex") from None
+        raise
+
+
+def _parse_faces(lines: Sequence[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return triangles (F, 3), and for each the position of its line; polygons are cut into fans."""
+    try:  # most files have faces of one size and no colours
+        table = (
+            np.loadtxt([line for _, line in lines], dtype=np.int64, ndmin=2) if lines else np.zeros((0, 4), np.int64)
+        )
+        sizes = np.unique(table[:, 0])
+        is_uniform = len(sizes) == 1 and 3 <= sizes[0] < table.shape[1]
+    except ValueError:
+        is_uniform = False
+    if is_uniform:
+        num_triangles = int(sizes[0]) - 2
+        fans = [table[:, [1, corner + 2, corner + 3]] for corner in range(num_triangles)]
+        return np.stack(fans, axis=1).reshape(-1, 3), np.repeat(np.arange(len(table)), num_triangles)
+    triangles = []
+    owners = []
+    for position, (number, line) in enumerate(lines):
+        words = line.split()
+        size = int(words[0]) if words[0].isdecimal() else 0
+        if size < 3:
+            raise MeshError(f"line {number}: is not a face, which begins with the number of its corners")
+        try:
+            corners = [int(word) for word in words[1 : size + 1]]
+        except ValueError:
+            raise MeshError(f"line {number}: names vertices that are no whole numbers") from None
+        if len(corners) < size:
+            raise MeshError(f"line {number}: has {len(corners)} of the {size} corners of its face")
+        triangles += [(corners[0], *corners[corner : corner + 2]) for corner in range(1, size - 1)]
+        owners += [position] * (size - 2)
+    return np.array(triangles, dtype=np.int64).reshape(-1, 3), np.array(owners, dtype=np.int64)
+
+
+def format_off(vertices: np.ndarray, polygons: Sequence[Sequence[int]]) -> str:
+    """Return the text of an .off file."""
+    lines = ["OFF", f"{len(vertices)} {len(polygons)} 0"]
+    lines += [" ".join(f"{value:.6g}" for value in vertex) for vertex in vertices.tolist()]
+    lines += [" ".join(map(str, (len(polygon), *polygon))) for polygon in polygons]
+    return "\n".join(lines) + "\n"
+
+
+# --- voxels
+
+
+def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield points on triangles (N, 3, 3) no further apart than `spacing`, some millions at a time.
+
+    Yields:
+        Points (P, M, 3), the P triangles that they are of, their corners (P, 3) in the order of the barycentric coordinates, and
+        these (M, 3), which all have in common.
+    """
+    lengths = np.linalg.norm(
+        triangles - np.roll(triangles, -1, axis=1), axis=2
+    )  # of the edges from each corner to the next
+    turn = (lengths.argmin(axis=1)[:, None] + np.arange(3)) % 3
+    # The shortest edge is cut into few steps, and from each a line runs to the corner opposite: a sliver costs as little as it is.
+    wanted = np.stack([lengths.min(axis=1), lengths.max(axis=1)], axis=1) / spacing
+    steps = STEP_COUNTS[np.searchsorted(STEP_COUNTS[:-1], wanted)]
+    for across, along in np.unique(steps, axis=0):
+        share, height = np.meshgrid(np.arange(across + 1) / across, np.arange(along + 1) / along)
+        weights = np.stack([(1 - share) * (1 - height), share * (1 - height), height], axis=-1).reshape(-1, 3)
+        members = np.flatnonzero((steps == (across, along)).all(axis=1))
+        portion = max(1, MAX_SAMPLES // len(weights))
+        for start in range(0, len(members), portion):
+            part = members[start : start + portion]
+            yield weights @ np.take_along_axis(triangles[part], turn[part, :, None], axis=1), part, turn[part], weights
+
+
+def voxelize(mesh: Mesh, size: int, is_solid: bool) -> np.ndarray:
+    """Return bool (size, size, size): the voxels that the surface passes through, and with `is_solid` what it encloses.
+
+    The mesh is centred, and its longest side fills the grid.
+    """
+    # A cloud of points has no faces.
+    triangles = mesh.vertices[mesh.faces] if len(mesh.faces) else mesh.vertices[:, None]
+    low, high = triangles.min(axis=(0, 1)), triangles.max(axis=(0, 1))
+    # A hair less than the grid, so that the outermost plane lies in the last voxel. And a hair upwards: planes between two voxels,
+    # such as the middle of what is symmetric, otherwise fall to either side by the last bit.
+    scale = size * (1 - 1e-6) / (high - low).max()
+    triangles = (triangles - (low + high) / 2) * scale + size / 2 + size * 1e-7
+    grid = np.zeros(size**3, dtype=bool)
+    samples = (sample[0] for sample in sample_surface(triangles, SAMPLE_SPACING)) if len(mesh.faces) else [triangles]
+    for points in samples:
+        # Floor, not round: voxel i is the space from i to i + 1.
+        indices = np.clip(np.floor(points).astype(np.int64), 0, size - 1).reshape(-1, 3)
+        grid[(indices[:, 0] * size + indices[:, 1]) * size + indices[:, 2]] = True
+    grid = grid.reshape(size, size, size)
+    if not len(mesh.faces):
+        grid = _close_gaps(grid, triangles[:, 0])
+    if is_solid:
+        from scipy.ndimage import binary_fill_holes
+
+        grid = binary_fill_holes(grid)
+    return grid
+
+
+def _close_gaps(grid: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Fill the voxels between points that lie more than one voxel apart."""
+    from scipy.ndimage import binary_closing
+    from scipy.spatial import KDTree
+
+    spacing = np.percentile(KDTree(points).query(points, k=2)[0][:, 1], 90)
+    radius = int(np.ceil(spacing / 2))
+    if spacing <= 1:
+        return grid
+    padded = np.pad(grid, radius)  # closing eats what touches the border
+    closed = binary_closing(padded, np.ones((3, 3, 3)), iterations=radius)
+    return closed[(slice(radius, -radius),) * 3]
+
+
+def voxelize_file(path: Path, size: int, is_solid: bool) -> bytes | str:
+    """Return the voxels of a file, eight in a byte, or the reason why there are none."""
+    try:
+        return np.packbits(voxelize(read_mesh(path), size, is_solid)).tobytes()
+    except (MeshError, OSError) as error:
+        return str(error)
+
+
+def mesh_voxels(probabilities: np.ndarray, level: float, sigma: float) -> tuple[Any, str]:
+    """Turn probabilities (size, size, size) into a closed surface in the unit cube, by marching cubes after a gaussian filter.
+
+    Returns:
+        A `trimesh.Trimesh`, and a warning or ''.
+
+    Raises:
+        MeshError: nothing is there, or no closed surface comes out.
+    """
+    import trimesh
+    from scipy.ndimage import gaussian_filter
+    from skimage.measure import marching_cubes
+
+    highest = float(probabilities.max())
+    if not highest >= EMPTY_PROBABILITY:
+        raise MeshError(f"is empty: no voxel has a probability above {highest:.3f}")
+    field = np.pad(probabilities.astype(np.float64), 2 + round(3 * sigma))  # empty all around: the surface closes
+    field = gaussian_filter(field, sigma) if sigma > 0 else field
+    warning = ""
+    if not field.min() < level < field.max():
+        middle = float(field.min() + field.max()) / 2
+        warning = f"level {level:g} lies outside the values, which reach {field.max():.3f}: their middle {middle:.3f} is taken"
+        level = middle
+    vertices, faces, _, _ = marching_cubes(field, level, allow_degenerate=False)
+    vertices = vertices.astype(np.float64)
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    vertices = (vertices - (low + high) / 2) / (high - low).max() + 0.5
+    mesh = trimesh.Trimesh(vertices, faces, process=True)
+    if not mesh.is_watertight:
+        mesh.fill_holes()
+    if not mesh.is_watertight:
+        raise MeshError(f"is not closed at level {level:g}; give another --level, or a larger --sigma")
+    if mesh.volume < 0:
+        mesh.invert()
+    return mesh, warning
+
+
+def encode_mesh(mesh: Any, kind: str, comments: Sequence[str]) -> bytes:
+    """Return the bytes of a file of kind obj, ply, stl or glb; an OBJ has the comments at its head."""
+    exported = mesh.export(file_type=kind)
+    data = exported.encode() if isinstance(exported, str) else bytes(exported)
+    if kind == "obj":
+        # A prompt with a line break must not become a line of the file.
+        head = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
+        data = head.encode("utf-8", "backslashreplace") + data
+    return data
+
+
+# --- drawing
+
+
+def draw_mesh(mesh: Mesh, side: int) -> Image.Image:
+    """Draw a mesh as clay under a lamp, seen from the front, the right and above; no display is needed."""
+    turn, tilt = np.radians(35), np.radians(25)
+    around = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    over = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
+    used = mesh.vertices[np.unique(mesh.faces)]
+    low, high = used.min(axis=0), used.max(axis=0)
+    scale = 1.75 * side / np.linalg.norm(high - low)  # drawn at twice the size
+    vertices = ((mesh.vertices - (low + high) / 2) * scale) @ around.T @ over.T
+    triangles = vertices[mesh.faces]
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    # Each vertex has the mean normal of its faces, weighted by their area: marching cubes would show its facets else.
+    smooth = np.zeros_like(vertices)
+    for corner in range(3):
+        np.add.at(smooth, mesh.faces[:, corner], normals)
+    smooth /= np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-12)
+    brightness = np.zeros((2 * side) ** 2)
+    depths = np.full((2 * side) ** 2, np.inf)  # along the second axis, away from the eye
+    for points, part, corners, weights in sample_surface(triangles, 0.7):
+        bent = smooth[np.take_along_axis(mesh.faces[part], corners, axis=1)]
+        shade = np.abs((weights @ bent) @ LIGHT).ravel()  # abs: not every file orders its corners
+        points = points.reshape(-1, 3)
+        columns = np.clip((points[:, 0] + side).astype(int), 0, 2 * side - 1)
+        rows = np.clip((side - points[:, 2]).astype(int), 0, 2 * side - 1)
+        pixels = rows * 2 * side + columns
+        order = np.argsort(-points[:, 1], kind="stable")  # the nearest is written last
+        order = order[points[order, 1] < depths[pixels[order]]]
+        depths[pixels[order]] = points[order, 1]
+        brightness[pixels[order]] = shade[order]
+    colour = np.where(np.isfinite(depths)[:, None], (0.3 + 0.7 * brightness[:, None]) * CLAY, PAPER)
+    picture = Image.fromarray(colour.reshape(2 * side, 2 * side, 3).astype(np.uint8))
+    return picture.resize((side, side), Image.Resampling.BOX)
+
+
+def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: int) -> Image.Image:
+    """Put pictures with captions into a table; None leaves a cell empty."""
+    font = ImageFont.load_default(12)
+    sheet = Image.new("RGB", (side * max(map(len, rows)), (side + 18) * len(rows)), (PAPER,) * 3)
+    pen = ImageDraw.Draw(sheet)
+    for row, cells in enumerate(rows):
+        for column, (caption, picture) in enumerate(cells):
+            corner = (column * side, row * (side + 18))
+            if picture is not None:
+                sheet.paste(picture, corner)
+            pen.text((corner[0] + 6, corner[1] + side), caption[: side // 7], INK, font)
+    return sheet
+
+
+def draw_curves(panels: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
+    """Draw one chart for each title, side by side: a line for each name, over 1, 2, ... epochs; NaN interrupts it."""
+    width, height, left, top = 420, 300, 60, 40
+    font = ImageFont.load_default(12)
+    picture = Image.new("RGB", (len(panels) * (width + left + 20), height + 2 * top), (PAPER,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for number, (title, lines) in enumerate(panels.items()):
+        origin = number * (width + left + 20) + left
+        values = np.array([line for line in lines.values() if len(line)], dtype=np.float64).reshape(len(lines), -1)
+        finite = values[np.isfinite(values)]
+        low, high = min(0.0, *finite, 0.0), max(1e-9, *finite, 1e-9)
+        pen.text((origin, 8), title, INK, font)
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            y = top + height * (1 - share)
+            pen.line((origin, y, origin + width, y), GRID)
+            pen.text((origin - 8, y), f"{low + share * (high - low):.3g}", INK, font, anchor="rm")
+        pen.text((origin + width, top + height + 6), f"epoch {values.shape[1]}", INK, font, anchor="ra")
+        for index, (name, line) in enumerate(zip(lines, values, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            xs = origin + width * np.arange(len(line)) / max(1, len(line) - 1)
+            ys = top + height * (1 - (line - low) / (high - low))
+            points = np.column_stack([xs, ys])
+            for start, end in itertools.pairwise(points):
+                if np.isfinite([start, end]).all():
+                    pen.line((*start, *end), colour, 2)
+            pen.text((origin + 110 * index, 24), name, colour, font)
+    return picture
+
+
+def draw_matrix(values: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Draw a square matrix of cosines as a heat map with its numbers; 1 is dark."""
+    cell, left = 46, 220
+    font = ImageFont.load_default(12)
+    picture = Image.new("RGB", (left + cell * len(names) + 10, cell * len(names) + 10), (PAPER,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        pen.text((left - 8, row * cell + cell / 2), f"{name[:32]}  {row + 1}", INK, font, anchor="rm")
+        for column, value in enumerate(values[row].tolist()):
+            corner = (left + column * cell, row * cell)
+            share = min(max(value, 0.0), 1.0)
+            colour = tuple(round(PAPER + (dark - PAPER) * share) for dark in (38, 84, 124))
+            pen.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), colour)
+            ink = "white" if share > 0.6 else INK
+            pen.text((corner[0] + cell / 2 - 1, corner[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")
+    return picture
+
+
+def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Draw named points (N, 2), both axes at the same scale."""
+    side, margin = 640, 90
+    font = ImageFont.load_default(12)
+    picture = Image.new("RGB", (side, side), (PAPER,) * 3)
+    pen = ImageDraw.Draw(picture)
+    span = max(float(np.ptp(points, axis=0).max()), 1e-9)
+    middle = (points.max(axis=0) + points.min(axis=0)) / 2
+    for index, (name, point) in enumerate(zip(names, points, strict=True)):
+        x, y = side / 2 + (point - middle) / span * (side - 2 * margin) * (1, -1)
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[index % len(COLOURS)])
+        pen.text((x, y - 8), name[:32], INK, font, anchor="mb")
+    return picture
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """Return the bytes of a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,209 @@
+"""The networks of modelit.py: text encoders, a conditional VAE over voxels, and the discriminator of its shapes.
+
+An architecture is a dictionary of the options that `ARCHITECTURE` names; a checkpoint holds it. B shapes are float32 (B, 1, size,
+size, size), and a condition is (B, cond_dim): a unit vector, the embedded prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct
+
+# isort: split
+import numpy as np
+import torch
+from torch import nn
+
+ARCHITECTURE = (
+    *("voxel_size", "cond_dim", "latent_dim", "hidden_channels", "num_encoder_layers", "num_decoder_layers"),
+    *("use_batch_norm", "dropout_rate", "disc_hidden_channels", "disc_num_layers"),
+)
+CLIP_MODEL = "ViT-B-32"  # its text embeddings have the 512 numbers of --cond_dim
+ENCODER_NAMES = {
+    "openclip": f"open_clip {CLIP_MODEL}",
+    "hash": "hash of letters, which knows spellings and no meanings",
+}
+
+
+def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -> np.ndarray:
+    """Return unit vectors, float32 (N, cond_dim).
+
+    Args:
+        prompts: N texts.
+        text: `encoder` and `pretrained`, as the options name them.
+        cond_dim: numbers of a vector.
+
+    Raises:
+        UserError: open_clip or its weights are not there, or give another number of numbers.
+    """
+    if text["encoder"] == "hash":
+        return np.stack([_hash_prompt(prompt, cond_dim) for prompt in prompts])
+    where = f"--text_encoder openclip --clip_pretrained {text['pretrained']}"
+    offline = "--text_encoder hash works offline, and knows letters only"
+    try:
+        import open_clip
+    except ImportError as error:
+        raise lct.UserError("open_clip is not installed", where, f"pip install open_clip_torch; {offline}") from error
+    if os.sep in text["pretrained"] and not Path(text["pretrained"]).is_file():
+        raise lct.UserError("does not exist", where, f"check the path; {offline}")
+    try:
+        model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
+    except Exception as error:  # whatever a hub, a damaged file or a wrong name provokes
+        reason = lct.printable(str(error)).split(". ")[0][:200]
+        remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
+        raise lct.UserError(f"the text encoder has no weights: {reason}", where, remedy) from error
+    with torch.inference_mode():
+        vectors = model.eval().encode_text(open_clip.get_tokenizer(CLIP_MODEL)(list(prompts)), normalize=True)
+    if vectors.shape[1] != cond_dim:
+        raise lct.UserError(f"{CLIP_MODEL} has {vectors.shape[1]}", f"--cond_dim {cond_dim}", "give that number")
+    return vectors.float().numpy()
+
+
+def _hash_prompt(prompt: str, cond_dim: int) -> np.ndarray:
+    """Sum a random vector of each three letters in a row, of words that are not in every prompt: chairs is near chair."""
+    words = re.findall(r"\w+", prompt.lower())
+    words = [word for word in words if word not in ("a", "an", "the", "of", "3d", "model", "generate")] or words or [""]
+    total = np.zeros(cond_dim)
+    for word in words:
+        padded = f"<{word}>"
+        for start in range(max(1, len(padded) - 2)):
+            digest = hashlib.blake2b(padded[start : start + 3].encode(), digest_size=8).digest()
+            total += np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(cond_dim)
+    return (total / np.linalg.norm(total)).astype(np.float32)
+
+
+def intersect_over_union(probabilities: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each shape (B,), of what has a probability of 0.5 or more."""
+    filled = (probabilities >= 0.5).flatten(1)
+    wanted = (voxels >= 0.5).flatten(1)
+    union = (filled | wanted).sum(dim=1)
+    return torch.where(union > 0, (filled & wanted).sum(dim=1) / union.clamp(min=1), 1.0)
+
+
+def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Return KL(q(z|x) || N(0, 1)) in nats a latent dimension, averaged over the batch."""
+    mean = mean.float()
+    log_variance = log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def layer_channels(first: int, layers: int) -> list[int]:
+    """Return the channels of each layer, the grid being halved from one to the next."""
+    return [first * min(2**layer, 8) for layer in range(layers)]
+
+
+def make_block(convolution: nn.Module, channels: int, architecture: dict[str, Any]) -> list[nn.Module]:
+    """Return a convolution with what follows it."""
+    block = [convolution]
+    if architecture["use_batch_norm"]:
+        block.append(nn.BatchNorm3d(channels))
+    block.append(nn.LeakyReLU(0.2))
+    if architecture["dropout_rate"]:
+        block.append(nn.Dropout3d(architecture["dropout_rate"]))
+    return block
+
+
+def make_tower(channels: Sequence[int], architecture: dict[str, Any]) -> nn.Sequential:
+    """Return layers that halve the grid, one for each number of channels, and flatten what is left."""
+    layers: list[nn.Module] = []
+    for before, after in zip((1, *channels[:-1]), channels, strict=True):
+        layers += make_block(nn.Conv3d(before, after, 4, stride=2, padding=1), after, architecture)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+class VoxelEncoder(nn.Module):
+    """Voxels and condition -> mean and log variance of z."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        channels = layer_channels(architecture["hidden_channels"], architecture["num_encoder_layers"])
+        side = architecture["voxel_size"] >> len(channels)
+        self.tower = make_tower(channels, architecture)
+        self.posterior = nn.Linear(channels[-1] * side**3 + architecture["cond_dim"], 2 * architecture["latent_dim"])
+
+    def forward(self, voxels: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and log variance, each (B, latent_dim), of voxels (B, 1, size, size, size)."""
+        mean, log_variance = self.posterior(torch.cat([self.tower(voxels), condition], dim=1)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-10, 10)
+
+
+class ConditionalVoxelDecoder(nn.Module):
+    """z and condition -> logits of voxels."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        channels = layer_channels(architecture["hidden_channels"], architecture["num_decoder_layers"])[::-1]
+        side = architecture["voxel_size"] >> len(channels)
+        inputs = architecture["latent_dim"] + architecture["cond_dim"]
+        self.start = nn.Sequential(nn.Linear(inputs, channels[0] * side**3), nn.LeakyReLU(0.2))
+        self.grid = nn.Unflatten(1, (channels[0], side, side, side))
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(channels):
+            layers += make_block(nn.ConvTranspose3d(before, after, 4, stride=2, padding=1), after, architecture)
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose3d(channels[-1], 1, 4, stride=2, padding=1))
+
+    def forward(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 1, size, size, size)."""
+        # As large as z, so that neither drowns the other. In the encoder it stays small: a step of Adam at lr 5e-3 would otherwise
+        # move the mean of z by several units, and KL begin at 60 nats a dimension.
+        scaled = condition * condition.shape[1] ** 0.5
+        return self.layers(self.grid(self.start(torch.cat([z, scaled], dim=1))))
+
+
+class CVAE_Conditional(nn.Module):  # noqa: N801  the name that its users know
+    """The generator: encoder, decoder, and the condition that stands for no prompt."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder = VoxelEncoder(architecture)
+        self.decoder = ConditionalVoxelDecoder(architecture)
+        self.empty = nn.Parameter(torch.zeros(architecture["cond_dim"]))
+
+    def make_condition(self, prompts: torch.Tensor, has_prompt: torch.Tensor) -> torch.Tensor:
+        """Return the condition of embedded prompts (B, cond_dim), and the learned one where `has_prompt` (B,) says so."""
+        return torch.where(has_prompt[:, None], prompts, self.empty)
+
+    def forward(
+        self, voxels: torch.Tensor, prompts: torch.Tensor, has_prompt: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return logits, mean and log variance; in evaluation z is the mean."""
+        condition = self.make_condition(prompts, has_prompt)
+        mean, log_variance = self.encoder(voxels, condition)
+        z = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
+        return self.decoder(z, condition), mean, log_variance
+
+    def generate(self, z: torch.Tensor, prompts: torch.Tensor | None, guidance: float = 1.0) -> torch.Tensor:
+        """Return probabilities (B, 1, size, size, size) of z and prompts; None = without prompt."""
+        nothing = self.empty.expand(len(z), -1)
+        if prompts is None:
+            return self.decoder(z, nothing).float().sigmoid()
+        logits = self.decoder(z, self.make_condition(prompts, torch.ones(len(z), dtype=torch.bool, device=z.device)))
+        if guidance != 1.0:  # classifier-free guidance, arXiv:2207.12598
+            without = self.decoder(z, nothing)
+            logits = without + guidance * (logits - without)
+        return logits.float().sigmoid()
+
+
+class Discriminator(nn.Module):
+    """Voxels as probabilities, and a prompt -> logit of being a real shape of that prompt."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        channels = layer_channels(architecture["disc_hidden_channels"], architecture["disc_num_layers"])
+        side = architecture["voxel_size"] >> len(channels)
+        self.tower = make_tower(channels, architecture)
+        self.score = nn.Linear(channels[-1] * side**3 + architecture["cond_dim"], 1)
+
+    def forward(self, voxels: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Return logits (B,)."""
+        return self.score(torch.cat([self.tower(voxels), condition], dim=1)).flatten()
