@@ -86,8 +86,9 @@ CURVES = {
 }
 SHEET_CLASSES = 6
 SHEET_SAMPLES = 3
-SHEET_SIDE = 150  # px of a picture
-SHEETS = 5  # while a run lasts
+SHEET_SIDE = 120  # px of a picture
+PREVIEW_SIDE = 300
+SHEETS = 3  # while a run lasts
 SIGMA = 0.5  # voxels; a rod of one voxel vanishes from 0.6 on
 
 
@@ -728,9 +729,9 @@ def generate(options: ModelitOptions) -> None:
         lct.show(f"text encoder: {ENCODER_NAMES['hash']}")
     if options.preview or options.show:
         columns = len(z) if len(z) > 1 and prompts else 4
-        pictures = [(caption, draw_mesh(mesh, 2 * SHEET_SIDE)) for caption, mesh in cells]
+        pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in cells]
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-        keep_picture(options, options.preview, draw_sheet(rows, 2 * SHEET_SIDE))
+        keep_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
 
 
 def keep_picture(options: ModelitOptions, path: Path | None, picture: Image.Image) -> None:
