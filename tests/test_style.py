@@ -35,8 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slt.models": {"lct_dino3"},
     "slt.options": {"lct_dino3", "slt.models", "slt.views"},
     "slt.views": {"lct_dino3"},
+    "meshes": set(),
+    "voxel_gan": {"lct_dino3"},
+    "dataset_loader": {"meshes", "lct_dino3"},
+    "modelit": {"dataset_loader", "meshes", "voxel_gan", "lct_dino3"},
 }
-LIBRARIES = ("labels", "pretrain_utils")  # in tools/, and imported by tools alone; as what lies in folders there
+LIBRARIES = ("labels", "meshes", "voxel_gan", "pretrain_utils")  # in tools/, and imported by tools alone; as what lies in folders there
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 
 

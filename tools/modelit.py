@@ -75,12 +75,14 @@ TEMPLATES = ("a {}", "a 3d model of a {}", "3d model of a {}", "{}", "generate a
 GOOD_IOU, BAD_IOU = 0.7, 0.5  # of the verdict
 COLLAPSED_KL = 0.01  # nats a latent dimension, below which the decoder learns nothing from z
 LAST_LR = 0.02  # of --lr
+LR_INPUTS = 64  # a layer with no more inputs has the whole rate
 MAX_GRADIENT_NORM = 1.0  # of the generator; without BatchNorm one bad batch at lr 5e-3 otherwise costs epochs
 JUDGED_SAMPLES = 64  # drawn from the prior when training ends
 JUDGED_REFERENCES = 2000  # training shapes that they are compared with
 MESH_KINDS = ("obj", "ply", "stl", "glb")
 CURVES = {
-    "losses": ("recon", "kl", "adv"),
+    "reconstruction": ("recon",),
+    "other losses": ("kl", "adv"),
     "IoU": ("iou", "val_iou", "class_mean", "mean_shape"),
     "discriminator": ("disc_real_acc", "disc_fake_acc"),
 }
@@ -303,6 +305,24 @@ def text_source(options: ModelitOptions) -> dict[str, Any]:
     return {"encoder": options.text_encoder, "pretrained": options.clip_pretrained}
 
 
+def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Return one group a learning rate: that of a layer falls with the root of its inputs.
+
+    Adam moves each weight by the rate, whatever its size, and with thousands of inputs 5e-3 is a quarter of the weights that a layer
+    starts with: without this, KL passes 1,000 nats at 32^3 with the default networks.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in network.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            num_inputs = 1
+            if name == "weight" and isinstance(layer, nn.ConvTranspose3d):
+                num_inputs = layer.in_channels * math.prod(layer.kernel_size) // math.prod(layer.stride)
+            elif name == "weight" and isinstance(layer, nn.Conv3d | nn.Linear):
+                num_inputs = parameter[0].numel()
+            groups.setdefault(lr * min(1.0, (LR_INPUTS / num_inputs) ** 0.5), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "peak_lr": rate} for rate, parameters in groups.items()]
+
+
 def start_state(options: ModelitOptions, runtime: lct.Runtime) -> TrainState:
     """Return the state before the first epoch."""
     architecture = {name: getattr(options, name) for name in ARCHITECTURE}
@@ -310,8 +330,8 @@ def start_state(options: ModelitOptions, runtime: lct.Runtime) -> TrainState:
     model = CVAE_Conditional(architecture).to(runtime.device)
     discriminator = Discriminator(architecture).to(runtime.device)
     optimizers = [
-        torch.optim.Adam([{"params": list(module.parameters()), "lr": lr, "peak_lr": lr}])
-        for module, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
+        torch.optim.Adam(parameter_groups(network, lr))
+        for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
     ]
     # One scaler an optimizer: a step of one that is left out, since a gradient overflowed, says nothing of the other.
     return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
@@ -397,7 +417,8 @@ def take_step(state: TrainState, position: int, loss: torch.Tensor) -> None:
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     scaler.step(optimizer)
     scaler.update()
 

@@ -172,14 +172,14 @@ def test_other_files_give_the_same_voxels(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_cloud_of_points_becomes_a_shape_without_gaps(tmp_path: Path) -> None:
-    heights = np.linspace(-1, 1, 3000)
-    angles = np.arange(3000) * math.pi * (3 - math.sqrt(5))  # evenly spaced on a ball, as a scanner thins its points
-    radii = np.sqrt(1 - heights**2)
-    points = np.column_stack([radii * np.cos(angles), radii * np.sin(angles), heights])
-    trimesh.PointCloud(points).export(tmp_path / "cloud.ply")
-    cloud = meshes.read_mesh(tmp_path / "cloud.ply")
-    assert meshes.voxelize(cloud, 32, is_solid=True)[16, 16, 16], "the inside is enclosed"
-    assert not meshes.voxelize(cloud, 32, is_solid=False)[16, 16, 16]
+    """Scanned points lie 1.7 voxels apart, on a plate and on a pole upon it."""
+    steps = np.linspace(0, 1, 20)
+    plate = np.stack([*np.meshgrid(steps, steps), np.zeros((20, 20))], axis=-1).reshape(-1, 3)
+    pole = np.column_stack([np.full(20, steps[9]), np.full(20, steps[9]), steps])
+    trimesh.PointCloud(np.concatenate([plate, pole])).export(tmp_path / "cloud.ply")
+    grid = meshes.voxelize(meshes.read_mesh(tmp_path / "cloud.ply"), 32, is_solid=False)
+    assert grid[:, :, 0].all() and grid[15, 15].all()
+    assert grid.sum() < 1.1 * (32 * 32 + 32)
 
 
 # --- data
@@ -298,7 +298,7 @@ def test_flags_shape_the_networks(layers: int) -> None:
     logits, mean, _ = state.model(voxels, prompts, torch.tensor([True, False]))
     assert logits.shape == voxels.shape and mean.shape == (2, 5)
     assert state.discriminator(voxels, prompts).shape == (2,)
-    assert [optimizer.param_groups[0]["peak_lr"] for optimizer in state.optimizers] == [5e-3, 5e-4]
+    assert [max(group["peak_lr"] for group in optimizer.param_groups) for optimizer in state.optimizers] == [5e-3, 5e-4]
 
 
 def test_each_optimizer_moves_its_own_network_alone() -> None:
