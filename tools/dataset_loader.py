@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import stat
@@ -22,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -163,7 +165,7 @@ def select_local_dataset() -> Path | None:
         from PyQt5.QtWidgets import QApplication, QFileDialog
     except ImportError as error:
         raise lct.UserError("choosing a folder in a window needs PyQt5", "select_local_dataset", remedy) from error
-    if sys.platform == "linux" and not any(map(lct.os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"))):
+    if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"))):
         raise lct.UserError("there is no display", "select_local_dataset", "give the path: --dataset DIR")
     application = QApplication.instance() or QApplication([])
     folder = QFileDialog.getExistingDirectory(None, "Folder of meshes")
@@ -285,14 +287,7 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads no more than file_size says
                     shutil.copyfileobj(source, copy, CHUNK_BYTES)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        lct.zlib.error,
-    ) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         shutil.rmtree(folder, ignore_errors=True)
         archive.unlink(missing_ok=True)
         raise lct.UserError(
@@ -558,7 +553,8 @@ def read_answers() -> Iterator[str]:
         if not answer or answer.strip() in ("0", "q"):
             print()
             return
-        yield answer.strip()
+        if answer.strip():
+            yield answer.strip()
 
 
 def run_menu(options: LoaderOptions) -> None:
@@ -572,17 +568,21 @@ def run_menu(options: LoaderOptions) -> None:
     for answer in read_answers():
         chosen = actions[int(answer) - 1] if answer.isdecimal() and 0 < int(answer) <= len(actions) else answer
         try:
-            if chosen == "clear":
-                print(f"deleted: {' '.join(clear_dataset_cache(options.download_path)) or 'nothing'}")
-            elif chosen == "choose a folder":
-                print(f"chosen: {select_local_dataset() or 'none'}")
-            elif chosen:
-                print(f"ready: {' '.join(map(str, load_dataset(chosen, options.download_path)))}")
+            print(do_action(chosen, options.download_path))
         except lct.UserError as error:
             failure = error
             print(f"error: {error}", file=sys.stderr)
     if failure is not None and not sys.stdin.isatty():
         raise failure
+
+
+def do_action(chosen: str, download_path: Path) -> str:
+    """Do one entry of the menu, and return what to say of it."""
+    if chosen == "clear":
+        return f"deleted: {' '.join(clear_dataset_cache(download_path)) or 'nothing'}"
+    if chosen == "choose a folder":
+        return f"chosen: {select_local_dataset() or 'none'}"
+    return f"ready: {' '.join(map(str, load_dataset(chosen, download_path)))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,10 +53,13 @@ from voxel_gan import (
     CLIP_MODEL,
     ENCODER_NAMES,
     CVAE_Conditional,
-    Discriminator,
+    TrainState,
     embed_prompts,
     intersect_over_union,
     kl_divergence,
+    restore_state,
+    start_state,
+    take_step,
 )
 
 CHECKPOINT_KEYS = (
@@ -75,8 +78,6 @@ TEMPLATES = ("a {}", "a 3d model of a {}", "3d model of a {}", "{}", "generate a
 GOOD_IOU, BAD_IOU = 0.7, 0.5  # of the verdict
 COLLAPSED_KL = 0.01  # nats a latent dimension, below which the decoder learns nothing from z
 LAST_LR = 0.02  # of --lr
-LR_INPUTS = 64  # a layer with no more inputs has the whole rate
-MAX_GRADIENT_NORM = 1.0  # of the generator; without BatchNorm one bad batch at lr 5e-3 otherwise costs epochs
 JUDGED_SAMPLES = 64  # drawn from the prior when training ends
 JUDGED_REFERENCES = 2000  # training shapes that they are compared with
 MESH_KINDS = ("obj", "ply", "stl", "glb")
@@ -257,17 +258,6 @@ def score_means(shapes: Shapes, options: ModelitOptions) -> dict[str, float]:
 # --- training
 
 
-@dataclass
-class TrainState:
-    """All that changes while training."""
-
-    model: CVAE_Conditional
-    discriminator: Discriminator
-    optimizers: list[torch.optim.Optimizer]  # of both, in this order
-    scalers: list[torch.amp.GradScaler]
-    epoch: int = 0  # finished epochs
-
-
 @dataclass(frozen=True)
 class Job:
     """What does not change while training."""
@@ -303,50 +293,6 @@ class Job:
 def text_source(options: ModelitOptions) -> dict[str, Any]:
     """Return what a checkpoint says of the text encoder."""
     return {"encoder": options.text_encoder, "pretrained": options.clip_pretrained}
-
-
-def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Return one group a learning rate: that of a layer falls with the root of its inputs.
-
-    Adam moves each weight by the rate, whatever its size, and with thousands of inputs 5e-3 is a quarter of the weights that a layer
-    starts with: without this, KL passes 1,000 nats at 32^3 with the default networks.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for layer in network.modules():
-        for name, parameter in layer.named_parameters(recurse=False):
-            num_inputs = 1
-            if name == "weight" and isinstance(layer, nn.ConvTranspose3d):
-                num_inputs = layer.in_channels * math.prod(layer.kernel_size) // math.prod(layer.stride)
-            elif name == "weight" and isinstance(layer, nn.Conv3d | nn.Linear):
-                num_inputs = parameter[0].numel()
-            groups.setdefault(lr * min(1.0, (LR_INPUTS / num_inputs) ** 0.5), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "peak_lr": rate} for rate, parameters in groups.items()]
-
-
-def start_state(options: ModelitOptions, runtime: lct.Runtime) -> TrainState:
-    """Return the state before the first epoch."""
-    architecture = {name: getattr(options, name) for name in ARCHITECTURE}
-    lct.seed_torch(options.seed, 0)
-    model = CVAE_Conditional(architecture).to(runtime.device)
-    discriminator = Discriminator(architecture).to(runtime.device)
-    optimizers = [
-        torch.optim.Adam(parameter_groups(network, lr))
-        for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
-    ]
-    # One scaler an optimizer: a step of one that is left out, since a gradient overflowed, says nothing of the other.
-    return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
-
-
-def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
-    """Put a checkpoint into the state."""
-    state.epoch = payload["epoch"]
-    state.model.load_state_dict(payload["model"])
-    state.discriminator.load_state_dict(payload["discriminator"])
-    for optimizer, saved in zip(state.optimizers, payload["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    for scaler, saved in zip(state.scalers, payload["scalers"], strict=True):
-        if saved and scaler.is_enabled():
-            scaler.load_state_dict(saved)
 
 
 def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
@@ -408,19 +354,6 @@ def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
             totals[name] = totals.get(name, 0) + value.detach()
             counts[name] += 1
     return {name: (total / counts[name]).item() for name, total in totals.items()}
-
-
-def take_step(state: TrainState, position: int, loss: torch.Tensor) -> None:
-    """Let one of the two optimizers step; gradients that its loss leaves in the other's weights are dropped before they count."""
-    optimizer = state.optimizers[position]
-    scaler = state.scalers[position]
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The networks of modelit.py: text encoders, a conditional VAE over voxels, and the discriminator of its shapes.
+"""The networks of modelit.py: text encoders, a conditional VAE over voxels, the discriminator of its shapes, and their optimizers.
 
 An architecture is a dictionary of the options that `ARCHITECTURE` names; a checkpoint holds it. B shapes are float32 (B, 1, size,
 size, size), and a condition is (B, cond_dim): a unit vector, the embedded prompt.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ ENCODER_NAMES = {
     "openclip": f"open_clip {CLIP_MODEL}",
     "hash": "hash of letters, which knows spellings and no meanings",
 }
+LR_INPUTS = 64  # a layer with no more inputs has the whole rate
+MAX_GRADIENT_NORM = 1.0  # of the generator; without BatchNorm one bad batch at lr 5e-3 otherwise costs epochs
 
 
 def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -> np.ndarray:
@@ -207,3 +211,74 @@ class Discriminator(nn.Module):
     def forward(self, voxels: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Return logits (B,)."""
         return self.score(torch.cat([self.tower(voxels), condition], dim=1)).flatten()
+
+
+# --- how they are trained
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: CVAE_Conditional
+    discriminator: Discriminator
+    optimizers: list[torch.optim.Optimizer]  # of both, in this order
+    scalers: list[torch.amp.GradScaler]
+    epoch: int = 0  # finished epochs
+
+
+def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Return one group a learning rate: that of a layer falls with the root of its inputs.
+
+    Adam moves each weight by the rate, whatever its size, and 5e-3 is a quarter of the weights that a layer of thousands of inputs
+    starts with: KL passes 1,000 nats at 32^3 with the default networks else.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in network.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            num_inputs = 1
+            if name == "weight" and isinstance(layer, nn.ConvTranspose3d):
+                num_inputs = layer.in_channels * math.prod(layer.kernel_size) // math.prod(layer.stride)
+            elif name == "weight" and isinstance(layer, nn.Conv3d | nn.Linear):
+                num_inputs = parameter[0].numel()
+            groups.setdefault(lr * min(1.0, (LR_INPUTS / num_inputs) ** 0.5), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "peak_lr": rate} for rate, parameters in groups.items()]
+
+
+def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
+    """Return the state before the first epoch; the options are those of modelit.py."""
+    architecture = {name: getattr(options, name) for name in ARCHITECTURE}
+    lct.seed_torch(options.seed, 0)
+    model = CVAE_Conditional(architecture).to(runtime.device)
+    discriminator = Discriminator(architecture).to(runtime.device)
+    optimizers = [
+        torch.optim.Adam(parameter_groups(network, lr))
+        for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
+    ]
+    # One scaler an optimizer: a step of one that is left out, since a gradient overflowed, says nothing of the other.
+    return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
+
+
+def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
+    """Put a checkpoint into the state."""
+    state.epoch = payload["epoch"]
+    state.model.load_state_dict(payload["model"])
+    state.discriminator.load_state_dict(payload["discriminator"])
+    for optimizer, saved in zip(state.optimizers, payload["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for scaler, saved in zip(state.scalers, payload["scalers"], strict=True):
+        if saved and scaler.is_enabled():
+            scaler.load_state_dict(saved)
+
+
+def take_step(state: TrainState, position: int, loss: torch.Tensor) -> None:
+    """Let one of the two optimizers step; gradients that its loss leaves in the other's weights are dropped before they count."""
+    optimizer = state.optimizers[position]
+    scaler = state.scalers[position]
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    scaler.step(optimizer)
+    scaler.update()

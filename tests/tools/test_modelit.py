@@ -279,9 +279,9 @@ def test_iou_and_kl_are_those_of_the_books() -> None:
     torch.testing.assert_close(voxel_gan.kl_divergence(mean, log_variance), expected)
 
 
-def make_state(*flags: str) -> modelit.TrainState:
+def make_state(*flags: str) -> voxel_gan.TrainState:
     options = lct.parse_options(modelit.ModelitOptions, [*TINY, *flags], "modelit")
-    return modelit.start_state(options, lct.make_runtime(0, "fp32"))
+    return voxel_gan.start_state(options, lct.make_runtime(0, "fp32"))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -306,7 +306,9 @@ def test_each_optimizer_moves_its_own_network_alone() -> None:
     for position in (0, 1):
         before = [[p.clone() for p in net.parameters()] for net in (state.model, state.discriminator)]
         logits, mean, _ = state.model(torch.ones(2, 1, 8, 8, 8), torch.ones(2, 32), torch.tensor([True, True]))
-        modelit.take_step(state, position, state.discriminator(logits.sigmoid(), torch.ones(2, 32)).sum() + mean.sum())
+        voxel_gan.take_step(
+            state, position, state.discriminator(logits.sigmoid(), torch.ones(2, 32)).sum() + mean.sum()
+        )
         changed = [
             any(not torch.equal(old, new) for old, new in zip(olds, net.parameters(), strict=True))
             for olds, net in zip(before, (state.model, state.discriminator), strict=True)
