@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dataset_loader": {"meshes", "lct_dino3"},
     "modelit": {"dataset_loader", "meshes", "voxel_gan", "lct_dino3"},
 }
-LIBRARIES = ("labels", "meshes", "voxel_gan", "pretrain_utils")  # in tools/, and imported by tools alone; as what lies in folders there
+# In tools/, and imported by tools alone; as what lies in folders there.
+LIBRARIES = ("labels", "meshes", "voxel_gan", "pretrain_utils")
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 
 

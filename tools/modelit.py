@@ -408,7 +408,7 @@ def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
     """Return what becomes of z from the prior and the prompt of each class.
 
     `adherence` is the share whose nearest training shape, by IoU, has the class that the prompt names; `closed` of those whose mesh
-    is watertight; `nearest_iou` the mean IoU with that shape.
+    is watertight and not empty; `nearest_iou` the mean IoU with that shape.
     """
     options = job.options
     state.model.eval()
@@ -430,8 +430,8 @@ def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
         adherent.append(job.shapes.labels[train[overlaps.argmax()]] == label)
         nearest_iou.append(overlaps.max().item())
         try:
-            mesh_voxels(probabilities[0, 0].numpy(), 0.5, SIGMA)
-            closed.append(True)
+            _, warning = mesh_voxels(probabilities[0, 0].numpy(), 0.5, SIGMA)
+            closed.append(not warning)  # else nothing of it reaches the level
         except MeshError:
             closed.append(False)
     means = {"adherence": np.mean(adherent), "closed": np.mean(closed), "nearest_iou": np.mean(nearest_iou)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -60,12 +61,29 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
         raise lct.UserError("open_clip is not installed", where, f"pip install open_clip_torch; {offline}") from error
     if os.sep in text["pretrained"] and not Path(text["pretrained"]).is_file():
         raise lct.UserError("does not exist", where, f"check the path; {offline}")
+    import huggingface_hub.constants as hub_constants
+
+    was_offline = hub_constants.HF_HUB_OFFLINE
+    logging.disable(logging.ERROR)  # of each of ten tries; what matters is said below
     try:
-        model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
+        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+            hub_constants.HF_HUB_OFFLINE = True
+            model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
+        except (OSError, RuntimeError, ValueError):
+            if Path(text["pretrained"]).is_file():
+                raise
+            lct.show(f"fetching the weights of {CLIP_MODEL} (once; they stay in the cache of huggingface_hub)")
+            hub_constants.HF_HUB_OFFLINE = was_offline
+            model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a hub, a damaged file or a wrong name provokes
         reason = lct.printable(str(error)).split(". ")[0][:200]
         remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
         raise lct.UserError(f"the text encoder has no weights: {reason}", where, remedy) from error
+    finally:
+        hub_constants.HF_HUB_OFFLINE = was_offline
+        logging.disable(logging.NOTSET)
     with torch.inference_mode():
         vectors = model.eval().encode_text(open_clip.get_tokenizer(CLIP_MODEL)(list(prompts)), normalize=True)
     if vectors.shape[1] != cond_dim:
