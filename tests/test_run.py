@@ -54,7 +54,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ("--epochs", 4, "--save_every", 2, "--preview")
     done = run_cli("--data_root", data, "--out_dir", out_dir, *SETTINGS, *flags)
     assert done.returncode == 0, done.stderr
-    assert "training" in done.stdout and "Traceback" not in done.stderr and "%|" not in done.stderr
+    assert "prototype matching" in done.stdout and "Traceback" not in done.stderr and "%|" not in done.stderr
     return out_dir
 
 

@@ -130,7 +130,10 @@ def test_the_consumer_of_the_readme_gives_our_answers(
     (tmp_path / "RUN").symlink_to(onnx_file.parent)
     draw_image(0, 9, side=side).resize((side, side * 2 // 3)).save(tmp_path / "crop.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "tools" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    chapter = (
+        (REPO / "tools" / "README.md").read_text(encoding="utf-8").partition("\n## export")[2].partition("\n## ")[0]
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
     scope: dict = {}
     exec(code, scope)
     image = trained.transform()(lct.load_image(tmp_path / "crop.jpg"), None, 0)
