@@ -86,3 +86,18 @@ def test_where_there_is_too_little_nothing_is_measured() -> None:
         records.splits[:96],
     )
     assert lct.measure_unseen(lct.Job(job.config, small, job.runtime, None, job.info), few) is None
+
+
+def test_the_baseline_of_the_verdict_is_the_best_on_val() -> None:
+    """Here another one is better on test, by luck: choosing there would be unfair to training."""
+    job = make_job()
+    for seed in range(40):
+        features = draw_features(job, 2.0)
+        order = np.random.default_rng(seed).permutation(len(features["test"].rows))
+        features["test"] = features["test"].take(order[:12])
+        figures, right = lct.measure_baseline(job, features)
+        best, lucky = (lct.best_baseline(figures[split]) for split in ("val", "test"))
+        if figures["test"][f"{lucky}_acc"] > figures["test"][f"{best}_acc"]:
+            break
+    assert figures["test"][f"{lucky}_acc"] > figures["test"][f"{best}_acc"], "no draw shows the difference"
+    assert np.mean(list(right.values())) == pytest.approx(figures["test"][f"{best}_acc"])

@@ -40,7 +40,7 @@ FAULTS = {
     "baseline chosen on test": Fault(
         'best_baseline(baseline["val"]), features',
         'best_baseline(baseline["test"]), features',
-        "test_figures.py -k compared_with",
+        "test_unseen.py -k best_on_val",
     ),
     "val matched against itself": Fault(
         'references = embed(job, model, features["train"])',
