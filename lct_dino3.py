@@ -99,19 +99,11 @@ THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
 EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
-# A head that is trained without some classes says what unseen ones will meet with.
-UNKNOWN_NAMES = (
-    "unknown",
-    "other",
-    "others",
-    "background",
-    "none",
-    "misc",
-    "negative",
-    "negatives",
-)  # of folders of no class
-UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 200_000
-UNSEEN_STEPS = 5000  # at most, of all such heads together: half a minute
+# Names of folders that are of no class.
+UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
+# Heads that are trained without some classes say what unseen ones will meet with, in about a minute.
+UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
+UNSEEN_STEPS = 1500  # of all such heads together
 UNSEEN_REFS_PER_CLASS = 50  # in their galleries
 ENROLMENT_CROPS = (1, 5, 20)
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
@@ -125,14 +117,12 @@ KNN_CHOICES = (1, 3, 5, 10)
 PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes a class that --prototypes_per_class auto tries
 MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a mislabelled picture
 MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
-SIGNIFICANCE = 0.05  # of the sign test by which several prototypes a class must be better
+SIGNIFICANCE = 0.05  # of the sign tests: of training's gain, and of several prototypes a class against one
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
-PROMISE_CONFIDENCE = (
-    0.6  # of the bound on errors that thresholds are set by: at 0.5 precision falls short, at 0.7 coverage
-)
-PRIOR_ANSWERS = (
-    10  # answers that those of all classes count for in a class's threshold: so precision holds on hand tools
-)
+# Of the bound on errors that thresholds are set by: at 0.5 precision falls short, at 0.7 coverage.
+PROMISE_CONFIDENCE = 0.6
+# Answers that those of all classes count for in a class's threshold: so precision holds on hand tools.
+PRIOR_ANSWERS = 10
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
@@ -154,9 +144,8 @@ SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
 CLOSE_SECONDS = 4.5  # that a run waits for its tracker at the end, and nowhere else
 SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whether it has them
-MAX_WORKERS = (
-    16  # by default: 540 images/s each feed a ViT-L three times over; more of them cost memory and start-up time
-)
+# By default: 540 images/s each feed a ViT-L three times over; more of them cost memory and start-up time.
+MAX_WORKERS = 16
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
@@ -1280,6 +1269,11 @@ def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def get_world_size() -> int:
+    """Return how many processes torchrun has started for this job; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 class Signals:
     """What the terminal and the scheduler ask of this process.
 
@@ -1962,21 +1956,21 @@ def gather_batch(batch: Batch) -> Batch:
     return batch._replace(images=images, labels=torch.cat(labels), failures=failures, sizes=tuple(map(len, labels)))
 
 
-def gather_rows(own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Return the rows (B, ...) of all processes, of which each has `sizes[rank]`; without sizes, the rows are all there are.
 
     Every process computes the same loss of all rows, so that the gradient of its own rows is here already, and no gradients have to
     be exchanged. It is multiplied by the number of processes, by which DistributedDataParallel divides the sum of gradients.
     """
     if not sizes:
-        return own
-    padded = own.new_zeros(max(sizes), *own.shape[1:])
-    padded[: len(own)] = own.detach()
+        return rows
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    parts[get_rank()] = own
-    if own.requires_grad:
-        own.register_hook(lambda gradient: gradient * len(sizes))
+    parts[get_rank()] = rows
+    if rows.requires_grad:
+        rows.register_hook(lambda gradient: gradient * len(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
@@ -1990,11 +1984,6 @@ def gather_answers(answer: Any) -> list[Any]:
         return []
     SIGNALS.receive_any([asked for _, asked in answers])
     return [answer for answer, _ in answers if answer is not None]
-
-
-def get_world_size() -> int:
-    """Return how many processes torchrun has started for this job; 1 without it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_batchnorm(module: nn.Module) -> bool:
@@ -4546,7 +4535,11 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
             reason = printable(str(error) or type(error).__name__)[:200]
             if failed == LOADER_RESTARTS:
                 raise DeadWorker(reason) from error
-            say(f"warning: a loader worker was killed ({reason}); the loader is started again at this batch")
+            warning = f"warning: a loader worker was killed ({reason}); the loader is started again at this batch"
+            if get_rank():  # the first process knows nothing of it
+                print(f"process {get_rank()}: {warning}", file=sys.stderr, flush=True)
+            else:
+                say(warning)
 
 
 class DeadWorker(Exception):
@@ -5845,15 +5838,8 @@ def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
 # ======================================================================================================================
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
-PLAIN_STATE = (
-    "epoch",
-    "batches",
-    "step",
-    "seconds",
-    "best",
-    "baseline",
-    "frozen_right",
-)  # of TrainState: goes to disk as it is
+# Of TrainState: goes to disk as it is.
+PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right")
 # Of a checkpoint of training; there may be others.
 CHECKPOINT_KEYS = (*PLAIN_STATE, "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype")
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
@@ -5937,9 +5923,8 @@ class TrainState:
     tally: Tally = dataclasses.field(default_factory=Tally)  # of the epoch so far
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, value, loss of the best epoch so far
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
-    frozen_right: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # and `share_right` of its best answers to test
+    # And `share_right` of what the best of it answers to test.
+    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)
     saved_step: int | None = None  # what checkpoint_last.pth holds; of this process only
 
 
@@ -8190,13 +8175,14 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> dict[str, Any] | 
         references, answered = embed(job, model, train), embed(job, model, queries)
         is_unseen = np.isin(queries.labels, unseen)
         number = np.searchsorted(seen, np.arange(len(names)))  # of a class among those seen
-        own = references.take(~np.isin(train.labels, unseen))
+        chosen = first_of_each_class(np.flatnonzero(np.isin(train.labels, seen)), train.labels, UNSEEN_REFS_PER_CLASS)
+        known = references.take(chosen)
         val, test = answered.take(~is_unseen & ~is_test), answered.take(~is_unseen & is_test)
         gallery = build_gallery(
             dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
-            own._replace(labels=number[own.labels]),
+            known._replace(labels=number[known.labels]),
             val._replace(labels=number[val.labels]),
-            dataclasses.replace(job.config, max_refs_per_class=UNSEEN_REFS_PER_CLASS),
+            dataclasses.replace(job.config, prototypes_per_class="1"),
         )
         which = (~is_unseen & is_test, is_unseen)
         by_prototypes.append((gallery.answer(answered.values)[1], *which))
@@ -8208,7 +8194,9 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> dict[str, Any] | 
     open_set = tell_unknown(queries.rows, by_prototypes)
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     way = "frozen backbone, largest logit of logistic regression"
-    figures = {key: np.mean([[at[key] for at in own] for own in enrolment], axis=0).tolist() for key in enrolment[0][0]}
+    figures = {
+        key: np.mean([[at[key] for at in fold] for fold in enrolment], axis=0).tolist() for key in enrolment[0][0]
+    }
     return {
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
@@ -8308,7 +8296,7 @@ def judge_training(
     gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
     low, high = (100 * bound for bound in gain["interval"])
     word = "no measurable difference"
-    if p_value < 0.05:
+    if p_value < SIGNIFICANCE:
         word = "training helped" if gain["value"] > 0 else "training hurt"
     trained, frozen = pairs.mean(axis=0).tolist()
     verdict = f"{word}: prototype matching {trained:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"

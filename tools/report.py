@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -496,35 +495,23 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
 def view_header(run: Run) -> dict[str, Any]:
     """Return verdict, key figures and the bars that compare the trained model with the frozen backbone."""
     figures = run.figures
-    num_test = run.count("test")
-    if figures.test and not num_test:
-        note = "There is no splits.json, so that the number of test images is not known."
-    elif figures.test:
-        low, high = wilson_interval(round(figures.test["prototypes"]["acc"] * num_test), num_test)
-        note = f"{num_test:,} test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
-    else:
+    verdict, _, note = run.verdict.partition(": ")
+    if figures.test and figures.measured and figures.prototypes:
+        low, high = figures.measured["closed"][figures.prototypes["matcher"]]["acc"]["interval"]
+        note = f"{capitalize(note)}. Test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
+    elif not figures.test:
         note = "The figures below are of the val split, which also chose the best epoch: expect less on new data."
-    tone = {"helped": "good", "hurt": "bad"}.get(run.verdict.split()[1], "plain")  # training ...
     frozen = figures.baseline.get(figures.scored, {})
     bars = [("trained, prototypes", figures.scores.get("acc"), "trained")]
     bars += [("trained, classifier", figures.scores.get("classifier_acc"), "trained")]
     bars += [(f"frozen, {text}", frozen.get(f"{key}_acc"), "frozen") for key, text in BASELINE_NAMES.items()]
     return {
-        "verdict": capitalize(run.verdict),
-        "tone": "plain" if "noise" in run.verdict else tone,
+        "verdict": capitalize(verdict),
+        "tone": {"training helped": "good", "training hurt": "bad"}.get(verdict, "plain"),
         "note": note,
         "tiles": list_tiles(run),
         "bars": [{"name": name, "value": value, "kind": kind} for name, value, kind in bars if value is not None],
     }
-
-
-def wilson_interval(num_right: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927), which unlike the normal one holds near 1."""
-    z = NormalDist().inv_cdf(0.975)
-    share = num_right / count
-    centre = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, (centre - half) / (1 + z * z / count)), min(1.0, (centre + half) / (1 + z * z / count))
 
 
 def list_tiles(run: Run) -> list[tuple[str, str, str]]:
