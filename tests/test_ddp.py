@@ -144,8 +144,6 @@ def train_small(path: str, is_alone: bool = False) -> int:
             images = torch.from_numpy(rng.normal(size=(size, 3, 8, 8)))
             labels = torch.from_numpy(rng.integers(0, 5, size))
             own = slice(size * rank // world_size, size * (rank + 1) // world_size)
-            if own.start == own.stop:  # as `Backbone.forward` does it
-                own = slice(0, 0)
             batches.append(lct.gather_batch(lct.Batch(images[own], labels[own], labels[own], labels[own], [])))
         losses.append(lct.train_step(config, runtime, network, state, batches)[0])
     torch.save({"losses": torch.stack(losses), **model.state_dict()}, f"{path}{rank}")
@@ -325,6 +323,18 @@ def child_with_rank(parent: int, rank: int) -> int:
         if words and int(words[1]) == parent and f"RANK={rank}" in (stat.parent / "environ").read_text().split("\0"):
             return int(stat.parent.name)
     raise AssertionError("torchrun has no such process")
+
+
+def test_a_loader_worker_that_is_killed_is_named_by_the_process_that_it_read_for(
+    nursery: Nursery, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    """The first process writes the log, and knows nothing of it; the run is the same all the same."""
+    ranks = [{}, {"plans": [do("gather_batch", 2, kill_worker=True)]}]
+    argv = ("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN, "--workers", 1, "--save_minutes", 10)
+    ends = nursery.run_team(*argv, ranks=ranks)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "process 1: warning: a loader worker was killed" in ends[1][1] and "was killed" not in ends[0][1]
+    assert differences(alone, tmp_path / "run") == []
 
 
 def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path: Path) -> None:
