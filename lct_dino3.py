@@ -7522,7 +7522,7 @@ class ViewCache:
         )
         self._shape = (num_views, len(self._rows), job.info.feature_dim)
         self._fill()
-        if clean is None:
+        if clean is None:  # in the processes beside the first, which are done with it
             return
         # Position of each image's clean view among the features, -1 for those that could not be read, int64 (images,).
         known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
