@@ -4283,6 +4283,9 @@ class SquareFile:
         except (OSError, UserError) as error:
             self.give_up(error)
             return -1
+        if self.failure is not None:  # another thread has given up, and this square came after it had made room
+            self.give_up(self.failure)
+            return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
         self.memory.learn(kind, path, stamp, value.tobytes())
         return place

@@ -276,6 +276,24 @@ def test_a_disk_that_fills_up_gets_its_room_back(data: Path, at: str, monkeypatc
     assert len(load(run.job, run.job.training_crops(), 0)[0]) == len(run.rows("train"))
 
 
+def test_a_square_that_comes_after_the_disk_was_given_up_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads write: one may have its place already when another one fails."""
+    writer, real = lct.SquareFile(lct.FileMemory(tmp_path), 8, 10_000, 0), os.pwrite
+
+    def write_late(*args: Any) -> int:
+        writer.give_up(OSError(28, "No space left on device"))
+        return real(*args)
+
+    square = np.zeros((8, 8, 3), np.uint8)
+    assert writer.put("kind", "a.jpg", (1, 1), square) == 0
+    os.link(writer.path, tmp_path / "second_name")
+    monkeypatch.setattr(os, "pwrite", write_late)
+    assert writer.put("kind", "b.jpg", (1, 1), square) == -1
+    assert (tmp_path / "second_name").stat().st_size == 0 and not writer.path.exists()
+
+
 def test_squares_are_used_again_unless_they_are_damaged_or_their_crop_or_mask_has_changed(data: Path) -> None:
     first = Run(data, crop_mode="mix")
     rows = first.rows("train", masked=True)
