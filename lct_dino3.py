@@ -1177,8 +1177,10 @@ def locate_start(config: Config) -> Path | None:
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise UserError("does not exist", where, "check the path")
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise UserError("is neither a file nor a folder", where, "give the folder of a run, or a file")
     names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
     if not names:
         raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
@@ -4596,6 +4598,12 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
 HEAD_WIDTHS = (512, 192)  # hidden units of the embedding head, and of each of several side by side
 PRETRAINED_VIT = "vit_small_patch16_224"  # timm's model that tools/slt/models.py is, but for its sizes
+# What trainers put before a backbone's names, where these themselves say nothing.
+WEIGHT_WRAPPERS = re.compile(
+    r"((state_dict_ema|model_ema|state_dict|model_state_dict|teacher|model|net|module|_orig_mod|backbone|encoder)\.)*"
+)
+# A tensor without module, or one of a layer that changes features; what else a model does not have is a head.
+BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage|bn\d|patch|rope)|^[^.]*$")
 MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
@@ -5022,6 +5030,16 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
+class _Inert:
+    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars. Does nothing."""
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_archive(path: Path, where: str) -> Any:
     """Return what torch.save has written, never executing anything in it.
 
@@ -5029,7 +5047,10 @@ def read_archive(path: Path, where: str) -> Any:
         UserError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        is_zip = is_torch_zip(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
+        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip and I/O errors: whatever a wrong file provokes
@@ -5061,42 +5082,126 @@ def read_start(config: Config) -> Start | None:
         UserError: the file cannot be read.
     """
     from safetensors import safe_open
-    from timm.models._helpers import load_state_dict
 
     path = config.backbone_weights if config.load_from is None else locate_start(config)
     if path is None:
         return None
-    where = f"--{'backbone_weights' if config.load_from is None else 'load_from'} {path}"
+    where = config.said("backbone_weights" if config.load_from is None else "load_from")
     class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     try:
-        payload = None
-        if is_torch_zip(path):
-            check_zip(path)
-            payload = read_archive(path, where)
-        if isinstance(payload, dict) and "identity" in payload and "format" in payload:
-            state = payload.get("average", payload["model"])  # those that were judged
-            identity = payload["identity"]
-            class_names = identity["class_names"]
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+                class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
         else:
-            state = load_state_dict(str(path), weights_only=True)
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as file:
-                    class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
+            if is_torch_zip(path):
+                check_zip(path)
+            state = read_archive(path, where)
+        if isinstance(state, dict) and "identity" in state and "format" in state:
+            identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
+            class_names = identity["class_names"]
     except (MemoryError, UserError):
         raise
     except Exception as error:  # zip, safetensors and key errors
         raise unreadable_weights(error, where) from error
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
-        raise UserError(problem, where, "give weights of a training that went well")
     if not class_names:
-        return Start(where, path, state)
+        return Start(where, path, dict(walk_tensors(state)))
+    check_weights_finite(state, where)
     prefix = "backbone.model."
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     head = {key: value for key, value in state.items() if not key.startswith(prefix)}
     return Start(where, path, backbone, head, tuple(class_names), identity)
+
+
+def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in nested dictionaries under their names, joined by dots."""
+    if isinstance(tree, torch.Tensor):
+        yield prefix[:-1], tree
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        yield from walk_tensors(value, f"{prefix}{key}.")
+
+
+def check_weights_finite(weights: dict[str, Any], where: str) -> None:
+    """Refuse weights among which are some that are not finite, by the names of their tensors."""
+    values = ((key, value) for key, value in weights.items() if isinstance(value, torch.Tensor))
+    if broken := [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]:
+        problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
+        raise UserError(problem, where, "give weights of a training that went well")
+
+
+def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights of DINOv2 and DINOv3 that are named as in transformers under their authors' names, which timm reads."""
+    token = "embeddings.cls_token"
+    base = next((key.removesuffix(token) for key in tensors if key.endswith(token)), None)
+    if base is None:
+        return tensors
+    inside = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
+    registers = "register_tokens" if "embeddings.position_embeddings" in inside else "storage_tokens"
+    up, down = ("w2", "w3") if any(".gate_proj." in key for key in inside) else ("fc1", "fc2")
+    names = (
+        (r"^(encoder|model)\.", ""),
+        (r"^layers?\.", "blocks."),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+        (r"^embeddings\.register_tokens", registers),
+        (r"^embeddings\.patch_embeddings(\.projection)?", "patch_embed.proj"),
+        (r"^embeddings\.", ""),
+        (r"^layernorm\.", "norm."),
+        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
+        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+        (r"\.mlp\.weights_in\.", ".mlp.w12."),
+        (r"\.mlp\.weights_out\.", ".mlp.w3."),
+        (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+        (r"\.mlp\.up_proj\.", f".mlp.{up}."),
+        (r"\.mlp\.down_proj\.", f".mlp.{down}."),
+    )
+    renamed = {}
+    for key, value in inside.items():
+        for pattern, name in names:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
+        query = renamed.pop(key)
+        rest = [
+            renamed.pop(key.replace(".q.", f".{name}."), torch.zeros_like(query)) for name in "kv"
+        ]  # keys lack a bias
+        renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *rest])
+    return renamed
+
+
+def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[dict, str]:
+    """Return those tensors of a file that stand where most of the model's do, by the model's names, and what stood before these.
+
+    Of two such places an averaged model or a teacher is taken, else the first.
+    """
+    votes: Counter[str] = Counter()
+    for key, value in tensors.items():
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            votes[key[:start]] += key[start:] in expected and expected[key[start:]].shape == value.shape
+    prefix = max(votes, key=lambda name: (votes[name], bool(re.search("ema|teacher", name))), default="")
+    if 2 * votes[prefix] < len(expected):  # names that timm has yet to convert, or another model's
+        wrappers = Counter(WEIGHT_WRAPPERS.match(key).group() for key in tensors)
+        prefix = max(wrappers, key=lambda name: (bool(name), wrappers[name]), default="")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, prefix
+
+
+def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> str:
+    """Return what to do with tensors that do not fit a timm model: name the model of a like name that they do fit, if any."""
+    import timm
+
+    scores = {}
+    for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
+        with contextlib.suppress(Exception), torch.device("meta"):  # some cannot be built so
+            expected = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+            chosen, _ = choose_weights(tensors, expected)
+            same = sum(key in chosen and chosen[key].shape == value.shape for key, value in expected.items())
+            scores[name] = same / max(len(expected), len(chosen))
+    best = max(scores, key=scores.__getitem__, default=architecture)
+    if scores.get(best, 0) < 0.9:
+        return f"its tensors are those of no model like {architecture}: give the --model_id that they were saved from"
+    if best == architecture:
+        return f"the rest of it does fit {architecture}: give a file with the whole state dict"
+    return f"its tensors are those of --model_id {best}"
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
@@ -5127,21 +5232,34 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
 
 
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a file; a classifier in the file is dropped and said so, input channels follow timm's rule.
+    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule.
 
     Raises:
         UserError: keys or shapes that do not fit, naming them.
     """
     from timm.models._manipulate import adapt_input_conv
 
+    architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
+    tensors, expected = complete_backbone(start, log), model.state_dict()
+    if not tensors:
+        raise unreadable_weights(
+            ValueError("it holds no tensors by name, as a model saved whole does not"), start.where
+        )
+    named = rename_hub_weights(tensors)
+    weights, prefix = choose_weights(named, expected)
+    check_weights_finite(weights, start.where)
+    outside = [key.split(".")[: prefix.count(".")] for key in tensors if not key.startswith(prefix)]
+    others = dict.fromkeys(".".join(parts) for parts in outside)
+    for key in [key for key in weights if key.endswith("attn.qkv.bias") and "storage_tokens" in weights]:
+        if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
+            problem = f"has biases of queries and values that are not zero, and {architecture} has none"
+            raise UserError(problem, start.where, f"give --model_id {architecture}_qkvb")
     filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    weights = complete_backbone(start, log)
     try:
         weights = filter_function(weights, model) if filter_function else weights
     except Exception as error:  # key and shape errors of the models' own code
-        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
-        raise UserError(problem, start.where, "check --model_id") from error
-    weights = {key.removeprefix("backbone.").removeprefix("model."): value for key, value in weights.items()}
+        problem = f"cannot be read as weights of {architecture}: {printable(str(error))[:200]}"
+        raise UserError(problem, start.where, name_fitting_model(named, architecture)) from error
 
     def layer_prefixes(kind: str) -> tuple[str, ...]:
         names = model.pretrained_cfg.get(kind) or ()
@@ -5150,16 +5268,23 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     if dropped := [key for key in weights if key.startswith(layer_prefixes("classifier"))]:
         log(f"{start.where}: the classifier in the file is not used ({', '.join(dropped)})")
     weights = {key: value for key, value in weights.items() if key not in dropped}
-    expected = model.state_dict()
-    for prefix in layer_prefixes("first_conv"):
-        key = f"{prefix}weight"
+    for layer in layer_prefixes("first_conv"):
+        key = f"{layer}weight"
         if key in expected and key in weights and weights[key].shape[1:2] == (3,) != expected[key].shape[1:2]:
             weights[key] = adapt_input_conv(expected[key].shape[1], weights[key])
+    if expected.keys() <= weights.keys():
+        modules = {key.split(".")[0] for key in expected}
+        heads = [key for key in weights if key.split(".")[0] not in modules and not BACKBONE_PART.search(key)]
+        others |= dict.fromkeys(key.rpartition(".")[0] for key in heads)
+        weights = {key: value for key, value in weights.items() if key not in heads}
+    if others:
+        log(f"{start.where}: not used of the file: {', '.join([*others][:8])}{', ...' if len(others) > 8 else ''}")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # a line each for keys that are missing, foreign keys, and every wrong shape
         problems = [line.strip()[:200] for line in str(error).splitlines()[1:5]]
-        raise UserError(f"does not fit the model: {'; '.join(problems)}", start.where, "check --model_id") from error
+        remedy = name_fitting_model(named, architecture)
+        raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -1,7 +1,10 @@
 """Section 09: any timm model, weights from files, and refusal of what does not fit."""
 
+import argparse
 import dataclasses
 import json
+import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -429,6 +432,158 @@ def test_branches_are_dropped_at_random_in_training_only(options: dict) -> None:
     assert torch.equal(model.backbone(images), first) and not torch.equal(first, second)
     model.eval()
     assert torch.equal(model.backbone(images), model.backbone(images))
+
+
+# --- weights as other trainers leave them
+
+HUB_NAMES = {  # of transformers for what timm calls DINOv2 and DINOv3
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+}
+
+
+def save_and_build(tree: Any, path: Path, **options: Any) -> tuple[torch.nn.Module, str]:
+    said: list[str] = []
+    torch.save(tree, path) if path.suffix == ".pth" else safetensors.torch.save_file(tree, path)
+    return lct.build_backbone(make_config(backbone_weights=path, **options), said.append)[0].model, "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def vit_state() -> dict[str, torch.Tensor]:
+    return vary_weights(timm.create_model("test_vit", num_classes=0, img_size=160)).state_dict()
+
+
+PREFIXES = (
+    "",
+    "model.",
+    "module._orig_mod.",
+    "model.backbone.",
+    "encoder.",
+    "_orig_mod.module.model.backbone.",
+    "net.feature_extractor.",
+)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [None, "state_dict", "model", "net", "teacher", "model_state_dict", "weights_of_mine"]
+)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_and_wrappers_come_off_before_timm_converts(
+    prefix: str, wrapper: str | None, vit_state: dict, tmp_path: Path
+) -> None:
+    state = {f"{prefix}{key}": value for key, value in vit_state.items()}
+    tree = {wrapper: state, "epoch": 3} if wrapper else state
+    model, _ = save_and_build(tree, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, vit_state["blocks.3.mlp.fc1.weight"])
+    assert model.pos_embed.shape[1] == 5, "interpolated by timm from 100 patches"
+
+
+def test_options_and_numbers_of_a_trainer_do_not_hinder(vit_state: dict, tmp_path: Path) -> None:
+    tree = {"args": argparse.Namespace(lr=0.1, out=Path("x")), "best": np.float64(0.7), "hist": np.arange(3)}
+    tree |= {"optimizer": {"state": {0: {"exp_avg": torch.full((3,), math.inf)}}}, "model": vit_state}
+    model, said = save_and_build(tree, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+    assert torch.equal(model.norm.weight, vit_state["norm.weight"]) and "optimizer" in said
+
+
+def test_the_teacher_is_taken_before_the_student(vit_state: dict, tmp_path: Path) -> None:
+    student = {f"backbone.{key}": value + 1 for key, value in vit_state.items()}
+    teacher = {f"backbone.{key}": value for key, value in vit_state.items()}
+    teacher["head.mlp.0.weight"] = torch.zeros(4, 4)
+    model, said = save_and_build(
+        {"student": student, "teacher": teacher}, tmp_path / "a.pth", model_id="test_vit", img_size=32
+    )
+    assert torch.equal(model.norm.weight, vit_state["norm.weight"])
+    assert "teacher.head" in said and "student.backbone" in said
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_heads_in_the_file_are_named_and_left(prefix: str, vit_state: dict, tmp_path: Path) -> None:
+    state = {f"{prefix}{key}": value for key, value in vit_state.items()}
+    state |= {f"{prefix}arcface.weight": torch.ones(3, 64), "criterion.centers.weight": torch.ones(3, 64)}
+    model, said = save_and_build(state, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+    assert torch.equal(model.norm.weight, vit_state["norm.weight"])
+    assert "arcface" in said and "criterion" in said
+
+
+@pytest.mark.parametrize(
+    "key", ["norm_pre.weight", "reg_token", "blocks.9.norm1.weight", "blocks.0.attn.q_norm.weight"]
+)
+def test_what_would_change_features_is_not_left(key: str, vit_state: dict, tmp_path: Path) -> None:
+    with pytest.raises(lct.UserError, match=rf"does not fit test_vit.*{re.escape(key)}"):
+        save_and_build(vit_state | {key: torch.ones(64)}, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+
+
+def test_the_remedy_names_what_would_match(vit_state: dict, tmp_path: Path) -> None:
+    with pytest.raises(lct.UserError, match=r"--model_id test_vit$"):
+        save_and_build({"model": vit_state}, tmp_path / "a.pth", model_id="test_vit2", img_size=32)
+    part = {f"model.{key}": value for key, value in vit_state.items() if key != "norm.weight"}
+    with pytest.raises(
+        lct.UserError, match=r'Missing key.*"norm.weight"(.|\n)*does fit test_vit: give a file with'
+    ) as caught:
+        save_and_build(part, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+    assert "check --model_id" not in str(caught.value)
+    with pytest.raises(lct.UserError, match="holds no tensors by name"):
+        save_and_build(timm.create_model(TINY), tmp_path / "whole.pth")
+
+
+def name_as_hub(state: dict[str, torch.Tensor], version: int, layers: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a timm DINO under the names of transformers, whose keys have no bias in DINOv3."""
+    inner = ("attention.output.dense", "fc1", "fc2") if version == 2 else ("attention.o_proj", "up_proj", "down_proj")
+    parts = ("attention.query", "attention.key", "attention.value") if version == 2 else ("q_proj", "k_proj", "v_proj")
+    projection, norm = ("projection.", "layernorm") if version == 2 else ("", "norm")
+    named = {}
+    for key, value in state.items():
+        if ".attn.qkv" in key:
+            named |= dict(
+                zip((key.replace("attn.qkv", f"attention.{part}") for part in parts), value.chunk(3), strict=True)
+            )
+        else:
+            new = (
+                key.replace("attn.proj", inner[0])
+                .replace("mlp.fc1", f"mlp.{inner[1]}")
+                .replace("mlp.fc2", f"mlp.{inner[2]}")
+            )
+            new = re.sub(r"(ls(\d)\.gamma|gamma_(\d))$", lambda m: f"layer_scale{m[2] or m[3]}.lambda1", new)
+            new = re.sub(r"^norm\.", f"{norm}.", new).replace(
+                "patch_embed.proj.", f"embeddings.patch_embeddings.{projection}"
+            )
+            named[HUB_NAMES.get(key, new)] = value
+    named = {re.sub(r"^blocks\.", layers, key): value.clone() for key, value in named.items()}
+    for key in [key for key in named if version == 3 and key.endswith("q_proj.weight")]:
+        for part in "qv":
+            named[key.replace("q_proj.weight", f"{part}_proj.bias")] = torch.zeros(len(named[key]))
+    return named | {"embeddings.mask_token": torch.zeros(1, 1, len(state["norm.weight"]))}
+
+
+HUB = [
+    ("vit_small_patch16_dinov3", 3, "layer.", ""),
+    ("vit_small_patch16_dinov3", 3, "model.layer.", "backbone."),
+    ("vit_small_patch14_dinov2", 2, "encoder.layer.", ""),
+    ("vit_small_patch14_reg4_dinov2", 2, "encoder.layer.", "dinov2_with_registers."),
+]
+
+
+@pytest.mark.parametrize("name, version, layers, prefix", HUB)
+def test_dino_as_the_hub_has_it_gives_the_features_of_timm(
+    name: str, version: int, layers: str, prefix: str, tmp_path: Path
+) -> None:
+    size = 32 if version == 3 else 28
+    donor = vary_weights(timm.create_model(name, num_classes=0, img_size=size, global_pool="token")).eval()
+    state = {key: value for key, value in donor.state_dict().items() if "rope" not in key}
+    if "reg_token" in state and version == 2:  # the authors add a position to the class token
+        state["pos_embed"] = torch.cat((torch.ones(1, 1, 384), state["pos_embed"]), 1)
+        state["cls_token"] = state["cls_token"] - 1
+    hub = {f"{prefix}{key}": value for key, value in name_as_hub(state, version, layers).items()}
+    hub["classifier.weight"] = torch.zeros(5, 384)
+    model, _ = save_and_build(hub, tmp_path / "model.safetensors", model_id=name, img_size=size)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(images), donor(images), rtol=1e-4, atol=1e-5)
+    if version == 3:
+        hub[f"{prefix}{layers}2.attention.v_proj.bias"] += 0.1
+        with pytest.raises(lct.UserError, match=rf"biases.*not zero(.|\n)*--model_id {name}_qkvb"):
+            save_and_build(hub, tmp_path / "model.safetensors", model_id=name, img_size=size)
 
 
 # --- input channels
