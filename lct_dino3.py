@@ -93,6 +93,7 @@ SPLIT_NAMES = ("train", "val", "test")
 VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
 MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
 MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
+MAX_LABEL = 100  # numbers of classes in label maps lie below: COCO has 91
 CUTOUTS_DIRNAME = "cutouts"
 LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
@@ -3265,16 +3266,40 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError."""
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
+
+    Where MASK_LEVEL does not tell the object, what is opaque or, of zero and one other value, what is not zero is the object.
+    Raises ImageError.
+    """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
+        has_alpha = upright.has_transparency_data
+        alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
         if is_alpha:
-            if not upright.has_transparency_data:
+            if alpha is None:
                 raise ImageError("has no alpha channel")
-            return np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL
-        if upright.mode in ("1", "L"):
-            return np.asarray(upright.convert("L")) > MASK_LEVEL
-        return to_rgb(upright).max(axis=2) > MASK_LEVEL  # drawn in colours; what is transparent becomes gray 114
+            return alpha
+        is_gray = upright.mode in ("1", "L")
+        levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in colours
+        mask = levels > MASK_LEVEL
+        if alpha is not None and 0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1):  # one colour, drawn on nothing
+            return alpha
+        values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette entries, more than 8 bits
+        distinct = np.unique(values).tolist()
+        is_one_sided = mask.mean() in (0, 1)
+        if is_one_sided and len(distinct) == 2 and distinct[0] == 0:
+            return values != 0
+        some = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+        if is_one_sided:
+            above = "every" if mask.all() else "no"
+            raise ImageError(
+                f"{above} pixel is above {MASK_LEVEL}, and of its values {some} none is plainly the object"
+            )
+        if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
+            raise ImageError(
+                f"its values are {some}, as of a label and of what is to be ignored: write 0 and 255 alone"
+            )
+        return mask
 
 
 def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
@@ -3326,12 +3351,12 @@ def _mask_key(path: str) -> str:
 def mask_names(config: Config, path: str) -> list[str]:
     """Return where the mask of a crop may lie, as `_mask_key`s, best first: cutouts before masks, data_root before --masks_out.
 
-    `<file name>_mask.png` tells apart crops that differ in their suffix only.
+    `<file name>_mask.png` and COLMAP's `<file name>.png` tell apart crops that differ in their suffix only.
     """
     folder, name = path.split("/", 1)[0], path.rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", f"{stem}_mask", stem)]
+    inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
     roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
     return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
 
@@ -3351,7 +3376,7 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    kind = FileKind(f"mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
+    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
     health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:

@@ -81,7 +81,14 @@ def put(path: Path, size: tuple[int, int] = (40, 30), *, cutout: bool = False, m
         mask.convert(mode).save(path, "PNG")
 
 
-ORDER = ["cutouts/1_cutout.png", "cutouts/1.png", "masks/1.jpg_mask.png", "masks/1_mask.png", "masks/1.png"]
+ORDER = [
+    "cutouts/1_cutout.png",
+    "cutouts/1.png",
+    "masks/1.jpg_mask.png",
+    "masks/1.jpg.png",
+    "masks/1_mask.png",
+    "masks/1.png",
+]
 
 
 @pytest.mark.parametrize("first", range(len(ORDER)))
@@ -122,6 +129,60 @@ def test_masks_out_is_searched_after_data_root(tree: Path, tmp_path: Path) -> No
     assert lct.load_crop(found.records, 0, 1)[1] is not None
     put(tree / "a/masks/1.png")
     assert mask_of(scan(tree, masks_out=tmp_path / "made"), "a/1.jpg") == "a/masks/1.png"
+
+
+LEFT = np.repeat([[True] * 20 + [False] * 20], 30, axis=0)  # (30, 40)
+ODD_MASKS = {
+    "0 and 1": Image.fromarray(LEFT.astype(np.uint8)),
+    "16 bits, 0 and 255": Image.fromarray(LEFT.astype(np.uint16) * 255),
+    "16 bits, 0 and 1": Image.fromarray(LEFT.astype(np.uint16)),
+    "16 bits, 0 and 4095": Image.fromarray(LEFT.astype(np.uint16) * 4095),
+    "dark palette": Image.fromarray(LEFT.astype(np.uint8)).convert("P", palette=Image.Palette.WEB),
+    "dark colour": Image.fromarray(LEFT[:, :, None] * np.array([0, 0, 90], np.uint8)),
+    "black on transparent": Image.fromarray(LEFT[:, :, None] * np.array([0, 0, 0, 255], np.uint8)),
+    "dark red on transparent white": Image.fromarray(
+        np.where(LEFT[:, :, None], [60, 0, 0, 255], [255, 255, 255, 0]).astype(np.uint8)
+    ),
+    "gray on transparent": Image.fromarray(LEFT[:, :, None] * np.array([0, 255], np.uint8), "LA"),
+}
+ODD_MASKS["dark palette"].putdata(LEFT.astype(int).ravel().tolist())
+ODD_MASKS["dark palette"].putpalette([120, 120, 120, 64, 0, 0])
+UNCLEAR_MASKS = {
+    "no pixel is above 127, and of its values 0, 1, 2 none": LEFT.astype(np.uint8),
+    "no pixel is above 127, and of its values 0 none": LEFT * np.uint8(0),
+    "every pixel is above 127, and of its values 128, 255 none": np.where(LEFT, 255, 128).astype(np.uint8),
+    "no pixel is above 127, and of its values 1, 2 none": np.where(LEFT, 1, 2).astype(np.uint8),
+    "its values are 0, 15, 255, as of a label": np.where(LEFT, 15, 0).astype(np.uint8),
+}
+UNCLEAR_MASKS["no pixel is above 127, and of its values 0, 1, 2 none"][:3, :3] = 2
+UNCLEAR_MASKS["its values are 0, 15, 255, as of a label"][:, 20] = 255
+
+
+@pytest.mark.parametrize("kind", ODD_MASKS)
+def test_masks_are_told_by_what_is_zero_where_that_is_plain(kind: str, tree: Path) -> None:
+    (tree / "a/masks").mkdir()
+    ODD_MASKS[kind].save(tree / "a/masks/1.png")
+    found = scan(tree)
+    assert reasons(found) == {} and np.array_equal(lct.load_crop(found.records, 0, 1)[1] > 0, LEFT)
+
+
+@pytest.mark.parametrize("reason", UNCLEAR_MASKS)
+def test_masks_that_are_not_plain_are_refused_by_their_values(reason: str, tree: Path) -> None:
+    (tree / "a/masks").mkdir()
+    Image.fromarray(UNCLEAR_MASKS[reason]).save(tree / "a/masks/1.png")
+    assert reason in reasons(scan(tree))["a/masks/1.png"]
+
+
+CASES = Path(__file__).parents[2] / "shared/cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no cases")
+@pytest.mark.parametrize("number", [70, 71, 76, 77])
+def test_masks_of_public_reports_are_used(number: int, tmp_path: Path) -> None:
+    (root,) = CASES.glob(f"{number}_*")
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run")
+    found = lct.attach_masks(lct.scan_dataset(config), config)
+    assert found.report["masks"]["usable"] == 15 and reasons(found) == {}
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16", "RGBA"])
