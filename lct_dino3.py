@@ -90,6 +90,9 @@ BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
 PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
+# Folders that are splits for --splits from_folders, in lower case.
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
 VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
 MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
 MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
@@ -156,6 +159,7 @@ CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_p
 MASK_FLAGS = (
     *("data_root", "out_dir", "class_map", "exclude", "data_fraction", "near_dup_bits", "val_split", "test_split"),
     *(
+        "splits",
         "group_regex",
         "seed",
         "masks_dirname",
@@ -316,6 +320,8 @@ class Config(Options):
         "split", low=0.0, high=0.9, fixed=True, key="dataset.val_part")
     test_split: float = option(0.1, "share of the images for the final test; 0 = no test",
         "split", low=0.0, high=0.9, fixed=True, key="dataset.test_part")
+    splits: str = option("random", "from_folders = data_root holds train/<class>, val/<class>, test/<class>, which are the splits",
+        "split", choices=("random", "from_folders"), fixed=True)
     group_regex: str | None = option(None, "one capture group on the file name: what it captures stays in one split",
         "split", metavar="REGEX", fixed=True)
     seed: int = option(42, "of split, weights, order and augmentation", "split", low=0, high=2**31 - 1, fixed=True)
@@ -2381,25 +2387,36 @@ class Listing:
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # what is no image, by suffix; folders by "/"
+    # What is no image, by suffix; folders by "/"; images beside the class folders by ".".
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
-def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
+def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
     """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
 
     Hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
     """
     listing = Listing([], [], [], [])
-    for folder in filter(is_folder, visible_entries(data_root)):
+    folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
+    for entry in visible_entries(data_root):
+        if not is_folder(entry):
+            is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+            listing.ignored["." if is_image else Path(entry.name).suffix.lower() or entry.name] += 1
+        elif splits == "random":
+            folders.append(("", entry))
+        elif entry.name.lower() in SPLIT_FOLDERS:
+            folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
+    for root, folder in folders:
+        prefix = f"{root}{folder.name}"
         if not _is_plain(folder.name):
-            listing.problems.append((folder.name, ODD_FOLDER_NAME))
+            listing.problems.append((prefix, ODD_FOLDER_NAME))
             continue
-        prefix = f"{folder.name}/cropped" if is_folder(Path(folder.path, "cropped")) else folder.name
+        prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
-        listing.all_folders.append(class_name)
+        listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
         try:
             entries = visible_entries(data_root / prefix)
         except OSError as error:
@@ -2416,6 +2433,11 @@ def list_images(data_root: Path, masks_dirname: str = "masks") -> Listing:
                 listing.paths.append(f"{prefix}/{name}")
                 listing.folders.append(class_name)
     return listing
+
+
+def class_folder(path: str, splits: str) -> str:
+    """Return the class folder in which an image lies, relative to data_root."""
+    return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
 
 
 class ImageTree(NamedTuple):
@@ -2894,9 +2916,19 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
     return dataclasses.replace(records, paths=paths, **rest)
 
 
-def count_leaks(records: Records, shares: Sequence[float], seed: int) -> int:
-    """Return how many val and test images would share a group with a training image under a split that ignores groups."""
-    naive = assign_splits(records.labels, np.arange(len(records.labels)), shares, seed)
+def given_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
+    """Return the splits that the first folders of paths name, int8 (N,); without one for val, it is drawn from train."""
+    of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
+    splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
+    if 1 not in splits and 0 in splits:
+        rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
+        splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
+    return splits
+
+
+def count_leaks(records: Records, shares: Sequence[float], seed: int, splits: np.ndarray | None = None) -> int:
+    """Return how many val and test images share a group with a training image in given splits, or would without groups."""
+    naive = assign_splits(records.labels, np.arange(len(records.labels)), shares, seed) if splits is None else splits
     in_train = np.zeros(int(records.groups.max()) + 1, dtype=bool)
     in_train[records.groups[naive == 0]] = True
     return int(in_train[records.groups[naive != 0]].sum())
@@ -2931,9 +2963,15 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     Raises:
         UserError: there is no image to look at.
     """
-    listing = list_images(config.data_root, config.masks_dirname)
+    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
+    has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
+    if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
+        raise UserError(
+            "is one class folder itself", where, f"give its parent: --data_root {config.data_root.absolute().parent}"
+        )
     if not listing.all_folders:
-        raise UserError("holds no class folders", config.said("data_root"), DATA_TREE)
+        problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
+        raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
     for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
@@ -2948,7 +2986,11 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        raise UserError(f"holds no images{instead}", config.said("data_root"), DATA_TREE)
+        is_split = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
+        remedy = (
+            "are train, val and test folders of class folders? give --splits from_folders" if is_split else DATA_TREE
+        )
+        raise UserError(f"holds no images{instead}", where, remedy)
     paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
     return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
 
@@ -2988,6 +3030,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     groups = connect(len(paths), edges)
     shares = tuple(split_shares(config).values())
     splits = assign_splits(labels, groups, shares, config.seed)
+    if config.splits == "from_folders":
+        splits = given_splits(paths, labels, groups, config)
     records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     report = {
@@ -2999,20 +3043,26 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         **describe_health(listing, health),
         **describe_duplicates(records, duplicates),
-        "leaks_prevented": count_leaks(used, shares, config.seed),
+        "leaks_prevented": count_leaks(used, shares, config.seed) if config.splits == "random" else 0,
     }
+    if config.splits == "from_folders" and (leaks := count_leaks(used, shares, config.seed, used.splits)):
+        example = "duplicates of training images or of their group"
+        report["warnings"].append(
+            f"{leaks} val and test images, as the folders have them, are {example}: figures flatter"
+        )
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
-    report["classes"] = count_classes(used, listing, health, class_of)
+    report["classes"] = count_classes(used, listing, health, class_of, config.splits)
     report["warnings"] += find_warnings(report["classes"], config)
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return in words what a listing passed over: other types of files, and folders inside a class."""
-    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind != "/")
-    files = ignored.total() - ignored["/"]
+    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
+    files = ignored.total() - ignored["/"] - ignored["."]
     phrases = [f"{files} files of other types ({kinds})"] if files else []
     phrases += [f"{ignored['/']} folders inside class folders"] if ignored["/"] else []
+    phrases += [f"{ignored['.']} images beside the class folders"] if ignored["."] else []
     return " and ".join(phrases)
 
 
@@ -3034,6 +3084,12 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
+    is_cut = {
+        folder for path, folder in zip(listing.paths, listing.folders, strict=True) if path.split("/")[-2] == "cropped"
+    }
+    if is_cut and (uncut := sorted({*listing.folders} - is_cut)):
+        some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
+        notes.append(f"{len(is_cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
@@ -3069,11 +3125,17 @@ def split_shares(config: Config) -> dict[str, float]:
     return dict(zip(SPLIT_NAMES, shares, strict=True))
 
 
+def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
+    """Return the splits that are to have images: of given folders, test may be missing."""
+    has_test = config.splits == "random" or any(row["test"] for row in classes.values())
+    return [split for split, share in split_shares(config).items() if share > 0 and (has_test or split != "test")]
+
+
 def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
     notes = []
     for name, row in classes.items():
-        wanted = [split for split, share in split_shares(config).items() if share > 0 and row["usable"]]
+        wanted = [split for split in wanted_splits(classes, config) if row["usable"]]
         if lacking := " and ".join(split for split in wanted if not row[split]):
             groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
             images = f"{name}: {row['usable']} images in {groups}"
@@ -3082,12 +3144,13 @@ def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[st
 
 
 def count_classes(
-    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None]
+    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str = "random"
 ) -> dict[str, dict[str, int]]:
     """Return per class: usable and quarantined images, groups, and images in each split."""
     of_folder = dict(zip(listing.paths, listing.folders, strict=True))
     broken = Counter(class_of[of_folder[path]] for path in health.reasons)
-    broken.update(class_of.get(unicodedata.normalize("NFC", path.split("/")[0])) for path, _ in listing.problems)
+    folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
+    broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
     table = {}
     by_class = rows_by_class(records.labels, len(records.class_names))
     for class_name, rows in zip(records.class_names, by_class, strict=True):
@@ -3117,8 +3180,8 @@ def check_trainable(scan: Scan, config: Config) -> None:
         problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
         remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
         raise UserError(problem + "".join(lines), where, remedy)
-    for split, share in split_shares(config).items():
-        if share > 0 and not len(records.rows(split)):
+    for split in wanted_splits(scan.report["classes"], config):
+        if not len(records.rows(split)):
             num_groups = len(np.unique(records.groups))
             problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
             regex = ", --group_regex" if config.group_regex else ""
@@ -3353,7 +3416,7 @@ def mask_names(config: Config, path: str) -> list[str]:
 
     `<file name>_mask.png` and COLMAP's `<file name>.png` tell apart crops that differ in their suffix only.
     """
-    folder, name = path.split("/", 1)[0], path.rsplit("/", 1)[-1]
+    folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
     inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
@@ -3364,7 +3427,9 @@ def mask_names(config: Config, path: str) -> list[str]:
 def attach_masks(scan: Scan, config: Config) -> Scan:
     """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
     records, listing = scan.records, scan.listing
-    files, refused = list_mask_files(config, {path.split("/", 1)[0] for path in (*listing.paths, *listing.excluded)})
+    files, refused = list_mask_files(
+        config, {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
+    )
     choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
     for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
@@ -3376,7 +3441,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname))
+    kind = FileKind(
+        f"object mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname)
+    )
     health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
@@ -7254,6 +7321,7 @@ def scan_for_run(
         group_regex=None,
         masks_out=config.masks_out,
         data_fraction=run.config.data_fraction if splits_path else 1.0,
+        splits=run.config.splits if splits_path else "random",  # another folder holds class folders
     )
     return attach_masks(scan_dataset(options, splits_path), options)
 

@@ -583,3 +583,81 @@ def test_jpegs_that_are_cut_off_are_refused_for_pillow_s_reason(tmp_path: Path) 
             assert "is no JPEG" in str(refused.value)
         except Exception as error:
             assert str(error)[:200] == str(refused.value)
+
+
+# --- trees of other tools
+
+
+def put_images(root: Path, *paths: str) -> Path:
+    rng = np.random.default_rng(len(paths))
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(root / path)
+    return root
+
+
+def split_tree(root: Path, *splits: str) -> Path:
+    return put_images(
+        root, *(f"{split}/{name}/{i}.png" for split in splits for name in ("nut", "saw") for i in range(5))
+    )
+
+
+@pytest.mark.parametrize("val", ["valid", "val", "Validation"])
+def test_train_valid_test_folders_are_the_splits(val: str, tmp_path: Path) -> None:
+    root = split_tree(tmp_path / "data", "train", val, "test")
+    (root / "README.txt").write_text("roboflow")
+    with pytest.raises(lct.UserError, match="give --splits from_folders"):
+        lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run"))
+    (root / "test/saw/masks").mkdir()
+    Image.fromarray(np.eye(24, dtype=np.uint8) * 255).save(root / "test/saw/masks/3.png")
+    (root / "train/nut/1.png").write_bytes(b"broken")
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", splits="from_folders")
+    found = lct.attach_masks(lct.scan_dataset(config), config)
+    assert found.records.class_names == ("nut", "saw") and found.report["warnings"] == [
+        "passed over: 1 files of other types (.txt)"
+    ]
+    assert all(
+        lct.SPLIT_FOLDERS[path.split("/")[0].lower()] == split
+        for split in lct.SPLIT_NAMES
+        for path in map(found.records.paths.__getitem__, found.records.rows(split))
+    )
+    assert found.report["classes"]["nut"]["quarantined"] == 1
+    assert found.records.masks[list(found.records.paths).index("test/saw/3.png")] == "test/saw/masks/3.png"
+    lct.check_trainable(found, config)
+
+
+def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -> None:
+    root = split_tree(tmp_path / "data", "train", "test")
+    (root / "test/nut/0.png").write_bytes((root / "train/nut/0.png").read_bytes())
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", splits="from_folders")
+    found = lct.scan_dataset(config)
+    assert [len(found.records.rows(split)) for split in lct.SPLIT_NAMES] == [8, 2, 10]
+    assert any(
+        text.startswith("1 val and test images, as the folders have them, are dup") for text in found.report["warnings"]
+    )
+    (root / "test").rename(root / "valid")
+    found = lct.scan_dataset(config)
+    assert [len(found.records.rows(split)) for split in lct.SPLIT_NAMES] == [10, 10, 0]
+    lct.check_trainable(found, config)
+    assert not any("none in" in text for text in found.report["warnings"])
+    (root / "train").rename(root / "other")
+    with pytest.raises(lct.UserError, match="leave none for train"):
+        lct.check_trainable(lct.scan_dataset(config), config)
+
+
+@pytest.mark.parametrize("inside", ["", "cropped/"])
+def test_a_folder_that_is_one_class_itself_names_its_parent(inside: str, tmp_path: Path) -> None:
+    put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
+    (tmp_path / "data/nut/masks").mkdir()
+    with pytest.raises(lct.UserError, match=rf"is one class folder itself\n.*--data_root {tmp_path}/data$"):
+        lct.scan_dataset(lct.Config(data_root=tmp_path / "data/nut", out_dir=tmp_path / "run"))
+
+
+def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path) -> None:
+    root = put_images(
+        tmp_path / "data", "a/cropped/1.png", "a/9.png", "b/1.png", "c/cropped/1.png", "d/1.png", "stray.png"
+    )
+    (root / "b/2.gif").write_bytes(b"GIF89a")
+    warnings = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).report["warnings"]
+    assert any("2 classes have cropped/, and b, d not" in text for text in warnings)
+    assert any("(.gif)" in text and "1 images beside the class folders" in text for text in warnings)

@@ -77,6 +77,7 @@ class MaskOptions(lct.Options):
     near_dup_bits: int = lct.same_option("near_dup_bits")
     val_split: float = lct.same_option("val_split")
     test_split: float = lct.same_option("test_split")
+    splits: str = lct.same_option("splits")
     group_regex: str | None = lct.same_option("group_regex")
     seed: int = lct.same_option("seed")
     masks_dirname: str = lct.same_option("masks_dirname")
@@ -138,11 +139,14 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
     """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
     records = scan.records
     root = (options.masks_out or options.data_root).absolute()
-    stems = Counter((path.split("/", 1)[0], Path(path).stem) for path in (*scan.listing.paths, *scan.listing.excluded))
+    stems = Counter(
+        (lct.class_folder(path, options.splits), Path(path).stem)
+        for path in (*scan.listing.paths, *scan.listing.excluded)
+    )
     requests = []
     for row in np.flatnonzero(~records.has_mask).tolist():
         path = records.paths[row]
-        folder = path.split("/", 1)[0]
+        folder = lct.class_folder(path, options.splits)
         crop = Path(path)
         names = [f"{crop.name}_mask.png"]
         if stems[folder, crop.stem] == 1:
