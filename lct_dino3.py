@@ -53,6 +53,7 @@ import operator
 import os
 import random
 import re
+import reprlib
 import shutil
 import signal
 import sqlite3
@@ -85,6 +86,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 MAX_FILE_BYTES = 500_000_000
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_VALUES = 100_000  # of YAML with its aliases written out: nine lines can stand for a billion values
+MAX_ERROR_LINE = 2000  # characters
 STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
 BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
@@ -154,6 +158,7 @@ LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was kil
 PROTOTYPES_FORMAT = 2
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
+NO_CLASS = ("null", "~", "")  # YAML's words for nothing
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
 # Options of training that tools/masks.py has too.
 MASK_FLAGS = (
@@ -201,13 +206,18 @@ def printable(text: str) -> str:
     return escaped.encode("utf-8", "backslashreplace").decode()
 
 
+def _printable_line(text: str) -> str:
+    """Return `printable` text, without its middle where a file has put more into it than anyone reads."""
+    text = printable(text)
+    return text if len(text) <= MAX_ERROR_LINE else f"{text[: MAX_ERROR_LINE // 2]} ... {text[-MAX_ERROR_LINE // 3 :]}"
+
+
 class UserError(Exception):
     """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
-        what, remedy = ("\n".join(map(printable, text.split("\n"))) for text in (what, remedy))
-        self.what, self.where, self.remedy = what, printable(where), remedy
-        where = self.where
+        what, where, remedy = ("\n".join(map(_printable_line, text.split("\n"))) for text in (what, where, remedy))
+        self.what, self.where, self.remedy = what, where, remedy
         super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
 
 
@@ -710,12 +720,10 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
             return kind(field.metadata.get("spelled", {}).get(text, text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(what) from error
-    import yaml
-
     try:  # JSON is YAML
-        entries = yaml.load(text, _make_yaml_loader())
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"is no YAML: {getattr(error, 'problem', error)}") from error
+        entries = load_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no YAML: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
     return entries
@@ -832,7 +840,9 @@ def _parse_config_file(path: Path) -> Any:
     if suffix not in (".yaml", ".yml", ".toml", ".json"):
         raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+        text = read_regular(path, MAX_CONFIG_BYTES).decode(
+            "utf-8-sig"
+        )  # with or without the mark that Windows puts first
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise UserError(str(what), where, "check the path") from error
@@ -853,17 +863,55 @@ def _parse_config_file(path: Path) -> Any:
             return tomllib.loads(text)
         if suffix == ".json":
             return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        import yaml
-
-        try:
-            return yaml.load(text, _make_yaml_loader())
-        except yaml.YAMLError as error:
-            line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-            raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+        return load_yaml(text)
     except RecursionError as error:
         raise UserError("is nested too deeply", where, "see configs/") from error
     except ValueError as error:
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
+
+
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """Return the bytes of a file. Raises OSError, also where it is no regular file, as a FIFO, or is larger than `max_bytes`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        data = file.read(min(status.st_size, max_bytes) + 1)  # what is asked for is reserved, used or not
+        if len(data) > status.st_size:  # it grows, or does not tell its size
+            data += file.read(max_bytes + 1 - len(data))
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
+    return data
+
+
+def load_yaml(text: str) -> Any:
+    """Return what YAML says, as `_make_yaml_loader` reads it. Raises ValueError with the reason, and the line where it is known."""
+    import yaml
+
+    loader = _make_yaml_loader()(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > MAX_CONFIG_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (TypeError, KeyError, AttributeError) as error:  # of yaml's own constructors
+        raise ValueError("a value is not what its tag says") from error
+
+
+def _count_values(node: Any, known: dict[Any, float]) -> float:
+    if node not in known:
+        known[node] = math.inf  # while it is being counted: one that holds itself
+        parts = node.value if isinstance(node.value, list) else ()
+        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+        known[node] = 1 + sum(_count_values(part, known) for part in nodes)
+    return known[node]
 
 
 @functools.cache
@@ -894,10 +942,10 @@ def _make_yaml_loader() -> type:
         return {read(key): read(value) for key, value in node.value}
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
     Loader.add_constructor(
         "tag:yaml.org,2002:float",
-        lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+        lambda loader, node: float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")),
     )
     # 007 is a name
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
@@ -940,12 +988,14 @@ def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Pat
     values = value if isinstance(value, list) else [value] if count == "+" else None
     if values is None or (isinstance(count, int) and len(values) != count):
         expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
-        raise UserError(f"{value!r} is not {expected}", where, "correct the value")
+        raise UserError(f"{reprlib.repr(value)} is not {expected}", where, "correct the value")
     return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
 
 
 def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
     kind, choices = field_kind(field), field.metadata.get("choices")
+    if type(value) is int and value.bit_length() > 63:
+        raise UserError("is too large a number", where, "correct the value")
     if kind is str and type(value) is int:  # precision: 16, prototypes_per_class: 3
         value = str(value)
     if kind is str and type(value) is float:  # 1.10 has become 1.1
@@ -953,7 +1003,7 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not (str if kind is Path else kind):
-        raise UserError(f"{value!r} is not {EXPECTED[kind]}", where, "correct the value")
+        raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
     if choices and value not in choices:
         words = [str(choice) for choice in choices]
@@ -1031,9 +1081,9 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: naming those that contradict each other.
     """
-    for flag, words in (("--exclude", config.exclude), ("--resume", (config.resume,))):
+    for name, words in (("exclude", config.exclude), ("resume", (config.resume,))):
         for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
-            raise UserError(f"has taken the command {word} for its value", flag, "put the command first")
+            raise UserError(f"has taken the command {word} for its value", config.place(name), "put the command first")
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
@@ -1081,7 +1131,7 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
     number = options.prototypes_per_class
     if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
         raise UserError(
-            "is neither auto nor a number from 1 to 100", f"--prototypes_per_class {number}", "give one of them"
+            "is neither auto nor a number from 1 to 100", options.said("prototypes_per_class"), "give one of them"
         )
 
 
@@ -2232,19 +2282,11 @@ def read_file(path: str | Path) -> bytes:
         ImageError: it cannot be read, is no regular file, is empty or larger than MAX_FILE_BYTES.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("is not a regular file")
-            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)  # what is asked for is reserved, used or not
-            if len(data) > status.st_size:  # it grows, or does not tell its size
-                data += file.read(MAX_FILE_BYTES + 1 - len(data))
+        data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
     if not data:
         raise ImageError("the file is empty")
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"the file is larger than {MAX_FILE_BYTES // 1_000_000} MB")
     return data
 
 
@@ -2526,18 +2568,26 @@ def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
 def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
     """Return the class name of every folder; None leaves the folder out.
 
-    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`.
+    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; where lines `old name: new name` alone make
+    sense, they are read so.
 
     Raises:
         UserError: no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
     where, mapped = f"--class_map {path}", set()
-    for new_name, old_names in _parse_class_map(path) if path is not None else ():
+    entries = _parse_class_map(path) if path is not None else []
+    are_pairs = all(len(old_names) == 1 for _, old_names in entries)
+    if entries and are_pairs and [name for name, _ in entries] == list(map(str, range(len(entries)))):
+        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
+    if are_pairs and all(name in class_of for name, _ in entries) and any(old[0] not in class_of for _, old in entries):
+        entries = [(None if new[0] in NO_CLASS else new[0], [old]) for old, new in entries]
+    for new_name, old_names in entries:
         for old_name in old_names:
             if old_name not in class_of:
                 problem = f"names {old_name}, and data_root has no such folder"
-                raise UserError(problem, where, did_you_mean(old_name, folders))
+                some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+                raise UserError(problem, where, did_you_mean(old_name, folders, some))
             if old_name in mapped:
                 raise UserError(f"names {old_name} twice", where, "give each folder to one class")
             mapped.add(old_name)
@@ -2550,7 +2600,11 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
 
     where = f"--class_map {path}"
     try:  # nodes, not values: YAML would read the class `no` as False and `010` as 8, and drop a repeated key in silence
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        root = yaml.compose(read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig"), yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(str(error.strerror), where, "check the path") from error
+    except RecursionError as error:
+        raise UserError("is nested too deeply", where, CLASS_MAP_EXAMPLE) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "it is not UTF-8"
@@ -2560,11 +2614,11 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
         items = value.value if isinstance(value, yaml.SequenceNode) else [value] if value.value else []
         if not all(isinstance(node, yaml.ScalarNode) for node in (key, *items)):
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
-        new_name, *old_names = (unicodedata.normalize("NFC", node.value) for node in (key, *items))
+        new_name, *old_names = (unicodedata.normalize("NFC", node.value).rstrip("/") for node in (key, *items))
         if not _is_plain(new_name):
             problem = f"gives a class the name {printable(new_name)}, with control characters"
             raise UserError(problem, where, "rename it")
-        entries.append((None if new_name in ("null", "~", "") else new_name, old_names))
+        entries.append((None if new_name in NO_CLASS else new_name, old_names))
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated or not entries:
         problem = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
@@ -2966,9 +3020,8 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
-        raise UserError(
-            "is one class folder itself", where, f"give its parent: --data_root {config.data_root.absolute().parent}"
-        )
+        remedy = f"give its parent, --data_root {config.data_root.absolute().parent}, if it is one\n{DATA_TREE}"
+        raise UserError("holds no class folders, and looks like one itself", where, remedy)
     if not listing.all_folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
         raise UserError(f"holds {problem}", where, DATA_TREE)
@@ -9225,6 +9278,12 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, ToolFailed):
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
+    if explained is not None:  # an option that a file gives is named by file and key
+        given = options.origins
+        where = re.sub(
+            r"--(\w+)", lambda flag: options.place(flag[1]) if flag[1] in given else flag[0], explained.where
+        )
+        explained = UserError(explained.what, where, explained.remedy)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
 

@@ -288,6 +288,9 @@ def test_resume_from_something_that_is_no_checkpoint(tmp_path, small_data, refus
         ("tools: {hammer: pliers}", "--class_map"),
         ("tools: 7.5", "--class_map"),
         ("null: [hammer, pliers, wrench]", "--class_map"),
+        ("tools: [nothing like it]", "data_root has hammer, pliers, wrench"),
+        ("0: hammer\n1: pliers\n2: wrench", "lists numbers and names of classes"),
+        ("tools: " + "[" * 5000, "nested too deeply"),
     ],
 )
 def test_class_maps_that_make_no_sense(tmp_path, small_data, refuse, content, complaint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +358,80 @@ def test_classifier_yaml_trains(tmp_path, small_data, capsys):
 def test_files_that_say_fsdp_are_read_unless_they_want_it(tmp_path):
     assert resolve(tmp_path, "training: {fsdp: false}").fsdp is False
     assert "training.fsdp: is gone" in refusal(tmp_path, "training: {fsdp: true}")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+DOUBLED = ", ".join(f"k{i}: &k{i} [*k{i - 1}, *k{i - 1}]" if i else "k0: &k0 [1]" for i in range(60))
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{last}'] * 7)}]}}\n"
+    for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE = [
+    ("a.yaml", BOMB + "seed: *i", "stand for more than 100,000 values"),
+    ("a.yaml", f"seed: {{{DOUBLED}}}", "stand for"),
+    ("a.yaml", MERGED, "stand for"),
+    ("a.yaml", "mean: &a [*a]", "for themselves"),
+    ("a.yaml", "seed: " + "9" * 400, "seed: is too large a number"),
+    ("a.yaml", "lr: " + "9" * 400, "lr: is too large a number"),
+    ("a.yaml", "lr: " + "9" * 5000, "cannot be read"),
+    ("a.yaml", "epochs: !!int [1]", "line 1"),
+    ("a.yaml", "lr: !!float {a: 1}", "line 1"),
+    ("a.yaml", "debug_it: !!bool maybe", "what its tag says"),
+    ("a.yaml", "seed: !!timestamp x", "what its tag says"),
+    ("a.yaml", "seed: !!python/object/apply:os.getcwd []", "line 1"),
+    ("a.yaml", "seed: " + "[" * 100_000, "nested too deeply"),
+    ("a.yaml", "crop_mode: " + "x" * 900_000, "crop_mode"),
+    ("a.yaml", "x" * 2_000_000, "larger than 1 MB"),
+    ("a.json", '{"seed": ' + "[" * 200_000, "nested too deeply"),
+    ("a.json", '{"lr": ' + "9" * 400 + "}", "lr: is too large a number"),
+    ("a.json", '{"seed": [[1, 2], {"a": "' + "b" * 100_000 + '"}]}', "seed: [[1, 2], {'a': '"),
+    ("a.toml", "seed = " + "[" * 100_000, "nested too deeply"),
+    ("a.toml", "epochs = 0x" + "f" * 5000, "epochs: is too large a number"),
+]
+
+
+@pytest.mark.parametrize("name, text, part", HOSTILE, ids=range(len(HOSTILE)))
+def test_files_that_stand_for_too_much_end_soon_in_one_short_sentence(tmp_path, name, text, part):
+    started = time.monotonic()
+    message = refusal(tmp_path, text, name=name)
+    assert str(tmp_path / name) in message and part in message, message
+    assert len(message) < 4000 and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero"])
+def test_a_config_file_that_never_ends_is_refused(tmp_path, kind):
+    path = tmp_path / "a.yaml"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    with pytest.raises(lct.UserError, match="is not a regular file"):
+        lct.parse_command_line(["--config", str(path)])
+
+
+def test_a_list_on_the_command_line_is_read_as_safely():
+    for text in ("[{type: a, p: !!int [1]}]", "[" * 5000, "&a [*a]"):
+        with pytest.raises(lct.UserError, match=r"--pre_transforms: is no YAML"):
+            lct.parse_command_line(["--pre_transforms", text])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("group_regex", "'^(nothing)_'"), ("class_map", "map.yaml"), ("model_id", "resnet10x"), ("prototypes_per_class", "many"),
+     ("gpus", "60"), ("exclude", "[scan]"), ("pool", "nonsense"), ("backbone_weights", "w.pth")],
+)  # fmt: skip
+def test_errors_about_what_a_file_gives_name_file_and_key(tmp_path, small_data, capsys, key, value):
+    (tmp_path / "map.yaml").write_text("tool: [nowhere]")
+    (tmp_path / "w.pth").write_text("no weights")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"{key}: {value}\nmodel: {{pretrained: false}}\nimg_size: 32\n"
+        + ("" if key == "model_id" else "model_id: test_resnet")
+    )
+    argv = ("--config", path, "--data_root", small_data, "--out_dir", tmp_path / "run")
+    assert run_main(*argv) == 2
+    assert f"{path}: {key}" in capsys.readouterr().err
+
+
+def test_ready_files_hold_nothing_of_our_own_sample():
+    for path in CONFIGS:
+        assert not {"group_regex", "exclude", "class_map"} & yaml.safe_load(path.read_text(encoding="utf-8")).keys()

@@ -649,7 +649,7 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
 def test_a_folder_that_is_one_class_itself_names_its_parent(inside: str, tmp_path: Path) -> None:
     put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
     (tmp_path / "data/nut/masks").mkdir()
-    with pytest.raises(lct.UserError, match=rf"is one class folder itself\n.*--data_root {tmp_path}/data$"):
+    with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
         lct.scan_dataset(lct.Config(data_root=tmp_path / "data/nut", out_dir=tmp_path / "run"))
 
 
@@ -661,3 +661,20 @@ def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path)
     warnings = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).report["warnings"]
     assert any("2 classes have cropped/, and b, d not" in text for text in warnings)
     assert any("(.gif)" in text and "1 images beside the class folders" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    "text, classes",
+    [
+        ("a: striking\nb: power\n", {"a": "striking", "b": "power"}),
+        ("a: tool\nb: tool\nd: ~\n", {"a": "tool", "b": "tool", "d": None}),
+        ("a: b\nd: c\nb: c\n", {"a": "b", "d": "c", "b": "c"}),  # no folder is named c
+        ("new: [a/, b/]\n", {"a": "new", "b": "new"}),
+        ("\ufeffnew: [a, b]\r\nnull: [d]\r\n", {"a": "new", "b": "new", "d": None}),
+    ],
+)
+def test_a_class_map_is_read_in_the_direction_that_makes_sense(text: str, classes: dict, tmp_path: Path) -> None:
+    root = put_images(tmp_path / "data", *(f"{name}/{i}.png" for name in "abd" for i in range(2)))
+    (tmp_path / "map.yaml").write_bytes(text.encode())
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", class_map=tmp_path / "map.yaml")
+    assert lct.scan_dataset(config).report["class_map"] == classes
