@@ -89,6 +89,8 @@ MAX_FILE_BYTES = 500_000_000
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_VALUES = 100_000  # of YAML with its aliases written out: nine lines can stand for a billion values
 MAX_ERROR_LINE = 2000  # characters
+CAMERA_BITS = (8, 10, 12, 14, 16)  # that values of 16 bits are really of
+TIFF_PACKING = {34712: ", packed as JPEG 2000", 33003: ", packed as JPEG 2000", 33005: ", packed as JPEG 2000"}
 STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
 BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
@@ -165,6 +167,7 @@ MASK_FLAGS = (
     *("data_root", "out_dir", "class_map", "exclude", "data_fraction", "near_dup_bits", "val_split", "test_split"),
     *(
         "splits",
+        "image_bits",
         "group_regex",
         "seed",
         "masks_dirname",
@@ -324,6 +327,9 @@ class Config(Options):
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
+    image_bits: tuple[int, ...] = option((),
+        "bits a channel that images of more than 8 really use, such as 12 (default: what their values show)",
+        "data", metavar="N", nargs="+", low=8, high=16)
     near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
 
     val_split: float = option(0.2, "share of the images for validation",
@@ -2270,9 +2276,12 @@ class ImageError(ValueError):
     """An image that cannot be used; the text is the reason."""
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3). Raises ImageError with the reason."""
-    return decode_image(read_file(path))[0]
+def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
+    """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3). Raises ImageError with the reason.
+
+    `bits` are those of `find_image_bits`.
+    """
+    return decode_image(read_file(path), bits)[0]
 
 
 def read_file(path: str | Path) -> bytes:
@@ -2305,18 +2314,39 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
-        reason = "is no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = describe_tiff(data) or "is no JPEG, PNG, BMP, WebP or TIFF" if is_unknown else str(error)
         raise ImageError(printable(reason or type(error).__name__)[:200]) from error
 
 
-def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
+def describe_tiff(data: bytes) -> str:
+    """Return what kind of TIFF it is that cannot be read, or ''."""
+    from PIL import TiffImagePlugin
+
+    if data[:4] not in TiffImagePlugin.PREFIXES:
+        return ""
+    try:
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43 is that of a BigTIFF
+        file.seek(tags.next)
+        tags.load(file)
+        bands, bits, kind = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
+        packing = TIFF_PACKING.get(tags.get(259, 1), "")
+    except Exception:  # a damaged one, of which nothing more can be said
+        return ""
+    values = {2: "signed ", 3: "floating-point "}.get(kind, "")
+    return f"is a TIFF of {bands} bands of {bits}-bit {values}values{packing}: save it as RGB of 8 or 16 bits"
+
+
+def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
     """Decode the bytes of an image file: the upright image, uint8 (H, W, 3); its mode in Pillow, e.g. `CMYK`; the EXIF orientation.
 
-    Raises ImageError with the reason.
+    `bits` are those of `find_image_bits`. Raises ImageError with the reason.
     """
     import simplejpeg
 
     with opened_image(data) as image:
+        values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
@@ -2325,8 +2355,53 @@ def decode_image(data: bytes) -> tuple[np.ndarray, str, int]:
         if pixels is None:
             image.load()  # a TIFF turns itself upright in that
             remaining = image.getexif().get(0x0112, 1)
-            pixels = to_rgb(image)
+            if values is not None and values.shape[:2] == (image.height, image.width):
+                factor = 255 / (2 ** fitting_bits(int(values.max()), bits) - 1)
+                pixels = np.empty(values.shape, dtype=np.uint8)
+                for row, line in enumerate(values):  # all at once would take eight times the memory
+                    pixels[row] = np.rint(line * factor).clip(0, 255)
+            else:
+                pixels = to_rgb(image, bits)
         return turn_upright(pixels, remaining), mode, orientation if orientation in range(1, 9) else 1
+
+
+def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other.
+
+    Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
+    """
+    import cv2
+
+    if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
+        return None
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # without EXIF; a TIFF is turned upright
+    return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
+
+
+def highest_value(data: bytes) -> int:
+    """Return the highest value in an image of more than 8 bits a channel, and 0 for all others."""
+    with opened_image(data) as image:
+        values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+    return 0 if values is None else int(values.max())
+
+
+def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
+    """Return how many bits images of more than 8 a channel really use, by the highest value in each (n,), 0 where it has 8.
+
+    One number; or 8 too, where some of those images hold values of 8 bits and no other is as dark. () without such images.
+    """
+    highest = highest[highest > 0]
+    if not len(highest):
+        return ()
+    bits = next((bits for bits in CAMERA_BITS if highest.max() < 2**bits), CAMERA_BITS[-1])
+    dark = highest[highest < 2 ** (bits - 2)]
+    is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
+    return (8, bits) if is_mixed else (bits,)
+
+
+def fitting_bits(highest: float, bits: Sequence[int]) -> int:
+    """Return the least of the numbers of bits that holds a value, 16 where there are none."""
+    return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
 
 
 def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -2340,8 +2415,10 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent.
+
+    `bits` are those of `find_image_bits`.
 
     In strips: converted at once, an image of 100 megapixels would take 3 GB on the way.
     """
@@ -2357,8 +2434,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
             if not np.isfinite(values).all():
                 raise ImageError("has values that are not finite")
             highest = max(highest, float(values.max(initial=0)))
-        is_16_bit = image.mode.startswith("I;16") or highest > 255
-        factor = 1 / 257 if is_16_bit else 255.0 if image.mode == "F" and highest <= 1 else 1.0
+        is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
+        depth = fitting_bits(highest, bits if image.mode != "F" else ())
+        factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
     rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
     for box in boxes:
         strip = image.crop(box)
@@ -2402,6 +2480,7 @@ class Records:
     groups: np.ndarray  # (N,) int32: images of one group never straddle splits
     splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
     masks_dirname: str = "masks"
+    image_bits: tuple[int, ...] = ()  # of `find_image_bits`
     # Mask or cutout of each, or the crop itself if its alpha is the mask; relative to root or absolute; '' where there is none.
     masks: PathTable | None = None  # None = not looked for
     masks_hash: str = ""  # over names and contents of all masks; '' when there are none
@@ -2637,15 +2716,18 @@ IMAGE_DTYPE = np.dtype(
         ("digest", "<u8"),
         ("thumb", "u1", (THUMB_SIDE * THUMB_SIDE * 3,)),
         ("broken", "?"),
+        ("highest", "<u4"),
     ]
 )
 BIG_IMAGE_TURN = threading.Lock()
 
 
-def check_image(path: Path, keep: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, str]:
+def check_image(
+    path: Path, keep: Callable[[np.ndarray], None] | None = None, bits: Sequence[int] = ()
+) -> tuple[np.ndarray, str]:
     """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
 
-    `keep` gets the upright image, uint8 (H, W, 3).
+    `keep` gets the upright image, uint8 (H, W, 3), but for one of more bits than 8 of which it is not known yet how many count.
     """
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
@@ -2653,17 +2735,20 @@ def check_image(path: Path, keep: Callable[[np.ndarray], None] | None = None) ->
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
-            _describe_image(data, health, keep)
+            _describe_image(data, health, keep, bits)
     except ImageError as error:
         health["broken"] = True
         return health, str(error)
     return health, ""
 
 
-def _describe_image(data: bytes, health: np.ndarray, keep: Callable[[np.ndarray], None] | None) -> None:
+def _describe_image(
+    data: bytes, health: np.ndarray, keep: Callable[[np.ndarray], None] | None, bits: Sequence[int]
+) -> None:
     from scipy.fft import dctn
 
-    image, health["mode"], health["orientation"] = decode_image(data)
+    image, health["mode"], health["orientation"] = decode_image(data, bits)
+    health["highest"] = highest_value(data)
     health["height"], health["width"] = image.shape[:2]
     health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
@@ -2672,9 +2757,9 @@ def _describe_image(data: bytes, health: np.ndarray, keep: Callable[[np.ndarray]
     # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
     # a small picture of its own.)
     frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
-    bits = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
-    health["phash"] = int.from_bytes(np.packbits(bits).tobytes(), "big")
-    if keep is not None:
+    is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
+    health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
+    if keep is not None and (bits or not health["highest"]):
         keep(image)
 
 
@@ -2716,7 +2801,8 @@ def check_files(
         memory: learns what is found; an interrupted or a long look saves it.
         squares: gets the images, fitted.
     """
-    name, size = f"{kind.name} {printable(str(root.resolve()))}", kind.dtype.itemsize
+    size = kind.dtype.itemsize
+    name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
     rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
     recalled, todo = [], []  # positions
@@ -3066,6 +3152,14 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
     health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
+    image_bits = config.image_bits or find_image_bits(health.rows["highest"])
+    deep = np.flatnonzero(health.rows["highest"])
+    if len(deep):  # looked at once more, now that it is known how to
+        paths = [listing.paths[index] for index in deep]
+        kind = IMAGE_KIND._replace(
+            name=f"{'/'.join(map(str, image_bits))}-bit image", check=functools.partial(check_image, bits=image_bits)
+        )
+        health.rows[deep] = check_files(config.data_root, paths, stats[deep], kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -3085,7 +3179,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     splits = assign_splits(labels, groups, shares, config.seed)
     if config.splits == "from_folders":
         splits = given_splits(paths, labels, groups, config)
-    records = Records(config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname)
+    records = Records(
+        config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname, image_bits
+    )
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     report = {
         "data_root": config.data_root.resolve(),
@@ -3094,6 +3190,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "num_used": len(used.paths),
         "excluded": dict(excluded),
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
+        "image_bits": image_bits,
         **describe_health(listing, health),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": count_leaks(used, shares, config.seed) if config.splits == "random" else 0,
@@ -3104,6 +3201,11 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
             f"{leaks} val and test images, as the folders have them, are {example}: figures flatter"
         )
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
+    if len(deep) and image_bits != (16,):
+        some = (
+            f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))} are used"
+        )
+        report["warnings"].append(f"{some}: they are scaled by that (--image_bits)")
     report["classes"] = count_classes(used, listing, health, class_of, config.splits)
     report["warnings"] += find_warnings(report["classes"], config)
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
@@ -3573,7 +3675,7 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
         Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
         and the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
     """
-    image, mask_path = load_image(records.root / records.paths[row]), records.mask_of(row, view)
+    image, mask_path = load_image(records.root / records.paths[row], records.image_bits), records.mask_of(row, view)
     if not mask_path:
         return image, None, ""
     try:
@@ -4087,7 +4189,7 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     for augment, row in itertools.product((True, False), sorted(extremes)):
         transform, path = build_transform(config.img_size, augment, lists=lists), scan.records.paths[row]
         try:
-            image = load_image(scan.records.root / path)
+            image = load_image(scan.records.root / path, scan.records.image_bits)
         except ImageError:  # gone since the scan
             continue
         try:
@@ -7272,7 +7374,7 @@ def read_run_config(path: Path) -> Config:
     return config
 
 
-def unknown_records(folder: Path) -> dict[str, Records]:
+def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str, Records]:
     """Return the images below a folder in two halves, to `fit` and to `measure`, that no other file moves an image between.
 
     Raises:
@@ -7289,7 +7391,8 @@ def unknown_records(folder: Path) -> dict[str, Records]:
             raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
         zeros = np.zeros(len(paths), np.int32)
         groups = np.arange(len(paths), dtype=np.int32)
-        records[name] = Records(folder, ("unknown",), PathTable(paths), zeros, groups, zeros.astype(np.int8))
+        splits = zeros.astype(np.int8)
+        records[name] = Records(folder, ("unknown",), PathTable(paths), zeros, groups, splits, image_bits=image_bits)
     return records
 
 
@@ -8619,7 +8722,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
     embedded = embed_records(run, records, rows, config)
     unknown = None
     if config.unknown_dir is not None:
-        unknown_half = from_first(unknown_records, config.unknown_dir)["measure"]
+        unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
         unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
     if get_rank():
         return
@@ -8732,7 +8835,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
     unknown = None
     if options.unknown_dir is not None:
-        strangers = from_first(unknown_records, options.unknown_dir)["fit"]
+        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
         unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
@@ -8801,6 +8904,9 @@ def prepare_run(
         unknown_records(config.unknown_dir)
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
+        config = dataclasses.replace(
+            config, image_bits=scan.records.image_bits
+        )  # also for what is asked of the run later
         with keep_scan(scan):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
@@ -9029,7 +9135,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
     if job.config.unknown_dir is not None:
-        for half, half_records in from_first(unknown_records, job.config.unknown_dir).items():
+        for half, half_records in from_first(unknown_records, job.config.unknown_dir, job.config.image_bits).items():
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
             half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
             unknown[half] = half_bank.extract(keys, "unknown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import struct
 import unicodedata
+import warnings
 import zlib
 from pathlib import Path
 
@@ -585,6 +587,8 @@ def test_jpegs_that_are_cut_off_are_refused_for_pillow_s_reason(tmp_path: Path) 
             assert str(error)[:200] == str(refused.value)
 
 
+CASES = Path(__file__).parents[2] / "shared/cases"
+
 # --- trees of other tools
 
 
@@ -678,3 +682,97 @@ def test_a_class_map_is_read_in_the_direction_that_makes_sense(text: str, classe
     (tmp_path / "map.yaml").write_bytes(text.encode())
     config = lct.Config(data_root=root, out_dir=tmp_path / "run", class_map=tmp_path / "map.yaml")
     assert lct.scan_dataset(config).report["class_map"] == classes
+
+
+# --- more than eight bits
+
+
+def put_deep(path: Path, values: np.ndarray) -> None:
+    """Write values of 0..1 as an image of 16 bits, of which the folder's name says how many are used."""
+    import cv2
+
+    values = np.rint(values * (2 ** int(path.parent.name.split("_")[-1]) - 1)).astype(np.uint16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), values if values.ndim == 2 else values[:, :, ::-1])
+
+
+def shades(seed: int, top: float, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.random.default_rng(seed).uniform(0, top, shape)
+    values.flat[0] = top
+    return values
+
+
+DEEP = {"gray.png": (20, 30), "gray.tif": (20, 30), "colour.png": (20, 30, 3), "colour.tif": (20, 30, 3)}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_images_of_more_bits_are_scaled_by_those_of_the_data_set(bits: int, name: str, tmp_path: Path) -> None:
+    tops = (1.0, 0.6, 0.3)  # also the dark one by the bits of the others
+    for index, top in enumerate(tops):
+        put_deep(tmp_path / f"data/a_{bits}/{index}{name}", shades(index, top, DEEP[name]))
+    config = lct.Config(data_root=tmp_path / "data", out_dir=tmp_path / "run")
+    found = lct.attach_masks(lct.scan_dataset(config), config)
+    assert found.records.image_bits == (bits,) and not found.report["quarantined"]
+    for index, top in enumerate(tops):
+        image, expected = lct.load_crop(found.records, index, 0)[0], shades(index, top, DEEP[name]) * 255
+        assert np.abs(image - (expected[:, :, None] if expected.ndim == 2 else expected)).max() <= 1
+    assert any("--image_bits" in text for text in found.report["warnings"]) == (bits != 16)
+    assert len(set(found.health.rows["phash"].tolist())) == 3
+    forced = lct.scan_dataset(dataclasses.replace(config, image_bits=(16,))).records
+    assert abs(int(lct.load_crop(forced, 0, 0)[0].max()) - 255 * 2**bits / 2**16) <= 1
+
+
+def test_images_of_8_bits_beside_others_of_12_keep_their_light(tmp_path: Path) -> None:
+    for index in range(3):
+        put_deep(tmp_path / f"data/a_12/{index}.png", shades(index, 0.7 + index / 10, (20, 30)))
+        put_deep(tmp_path / f"data/b_8/{index}.png", shades(index, 0.7 + index / 10, (20, 30)))
+    config = lct.Config(data_root=tmp_path / "data", out_dir=tmp_path / "run")
+    records = lct.scan_dataset(config).records
+    assert records.image_bits == (8, 12)
+    for row in range(3):
+        first, second = (lct.load_crop(records, place, 0)[0].astype(int) for place in (row, row + 3))
+        assert np.abs(first - second).max() <= 1 and first.max() > 170
+    highest = np.array([4000, 3000, 900, 300, 200, 90, 0])  # shades all the way down: a dark picture, not one of 8 bits
+    assert lct.find_image_bits(highest) == (12,) and lct.find_image_bits(np.array([0])) == ()
+
+
+def test_colours_of_16_bits_are_turned_upright_once(picture: np.ndarray, tmp_path: Path) -> None:
+    import tifffile
+
+    for orientation in range(1, 9):
+        path, values = tmp_path / f"{orientation}.tif", stored_for(picture, orientation).astype(np.uint16) * 16
+        tifffile.imwrite(path, values, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+        assert np.abs(lct.load_image(path, (12,)).astype(int) - picture).max() <= 1, orientation
+
+
+TIFF_KINDS = {
+    "3 bands of 32-bit floating-point values": (np.ones((8, 8, 3), np.float32), {"photometric": "rgb"}),
+    "5 bands of 8-bit values": (np.ones((8, 8, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}),
+    "4 bands of 64-bit floating-point values": (np.ones((8, 8, 4)), {"photometric": "rgb", "bigtiff": True}),
+    "1 bands of 64-bit values": (np.ones((8, 8), np.uint64), {"byteorder": ">"}),
+}
+
+
+@pytest.mark.parametrize("kind", TIFF_KINDS)
+def test_tiffs_that_are_not_read_are_called_what_they_are(kind: str, tmp_path: Path) -> None:
+    import tifffile
+
+    values, options = TIFF_KINDS[kind]
+    tifffile.imwrite(tmp_path / "a.tif", values, **options)
+    with pytest.raises(lct.ImageError, match=f"is a TIFF of {kind}: save it"):
+        lct.load_image(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    for size in range(4, len(data), 7):  # cut anywhere: refused, by whichever name
+        with warnings.catch_warnings(action="ignore"), pytest.raises(lct.ImageError):
+            lct.decode_image(data[:size])
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no cases")
+def test_images_of_instruments(tmp_path: Path) -> None:
+    (root,) = CASES.glob("95_*")
+    found = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run"))
+    records = found.records
+    assert all(lct.load_crop(records, row, 0)[0].max() > 150 for row in range(len(records.paths)))
+    reasons = {item["path"]: item["reason"] for item in found.report["quarantined"]}
+    assert "JPEG 2000" in reasons["drill/06_jp2k.tif"]

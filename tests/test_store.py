@@ -112,7 +112,7 @@ def test_evaluation_reads_the_same_squares(data: Path) -> None:
 
 def test_the_scan_s_one_look_at_an_image_is_enough(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, decode = [], lct.decode_image
-    monkeypatch.setattr(lct, "decode_image", lambda data: decoded.append(1) or decode(data))
+    monkeypatch.setattr(lct, "decode_image", lambda *args: decoded.append(1) or decode(*args))
     run = Run(data)
     assert len(decoded) == len(run.records.paths) == 36 and run.has(masked=False) == list(range(36))
     load(run.job, run.job.training_crops(), 0)

@@ -145,7 +145,7 @@ def load_crops(run: lct.TrainedRun, data_root: Path) -> np.ndarray:
     crops = []
     for index in np.linspace(0, len(paths) - 1, min(len(paths), NUM_CROPS)).astype(int).tolist():
         with contextlib.suppress(lct.ImageError):
-            crops.append(transform(lct.load_image(data_root / paths[index]), None, 0))
+            crops.append(transform(lct.load_image(data_root / paths[index], run.config.image_bits), None, 0))
     if not crops:
         reason = f"none of the run's crops is left in {run.config.data_root} to check the file with"
         raise lct.UserError(reason, f"--run {run.path}", "give --data_root DIR, where they are now")

@@ -78,6 +78,7 @@ class MaskOptions(lct.Options):
     val_split: float = lct.same_option("val_split")
     test_split: float = lct.same_option("test_split")
     splits: str = lct.same_option("splits")
+    image_bits: tuple[int, ...] = lct.same_option("image_bits")
     group_regex: str | None = lct.same_option("group_regex")
     seed: int = lct.same_option("seed")
     masks_dirname: str = lct.same_option("masks_dirname")
@@ -154,7 +155,7 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
         targets = [root / folder / options.masks_dirname / name for name in names]
         free = [target for target in targets if not target.exists()]
         if free:
-            requests.append(MaskRequest(path, options.data_root / path, free[0]))
+            requests.append(MaskRequest(path, options.data_root / path, free[0], records.image_bits))
     return requests
 
 
@@ -173,6 +174,7 @@ class MaskRequest(NamedTuple):
     path: str  # relative to data_root, for names and records
     source: Path  # the crop's file
     target: Path  # where the mask goes; its folder need not exist
+    image_bits: tuple[int, ...] = ()
 
 
 class MaskOutcome(NamedTuple):
@@ -536,7 +538,7 @@ def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: i
 def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
     """Read a crop at the size that the model sees, so that what waits for the model is small whatever the file holds."""
     try:
-        image = lct.load_image(job.request.source)
+        image = lct.load_image(job.request.source, job.request.image_bits)
     except lct.ImageError as error:
         return error
     square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)

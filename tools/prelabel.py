@@ -221,11 +221,12 @@ class DetectionDataset(Dataset):
         self.box_pad = box_pad
         self.uses_masks = run.config.crop_mode != "bbox"
         self.side = run.config.img_size
+        self.image_bits = run.config.image_bits
 
     def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], Cut]:
         path = self.detections.root / self.detections.paths[unit.image]
         try:
-            image = lct.load_image(path) if unit.last > unit.first else None
+            image = lct.load_image(path, self.image_bits) if unit.last > unit.first else None
             size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
         except lct.ImageError as error:
             return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])

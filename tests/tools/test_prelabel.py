@@ -720,7 +720,7 @@ def test_workers_change_nothing_and_an_image_is_decoded_once(
 ) -> None:  # fmt: skip
     decoded: list[str] = []
     load = lct.load_image
-    monkeypatch.setattr(lct, "load_image", lambda path: decoded.append(str(path)) or load(path))
+    monkeypatch.setattr(lct, "load_image", lambda path, *bits: decoded.append(str(path)) or load(path, *bits))
     monkeypatch.setattr(prelabel, "write_review", lambda *_: None)  # it reads the images once more
     source = scene.write_coco(tmp_path / "coco.json")
     assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source)) == 0
