@@ -2332,8 +2332,8 @@ def describe_tiff(data: bytes) -> str:
         tags.load(file)
         bands, bits, kind = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
         packing = TIFF_PACKING.get(tags.get(259, 1), "")
-    except Exception:  # a damaged one, of which nothing more can be said
-        return ""
+    except Exception as error:  # as an image's decoders raise it
+        return f"is a damaged TIFF ({type(error).__name__})"
     values = {2: "signed ", 3: "floating-point "}.get(kind, "")
     return f"is a TIFF of {bands} bands of {bits}-bit {values}values{packing}: save it as RGB of 8 or 16 bits"
 
@@ -2567,11 +2567,13 @@ class ImageTree(NamedTuple):
     paths: list[str]  # relative, with '/', sorted
     stamps: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
     problems: list[tuple[str, str]]  # path, reason
+    ignored: Counter[str]  # files of other types, by suffix
 
 
 def list_image_tree(root: Path) -> ImageTree:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
     images: list[tuple[str, int, int]] = []
+    ignored: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     waiting, seen = [""], set()
     while waiting:
@@ -2588,6 +2590,7 @@ def list_image_tree(root: Path) -> ImageTree:
         for entry in entries:
             path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
             if not is_a_folder and not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                ignored[Path(entry.name).suffix.lower() or entry.name] += 1
                 continue
             problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
             if problem:
@@ -2599,7 +2602,7 @@ def list_image_tree(root: Path) -> ImageTree:
                 images.append((path, status.st_size, status.st_mtime_ns))
     images.sort()
     stamps = np.array([row[1:] for row in images], dtype=np.int64).reshape(-1, 2)
-    return ImageTree([row[0] for row in images], stamps, sorted(problems))
+    return ImageTree([row[0] for row in images], stamps, sorted(problems), ignored)
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:

@@ -128,7 +128,8 @@ def read_detections(options: PrelabelOptions) -> Detections:
     tree = lct.list_image_tree(options.images)
     source = options.detections
     if not tree.paths:
-        raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+        instead = f", only {lct.describe_ignored(tree.ignored)}" if tree.ignored else ""
+        raise lct.UserError(f"holds no images{instead}", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
         found = label_files.read_objects(source, tree.paths)
     except label_files.LabelError as error:
@@ -151,7 +152,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
         objects=lct.PathTable([found.objects[index][1] for index in order.tolist()]),
         borders=np.concatenate([[0], np.cumsum(np.bincount(image_numbers, minlength=len(paths)))]),
         problems=problems,
-        notes=found.notes,
+        notes=found.notes + ([f"passed over: {lct.describe_ignored(tree.ignored)}"] if tree.ignored else []),
     )
 
 
