@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -133,14 +134,33 @@ class _Annotation(NamedTuple):
 
 
 def _shrink(item: dict[str, Any]) -> Any:
-    """Make an annotation a string as soon as it is parsed: a polygon takes forty times as much memory as lists of floats."""
-    if "image_id" not in item:
-        return item
+    """Make an annotation a string as soon as it is parsed: a polygon takes forty times as much memory as lists of floats.
+
+    An image, or the data of a task, may have a key image_id too; an annotation with a file_name waits until its list is read.
+    """
+    is_annotation = "image_id" in item and not item.keys().isdisjoint(("bbox", "segmentation", "category_id"))
+    return _make_annotation(item) if is_annotation and "file_name" not in item else item
+
+
+def _make_annotation(item: dict[str, Any]) -> _Annotation:
     keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
     needed = {key: item[key] for key in keys if key in item}
-    ids = [item.get(key) for key in ("image_id", "id", "category_id")]
-    ids = [number if isinstance(number, (int, str)) else None for number in ids]
+    if "category_id" in needed:
+        needed["category_id"] = _plain_id(needed["category_id"])
+    ids = [_plain_id(item.get(key)) for key in ("image_id", "id", "category_id")]
+    ids = [number if isinstance(number, (int, float, str)) else None for number in ids]
     return _Annotation(*ids, json.dumps(needed, separators=(",", ":")))
+
+
+def _plain_id(value: Any) -> Any:
+    """Return an id, which a table that was read with gaps in it has made a float, as the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _same_id(value: Any) -> Any:
+    """Return what ids that differ in type alone have in common: 7 and "7" and "7.0"."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.0+)?", value)
+    return int(value.partition(".")[0]) if is_number else value
 
 
 def _refuse(path: Path, error: Exception, kind: str) -> LabelError:
@@ -162,23 +182,41 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         content = json.loads(data, object_hook=_shrink)
     except (OSError, ValueError, RecursionError) as error:
         raise _refuse(path, error, "JSON") from error
-    if isinstance(content, list):
-        if content and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in content):
-            return _read_labelstudio(path, content, image_paths)
-        raise LabelError("is a list of results, which does not say which images they are of", str(path), READ_REMEDY)
+    is_list = isinstance(content, list) and bool(content)
+    if is_list and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in content):
+        return _read_labelstudio(path, content, image_paths)
+    foreign = name_foreign_json(content)
+    if foreign:
+        raise LabelError(f"is {foreign[0]}", str(path), foreign[1])
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
-    if isinstance(content.get("categories"), list):  # without that list it says nothing about them
-        listed = [item.get("id") for item in content["categories"] if isinstance(item, dict)]
-        known = {number for number in listed if isinstance(number, (int, str))}
-        used = {item.category_id for item in content["annotations"] if isinstance(item, _Annotation)}
-        strange = sorted(map(str, used - known))
-        if strange:
-            names = ", ".join([*strange[:5], *(["..."] if len(strange) > 5 else [])])
-            reason = f"has objects of categories that it does not list: {names}"
-            raise LabelError(reason, str(path), "add them to its categories, or leave categories out")
     return _match_images(path, content["images"], content["annotations"], image_paths)
+
+
+def name_foreign_json(content: Any) -> tuple[str, str] | None:
+    """Return what a JSON file is that is neither COCO nor tasks of Label Studio, and what to do about it; None = unknown."""
+    if isinstance(content, list):
+        first = content[0] if content else None
+        if not isinstance(first, dict) or "image_id" in first:
+            what = "a list of results, which does not say which images they are of"
+            return what, 'give a COCO file {"images": [...], "annotations": [...]}, whose annotations this list is'
+        regions = [
+            item for value in first.values() if isinstance(value, list) for item in value if isinstance(item, dict)
+        ]
+        if any("original_width" in region for region in regions):
+            return "of Label Studio's JSON-MIN", "export as JSON or COCO there"
+        return "a list, but none of tasks of Label Studio", READ_REMEDY
+    if not isinstance(content, dict):
+        return None
+    if "shapes" in content and "imagePath" in content:
+        return "of LabelMe, which has a file an image", READ_REMEDY
+    if "_via_img_metadata" in content:
+        return "a project of VIA", "export the annotations in COCO format there"
+    values = list(content.values())
+    if values and all(isinstance(item, dict) and {"filename", "regions"} <= item.keys() for item in values):
+        return "of VIA", "export the annotations in COCO format there"
+    return None
 
 
 class _Rows:
@@ -319,21 +357,20 @@ def _match_images(
         LabelError: an image without name, one that is listed twice, or none that is there.
     """
     found = FoundObjects()
-    # Names are compared composed: a file system of a Mac gives them decomposed.
-    position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}
+    for item in images:
+        for key, kinds in (("file_name", str), ("id", (int, float, str))):
+            if not isinstance(item, dict) or not isinstance(item.get(key), kinds):
+                raise LabelError(f"has an image without {key}", str(path), "mend the file")
+    names = [unicodedata.normalize("NFC", item["file_name"]) for item in images]
     number_of: dict[Any, int | None] = {}  # image id -> position in `found.images`, None for one that is not there
     taken: set[int] = set()
-    for item in images:
-        image_id = item.get("id") if isinstance(item, dict) else None
-        if not isinstance(image_id, (int, str)) or not isinstance(item.get("file_name"), str):
-            raise LabelError("has an image without id or file_name", str(path), "mend the file")
+    for item, name, number in zip(images, names, _find_names(names, image_paths), strict=True):
+        image_id = _plain_id(item["id"])
         if image_id in number_of:
             raise LabelError(f"has two images of id {image_id}", str(path), "mend the file")
-        name = os.path.normpath(unicodedata.normalize("NFC", item["file_name"]))
-        number = position.get(name)
-        if number is None or number in taken:
-            reason = "is not in --images" if number is None else "is listed twice; the second time is left out"
-            found.problems.append(Problem(name, None, reason))
+        if not isinstance(number, int) or number in taken:
+            reason = number if isinstance(number, str) else "is listed twice; the second time is left out"
+            found.problems.append(Problem(os.path.normpath(name), None, reason))
             number_of[image_id] = None
             continue
         taken.add(number)
@@ -342,10 +379,13 @@ def _match_images(
         found.image_ids.append(image_id)
         claimed = [item.get(key) for key in ("width", "height")]
         found.sizes.append(tuple(side if isinstance(side, int) and 0 < side < 2**31 else 0 for side in claimed))
+    num_same = Counter(map(_same_id, number_of))
+    by_value = {_same_id(key): value for key, value in number_of.items() if num_same[_same_id(key)] == 1}
     missed: Counter[Any] = Counter()
     for index, item in enumerate(annotations):
+        item = _make_annotation(item) if isinstance(item, dict) and "image_id" in item else item
         image_id = item.image_id if isinstance(item, _Annotation) else None
-        number = number_of.get(image_id, -1)
+        number = number_of.get(image_id, by_value.get(_same_id(image_id), -1))
         if number is None:
             missed[image_id] += 1
         elif number < 0:
@@ -360,6 +400,39 @@ def _match_images(
         reason = f"none of its {len(images):,} images ({names}) is there"
         raise LabelError(reason, str(path), "give --images the folder that the file names start from")
     return found
+
+
+def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
+    """Yield the position of the image that each name of a file means, or why there is none.
+
+    A name that is none as it stands may be of Windows. An absolute one is of another machine, perhaps: then the longest end of it
+    that is an image counts, unless another name would have the same.
+    """
+    # Names are compared composed: a file system of a Mac gives them decomposed.
+    position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}
+    positions = []
+    by_end: dict[int, list[str]] = {}
+    for name in names:
+        number = None
+        for spelled in (name, name.replace("\\", "/")):
+            is_absolute = re.match(r"/|[A-Za-z]:/", spelled)
+            if number is None:
+                number = position.get(os.path.normpath(spelled))
+            if number is None and is_absolute:
+                parts = os.path.normpath(spelled).strip("/").split("/")
+                ends = ("/".join(parts[first:]) for first in range(len(parts)))
+                number = next((position[end] for end in ends if end in position), None)
+                if number is not None:
+                    by_end.setdefault(number, []).append(name)
+        positions.append(number)
+    for name, number in zip(names, positions, strict=True):
+        rivals = [other for other in by_end.get(number, []) if other != name]
+        if number is None:
+            yield "is not in --images"
+        elif rivals and name in by_end[number]:
+            yield f"ends like {rivals[0]}, and one image alone is in --images"
+        else:
+            yield number
 
 
 def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -450,8 +523,9 @@ def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float,
         BoxError: it has none, none of four numbers, one of no size, or one outside the image.
     """
     box = detection.get("bbox")
-    if box is None:
-        box = _find_bounds(detection.get("segmentation"), width, height)
+    segmentation = detection.get("segmentation")
+    if box is None or box == [] or (box == [0, 0, 0, 0] and segmentation):
+        box = _find_bounds(segmentation, width, height)
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise BoxError("has a box that is not four numbers")
     x, y, w, h = box
@@ -473,9 +547,7 @@ def _is_number(value: Any) -> bool:
 def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
     """Return the box x, y, width, height around a segmentation."""
     if isinstance(segmentation, list):
-        points = np.concatenate([np.zeros((0, 2)), *map(_read_polygon, segmentation)])
-        if not len(points):
-            raise BoxError("has neither a box nor a mask")
+        points = np.concatenate(_read_polygons(segmentation))
         return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
     mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
     rows = np.flatnonzero(mask.any(axis=1))
@@ -485,11 +557,20 @@ def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
     return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
 
 
-def _read_polygon(polygon: Any) -> np.ndarray:
-    """Return the corners float64 (n, 2) of a polygon x, y, x, y, ..."""
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_number, polygon)):
-        raise BoxError("has a polygon that is not three or more pairs of numbers")
-    return np.array(polygon, dtype=np.float64).reshape(-1, 2)
+def _read_polygons(parts: list[Any]) -> list[np.ndarray]:
+    """Return the corners float64 (n, 2) of each part x, y, x, y, ... of a mask; a part of one or two points covers nothing."""
+    if not parts:
+        raise BoxError("has neither a box nor a mask")
+    parts = [parts] if all(map(_is_number, parts)) else parts  # of one part, without the list around it
+    polygons = []
+    for part in parts:
+        if not isinstance(part, list) or not all(map(_is_number, part)) or (len(part) % 2 and len(part) > 5):
+            raise BoxError("has a polygon that is not pairs of numbers")
+        if len(part) > 5:
+            polygons.append(np.array(part, dtype=np.float64).reshape(-1, 2))
+    if not polygons:
+        raise BoxError("has a mask without three points")
+    return polygons
 
 
 def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tuple[int, int, int, int]:
@@ -532,7 +613,7 @@ def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[in
     if not isinstance(segmentation, list):
         raise BoxError("has neither a box nor a mask")
     mask = np.zeros((bottom - top, right - left), dtype=bool)
-    for points in map(_read_polygon, segmentation):
+    for points in _read_polygons(segmentation):
         mask |= fill_polygon(points - (left, top), right - left, bottom - top)
     return mask
 
@@ -584,9 +665,11 @@ def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
     Raises:
         BoxError: they are not whole numbers that add up to the image.
     """
-    if not isinstance(counts, list) or not all(type(count) is int and 0 <= count <= width * height for count in counts):
+    size = width * height
+    counts = [_plain_id(count) for count in counts] if isinstance(counts, list) else None
+    if counts is None or not all(type(count) is int and 0 <= count <= size for count in counts):
         raise BoxError("has a mask whose run lengths are not whole numbers")
-    if sum(counts) != width * height:
+    if sum(counts) != size:
         raise BoxError("has a mask whose run lengths do not add up to the image")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T

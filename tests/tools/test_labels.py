@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import labels
@@ -81,7 +81,7 @@ def test_a_padded_box_stays_inside_and_is_never_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "counts", [[5], [3, 4], [21], [10, -3, 13], [10.0, 10], [2**70], "", "5", "40000", "P", "ooo", "o" * 400, None, {}]
+    "counts", [[5], [3, 4], [21], [10, -3, 13], [10.5, 9.5], [2**70], "", "5", "40000", "P", "ooo", "o" * 400, None, {}]
 )
 def test_run_lengths_that_do_not_fill_the_image_are_refused(counts: object) -> None:
     with pytest.raises(labels.BoxError, match="run lengths"):
@@ -176,12 +176,12 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
         ("a.xml", "<annotations><track/></annotations>", "has no images"),
         ("a.xml", CVAT.format(height="x", shapes=""), "cannot be read as XML"),
         ("a.xml", CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""), "none of its 1 images (b.jpg) is there"),
-        ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without id or file_name"),
+        ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
         ("a.csv", "", "it has no column image"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
         ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images (b.jpg) is there"),
         ("a.json", '[{"data": {"image": 3}}]', "none of its 1 images"),
-        ("a.json", '[{"data": 3}]', "is a list of results"),
+        ("a.json", '[{"data": 3}]', "is a list, but none of tasks"),
         ("a.json", "[]", "is a list of results"),
     ],
 )
@@ -249,3 +249,157 @@ def test_it_needs_nothing_of_ours_and_no_torch() -> None:
     code = f"import sys; sys.path.insert(0, {str(REPO / 'tools')!r}); import labels; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert not {"torch", "lct_dino3", "PIL", "pycocotools"} & set(done.stdout.split())
+
+
+# --- files as people really have them
+
+BOXES = {"a.jpg": [[20, 20, 187, 200], [300, 40, 145, 180], [60, 260, 180, 44]]}
+BOXES["b.jpg"] = [[30, 30, 200, 145], [260, 150, 200, 117]]
+SIZES = {"a.jpg": (640, 480), "b.jpg": (500, 400)}
+
+
+def make_coco(change_image: Callable[[dict], object], change_object: Callable[[dict], object], **more: object) -> dict:
+    """Return the five boxes as COCO, each entry changed."""
+    images, annotations = [], []
+    for number, (name, boxes) in enumerate(BOXES.items(), 1):
+        images.append({"id": number, "file_name": name, "width": SIZES[name][0], "height": SIZES[name][1]})
+        annotations += [{"image_id": number, "category_id": 1, "bbox": box} for box in boxes]
+    for number, item in enumerate(annotations, 1):
+        x, y, w, h = item["bbox"]
+        item.update(id=number, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+        change_object(item)
+    for item in images:
+        change_image(item)
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "tool"}], **more}
+
+
+def nothing(_: dict) -> None:
+    pass
+
+
+def boxes_of(found: labels.FoundObjects, names: Sequence[str]) -> dict[str, list[list[float]]]:
+    """Return the boxes in px by the name of their photo, and see that a mask means the same as its box."""
+    boxes: dict[str, list[list[float]]] = {}
+    for number, text in found.objects:
+        name = names[found.images[number]]
+        item = labels.to_pixels(json.loads(text), *SIZES[name[-5:]])
+        box = labels.find_box(item, *SIZES[name[-5:]])
+        if item.get("segmentation"):
+            window = labels.pad_box(box, 0, *SIZES[name[-5:]])
+            assert labels.read_segmentation(item["segmentation"], SIZES[name[-5:]], window).mean() > 0.7
+        boxes.setdefault(name[-5:], []).append([round(value, 1) for value in box])
+    return boxes
+
+
+COCO_KINDS = {
+    "as it is": (nothing, nothing, {}),
+    "image_id among an image's keys": (lambda i: i.update(image_id=i["id"]), nothing, {}),
+    "image_id and category_id there": (lambda i: i.update(image_id=i["id"], category_id=1), nothing, {}),
+    "file_name among an object's keys": (nothing, lambda o: o.update(file_name="a.jpg"), {}),
+    "float ids": (lambda i: i.update(id=float(i["id"])), lambda o: o.update(category_id=1.0), {}),
+    "float image_id": (nothing, lambda o: o.update(image_id=float(o["image_id"])), {}),
+    "string image_id": (nothing, lambda o: o.update(image_id=str(o["image_id"])), {}),
+    "string image_id of a float": (nothing, lambda o: o.update(image_id=f"{o['image_id']}.0"), {}),
+    "string id": (lambda i: i.update(id=str(i["id"])), nothing, {}),
+    "categories empty": (nothing, nothing, {"categories": []}),
+    "categories null": (nothing, nothing, {"categories": None}),
+    "categories unlisted": (nothing, lambda o: o.update(category_id=99), {}),
+    "category_id absent": (nothing, lambda o: o.pop("category_id"), {}),
+    "category_id null": (nothing, lambda o: o.update(category_id=None), {}),
+    "bbox empty": (nothing, lambda o: o.update(bbox=[]), {}),
+    "bbox null": (nothing, lambda o: o.update(bbox=None), {}),
+    "bbox of zeros": (nothing, lambda o: o.update(bbox=[0, 0, 0, 0]), {}),
+    "flat polygon": (nothing, lambda o: o.update(segmentation=o["segmentation"][0]), {}),
+    "flat polygon alone": (nothing, lambda o: o.update(segmentation=o["segmentation"][0], bbox=None), {}),
+    "a part of two points": (nothing, lambda o: o["segmentation"].append([5, 5, 6, 6]), {}),
+    "a part of one, and no box": (nothing, lambda o: o.update(bbox=[], segmentation=[[5, 5], *o["segmentation"]]), {}),
+    "an empty part": (nothing, lambda o: o["segmentation"].insert(0, []), {}),
+    "names of Windows": (lambda i: i.update(file_name=f".\\{i['file_name']}"), nothing, {}),
+    "absolute names": (lambda i: i.update(file_name=f"/home/x/images/{i['file_name']}"), nothing, {}),
+    "absolute names of Windows": (lambda i: i.update(file_name=f"C:\\x y\\images\\{i['file_name']}"), nothing, {}),
+    "names of a share": (lambda i: i.update(file_name=f"\\\\server\\{i['file_name']}"), nothing, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COCO_KINDS)
+def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, kind: str) -> None:
+    change_image, change_object, more = COCO_KINDS[kind]
+    (tmp_path / "coco.json").write_text(json.dumps(make_coco(change_image, change_object, **more)))
+    found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
+    assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES and not found.problems
+    assert all(type(number) is not float for number in found.image_ids)
+
+
+def test_ids_that_differ_in_type_alone_stay_apart_where_both_are_there(tmp_path: Path) -> None:
+    content = make_coco(nothing, nothing)
+    content["images"][1]["id"] = "1"
+    for item in content["annotations"][3:]:
+        item["image_id"] = "1"
+    content["annotations"].append({"id": 9, "image_id": "1.0", "category_id": 1, "bbox": [0, 0, 9, 9]})
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
+    assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES
+    assert found.problems == [labels.Problem("", 9, "its image is not in the list of images")]
+
+
+def test_the_longest_end_of_an_absolute_name_counts_and_one_that_two_have_does_not(tmp_path: Path) -> None:
+    names = ["/data/run/deep/a.jpg", "/data/one/b.jpg", "D:\\two\\b.jpg", "images/a.jpg"]
+    content = {"images": [{"id": n, "file_name": name} for n, name in enumerate(names)], "annotations": []}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = read(tmp_path / "coco.json", ["a.jpg", "deep/a.jpg", "b.jpg"])
+    assert found.images == [1] and found.image_ids == [0]  # a relative name starts from --images, or is none
+    reasons = [problem.reason for problem in found.problems]
+    assert [reason.partition(",")[0] for reason in reasons] == [
+        "ends like D:\\two\\b.jpg", "ends like /data/one/b.jpg", "is not in --images"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "is a list of results"),
+        ([{"image_id": 1, "detections": []}], "is a list of results"),
+        ([{"id": 1, "image": "/a.jpg", "label": [{"x": 1, "original_width": 9}]}], "is of Label Studio's JSON-MIN"),
+        ({"version": "5.0", "shapes": [], "imagePath": "a.jpg"}, "is of LabelMe"),
+        ({"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}, "is of VIA"),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "is a project of VIA"),
+    ],
+)
+def test_json_of_another_kind_is_named(tmp_path: Path, content: object, what: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(labels.LabelError, match=what):
+        read(tmp_path / "a.json")
+
+
+def test_a_task_may_have_an_image_id(tmp_path: Path) -> None:
+    region = {"type": "rectanglelabels", "value": {"x": 0, "y": 0, "width": 50, "height": 50, "rectanglelabels": ["b"]}}
+    data = {"image_id": 3, "category_id": 4, "image": "/data/local-files/?d=a.jpg", "file_name": "a.jpg"}
+    (tmp_path / "a.json").write_text(json.dumps([{"data": data, "annotations": [{"result": [region]}]}]))
+    assert len(read(tmp_path / "a.json").objects) == 1
+
+
+CASES = REPO.parent / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
+@pytest.mark.parametrize(
+    "name",
+    "01_ls_backslash 02_images_with_image_id 03_float_ids 04_string_image_id 05_categories_empty"
+    " 09_bbox_empty_with_polygon 20_track_id 21_conf_and_track_id 23_bom_crlf 25_commas 27_roboflow_yolo"
+    " 35_polygon_plus_degenerate 36_flat_polygon_with_box 90_via_coco_export 90c_via_without_categories".split(),
+)
+def test_the_cases_have_their_five_boxes(name: str) -> None:
+    folder = CASES / name
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
+    (source,) = folder.glob("*.json") if list(folder.glob("*.json")) else [(folder / "labels")]
+    found = read(source if source.exists() else root, paths)
+    boxes: dict[str, list[list[float]]] = {}
+    for number, text in found.objects:
+        photo = paths[found.images[number]].rpartition("/")[2][0] + ".jpg"
+        item = labels.to_pixels(json.loads(text), *SIZES[photo])
+        assert item.get("score", 0.87) == 0.87
+        boxes.setdefault(photo, []).append([round(value) for value in labels.find_box(item, *SIZES[photo])])
+        for mask in [item["segmentation"]] if item.get("segmentation") else []:
+            assert labels.read_segmentation(mask, SIZES[photo], (0, 0, *SIZES[photo])).sum() > 3000
+    assert boxes == BOXES and not found.problems
