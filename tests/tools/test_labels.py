@@ -41,7 +41,7 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("0 0.5 0.5 0.1", "has 4 numbers"),
+        ("0,0.5,0.5,0.1", "has 4 numbers"),
         ("x 0.5 0.5 0.1 0.1", "not a line of numbers"),
         ("0.5 0.5 0.5 0.1 0.1", "class number"),
         ("-1 0.5 0.5 0.1 0.1", "class number"),
@@ -376,6 +376,102 @@ def test_a_task_may_have_an_image_id(tmp_path: Path) -> None:
     data = {"image_id": 3, "category_id": 4, "image": "/data/local-files/?d=a.jpg", "file_name": "a.jpg"}
     (tmp_path / "a.json").write_text(json.dumps([{"data": data, "annotations": [{"result": [region]}]}]))
     assert len(read(tmp_path / "a.json").objects) == 1
+
+
+BOX = "0.26 0.25625 0.4 0.3625"
+CORNERS = "0.06 0.075 0.46 0.075 0.46 0.4375 0.06 0.4375"
+YOLO_KINDS = {
+    "box": ([f"0 {BOX}"], [None]),
+    "box, confidence": ([f"0 {BOX} 0.87", f"0 {BOX} 1", f"0 {BOX} 0.87"], [0.87, 1.0, 0.87]),
+    "box, track id": ([f"0 {BOX} 1", f"0 {BOX} 2"], [None, None]),
+    "box, one or the other": ([f"0 {BOX} 1"], [None]),
+    "box, confidence, track id": ([f"0 {BOX} 0.87 1", f"0 {BOX} 0.5 12", f"0 {BOX} 0.25"], [0.87, 0.5, 0.25]),
+    "box, two keypoints": ([f"0 {BOX} 0.2 0.2 1 0.3 0.3 1"], [None]),
+    "box, five keypoints, one unseen": ([f"0 {BOX}{' 0.2 0.2 2' * 4} 0 0 0", f"0 {BOX}"], [None, None]),
+    "corners": ([f"0 {CORNERS}"], [None]),
+    "corners, confidence": ([f"0 {CORNERS} 0.87", f"0 {CORNERS}", f"0 {BOX} 0.5"], [0.87, None, 0.5]),
+    "corners, track id": ([f"0 {CORNERS} 7"], [None]),
+    "corners, confidence, track id": ([f"0 {CORNERS} 0.87 1", f"0 {CORNERS} 0.5 3"], [0.87, 0.5]),
+}
+
+
+@pytest.mark.parametrize("kind", YOLO_KINDS)
+@pytest.mark.parametrize("written", ["{}", "{},", "utf-16"])
+def test_what_follows_box_or_corners_is_neither_corner_nor_score(tmp_path: Path, kind: str, written: str) -> None:
+    lines, scores = YOLO_KINDS[kind]
+    text = "\ufeff" + "\r\n".join(line.replace(" ", ", ") if "," in written else line for line in lines) + "\r\n"
+    (tmp_path / "b.txt").write_bytes(text[1:].encode("utf-16") if written == "utf-16" else text.encode())
+    found = read(tmp_path, ["b.jpg"])
+    assert not found.problems
+    assert boxes_of(found, ["b.jpg"]) == {"b.jpg": [[30, 30, 200, 145]] * len(lines)}
+    assert [json.loads(item).get("score") for _, item in found.objects] == scores
+    assert any("are not used" in note for note in found.notes) == (
+        any(word in kind for word in ("track", "keypoints", "other"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f"0 {BOX} 0.87 1", "perhaps"),  # or three corners
+        (f"0 {BOX} 0.2 0.2 2", "perhaps"),  # a keypoint, or three corners and a track id
+        (f"0 {BOX}{' 0.2 0.2 0.9' * 17}", "perhaps"),  # predicted keypoints, or 27 corners and a confidence
+        (f"0 {CORNERS} 0.87 1", "perhaps"),  # or five corners
+        ("0 120 30 200 31 190 80", "neither"),  # px
+        (f"0 {BOX} 87.5", "neither"),
+        (f"0 {BOX} 0.87 11.5", "neither"),
+        (f"0 {BOX} 0.87 11 3.5", "neither"),
+    ],
+)
+def test_a_line_that_may_be_two_things_is_none(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "b.txt").write_text(line)
+    found = read(tmp_path, ["b.jpg"])
+    assert not found.objects
+    assert [(p.image, p.detection) for p in found.problems] == [("b.jpg", "line 1")] and reason in found.problems[
+        0
+    ].reason
+
+
+def test_one_odd_line_costs_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"0 {BOX} 0.5 3\n0 {BOX} 0.5 4\n0 0.1 0.1 0.5 0.5 0.1 0.7\n")
+    found = read(tmp_path)
+    assert len(found.objects) == 2 and "other lines" in found.problems[0].reason
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "source"),
+    [
+        ("train/images/b.jpg", "train/labels/b.txt", "."),
+        ("images/train/b.jpg", "labels/train/b.txt", "."),
+        ("images/train/b.jpg", "labels/train/b.txt", "labels"),
+        ("b.jpg", "labels/b.txt", "."),
+        ("deep 1/er/b.jpg", "labels/deep 1%2Fer%2Fb.txt", "labels"),
+    ],
+)
+def test_images_and_labels_side_by_side(tmp_path: Path, image: str, text: str, source: str) -> None:
+    for name, content in ((text, f"0 {BOX}"), ("README.roboflow.txt", "words")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = read(tmp_path / source, [image, "z.jpg"])
+    assert [number for number, _ in found.objects] == [0] and not found.problems
+
+
+def test_a_text_goes_to_the_image_that_it_lies_beside(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text(f"0 {BOX}")
+    found = read(tmp_path, ["images/b.jpg", "z/b.jpg", "b.jpg"])
+    assert [number for number, _ in found.objects] == [2] and not found.problems
+
+
+def test_names_of_files_are_never_those_of_others() -> None:
+    paths = ["a/b", "a%2Fb", "a%252Fb", "a%b", "b", "д" * 120, "д" * 119 + "/", "д" * 121]
+    names = [labels.flat_name(path) for path in paths]
+    assert len(set(names)) == len(paths) and all("/" not in name and len(name.encode()) < 240 for name in names)
+
+
+def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(labels.LabelError, match=r"no .txt of these images, but 1 .json"):
+        read(tmp_path)
 
 
 CASES = REPO.parent / "shared" / "cases"
