@@ -7,6 +7,7 @@ WRITERS. Raises LabelError for a file that cannot be used as a whole, BoxError f
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 import unicodedata
 from collections import Counter
@@ -248,7 +250,7 @@ class _Rows:
             detection = {"id": detection_id, "category_id": class_name, **read_shape()}
         except (BoxError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = str(error) if isinstance(error, BoxError) else "has a shape that is not of numbers"
-            self.problems.append(Problem(self.images[-1]["file_name"], detection_id, reason))
+            self.problems.append(Problem(self.images[-1]["file_name"].lstrip("/"), detection_id, reason))
             return
         text = json.dumps(detection, separators=(",", ":"))
         self.annotations.append(_Annotation(len(self.images), detection_id, class_name, text))
@@ -264,10 +266,12 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
     """Return the regions of tasks: of the last annotation that was not cancelled, else of the last prediction."""
     rows = _Rows()
     for task in tasks:
-        url = next((value for value in task["data"].values() if isinstance(value, str)), "")
+        urls = [value for value in task["data"].values() if isinstance(value, str)]
+        url = next((value for value in urls if "/" in value), urls[0] if urls else "")
         path_of_url, _, query = url.partition("?")
         local = parse_qs(query).get("d")  # /data/local-files/?d=PATH
-        rows.add_image(local[0] if local else unquote(path_of_url).rpartition("/")[2])
+        # Absolute: it starts from the document root, or from a server, and the end of it is what counts.
+        rows.add_image("/" + (local[0] if local else unquote(path_of_url)).lstrip("/"))
         lists = [value if isinstance(value, list) else [] for value in map(task.get, ("annotations", "predictions"))]
         drafts = [draft for drafts in reversed(lists) for draft in drafts if isinstance(draft, dict)]
         chosen = [draft for draft in drafts if not draft.get("was_cancelled")]
@@ -342,14 +346,14 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         if missing:
             raise ValueError(f"it has no column {missing[0]}")
         for line in lines:
-            images.setdefault(line["image"] or "", []).append((lines.line_num, line))
+            images.setdefault(_unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
         raise _refuse(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
     for name, lines_of_image in images.items():
         rows.add_image(name)
         for number, line in lines_of_image:
             box = functools.partial(lambda line: {"bbox": [float(line[key]) for key in CSV_COLUMNS[1:5]]}, line)
-            rows.add_object(f"line {number}", line["class"] or "", box)
+            rows.add_object(f"line {number}", _unquote_formula(line["class"] or ""), box)
     return rows.match(path, image_paths)
 
 
@@ -656,6 +660,44 @@ def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, A
     return detection
 
 
+def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iterable[dict[str, Any]]) -> str | None:
+    """Return a doubt about objects whose file claims another size of their image, None if there is none.
+
+    A file may have the sides of the pixels as they are stored, before the EXIF rotation, and yet boxes on the upright image, as
+    Label Studio's COCO export does; or all of it before the rotation. In which of the two more of the boxes lie tells.
+
+    Args:
+        size: width and height of the upright image.
+        claimed: those of the file, 0 where it claims none.
+        detections: the objects of the image, as `to_pixels` returns them.
+
+    Raises:
+        BoxError: the boxes do not lie on this image.
+    """
+    if claimed == size or 0 in claimed:
+        return None
+    reason = "is {} x {} px, but {} x {} px in the detections".format(*size, *claimed)
+    if claimed != size[::-1]:
+        raise BoxError(reason)
+    num_inside = [0, 0]
+    for detection in detections:
+        box = detection.get("bbox")
+        with contextlib.suppress(BoxError):
+            box = box or _find_bounds(detection.get("segmentation"), *size)
+        if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
+            for side, (width, height) in enumerate((size, claimed)):
+                # Two px for what percents of the sides round away.
+                num_inside[side] += box[0] + box[2] <= width + 2 and box[1] + box[3] <= height + 2
+    upright, stored = num_inside
+    if stored > upright:
+        raise BoxError(f"{reason}; the boxes are those of the pixels before the EXIF rotation")
+    return (
+        f"{reason}, before the EXIF rotation; its boxes are taken for those of the upright image"
+        if stored == upright
+        else None
+    )
+
+
 def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
     """Return the box x, y, width, height of a detection in px, clipped to the image; without one that of its mask.
 
@@ -916,19 +958,25 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images, a link to them."""
+    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images/, a link to each.
+
+    A link to the folder of images would be followed, and labels looked for beside the photos. Folders are flattened: in one that is
+    called images again, labels are looked for elsewhere.
+    """
     names = [printable(name) for name in labels.names]
     yield "yolo/classes.txt", [f"{name}\n" for name in names]
     # JSON is YAML.
     lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)]
-    yield "yolo/data.yaml", ["train: images\nval: images\nnames:\n", *lines]
-    yield "yolo/images", labels.root
+    for name in ("data.yaml", "dataset.yaml"):  # Ultralytics, and FiftyOne's importer, which wants the second
+        yield f"yolo/{name}", ["train: ./images/\nval: ./images/\nnames:\n", *lines]
     written: set[str] = set()
     for image in labels.images():
-        name = image.path.rpartition(".")[0] + ".txt"
+        stem, _, suffix = image.path.rpartition(".")
+        name = flat_name(stem) + ".txt"
         if name in written:  # 1.jpg and 1.png: `find_equal_stems` has named the second
             continue
         written.add(name)
+        yield f"yolo/images/{flat_name(stem)}.{suffix}", labels.root / image.path
         width, height = image.size
         lines = []
         for item in image.objects:
@@ -988,7 +1036,7 @@ def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
 def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
     """Yield labelstudio/config.xml, a labelling interface, and tasks.json, the tasks with predictions that fit it.
 
-    Images are looked for in Label Studio's local storage: LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is the root of the images.
+    It serves files of a local storage, which must lie below its document root: that is the parent of the folder of images.
     """
     values = "".join(f'    <Label value="{_xml(name)}"/>\n' for name in labels.names)
     yield (
@@ -1024,7 +1072,21 @@ def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
     prediction = {"model_version": labels.model, "result": results}
     if results:
         prediction["score"] = min(item.score for item in image.objects)  # as sure as the least sure object: sort by it
-    return {"data": {"image": f"/data/local-files/?d={quote(image.path)}"}, "predictions": [prediction]}
+    path = f"{labels.root.resolve().name}/{image.path}".lstrip("/")
+    return {"data": {"image": f"/data/local-files/?d={quote(path)}"}, "predictions": [prediction]}
+
+
+def explain_labelstudio(root: Path, out: Path) -> str:
+    """Return the three steps after which Label Studio shows the images with their labels."""
+    root = root.resolve()
+    return (
+        "Label Studio shows the photos after three steps:\n"
+        f"  1. LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={shlex.quote(str(root.parent))}"
+        " label-studio\n"
+        f"  2. a project with the interface {out / 'labelstudio' / 'config.xml'}; Settings, Cloud Storage, Add Source Storage,"
+        f" Local files: {root} (need not be synchronised)\n"
+        f"  3. Import {out / 'labelstudio' / 'tasks.json'}"
+    )
 
 
 def write_csv(labels: LabelSet) -> Iterator[LabelFile]:
@@ -1038,7 +1100,24 @@ def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
     for index, (image, item) in enumerate(items):
         if not index:
             yield format_row((*CSV_COLUMNS, *item.details))
-        yield format_row((image.path, *item.box, labels.names[item.label], *item.details.values()))
+        row = (image.path, *item.box, labels.names[item.label], *item.details.values())
+        yield format_row([_quote_formula(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet computes, or what was that before it was quoted
+
+
+def _quote_formula(text: str) -> str:
+    """Return text that a spreadsheet shows and does not compute; `_unquote_formula` takes the quote off again."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def _unquote_formula(text: str) -> str:
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
+
+
+def _explain_nothing(_root: Path, _out: Path) -> str:
+    return ""
 
 
 def _no_problems(_: Sequence[str]) -> Iterator[Problem]:
@@ -1050,6 +1129,7 @@ class Writer(NamedTuple):
 
     write: Callable[[LabelSet], Iterator[LabelFile]]
     find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # of the paths of images
+    explain: Callable[[Path, Path], str] = _explain_nothing  # how to open it; of the root of the images and --out
     is_exchanged: bool = False  # the folder of its name has a file for each image, and is exchanged once it is whole
 
 
@@ -1057,6 +1137,6 @@ WRITERS = {
     "coco": Writer(write_coco),
     "yolo": Writer(write_yolo, find_equal_stems, is_exchanged=True),
     "cvat": Writer(write_cvat),
-    "labelstudio": Writer(write_labelstudio),
+    "labelstudio": Writer(write_labelstudio, explain=explain_labelstudio),
     "csv": Writer(write_csv),
 }

@@ -37,6 +37,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 ANSWERS_NAME = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
+WRITTEN_NAME = ".written.jsonl"  # path and digest of each label file: what differs was corrected by people
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 REVIEW_CARDS = 200  # a morning's work
 REVIEW_PROBLEMS = 200
@@ -62,6 +63,9 @@ class PrelabelOptions(lct.RunOptions):
         "pre-labelling",
         metavar="DIR",
         needed=True,
+    )
+    overwrite: bool = lct.option(
+        False, "write --out anew; the old one is moved aside, not deleted", "pre-labelling", once=True
     )
     formats: str = lct.option(
         ",".join(label_files.WRITERS), "what to write, with commas between", "pre-labelling", metavar="LIST"
@@ -99,6 +103,55 @@ def check_options(options: PrelabelOptions) -> None:
     is_used = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if is_used and not (out / ANSWERS_NAME).exists():
         raise lct.UserError("is neither empty nor a folder of pre-labels", options.said("out"), "choose a new folder")
+    if options.detections is not None and options.detections.resolve().is_relative_to(out):
+        reason = "lies in --out, where what is written would take its place"
+        raise lct.UserError(reason, options.said("detections"), "choose another --out")
+    if options.overwrite and out in (Path.cwd(), *Path.cwd().parents):
+        what = "is the current folder, which --overwrite would move aside"
+        raise lct.UserError(what, options.said("out"), "start from another folder")
+    holds = [name for name in ("run", "images") if getattr(options, name).resolve().is_relative_to(out)]
+    if holds:
+        raise lct.UserError(f"holds --{holds[0]}", options.said("out"), "choose another folder")
+    if not options.overwrite:
+        check_corrections(options)
+
+
+def check_corrections(options: PrelabelOptions) -> None:
+    """See that no label file which would be written anew was changed by others since it was written.
+
+    Raises:
+        UserError: one was; it names the first.
+    """
+    written = read_written(options.out)
+    for name in options.formats.split(","):
+        folder = options.out / name
+        paths = sorted(folder.rglob("*")) if folder.is_dir() else [*options.out.glob("objects.csv")] * (name == "csv")
+        for path in paths:
+            is_label = path.is_file() and not path.is_symlink() and path.name[0] != "." and path.suffix != ".cache"
+            relative = path.relative_to(options.out).as_posix()
+            if is_label and digest_bytes(path.read_bytes()) not in written.get(relative, ()):
+                what = "was changed after it was written" if written else "may hold corrections"
+                raise lct.UserError(
+                    f"{what}, and would be written anew",
+                    str(path),
+                    "give another --out, or --overwrite, which moves the old one aside",
+                )
+
+
+def read_written(out: Path) -> dict[str, list[str]]:
+    """Return the digests of all that was ever written to a path in --out."""
+    written: dict[str, list[str]] = {}
+    if (out / WRITTEN_NAME).is_file():
+        for line in (out / WRITTEN_NAME).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # half a line, of a kill
+                path, digest = json.loads(line)
+                written.setdefault(path, []).append(digest)
+    return written
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return what tells the content of a file from any other."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 # --- what is to be answered
@@ -232,12 +285,13 @@ class DetectionDataset(Dataset):
         except lct.ImageError as error:
             return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
         claimed = tuple(self.detections.sizes[unit.image].tolist())
-        if claimed != size and 0 not in claimed:
-            reason = "is {} x {} px, but {} x {} px in the detections".format(*size, *claimed)
-            if claimed == size[::-1]:
-                reason += "; the boxes are those of the pixels before the EXIF rotation"
-            return [], Cut(unit, (0, 0), [], [(-1, reason)])
-        cut = Cut(unit, size, [], [])
+        low, high = self.detections.borders[unit.image : unit.image + 2].tolist()
+        objects = (label_files.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(low, high))
+        try:
+            doubt = label_files.check_size(size, claimed, objects)
+        except label_files.BoxError as error:
+            return [], Cut(unit, (0, 0), [], [(-1, str(error))])
+        cut = Cut(unit, size, [], [(-1, doubt)] if doubt and unit.first == low else [])
         crops = (self._cut_object(image, source, cut) for source in range(unit.first, unit.last))
         return [crop for crop in crops if crop is not None], cut
 
@@ -542,22 +596,35 @@ def answer_batches(
 
 
 def write_labels(out: Path, name: str, labels: label_files.LabelSet) -> None:
-    """Write the labels in one format: each file appears whole, or a folder of very many files all at once."""
+    """Write the labels in one format: each file appears whole, or a folder of very many files all at once.
+
+    What is written is noted down before it takes its place: a job that is killed in between knows its own files.
+    """
     writer = label_files.WRITERS[name]
     fresh = out / f".{name}.{os.getpid()}.tmp"
     folder = fresh if writer.is_exchanged else out
-    for path, content in writer.write(labels):
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            with contextlib.suppress(OSError):  # a file system may have no links
-                if target.is_symlink():
-                    target.unlink()
-                target.symlink_to(content.resolve(), target_is_directory=True)
-            continue
-        with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
-            for text in content:
-                file.write(text.encode("utf-8", "backslashreplace"))
+    notes: list[str] = []
+    with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
+        for path, content in writer.write(labels):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                with contextlib.suppress(OSError):  # a file system may have no links
+                    if target.is_symlink():
+                        target.unlink()
+                    target.symlink_to(content.resolve(), target_is_directory=content.is_dir())
+                continue
+            digest = hashlib.blake2b(digest_size=12)
+            with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
+                for text in content:
+                    data = text.encode("utf-8", "backslashreplace")
+                    digest.update(data)
+                    file.write(data)
+                notes.append(json.dumps([path, digest.hexdigest()]) + "\n")
+                if not writer.is_exchanged:
+                    log.append(notes.pop())
+        if notes:
+            log.append("".join(notes))
     if writer.is_exchanged:
         old = out / f".{name}.old.{os.getpid()}.tmp"
         if (out / name).exists():
@@ -694,6 +761,14 @@ def label_photos(options: PrelabelOptions) -> None:
     if lct.get_rank():  # the first process records what all answer
         deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
         return
+    if options.overwrite and options.out.exists():
+        old = lct.move_aside(options.out)
+        lct.show(f"the old labels are moved to {old}")
+        lct.create_out_dir(options.out, "--out")
+        with contextlib.suppress(FileNotFoundError):
+            (old / ANSWERS_NAME).rename(
+                options.out / ANSWERS_NAME
+            )  # answers are no labels: they need not be found again
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote
@@ -711,6 +786,10 @@ def label_photos(options: PrelabelOptions) -> None:
     lct.show(
         f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {options.out}; begin with review.html"
     )
+    for name in label_files.WRITERS:
+        explanation = label_files.WRITERS[name].explain(options.images, options.out)
+        if name in options.formats.split(",") and explanation:
+            lct.show(explanation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

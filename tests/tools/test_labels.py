@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -237,7 +238,8 @@ def test_every_format_writes_every_object_and_holds_one_image_at_a_time() -> Non
     for name, writer in labels.WRITERS.items():
         for path, content in writer.write(label_set):
             if isinstance(content, Path):
-                assert content == Path("/photos") and path == f"{name}/images"
+                is_link_each = name == "yolo" and path.startswith("yolo/images/") and content.parent == Path("/photos")
+                assert is_link_each or (content == Path("/photos") and path == f"{name}/images")
                 continue
             alive.clear()
             first = next(iter(content), "")
@@ -472,6 +474,39 @@ def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(labels.LabelError, match=r"no .txt of these images, but 1 .json"):
         read(tmp_path)
+
+
+def check_size(claimed: tuple[int, int], *boxes: list[float]) -> str | None:
+    return labels.check_size((640, 480), claimed, [{"bbox": box} for box in boxes])
+
+
+def test_sides_that_exif_has_swapped_are_understood_by_the_boxes() -> None:
+    assert check_size((640, 480)) is check_size((0, 480)) is None
+    assert check_size((480, 640), [500, 10, 100, 50], [1, 1, 5, 5]) is None  # outside of 480
+    assert "taken for those of the upright image" in check_size((480, 640), [20, 20, 187, 200])  # in both
+    assert "taken for those of the upright image" in check_size((480, 640))
+    polygon = {"bbox": [], "segmentation": [[500, 10, 600, 10, 600, 90]]}
+    assert labels.check_size((640, 480), (480, 640), [polygon]) is None
+    with pytest.raises(labels.BoxError, match="before the EXIF rotation"):
+        check_size((480, 640), [20, 500, 100, 100], [1, 1, 5, 5])
+    with pytest.raises(labels.BoxError, match=r"is 640 x 480 px, but 99 x 480"):
+        check_size((99, 480), [20, 20, 5, 5])
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "'=1", "''=1", "'a", "a=1", "", "'"])
+def test_no_cell_is_a_formula_and_each_is_read_back(tmp_path: Path, text: str) -> None:
+    item = labels.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {"best_class": text, "cosine": -0.25})
+    image = labels.LabelledImage(0, 1, f"{text}.jpg", (20, 10), [item])
+    label_set = labels.LabelSet(tmp_path, [text], "model", "description", lambda: iter([image]))
+    ((_, lines),) = labels.write_csv(label_set)
+    (tmp_path / "a.csv").write_text("".join(lines), newline="")
+    with open(tmp_path / "a.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert row["cosine"] == "-0.25" and all(
+        row[key][:1] not in tuple("=+-@\t") for key in ("image", "class", "best_class")
+    )
+    found = read(tmp_path / "a.csv", ["other.jpg", f"{text}.jpg"])
+    assert found.images == [1] and json.loads(found.objects[0][1])["category_id"] == text
 
 
 CASES = REPO.parent / "shared" / "cases"

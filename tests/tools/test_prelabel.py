@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import labels
 import numpy as np
@@ -201,14 +202,16 @@ def test_label_studio_accepts_every_task(labelled: Path, scene: Scene) -> None:
     assert len(tasks) == len(NAMES)  # the empty one too
 
 
-def test_yolo_lists_its_confidences_apart(labelled: Path) -> None:
+def test_yolo_lists_its_confidences_apart(labelled: Path, scene: Scene) -> None:
     by_image: dict[str, list[dict[str, str]]] = {}
     for row in read_rows(labelled):
         by_image.setdefault(row["image"], []).append(row)
     for name in NAMES:
         stem = name.rpartition(".")[0]
-        labels = (labelled / "yolo" / "labels" / f"{stem}.txt").read_text().splitlines()
-        confidences = (labelled / "yolo" / "confidences" / f"{stem}.txt").read_text().splitlines()
+        flat = stem.replace("/", "%2F")
+        labels = (labelled / "yolo" / "labels" / f"{flat}.txt").read_text().splitlines()
+        confidences = (labelled / "yolo" / "confidences" / f"{flat}.txt").read_text().splitlines()
+        assert (labelled / "yolo" / "images" / (flat + name.removeprefix(stem))).samefile(scene.folder / name)
         assert [float(c) for c in confidences] == [float(row["probability"]) for row in by_image.get(name, [])]
         assert all(len(line.split()) == 5 for line in labels) and len(labels) == len(confidences)
     import yaml
@@ -496,9 +499,11 @@ def test_boxes_lie_on_the_upright_image(
     exif[0x0112] = 6  # stored lying on its side
     for name in ("1.png", "2.png"):
         upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "images" / name, exif=exif)
-    boxes = scene.boxes["plain.png"]
+    boxes = [*scene.boxes["plain.png"], [230.0, 10.0, 60.0, 50.0]]
     images = [{"id": i, "file_name": f"{i}.png", "width": 300, "height": 240} for i in range(3)]
-    images[2].update(width=240, height=300)
+    images[2].update(
+        width=240, height=300
+    )  # of the stored pixels; boxes beyond 240 tell that these are on the upright image
     annotations = [
         {"id": 10 * i + k, "image_id": i, "category_id": 1, "bbox": box}
         for i in range(3)
@@ -507,13 +512,22 @@ def test_boxes_lie_on_the_upright_image(
     (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", tmp_path / "coco.json")) == 0
     rows = read_rows(tmp_path / "out")
-    plain, turned = ([r for r in rows if r["image"] == name] for name in ("0.png", "1.png"))
     drop = ("image", "detection_id")
-    assert [[v for k, v in r.items() if k not in drop] for r in plain] == [
-        [v for k, v in r.items() if k not in drop] for r in turned
-    ]
-    (problem,) = json.loads((tmp_path / "out" / "problems.json").read_text())
-    assert problem["image"] == "2.png" and "before the EXIF rotation" in problem["reason"]
+    plain, *turned = (
+        [[v for k, v in r.items() if k not in drop] for r in rows if r["image"] == name]
+        for name in ("0.png", "1.png", "2.png")
+    )
+    assert turned == [plain, plain]
+    assert json.loads((tmp_path / "out" / "problems.json").read_text()) == []
+    for box, words in (([10, 10, 50, 50], "are taken for"), ([10, 240, 50, 50], "are those of the pixels before")):
+        (tmp_path / "coco.json").write_text(
+            json.dumps({"images": images, "annotations": [{**a, "bbox": box} for a in annotations]})
+        )
+        assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "two", tmp_path / "coco.json")) == 0
+        problems = json.loads((tmp_path / "two" / "problems.json").read_text())
+        (reason,) = [problem["reason"] for problem in problems if problem["image"] == "2.png"]
+        assert words in reason
+        assert any(row["image"] == "2.png" for row in read_rows(tmp_path / "two")) == (words == "are taken for")
 
 
 def test_odd_yolo_folders_are_explained(
@@ -709,6 +723,73 @@ def test_interrupted_and_started_again_it_goes_on(
     changed = {a["image"] for a, b in zip(read_rows(broken), read_rows(whole), strict=True) if a != b}
     assert changed == {"00007.jpg"}
     assert "answered already" not in again("--box_pad", "0.1", "--formats", "csv")  # other settings: afresh
+
+
+def test_corrections_are_never_written_over(
+    finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    out, source = tmp_path / "out", scene.write_coco(tmp_path / "coco.json")
+    words = command(finished_run, scene.folder, out, source)
+    assert call_main(*words) == 0
+    first = outputs(out)
+    (out / "yolo" / "labels.cache").write_bytes(b"of Ultralytics")
+    assert call_main(*words) == 0 and outputs(out) == first  # nothing was corrected
+    for name in ("yolo/labels/plain.txt", "cvat/annotations.xml", "objects.csv", "yolo/labels/new.txt"):
+        path = out / name
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + b"\n")
+        error = refuse(call_main, capsys, *words)
+        assert str(path) in error and "was changed after it was written" in error and "--overwrite" in error
+        format_name = name.split("/")[0].replace("objects.", "")
+        others = ",".join(other for other in labels.WRITERS if other != format_name)
+        assert call_main(*words, "--formats", others) == 0
+        corrected = outputs(out)
+        assert call_main(*command(finished_run, scene.folder, tmp_path / name.replace("/", " "), source)) == 0
+        capsys.readouterr()
+        assert call_main(*words, "--overwrite") == 0
+        text = capsys.readouterr().out
+        assert "4 of 4 images are answered already" in text
+        old = Path(re.search(r"the old labels are moved to (.*)", text)[1])
+        assert outputs(old) == corrected and outputs(out) == first
+    (out / "yolo" / "labels" / "plain.txt").unlink()  # thrown away: nothing is lost
+    assert call_main(*words) == 0 and outputs(out) == first
+    given = refuse(call_main, capsys, *command(finished_run, scene.folder, out, out / "cvat" / "annotations.xml"))
+    assert "lies in --out" in given
+    (out / ".written.jsonl").unlink()  # by an older version
+    assert "may hold corrections" in refuse(call_main, capsys, *words)
+
+
+def test_label_studio_is_explained_in_three_steps_that_fit_the_tasks(
+    finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    images = tmp_path / "my photos"
+    shutil.copytree(scene.folder, images)
+    capsys.readouterr()
+    assert call_main(*command(finished_run, images, tmp_path / "out", None, "--formats", "labelstudio")) == 0
+    text = capsys.readouterr().out
+    (line,) = re.findall(r"1\. (.*)", text)
+    settings = dict(word.split("=") for word in shlex.split(line)[:2])
+    root = Path(settings["LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT"])
+    storage = re.search(r"Local files: (.*) \(", text)[1]
+    for task in json.loads((tmp_path / "out" / "labelstudio" / "tasks.json").read_text()):
+        path = root / unquote(task["data"]["image"].partition("?d=")[2])
+        assert path.is_file() and path.is_relative_to(storage) and root != Path(storage)
+    assert call_main(*command(finished_run, images, tmp_path / "csv", None, "--formats", "csv")) == 0
+    assert "Label Studio" not in capsys.readouterr().out
+
+
+def test_lone_surrogates_in_a_file_do_not_cost_the_work(
+    finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    content = scene.coco()
+    content["images"].append({"id": "\ud800", "file_name": "\udcff.png"})
+    content["images"][0]["id"] = "x\udfff"
+    for number, item in enumerate(content["annotations"]):
+        item.update(id=f"\ud800{number}", category_id="\udc80", image_id="x\udfff", score="\ud800")
+    content["annotations"] += [{"id": "\ud800", "image_id": "\ud800", "bbox": [1, 2, 3, 4]}] * 2
+    content["annotations"] += [{"id": "\ud801", "image_id": 1001, "bbox": "\ud800"}]
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    assert call_main(*command(finished_run, scene.folder, tmp_path / "out", tmp_path / "coco.json")) == 0
+    assert len(read_rows(tmp_path / "out")) == 12
 
 
 def test_workers_change_nothing_and_an_image_is_decoded_once(
