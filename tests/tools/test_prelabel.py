@@ -220,6 +220,40 @@ def test_yolo_lists_its_confidences_apart(labelled: Path, scene: Scene) -> None:
     assert list(settings["names"].values()) == [*sorted(CLASSES), "unknown"]
 
 
+def test_ultralytics_loads_every_box(
+    labelled: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    utils = pytest.importorskip("ultralytics.data.utils")
+    from ultralytics.data.dataset import YOLODataset
+
+    shutil.copytree(labelled / "yolo", tmp_path / "yolo", symlinks=True)  # it writes a cache there
+    settings = utils.check_det_dataset(str(tmp_path / "yolo" / "data.yaml"), autodownload=False)
+    found = []
+    for item in YOLODataset(img_path=settings["val"], data=settings, task="detect", imgsz=64).labels:
+        height, width = item["shape"]
+        for x, y, w, h in item["bboxes"].tolist():
+            box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
+            found.append((unquote(Path(item["im_file"]).name), box))
+    assert_same_objects(found, expected(scene))
+
+
+def test_fiftyone_imports_every_box(
+    labelled: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path))
+    importer = pytest.importorskip("fiftyone.utils.yolo").YOLOv5DatasetImporter(
+        dataset_dir=str(labelled / "yolo"), split="val"
+    )
+    importer.setup()
+    found = []
+    for path, _, detections in importer:
+        for item in detections.detections if detections else ():
+            found.append((unquote(Path(path).name), (np.array(item.bounding_box) * np.tile(SIZE, 2)).tolist()))
+    assert_same_objects(found, expected(scene))
+
+
 # --- the answers
 
 
@@ -520,7 +554,12 @@ def test_boxes_lie_on_the_upright_image(
     assert json.loads((tmp_path / "out" / "problems.json").read_text()) == []
     for box, words in (([10, 10, 50, 50], "are taken for"), ([10, 240, 50, 50], "are those of the pixels before")):
         (tmp_path / "coco.json").write_text(
-            json.dumps({"images": images, "annotations": [{**a, "bbox": box} for a in annotations]})
+            json.dumps(
+                {
+                    "images": images,
+                    "annotations": [{**a, "bbox": box} if a["image_id"] == 2 else a for a in annotations],
+                }
+            )
         )
         assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "two", tmp_path / "coco.json")) == 0
         problems = json.loads((tmp_path / "two" / "problems.json").read_text())
