@@ -19,10 +19,10 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import labels as label_files
 
@@ -189,7 +189,8 @@ def read_detections(options: PrelabelOptions) -> Detections:
         raise lct.UserError(error.what, f"--detections {error.where}", error.remedy) from error
     if not found.objects:
         why = f": {found.problems[0].image} {found.problems[0].reason}" if found.problems else ""
-        raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", "check both paths")
+        remedy = "give a file with boxes of these images, or leave --detections out: then each image is one object"
+        raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", remedy)
     paths = [tree.paths[number] for number in found.images]
     problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     for name in dict.fromkeys(options.formats.split(",")):
@@ -549,8 +550,8 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
     units = plan_units(detections)
     with open(run.path / "prototypes.npz", "rb") as file:
         gallery_hash = hashlib.file_digest(file, "sha256").hexdigest()
-    # An answer is a function of these, besides the image and the object; 1 is the version of the answers.
-    settings = [1, gallery_hash, run.meta["weights_hash"], str(run.model.backbone.dtype), run.runtime.device.type]
+    # An answer is a function of these, besides the image and the object; 2 is the version of the answers.
+    settings = [2, gallery_hash, run.meta["weights_hash"], str(run.model.backbone.dtype), run.runtime.device.type]
     key = hashlib.sha256(json.dumps([*settings, options.box_pad]).encode()).hexdigest()[:24]
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
@@ -605,24 +606,15 @@ def write_labels(out: Path, name: str, labels: label_files.LabelSet) -> None:
     folder = fresh if writer.is_exchanged else out
     notes: list[str] = []
     with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
+        take_note = notes.append if writer.is_exchanged else log.append
         for path, content in writer.write(labels):
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
-                with contextlib.suppress(OSError):  # a file system may have no links
-                    if target.is_symlink():
-                        target.unlink()
-                    target.symlink_to(content.resolve(), target_is_directory=content.is_dir())
+                _replace_link(target, content)
                 continue
-            digest = hashlib.blake2b(digest_size=12)
             with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
-                for text in content:
-                    data = text.encode("utf-8", "backslashreplace")
-                    digest.update(data)
-                    file.write(data)
-                notes.append(json.dumps([path, digest.hexdigest()]) + "\n")
-                if not writer.is_exchanged:
-                    log.append(notes.pop())
+                take_note(_write_pieces(file, path, content))
         if notes:
             log.append("".join(notes))
     if writer.is_exchanged:
@@ -633,6 +625,23 @@ def write_labels(out: Path, name: str, labels: label_files.LabelSet) -> None:
         lct.sync_folder(out)
         shutil.rmtree(old, ignore_errors=True)
         fresh.rmdir()
+
+
+def _replace_link(link: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):  # a file system may have no links
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(target.resolve(), target_is_directory=target.is_dir())
+
+
+def _write_pieces(file: BinaryIO, path: str, pieces: Iterable[str]) -> str:
+    """Write a file, and return the line that notes it down."""
+    digest = hashlib.blake2b(digest_size=12)
+    for text in pieces:
+        data = text.encode("utf-8", "backslashreplace")
+        digest.update(data)
+        file.write(data)
+    return json.dumps([path, digest.hexdigest()]) + "\n"
 
 
 def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: PrelabelOptions) -> dict[str, Any]:
