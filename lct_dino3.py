@@ -245,6 +245,7 @@ COMMANDS = {
 # Each is a script in tools/ with options of its own; this script starts it and imports nothing of it.
 TOOLS = {
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
+    "crop": "cut labelled photos into folders of crops, to train on",
     "prelabel": "give detected objects a class or unknown, for annotation tools",
     "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
     "report": "make report.html of a run anew, or one page that compares several runs",

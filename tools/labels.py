@@ -1,4 +1,4 @@
-"""Label formats of detectors and annotation tools, read and written: COCO, YOLO, CVAT, Label Studio, CSV.
+"""Label formats of detectors and annotation tools, read and written: COCO, YOLO, CVAT, Label Studio, CSV; LabelMe and VIA read.
 
 Readers turn a file or folder into `FoundObjects`, whose boxes and masks the geometry below brings into px of the upright image.
 Writers turn a `LabelSet` into the text of files and write nothing themselves. A new format is a function, entered in READERS or
@@ -7,6 +7,7 @@ WRITERS. Raises LabelError for a file that cannot be used as a whole, BoxError f
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import functools
@@ -44,11 +45,15 @@ YOLO_OTHER_FILES = (
     "README.dataset.txt",
     "README.roboflow.txt",
 )
+MAX_NAMES_BYTES = 1_000_000  # of a file with class names
+MAX_MASK_PIXELS = 200_000_000  # of an image that a file claims for a mask
+YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
+VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
 CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
 READ_REMEDY = (
-    "give a COCO .json with images and annotations, a folder of YOLO .txt, or labels of CVAT (.xml), Label Studio (.json) or"
-    f" a .csv with {','.join(CSV_COLUMNS)}"
+    "give a COCO .json with images and annotations, a folder of YOLO .txt or LabelMe .json, or labels of CVAT (.xml),"
+    f" Label Studio or VIA (.json) or a .csv with {','.join(CSV_COLUMNS)}"
 )
 
 
@@ -96,6 +101,8 @@ class FoundObjects:
     objects: list[tuple[int, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # worth a line in the log
+    # Class names by `category_key`; None = an object's category is the name itself.
+    class_names: dict[str, str] | None = None
 
 
 def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObjects:
@@ -114,6 +121,42 @@ def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObject
         return found
     kind = "folder" if source.is_dir() else source.suffix.lower()
     return READERS.get(kind, read_json)(source, image_paths)
+
+
+def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects that a file or folder names in some images, and what their classes are called.
+
+    Raises:
+        LabelError: as `read_objects`, or its classes have no names.
+    """
+    found = read_objects(source, image_paths)
+    if found.class_names is None:
+        return found
+    if not found.class_names and source.is_dir():
+        found.class_names = read_yolo_names(source)
+    if not found.class_names:
+        place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
+        raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
+    return found
+
+
+def category_key(category: Any) -> str:
+    """Return a category's id as text: 3, 3.0 and "3" are the same."""
+    is_whole = isinstance(category, float) and category.is_integer()
+    return str(int(category) if is_whole else category)
+
+
+def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
+    """Return what an object's class is called.
+
+    Raises:
+        BoxError: nothing.
+    """
+    name = category if class_names is None else class_names.get(category_key(category))
+    if not isinstance(name, str) or not name.strip():
+        kind = "" if category in (None, "") else f" {printable(str(category))[:40]}"
+        raise BoxError(f"has a class{kind} without a name" if kind else "has no class")
+    return name
 
 
 def _all_images(image_paths: Sequence[str]) -> FoundObjects:
@@ -198,13 +241,21 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     is_list = isinstance(content, list) and bool(content)
     if is_list and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in content):
         return _read_labelstudio(path, content, image_paths)
+    if isinstance(content, dict) and isinstance(content.get("shapes"), list):
+        return _read_labelme(path, [(path.name, content)], image_paths)
+    if (photos := _list_via_photos(path, content)) is not None:
+        return _read_via(path, photos, image_paths)
     foreign = name_foreign_json(content)
     if foreign:
         raise LabelError(f"is {foreign[0]}", str(path), foreign[1])
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
-    return _match_images(path, content["images"], content["annotations"], image_paths)
+    found = _match_images(path, content["images"], content["annotations"], image_paths)
+    categories = content.get("categories")
+    named = [item for item in (categories if isinstance(categories, list) else ()) if isinstance(item, dict)]
+    found.class_names = {category_key(item["id"]): item["name"] for item in named if {"id", "name"} <= item.keys()}
+    return found
 
 
 def name_foreign_json(content: Any) -> tuple[str, str] | None:
@@ -220,15 +271,6 @@ def name_foreign_json(content: Any) -> tuple[str, str] | None:
         if any("original_width" in region for region in regions):
             return "of Label Studio's JSON-MIN", "export as JSON or COCO there"
         return "a list, but none of tasks of Label Studio", READ_REMEDY
-    if not isinstance(content, dict):
-        return None
-    if "shapes" in content and "imagePath" in content:
-        return "of LabelMe, which has a file an image", READ_REMEDY
-    if "_via_img_metadata" in content:
-        return "a project of VIA", "export the annotations in COCO format there"
-    values = list(content.values())
-    if values and all(isinstance(item, dict) and {"filename", "regions"} <= item.keys() for item in values):
-        return "of VIA", "export the annotations in COCO format there"
     return None
 
 
@@ -312,7 +354,7 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             rows.add_image(element.get("name"), **sides)
             for index, shape in enumerate(element, 1):
                 if shape.tag != "tag":  # of the image as a whole
-                    rows.add_object(index, shape.get("label", ""), functools.partial(_read_cvat_shape, shape))
+                    rows.add_object(index, shape.get("label", ""), functools.partial(_read_cvat_shape, shape, sides))
             element.clear()
     except (OSError, ValueError, ElementTree.ParseError) as error:
         raise _refuse(path, error, "XML") from error
@@ -321,15 +363,27 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     return rows.match(path, image_paths)
 
 
-def _read_cvat_shape(shape: ElementTree.Element) -> dict[str, Any]:
+def _read_cvat_shape(shape: ElementTree.Element, size: dict[str, int]) -> dict[str, Any]:
     if float(shape.get("rotation", "0")):
         raise BoxError("is turned, which boxes here are not")
     if shape.tag == "polygon":
         return {"segmentation": [[float(number) for number in shape.get("points").replace(";", ",").split(",")]]}
+    if shape.tag == "mask":
+        return {"segmentation": _read_cvat_mask(shape, size)}
     if shape.tag != "box":
         raise BoxError(f"is a {printable(shape.tag)[:40]}, neither a box nor a polygon")
     left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
     return {"bbox": [left, top, right - left, bottom - top]}
+
+
+def _read_cvat_mask(shape: ElementTree.Element, size: dict[str, int]) -> dict[str, Any]:
+    """Return a mask that CVAT has as run lengths along the rows of its box, starting with background."""
+    left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
+    is_inside = left >= 0 and top >= 0 and width > 0 and height > 0
+    if not is_inside or left + width > size["width"] or top + height > size["height"]:
+        raise BoxError("has a mask outside its image")
+    mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # rows for columns
+    return encode_rle(mask, left, top, size["width"], size["height"])
 
 
 def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -635,9 +689,188 @@ def _settle_yolo(found: FoundObjects, image_paths: Sequence[str], num_lines: Cou
         found.notes.append(f"{num_left_out:,} lines have numbers after box or corners that are not used: {reason}")
 
 
+def read_yolo_names(folder: Path) -> dict[str, str]:
+    """Return the class names of a folder of YOLO labels: of a .yaml with names or a list of lines, in it or up to two above."""
+    folder = folder.absolute()
+    for place in (folder, *folder.parents[:2]):
+        for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
+            try:
+                text = _read_file(path)[:MAX_NAMES_BYTES].decode("utf-8-sig")
+            except (OSError, ValueError):
+                continue
+            is_list = path.name in YOLO_NAMES_FILES
+            names = text.rstrip().splitlines() if is_list else _read_yaml_names(text)
+            if names:
+                items = names.items() if isinstance(names, dict) else enumerate(names)
+                return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
+    return {}
+
+
+def _read_yaml_names(text: str) -> Any:
+    """Return what stands below `names` in a YAML file, with every word as it is written: a class may be called `no`."""
+    import yaml
+
+    try:
+        content = yaml.load(text, yaml.BaseLoader)  # which makes text, lists and dicts alone
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return None
+    names = content.get("names") if isinstance(content, dict) else None
+    return names if isinstance(names, (dict, list)) else None
+
+
+def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects of a folder: of YOLO if it holds a .txt of an image's name, else of LabelMe if it holds any .json."""
+    stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
+    if any(path.stem in stems for path in folder.rglob("*.txt")):
+        return _read_yolo_folder(folder, image_paths)
+    paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    if len(paths) == 1:
+        return read_json(paths[0], image_paths)
+    return _read_labelme_folder(folder, paths, image_paths) if paths else _read_yolo_folder(folder, image_paths)
+
+
+def _read_yolo_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
+    found = read_yolo(folder, image_paths)
+    found.class_names = {}  # `read_yolo_names` has them, where they are asked for
+    return found
+
+
+def _read_labelme_folder(folder: Path, paths: Sequence[Path], image_paths: Sequence[str]) -> FoundObjects:
+    foreign: list[Problem] = []
+
+    def read_files() -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in paths:  # one at a time: each holds its photo too
+            name = path.relative_to(folder).as_posix()
+            try:
+                content = json.loads(_read_file(path))
+                if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+                    raise ValueError("it has no list shapes")
+            except (OSError, ValueError, RecursionError) as error:
+                foreign.append(Problem(name, None, f"is no file of LabelMe: {error}"[:200]))
+                continue
+            yield name, content
+
+    found = _read_labelme(folder, read_files(), image_paths)
+    found.problems += foreign
+    return found
+
+
+def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image_paths: Sequence[str]) -> FoundObjects:
+    """Return the shapes of files of LabelMe, each a path and its content."""
+    rows = _Rows()
+    known = {unicodedata.normalize("NFC", name) for name in image_paths}
+    by_stem = {name.rpartition(".")[0]: name for name in known}
+    for name, content in files:
+        folder = name.rpartition("/")[0]
+        said = str(content.get("imagePath") or "").replace("\\", "/")
+        places = [os.path.normpath(os.path.join(folder, word)) for word in (said, said.rpartition("/")[2])]  # noqa: PTH118
+        places.append(by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0]), places[0]))
+        sides = {key: content.get(f"image{key.title()}") for key in ("width", "height")}
+        photo = next((place for place in places if unicodedata.normalize("NFC", place) in known), places[0])
+        rows.add_image(photo, **{key: side for key, side in sides.items() if isinstance(side, int)})
+        for index, shape in enumerate(content["shapes"], 1):
+            shape = shape if isinstance(shape, dict) else {}
+            rows.add_object(index, str(shape.get("label") or ""), functools.partial(_read_labelme_shape, shape, sides))
+    if not rows.images:
+        raise LabelError("holds no .txt of YOLO and no .json of LabelMe", str(path), READ_REMEDY)
+    return rows.match(path, image_paths)
+
+
+def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[str, Any]:
+    kind = shape.get("shape_type") or "polygon"
+    points = [[float(number) for number in point] for point in shape["points"]]
+    if kind == "polygon":
+        return {"segmentation": [[number for point in points for number in point]]}
+    if kind not in ("rectangle", "circle", "mask") or len(points) != 2:
+        raise BoxError(f"is a {printable(str(kind))[:40]} of {len(points)} points, neither a box nor a polygon")
+    (x0, y0), (x1, y1) = points
+    if kind == "circle":  # its centre, and a point on it
+        return _circle_box(x0, y0, math.dist(points[0], points[1]))
+    left, top = min(x0, x1), min(y0, y1)
+    if kind == "mask":
+        return {"segmentation": _read_labelme_mask(shape["mask"], round(left), round(top), sides)}
+    return {"bbox": [left, top, abs(x1 - x0), abs(y1 - y0)]}
+
+
+def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) -> dict[str, Any]:
+    """Return a mask that LabelMe has as PNG of its box in base64."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]) as picture:
+            mask = np.asarray(picture.convert("L")) > 0
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow calls what is damaged
+        raise BoxError(f"has a mask that cannot be read: {error}"[:200]) from error
+    height, width = mask.shape
+    if left < 0 or top < 0 or left + width > sides["width"] or top + height > sides["height"]:
+        raise BoxError("has a mask outside its image")
+    return encode_rle(mask, left, top, sides["width"], sides["height"])
+
+
+def _circle_box(x: float, y: float, radius_x: float, radius_y: float | None = None) -> dict[str, Any]:
+    radius_y = radius_x if radius_y is None else radius_y
+    return {"bbox": [x - radius_x, y - radius_y, 2 * radius_x, 2 * radius_y]}
+
+
+def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
+    """Return the photos of a project or an export of VIA 2, or None for a file of something else.
+
+    Raises:
+        LabelError: it is a project of VIA 3.
+    """
+    if not isinstance(content, dict):
+        return None
+    if {"project", "metadata", "view"} <= content.keys():
+        raise LabelError("is a project of VIA 3, which is not read", str(path), "export its annotations as COCO there")
+    photos = content.get("_via_img_metadata", content)
+    photos = list(photos.values()) if isinstance(photos, dict) else [None]
+    is_via = bool(photos) and all(isinstance(item, dict) and {"filename", "regions"} <= item.keys() for item in photos)
+    return photos if is_via else None
+
+
+def _read_via(path: Path, photos: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
+    """Return the regions of VIA; their class is the attribute that is called so, or the only one that there is."""
+    regions_of: list[list[dict[str, Any]]] = []
+    for photo in photos:
+        regions = photo["regions"]
+        regions = regions.values() if isinstance(regions, dict) else regions if isinstance(regions, list) else ()
+        regions_of.append([region if isinstance(region, dict) else {} for region in regions])
+    attributes = [region.get("region_attributes") for regions in regions_of for region in regions]
+    names = list(dict.fromkeys(name for item in attributes if isinstance(item, dict) for name in item))
+    called = [name for word in VIA_CLASS_NAMES for name in names if name.strip().lower() == word]
+    if len(names) > 1 and not called:
+        reason = f"has regions with the attributes {', '.join(names[:5])}, and none is called class"
+        raise LabelError(reason, str(path), "call the one that is the class so")
+    rows = _Rows()
+    for photo, regions in zip(photos, regions_of, strict=True):
+        rows.add_image(photo["filename"])
+        for index, region in enumerate(regions, 1):
+            values = region.get("region_attributes")
+            value = values.get((called or names)[0]) if isinstance(values, dict) and names else None
+            if isinstance(value, dict):  # of check boxes
+                ticked = [name for name, is_ticked in value.items() if is_ticked]
+                value = ticked[0] if len(ticked) == 1 else None
+            rows.add_object(index, str(value or ""), functools.partial(_read_via_shape, region.get("shape_attributes")))
+    return rows.match(path, image_paths)
+
+
+def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    kind = shape["name"]
+    if kind == "rect":
+        return {"bbox": [float(shape[key]) for key in ("x", "y", "width", "height")]}
+    if kind == "polygon":
+        points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
+        return {"segmentation": [[float(number) for point in points for number in point]]}
+    if kind == "circle":
+        return _circle_box(*(float(shape[key]) for key in ("cx", "cy", "r")))
+    if kind == "ellipse" and not float(shape.get("theta", 0)):
+        return _circle_box(*(float(shape[key]) for key in ("cx", "cy", "rx", "ry")))
+    raise BoxError(f"is a {printable(str(kind))[:40]}, neither a box nor a polygon")
+
+
 # What can be read: a folder, or a file by its suffix; a file of any other suffix is taken for COCO.
 READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {
-    "folder": read_yolo,
+    "folder": read_folder,
     ".json": read_json,
     ".xml": read_cvat,
     ".csv": read_csv,
@@ -676,7 +909,7 @@ def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iter
     """
     if claimed == size or 0 in claimed:
         return None
-    reason = "is {} x {} px, but {} x {} px in the detections".format(*size, *claimed)
+    reason = "is {} x {} px, but {} x {} px in the labels".format(*size, *claimed)
     if claimed != size[::-1]:
         raise BoxError(reason)
     num_inside = [0, 0]
@@ -855,6 +1088,61 @@ def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
         raise BoxError("has a mask whose run lengths do not add up to the image")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
+
+
+def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -> dict[str, Any]:
+    """Return a mask bool (h, w) that lies at left, top of an image as COCO's run lengths of the whole image.
+
+    Raises:
+        BoxError: the image is said to be larger than any.
+    """
+    if width * height > MAX_MASK_PIXELS:
+        raise BoxError(f"has a mask of an image of {width} x {height} px")
+    whole = np.zeros((width, height), dtype=bool)  # columns first
+    whole[left : left + mask.shape[1], top : top + mask.shape[0]] = mask.T
+    borders = np.flatnonzero(np.diff(whole.ravel(), prepend=False))
+    return {"size": [height, width], "counts": np.diff(borders, prepend=0, append=whole.size).tolist()}
+
+
+class Cutting(NamedTuple):
+    """An object as it was cut from its image."""
+
+    box: tuple[float, ...]  # x, y, width, height in px, clipped, not padded
+    window: tuple[int, int, int, int]  # left, top, right, bottom of what was cut
+    pixels: np.ndarray  # uint8 (h, w, 3), a view of the image
+    mask: np.ndarray | None  # bool (h, w)
+    problem: str  # why the object's mask cannot be used, or ''
+
+
+def cut_object(image: np.ndarray, detection: dict[str, Any], padding: float, with_mask: bool) -> Cutting:
+    """Cut an object from its image: training and recognition see the same pixels, as both cut here.
+
+    Args:
+        image: uint8 (H, W, 3), upright.
+        detection: as a reader gave it.
+        padding: share of the box's sides added on each side.
+        with_mask: the mask is wanted, where it has one.
+
+    Raises:
+        BoxError: there is nothing to cut; the text is the reason.
+    """
+    height, width = image.shape[:2]
+    detection = to_pixels(detection, width, height)
+    # Four digits are what labels are written with: a box that has been written and read again is cut in the same place.
+    box = tuple(round(value, 4) for value in find_box(detection, width, height))
+    window = pad_box(box, padding, width, height)
+    mask = None
+    problem = ""
+    if with_mask and detection.get("segmentation"):
+        try:
+            mask = read_segmentation(detection["segmentation"], (width, height), window)
+            if not mask.any():
+                raise BoxError("has an empty mask")
+        except BoxError as error:
+            mask = None
+            problem = str(error)
+    left, top, right, bottom = window
+    return Cutting(box, window, image[top:bottom, left:right], mask, problem)
 
 
 # --- writing

@@ -298,30 +298,17 @@ class DetectionDataset(Dataset):
 
     def _cut_object(self, image: np.ndarray, source: int, cut: Cut) -> np.ndarray | None:
         """Return the crop of an object, and enter it in `cut`; or enter why there is none."""
-        width, height = cut.size
-        detection = label_files.to_pixels(json.loads(self.detections.objects[source]), width, height)
+        detection = json.loads(self.detections.objects[source])
         try:
-            box = label_files.find_box(detection, width, height)
-        except label_files.BoxError as error:
+            cutting = label_files.cut_object(image, detection, self.box_pad, self.uses_masks)
+            mask = None if cutting.mask is None else cutting.mask.astype(np.uint8) * 255
+            crop = self.transform(cutting.pixels, mask, 0)
+        except (label_files.BoxError, lct.ImageError) as error:
             cut.problems.append((source, str(error)))
             return None
-        window = label_files.pad_box(box, self.box_pad, width, height)
-        mask = None
-        if self.uses_masks and detection.get("segmentation"):
-            try:
-                mask = label_files.read_segmentation(detection["segmentation"], cut.size, window).astype(np.uint8) * 255
-                if not mask.any():
-                    raise label_files.BoxError("has an empty mask")
-            except label_files.BoxError as error:
-                mask = None
-                cut.problems.append((source, f"{error}; it is judged with its background"))
-        left, top, right, bottom = window
-        try:
-            crop = self.transform(image[top:bottom, left:right], mask, 0)
-        except lct.ImageError as error:
-            cut.problems.append((source, str(error)))
-            return None
-        cut.objects.append((source, tuple(round(value, 4) for value in box), mask is not None))
+        if cutting.problem:
+            cut.problems.append((source, f"{cutting.problem}; it is judged with its background"))
+        cut.objects.append((source, cutting.box, mask is not None))
         return crop
 
     def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:

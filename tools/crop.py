@@ -1,0 +1,735 @@
+"""Cut labelled photos into one folder of crops a class, to train on; labels that were corrected move, add and remove crops.
+
+    python lct_dino3.py crop --images PHOTOS --labels labels.json --out DATA
+
+Crops are cut by the function that `prelabel` cuts with. `crops.jsonl` in --out remembers each with the hash of its file: the same
+command continues where it was interrupted, and what a person has put there, edited or deleted is left as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import labels as label_files
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct
+
+# isort: split
+import numpy as np
+from PIL import Image
+
+RECORDS_NAME = "crops.jsonl"  # a line a crop; a folder that holds it is ours
+PROGRESS_NAME = (
+    ".crops.progress.jsonl"  # a line a photo, written before its crops are: what an interrupted job has done
+)
+RECORD_KEYS = frozenset("file class photo box id unknown sha256 mask mask_sha256 photo_bytes key".split())
+VERSION = 1  # of how crops are cut and written; another one cuts all of them anew
+JPEG_QUALITY = 95
+MAX_NAME_BYTES = (
+    160  # of a photo's part of a file name, which takes 255 with number, suffix and what `atomic_file` adds
+)
+SAME_OBJECT = 0.5  # overlap (IoU) from which a box is that of an earlier crop, drawn anew
+GROUP_REGEX = r"^(.+)_\d+\.jpg$"  # the photo of a crop: greedy, as photos may end in numbers too
+SHOWN = 5  # problems of a kind that are printed; problems.json has all
+LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".yaml", ".yml", ".names", ".data")  # may lie beside photos
+
+
+@dataclass(frozen=True)
+class CropOptions(lct.Options):
+    """Cut labelled photos into one folder of crops a class, to train on."""
+
+    images: Path | None = lct.option(
+        None, "folder of the photos, subfolders included", "cropping", metavar="DIR", needed=True
+    )
+    labels: Path | None = lct.option(
+        None,
+        "COCO, Label Studio, VIA or LabelMe .json, folder of YOLO .txt or LabelMe .json, CVAT .xml, .csv",
+        "cropping",
+        metavar="PATH",
+        needed=True,
+    )
+    out: Path | None = lct.option(
+        None, "data_root to write; crops in it follow the labels", "cropping", metavar="DIR", needed=True
+    )
+    box_pad: float = lct.option(
+        0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0
+    )
+    unknown: tuple[str, ...] = lct.option(
+        (),
+        "classes that are none: their crops go beside --out, for --unknown_dir",
+        "cropping",
+        metavar="NAME",
+        nargs="+",
+    )
+    debug: bool = lct.same_option("debug")
+
+
+def unknown_folder(out: Path) -> Path:
+    """Return where crops of no class go: beside --out, as each folder in it would be trained as a class."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}_unknown")
+
+
+def check_options(options: CropOptions) -> None:
+    """Check everything that can be known of the options without reading labels; writes nothing.
+
+    Raises:
+        UserError: a file or folder that is missing, of the wrong kind, or holds something else.
+    """
+    lct.check_given(options)
+    lct.check_folder(options, "images", "give the folder that the labels' file names start from")
+    if not options.labels.exists():
+        raise lct.UserError("does not exist", options.said("labels"), "check the path")
+    where = options.said("out")
+    images = options.images.resolve()
+    for folder in (options.out.resolve(), unknown_folder(options.out)):
+        if images in (folder, *folder.parents):
+            raise lct.UserError(
+                f"{folder} lies inside --images, where it would be taken for photos", where, "choose another"
+            )
+        if folder in images.parents:
+            raise lct.UserError("holds --images, which would be taken for a class", where, "choose another folder")
+        if folder.exists() and not folder.is_dir():
+            raise lct.UserError(f"{folder} is a file, not a folder", where, "choose another path")
+        is_used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+        if is_used and not any((options.out / name).exists() for name in (RECORDS_NAME, PROGRESS_NAME)):
+            what = f"{folder} is neither empty nor made by this tool: it has no {RECORDS_NAME}"
+            raise lct.UserError(what, where, "choose a new folder")
+
+
+# --- what is to be cut
+
+
+class Photo(NamedTuple):
+    """A photo, the objects in it, and the crops of it that there are."""
+
+    path: str  # relative to --images
+    num_bytes: int
+    claimed: tuple[int, int]  # width and height by the labels; 0 = they claim none
+    objects: list[tuple[str, str]]  # JSON as `label_files.cut_object` reads it once it is loaded, and its class
+    key: str  # of all that decides about its crops
+    crops: list[dict[str, Any]]  # records of `crops.jsonl`
+    stale: list[dict[str, Any]]  # those that were to be replaced when a job was interrupted
+    was_interrupted: bool  # its files may not have been written
+
+
+@dataclass
+class Labelled:
+    """The photos that the labels name, and their objects."""
+
+    paths: list[str]
+    num_bytes: list[int]
+    claimed: list[tuple[int, int]]
+    objects: list[list[tuple[str, str]]]  # of each photo: JSON, class
+    folders: dict[str, str]  # class -> name of its folder
+    problems: list[label_files.Problem]
+    notes: list[str]
+
+
+def read_labelled(options: CropOptions) -> Labelled:
+    """List the photos and the objects that the labels name in them, each with its class; no photo is opened.
+
+    Raises:
+        UserError: no photos, labels that cannot be read, no object with a class, or two classes with one folder.
+    """
+    tree = lct.list_image_tree(options.images)
+    if not tree.paths:
+        raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+    try:
+        found = label_files.read_labels(options.labels, tree.paths)
+    except label_files.LabelError as error:
+        raise lct.UserError(error.what, f"--labels {error.where}", error.remedy) from error
+    paths = [tree.paths[number] for number in found.images]
+    problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    objects: list[list[tuple[str, str]]] = [[] for _ in paths]
+    folders: dict[str, str] = {}
+    for number, text in found.objects:
+        detection = json.loads(text)
+        try:
+            if detection.get("iscrowd") == 1:
+                raise label_files.BoxError("is a crowd of objects, not one")
+            name = label_files.find_class_name(found.class_names, detection.get("category_id"))
+        except label_files.BoxError as error:
+            problems.append(label_files.Problem(paths[number], detection.get("id"), str(error)))
+            continue
+        name = unicodedata.normalize("NFC", name)
+        folders.setdefault(name, name_folder(name))
+        objects[number].append((text, name))
+    if not folders:
+        why = f": {problems[0].image} {problems[0].reason}" if problems else ""
+        raise lct.UserError(f"holds no object of a class{why}", options.said("labels"), "check --images and --labels")
+    names_of: dict[str, str] = {}
+    for name, folder in folders.items():
+        other = names_of.setdefault(folder, name)
+        if other != name:
+            what = f"has the classes {other!r} and {name!r}, whose crops would go to one folder {folder}"
+            raise lct.UserError(what, options.said("labels"), "rename one of them in the labels")
+    num_bytes = tree.stamps[found.images, 0].tolist()
+    notes = [*found.notes, *describe_passed_over(options.images)]
+    return Labelled(paths, num_bytes, found.sizes, objects, folders, problems, notes)
+
+
+def name_folder(class_name: str) -> str:
+    """Return a class's name as that of a folder: on one level, not hidden, without control characters.
+
+    Raises:
+        UserError: it is too long.
+    """
+    odd = ("Cc", "Cs", "Zl", "Zp")  # what the scan takes no folder with
+    name = "".join("_" if char in "/\\" or unicodedata.category(char) in odd else char for char in class_name).strip()
+    name = re.sub(r"^\.+", lambda match: "_" * len(match[0]), name)
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise lct.UserError("is too long for the name of a folder", f"class {name[:60]}...", "shorten it in the labels")
+    return name
+
+
+def describe_passed_over(root: Path) -> list[str]:
+    """Return a line that names the files below a folder that are neither photos nor labels, by kind."""
+    kinds: Counter[str] = Counter()
+    example = ""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            suffix = Path(name).suffix.lower()
+            if not name.startswith(".") and suffix not in (*lct.IMAGE_SUFFIXES, *LABEL_SUFFIXES):
+                kinds[suffix or name] += 1
+                example = example or os.path.relpath(f"{folder}/{name}", root)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(SHOWN))
+    return [f"passed over, as they are no images: {counts} (for instance {lct.printable(example)})"] if kinds else []
+
+
+# --- what is there
+
+
+class Records:
+    """What `crops.jsonl` and an interrupted job say of the crops in --out, a JSON text a crop by photo."""
+
+    def __init__(self, out: Path) -> None:
+        self.crops: dict[str, list[str]] = {}
+        self.stale: dict[str, list[str]] = {}
+        self.interrupted: set[str] = set()
+        for record in read_lines(out / RECORDS_NAME):
+            self.crops.setdefault(record["photo"], []).append(to_line(record))
+        for entry in read_lines(out / PROGRESS_NAME):
+            photo = entry["photo"]
+            self.interrupted.add(photo)
+            self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
+            self.crops[photo] = [to_line(record) for record in entry["crops"]]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file of ours; half a line at its end, which a kill leaves, is cut off.
+
+    Raises:
+        UserError: a line is not what this tool writes.
+    """
+    start = 0
+    with open(path, "rb") if path.exists() else io.BytesIO() as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and path.name == PROGRESS_NAME:
+                os.truncate(path, start)
+                return
+            try:
+                entry = json.loads(line)
+                if path.name == PROGRESS_NAME and not isinstance(entry["photo"], str):
+                    raise ValueError("names no photo")
+                for record in entry["crops"] if path.name == PROGRESS_NAME else [entry]:
+                    check_record(record)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                what = f"line {number} is damaged: {error}"
+                raise lct.UserError(what, str(path), "restore the file, or choose a new --out") from error
+            yield entry
+            start += len(line)
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Refuse a record that this tool cannot have written: it says which files are removed.
+
+    Raises:
+        ValueError: it lacks something, or its files lie elsewhere.
+    """
+    missing = RECORD_KEYS - record.keys()
+    if missing:
+        raise ValueError(f"has no {min(missing)}")
+    files = [record["file"], record["mask"] or record["file"]]
+    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name in files)
+    is_number = number_of(record["file"]).isdecimal()
+    if not is_below or not is_number or len(record["box"]) != 4 or not isinstance(record["photo"], str):
+        raise ValueError("names a file that is none of ours")
+
+
+def number_of(file: str) -> str:
+    """Return the number that the name of a crop ends in."""
+    return Path(file).stem.rpartition("_")[2]
+
+
+def to_line(value: Any) -> str:
+    """Return a value as one line of JSON, in ASCII."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def plan_photos(options: CropOptions, labelled: Labelled, records: Records, unknown: set[str]) -> Iterator[Photo]:
+    """Yield the photos that the labels name, with what they say now and what was cut before.
+
+    Raises:
+        UserError: a photo has the name of another one that was cut before.
+    """
+    for index, path in enumerate(labelled.paths):
+        num_bytes = labelled.num_bytes[index]
+        crops, stale = ([json.loads(text) for text in of.get(path, ())] for of in (records.crops, records.stale))
+        other = next((record["photo_bytes"] for record in crops if record["photo_bytes"] != num_bytes), None)
+        if other is not None:
+            what = (
+                f"is not the photo that crops were cut from before: it has {num_bytes:,} bytes, that one had {other:,}"
+            )
+            remedy = "choose another --out, or give the folder above both sets of photos as --images"
+            raise lct.UserError(what, str(options.images / path), remedy)
+        objects = labelled.objects[index]
+        claimed = labelled.claimed[index]
+        flags = [name in unknown for _, name in objects]
+        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags)
+        yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.interrupted)
+
+
+# --- cutting
+
+
+class NewCrop(NamedTuple):
+    """An object as it is to be written."""
+
+    id: Any  # in the labels
+    class_name: str
+    box: tuple[float, ...]  # x, y, width, height in px of the upright photo, clipped, not padded
+    jpeg: bytes
+    mask: bytes | None  # PNG
+
+
+@dataclass
+class CutPhoto:
+    """What was cut from a photo, and how its earlier crops were found."""
+
+    photo: Photo
+    crops: list[NewCrop] | None  # None = what is there stays
+    # Each earlier crop, and whether it is `sound`, `edited` by a person, or `gone`.
+    states: list[tuple[dict[str, Any], str]]
+    problems: list[label_files.Problem] = field(default_factory=list)
+
+
+class Cutter:
+    """Cuts the crops of a photo, if they are not there yet; works in threads and writes nothing."""
+
+    def __init__(self, options: CropOptions) -> None:
+        self.images = options.images
+        self.roots = {False: options.out, True: unknown_folder(options.out)}  # of crops of no class too
+        self.box_pad = options.box_pad
+
+    def __call__(self, photo: Photo) -> CutPhoto:
+        states = self._inspect(photo)
+        cut = CutPhoto(photo, None, states)
+        is_planned = all(record["key"] == photo.key for record in photo.crops) and bool(photo.crops) == bool(
+            photo.objects
+        )
+        if not is_planned or sorted(id(record) for record, _ in states) != sorted(map(id, photo.crops)):
+            self._cut(cut)
+        return cut
+
+    def _inspect(self, photo: Photo) -> list[tuple[dict[str, Any], str]]:
+        """Return the earlier crops that there are; of several that one file had, the one that it holds now."""
+        by_file: dict[Path, list[dict[str, Any]]] = {}
+        for record in (*photo.stale, *photo.crops):
+            by_file.setdefault(self.roots[record["unknown"]] / record["file"], []).append(record)
+        states = []
+        for path, versions in by_file.items():
+            latest = versions[-1]
+            sound = next((record for record in reversed(versions) if self._is_sound(record)), None)
+            if sound is not None:
+                states.append((sound, "sound"))
+            elif path.exists():
+                states.append((latest, "edited"))
+            elif "gone" in latest:
+                states.append((latest, "gone"))
+            elif not photo.was_interrupted:  # else it was about to be written, or removed
+                states.append(({**latest, "gone": True}, "gone"))
+        return states
+
+    def _is_sound(self, record: dict[str, Any]) -> bool:
+        """Say whether a crop and its mask are as they were written."""
+        root = self.roots[record["unknown"]]
+        pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
+        try:
+            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in pairs if name)
+        except OSError:
+            return False
+
+    def _cut(self, cut: CutPhoto) -> None:
+        photo = cut.photo
+        try:
+            if photo.objects:
+                image = lct.load_image(self.images / photo.path)
+                size = image.shape[1::-1]
+                objects = (label_files.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
+                doubt = label_files.check_size(size, photo.claimed, objects)
+                cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
+        except (lct.ImageError, label_files.BoxError) as error:
+            reason = f"cannot be read: {error}" if isinstance(error, lct.ImageError) else str(error)
+            cut.problems.append(label_files.Problem(photo.path, None, reason))
+            return
+        cut.crops = []
+        for text, class_name in photo.objects:
+            detection = json.loads(text)
+            try:
+                cutting = label_files.cut_object(image, detection, self.box_pad, with_mask=True)
+                jpeg = encode_jpeg(cutting.pixels)
+            except (label_files.BoxError, ValueError) as error:
+                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), str(error)))
+                continue
+            if cutting.problem:
+                reason = f"{cutting.problem}; it is cut without a mask"
+                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), reason))
+            # A mask that hides nothing says nothing, and the scan would refuse it.
+            mask = None if cutting.mask is None or cutting.mask.all() else encode_png(cutting.mask)
+            cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return the SHA-256 of what a file holds, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return pixels uint8 (h, w, 3) as JPEG, with the colour of every pixel.
+
+    Raises:
+        ValueError: a side is longer than JPEG can have.
+    """
+    import simplejpeg
+
+    pixels = np.ascontiguousarray(pixels)
+    return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+
+
+def encode_png(mask: np.ndarray) -> bytes:
+    """Return a mask bool (h, w) as PNG of one bit a pixel."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """Return which earlier crop each new one is: that of the most similar box, of the same class if several are as similar."""
+    if not crops or not records:
+        return {}
+    new = np.array([crop.box for crop in crops], dtype=np.float64)[:, None]
+    old = np.array([record["box"] for record in records], dtype=np.float64)[None]
+    low = np.maximum(new[..., :2], old[..., :2])
+    high = np.minimum(new[..., :2] + new[..., 2:], old[..., :2] + old[..., 2:])
+    common = np.clip(high - low, 0, None).prod(axis=-1)
+    overlap = common / (new[..., 2:].prod(axis=-1) + old[..., 2:].prod(axis=-1) - common)
+    candidates = [
+        (-round(overlap[i, j], 2), crops[i].class_name != records[j]["class"], i, j)
+        for i, j in np.argwhere(overlap >= SAME_OBJECT).tolist()
+    ]
+    matches: dict[int, int] = {}
+    taken: set[int] = set()
+    for _, _, i, j in sorted(candidates):
+        if i not in matches and j not in taken:
+            matches[i] = j
+            taken.add(j)
+    return matches
+
+
+# --- writing
+
+
+@dataclass
+class Change:
+    """What is to become of the crops of a photo."""
+
+    photo: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    writes: dict[Path, bytes] = field(default_factory=dict)
+    removals: list[Path] = field(default_factory=list)
+    problems: list[label_files.Problem] = field(default_factory=list)
+    by_hand: list[label_files.Problem] = field(default_factory=list)  # crops that a person has edited or removed
+
+    def carry_out(self) -> None:
+        """Write what is new, then remove what it replaces."""
+        for path, data in self.writes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lct.write_bytes(path, data)
+        for path in self.removals:
+            with contextlib.suppress(OSError):  # that a folder is not empty
+                path.unlink()
+                path.parent.rmdir()  # an empty one would be a class without images
+                path.parent.parent.rmdir()
+
+
+class Planner:
+    """Decides which file each crop has; knows all names that are taken."""
+
+    def __init__(self, labelled: Labelled, cutter: Cutter, records: Records, unknown: set[str]) -> None:
+        self.folders = labelled.folders
+        self.roots = cutter.roots
+        self.unknown = unknown
+        self._stems: dict[str, str] = {}  # photo -> what the names of its crops begin with
+        for photo, lines in (*records.stale.items(), *records.crops.items()):
+            if lines:
+                self._stems[photo] = Path(json.loads(lines[0])["file"]).stem.rpartition("_")[0]
+        self._taken = {stem.casefold() for stem in self._stems.values()}
+
+    def stem(self, photo: str) -> str:
+        """Return what the names of a photo's crops begin with: its path on one level, as no other photo has it."""
+        if photo not in self._stems:
+            flat = unicodedata.normalize("NFC", photo.rpartition(".")[0].replace("/", "__"))
+            if len(flat.encode()) > MAX_NAME_BYTES or flat.casefold() in self._taken:
+                digest = hashlib.blake2b(photo.encode(), digest_size=6).hexdigest()
+                flat = f"{flat.encode()[: MAX_NAME_BYTES - 13].decode(errors='ignore')}-{digest}"
+            self._taken.add(flat.casefold())
+            self._stems[photo] = flat
+        return self._stems[photo]
+
+    def plan(self, cut: CutPhoto) -> Change:
+        """Return what is to be written and removed so that the crops of a photo are those that were cut."""
+        change = Change(cut.photo.path, problems=cut.problems)
+        if cut.crops is None:
+            change.records = [record for record, _ in cut.states]
+            change.by_hand = [tell_by_hand(record, state) for record, state in cut.states if state != "sound"]
+            return change
+        contents = {
+            path: digest for record, state in cut.states if state == "sound" for path, digest in self._files(record)
+        }
+        numbers = itertools.count(1 + max((int(number_of(record["file"])) for record, _ in cut.states), default=0))
+        matches = match_crops(cut.crops, [record for record, _ in cut.states])
+        fresh = (
+            "" if cut.problems else cut.photo.key
+        )  # a photo with problems is cut again, so that they are named again
+        for index, crop in enumerate(cut.crops):
+            old, state = cut.states[matches[index]] if index in matches else (None, "")
+            if state in ("edited", "gone"):
+                change.records.append({**old, "key": fresh})
+                change.by_hand.append(tell_by_hand(old, state, crop.class_name))
+                continue
+            record = self._name(crop, cut.photo, old, numbers, contents.keys() - change.writes.keys())
+            change.records.append({**record, "key": fresh})
+            if crop.mask and not record["mask"] and not record["unknown"]:
+                reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
+                change.by_hand.append(label_files.Problem(cut.photo.path, crop.id, reason))
+            files = [path for path, _ in self._files(record)]
+            change.writes.update(zip(files, (crop.jpeg, crop.mask), strict=False))
+        for index, (record, state) in enumerate(cut.states):
+            if state == "edited" and index not in matches.values():
+                change.records.append(record)
+                change.by_hand.append(tell_by_hand(record, state, None))
+        change.removals = sorted(contents.keys() - change.writes.keys())
+        change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
+        return change
+
+    def _files(self, record: dict[str, Any]) -> list[tuple[Path, str]]:
+        """Return the crop and perhaps its mask, each with its hash."""
+        root = self.roots[record["unknown"]]
+        pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
+        return [(root / name, digest) for name, digest in pairs if name]
+
+    def _name(
+        self, crop: NewCrop, photo: Photo, old: dict[str, Any] | None, numbers: Iterator[int], free: set[Path]
+    ) -> dict[str, Any]:
+        """Return the record of a crop in a file that nothing else has; `free` are those that may be written over."""
+        is_unknown = crop.class_name in self.unknown
+        root = self.roots[is_unknown]
+        folder = self.folders[crop.class_name]
+        name = Path(old["file"]).stem if old else f"{self.stem(photo.path)}_{next(numbers)}"
+        while True:
+            file = f"{folder}/{name}.jpg" if is_unknown else f"{folder}/cropped/{name}.jpg"
+            if root / file in free or not os.path.lexists(root / file):
+                break
+            name = f"{self.stem(photo.path)}_{next(numbers)}"
+        mask = f"{folder}/masks/{name}_mask.png"
+        # A folder of unknown objects is read with all that lies below it; a mask that someone else has drawn stays.
+        has_mask = bool(crop.mask) and not is_unknown and (root / mask in free or not os.path.lexists(root / mask))
+        return {
+            "file": file,
+            "class": crop.class_name,
+            "photo": photo.path,
+            "box": crop.box,
+            "id": crop.id,
+            "unknown": is_unknown,
+            "sha256": hash_bytes(crop.jpeg),
+            "mask": mask if has_mask else None,
+            "mask_sha256": hash_bytes(crop.mask) if has_mask else None,
+            "photo_bytes": photo.num_bytes,
+        }
+
+
+def tell_by_hand(record: dict[str, Any], state: str, class_name: str | None = "") -> label_files.Problem:
+    """Return what to tell of a crop that a person has changed; `class_name` is what the labels say now, None = nothing."""
+    done = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
+    now = "" if class_name in ("", record["class"]) else f"; the labels now say {class_name}"
+    if class_name is None:
+        now = "; the labels no longer have it"
+    return label_files.Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
+
+
+def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[label_files.Problem]:
+    """Make the crops be those of the labels, photo by photo; return what is to be told of them.
+
+    The records of a photo are on disk before its files are touched: whatever a kill leaves is known to be ours.
+    """
+    cutter = Cutter(options)
+    unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
+    planner = Planner(labelled, cutter, records, unknown)
+    progress_log = lct.LineFile(options.out / PROGRESS_NAME)
+    bar = lct.progress((), len(labelled.paths), "cropping", unit="photo")
+    told: list[label_files.Problem] = []
+    photos = plan_photos(options, labelled, records, unknown)
+    with contextlib.closing(progress_log), contextlib.closing(bar):
+        while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
+            changes = [planner.plan(cut) for _, cut in lct.map_in_threads(cutter, portion)]
+            changed = [change for change in changes if change.writes or change.removals]
+            entries = [{"photo": change.photo, "crops": change.records} for change in changed]
+            if entries:
+                progress_log.append("".join(to_line(entry) + "\n" for entry in entries))
+            for _ in lct.map_in_threads(Change.carry_out, changed):
+                pass
+            for change in changes:
+                records.crops[change.photo] = [to_line(record) for record in change.records]
+                told += change.problems + change.by_hand
+            bar.update(len(portion))
+    return told
+
+
+def write_records(options: CropOptions, records: Records) -> Counter[str]:
+    """Write `crops.jsonl`; return how many crops were added, removed, moved to another class and cut anew."""
+    path = options.out / RECORDS_NAME
+    before = {Path(record["file"]).name: record for record in read_lines(path)}
+    counts: Counter[str] = Counter()
+    with lct.atomic_file(path) as file:
+        for photo in sorted(records.crops):
+            for text in records.crops[photo]:
+                file.write(f"{text}\n".encode())
+                record = json.loads(text)
+                old = before.pop(Path(record["file"]).name, None)
+                counts["crops"] += "gone" not in record
+                counts["unknown"] += record["unknown"] and "gone" not in record
+                counts["masks"] += record["mask"] is not None
+                if old is None:
+                    counts["added"] += 1
+                elif (old["file"], old["unknown"]) != (record["file"], record["unknown"]):
+                    counts["moved"] += 1
+                elif (old["sha256"], old["mask_sha256"]) != (record["sha256"], record["mask_sha256"]):
+                    counts["cut anew"] += 1
+    counts["removed"] = len(before)
+    (options.out / PROGRESS_NAME).unlink(missing_ok=True)
+    return counts
+
+
+def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
+    """Refuse a class folder that a person has filled: with a folder `cropped` in it, the images beside that would be passed over.
+
+    Raises:
+        UserError: naming it.
+    """
+    for folder in folders:
+        path = options.out / folder
+        if path.is_dir() and not (path / "cropped").exists():
+            images = [
+                entry.name for entry in lct.visible_entries(path) if entry.name.lower().endswith(lct.IMAGE_SUFFIXES)
+            ]
+            if images:
+                what = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
+                raise lct.UserError(what, str(path), "move them into a folder cropped there")
+
+
+def crop_photos(options: CropOptions) -> None:
+    """Cut labelled photos into one folder of crops a class; a second call makes the crops follow the labels."""
+    check_options(options)
+    labelled = read_labelled(options)
+    check_folders(options, labelled.folders.values())
+    lct.create_out_dir(options.out, "--out")
+    with lct.lock_directory(options.out, "--out"):
+        records = Records(options.out)
+        for root in (options.out, unknown_folder(options.out)):
+            for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # of a job that was killed while it wrote
+                for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
+                    leftover.unlink()
+        for note in labelled.notes:
+            lct.show(note)
+        num_objects = sum(map(len, labelled.objects))
+        lct.show(f"{num_objects:,} objects of {len(labelled.folders):,} classes in {len(labelled.paths):,} photos")
+        problems = labelled.problems + cut_photos(options, labelled, records)
+        lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
+        counts = write_records(options, records)
+    others = records.crops.keys() - set(labelled.paths)
+    tell_end(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in others))
+
+
+def tell_end(
+    options: CropOptions,
+    labelled: Labelled,
+    counts: Counter[str],
+    problems: Sequence[label_files.Problem],
+    num_others: int,
+) -> None:
+    """Print what there is, what has changed, what is wrong, and how to go on.
+
+    Raises:
+        UserError: there is no crop of a class.
+    """
+    out = options.out
+    if counts["crops"] == counts["unknown"]:
+        first = f": {problems[0].image} {problems[0].reason}" if problems else ""
+        raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
+    for problem in problems[:SHOWN]:
+        place = problem.image + (f" ({problem.detection})" if problem.detection is not None else "")
+        lct.show(lct.printable(f"  {place} {problem.reason}"))
+    if len(problems) > SHOWN:
+        lct.show(f"  and {len(problems) - SHOWN:,} more")
+    if num_others:
+        lct.show(f"{num_others:,} crops are of photos that these labels do not name: they stay")
+    idle = sorted(set(options.unknown) - labelled.folders.keys())
+    if idle:
+        lct.show(f"warning: --unknown {' '.join(idle)}: no object is of such a class")
+    strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in options.unknown]
+    if strays:
+        lct.show(f"warning: {' '.join(strays)} will be trained as a class; --unknown {' '.join(strays)} sets it apart")
+    changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
+    lct.show(
+        f"{counts['crops']:,} crops, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
+        f" {len(problems):,} problems (problems.json)\nwritten: {out}; train with"
+    )
+    words = [
+        "python",
+        lct.SCRIPT_NAME,
+        "--data_root",
+        out,
+        "--out_dir",
+        f"{out.resolve()}_run",
+        "--group_regex",
+        GROUP_REGEX,
+    ]
+    words += ["--unknown_dir", unknown_folder(out)] if counts["unknown"] else []
+    lct.show(shlex.join(map(str, words)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Cut crops as the command line says, and return the exit code."""
+    return lct.run_program("crop", CropOptions, crop_photos, argv)
+
+
+if __name__ == "__main__":
+    lct.exit_process(main())
