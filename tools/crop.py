@@ -223,14 +223,29 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.crops: dict[str, list[str]] = {}
         self.stale: dict[str, list[str]] = {}
+        self.photo_bytes: dict[str, int] = {}
         self.interrupted: set[str] = set()
         for record in read_lines(out / RECORDS_NAME):
             self.crops.setdefault(record["photo"], []).append(to_line(record))
+            self.photo_bytes[record["photo"]] = record["photo_bytes"]
         for entry in read_lines(out / PROGRESS_NAME):
             photo = entry["photo"]
             self.interrupted.add(photo)
             self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
+
+    def check_photos(self, options: CropOptions, labelled: Labelled) -> None:
+        """Refuse photos that have the names of others, as cameras give them, whose crops would be taken for theirs.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for path, num_bytes in zip(labelled.paths, labelled.num_bytes, strict=True):
+            before = self.photo_bytes.get(path, num_bytes)
+            if before != num_bytes:
+                what = f"is not the photo that was cut before: it has {num_bytes:,} bytes, that one had {before:,}"
+                remedy = "choose another --out, or give the folder above both sets of photos as --images"
+                raise lct.UserError(what, str(options.images / path), remedy)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -285,21 +300,10 @@ def to_line(value: Any) -> str:
 
 
 def plan_photos(options: CropOptions, labelled: Labelled, records: Records, unknown: set[str]) -> Iterator[Photo]:
-    """Yield the photos that the labels name, with what they say now and what was cut before.
-
-    Raises:
-        UserError: a photo has the name of another one that was cut before.
-    """
+    """Yield the photos that the labels name, with what they say now and what was cut before."""
     for index, path in enumerate(labelled.paths):
         num_bytes = labelled.num_bytes[index]
         crops, stale = ([json.loads(text) for text in of.get(path, ())] for of in (records.crops, records.stale))
-        other = next((record["photo_bytes"] for record in crops if record["photo_bytes"] != num_bytes), None)
-        if other is not None:
-            what = (
-                f"is not the photo that crops were cut from before: it has {num_bytes:,} bytes, that one had {other:,}"
-            )
-            remedy = "choose another --out, or give the folder above both sets of photos as --images"
-            raise lct.UserError(what, str(options.images / path), remedy)
         objects = labelled.objects[index]
         claimed = labelled.claimed[index]
         flags = [name in unknown for _, name in objects]
@@ -352,12 +356,12 @@ class Cutter:
     def _inspect(self, photo: Photo) -> list[tuple[dict[str, Any], str]]:
         """Return the earlier crops that there are; of several that one file had, the one that it holds now."""
         by_file: dict[Path, list[dict[str, Any]]] = {}
-        for record in (*photo.stale, *photo.crops):
+        for record in (*photo.crops, *photo.stale):
             by_file.setdefault(self.roots[record["unknown"]] / record["file"], []).append(record)
         states = []
         for path, versions in by_file.items():
-            latest = versions[-1]
-            sound = next((record for record in reversed(versions) if self._is_sound(record)), None)
+            latest = versions[0]
+            sound = next(filter(self._is_sound, versions), None)
             if sound is not None:
                 states.append((sound, "sound"))
             elif path.exists():
@@ -522,7 +526,8 @@ class Planner:
         for index, crop in enumerate(cut.crops):
             old, state = cut.states[matches[index]] if index in matches else (None, "")
             if state in ("edited", "gone"):
-                change.records.append({**old, "key": fresh})
+                # Where the labels say something else it is looked at again, and told again.
+                change.records.append({**old, "key": fresh if old["class"] == crop.class_name else ""})
                 change.by_hand.append(tell_by_hand(old, state, crop.class_name))
                 continue
             record = self._name(crop, cut.photo, old, numbers, contents.keys() - change.writes.keys())
@@ -614,28 +619,30 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
 
 
 def write_records(options: CropOptions, records: Records) -> Counter[str]:
-    """Write `crops.jsonl`; return how many crops were added, removed, moved to another class and cut anew."""
+    """Write `crops.jsonl`; return how many crops there are, and how many were added, removed, moved and cut anew."""
     path = options.out / RECORDS_NAME
+    # A crop keeps its name when it moves to another class.
     before = {Path(record["file"]).name: record for record in read_lines(path)}
+    lines = [text for photo in sorted(records.crops) for text in records.crops[photo]]
     counts: Counter[str] = Counter()
-    with lct.atomic_file(path) as file:
-        for photo in sorted(records.crops):
-            for text in records.crops[photo]:
-                file.write(f"{text}\n".encode())
-                record = json.loads(text)
-                old = before.pop(Path(record["file"]).name, None)
-                counts["crops"] += "gone" not in record
-                counts["unknown"] += record["unknown"] and "gone" not in record
-                counts["masks"] += record["mask"] is not None
-                if old is None:
-                    counts["added"] += 1
-                elif (old["file"], old["unknown"]) != (record["file"], record["unknown"]):
-                    counts["moved"] += 1
-                elif (old["sha256"], old["mask_sha256"]) != (record["sha256"], record["mask_sha256"]):
-                    counts["cut anew"] += 1
+    for record in map(json.loads, lines):
+        is_there = "gone" not in record
+        counts.update(crops=is_there, unknown=is_there and record["unknown"], masks=is_there and bool(record["mask"]))
+        counts[name_change(before.pop(Path(record["file"]).name, None), record)] += 1
     counts["removed"] = len(before)
+    lct.write_bytes(path, "".join(f"{text}\n" for text in lines).encode())
     (options.out / PROGRESS_NAME).unlink(missing_ok=True)
     return counts
+
+
+def name_change(old: dict[str, Any] | None, record: dict[str, Any]) -> str:
+    """Return what has become of a crop since the last call."""
+    if old is None:
+        return "added"
+    if (old["file"], old["unknown"]) != (record["file"], record["unknown"]):
+        return "moved"
+    is_same = (old["sha256"], old["mask_sha256"]) == (record["sha256"], record["mask_sha256"])
+    return "unchanged" if is_same else "cut anew"
 
 
 def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
@@ -663,6 +670,7 @@ def crop_photos(options: CropOptions) -> None:
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         records = Records(options.out)
+        records.check_photos(options, labelled)
         for root in (options.out, unknown_folder(options.out)):
             for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # of a job that was killed while it wrote
                 for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
@@ -670,7 +678,7 @@ def crop_photos(options: CropOptions) -> None:
         for note in labelled.notes:
             lct.show(note)
         num_objects = sum(map(len, labelled.objects))
-        lct.show(f"{num_objects:,} objects of {len(labelled.folders):,} classes in {len(labelled.paths):,} photos")
+        lct.show(f"{num_objects:,} objects in {len(labelled.paths):,} photos, classes: {len(labelled.folders):,}")
         problems = labelled.problems + cut_photos(options, labelled, records)
         lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
         counts = write_records(options, records)

@@ -130,7 +130,7 @@ def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
         LabelError: as `read_objects`, or its classes have no names.
     """
     found = read_objects(source, image_paths)
-    if found.class_names is None:
+    if found.class_names is None or not found.objects:
         return found
     if not found.class_names and source.is_dir():
         found.class_names = read_yolo_names(source)
