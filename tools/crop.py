@@ -321,7 +321,7 @@ class NewCrop(NamedTuple):
     class_name: str
     box: tuple[float, ...]  # x, y, width, height in px of the upright photo, clipped, not padded
     jpeg: bytes
-    mask: bytes | None  # PNG
+    mask: bytes | None  # PNG; empty = it would hide nothing, and the scan refuses such; None = the labels have none
 
 
 @dataclass
@@ -406,8 +406,8 @@ class Cutter:
             if cutting.problem:
                 reason = f"{cutting.problem}; it is cut without a mask"
                 cut.problems.append(label_files.Problem(photo.path, detection.get("id"), reason))
-            # A mask that hides nothing says nothing, and the scan would refuse it.
-            mask = None if cutting.mask is None or cutting.mask.all() else encode_png(cutting.mask)
+            mask = cutting.mask
+            mask = mask if mask is None else b"" if mask.all() else encode_png(mask)
             cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
 
 
@@ -530,6 +530,9 @@ class Planner:
                 change.records.append({**old, "key": fresh if old["class"] == crop.class_name else ""})
                 change.by_hand.append(tell_by_hand(old, state, crop.class_name))
                 continue
+            if crop.mask is None and old and old["mask"] and old["sha256"] == hash_bytes(crop.jpeg):
+                # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop.
+                crop = crop._replace(mask=(self.roots[False] / old["mask"]).read_bytes())
             record = self._name(crop, cut.photo, old, numbers, contents.keys() - change.writes.keys())
             change.records.append({**record, "key": fresh})
             if crop.mask and not record["mask"] and not record["unknown"]:

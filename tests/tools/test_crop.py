@@ -307,6 +307,26 @@ def test_corrected_labels_move_add_and_remove(photos: Path, tmp_path: Path, call
     assert (out / after[4]["file"]).stat().st_mtime_ns == stamp
 
 
+def test_labels_of_boxes_alone_take_no_mask_away(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
+    """Annotation tools give boxes back for masks."""
+    out = tmp_path / "data"
+    assert call_main(*command(photos, write_coco(tmp_path, "rle"), out)) == 0
+    source = write_cvat(tmp_path)
+    source.write_text(source.read_text(encoding="utf-8").replace("ключ", "pliers"), encoding="utf-8")
+    masks = {record["photo"] + str(record["box"]): (out / record["mask"]).read_bytes() for record in read_records(out)}
+    capsys.readouterr()
+    assert call_main(*command(photos, source, out)) == 0
+    assert "5 with a mask" in (text := capsys.readouterr().out) and "2 moved, 0 cut anew" in text
+    assert not (out / "ключ").exists()
+    for record in read_records(out):
+        assert (out / record["mask"]).read_bytes() == masks[record["photo"] + str(list(map(round, record["box"])))]
+        assert record["mask"].startswith(record["class"])
+    source = write_cvat(tmp_path)
+    source.write_text(source.read_text(encoding="utf-8").replace('xtl="20"', 'xtl="25"'), encoding="utf-8")
+    assert call_main(*command(photos, source, out)) == 0
+    assert "4 with a mask" in capsys.readouterr().out  # the mask of another box is none of this one
+
+
 def test_round_trip_moves_exactly_what_was_corrected(tmp_path: Path, call_main: Any, capsys: Any) -> None:
     """Photos -> crops -> a run -> pre-labels -> five corrections in two tools' files -> five moves."""
     photos, out, run = tmp_path / "photos", tmp_path / "data", tmp_path / "run"
