@@ -35,15 +35,12 @@ import numpy as np
 from PIL import Image
 
 RECORDS_NAME = "crops.jsonl"  # a line a crop; a folder that holds it is ours
-PROGRESS_NAME = (
-    ".crops.progress.jsonl"  # a line a photo, written before its crops are: what an interrupted job has done
-)
+# A line a photo, which is on disk before its crops are written: whatever a kill leaves is known to be ours.
+PROGRESS_NAME = ".crops.progress.jsonl"
 RECORD_KEYS = frozenset("file class photo box id unknown sha256 mask mask_sha256 photo_bytes key".split())
 VERSION = 1  # of how crops are cut and written; another one cuts all of them anew
 JPEG_QUALITY = 95
-MAX_NAME_BYTES = (
-    160  # of a photo's part of a file name, which takes 255 with number, suffix and what `atomic_file` adds
-)
+MAX_NAME_BYTES = 160  # of the photo in a file's name of at most 255, in which number, suffix and process stand too
 SAME_OBJECT = 0.5  # overlap (IoU) from which a box is that of an earlier crop, drawn anew
 GROUP_REGEX = r"^(.+)_\d+\.jpg$"  # the photo of a crop: greedy, as photos may end in numbers too
 SHOWN = 5  # problems of a kind that are printed; problems.json has all
@@ -54,29 +51,17 @@ LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".yaml", ".yml", ".names", ".
 class CropOptions(lct.Options):
     """Cut labelled photos into one folder of crops a class, to train on."""
 
-    images: Path | None = lct.option(
-        None, "folder of the photos, subfolders included", "cropping", metavar="DIR", needed=True
-    )
-    labels: Path | None = lct.option(
-        None,
+    # fmt: off
+    images: Path | None = lct.option(None, "folder of the photos, subfolders included", "cropping", metavar="DIR", needed=True)
+    labels: Path | None = lct.option(None,
         "COCO, Label Studio, VIA or LabelMe .json, folder of YOLO .txt or LabelMe .json, CVAT .xml, .csv",
-        "cropping",
-        metavar="PATH",
-        needed=True,
-    )
-    out: Path | None = lct.option(
-        None, "data_root to write; crops in it follow the labels", "cropping", metavar="DIR", needed=True
-    )
-    box_pad: float = lct.option(
-        0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0
-    )
-    unknown: tuple[str, ...] = lct.option(
-        (),
-        "classes that are none: their crops go beside --out, for --unknown_dir",
-        "cropping",
-        metavar="NAME",
-        nargs="+",
-    )
+        "cropping", metavar="PATH", needed=True)
+    out: Path | None = lct.option(None, "data_root to write; the crops in it follow the labels", "cropping", metavar="DIR",
+        needed=True)
+    box_pad: float = lct.option(0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0)
+    unknown: tuple[str, ...] = lct.option((), "classes that are none: their crops go beside --out, for --unknown_dir",
+        "cropping", metavar="NAME", nargs="+", action="extend")
+    # fmt: on
     debug: bool = lct.same_option("debug")
 
 
@@ -100,9 +85,8 @@ def check_options(options: CropOptions) -> None:
     images = options.images.resolve()
     for folder in (options.out.resolve(), unknown_folder(options.out)):
         if images in (folder, *folder.parents):
-            raise lct.UserError(
-                f"{folder} lies inside --images, where it would be taken for photos", where, "choose another"
-            )
+            what = f"{folder} lies inside --images, where it would be taken for photos"
+            raise lct.UserError(what, where, "choose a folder outside the photos")
         if folder in images.parents:
             raise lct.UserError("holds --images, which would be taken for a class", where, "choose another folder")
         if folder.exists() and not folder.is_dir():
@@ -138,6 +122,7 @@ class Labelled:
     claimed: list[tuple[int, int]]
     objects: list[list[tuple[str, str]]]  # of each photo: JSON, class
     folders: dict[str, str]  # class -> name of its folder
+    unknown: set[str]  # classes that are none
     problems: list[label_files.Problem]
     notes: list[str]
 
@@ -182,7 +167,8 @@ def read_labelled(options: CropOptions) -> Labelled:
             raise lct.UserError(what, options.said("labels"), "rename one of them in the labels")
     num_bytes = tree.stamps[found.images, 0].tolist()
     notes = [*found.notes, *describe_passed_over(options.images)]
-    return Labelled(paths, num_bytes, found.sizes, objects, folders, problems, notes)
+    unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
+    return Labelled(paths, num_bytes, found.sizes, objects, folders, unknown, problems, notes)
 
 
 def name_folder(class_name: str) -> str:
@@ -211,7 +197,8 @@ def describe_passed_over(root: Path) -> list[str]:
                 kinds[suffix or name] += 1
                 example = example or os.path.relpath(f"{folder}/{name}", root)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(SHOWN))
-    return [f"passed over, as they are no images: {counts} (for instance {lct.printable(example)})"] if kinds else []
+    note = lct.printable(f"passed over, as they are no images: {counts} (for instance {example})")
+    return [note] if kinds else []
 
 
 # --- what is there
@@ -282,11 +269,16 @@ def check_record(record: dict[str, Any]) -> None:
     missing = RECORD_KEYS - record.keys()
     if missing:
         raise ValueError(f"has no {min(missing)}")
-    files = [record["file"], record["mask"] or record["file"]]
-    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name in files)
+    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in files_of(record))
     is_number = number_of(record["file"]).isdecimal()
     if not is_below or not is_number or len(record["box"]) != 4 or not isinstance(record["photo"], str):
         raise ValueError("names a file that is none of ours")
+
+
+def files_of(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names of a crop and, if it has one, of its mask, each with the hash of what was written."""
+    pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
+    return [(name, digest) for name, digest in pairs if name]
 
 
 def number_of(file: str) -> str:
@@ -299,14 +291,14 @@ def to_line(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def plan_photos(options: CropOptions, labelled: Labelled, records: Records, unknown: set[str]) -> Iterator[Photo]:
+def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> Iterator[Photo]:
     """Yield the photos that the labels name, with what they say now and what was cut before."""
     for index, path in enumerate(labelled.paths):
         num_bytes = labelled.num_bytes[index]
         crops, stale = ([json.loads(text) for text in of.get(path, ())] for of in (records.crops, records.stale))
         objects = labelled.objects[index]
         claimed = labelled.claimed[index]
-        flags = [name in unknown for _, name in objects]
+        flags = [name in labelled.unknown for _, name in objects]
         key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags)
         yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.interrupted)
 
@@ -346,10 +338,10 @@ class Cutter:
     def __call__(self, photo: Photo) -> CutPhoto:
         states = self._inspect(photo)
         cut = CutPhoto(photo, None, states)
-        is_planned = all(record["key"] == photo.key for record in photo.crops) and bool(photo.crops) == bool(
-            photo.objects
-        )
-        if not is_planned or sorted(id(record) for record, _ in states) != sorted(map(id, photo.crops)):
+        keys = {record["key"] for record, _ in states}
+        files = sorted(record["file"] for record, _ in states)
+        is_cut = keys == {photo.key} if photo.objects else not states
+        if not is_cut or files != sorted(record["file"] for record in photo.crops):
             self._cut(cut)
         return cut
 
@@ -360,29 +352,25 @@ class Cutter:
             by_file.setdefault(self.roots[record["unknown"]] / record["file"], []).append(record)
         states = []
         for path, versions in by_file.items():
-            latest = versions[0]
             sound = next(filter(self._is_sound, versions), None)
-            if sound is not None:
-                states.append((sound, "sound"))
-            elif path.exists():
-                states.append((latest, "edited"))
-            elif "gone" in latest:
-                states.append((latest, "gone"))
-            elif not photo.was_interrupted:  # else it was about to be written, or removed
-                states.append(({**latest, "gone": True}, "gone"))
+            if sound is not None or path.exists():
+                states.append((sound or versions[0], "sound" if sound else "edited"))
+            elif "gone" in versions[0] or not photo.was_interrupted:  # else it was about to be written, or removed
+                states.append(({**versions[0], "gone": True}, "gone"))
         return states
 
     def _is_sound(self, record: dict[str, Any]) -> bool:
         """Say whether a crop and its mask are as they were written."""
         root = self.roots[record["unknown"]]
-        pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
         try:
-            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in pairs if name)
+            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in files_of(record))
         except OSError:
             return False
 
     def _cut(self, cut: CutPhoto) -> None:
         photo = cut.photo
+        problem = ""
+        image = None
         try:
             if photo.objects:
                 image = lct.load_image(self.images / photo.path)
@@ -466,6 +454,7 @@ class Change:
     """What is to become of the crops of a photo."""
 
     photo: str
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # for new crops
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
@@ -473,13 +462,21 @@ class Change:
     by_hand: list[label_files.Problem] = field(default_factory=list)  # crops that a person has edited or removed
 
     def carry_out(self) -> None:
-        """Write what is new, then remove what it replaces."""
+        """Write what is new, then remove what it replaces.
+
+        Raises:
+            UserError: a file or folder cannot be written or removed.
+        """
         for path, data in self.writes.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            lct.create_out_dir(path.parent, "--out")
             lct.write_bytes(path, data)
         for path in self.removals:
-            with contextlib.suppress(OSError):  # that a folder is not empty
-                path.unlink()
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                what = f"cannot be removed: {error.strerror}"
+                raise lct.UserError(what, str(path), "make it writable; the same command continues") from error
+            with contextlib.suppress(OSError):  # what is not empty stays
                 path.parent.rmdir()  # an empty one would be a class without images
                 path.parent.parent.rmdir()
 
@@ -487,10 +484,10 @@ class Change:
 class Planner:
     """Decides which file each crop has; knows all names that are taken."""
 
-    def __init__(self, labelled: Labelled, cutter: Cutter, records: Records, unknown: set[str]) -> None:
+    def __init__(self, labelled: Labelled, cutter: Cutter, records: Records) -> None:
         self.folders = labelled.folders
         self.roots = cutter.roots
-        self.unknown = unknown
+        self.unknown = labelled.unknown
         self._stems: dict[str, str] = {}  # photo -> what the names of its crops begin with
         for photo, lines in (*records.stale.items(), *records.crops.items()):
             if lines:
@@ -515,10 +512,10 @@ class Planner:
             change.records = [record for record, _ in cut.states]
             change.by_hand = [tell_by_hand(record, state) for record, state in cut.states if state != "sound"]
             return change
-        contents = {
-            path: digest for record, state in cut.states if state == "sound" for path, digest in self._files(record)
-        }
-        numbers = itertools.count(1 + max((int(number_of(record["file"])) for record, _ in cut.states), default=0))
+        sound = [record for record, state in cut.states if state == "sound"]
+        contents = {self.roots[item["unknown"]] / name: digest for item in sound for name, digest in files_of(item)}
+        last_number = max((int(number_of(record["file"])) for record, _ in cut.states), default=0)
+        change.numbers = itertools.count(last_number + 1)
         matches = match_crops(cut.crops, [record for record, _ in cut.states])
         fresh = (
             "" if cut.problems else cut.photo.key
@@ -533,13 +530,13 @@ class Planner:
             if crop.mask is None and old and old["mask"] and old["sha256"] == hash_bytes(crop.jpeg):
                 # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop.
                 crop = crop._replace(mask=(self.roots[False] / old["mask"]).read_bytes())
-            record = self._name(crop, cut.photo, old, numbers, contents.keys() - change.writes.keys())
+            record = self._place(crop, cut.photo, old, change, contents.keys() - change.writes.keys())
             change.records.append({**record, "key": fresh})
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
                 change.by_hand.append(label_files.Problem(cut.photo.path, crop.id, reason))
-            files = [path for path, _ in self._files(record)]
-            change.writes.update(zip(files, (crop.jpeg, crop.mask), strict=False))
+            paths = [self.roots[record["unknown"]] / name for name, _ in files_of(record)]
+            change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
             if state == "edited" and index not in matches.values():
                 change.records.append(record)
@@ -548,28 +545,24 @@ class Planner:
         change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
         return change
 
-    def _files(self, record: dict[str, Any]) -> list[tuple[Path, str]]:
-        """Return the crop and perhaps its mask, each with its hash."""
-        root = self.roots[record["unknown"]]
-        pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
-        return [(root / name, digest) for name, digest in pairs if name]
-
-    def _name(
-        self, crop: NewCrop, photo: Photo, old: dict[str, Any] | None, numbers: Iterator[int], free: set[Path]
+    def _place(
+        self, crop: NewCrop, photo: Photo, old: dict[str, Any] | None, change: Change, may_replace: set[Path]
     ) -> dict[str, Any]:
-        """Return the record of a crop in a file that nothing else has; `free` are those that may be written over."""
+        """Return the record of a crop in a file that nothing else has; it keeps its name when it moves."""
         is_unknown = crop.class_name in self.unknown
         root = self.roots[is_unknown]
         folder = self.folders[crop.class_name]
-        name = Path(old["file"]).stem if old else f"{self.stem(photo.path)}_{next(numbers)}"
-        while True:
+        names = (f"{self.stem(photo.path)}_{number}" for number in change.numbers)
+        taken = {Path(record["file"]).stem for record in change.records}
+        for name in itertools.chain([Path(old["file"]).stem] if old else [], names):
             file = f"{folder}/{name}.jpg" if is_unknown else f"{folder}/cropped/{name}.jpg"
-            if root / file in free or not os.path.lexists(root / file):
+            if name not in taken and (root / file in may_replace or not os.path.lexists(root / file)):
                 break
-            name = f"{self.stem(photo.path)}_{next(numbers)}"
         mask = f"{folder}/masks/{name}_mask.png"
         # A folder of unknown objects is read with all that lies below it; a mask that someone else has drawn stays.
-        has_mask = bool(crop.mask) and not is_unknown and (root / mask in free or not os.path.lexists(root / mask))
+        has_mask = (
+            bool(crop.mask) and not is_unknown and (root / mask in may_replace or not os.path.lexists(root / mask))
+        )
         return {
             "file": file,
             "class": crop.class_name,
@@ -599,12 +592,11 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
     The records of a photo are on disk before its files are touched: whatever a kill leaves is known to be ours.
     """
     cutter = Cutter(options)
-    unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
-    planner = Planner(labelled, cutter, records, unknown)
+    planner = Planner(labelled, cutter, records)
     progress_log = lct.LineFile(options.out / PROGRESS_NAME)
     bar = lct.progress((), len(labelled.paths), "cropping", unit="photo")
     told: list[label_files.Problem] = []
-    photos = plan_photos(options, labelled, records, unknown)
+    photos = plan_photos(options, labelled, records)
     with contextlib.closing(progress_log), contextlib.closing(bar):
         while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
             changes = [planner.plan(cut) for _, cut in lct.map_in_threads(cutter, portion)]
@@ -657,9 +649,8 @@ def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
     for folder in folders:
         path = options.out / folder
         if path.is_dir() and not (path / "cropped").exists():
-            images = [
-                entry.name for entry in lct.visible_entries(path) if entry.name.lower().endswith(lct.IMAGE_SUFFIXES)
-            ]
+            names = [entry.name for entry in lct.visible_entries(path)]
+            images = [name for name in names if name.lower().endswith(lct.IMAGE_SUFFIXES)]
             if images:
                 what = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
                 raise lct.UserError(what, str(path), "move them into a folder cropped there")
@@ -712,10 +703,10 @@ def tell_end(
         lct.show(f"  and {len(problems) - SHOWN:,} more")
     if num_others:
         lct.show(f"{num_others:,} crops are of photos that these labels do not name: they stay")
-    idle = sorted(set(options.unknown) - labelled.folders.keys())
+    idle = sorted(labelled.unknown - labelled.folders.keys())
     if idle:
         lct.show(f"warning: --unknown {' '.join(idle)}: no object is of such a class")
-    strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in options.unknown]
+    strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in labelled.unknown]
     if strays:
         lct.show(f"warning: {' '.join(strays)} will be trained as a class; --unknown {' '.join(strays)} sets it apart")
     changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
@@ -723,16 +714,8 @@ def tell_end(
         f"{counts['crops']:,} crops, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
         f" {len(problems):,} problems (problems.json)\nwritten: {out}; train with"
     )
-    words = [
-        "python",
-        lct.SCRIPT_NAME,
-        "--data_root",
-        out,
-        "--out_dir",
-        f"{out.resolve()}_run",
-        "--group_regex",
-        GROUP_REGEX,
-    ]
+    words = ["python", lct.SCRIPT_NAME, "--data_root", out, "--out_dir", f"{out.resolve()}_run"]
+    words += ["--group_regex", GROUP_REGEX]
     words += ["--unknown_dir", unknown_folder(out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, words)))
 

@@ -467,7 +467,7 @@ def test_killed_and_started_again_it_goes_on(
     for source in (first, second):
         assert call_main(*command(photos, source, whole)) == 0
         code, _ = nursery.run(*command(photos, source, broken), plans=[kill(function, nth)])
-        assert code in (-9, 0)
+        assert code == -9 or (code == 0 and function != "lct.atomic_file")  # the others are called less often
         assert not any(path.suffix == ".jpg" and path.stat().st_size == 0 for path in broken.rglob("*"))
         assert call_main(*command(photos, source, broken)) == 0
         assert read_tree(broken) == read_tree(whole)
