@@ -369,7 +369,6 @@ class Cutter:
 
     def _cut(self, cut: CutPhoto) -> None:
         photo = cut.photo
-        problem = ""
         image = None
         try:
             if photo.objects:

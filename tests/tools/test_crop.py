@@ -588,6 +588,48 @@ def test_problems_are_named_one_by_one(photos: Path, tmp_path: Path, call_main: 
         assert len(read_records(out)) == 6
 
 
+ATOMS = [None, True, -1, 0, 2.5, 10**30, 1e308, float("nan"), "", "x", "\ud800", [], {}, [[]], [1, 2], {"a": 1}, "../x"]
+
+
+def damage(value: Any, rng: np.random.Generator) -> Any:
+    """Return a value of JSON in which some things are others, or missing."""
+    if rng.random() < 0.03:
+        return ATOMS[rng.integers(len(ATOMS))]
+    if isinstance(value, dict):
+        return {key: damage(item, rng) for key, item in value.items() if rng.random() > 0.02}
+    return [damage(item, rng) for item in value if rng.random() > 0.02] if isinstance(value, list) else value
+
+
+def test_damaged_labels_cost_objects_or_one_sentence(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = {name: np.zeros((height, width, 3), np.uint8) for name, (width, height) in SIZES.items()}
+    num_cut = 0
+    for number in range(200):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = list(FORMATS.values())[number % len(FORMATS)](folder)
+        for path in [source] if source.is_file() else sorted(source.rglob("*.*")):
+            if path.suffix == ".json":
+                path.write_text(json.dumps(damage(json.loads(path.read_text()), rng)))
+            else:
+                data = bytearray(path.read_bytes())
+                data[rng.integers(len(data))] = rng.integers(256)
+                path.write_bytes(data)
+        try:
+            found = labels.read_labels(source, list(SIZES))
+        except labels.LabelError:
+            continue
+        for image, text in found.objects:
+            try:
+                detection = json.loads(text)
+                labels.find_class_name(found.class_names, detection.get("category_id"))
+                labels.cut_object(images[list(SIZES)[found.images[image]]], detection, 0.1, with_mask=True)
+                num_cut += 1
+            except labels.BoxError as error:
+                assert str(error)
+    assert num_cut > 300
+
+
 def no_names(folder: Path) -> Path:
     source = write_yolo(folder)
     (source / "classes.txt").unlink()
