@@ -760,13 +760,17 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
     rows = _Rows()
     known = {unicodedata.normalize("NFC", name) for name in image_paths}
     by_stem = {name.rpartition(".")[0]: name for name in known}
+    num_named = Counter(name.rpartition("/")[2] for name in known)
+    by_name = {name.rpartition("/")[2]: name for name in known if num_named[name.rpartition("/")[2]] == 1}
     for name, content in files:
         folder = name.rpartition("/")[0]
-        said = str(content.get("imagePath") or "").replace("\\", "/")
-        places = [os.path.normpath(os.path.join(folder, word)) for word in (said, said.rpartition("/")[2])]  # noqa: PTH118
-        places.append(by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0]), places[0]))
+        said = unicodedata.normalize("NFC", str(content.get("imagePath") or "").replace("\\", "/"))
+        short = said.rpartition("/")[2]
+        # Where it says, beside it, of its own name, or anywhere else if there is but one of that name.
+        places = [os.path.normpath(os.path.join(folder, word)) for word in (said, short)]  # noqa: PTH118
+        places += [by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0])), by_name.get(short)]
         sides = {key: content.get(f"image{key.title()}") for key in ("width", "height")}
-        photo = next((place for place in places if unicodedata.normalize("NFC", place) in known), places[0])
+        photo = next((place for place in places if place in known), places[0])
         rows.add_image(photo, **{key: side for key, side in sides.items() if isinstance(side, int)})
         for index, shape in enumerate(content["shapes"], 1):
             shape = shape if isinstance(shape, dict) else {}

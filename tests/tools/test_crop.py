@@ -242,6 +242,18 @@ def test_every_format_gives_the_same_crops(name: str, photos: Path, tmp_path: Pa
     assert set(listing.all_folders) == set(NAMES) and len(listing.paths) == 5 and not listing.problems
 
 
+def test_labelme_files_lie_beside_the_photos_or_alone(photos: Path, tmp_path: Path, call_main: Any) -> None:
+    source = write_labelme(tmp_path)
+    for name in SIZES:
+        path = photos / Path(name).with_suffix(".json")
+        shutil.move((source / name).with_suffix(".json"), path)
+        path.write_text(path.read_text().replace("..\\\\photos\\\\", ""))
+    assert call_main(*command(photos, photos, tmp_path / "data")) == 0
+    assert read_problems(tmp_path / "data") == [] and len(read_records(tmp_path / "data")) == 5
+    assert call_main(*command(photos, photos / "bench" / "b 12.json", tmp_path / "one")) == 0
+    assert read_problems(tmp_path / "one") == [] and len(read_records(tmp_path / "one")) == 2
+
+
 @pytest.mark.parametrize("padding", [0.0, 0.13])
 def test_crops_are_those_of_prelabel_bit_by_bit(padding: float, tmp_path: Path, call_main: Any) -> None:
     """Also from a photo that EXIF turns, and where boxes reach over its edges."""
