@@ -277,7 +277,7 @@ def test_crops_are_those_of_prelabel_bit_by_bit(padding: float, tmp_path: Path, 
     seen: list[tuple[np.ndarray, Any]] = []
     run = SimpleNamespace(
         transform=lambda: lambda pixels, mask, view: seen.append((pixels.copy(), mask)) or pixels,
-        config=SimpleNamespace(crop_mode="mix", img_size=32),
+        config=SimpleNamespace(crop_mode="mix", img_size=32, image_bits=()),
     )
     dataset = prelabel.DetectionDataset(detections, run, padding)
     _, cut = dataset[prelabel.plan_units(detections)[0]]
@@ -571,12 +571,12 @@ def test_problems_are_named_one_by_one(photos: Path, tmp_path: Path, call_main: 
     content = json.loads(write_coco(tmp_path).read_text())
     content["images"] += [
         {"id": 5, "file_name": "broken.jpg"},
-        {"id": 6, "file_name": "other size.png", "width": 40, "height": 50},
+        {"id": 6, "file_name": "other size.png", "width": 41, "height": 50},
         {"id": 7, "file_name": "c.gif"},
     ]
     odd = [
         ({"image_id": 5, "bbox": [1, 1, 5, 5]}, "broken.jpg None cannot be read"),
-        ({"image_id": 6, "bbox": [1, 1, 5, 5]}, "other size.png None is 50 x 40 px, but 40 x 50 px in the labels"),
+        ({"image_id": 6, "bbox": [1, 1, 5, 5]}, "other size.png None is 50 x 40 px, but 41 x 50 px in the labels"),
         ({"image_id": 1, "bbox": [900, 1, 5, 5]}, "a.jpg 102 has a box outside its image"),
         ({"image_id": 1, "bbox": [1, 1, 5, 5], "iscrowd": 1}, "a.jpg 103 is a crowd of objects"),
         (

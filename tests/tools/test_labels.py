@@ -362,9 +362,6 @@ def test_the_longest_end_of_an_absolute_name_counts_and_one_that_two_have_does_n
         ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "is a list of results"),
         ([{"image_id": 1, "detections": []}], "is a list of results"),
         ([{"id": 1, "image": "/a.jpg", "label": [{"x": 1, "original_width": 9}]}], "is of Label Studio's JSON-MIN"),
-        ({"version": "5.0", "shapes": [], "imagePath": "a.jpg"}, "is of LabelMe"),
-        ({"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}, "is of VIA"),
-        ({"_via_settings": {}, "_via_img_metadata": {}}, "is a project of VIA"),
     ],
 )
 def test_json_of_another_kind_is_named(tmp_path: Path, content: object, what: str) -> None:
@@ -471,8 +468,8 @@ def test_names_of_files_are_never_those_of_others() -> None:
 
 
 def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(labels.LabelError, match=r"no .txt of these images, but 1 .json"):
+    (tmp_path / "a.xml").write_text("<annotations/>")
+    with pytest.raises(labels.LabelError, match=r"no .txt of these images, but 1 .xml"):
         read(tmp_path)
 
 
