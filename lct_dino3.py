@@ -124,6 +124,13 @@ MATCHER_NAMES = {
     "knn": "k nearest references of a class",
 }
 KNN_CHOICES = (1, 3, 5, 10)
+FEATURE_WEIGHTS = (
+    0.3,
+    0.5,
+    0.7,
+)  # of the backbone's features in a similarity; the largest that loses nothing on val is taken
+FEATURE_DIM = 128  # numbers that are kept of them
+FEATURE_REFERENCES = 20_000  # that their covariance is estimated on
 PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes a class that --prototypes_per_class auto tries
 MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a mislabelled picture
 MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
@@ -157,7 +164,7 @@ SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whe
 # By default: 540 images/s each feed a ViT-L three times over; more of them cost memory and start-up time.
 MAX_WORKERS = 16
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
-PROTOTYPES_FORMAT = 2
+PROTOTYPES_FORMAT = 3
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
 NO_CLASS = ("null", "~", "")  # YAML's words for nothing
@@ -498,6 +505,9 @@ class Config(Options):
         "prototypes", low=1)
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
+    match_features: bool = option(True,
+        "match by the backbone's features beside the embedding, where val loses nothing: enrolled classes are found more often",
+        "prototypes")
     prototypes_per_class: str = option("auto",
         "prototypes that a class may have; auto = several where val says so, else its centroid alone",
         "prototypes", metavar="auto|N")
@@ -601,6 +611,7 @@ class PrototypesOptions(RunOptions):
     target_precision: float = same_option("target_precision")
     max_refs_per_class: int | None = same_option("max_refs_per_class")
     matcher: str = same_option("matcher")
+    match_features: bool = same_option("match_features")
     prototypes_per_class: str = same_option("prototypes_per_class")
 
 
@@ -6650,9 +6661,38 @@ class Judged(NamedTuple):
     probabilities: np.ndarray  # (Q, 3)
 
 
+class Fusion(nn.Module):
+    """Puts backbone features beside the trained embedding: what tells classes that the training has not seen is still in them."""
+
+    def __init__(self, mean: np.ndarray, projection: np.ndarray, weight: float) -> None:
+        """Take the mean (F,) and the projection (F, K) of features, and their weight in a cosine, 0 = none."""
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("mean", torch.from_numpy(mean))
+        self.register_buffer("projection", torch.from_numpy(projection))
+
+    def forward(self, features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return unit vectors (B, D + K) of features (B, F) and unit embeddings (B, D).
+
+        The cosine of two of them is the weighted mean of those of the embeddings and of the projected features.
+        """
+        if not self.weight:
+            return embeddings
+        projected = F.normalize((features - self.mean) @ self.projection, dim=1)
+        return torch.cat([embeddings * math.sqrt(1 - self.weight), projected * math.sqrt(self.weight)], dim=1)
+
+    def fuse(self, features: Embedded, embedded: Embedded) -> Embedded:
+        """Return the vectors of features and of the embeddings that were made of them."""
+        values = self(torch.from_numpy(features.values), torch.from_numpy(embedded.values))
+        return embedded._replace(values=values.numpy())
+
+
+NO_FUSION = Fusion(np.zeros(0, np.float32), np.zeros((0, 0), np.float32), 0.0)
+
+
 @dataclass(frozen=True)
 class Gallery:
-    """What production matches against; format 2 of prototypes.npz."""
+    """What production matches against; format 3 of prototypes.npz. Its vectors are made by `fusion`."""
 
     class_names: tuple[str, ...]
     centroids: np.ndarray  # (C, D) float32 unit norm
@@ -6668,6 +6708,22 @@ class Gallery:
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
     val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
+    fusion: Fusion = NO_FUSION
+
+    @property
+    def feature_mean(self) -> np.ndarray:
+        """What is taken off the backbone's features, float32 (F,)."""
+        return self.fusion.mean.numpy()
+
+    @property
+    def feature_projection(self) -> np.ndarray:
+        """What they are then multiplied by, float32 (F, K); K = 0 where the vectors are the embedding alone."""
+        return self.fusion.projection.numpy()
+
+    @property
+    def feature_weight(self) -> np.float32:
+        """Their weight in a cosine."""
+        return np.float32(self.fusion.weight)
 
     @functools.cached_property
     def module(self) -> Matcher:
@@ -6781,6 +6837,81 @@ def cluster(embeddings: np.ndarray, count: int, starts: int) -> Any:
         return KMeans(count, n_init=starts, random_state=0).fit(embeddings)
 
 
+def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean (F,) and projection (F, K) of features that bring their within-class covariance half way to the identity.
+
+    That is the inverse fourth root of the covariance, shrunk as Ledoit and Wolf do (2004): directions in which pictures of a class
+    differ count less. By the inverse square root they hardly count, and new classes are found less often. The K axes of largest
+    variance are kept. No axis (K = 0) where no class has two references.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    chosen = np.linspace(0, len(features.labels) - 1, min(len(features.labels), FEATURE_REFERENCES)).astype(int)
+    features = features.take(chosen)
+    _, numbers = np.unique(features.labels, return_inverse=True)
+    values = features.values.astype(np.float64)
+    mean = values.mean(axis=0)
+    means = np.zeros((numbers.max() + 1, values.shape[1]))
+    np.add.at(means, numbers, values)
+    means /= np.bincount(numbers)[:, None]
+    scatter, axes = np.linalg.eigh(ledoit_wolf(values - means[numbers], assume_centered=True)[0])
+    if scatter[-1] <= 0:
+        return mean.astype(np.float32), np.zeros((len(mean), 0), np.float32)
+    whitening = axes / np.maximum(scatter, 1e-6 * scatter[-1]) ** 0.25 @ axes.T
+    centred = (values - mean) @ whitening
+    variance, principal = np.linalg.eigh(centred.T @ centred)
+    principal = principal[:, variance > 1e-6 * variance[-1]][:, -FEATURE_DIM:]
+    # An axis has two directions: the one whose largest number is positive, whatever the last bits of features.
+    principal *= np.sign(principal[np.abs(principal).argmax(axis=0), np.arange(principal.shape[1])])
+    return mean.astype(np.float32), (whitening @ principal).astype(np.float32)
+
+
+def choose_fusion(
+    features: dict[str, Embedded],
+    embedded: dict[str, Embedded],
+    num_classes: int,
+    unknown: tuple[Embedded, Embedded] | None = None,
+) -> Fusion:
+    """Return the fusion of most weight whose nearest centroids are right on val as often as those of the embeddings alone.
+
+    With features and embeddings `unknown` of objects of no class: right, and surer than of them. Fitted on train.
+    """
+    mean, projection = project_features(features["train"])
+    candidates = [NO_FUSION]
+    if projection.shape[1]:
+        candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
+
+    def quality(fusion: Fusion) -> float:
+        train, val = (fusion.fuse(features[split], embedded[split]) for split in ("train", "val"))
+        centroids = class_centroids(train.values, train.labels, num_classes)
+
+        def answer(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return reduce_scores(
+                lambda block: block @ centroids.T,
+                queries,
+                lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)),
+            )
+
+        answers, best = answer(val.values)
+        is_right = answers == val.labels
+        if unknown is None:
+            return float(is_right.mean())
+        return open_set_rate(best, is_right, answer(fusion.fuse(*unknown).values)[1])
+
+    qualities = [quality(candidate) for candidate in candidates]
+    return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0])]
+
+
+def embed(model: Recognizer, features: Embedded) -> Embedded:
+    """Return the embeddings of features, by the head in eval mode."""
+    model.eval()
+    device = next(model.head.parameters()).device
+    with torch.inference_mode():
+        chunks = torch.from_numpy(features.values).split(4096)
+        values = torch.cat([model.embed(chunk.to(device)).cpu() for chunk in chunks])
+    return features._replace(values=values.numpy())
+
+
 def build_gallery(
     records: Records,
     references: Embedded,
@@ -6839,6 +6970,24 @@ def build_gallery(
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
     return calibrate(gallery, val, config.target_precision, unknown, dtype)
+
+
+def export_gallery(
+    model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unknown: Embedded | None
+) -> tuple[Gallery, dict[str, Embedded]]:
+    """Return the gallery that features of train and val make, and of each split that is given the vectors that it matches.
+
+    `unknown` are features of objects of no class.
+    """
+    embedded = {split: embed(model, of_split) for split, of_split in features.items()}
+    strangers = (unknown, embed(model, unknown)) if unknown is not None else None
+    fusion = NO_FUSION
+    if config.match_features:
+        fusion = choose_fusion(features, embedded, len(records.class_names), strangers)
+    vectors = {split: fusion.fuse(features[split], embedded[split]) for split in features}
+    of_unknown = fusion.fuse(*strangers).values if strangers else None
+    gallery = build_gallery(records, vectors["train"], vectors["val"], config, of_unknown, model.backbone.dtype)
+    return dataclasses.replace(gallery, fusion=fusion), vectors
 
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
@@ -7137,11 +7286,14 @@ GALLERY_ARRAYS = {
     "stack_paths": ("stack_paths", "U0", "N"),
     "stack_views": ("stack_views", "u1", "N"),
     "matcher": ("matcher", "U0", ""),
+    "feature_mean": ("feature_mean", "f4", "F"),
+    "feature_projection": ("feature_projection", "f4", "FK"),
+    "feature_weight": ("feature_weight", "f4", ""),
 }
 
 
 def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
-    """Write prototypes.npz, format 2: plain arrays and JSON, readable with `allow_pickle=False`."""
+    """Write prototypes.npz, format 3: plain arrays and JSON, readable with `allow_pickle=False`."""
     meta = {
         "format": PROTOTYPES_FORMAT,
         **meta,
@@ -7207,6 +7359,11 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
             raise ValueError(f"its {name} are not numbers of its {lengths['C']} classes in ascending order")
     if fields["matcher"] not in MATCHER_NAMES:
         raise ValueError(f"its matcher is {fields['matcher']}, none of {', '.join(MATCHER_NAMES)}")
+    fields["fusion"] = Fusion(
+        fields.pop("feature_mean"), fields.pop("feature_projection"), float(fields.pop("feature_weight"))
+    )
+    if not 0 <= fields["fusion"].weight < 1 or lengths["K"] > lengths["D"]:
+        raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
     fields["temperature"] = float(meta["temperature"])
     fields["is_pooled"] = np.isin(arrays["id2cls"], meta["pooled_thresholds"])
     fields["val_thresholds"] = tuple(map(float, meta["val_thresholds"]))
@@ -7264,17 +7421,23 @@ class TrainedRun:
         """The backbone as it is to be called."""
         return self.runtime.wrap(self.model.backbone)
 
-    def embed(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
-        """Return unit embeddings float32 (N, D) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
+    def extract(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
+        """Return features float32 (N, F) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
 
         Raises:
             Diverged: the features of one are not finite.
         """
         with torch.inference_mode():
-            blocks = [send(block, self.runtime.device) for block in images.split(batch)]
-            features = torch.cat([self.network(block) for block in blocks])
-            check_features(features, name_of, self.model.backbone, self.info)
-            return torch.cat([self.model.embed(block).cpu() for block in features.split(batch)]).numpy()
+            features = torch.cat([self.network(send(block, self.runtime.device)) for block in images.split(batch)])
+        check_features(features, name_of, self.model.backbone, self.info)
+        return features.cpu().numpy()
+
+    def embed(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
+        """Return the unit vectors float32 (N, D) that the gallery matches, of images as `extract` takes them; raises as it does."""
+        features = torch.from_numpy(self.extract(images, batch, name_of))
+        with torch.inference_mode():
+            blocks = [self.model.embed(send(block, self.runtime.device)).cpu() for block in features.split(batch)]
+            return self.gallery.fusion(features, torch.cat(blocks)).numpy()
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
@@ -7441,8 +7604,16 @@ def collect_embedded(
     return concatenate_embedded(embedded)
 
 
-def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions) -> Embedded | None:
-    """Return embeddings of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
+def embed_records(
+    run: TrainedRun,
+    records: Records,
+    rows: np.ndarray,
+    config: RunOptions,
+    make_values: Callable[..., np.ndarray] | None = None,
+) -> Embedded | None:
+    """Return vectors of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
+
+    `make_values` is run.extract for features instead.
 
     They are for the first process: the others, which have embedded a part of them, get None.
 
@@ -7452,10 +7623,10 @@ def embed_records(run: TrainedRun, records: Records, rows: np.ndarray, config: R
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
 
-    def make_values(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
-        return run.embed(images, config.batch, name_of)
+    def make(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
+        return (make_values or run.embed)(images, config.batch, name_of)
 
-    answers = embed_batches(make_values, dataset, batches, config, run.runtime)
+    answers = embed_batches(make, dataset, batches, config, run.runtime)
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
@@ -7632,7 +7803,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     }
     fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[others["C"]]}
     for field, kind, axes in GALLERY_ARRAYS.values():
-        if axes:
+        if axes[:1] in others:
             values = np.array(getattr(gallery, field))[others[axes[0]]]
             fields[field] = tuple(values.tolist()) if kind == "U0" else values
     for field in ("prototype_labels", "stack_labels"):
@@ -8035,15 +8206,6 @@ def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | N
     return rows[np.sort(order[rank < per_class])]
 
 
-def embed(job: Job, model: Recognizer, features: Embedded) -> Embedded:
-    """Return the embeddings of features, by the head in eval mode."""
-    model.eval()
-    with torch.inference_mode():
-        chunks = torch.from_numpy(features.values).split(4096)
-        values = torch.cat([model.embed(chunk.to(job.runtime.device)).cpu() for chunk in chunks])
-    return features._replace(values=values.numpy())
-
-
 class TrainFeed:
     """The training images in their order, from any batch of any epoch on; each process has a part of each batch."""
 
@@ -8331,8 +8493,8 @@ def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tup
     Returns:
         Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
     """
-    val = embed(job, model, features["val"])
-    references = embed(job, model, features["train"])
+    val = embed(model, features["val"])
+    references = embed(model, features["train"])
     numbers = np.arange(len(job.records.class_names))
     centroids = class_centroids(references.values, references.labels, len(numbers))
 
@@ -8553,18 +8715,19 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> dict[str, Any] | 
     for fold in range(num_folds):
         seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         model = train_without(job, train, seen)
-        references, answered = embed(job, model, train), embed(job, model, queries)
         is_unseen = np.isin(queries.labels, unseen)
         number = np.searchsorted(seen, np.arange(len(names)))  # of a class among those seen
         chosen = first_of_each_class(np.flatnonzero(np.isin(train.labels, seen)), train.labels, UNSEEN_REFS_PER_CLASS)
-        known = references.take(chosen)
-        val, test = answered.take(~is_unseen & ~is_test), answered.take(~is_unseen & is_test)
-        gallery = build_gallery(
+        known = {"train": train.take(chosen), "val": queries.take(~is_unseen & ~is_test)}
+        gallery, _ = export_gallery(
+            model,
             dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
-            known._replace(labels=number[known.labels]),
-            val._replace(labels=number[val.labels]),
+            {split: of_split._replace(labels=number[of_split.labels]) for split, of_split in known.items()},
             dataclasses.replace(job.config, prototypes_per_class="1"),
+            None,
         )
+        references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
+        test = answered.take(~is_unseen & is_test)
         which = (~is_unseen & is_test, is_unseen)
         by_prototypes.append((gallery.answer(answered.values)[1], *which))
         regression = fit_logistic_regression(job, train.take(~np.isin(train.labels, unseen)))[0]
@@ -8836,16 +8999,17 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     run = load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
     options = choose_options(run.config, config)
     records = from_first(scan_own_data, run, options)
-    embedded = {split: embed_records(run, records, records.rows(split), config) for split in ("train", "val")}
+    features = {
+        split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
+    }
     unknown = None
     if options.unknown_dir is not None:
         strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
-        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config)
+        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
         return None, meta
-    dtype = run.model.backbone.dtype
-    gallery = build_gallery(records, embedded["train"], embedded["val"], options, unknown and unknown.values, dtype)
+    gallery, _ = export_gallery(run.model, records, features, options, unknown)
     path = config.run / "prototypes.npz"
     if path.is_file():
         with contextlib.suppress(UserError):  # damaged: the very reason to make it anew
@@ -8857,7 +9021,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
 def choose_options(trained: Config, typed: RunOptions) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
-    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher"}
+    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
     return dataclasses.replace(trained, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
 
 
@@ -9146,25 +9310,24 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     other_views = embed_other_views(job, bank)
     if get_rank():
         return
-    embedded = {split: embed(job, model, features[split]) for split in features}
-    strangers = embed(job, model, unknown["fit"]).values if unknown else None
-    dtype = model.backbone.dtype
-    gallery = build_gallery(records, embedded["train"], embedded["val"], job.config, strangers, dtype)
+    gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"))
     meta = describe_gallery(job.config, job.info, records.class_names, model)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
-    run.event("proto_end", **sizes, **matched)
+    run.event("proto_end", **sizes, **matched, feature_weight=gallery.fusion.weight)
     matcher = MATCHER_NAMES[gallery.matcher] + (f", k = {gallery.knn_k}" if gallery.matcher == "knn" else "")
     num_classes, source = len(records.class_names), f"from {len(gallery.stack_labels):,} references"
     run.log(f"prototypes: {len(gallery.prototypes):,} of {num_classes:,} classes, {source}; matched by the {matcher}")
+    if gallery.fusion.weight:
+        run.log(f"features of the backbone, beside the embedding, make {gallery.fusion.weight:.0%} of a similarity")
     if num_pooled := int(gallery.is_pooled.sum()):
         few = f"{num_pooled} of {num_classes} classes have fewer than {MIN_CALIBRATION_SAMPLES} val answers"
         run.log(f"{few}: their threshold is that of all classes together")
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     if "test" in embedded:
         write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
-        test_run(job, state, gallery, embedded["test"])
+        test_run(job, state, gallery, features["test"], embedded["test"])
         measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, embedded["test"], other_views)
     if job.config.unknown_dir is None and "test" in embedded:
@@ -9192,10 +9355,10 @@ def start_report(run: RunDirectory) -> bool:
     return done.returncode == 0
 
 
-def test_run(job: Job, state: TrainState, gallery: Gallery, test: Embedded) -> None:
+def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, test: Embedded) -> None:
     """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
     figures, per_class = score_gallery(gallery, test)
-    classifier = score_classifier(job, state.model, test)[0]
+    classifier = score_classifier(job, state.model, embed(state.model, features))[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
     trained_right = share_right(job.records, test.rows, gallery.answer(test.values)[0] == test.labels)
     judgement = judge_training(state.baseline, state.frozen_right, trained_right)
@@ -9221,20 +9384,27 @@ def measure_run(
     num_classes = len(job.records.class_names)
     train = unit_features(features["train"])
     centroids = class_centroids(train.values, train.labels, num_classes)
-    nearest_reference = match_nearest(embed(job, model, features["train"]), num_classes)
+    nearest_reference = match_nearest(embed(model, features["train"]), num_classes)
     logits = functools.partial(classifier_logits, job, model)
-    known = {"features": unit_features(features["test"]), "embeddings": embed(job, model, features["test"])}
-    strangers = {}
-    if unknown is not None:
-        strangers = {"features": unit_features(unknown).values, "embeddings": embed(job, model, unknown).values}
+
+    def represent(features: Embedded) -> dict[str, Embedded]:
+        embedded = embed(model, features)
+        return {
+            "features": unit_features(features),
+            "embeddings": embedded,
+            "vectors": gallery.fusion.fuse(features, embedded),
+        }
+
+    known = represent(features["test"])
+    strangers = {kind: of_kind.values for kind, of_kind in represent(unknown).items()} if unknown is not None else {}
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
     ways: dict[str, tuple[str, Callable, Callable]] = {
         f"{backbone} backbone, nearest centroid": ("features", lambda queries: queries @ centroids.T, best_score),
         "classifier, highest softmax": ("embeddings", logits, highest_softmax),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
-        "prototypes, calibrated probability": ("embeddings", gallery.logits, highest_softmax),
+        "prototypes, calibrated probability": ("vectors", gallery.logits, highest_softmax),
     }
-    figures = measure_gallery(gallery, known["embeddings"], strangers.get("embeddings"))
+    figures = measure_gallery(gallery, known["vectors"], strangers.get("vectors"))
     figures["open_set"]["others"] = {
         name: open_set_figures(score, known[kind], strangers.get(kind), confide)
         for name, (kind, score, confide) in ways.items()
@@ -9288,7 +9458,7 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded,
     run = job.run
     test = test.take(job.records.has_mask[test.rows])
     if others is not None:
-        test = concatenate_embedded([test, embed(job, model, others)])
+        test = concatenate_embedded([test, gallery.fusion.fuse(others, embed(model, others))])
     pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
     if not len(common):

@@ -189,6 +189,16 @@ class Run:
     def embed(self, checkpoint: str, split: str, is_judged: bool = True) -> np.ndarray:
         return self.model(checkpoint, is_judged).embed(self.features(checkpoint, split, is_judged))
 
+    def fuse(self, features: torch.Tensor, embeddings: np.ndarray, weight: float | None = None) -> np.ndarray:
+        """Return what the gallery's vectors are made of: embeddings (N, D), and beside them features (N, F) as the file says."""
+        weight = float(self.gallery["feature_weight"]) if weight is None else weight
+        projected = (features.numpy() - self.gallery["feature_mean"]) @ self.gallery["feature_projection"]
+        projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+        return np.hstack([math.sqrt(1 - weight) * embeddings, math.sqrt(weight) * projected]) if weight else embeddings
+
+    def vectors(self, checkpoint: str, split: str, weight: float | None = None) -> np.ndarray:
+        return self.fuse(self.features(checkpoint, split), self.embed(checkpoint, split), weight)
+
     @property
     def best(self) -> str:
         """The name of the best epoch's checkpoint, by the figures in metrics.jsonl."""
@@ -270,7 +280,7 @@ def test_the_runs_can_tell_a_wrong_figure_from_a_right_one(run: Run) -> None:
     assert 0.5 < max(accuracies) < 0.9 and len(set(accuracies)) > 3
     assert run.best not in ("ep001", f"ep{len(run.val):03d}")
     test = run.event("test_end")
-    assert test["classifier"]["acc"] != test["prototypes"]["acc"]
+    assert test["classifier"]["f1_macro"] != test["prototypes"]["f1_macro"]
     assert all(0.3 < val["recall_at_1"] < 0.9 for val in run.val)
 
 
@@ -350,7 +360,7 @@ def test_references_are_the_training_images_as_the_best_epoch_sees_them(run: Run
     assert sorted(stacks) == sorted(keys)
     order = [keys.index(key) for key in stacks]
     assert run.gallery["stack_labels"].tolist() == train.labels[order].tolist()
-    best, last = run.embed(run.best, "train")[order], run.embed("last", "train")[order]
+    best, last = run.vectors(run.best, "train")[order], run.vectors("last", "train")[order]
     np.testing.assert_allclose(run.gallery["stacks"], best, atol=1e-5)
     assert np.abs(run.gallery["stacks"] - last).max() > 0.01, "the last epoch is another"
     np.testing.assert_allclose(run.gallery["centroids"], unit_means(best, train.labels[order]), atol=1e-5)
@@ -367,12 +377,31 @@ def test_a_consumer_who_follows_meta_gets_our_embeddings(run: Run) -> None:
         resize = functools.partial(resize_by_pillow, resampling=resampling)
         paths = run.gallery["stack_paths"][chosen]
         squares = np.stack([read_square(root / path, None, meta["img_size"], resize) for path in paths])
-        embeddings = model.embed(model.features(squares, meta["mean"], meta["std"]))
-        return float((embeddings * run.gallery["stacks"][chosen]).sum(axis=1).min())
+        features = model.features(squares, meta["mean"], meta["std"])
+        return float((run.fuse(features, model.embed(features)) * run.gallery["stacks"][chosen]).sum(axis=1).min())
 
     assert len(train.paths) >= len(chosen) > 100
     assert least_cosine(RESAMPLING[meta["interpolation"]]) > 1 - 1e-3
     assert least_cosine(Image.Resampling.BOX) < 1 - 1e-2, "what other words stand for is noticed"
+
+
+def test_features_weigh_as_much_as_val_allows(run: Run) -> None:
+    """The largest weight with which the nearest centroids are right as often as without; strangers of the fit half count."""
+    labels = {split: run.crops(split).labels for split in ("train", "val")}
+
+    def quality(weight: float) -> float:
+        centroids = unit_means(run.vectors(run.best, "train", weight), labels["train"])
+        scores = run.vectors(run.best, "val", weight) @ centroids.T
+        is_right = scores.argmax(axis=1) == labels["val"]
+        if not run.options["unknown_dir"]:
+            return is_right.mean()
+        strange = (run.vectors(run.best, "fit", weight) @ centroids.T).max(axis=1)
+        return (is_right[:, None] * (scores.max(axis=1)[:, None] > strange)).mean()
+
+    assert run.gallery["feature_projection"].shape[1]
+    allowed = [weight for weight in (0.3, 0.5, 0.7) if quality(weight) >= quality(0)]
+    assert run.gallery["feature_weight"] == pytest.approx(max(allowed, default=0))
+    assert run.event("proto_end")["feature_weight"] == pytest.approx(max(allowed, default=0))
 
 
 # --- the final test
@@ -380,9 +409,10 @@ def test_a_consumer_who_follows_meta_gets_our_embeddings(run: Run) -> None:
 
 def test_the_final_test_is_that_of_the_best_epoch(run: Run) -> None:
     test, recorded = run.crops("test"), run.event("test_end")
-    queries = run.embed(run.best, "test")
+    queries = run.vectors(run.best, "test")
     assert recorded["images"] == len(np.unique(test.rows)) == 75
-    assert recorded["classifier"] == approx(judge(run.model(run.best).logits(queries), test.labels))
+    by_classifier = run.model(run.best).logits(run.embed(run.best, "test"))
+    assert recorded["classifier"] == approx(judge(by_classifier, test.labels))
     figures = judge(run.scores(queries) / run.meta["temperature"], test.labels)
     nearest = run.gallery["stack_labels"][(queries @ run.gallery["stacks"].T).argmax(axis=1)]
     figures["recall_at_1"] = accuracy_score(test.labels, nearest)
@@ -422,7 +452,7 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
     frozen = expected["test"]["by_image" if name == "logreg" else f"{name}_acc"]
     assert name == "logreg" or len(set(run.crops("test").rows.tolist())) == len(run.crops("test").rows)
     test = run.crops("test")
-    trained = mean_by_image(test.rows, run.scores(run.embed(run.best, "test")).argmax(axis=1) == test.labels)
+    trained = mean_by_image(test.rows, run.scores(run.vectors(run.best, "test")).argmax(axis=1) == test.labels)
     gain = trained - frozen
     assert recorded["baseline"] == {"name": name, "acc": pytest.approx(frozen)}
     assert recorded["gain"]["value"] == pytest.approx(gain)
@@ -435,7 +465,7 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
 def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[str], Run]) -> None:
     run = runs("mix")
     test, recorded = run.crops("test"), run.event("test_views")
-    queries, answers = run.embed(run.best, "test"), {}
+    queries, answers = run.vectors(run.best, "test"), {}
     for view, name in enumerate(("bbox", "mask")):
         chosen = test.has_mask & (test.views == view)
         scores = run.scores(queries[chosen])
@@ -479,13 +509,13 @@ def assert_threshold(threshold: float, scores: np.ndarray, expected: float) -> N
 def calibration_answers(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return class, score and rightness of the answers that thresholds are fitted on: val, and one half of the strangers."""
     splits = ("val", "fit") if run.options["unknown_dir"] else ("val",)
-    scores = np.concatenate([run.scores(run.embed(run.best, split)) for split in splits])
+    scores = np.concatenate([run.scores(run.vectors(run.best, split)) for split in splits])
     labels = np.concatenate([run.crops(split).labels for split in splits])
     return scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == labels
 
 
 def test_temperature_is_fitted_on_val_alone(run: Run) -> None:
-    scores, labels = run.scores(run.embed(run.best, "val")), run.crops("val").labels
+    scores, labels = run.scores(run.vectors(run.best, "val")), run.crops("val").labels
     found = minimize_scalar(
         lambda log_t: judge(scores / math.exp(log_t), labels)["loss"],
         bounds=(math.log(0.005), math.log(2)),
@@ -520,7 +550,7 @@ def share_that_passes(passed: np.ndarray, is_right: np.ndarray) -> dict[str, flo
 
 def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]:
     """Return what is measured of a gallery: on a split, and on the half of the strangers that set no threshold."""
-    crops, queries = run.crops(split), run.embed(run.best, split)
+    crops, queries = run.crops(split), run.vectors(run.best, split)
     gallery, labels, scores = run.gallery, crops.labels, run.scores(queries)
     answers, best = scores.argmax(axis=1), scores.max(axis=1)
     is_right = answers == labels
@@ -555,7 +585,7 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
         },
     }  # fmt: skip
     if run.options["unknown_dir"]:
-        strange = run.scores(run.embed(run.best, "measure"))
+        strange = run.scores(run.vectors(run.best, "measure"))
         passed = strange.max(axis=1) >= gallery["thresholds"][strange.argmax(axis=1)]
         figures["unknown_passed"] = {"unknown_passed": passed.mean()}
         figures["open_set"] = separate(best, strange.max(axis=1))
@@ -612,7 +642,8 @@ def test_other_ways_to_tell_strangers_are_those_of_the_same_images(runs: Callabl
             split: (own @ run.embed(best, "train").T).max(axis=1) for split, own in pairs.items()
         },
         "prototypes, calibrated probability": {
-            split: softmax(run.scores(own) / run.meta["temperature"]).max(axis=1) for split, own in pairs.items()
+            split: softmax(run.scores(run.vectors(best, split)) / run.meta["temperature"]).max(axis=1)
+            for split in pairs
         },
     }
     assert others == {name: approx(separate(own["test"], own["measure"])) for name, own in ways.items()}
@@ -649,7 +680,7 @@ def test_intervals_hold_95_percent_of_draws_of_images(runs: Callable[[str], Run]
     widths: dict[str, list[float]] = {}
     for name in HARD_RUNS:
         run = runs(name)
-        queries, labels, gallery = run.embed(run.best, "test"), run.crops("test").labels, run.gallery
+        queries, labels, gallery = run.vectors(run.best, "test"), run.crops("test").labels, run.gallery
         recorded = run.event("measured")
         references, of_reference = gallery["stacks"], gallery["stack_labels"]
         knn = mean_of_nearest(queries, references, of_reference, gallery["knn_counts"]).argmax(axis=1)
@@ -727,8 +758,10 @@ def test_masks_stay_with_their_crops_when_images_have_gone(
         for own in (run.gallery, new)
     )
     assert after.keys() == {key for key in before if key[0] not in lost}
-    for key, embedding in after.items():
-        np.testing.assert_allclose(embedding, before[key], atol=1e-5, err_msg=str(key))
+    of_head = slice(run.options["emb_dim"])  # features are projected as those images ask for that are left
+    for key, vector in after.items():
+        own, other = (values[of_head] / np.linalg.norm(values[of_head]) for values in (vector, before[key]))
+        np.testing.assert_allclose(own, other, atol=1e-5, err_msg=str(key))
 
 
 def test_a_class_of_one_crop_has_the_threshold_of_the_others(
@@ -796,7 +829,7 @@ def read_predictions(run: Run, name: str = "predictions.csv") -> list[dict[str, 
 
 def check_predictions(run: Run, rows: list[dict[str, str]], crops: Crops, chosen: np.ndarray) -> None:
     """Compare answers with those that the gallery gives to the chosen test crops."""
-    queries, gallery, names = run.embed(run.best, "test"), run.gallery, run.class_names
+    queries, gallery, names = run.vectors(run.best, "test"), run.gallery, run.class_names
     scores, similarity = run.scores(queries), queries @ gallery["stacks"].T
     probabilities = softmax(scores / run.meta["temperature"])
     found = {(row["path"], row["view"]): row for row in rows}
@@ -849,4 +882,4 @@ def test_the_embeddings_are_those_of_the_best_epoch(run: Run) -> None:
         order = [keys.index(key) for key in zip(saved["paths"][chosen], saved["views"][chosen].tolist(), strict=True)]
         assert sorted(order) == list(range(len(keys)))
         assert saved["labels"][chosen].tolist() == crops.labels[order].tolist()
-        np.testing.assert_allclose(saved["embeddings"][chosen], run.embed(run.best, split)[order], atol=1e-5)
+        np.testing.assert_allclose(saved["embeddings"][chosen], run.vectors(run.best, split)[order], atol=1e-5)

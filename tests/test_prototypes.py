@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import beta
 
 import lct_dino3 as lct
@@ -253,7 +254,7 @@ def test_temperature_makes_the_probabilities_honest() -> None:
     assert lct.fit_temperature(0.1 * logits, labels) == pytest.approx(0.1, rel=0.1)
 
 
-def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
+def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
     gallery = lct.build_gallery(
         make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config(max_refs_per_class=7)
     )
@@ -261,6 +262,9 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
     with np.load(tmp_path / "prototypes.npz", allow_pickle=False) as file:
         content = {name: file[name] for name in file.files}
     assert set(content) == {
+        "feature_mean",
+        "feature_projection",
+        "feature_weight",
         "centroids",
         "prototypes",
         "prototype_labels",
@@ -281,7 +285,7 @@ def test_file_has_format_2_and_needs_no_pickle(tmp_path: Path) -> None:
     assert json.loads(str(content["cls2id"])) == {name: i for i, name in enumerate(content["id2cls"].tolist())}
     assert content["thresholds"].shape == (4,) and str(content["matcher"]) in ("centroid", "knn")
     meta = json.loads(str(content["meta"]))
-    assert meta["format"] == 2 and meta["mean"] == [0.5, 0.5, 0.5] and meta["temperature"] > 0
+    assert meta["format"] == 3 and meta["mean"] == [0.5, 0.5, 0.5] and meta["temperature"] > 0
 
 
 def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
@@ -355,8 +359,9 @@ def test_every_flipped_bit_of_the_file_is_refused_or_changes_nothing(tmp_path: P
         except lct.UserError:
             num_refused += 1
             continue
-        for field in dataclasses.fields(gallery):
-            assert np.array_equal(getattr(again, field.name), getattr(gallery, field.name)), (position, field.name)
+        names = {field.name for field in dataclasses.fields(gallery)} - {"fusion"}
+        for name in names | {"feature_mean", "feature_projection", "feature_weight"}:
+            assert np.array_equal(getattr(again, name), getattr(gallery, name)), (position, name)
     assert num_refused > 100
 
 
@@ -393,3 +398,36 @@ def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.Mon
     accuracy = float((judged.labels[:, 0] == val.labels).mean())
     assert figures["closed"][gallery.matcher]["acc"]["value"] == pytest.approx(accuracy)
     assert macro["auc_macro"] is None and loss > 0 and matched >= accuracy > 0.3
+
+
+def test_features_are_projected_half_way_to_equal_spread_within_classes() -> None:
+    """Where all axes are kept, the projection times itself is the inverse root of the covariance within classes."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), 300)
+    spread = np.diag([0.5, 0.7, 1, 1.5, 3, 1, 1, 1]) + 0.2
+    values = (rng.normal(size=(20, 8)) * 4)[labels] + rng.normal(size=(6000, 8)) @ spread
+    features = lct.Embedded(np.arange(6000), np.zeros(6000, np.uint8), labels, values.astype(np.float32))
+    mean, projection = lct.project_features(features)
+    np.testing.assert_allclose(mean, values.mean(axis=0), atol=1e-5)
+    inside = values - np.stack([values[labels == label].mean(axis=0) for label in labels])
+    covariance = inside.T @ inside / len(inside)  # hardly shrunk: 6,000 crops
+    inverse_root = projection.astype(float) @ projection.T
+    np.testing.assert_allclose(inverse_root @ covariance @ inverse_root, np.eye(8), atol=0.05)
+
+
+def test_cosines_of_fused_vectors_are_weighted_means() -> None:
+    rng = np.random.default_rng(0)
+    features, embeddings = (rng.normal(size=(6, width)).astype(np.float32) for width in (5, 3))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    mean, projection = (rng.normal(size=shape).astype(np.float32) for shape in ((5,), (5, 4)))
+    fused = lct.Fusion(mean, projection, 0.3)(torch.from_numpy(features), torch.from_numpy(embeddings)).numpy()
+    projected = (features - mean) @ projection
+    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+    expected = 0.7 * embeddings @ embeddings.T + 0.3 * projected @ projected.T
+    np.testing.assert_allclose(fused @ fused.T, expected, atol=1e-6)
+
+
+def test_single_references_leave_the_embedding_alone() -> None:
+    """One crop a class shows nothing of the spread within classes."""
+    one = lct.Embedded(np.arange(4), np.zeros(4, np.uint8), np.arange(4), np.eye(4, dtype=np.float32))
+    assert lct.choose_fusion({"train": one, "val": one}, {"train": one, "val": one}, 4).weight == 0

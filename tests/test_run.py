@@ -193,7 +193,13 @@ def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
     fit_square = lct.build_transform(32, augment=False)
     images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path in paths])
     with torch.no_grad():
-        return model.eval().embed(model.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))).numpy()
+        features = model.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))
+        embeddings = model.eval().embed(features).numpy()
+    with np.load(run / "prototypes.npz", allow_pickle=False) as file:
+        weight = float(file["feature_weight"])
+        projected = (features.numpy() - file["feature_mean"]) @ file["feature_projection"]
+    projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
+    return np.hstack([np.sqrt(1 - weight) * embeddings, np.sqrt(weight) * projected]) if weight else embeddings
 
 
 def test_prototypes_are_the_training_images_seen_by_the_best_checkpoint(run: Path, data: Path) -> None:

@@ -64,7 +64,7 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) 
     assert [at["crops"] for at in figures["enrolment"]] == [1, 5, 20]
     if least:
         assert figures["known_acc"] > least and min(aurocs) > 0.8
-        assert figures["enrolment"][1]["new"] > figures["enrolment"][0]["new"] > 0.5
+        assert figures["enrolment"][1]["new"] >= figures["enrolment"][0]["new"] > 0.5
     else:  # nothing to be told: what is near chance must not look like more
         assert abs(np.mean(aurocs) - 0.5) < 0.15 and figures["enrolment"][2]["new"] < 0.5
     text = lct.format_unseen(figures)

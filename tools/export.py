@@ -51,6 +51,7 @@ class ExportedModel(nn.Module):
     def __init__(self, run: lct.TrainedRun) -> None:
         super().__init__()
         self.recognizer = run.model
+        self.fusion = run.gallery.fusion
         self.matcher = run.gallery.module
         self.temperature = run.gallery.temperature
         self.register_buffer("thresholds", torch.from_numpy(run.gallery.thresholds))
@@ -59,9 +60,11 @@ class ExportedModel(nn.Module):
         """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
-            embeddings (N, D) unit norm; scores (N, C) similarity; probabilities (N, C); labels (N,), -1 for `unknown`.
+            embeddings (N, D) unit norm, with the gallery's share of features; scores (N, C) similarity; probabilities (N, C);
+            labels (N,), -1 for `unknown`.
         """
-        embeddings = self.recognizer.embed(self.recognizer.backbone(images.permute(0, 3, 1, 2)))
+        features = self.recognizer.backbone(images.permute(0, 3, 1, 2))
+        embeddings = self.fusion(features, self.recognizer.embed(features))
         scores = self.matcher(embeddings)
         best, labels = scores.max(dim=1)
         labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))

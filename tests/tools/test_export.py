@@ -104,7 +104,7 @@ def test_a_model_that_sees_the_mask_as_a_channel_goes_all_the_way(tmp_path: Path
     expected = run.embed(torch.from_numpy(images).permute(0, 3, 1, 2), 8)
     blind = run.embed(torch.from_numpy(images | np.uint8([0, 0, 0, 255])).permute(0, 3, 1, 2), 8)
     assert not np.allclose(expected, blind, atol=1e-3), "the mask counts"
-    two_views = run.gallery.stacks[np.argsort(run.gallery.stack_paths)].reshape(-1, 2, run.config.emb_dim)
+    two_views = run.gallery.stacks[np.argsort(run.gallery.stack_paths)].reshape(-1, 2, run.gallery.stacks.shape[1])
     assert not np.allclose(two_views[:, 0], two_views[:, 1], atol=1e-3), "mix shows a crop without and with its mask"
     assert run_main("export", "--run", run_dir) == 0
     found = onnxruntime.InferenceSession(run_dir / "model.onnx").run(["embeddings"], {"images": images})
