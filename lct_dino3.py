@@ -506,7 +506,7 @@ class Config(Options):
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
     match_features: bool = option(True,
-        "match by the backbone's features beside the embedding, where val loses nothing: enrolled classes are found more often",
+        "match by features of the backbone too, where val loses nothing: enrolled classes are found more often",
         "prototypes")
     prototypes_per_class: str = option("auto",
         "prototypes that a class may have; auto = several where val says so, else its centroid alone",
