@@ -6661,6 +6661,11 @@ class Judged(NamedTuple):
     probabilities: np.ndarray  # (Q, 3)
 
 
+def best_answers(score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class of the highest score of each of the queries (Q, D), and that score, (Q,) both."""
+    return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
+
+
 class Fusion(nn.Module):
     """Puts backbone features beside the trained embedding: what tells classes that the training has not seen is still in them."""
 
@@ -6745,7 +6750,7 @@ class Gallery:
 
     def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
-        return reduce_scores(self.scores, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
+        return best_answers(self.scores, queries)
 
     def judge(self, queries: np.ndarray, labels: np.ndarray) -> Judged:
         """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
@@ -6884,14 +6889,7 @@ def choose_fusion(
     def quality(fusion: Fusion) -> float:
         train, val = (fusion.fuse(features[split], embedded[split]) for split in ("train", "val"))
         centroids = class_centroids(train.values, train.labels, num_classes)
-
-        def answer(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return reduce_scores(
-                lambda block: block @ centroids.T,
-                queries,
-                lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)),
-            )
-
+        answer = functools.partial(best_answers, lambda queries: queries @ centroids.T)
         answers, best = answer(val.values)
         is_right = answers == val.labels
         if unknown is None:
