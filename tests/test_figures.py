@@ -386,7 +386,7 @@ def test_a_consumer_who_follows_meta_gets_our_embeddings(run: Run) -> None:
 
 
 def test_features_weigh_as_much_as_val_allows(run: Run) -> None:
-    """The largest weight with which the nearest centroids are right as often as without; strangers of the fit half count."""
+    """The largest weight by which the nearest centroids lose one point at most; strangers of the fit half count."""
     labels = {split: run.crops(split).labels for split in ("train", "val")}
 
     def quality(weight: float) -> float:
@@ -399,7 +399,7 @@ def test_features_weigh_as_much_as_val_allows(run: Run) -> None:
         return (is_right[:, None] * (scores.max(axis=1)[:, None] > strange)).mean()
 
     assert run.gallery["feature_projection"].shape[1]
-    allowed = [weight for weight in (0.3, 0.5, 0.7) if quality(weight) >= quality(0)]
+    allowed = [weight for weight in (0.3, 0.5, 0.7) if quality(weight) >= quality(0) - 0.01]
     assert run.gallery["feature_weight"] == pytest.approx(max(allowed, default=0))
     assert run.event("proto_end")["feature_weight"] == pytest.approx(max(allowed, default=0))
 
