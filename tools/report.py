@@ -445,10 +445,12 @@ def name_matcher(prototypes: dict[str, Any] | None) -> str:
     """Return in words how a query is matched, from the proto_end event."""
     if prototypes is None:
         return "–"
-    if prototypes["matcher"] != "knn":
-        return MATCHER_NAMES[prototypes["matcher"]]
-    k = prototypes["knn_k"]
-    return "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
+    words = MATCHER_NAMES[prototypes["matcher"]]
+    if prototypes["matcher"] == "knn":
+        k = prototypes["knn_k"]
+        words = "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
+    weight = prototypes.get("feature_weight")
+    return f"{words}; {weight:.0%} of a cosine from features of the backbone" if weight else words
 
 
 def make_colors(count: int) -> list[str]:

@@ -48,7 +48,7 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
         events.append({"event": "epoch_end", "time": 1.0, "epoch": epoch, "lr": 1e-3, "train": train, "val": val,
                        "train_per_class": per_class, "val_per_class": per_class, "seconds": 1.5})  # fmt: skip
     events.append({"event": "best_update", "time": 1.0, "epoch": num_epochs, "metric": "val_acc", "value": val["acc"]})
-    events.append({"event": "proto_end", "time": 1.0, "matcher": "knn", "knn_k": 5})
+    events.append({"event": "proto_end", "time": 1.0, "matcher": "knn", "knn_k": 5, "feature_weight": 0.5})
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
@@ -201,7 +201,7 @@ def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
                                 "Classifier accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
     assert '<h1 class="good">Training helped</h1>' in text and "0.544 (+16.8 points)" in text
     assert re.findall(r'class="right">(.*?)</span></div>', text) == ["0.712", "0.701", "0.544", "0.522", "0.511"]
-    assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references" in text
+    assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references of a class; 50% of a cosine" in text
 
 
 def test_it_runs_as_a_program_without_torch_or_anything_of_ours(tmp_path: Path) -> None:
