@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -34,20 +33,10 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 MAX_FILE_BYTES = 500_000_000
-YOLO_OTHER_FILES = (
-    "classes.txt",
-    "labels.txt",
-    "obj.names",
-    "train.txt",
-    "val.txt",
-    "test.txt",
-    "images.txt",
-    "README.dataset.txt",
-    "README.roboflow.txt",
-)
 MAX_NAMES_BYTES = 1_000_000  # of a file with class names
 MAX_MASK_PIXELS = 200_000_000  # of an image that a file claims for a mask
 YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
+YOLO_LIST_FILES = ("train.txt", "val.txt", "test.txt", "images.txt", "README.dataset.txt", "README.roboflow.txt")
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
 CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
@@ -130,11 +119,7 @@ def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
         LabelError: as `read_objects`, or its classes have no names.
     """
     found = read_objects(source, image_paths)
-    if found.class_names is None or not found.objects:
-        return found
-    if not found.class_names and source.is_dir():
-        found.class_names = read_yolo_names(source)
-    if not found.class_names:
+    if found.class_names == {} and found.objects:
         place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
         raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
     return found
@@ -142,20 +127,20 @@ def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
 
 def category_key(category: Any) -> str:
     """Return a category's id as text: 3, 3.0 and "3" are the same."""
-    is_whole = isinstance(category, float) and category.is_integer()
-    return str(int(category) if is_whole else category)
+    return str(_plain_id(category))
 
 
 def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
     """Return what an object's class is called.
 
     Raises:
-        BoxError: nothing.
+        BoxError: it has no class, or one without a name.
     """
+    if category in (None, ""):
+        raise BoxError("has no class")
     name = category if class_names is None else class_names.get(category_key(category))
     if not isinstance(name, str) or not name.strip():
-        kind = "" if category in (None, "") else f" {printable(str(category))[:40]}"
-        raise BoxError(f"has a class{kind} without a name" if kind else "has no class")
+        raise BoxError(f"has a class {printable(str(category))[:40]} without a name")
     return name
 
 
@@ -185,7 +170,6 @@ class _Annotation(NamedTuple):
 
     image_id: Any
     id: Any
-    category_id: Any
     text: str
 
 
@@ -203,7 +187,7 @@ def _make_annotation(item: dict[str, Any]) -> _Annotation:
     needed = {key: item[key] for key in keys if key in item}
     if "category_id" in needed:
         needed["category_id"] = _plain_id(needed["category_id"])
-    ids = [_plain_id(item.get(key)) for key in ("image_id", "id", "category_id")]
+    ids = [_plain_id(item.get(key)) for key in ("image_id", "id")]
     ids = [number if isinstance(number, (int, float, str)) else None for number in ids]
     return _Annotation(*ids, json.dumps(needed, separators=(",", ":")))
 
@@ -226,10 +210,10 @@ def _refuse(path: Path, error: Exception, kind: str) -> LabelError:
 
 
 def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a COCO file, or of the tasks of Label Studio.
+    """Return the objects of a file of COCO, Label Studio, LabelMe or VIA.
 
     Raises:
-        LabelError: not JSON, without the lists that make it COCO, or of other images.
+        LabelError: not JSON, of none of these, or of other images.
     """
     try:
         data = _read_file(path)
@@ -245,9 +229,8 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         return _read_labelme(path, [(path.name, content)], image_paths)
     if (photos := _list_via_photos(path, content)) is not None:
         return _read_via(path, photos, image_paths)
-    foreign = name_foreign_json(content)
-    if foreign:
-        raise LabelError(f"is {foreign[0]}", str(path), foreign[1])
+    if isinstance(content, list):
+        raise _refuse_list(path, content)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
@@ -258,20 +241,17 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     return found
 
 
-def name_foreign_json(content: Any) -> tuple[str, str] | None:
-    """Return what a JSON file is that is neither COCO nor tasks of Label Studio, and what to do about it; None = unknown."""
-    if isinstance(content, list):
-        first = content[0] if content else None
-        if not isinstance(first, dict) or "image_id" in first:
-            what = "a list of results, which does not say which images they are of"
-            return what, 'give a COCO file {"images": [...], "annotations": [...]}, whose annotations this list is'
-        regions = [
-            item for value in first.values() if isinstance(value, list) for item in value if isinstance(item, dict)
-        ]
-        if any("original_width" in region for region in regions):
-            return "of Label Studio's JSON-MIN", "export as JSON or COCO there"
-        return "a list, but none of tasks of Label Studio", READ_REMEDY
-    return None
+def _refuse_list(path: Path, content: list[Any]) -> LabelError:
+    """Return what to tell of a JSON list that is none of tasks of Label Studio."""
+    first = content[0] if content else None
+    if not isinstance(first, dict) or "image_id" in first:
+        reason = "is a list of results, which does not say which images they are of"
+        remedy = 'give a COCO file {"images": [...], "annotations": [...]}, whose annotations this list is'
+        return LabelError(reason, str(path), remedy)
+    lists = [value for value in first.values() if isinstance(value, list)]
+    if any("original_width" in item for items in lists for item in items if isinstance(item, dict)):
+        return LabelError("is of Label Studio's JSON-MIN", str(path), "export as JSON or COCO there")
+    return LabelError("is a list, but none of tasks of Label Studio", str(path), READ_REMEDY)
 
 
 class _Rows:
@@ -286,16 +266,16 @@ class _Rows:
         """Enter an image; the objects that follow are in it."""
         self.images.append({"id": len(self.images) + 1, "file_name": name, **size})
 
-    def add_object(self, detection_id: Any, class_name: str, read_shape: Callable[[], dict[str, Any]]) -> None:
-        """Enter an object, or why its shape is none."""
+    def add_object(self, detection_id: Any, class_name: str, read_shape: Callable[..., dict], *shape: Any) -> None:
+        """Enter an object, or why `read_shape` finds none in `shape`."""
         try:
-            detection = {"id": detection_id, "category_id": class_name, **read_shape()}
+            detection = {"id": detection_id, "category_id": class_name, **read_shape(*shape)}
         except (BoxError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = str(error) if isinstance(error, BoxError) else "has a shape that is not of numbers"
             self.problems.append(Problem(self.images[-1]["file_name"].lstrip("/"), detection_id, reason))
             return
         text = json.dumps(detection, separators=(",", ":"))
-        self.annotations.append(_Annotation(len(self.images), detection_id, class_name, text))
+        self.annotations.append(_Annotation(len(self.images), detection_id, text))
 
     def match(self, path: Path, image_paths: Sequence[str]) -> FoundObjects:
         """Return the objects of those images that are there."""
@@ -323,7 +303,7 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
             if isinstance(value, dict) and str(region.get("type", "")).endswith("labels"):
                 names = value.get(region["type"])
                 name = str(names[0]) if isinstance(names, list) and names else ""
-                rows.add_object(region.get("id"), name, functools.partial(_read_region, value))
+                rows.add_object(region.get("id"), name, _read_region, value)
     return rows.match(path, image_paths)
 
 
@@ -354,7 +334,7 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             rows.add_image(element.get("name"), **sides)
             for index, shape in enumerate(element, 1):
                 if shape.tag != "tag":  # of the image as a whole
-                    rows.add_object(index, shape.get("label", ""), functools.partial(_read_cvat_shape, shape, sides))
+                    rows.add_object(index, shape.get("label", ""), _read_cvat_shape, shape, sides)
             element.clear()
     except (OSError, ValueError, ElementTree.ParseError) as error:
         raise _refuse(path, error, "XML") from error
@@ -406,9 +386,12 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     for name, lines_of_image in images.items():
         rows.add_image(name)
         for number, line in lines_of_image:
-            box = functools.partial(lambda line: {"bbox": [float(line[key]) for key in CSV_COLUMNS[1:5]]}, line)
-            rows.add_object(f"line {number}", _unquote_formula(line["class"] or ""), box)
+            rows.add_object(f"line {number}", _unquote_formula(line["class"] or ""), _read_csv_box, line)
     return rows.match(path, image_paths)
+
+
+def _read_csv_box(line: dict[str, str]) -> dict[str, Any]:
+    return {"bbox": [float(line[key]) for key in CSV_COLUMNS[1:5]]}
 
 
 def _match_images(
@@ -510,6 +493,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     Files are read twice: what the numbers after a box or its corners are, no line tells, but all of them together.
     """
     found = _all_images(image_paths)
+    found.class_names = read_yolo_names(folder)
     without = 0
     image_of: dict[Path, str] = {}
     num_lines: Counter[tuple[Any, ...]] = Counter()  # by what they may be
@@ -544,7 +528,9 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     _settle_yolo(found, image_paths, num_lines)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
-        is_other = path.name in YOLO_OTHER_FILES or name.startswith("confidences/")  # of `write_yolo`
+        is_other = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES) or name.startswith(
+            "confidences/"
+        )  # of `write_yolo`
         if path not in image_of and not is_other:
             found.problems.append(Problem(name, None, "has no image of its name in --images"))
     if without:
@@ -722,17 +708,11 @@ def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     """Return the objects of a folder: of YOLO if it holds a .txt of an image's name, else of LabelMe if it holds any .json."""
     stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
     if any(path.stem in stems for path in folder.rglob("*.txt")):
-        return _read_yolo_folder(folder, image_paths)
+        return read_yolo(folder, image_paths)
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
     if len(paths) == 1:
         return read_json(paths[0], image_paths)
-    return _read_labelme_folder(folder, paths, image_paths) if paths else _read_yolo_folder(folder, image_paths)
-
-
-def _read_yolo_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
-    found = read_yolo(folder, image_paths)
-    found.class_names = {}  # `read_yolo_names` has them, where they are asked for
-    return found
+    return _read_labelme_folder(folder, paths, image_paths) if paths else read_yolo(folder, image_paths)
 
 
 def _read_labelme_folder(folder: Path, paths: Sequence[Path], image_paths: Sequence[str]) -> FoundObjects:
@@ -774,7 +754,7 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
         rows.add_image(photo, **{key: side for key, side in sides.items() if isinstance(side, int)})
         for index, shape in enumerate(content["shapes"], 1):
             shape = shape if isinstance(shape, dict) else {}
-            rows.add_object(index, str(shape.get("label") or ""), functools.partial(_read_labelme_shape, shape, sides))
+            rows.add_object(index, str(shape.get("label") or ""), _read_labelme_shape, shape, sides)
     if not rows.images:
         raise LabelError("holds no .txt of YOLO and no .json of LabelMe", str(path), READ_REMEDY)
     return rows.match(path, image_paths)
@@ -789,7 +769,8 @@ def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[st
         raise BoxError(f"is a {printable(str(kind))[:40]} of {len(points)} points, neither a box nor a polygon")
     (x0, y0), (x1, y1) = points
     if kind == "circle":  # its centre, and a point on it
-        return _circle_box(x0, y0, math.dist(points[0], points[1]))
+        radius = math.dist(points[0], points[1])
+        return _ellipse_box(x0, y0, radius, radius)
     left, top = min(x0, x1), min(y0, y1)
     if kind == "mask":
         return {"segmentation": _read_labelme_mask(shape["mask"], round(left), round(top), sides)}
@@ -811,8 +792,7 @@ def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) ->
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
-def _circle_box(x: float, y: float, radius_x: float, radius_y: float | None = None) -> dict[str, Any]:
-    radius_y = radius_x if radius_y is None else radius_y
+def _ellipse_box(x: float, y: float, radius_x: float, radius_y: float) -> dict[str, Any]:
     return {"bbox": [x - radius_x, y - radius_y, 2 * radius_x, 2 * radius_y]}
 
 
@@ -854,7 +834,7 @@ def _read_via(path: Path, photos: list[dict[str, Any]], image_paths: Sequence[st
             if isinstance(value, dict):  # of check boxes
                 ticked = [name for name, is_ticked in value.items() if is_ticked]
                 value = ticked[0] if len(ticked) == 1 else None
-            rows.add_object(index, str(value or ""), functools.partial(_read_via_shape, region.get("shape_attributes")))
+            rows.add_object(index, str(value or ""), _read_via_shape, region.get("shape_attributes"))
     return rows.match(path, image_paths)
 
 
@@ -866,9 +846,9 @@ def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
         points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
         return {"segmentation": [[float(number) for point in points for number in point]]}
     if kind == "circle":
-        return _circle_box(*(float(shape[key]) for key in ("cx", "cy", "r")))
+        return _ellipse_box(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
     if kind == "ellipse" and not float(shape.get("theta", 0)):
-        return _circle_box(*(float(shape[key]) for key in ("cx", "cy", "rx", "ry")))
+        return _ellipse_box(*(float(shape[key]) for key in ("cx", "cy", "rx", "ry")))
     raise BoxError(f"is a {printable(str(kind))[:40]}, neither a box nor a polygon")
 
 
@@ -976,17 +956,21 @@ def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
     return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
 
 
-def _read_polygons(parts: list[Any]) -> list[np.ndarray]:
-    """Return the corners float64 (n, 2) of each part x, y, x, y, ... of a mask; a part of one or two points covers nothing."""
-    if not parts:
+def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
+    """Return the corners float64 (n, 2) of each polygon x, y, x, y, ... of a mask; one or two points cover nothing."""
+    if not segmentation:
         raise BoxError("has neither a box nor a mask")
-    parts = [parts] if all(map(_is_number, parts)) else parts  # of one part, without the list around it
+    is_flat = all(map(_is_number, segmentation))  # one polygon, without the list around it
     polygons = []
-    for part in parts:
-        if not isinstance(part, list) or not all(map(_is_number, part)) or (len(part) % 2 and len(part) > 5):
+    for numbers in [segmentation] if is_flat else segmentation:
+        if (
+            not isinstance(numbers, list)
+            or not all(map(_is_number, numbers))
+            or (len(numbers) % 2 and len(numbers) > 5)
+        ):
             raise BoxError("has a polygon that is not pairs of numbers")
-        if len(part) > 5:
-            polygons.append(np.array(part, dtype=np.float64).reshape(-1, 2))
+        if len(numbers) > 5:
+            polygons.append(np.array(numbers, dtype=np.float64).reshape(-1, 2))
     if not polygons:
         raise BoxError("has a mask without three points")
     return polygons
@@ -1102,17 +1086,16 @@ def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -
     """
     if width * height > MAX_MASK_PIXELS:
         raise BoxError(f"has a mask of an image of {width} x {height} px")
-    whole = np.zeros((width, height), dtype=bool)  # columns first
-    whole[left : left + mask.shape[1], top : top + mask.shape[0]] = mask.T
-    borders = np.flatnonzero(np.diff(whole.ravel(), prepend=False))
-    return {"size": [height, width], "counts": np.diff(borders, prepend=0, append=whole.size).tolist()}
+    columns = np.zeros((width, height), dtype=bool)
+    columns[left : left + mask.shape[1], top : top + mask.shape[0]] = mask.T
+    borders = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
+    return {"size": [height, width], "counts": np.diff(borders, prepend=0, append=columns.size).tolist()}
 
 
 class Cutting(NamedTuple):
     """An object as it was cut from its image."""
 
     box: tuple[float, ...]  # x, y, width, height in px, clipped, not padded
-    window: tuple[int, int, int, int]  # left, top, right, bottom of what was cut
     pixels: np.ndarray  # uint8 (h, w, 3), a view of the image
     mask: np.ndarray | None  # bool (h, w)
     problem: str  # why the object's mask cannot be used, or ''
@@ -1146,7 +1129,7 @@ def cut_object(image: np.ndarray, detection: dict[str, Any], padding: float, wit
             mask = None
             problem = str(error)
     left, top, right, bottom = window
-    return Cutting(box, window, image[top:bottom, left:right], mask, problem)
+    return Cutting(box, image[top:bottom, left:right], mask, problem)
 
 
 # --- writing
