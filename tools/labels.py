@@ -106,7 +106,7 @@ def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObject
     """
     if source is None:
         found = _all_images(image_paths)
-        found.objects = [(number, '{"whole":true}') for number in found.images]
+        found.objects = [(number, '{"yolo":[0.5,0.5,1,1]}') for number in found.images]
         return found
     kind = "folder" if source.is_dir() else source.suffix.lower()
     return READERS.get(kind, read_json)(source, image_paths)
@@ -866,8 +866,6 @@ READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {
 
 def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
     """Return a detection as COCO has it: `bbox` x, y, width, height, and perhaps `segmentation`, in px of the upright image."""
-    if "whole" in detection:
-        return {**detection, "bbox": [0, 0, width, height]}
     if "yolo" in detection:
         x, y, w, h = detection["yolo"]
         return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
