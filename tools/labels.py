@@ -448,8 +448,8 @@ def _match_images(
     if missed:
         found.notes.append(f"{missed.total():,} objects are in {len(missed):,} images that are not in --images")
     if not found.images:
-        names = ", ".join(problem.image for problem in found.problems[:2])
-        reason = f"none of its {len(images):,} images ({names}) is there"
+        first = f": {found.problems[0].image} {found.problems[0].reason}" if images else ""
+        reason = f"none of its {len(images):,} images is there{first}"
         raise LabelError(reason, str(path), "give --images the folder that the file names start from")
     return found
 
@@ -457,34 +457,45 @@ def _match_images(
 def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
     """Yield the position of the image that each name of a file means, or why there is none.
 
-    A name that is none as it stands may be of Windows. An absolute one is of another machine, perhaps: then the longest end of it
-    that is an image counts, unless another name would have the same.
+    A name that is none as it stands may be of Windows, and an absolute one of another machine, where the images lie in a folder that
+    nothing tells: that below which most names are images. With photos a.jpg and X/a.jpg, /X/a.jpg alone may be either.
     """
     # Names are compared composed: a file system of a Mac gives them decomposed.
     position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}
-    positions = []
-    by_end: dict[int, list[str]] = {}
-    for name in names:
-        number = None
-        for spelled in (name, name.replace("\\", "/")):
-            is_absolute = re.match(r"/|[A-Za-z]:/", spelled)
-            if number is None:
-                number = position.get(os.path.normpath(spelled))
-            if number is None and is_absolute:
-                parts = os.path.normpath(spelled).strip("/").split("/")
-                ends = ("/".join(parts[first:]) for first in range(len(parts)))
-                number = next((position[end] for end in ends if end in position), None)
-                if number is not None:
-                    by_end.setdefault(number, []).append(name)
-        positions.append(number)
-    for name, number in zip(names, positions, strict=True):
-        rivals = [other for other in by_end.get(number, []) if other != name]
-        if number is None:
+    candidates = [_find_ends(name, position) for name in names]
+    num_names = Counter(folder for ends in candidates for folder in ends)
+    meant: list[set[int]] = []
+    names_of: dict[int, set[str]] = {}
+    for name, ends in zip(names, candidates, strict=True):
+        most = max((num_names[folder] for folder in ends), default=0)
+        meant.append({number for folder, number in ends.items() if num_names[folder] == most})
+        for number in meant[-1] if None not in ends else ():
+            names_of.setdefault(number, set()).add(name)
+    for name, ends, numbers in zip(names, candidates, meant, strict=True):
+        rivals = [other for number in numbers for other in names_of.get(number, ()) if other != name]
+        if not numbers:
             yield "is not in --images"
-        elif rivals and name in by_end[number]:
-            yield f"ends like {rivals[0]}, and one image alone is in --images"
+        elif len(numbers) > 1:
+            yield f"may be {' or '.join(sorted(image_paths[number] for number in numbers))}"
+        elif rivals and None not in ends:
+            yield f"ends like {min(rivals)}, and one image alone is in --images"
         else:
-            yield number
+            yield next(iter(numbers))
+
+
+def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
+    """Return the images that a name may mean, by the folder that it would start from; None = as it stands."""
+    ends: dict[str | None, int] = {}
+    for spelled in (name, name.replace("\\", "/")):
+        path = os.path.normpath(spelled)
+        if path in position:
+            return {None: position[path]}
+        folders = path.strip("/").split("/") if re.match(r"/|[A-Za-z]:/", spelled) else []
+        for depth in range(len(folders)):
+            end = "/".join(folders[depth:])
+            if end in position:
+                ends["/".join(folders[:depth])] = position[end]
+    return ends
 
 
 def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:

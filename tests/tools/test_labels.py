@@ -176,11 +176,15 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
         ("a.xml", "<annotations><image", "cannot be read as XML"),
         ("a.xml", "<annotations><track/></annotations>", "has no images"),
         ("a.xml", CVAT.format(height="x", shapes=""), "cannot be read as XML"),
-        ("a.xml", CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""), "none of its 1 images (b.jpg) is there"),
+        (
+            "a.xml",
+            CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""),
+            "none of its 1 images is there: b.jpg is not in",
+        ),
         ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
         ("a.csv", "", "it has no column image"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
-        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images (b.jpg) is there"),
+        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images is there: b.jpg is not in"),
         ("a.json", '[{"data": {"image": 3}}]', "none of its 1 images"),
         ("a.json", '[{"data": 3}]', "is a list, but none of tasks"),
         ("a.json", "[]", "is a list of results"),
@@ -344,16 +348,36 @@ def test_ids_that_differ_in_type_alone_stay_apart_where_both_are_there(tmp_path:
     assert found.problems == [labels.Problem("", 9, "its image is not in the list of images")]
 
 
-def test_the_longest_end_of_an_absolute_name_counts_and_one_that_two_have_does_not(tmp_path: Path) -> None:
-    names = ["/data/run/deep/a.jpg", "/data/one/b.jpg", "D:\\two\\b.jpg", "images/a.jpg"]
+def test_the_end_of_an_absolute_name_counts_and_one_that_two_have_does_not(tmp_path: Path) -> None:
+    names = ["/data/run/deep/a.jpg", "/data/one/b.jpg", "D:\\two\\b.jpg", "images/a.jpg", "/data/run/c.jpg"]
     content = {"images": [{"id": n, "file_name": name} for n, name in enumerate(names)], "annotations": []}
     (tmp_path / "coco.json").write_text(json.dumps(content))
-    found = read(tmp_path / "coco.json", ["a.jpg", "deep/a.jpg", "b.jpg"])
-    assert found.images == [1] and found.image_ids == [0]  # a relative name starts from --images, or is none
+    found = read(tmp_path / "coco.json", ["a.jpg", "deep/a.jpg", "b.jpg", "c.jpg"])
+    assert found.images == [1, 3] and found.image_ids == [0, 4]  # a relative name starts from --images, or is none
     reasons = [problem.reason for problem in found.problems]
     assert [reason.partition(",")[0] for reason in reasons] == [
         "ends like D:\\two\\b.jpg", "ends like /data/one/b.jpg", "is not in --images"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "images"),
+    [
+        (["X/a.jpg", "X/X/a.jpg"], [0, 1]),  # as `write_labelstudio` names them: from the parent of a folder X
+        (["X/a.jpg", "X/b.jpg"], [0, 2]),
+        (["X/a.jpg", "Y/a.jpg"], [1, 3]),  # from the folder itself
+        (["X/a.jpg"], []),
+    ],
+)
+def test_no_task_goes_to_a_photo_of_the_same_end(tmp_path: Path, names: list[str], images: list[int]) -> None:
+    tasks = [{"data": {"image": f"/data/local-files/?d={name}"}} for name in names]
+    (tmp_path / "a.json").write_text(json.dumps(tasks))
+    photos = ["a.jpg", "X/a.jpg", "b.jpg", "Y/a.jpg"]
+    if images:
+        assert read(tmp_path / "a.json", photos).images == images
+    else:
+        with pytest.raises(labels.LabelError, match="may be X/a.jpg or a.jpg"):
+            read(tmp_path / "a.json", photos)
 
 
 @pytest.mark.parametrize(
