@@ -43,7 +43,7 @@ JPEG_QUALITY = 95
 MAX_NAME_BYTES = 160  # of the photo in a file's name of at most 255, in which number, suffix and process stand too
 SAME_OBJECT = 0.5  # overlap (IoU) from which a box is that of an earlier crop, drawn anew
 GROUP_REGEX = r"^(.+)_\d+\.jpg$"  # the photo of a crop: greedy, as photos may end in numbers too
-SHOWN = 5  # problems of a kind that are printed; problems.json has all
+SHOWN = 5  # problems that are printed, and kinds of files; problems.json has all problems
 LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".yaml", ".yml", ".names", ".data")  # may lie beside photos
 
 
@@ -166,7 +166,9 @@ def read_labelled(options: CropOptions) -> Labelled:
             what = f"has the classes {other!r} and {name!r}, whose crops would go to one folder {folder}"
             raise lct.UserError(what, options.said("labels"), "rename one of them in the labels")
     num_bytes = tree.stamps[found.images, 0].tolist()
-    notes = [*found.notes, *describe_passed_over(options.images)]
+    ignored = [(kind, count) for kind, count in tree.ignored.most_common() if kind not in LABEL_SUFFIXES]
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:SHOWN])
+    notes = [*found.notes, *([lct.printable(f"passed over, as they are no images: {counts}")] if ignored else [])]
     unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
     return Labelled(paths, num_bytes, found.sizes, objects, folders, unknown, problems, notes)
 
@@ -183,22 +185,6 @@ def name_folder(class_name: str) -> str:
     if len(name.encode()) > MAX_NAME_BYTES:
         raise lct.UserError("is too long for the name of a folder", f"class {name[:60]}...", "shorten it in the labels")
     return name
-
-
-def describe_passed_over(root: Path) -> list[str]:
-    """Return a line that names the files below a folder that are neither photos nor labels, by kind."""
-    kinds: Counter[str] = Counter()
-    example = ""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            suffix = Path(name).suffix.lower()
-            if not name.startswith(".") and suffix not in (*lct.IMAGE_SUFFIXES, *LABEL_SUFFIXES):
-                kinds[suffix or name] += 1
-                example = example or os.path.relpath(f"{folder}/{name}", root)
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(SHOWN))
-    note = lct.printable(f"passed over, as they are no images: {counts} (for instance {example})")
-    return [note] if kinds else []
 
 
 # --- what is there
