@@ -143,7 +143,6 @@ def read_labelled(options: CropOptions) -> Labelled:
     paths = [tree.paths[number] for number in found.images]
     problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     objects: list[list[tuple[str, str]]] = [[] for _ in paths]
-    folders: dict[str, str] = {}
     for number, text in found.objects:
         detection = json.loads(text)
         try:
@@ -153,11 +152,10 @@ def read_labelled(options: CropOptions) -> Labelled:
         except label_files.BoxError as error:
             problems.append(label_files.Problem(paths[number], detection.get("id"), str(error)))
             continue
-        name = unicodedata.normalize("NFC", name)
-        folders.setdefault(name, name_folder(name))
-        objects[number].append((text, name))
+        objects[number].append((text, unicodedata.normalize("NFC", name)))
+    folders = {name: name_folder(name) for name in dict.fromkeys(name for items in objects for _, name in items)}
     if not folders:
-        why = f": {problems[0].image} {problems[0].reason}" if problems else ""
+        why = f": {problems[0]}" if problems else ""
         raise lct.UserError(f"holds no object of a class{why}", options.said("labels"), "check --images and --labels")
     names_of: dict[str, str] = {}
     for name, folder in folders.items():
@@ -227,17 +225,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: a line is not what this tool writes.
     """
+    is_progress = path.name == PROGRESS_NAME
     start = 0
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and path.name == PROGRESS_NAME:
+            if is_progress and not line.endswith(b"\n"):
                 os.truncate(path, start)
                 return
             try:
                 entry = json.loads(line)
-                if path.name == PROGRESS_NAME and not isinstance(entry["photo"], str):
+                if is_progress and not isinstance(entry["photo"], str):
                     raise ValueError("names no photo")
-                for record in entry["crops"] if path.name == PROGRESS_NAME else [entry]:
+                for record in entry["crops"] if is_progress else [entry]:
                     check_record(record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 what = f"line {number} is damaged: {error}"
@@ -255,19 +254,19 @@ def check_record(record: dict[str, Any]) -> None:
     missing = RECORD_KEYS - record.keys()
     if missing:
         raise ValueError(f"has no {min(missing)}")
-    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in files_of(record))
-    is_number = number_of(record["file"]).isdecimal()
+    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in list_files(record))
+    is_number = parse_number(record["file"]).isdecimal()
     if not is_below or not is_number or len(record["box"]) != 4 or not isinstance(record["photo"], str):
         raise ValueError("names a file that is none of ours")
 
 
-def files_of(record: dict[str, Any]) -> list[tuple[str, str]]:
+def list_files(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names of a crop and, if it has one, of its mask, each with the hash of what was written."""
     pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
     return [(name, digest) for name, digest in pairs if name]
 
 
-def number_of(file: str) -> str:
+def parse_number(file: str) -> str:
     """Return the number that the name of a crop ends in."""
     return Path(file).stem.rpartition("_")[2]
 
@@ -281,7 +280,8 @@ def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> I
     """Yield the photos that the labels name, with what they say now and what was cut before."""
     for index, path in enumerate(labelled.paths):
         num_bytes = labelled.num_bytes[index]
-        crops, stale = ([json.loads(text) for text in of.get(path, ())] for of in (records.crops, records.stale))
+        crops = [json.loads(text) for text in records.crops.get(path, ())]
+        stale = [json.loads(text) for text in records.stale.get(path, ())]
         objects = labelled.objects[index]
         claimed = labelled.claimed[index]
         flags = [name in labelled.unknown for _, name in objects]
@@ -349,7 +349,7 @@ class Cutter:
         """Say whether a crop and its mask are as they were written."""
         root = self.roots[record["unknown"]]
         try:
-            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in files_of(record))
+            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in list_files(record))
         except OSError:
             return False
 
@@ -439,7 +439,6 @@ class Change:
     """What is to become of the crops of a photo."""
 
     photo: str
-    numbers: Iterator[int] = field(default_factory=itertools.count)  # for new crops
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
@@ -495,59 +494,64 @@ class Planner:
         change = Change(cut.photo.path, problems=cut.problems)
         if cut.crops is None:
             change.records = [record for record, _ in cut.states]
-            change.by_hand = [tell_by_hand(record, state) for record, state in cut.states if state != "sound"]
+            change.by_hand = [tell_by_hand(record, state, "") for record, state in cut.states if state != "sound"]
             return change
         sound = [record for record, state in cut.states if state == "sound"]
-        contents = {self.roots[item["unknown"]] / name: digest for item in sound for name, digest in files_of(item)}
-        last_number = max((int(number_of(record["file"])) for record, _ in cut.states), default=0)
-        change.numbers = itertools.count(last_number + 1)
+        contents = {self.roots[item["unknown"]] / name: digest for item in sound for name, digest in list_files(item)}
+        last_number = max((int(parse_number(record["file"])) for record, _ in cut.states), default=0)
+        new_names = (f"{self.stem(cut.photo.path)}_{number}" for number in itertools.count(last_number + 1))
         matches = match_crops(cut.crops, [record for record, _ in cut.states])
-        fresh = (
-            "" if cut.problems else cut.photo.key
-        )  # a photo with problems is cut again, so that they are named again
+        # A photo with problems is cut again, so that they are named again.
+        key = "" if cut.problems else cut.photo.key
         for index, crop in enumerate(cut.crops):
             old, state = cut.states[matches[index]] if index in matches else (None, "")
             if state in ("edited", "gone"):
                 # Where the labels say something else it is looked at again, and told again.
-                change.records.append({**old, "key": fresh if old["class"] == crop.class_name else ""})
-                change.by_hand.append(tell_by_hand(old, state, crop.class_name))
+                is_same = old["class"] == crop.class_name
+                change.records.append({**old, "key": key if is_same else ""})
+                now = "" if is_same else f"; the labels now say {crop.class_name}"
+                change.by_hand.append(tell_by_hand(old, state, now))
                 continue
             if crop.mask is None and old and old["mask"] and old["sha256"] == hash_bytes(crop.jpeg):
                 # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop.
                 crop = crop._replace(mask=(self.roots[False] / old["mask"]).read_bytes())
-            record = self._place(crop, cut.photo, old, change, contents.keys() - change.writes.keys())
-            change.records.append({**record, "key": fresh})
+            taken = {Path(item["file"]).stem for item in change.records}
+            names = (
+                name
+                for name in itertools.chain([Path(old["file"]).stem] if old else [], new_names)
+                if name not in taken
+            )
+            record = self._place(crop, cut.photo, names, contents.keys() - change.writes.keys())
+            change.records.append({**record, "key": key})
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
                 change.by_hand.append(label_files.Problem(cut.photo.path, crop.id, reason))
-            paths = [self.roots[record["unknown"]] / name for name, _ in files_of(record)]
+            paths = [self.roots[record["unknown"]] / name for name, _ in list_files(record)]
             change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
             if state == "edited" and index not in matches.values():
                 change.records.append(record)
-                change.by_hand.append(tell_by_hand(record, state, None))
+                change.by_hand.append(tell_by_hand(record, state, "; the labels no longer have it"))
         change.removals = sorted(contents.keys() - change.writes.keys())
         change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
         return change
 
-    def _place(
-        self, crop: NewCrop, photo: Photo, old: dict[str, Any] | None, change: Change, may_replace: set[Path]
-    ) -> dict[str, Any]:
-        """Return the record of a crop in a file that nothing else has; it keeps its name when it moves."""
+    def _place(self, crop: NewCrop, photo: Photo, names: Iterator[str], may_replace: set[Path]) -> dict[str, Any]:
+        """Return the record of a crop, which has the first of some names whose file nothing else has."""
         is_unknown = crop.class_name in self.unknown
-        root = self.roots[is_unknown]
         folder = self.folders[crop.class_name]
-        names = (f"{self.stem(photo.path)}_{number}" for number in change.numbers)
-        taken = {Path(record["file"]).stem for record in change.records}
-        for name in itertools.chain([Path(old["file"]).stem] if old else [], names):
+
+        def is_free(file: str) -> bool:
+            path = self.roots[is_unknown] / file
+            return path in may_replace or not os.path.lexists(path)
+
+        for name in names:
             file = f"{folder}/{name}.jpg" if is_unknown else f"{folder}/cropped/{name}.jpg"
-            if name not in taken and (root / file in may_replace or not os.path.lexists(root / file)):
+            if is_free(file):
                 break
         mask = f"{folder}/masks/{name}_mask.png"
         # A folder of unknown objects is read with all that lies below it; a mask that someone else has drawn stays.
-        has_mask = (
-            bool(crop.mask) and not is_unknown and (root / mask in may_replace or not os.path.lexists(root / mask))
-        )
+        has_mask = bool(crop.mask) and not is_unknown and is_free(mask)
         return {
             "file": file,
             "class": crop.class_name,
@@ -562,12 +566,9 @@ class Planner:
         }
 
 
-def tell_by_hand(record: dict[str, Any], state: str, class_name: str | None = "") -> label_files.Problem:
-    """Return what to tell of a crop that a person has changed; `class_name` is what the labels say now, None = nothing."""
+def tell_by_hand(record: dict[str, Any], state: str, now: str) -> label_files.Problem:
+    """Return what to tell of a crop that a person has changed; `now` is what the labels say of it."""
     done = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
-    now = "" if class_name in ("", record["class"]) else f"; the labels now say {class_name}"
-    if class_name is None:
-        now = "; the labels no longer have it"
     return label_files.Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
 
 
@@ -679,11 +680,10 @@ def tell_end(
     """
     out = options.out
     if counts["crops"] == counts["unknown"]:
-        first = f": {problems[0].image} {problems[0].reason}" if problems else ""
+        first = f": {problems[0]}" if problems else ""
         raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
     for problem in problems[:SHOWN]:
-        place = problem.image + (f" ({problem.detection})" if problem.detection is not None else "")
-        lct.show(lct.printable(f"  {place} {problem.reason}"))
+        lct.show(lct.printable(f"  {problem}"))
     if len(problems) > SHOWN:
         lct.show(f"  and {len(problems) - SHOWN:,} more")
     if num_others:

@@ -67,6 +67,10 @@ class Problem(NamedTuple):
     detection: Any  # its id in the COCO file, its line in the YOLO file; None = the whole image
     reason: str
 
+    def __str__(self) -> str:
+        place = self.image if self.detection is None else f"{self.image} ({self.detection})"
+        return f"{place} {self.reason}"
+
 
 def printable(text: str) -> str:
     """Return text on one line, with control characters and undecodable bytes shown as escapes."""
@@ -448,7 +452,7 @@ def _match_images(
     if missed:
         found.notes.append(f"{missed.total():,} objects are in {len(missed):,} images that are not in --images")
     if not found.images:
-        first = f": {found.problems[0].image} {found.problems[0].reason}" if images else ""
+        first = f": {found.problems[0]}" if images else ""
         reason = f"none of its {len(images):,} images is there{first}"
         raise LabelError(reason, str(path), "give --images the folder that the file names start from")
     return found
@@ -457,8 +461,8 @@ def _match_images(
 def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
     """Yield the position of the image that each name of a file means, or why there is none.
 
-    A name that is none as it stands may be of Windows, and an absolute one of another machine, where the images lie in a folder that
-    nothing tells: that below which most names are images. With photos a.jpg and X/a.jpg, /X/a.jpg alone may be either.
+    A name that is none as it stands may be of Windows, and an absolute one of another machine: it starts from the folder below which
+    most names are images. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
     """
     # Names are compared composed: a file system of a Mac gives them decomposed.
     position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}

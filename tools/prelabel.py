@@ -188,7 +188,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
     except label_files.LabelError as error:
         raise lct.UserError(error.what, f"--detections {error.where}", error.remedy) from error
     if not found.objects:
-        why = f": {found.problems[0].image} {found.problems[0].reason}" if found.problems else ""
+        why = f": {found.problems[0]}" if found.problems else ""
         remedy = "give a file with boxes of these images, or leave --detections out: then each image is one object"
         raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", remedy)
     paths = [tree.paths[number] for number in found.images]
