@@ -193,15 +193,13 @@ class Records:
 
     def __init__(self, out: Path) -> None:
         self.crops: dict[str, list[str]] = {}
-        self.stale: dict[str, list[str]] = {}
+        self.stale: dict[str, list[str]] = {}  # of each photo whose files may not have been written
         self.photo_bytes: dict[str, int] = {}
-        self.interrupted: set[str] = set()
         for record in read_lines(out / RECORDS_NAME):
             self.crops.setdefault(record["photo"], []).append(to_line(record))
             self.photo_bytes[record["photo"]] = record["photo_bytes"]
         for entry in read_lines(out / PROGRESS_NAME):
             photo = entry["photo"]
-            self.interrupted.add(photo)
             self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
 
@@ -278,15 +276,13 @@ def to_line(value: Any) -> str:
 
 def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> Iterator[Photo]:
     """Yield the photos that the labels name, with what they say now and what was cut before."""
-    for index, path in enumerate(labelled.paths):
-        num_bytes = labelled.num_bytes[index]
+    rows = zip(labelled.paths, labelled.num_bytes, labelled.claimed, labelled.objects, strict=True)
+    for path, num_bytes, claimed, objects in rows:
         crops = [json.loads(text) for text in records.crops.get(path, ())]
         stale = [json.loads(text) for text in records.stale.get(path, ())]
-        objects = labelled.objects[index]
-        claimed = labelled.claimed[index]
         flags = [name in labelled.unknown for _, name in objects]
         key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags)
-        yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.interrupted)
+        yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.stale)
 
 
 # --- cutting
@@ -322,12 +318,10 @@ class Cutter:
         self.box_pad = options.box_pad
 
     def __call__(self, photo: Photo) -> CutPhoto:
-        states = self._inspect(photo)
-        cut = CutPhoto(photo, None, states)
-        keys = {record["key"] for record, _ in states}
-        files = sorted(record["file"] for record, _ in states)
-        is_cut = keys == {photo.key} if photo.objects else not states
-        if not is_cut or files != sorted(record["file"] for record in photo.crops):
+        cut = CutPhoto(photo, None if photo.objects else [], self._inspect(photo))
+        is_cut = {record["key"] for record, _ in cut.states} == {photo.key}
+        files = sorted(record["file"] for record, _ in cut.states)
+        if photo.objects and (not is_cut or files != sorted(record["file"] for record in photo.crops)):
             self._cut(cut)
         return cut
 
@@ -355,14 +349,12 @@ class Cutter:
 
     def _cut(self, cut: CutPhoto) -> None:
         photo = cut.photo
-        image = None
         try:
-            if photo.objects:
-                image = lct.load_image(self.images / photo.path)
-                size = image.shape[1::-1]
-                objects = (label_files.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
-                doubt = label_files.check_size(size, photo.claimed, objects)
-                cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
+            image = lct.load_image(self.images / photo.path)
+            size = image.shape[1::-1]
+            objects = (label_files.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
+            doubt = label_files.check_size(size, photo.claimed, objects)
+            cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
         except (lct.ImageError, label_files.BoxError) as error:
             reason = f"cannot be read: {error}" if isinstance(error, lct.ImageError) else str(error)
             cut.problems.append(label_files.Problem(photo.path, None, reason))
@@ -423,11 +415,9 @@ def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> 
         for i, j in np.argwhere(overlap >= SAME_OBJECT).tolist()
     ]
     matches: dict[int, int] = {}
-    taken: set[int] = set()
     for _, _, i, j in sorted(candidates):
-        if i not in matches and j not in taken:
+        if i not in matches and j not in matches.values():
             matches[i] = j
-            taken.add(j)
     return matches
 
 
@@ -442,8 +432,8 @@ class Change:
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
+    # Those of the labels, then the crops that a person has edited or removed.
     problems: list[label_files.Problem] = field(default_factory=list)
-    by_hand: list[label_files.Problem] = field(default_factory=list)  # crops that a person has edited or removed
 
     def carry_out(self) -> None:
         """Write what is new, then remove what it replaces.
@@ -469,9 +459,8 @@ class Planner:
     """Decides which file each crop has; knows all names that are taken."""
 
     def __init__(self, labelled: Labelled, cutter: Cutter, records: Records) -> None:
-        self.folders = labelled.folders
+        self.labelled = labelled
         self.roots = cutter.roots
-        self.unknown = labelled.unknown
         self._stems: dict[str, str] = {}  # photo -> what the names of its crops begin with
         for photo, lines in (*records.stale.items(), *records.crops.items()):
             if lines:
@@ -491,10 +480,10 @@ class Planner:
 
     def plan(self, cut: CutPhoto) -> Change:
         """Return what is to be written and removed so that the crops of a photo are those that were cut."""
-        change = Change(cut.photo.path, problems=cut.problems)
+        change = Change(cut.photo.path, problems=list(cut.problems))
         if cut.crops is None:
             change.records = [record for record, _ in cut.states]
-            change.by_hand = [tell_by_hand(record, state, "") for record, state in cut.states if state != "sound"]
+            change.problems += [tell_by_hand(record, state, "") for record, state in cut.states if state != "sound"]
             return change
         sound = [record for record, state in cut.states if state == "sound"]
         contents = {self.roots[item["unknown"]] / name: digest for item in sound for name, digest in list_files(item)}
@@ -510,36 +499,33 @@ class Planner:
                 is_same = old["class"] == crop.class_name
                 change.records.append({**old, "key": key if is_same else ""})
                 now = "" if is_same else f"; the labels now say {crop.class_name}"
-                change.by_hand.append(tell_by_hand(old, state, now))
+                change.problems.append(tell_by_hand(old, state, now))
                 continue
             if crop.mask is None and old and old["mask"] and old["sha256"] == hash_bytes(crop.jpeg):
                 # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop.
                 crop = crop._replace(mask=(self.roots[False] / old["mask"]).read_bytes())
             taken = {Path(item["file"]).stem for item in change.records}
-            names = (
-                name
-                for name in itertools.chain([Path(old["file"]).stem] if old else [], new_names)
-                if name not in taken
-            )
+            names = itertools.chain([Path(old["file"]).stem] if old else [], new_names)
+            names = itertools.filterfalse(taken.__contains__, names)
             record = self._place(crop, cut.photo, names, contents.keys() - change.writes.keys())
             change.records.append({**record, "key": key})
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
-                change.by_hand.append(label_files.Problem(cut.photo.path, crop.id, reason))
+                change.problems.append(label_files.Problem(cut.photo.path, crop.id, reason))
             paths = [self.roots[record["unknown"]] / name for name, _ in list_files(record)]
             change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
             if state == "edited" and index not in matches.values():
                 change.records.append(record)
-                change.by_hand.append(tell_by_hand(record, state, "; the labels no longer have it"))
+                change.problems.append(tell_by_hand(record, state, "; the labels no longer have it"))
         change.removals = sorted(contents.keys() - change.writes.keys())
         change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
         return change
 
     def _place(self, crop: NewCrop, photo: Photo, names: Iterator[str], may_replace: set[Path]) -> dict[str, Any]:
         """Return the record of a crop, which has the first of some names whose file nothing else has."""
-        is_unknown = crop.class_name in self.unknown
-        folder = self.folders[crop.class_name]
+        is_unknown = crop.class_name in self.labelled.unknown
+        folder = self.labelled.folders[crop.class_name]
 
         def is_free(file: str) -> bool:
             path = self.roots[is_unknown] / file
@@ -581,7 +567,7 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
     planner = Planner(labelled, cutter, records)
     progress_log = lct.LineFile(options.out / PROGRESS_NAME)
     bar = lct.progress((), len(labelled.paths), "cropping", unit="photo")
-    told: list[label_files.Problem] = []
+    problems: list[label_files.Problem] = []
     photos = plan_photos(options, labelled, records)
     with contextlib.closing(progress_log), contextlib.closing(bar):
         while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
@@ -594,9 +580,9 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
                 pass
             for change in changes:
                 records.crops[change.photo] = [to_line(record) for record in change.records]
-                told += change.problems + change.by_hand
+                problems += change.problems
             bar.update(len(portion))
-    return told
+    return problems
 
 
 def write_records(options: CropOptions, records: Records) -> Counter[str]:

@@ -461,8 +461,8 @@ def _match_images(
 def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
     """Yield the position of the image that each name of a file means, or why there is none.
 
-    A name that is none as it stands may be of Windows, and an absolute one of another machine: it starts from the folder below which
-    most names are images. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
+    A name that is none as it stands may be of Windows, and an absolute one of another machine: it starts from the folder below
+    which most names are images. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
     """
     # Names are compared composed: a file system of a Mac gives them decomposed.
     position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}

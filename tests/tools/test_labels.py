@@ -376,7 +376,7 @@ def test_no_task_goes_to_a_photo_of_the_same_end(tmp_path: Path, names: list[str
     if images:
         assert read(tmp_path / "a.json", photos).images == images
     else:
-        with pytest.raises(labels.LabelError, match="may be X/a.jpg or a.jpg"):
+        with pytest.raises(labels.LabelError, match=r"may be X/a\.jpg or a\.jpg"):
             read(tmp_path / "a.json", photos)
 
 
