@@ -347,27 +347,31 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     return rows.match(path, image_paths)
 
 
-def _read_cvat_shape(shape: ElementTree.Element, size: dict[str, int]) -> dict[str, Any]:
+def _read_cvat_shape(shape: ElementTree.Element, sides: dict[str, int]) -> dict[str, Any]:
     if float(shape.get("rotation", "0")):
         raise BoxError("is turned, which boxes here are not")
     if shape.tag == "polygon":
         return {"segmentation": [[float(number) for number in shape.get("points").replace(";", ",").split(",")]]}
     if shape.tag == "mask":
-        return {"segmentation": _read_cvat_mask(shape, size)}
+        return {"segmentation": _read_cvat_mask(shape, sides)}
     if shape.tag != "box":
         raise BoxError(f"is a {printable(shape.tag)[:40]}, neither a box nor a polygon")
     left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
     return {"bbox": [left, top, right - left, bottom - top]}
 
 
-def _read_cvat_mask(shape: ElementTree.Element, size: dict[str, int]) -> dict[str, Any]:
+def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[str, Any]:
     """Return a mask that CVAT has as run lengths along the rows of its box, starting with background."""
     left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
-    is_inside = left >= 0 and top >= 0 and width > 0 and height > 0
-    if not is_inside or left + width > size["width"] or top + height > size["height"]:
-        raise BoxError("has a mask outside its image")
+    _check_mask(left, top, width, height, sides)
     mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # rows for columns
-    return encode_rle(mask, left, top, size["width"], size["height"])
+    return encode_rle(mask, left, top, sides["width"], sides["height"])
+
+
+def _check_mask(left: int, top: int, width: int, height: int, sides: dict[str, int]) -> None:
+    is_inside = left >= 0 and top >= 0 and left + width <= sides["width"] and top + height <= sides["height"]
+    if not is_inside or width <= 0 or height <= 0:
+        raise BoxError("has a mask outside its image")
 
 
 def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -511,6 +515,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     found.class_names = read_yolo_names(folder)
     without = 0
     image_of: dict[Path, str] = {}
+    lines: list[tuple[int, str]] = []  # position of the image; number of the line, class and what follows, as JSON
     num_lines: Counter[tuple[Any, ...]] = Counter()  # by what they may be
     direct = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}
     for number, name in enumerate(image_paths):
@@ -539,8 +544,9 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
                 found.problems.append(Problem(name, f"line {index}", str(error)))
                 continue
             num_lines.update(read_yolo_numbers(numbers).keys())
-            found.objects.append((number, json.dumps([index, category_id, numbers], separators=(",", ":"))))
-    _settle_yolo(found, image_paths, num_lines)
+            lines.append((number, json.dumps([index, category_id, numbers], separators=(",", ":"))))
+    most = max(num_lines.values(), default=0)
+    _interpret_lines(lines, {key for key, count in num_lines.items() if count == most}, image_paths, found)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
         is_other = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES) or name.startswith(
@@ -632,12 +638,11 @@ def read_yolo_numbers(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[i
         num_keypoints, rest = divmod(size - 4 - num_after, 3)
         if rest or num_keypoints < 1 or not _are_keypoints(numbers, num_keypoints):
             continue
+        keypoints = {("keypoints", num_keypoints, num_after): (4, None)}
         flags = numbers[6 : 4 + 3 * num_keypoints : 3]
-        if num_keypoints > 1 and all(
-            value in (0, 1, 2) for value in flags
-        ):  # every third corner at an edge: there are none
-            return {("keypoints", num_keypoints, num_after): (4, None)}
-        readings[("keypoints", num_keypoints, num_after)] = (4, None)
+        if num_keypoints > 1 and all(value in (0, 1, 2) for value in flags):
+            return keypoints  # no polygon has every third number at an edge
+        readings.update(keypoints)
     return readings
 
 
@@ -656,21 +661,18 @@ def _are_keypoints(numbers: Sequence[float], num_keypoints: int) -> bool:
     )
 
 
-def _settle_yolo(found: FoundObjects, image_paths: Sequence[str], num_lines: Counter[tuple[Any, ...]]) -> None:
-    """Make objects of lines: all are what most of them may be. Where that leaves several answers, what is common to them counts."""
-    most = max(num_lines.values(), default=0)
-    lines, found.objects = found.objects, []
-    num_left_out = 0
+def _interpret_lines(
+    lines: Sequence[tuple[int, str]], usual: set[tuple[Any, ...]], image_paths: Sequence[str], found: FoundObjects
+) -> None:
+    """Enter the objects of lines, each read as most lines can be; of several such readings counts what is common to them."""
+    num_unused = 0
     for number, text in lines:
         index, category_id, numbers = json.loads(text)
         readings = read_yolo_numbers(numbers)
-        is_box = bool(readings) and all(size == 4 for size, _ in readings.values())  # whatever the other lines are
-        likely = {key: value for key, value in readings.items() if num_lines[key] == most} or (
-            readings if is_box else {}
-        )
-        sizes = {size for size, _ in likely.values()}
-        scores = {score for _, score in likely.values()}
-        if len(sizes) != 1:
+        likely = [reading for key, reading in readings.items() if key in usual]
+        if not likely and all(size == 4 for size, _ in readings.values()):  # a box, whatever the other lines are
+            likely = list(readings.values())
+        if len({size for size, _ in likely}) != 1:
             reason = "neither shares of the image's sides nor what may follow them: a confidence, a track id, keypoints"
             if readings:
                 reason = "not what those of the other lines are"
@@ -679,15 +681,15 @@ def _settle_yolo(found: FoundObjects, image_paths: Sequence[str], num_lines: Cou
             reason = f"has {len(numbers)} numbers after its class, which are {reason}"
             found.problems.append(Problem(image_paths[number], f"line {index}", reason))
             continue
-        (size,) = sizes
-        score = scores.pop() if len(scores) == 1 else None
-        num_left_out += len(numbers) - size - (score is not None) > 0
+        size, score = likely[0]
+        score = score if all(other == score for _, other in likely) else None
+        num_unused += len(numbers) - size - (score is not None) > 0
         shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
         detection = {"id": index, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
         found.objects.append((number, json.dumps(detection, separators=(",", ":"))))
-    if num_left_out:
+    if num_unused:
         reason = "a track id, keypoints, or what may be a confidence or an id"
-        found.notes.append(f"{num_left_out:,} lines have numbers after box or corners that are not used: {reason}")
+        found.notes.append(f"{num_unused:,} lines have numbers after box or corners that are not used: {reason}")
 
 
 def read_yolo_names(folder: Path) -> dict[str, str]:
@@ -801,9 +803,7 @@ def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) ->
             mask = np.asarray(picture.convert("L")) > 0
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow calls what is damaged
         raise BoxError(f"has a mask that cannot be read: {error}"[:200]) from error
-    height, width = mask.shape
-    if left < 0 or top < 0 or left + width > sides["width"] or top + height > sides["height"]:
-        raise BoxError("has a mask outside its image")
+    _check_mask(left, top, *mask.shape[::-1], sides)
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
