@@ -18,12 +18,13 @@ SOURCES = {
 # Who may import whom of ours; a tool that has no row here is not a tool yet.
 MAY_IMPORT: dict[str, set[str]] = {
     "lct_dino3": set(),  # it starts tools
-    "labels": set(),
+    "geometry": set(),
+    "labels": {"geometry"},
     "report": set(),
     "track": set(),
     "demo": set(),  # it starts the others
-    "crop": {"labels", "lct_dino3"},
-    "prelabel": {"labels", "lct_dino3"},
+    "crop": {"geometry", "labels", "lct_dino3"},
+    "prelabel": {"geometry", "labels", "lct_dino3"},
     "masks": {"lct_dino3"},
     "export": {"lct_dino3"},
     "pretrain_dino_face": {"lct_dino3", "pretrain_utils"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modelit": {"dataset_loader", "meshes", "voxel_gan", "lct_dino3"},
 }
 # In tools/, and imported by tools alone; as what lies in folders there.
-LIBRARIES = ("labels", "meshes", "voxel_gan", "pretrain_utils")
+LIBRARIES = ("geometry", "labels", "meshes", "voxel_gan", "pretrain_utils")
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 
 

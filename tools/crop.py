@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import geometry
 import labels as label_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -106,7 +107,7 @@ class Photo(NamedTuple):
     path: str  # relative to --images
     num_bytes: int
     claimed: tuple[int, int]  # width and height by the labels; 0 = they claim none
-    objects: list[tuple[str, str]]  # JSON as `label_files.cut_object` reads it once it is loaded, and its class
+    objects: list[tuple[str, str]]  # JSON as `geometry.cut_object` reads it once it is loaded, and its class
     key: str  # of all that decides about its crops
     crops: list[dict[str, Any]]  # records of `crops.jsonl`
     stale: list[dict[str, Any]]  # those that were to be replaced when a job was interrupted
@@ -147,9 +148,9 @@ def read_labelled(options: CropOptions) -> Labelled:
         detection = json.loads(text)
         try:
             if detection.get("iscrowd") == 1:
-                raise label_files.BoxError("is a crowd of objects, not one")
+                raise geometry.BoxError("is a crowd of objects, not one")
             name = label_files.find_class_name(found.class_names, detection.get("category_id"))
-        except label_files.BoxError as error:
+        except geometry.BoxError as error:
             problems.append(label_files.Problem(paths[number], detection.get("id"), str(error)))
             continue
         objects[number].append((text, unicodedata.normalize("NFC", name)))
@@ -352,10 +353,10 @@ class Cutter:
         try:
             image = lct.load_image(self.images / photo.path)
             size = image.shape[1::-1]
-            objects = (label_files.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
-            doubt = label_files.check_size(size, photo.claimed, objects)
+            objects = (geometry.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
+            doubt = geometry.check_size(size, photo.claimed, objects)
             cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
-        except (lct.ImageError, label_files.BoxError) as error:
+        except (lct.ImageError, geometry.BoxError) as error:
             reason = f"cannot be read: {error}" if isinstance(error, lct.ImageError) else str(error)
             cut.problems.append(label_files.Problem(photo.path, None, reason))
             return
@@ -363,9 +364,9 @@ class Cutter:
         for text, class_name in photo.objects:
             detection = json.loads(text)
             try:
-                cutting = label_files.cut_object(image, detection, self.box_pad, with_mask=True)
+                cutting = geometry.cut_object(image, detection, self.box_pad, with_mask=True)
                 jpeg = encode_jpeg(cutting.pixels)
-            except (label_files.BoxError, ValueError) as error:
+            except (geometry.BoxError, ValueError) as error:
                 cut.problems.append(label_files.Problem(photo.path, detection.get("id"), str(error)))
                 continue
             if cutting.problem:

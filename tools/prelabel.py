@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import geometry
 import labels as label_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -166,7 +167,7 @@ class Detections:
     stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
     image_ids: list[Any]  # (M,) those of the COCO file, else from 1 on
     sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
-    objects: lct.PathTable  # (N,) JSON as `label_files.to_pixels` reads it: flat in memory, whatever polygons it holds
+    objects: lct.PathTable  # (N,) JSON as `geometry.to_pixels` reads it: flat in memory, whatever polygons it holds
     borders: np.ndarray  # (M + 1,) int64
     problems: list[label_files.Problem]  # known so far
     notes: list[str]  # worth a line in the log
@@ -287,10 +288,10 @@ class DetectionDataset(Dataset):
             return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
         claimed = tuple(self.detections.sizes[unit.image].tolist())
         low, high = self.detections.borders[unit.image : unit.image + 2].tolist()
-        objects = (label_files.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(low, high))
+        objects = (geometry.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(low, high))
         try:
-            doubt = label_files.check_size(size, claimed, objects)
-        except label_files.BoxError as error:
+            doubt = geometry.check_size(size, claimed, objects)
+        except geometry.BoxError as error:
             return [], Cut(unit, (0, 0), [], [(-1, str(error))])
         cut = Cut(unit, size, [], [(-1, doubt)] if doubt and unit.first == low else [])
         crops = (self._cut_object(image, source, cut) for source in range(unit.first, unit.last))
@@ -300,10 +301,10 @@ class DetectionDataset(Dataset):
         """Return the crop of an object, and enter it in `cut`; or enter why there is none."""
         detection = json.loads(self.detections.objects[source])
         try:
-            cutting = label_files.cut_object(image, detection, self.box_pad, self.uses_masks)
+            cutting = geometry.cut_object(image, detection, self.box_pad, self.uses_masks)
             mask = None if cutting.mask is None else cutting.mask.astype(np.uint8) * 255
             crop = self.transform(cutting.pixels, mask, 0)
-        except (label_files.BoxError, lct.ImageError) as error:
+        except (geometry.BoxError, lct.ImageError) as error:
             cut.problems.append((source, str(error)))
             return None
         if cutting.problem:
@@ -502,7 +503,7 @@ class Prelabels:
         for image in self:
             objects = []
             for item in image.objects:
-                detection = label_files.to_pixels(self.detection(item.source), *image.size)
+                detection = geometry.to_pixels(self.detection(item.source), *image.size)
                 has_second = item.runner_up >= 0
                 details = {
                     "best_class": gallery.class_names[item.label],
@@ -716,7 +717,7 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
     figures = f"cosine {item.cosine:.3f}, threshold {threshold:.3f}, probability {item.probability:.2f}"
     if has_second:
         figures += f", margin {item.margin:.3f}"
-    edges = label_files.pad_box(item.box, prelabels.box_pad, *image.size)
+    edges = geometry.pad_box(item.box, prelabels.box_pad, *image.size)
     reference_path = gallery.stack_paths[item.reference]
     rival_path = gallery.stack_paths[item.rival] if has_second else None
     return {

@@ -15,6 +15,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import crop
+import geometry
 import labels
 import numpy as np
 import prelabel
@@ -634,9 +635,9 @@ def test_damaged_labels_cost_objects_or_one_sentence(tmp_path: Path) -> None:
             try:
                 detection = json.loads(text)
                 labels.find_class_name(found.class_names, detection.get("category_id"))
-                labels.cut_object(images[list(SIZES)[found.images[image]]], detection, 0.1, with_mask=True)
+                geometry.cut_object(images[list(SIZES)[found.images[image]]], detection, 0.1, with_mask=True)
                 num_cut += 1
-            except labels.BoxError as error:
+            except geometry.BoxError as error:
                 assert str(error)
     assert num_cut > 300
 

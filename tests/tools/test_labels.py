@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import geometry
 import labels
 import numpy as np
 import pytest
@@ -26,17 +27,17 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
         packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         text = packed["counts"].decode()
         size, window = (int(width), int(height)), (width // 3, height // 4, int(width), height // 4 + 1)
-        part = labels.read_segmentation({"size": [height, width], "counts": text}, size, window)
+        part = geometry.read_segmentation({"size": [height, width], "counts": text}, size, window)
         assert (part == mask[height // 4 : height // 4 + 1, width // 3 :]).all()
-        counts = labels.unpack_rle(text)
-        assert sum(counts) == mask.size and (labels.decode_rle(counts, width, height) == mask).all()
+        counts = geometry.unpack_rle(text)
+        assert sum(counts) == mask.size and (geometry.decode_rle(counts, width, height) == mask).all()
     for _ in range(30):
         angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 7)), rng.uniform(20, 45, 7)
         polygon = (50 + np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)).ravel().tolist()
         theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 100, 100))).astype(bool)
-        ours = labels.read_segmentation([polygon], (100, 100), (0, 0, 100, 100))
+        ours = geometry.read_segmentation([polygon], (100, 100), (0, 0, 100, 100))
         assert (ours != theirs).sum() < 40  # they disagree only where the outline runs through a pixel's centre
-        assert (labels.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
+        assert (geometry.read_segmentation([polygon], (100, 100), (30, 40, 60, 90)) == ours[40:90, 30:60]).all()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
     ],
 )
 def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
-    with pytest.raises(labels.BoxError, match=reason):
+    with pytest.raises(geometry.BoxError, match=reason):
         labels.parse_yolo_line(line)
 
 
@@ -67,26 +68,26 @@ def test_hostile_segmentations_raise_nothing_else() -> None:
         for key in ("", "bbox"):
             detection.pop(key, None)
             try:
-                box = labels.find_box(detection, 5, 4)
+                box = geometry.find_box(detection, 5, 4)
                 assert 0 <= box[0] < 5 and 0 <= box[1] < 4 and box[2] > 0 and box[3] > 0
-                mask = labels.read_segmentation(segmentation, (5, 4), (0, 0, 5, 4))
+                mask = geometry.read_segmentation(segmentation, (5, 4), (0, 0, 5, 4))
                 assert mask.shape == (4, 5) and mask.dtype == bool
-            except labels.BoxError as error:
+            except geometry.BoxError as error:
                 assert str(error)
 
 
 def test_a_padded_box_stays_inside_and_is_never_nothing() -> None:
-    assert labels.pad_box((10, 20, 40, 80), 0.25, 300, 240) == (0, 0, 60, 120)
-    assert labels.pad_box((10, 20, 40, 80), 0.25, 55, 110) == (0, 0, 55, 110)
-    assert labels.pad_box((99.998, 5, 0.2, 0.2), 0.0, 100, 240) == (99, 5, 100, 6)
+    assert geometry.pad_box((10, 20, 40, 80), 0.25, 300, 240) == (0, 0, 60, 120)
+    assert geometry.pad_box((10, 20, 40, 80), 0.25, 55, 110) == (0, 0, 55, 110)
+    assert geometry.pad_box((99.998, 5, 0.2, 0.2), 0.0, 100, 240) == (99, 5, 100, 6)
 
 
 @pytest.mark.parametrize(
     "counts", [[5], [3, 4], [21], [10, -3, 13], [10.5, 9.5], [2**70], "", "5", "40000", "P", "ooo", "o" * 400, None, {}]
 )
 def test_run_lengths_that_do_not_fill_the_image_are_refused(counts: object) -> None:
-    with pytest.raises(labels.BoxError, match="run lengths"):
-        labels.read_segmentation({"size": [4, 5], "counts": counts}, (5, 4), (0, 0, 5, 4))
+    with pytest.raises(geometry.BoxError, match="run lengths"):
+        geometry.read_segmentation({"size": [4, 5], "counts": counts}, (5, 4), (0, 0, 5, 4))
 
 
 # --- files that are read
@@ -99,7 +100,7 @@ def read(path: Path, image_paths: Iterable[str] = ("a.jpg", "deep/b.png")) -> la
 def test_without_a_source_each_image_is_one_object() -> None:
     found = labels.read_objects(None, ["a.jpg", "deep/b.png"])
     assert [number for number, _ in found.objects] == found.images == [0, 1] and found.image_ids == [1, 2]
-    boxes = [labels.find_box(labels.to_pixels(json.loads(text), 30, 20), 30, 20) for _, text in found.objects]
+    boxes = [geometry.find_box(geometry.to_pixels(json.loads(text), 30, 20), 30, 20) for _, text in found.objects]
     assert boxes == [(0, 0, 30, 20)] * 2
 
 
@@ -219,9 +220,9 @@ def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> No
     (tmp_path / "yolo" / "a.txt").write_text("7 .3 .55 .4 .5\n7 .1 .3 .5 .3 .2 .8\n")
     for name in ("a.xml", "a.json", "predicted.json", "a.csv", "yolo"):
         found = read(tmp_path / name)
-        objects = [labels.to_pixels(json.loads(text), 20, 10) for _, text in found.objects]
+        objects = [geometry.to_pixels(json.loads(text), 20, 10) for _, text in found.objects]
         assert [item["category_id"] for item in objects] == [7 if name == "yolo" else "b & c"] * (1 + (name != "a.csv"))
-        assert [labels.find_box(item, 20, 10) for item in objects] == [pytest.approx(box)] * len(objects), name
+        assert [geometry.find_box(item, 20, 10) for item in objects] == [pytest.approx(box)] * len(objects), name
         assert [item["segmentation"] for item in objects[1:]] == [[pytest.approx(polygon)]] * (len(objects) - 1)
         assert not found.problems
 
@@ -288,11 +289,11 @@ def boxes_of(found: labels.FoundObjects, names: Sequence[str]) -> dict[str, list
     boxes: dict[str, list[list[float]]] = {}
     for number, text in found.objects:
         name = names[found.images[number]]
-        item = labels.to_pixels(json.loads(text), *SIZES[name[-5:]])
-        box = labels.find_box(item, *SIZES[name[-5:]])
+        item = geometry.to_pixels(json.loads(text), *SIZES[name[-5:]])
+        box = geometry.find_box(item, *SIZES[name[-5:]])
         if item.get("segmentation"):
-            window = labels.pad_box(box, 0, *SIZES[name[-5:]])
-            assert labels.read_segmentation(item["segmentation"], SIZES[name[-5:]], window).mean() > 0.7
+            window = geometry.pad_box(box, 0, *SIZES[name[-5:]])
+            assert geometry.read_segmentation(item["segmentation"], SIZES[name[-5:]], window).mean() > 0.7
         boxes.setdefault(name[-5:], []).append([round(value, 1) for value in box])
     return boxes
 
@@ -498,7 +499,7 @@ def test_a_folder_without_texts_says_what_it_has(tmp_path: Path) -> None:
 
 
 def check_size(claimed: tuple[int, int], *boxes: list[float]) -> str | None:
-    return labels.check_size((640, 480), claimed, [{"bbox": box} for box in boxes])
+    return geometry.check_size((640, 480), claimed, [{"bbox": box} for box in boxes])
 
 
 def test_sides_that_exif_has_swapped_are_understood_by_the_boxes() -> None:
@@ -507,10 +508,10 @@ def test_sides_that_exif_has_swapped_are_understood_by_the_boxes() -> None:
     assert "taken for those of the upright image" in check_size((480, 640), [20, 20, 187, 200])  # in both
     assert "taken for those of the upright image" in check_size((480, 640))
     polygon = {"bbox": [], "segmentation": [[500, 10, 600, 10, 600, 90]]}
-    assert labels.check_size((640, 480), (480, 640), [polygon]) is None
-    with pytest.raises(labels.BoxError, match="before the EXIF rotation"):
+    assert geometry.check_size((640, 480), (480, 640), [polygon]) is None
+    with pytest.raises(geometry.BoxError, match="before the EXIF rotation"):
         check_size((480, 640), [20, 500, 100, 100], [1, 1, 5, 5])
-    with pytest.raises(labels.BoxError, match=r"is 640 x 480 px, but 99 x 480"):
+    with pytest.raises(geometry.BoxError, match=r"is 640 x 480 px, but 99 x 480"):
         check_size((99, 480), [20, 20, 5, 5])
 
 
@@ -549,9 +550,9 @@ def test_the_cases_have_their_five_boxes(name: str) -> None:
     boxes: dict[str, list[list[float]]] = {}
     for number, text in found.objects:
         photo = paths[found.images[number]].rpartition("/")[2][0] + ".jpg"
-        item = labels.to_pixels(json.loads(text), *SIZES[photo])
+        item = geometry.to_pixels(json.loads(text), *SIZES[photo])
         assert item.get("score", 0.87) == 0.87
-        boxes.setdefault(photo, []).append([round(value) for value in labels.find_box(item, *SIZES[photo])])
+        boxes.setdefault(photo, []).append([round(value) for value in geometry.find_box(item, *SIZES[photo])])
         for mask in [item["segmentation"]] if item.get("segmentation") else []:
-            assert labels.read_segmentation(mask, SIZES[photo], (0, 0, *SIZES[photo])).sum() > 3000
+            assert geometry.read_segmentation(mask, SIZES[photo], (0, 0, *SIZES[photo])).sum() > 3000
     assert boxes == BOXES and not found.problems

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import geometry
 import labels
 import numpy as np
 import prelabel
@@ -428,12 +429,12 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
         Image.fromarray(mask.astype(np.uint8) * 255).save(path.parent / "masks" / f"{path.stem}_mask.png")
     run = train(tmp_path / "run", data, "--crop_mode", "mask", "--epochs", "1")
     triangle = [60.0, 30.0, 110.0, 110.0, 20.0, 100.0]
-    mask = labels.read_segmentation([triangle], (128, 128), (0, 0, 128, 128))
+    mask = geometry.read_segmentation([triangle], (128, 128), (0, 0, 128, 128))
     packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     kinds = [
         [triangle],
         {"size": [128, 128], "counts": packed},
-        {"size": [128, 128], "counts": labels.unpack_rle(packed)},
+        {"size": [128, 128], "counts": geometry.unpack_rle(packed)},
     ]
     images, annotations = [], []
     for number in range(6):  # one object on six backgrounds; the mask is given in three ways
