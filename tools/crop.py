@@ -433,8 +433,7 @@ class Change:
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
-    # Those of the labels, then the crops that a person has edited or removed.
-    problems: list[label_files.Problem] = field(default_factory=list)
+    problems: list[label_files.Problem] = field(default_factory=list)  # then crops that a person has changed
 
     def carry_out(self) -> None:
         """Write what is new, then remove what it replaces.
@@ -665,7 +664,6 @@ def tell_end(
     Raises:
         UserError: there is no crop of a class.
     """
-    out = options.out
     if counts["crops"] == counts["unknown"]:
         first = f": {problems[0]}" if problems else ""
         raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
@@ -684,11 +682,11 @@ def tell_end(
     changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
     lct.show(
         f"{counts['crops']:,} crops, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
-        f" {len(problems):,} problems (problems.json)\nwritten: {out}; train with"
+        f" {len(problems):,} problems (problems.json)\nwritten: {options.out}; train with"
     )
-    words = ["python", lct.SCRIPT_NAME, "--data_root", out, "--out_dir", f"{out.resolve()}_run"]
+    words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
     words += ["--group_regex", GROUP_REGEX]
-    words += ["--unknown_dir", unknown_folder(out)] if counts["unknown"] else []
+    words += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, words)))
 
 
