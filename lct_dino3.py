@@ -90,7 +90,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_VALUES = 100_000  # of YAML with its aliases written out: nine lines can stand for a billion values
 MAX_ERROR_LINE = 2000  # characters
 CAMERA_BITS = (8, 10, 12, 14, 16)  # that values of 16 bits are really of
-TIFF_PACKING = {34712: ", packed as JPEG 2000", 33003: ", packed as JPEG 2000", 33005: ", packed as JPEG 2000"}
+JPEG2000_TAGS = (34712, 33003, 33005)  # of the packing of a TIFF
 STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
 BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
 TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
@@ -169,22 +169,9 @@ NO_CLASS = ("null", "~", "")  # YAML's words for nothing
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
 # Options of training that tools/masks.py has too.
 MASK_FLAGS = (
-    *("data_root", "out_dir", "class_map", "exclude", "data_fraction", "near_dup_bits", "val_split", "test_split"),
-    *(
-        "splits",
-        "image_bits",
-        "group_regex",
-        "seed",
-        "masks_dirname",
-        "masks_out",
-        "sam2_cfg",
-        "sam2_ckpt",
-        "gpus",
-        "workers",
-        "precision",
-        "debug",
-    ),
-)
+    "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
+    " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
+).split()
 MEMORY_NAME = "memory.sqlite"  # what is known of files
 SQUARES_NAME = "squares.u8"  # fitted crops, while a run lasts
 RUN_MARKERS = ("metrics.jsonl", "data_report.json", MEMORY_NAME, SQUARES_NAME)  # one of them in out_dir: it is ours
@@ -855,13 +842,7 @@ def _parse_config_file(path: Path) -> Any:
     where, suffix = f"--config {path}", path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml", ".json"):
         raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
-    try:
-        text = read_regular(path, MAX_CONFIG_BYTES).decode(
-            "utf-8-sig"
-        )  # with or without the mark that Windows puts first
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise UserError(str(what), where, "check the path") from error
+    text = read_text(path, where)
 
     def unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
         for name, count in Counter(name for name, _ in pairs).items():
@@ -886,6 +867,15 @@ def _parse_config_file(path: Path) -> Any:
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
+def read_text(path: Path, where: str) -> str:
+    """Return the text of a small file, with or without the mark that Windows puts first. Raises UserError, which names `where`."""
+    try:
+        return read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(str(what), where, "check the path") from error
+
+
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
     """Return the bytes of a file. Raises OSError, also where it is no regular file, as a FIFO, or is larger than `max_bytes`."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
@@ -900,11 +890,13 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
-def load_yaml(text: str) -> Any:
-    """Return what YAML says, as `_make_yaml_loader` reads it. Raises ValueError with the reason, and the line where it is known."""
+def load_yaml(text: str, is_plain: bool = False) -> Any:
+    """Return what YAML says, in plain text or as `_make_yaml_loader` reads it. Raises ValueError with the reason."""
     import yaml
 
     loader = _make_yaml_loader()(text)
+    if is_plain:
+        loader.yaml_implicit_resolvers = {}
     try:
         node = loader.get_single_node()
         if node is None:
@@ -987,9 +979,8 @@ def _walk_keys(
         else:
             once = key in known
             what = "belongs on the command line" if once else "is no known key"
-            raise UserError(
-                what, f"{path}: {key}", f"type --{name}" if once else did_you_mean(key, [*known, *sections])
-            )
+            remedy = f"type --{name}" if once else did_you_mean(key, [*known, *sections])
+            raise UserError(what, f"{path}: {key}", remedy)
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
@@ -1146,9 +1137,8 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
     """Refuse a --prototypes_per_class that is neither auto nor a number."""
     number = options.prototypes_per_class
     if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
-        raise UserError(
-            "is neither auto nor a number from 1 to 100", options.said("prototypes_per_class"), "give one of them"
-        )
+        where = options.said("prototypes_per_class")
+        raise UserError("is neither auto nor a number from 1 to 100", where, "give one of them")
 
 
 def check_given(options: Options) -> None:
@@ -1262,9 +1252,8 @@ def locate_start(config: Config) -> Path | None:
 
 def _check_backgrounds(config: Config) -> None:
     if config.backgrounds is None:
-        raise UserError(
-            "needs pictures", config.place("insert_background_p"), "give their folder with --backgrounds DIR"
-        )
+        remedy = "give their folder with --backgrounds DIR"
+        raise UserError("needs pictures", config.place("insert_background_p"), remedy)
     check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
@@ -2341,7 +2330,7 @@ def describe_tiff(data: bytes) -> str:
         file.seek(tags.next)
         tags.load(file)
         bands, bits, kind = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
-        packing = TIFF_PACKING.get(tags.get(259, 1), "")
+        packing = ", packed as JPEG 2000" if tags.get(259, 1) in JPEG2000_TAGS else ""
     except Exception as error:  # as an image's decoders raise it
         return f"is a damaged TIFF ({type(error).__name__})"
     values = {2: "signed ", 3: "floating-point "}.get(kind, "")
@@ -2403,7 +2392,7 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     highest = highest[highest > 0]
     if not len(highest):
         return ()
-    bits = next((bits for bits in CAMERA_BITS if highest.max() < 2**bits), CAMERA_BITS[-1])
+    bits = fitting_bits(highest.max(), CAMERA_BITS)
     dark = highest[highest < 2 ** (bits - 2)]
     is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
     return (8, bits) if is_mixed else (bits,)
@@ -2518,8 +2507,9 @@ class Listing:
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    # What is no image, by suffix; folders by "/"; images beside the class folders by ".".
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    ignored: Counter[str] = dataclasses.field(
+        default_factory=Counter
+    )  # by `entry_type`; images beside the class folders too
 
 
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
@@ -2534,8 +2524,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
     folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
-            is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-            listing.ignored["." if is_image else Path(entry.name).suffix.lower() or entry.name] += 1
+            listing.ignored[entry_type(entry)] += 1
         elif splits == "random":
             folders.append(("", entry))
         elif entry.name.lower() in SPLIT_FOLDERS:
@@ -2554,14 +2543,14 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
         for entry in entries:
-            name = entry.name
-            if not name.lower().endswith(IMAGE_SUFFIXES):
-                if name not in (masks_dirname, CUTOUTS_DIRNAME):
-                    listing.ignored["/" if is_folder(entry) else Path(name).suffix.lower() or name] += 1
+            path, kind = f"{prefix}/{entry.name}", entry_type(entry)
+            if kind != ".":
+                if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
+                    listing.ignored[kind] += 1
             elif problem := entry_problem(entry):
-                listing.problems.append((f"{prefix}/{name}", problem))
+                listing.problems.append((path, problem))
             else:
-                listing.paths.append(f"{prefix}/{name}")
+                listing.paths.append(path)
                 listing.folders.append(class_name)
     return listing
 
@@ -2599,8 +2588,8 @@ def list_image_tree(root: Path) -> ImageTree:
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
-            if not is_a_folder and not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                ignored[Path(entry.name).suffix.lower() or entry.name] += 1
+            if not is_a_folder and (kind := entry_type(entry)) != ".":
+                ignored[kind] += 1
                 continue
             problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
             if problem:
@@ -2627,6 +2616,13 @@ def is_folder(entry: os.DirEntry | Path) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def entry_type(entry: os.DirEntry) -> str:
+    """Return '.' for an image by its name, '/' for another folder, else the suffix, or the name of what has none."""
+    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return "."
+    return "/" if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
 
 
 def _is_plain(name: str) -> bool:
@@ -2688,25 +2684,17 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
 
 
 def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
-    import yaml
-
     where = f"--class_map {path}"
-    try:  # nodes, not values: YAML would read the class `no` as False and `010` as 8, and drop a repeated key in silence
-        root = yaml.compose(read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig"), yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(str(error.strerror), where, "check the path") from error
-    except RecursionError as error:
-        raise UserError("is nested too deeply", where, CLASS_MAP_EXAMPLE) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "it is not UTF-8"
-        raise UserError(f"is no valid YAML: {reason} in line {line}", where, CLASS_MAP_EXAMPLE) from error
+    try:  # plain: a class may be called no or 010
+        tree = load_yaml(read_text(path, where), is_plain=True)
+    except ValueError as error:
+        raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
     entries: list[tuple[str | None, list[str]]] = []
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value] if value.value else []
-        if not all(isinstance(node, yaml.ScalarNode) for node in (key, *items)):
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        items = value if isinstance(value, list) else [value] if value else []
+        if not all(isinstance(name, str) for name in (key, *items)):
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
-        new_name, *old_names = (unicodedata.normalize("NFC", node.value).rstrip("/") for node in (key, *items))
+        new_name, *old_names = (unicodedata.normalize("NFC", name).rstrip("/") for name in (key, *items))
         if not _is_plain(new_name):
             problem = f"gives a class the name {printable(new_name)}, with control characters"
             raise UserError(problem, where, "rename it")
@@ -3069,8 +3057,10 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
     return dataclasses.replace(records, paths=paths, **rest)
 
 
-def given_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
-    """Return the splits that the first folders of paths name, int8 (N,); without one for val, it is drawn from train."""
+def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
+    """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
+    if config.splits == "random":
+        return assign_splits(labels, groups, tuple(split_shares(config).values()), config.seed)
     of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
     splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
     if 1 not in splits and 0 in splits:
@@ -3079,12 +3069,9 @@ def given_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, c
     return splits
 
 
-def count_leaks(records: Records, shares: Sequence[float], seed: int, splits: np.ndarray | None = None) -> int:
-    """Return how many val and test images share a group with a training image in given splits, or would without groups."""
-    naive = assign_splits(records.labels, np.arange(len(records.labels)), shares, seed) if splits is None else splits
-    in_train = np.zeros(int(records.groups.max()) + 1, dtype=bool)
-    in_train[records.groups[naive == 0]] = True
-    return int(in_train[records.groups[naive != 0]].sum())
+def count_leaks(groups: np.ndarray, splits: np.ndarray) -> int:
+    """Return how many val and test images share a group with a training image, by group and split of each image (N,)."""
+    return int(np.isin(groups[splits != 0], groups[splits == 0]).sum())
 
 
 @dataclass(frozen=True)
@@ -3138,11 +3125,9 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
         instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        is_split = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
-        remedy = (
-            "are train, val and test folders of class folders? give --splits from_folders" if is_split else DATA_TREE
-        )
-        raise UserError(f"holds no images{instead}", where, remedy)
+        are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
+        question = "are train, val and test folders of class folders? give --splits from_folders"
+        raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
     paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
     return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
 
@@ -3169,9 +3154,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     deep = np.flatnonzero(health.rows["highest"])
     if len(deep):  # looked at once more, now that it is known how to
         paths = [listing.paths[index] for index in deep]
-        kind = IMAGE_KIND._replace(
-            name=f"{'/'.join(map(str, image_bits))}-bit image", check=functools.partial(check_image, bits=image_bits)
-        )
+        look = functools.partial(check_image, bits=image_bits)
+        kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=look)
         health.rows[deep] = check_files(config.data_root, paths, stats[deep], kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -3188,14 +3172,13 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = connect(len(paths), edges)
-    shares = tuple(split_shares(config).values())
-    splits = assign_splits(labels, groups, shares, config.seed)
-    if config.splits == "from_folders":
-        splits = given_splits(paths, labels, groups, config)
-    records = Records(
-        config.data_root, names, PathTable(paths), labels, groups, splits, config.masks_dirname, image_bits
-    )
+    splits = choose_splits(paths, labels, groups, config)
+    table = PathTable(paths)
+    records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
+    is_given, alone = config.splits == "from_folders", np.arange(len(used.paths))
+    naive = used.splits if is_given else choose_splits(list(used.paths), used.labels, alone, config)
+    leaks = count_leaks(used.groups, naive)
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3206,19 +3189,15 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "image_bits": image_bits,
         **describe_health(listing, health),
         **describe_duplicates(records, duplicates),
-        "leaks_prevented": count_leaks(used, shares, config.seed) if config.splits == "random" else 0,
+        "leaks_prevented": 0 if is_given else leaks,
     }
-    if config.splits == "from_folders" and (leaks := count_leaks(used, shares, config.seed, used.splits)):
-        example = "duplicates of training images or of their group"
-        report["warnings"].append(
-            f"{leaks} val and test images, as the folders have them, are {example}: figures flatter"
-        )
+    if is_given and leaks:
+        some = f"{leaks} val and test images, as the folders have them"
+        report["warnings"].append(f"{some}, are duplicates of training images or of their group: figures flatter")
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
-        some = (
-            f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))} are used"
-        )
-        report["warnings"].append(f"{some}: they are scaled by that (--image_bits)")
+        some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
+        report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
     report["classes"] = count_classes(used, listing, health, class_of, config.splits)
     report["warnings"] += find_warnings(report["classes"], config)
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
@@ -3252,12 +3231,11 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    is_cut = {
-        folder for path, folder in zip(listing.paths, listing.folders, strict=True) if path.split("/")[-2] == "cropped"
-    }
-    if is_cut and (uncut := sorted({*listing.folders} - is_cut)):
+    pairs = zip(listing.paths, listing.folders, strict=True)
+    cut = {folder for path, folder in pairs if path.split("/")[-2] == "cropped"}
+    if cut and (uncut := sorted({*listing.folders} - cut)):
         some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
-        notes.append(f"{len(is_cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
+        notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
@@ -3302,9 +3280,10 @@ def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[st
 def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
     notes = []
+    wanted = wanted_splits(classes, config)
     for name, row in classes.items():
-        wanted = [split for split in wanted_splits(classes, config) if row["usable"]]
-        if lacking := " and ".join(split for split in wanted if not row[split]):
+        lacking = " and ".join(split for split in wanted if not row[split])
+        if lacking and row["usable"]:
             groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
             images = f"{name}: {row['usable']} images in {groups}"
             notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
@@ -3517,19 +3496,15 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
             return alpha
         values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette entries, more than 8 bits
         distinct = np.unique(values).tolist()
-        is_one_sided = mask.mean() in (0, 1)
-        if is_one_sided and len(distinct) == 2 and distinct[0] == 0:
-            return values != 0
         some = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
-        if is_one_sided:
-            above = "every" if mask.all() else "no"
-            raise ImageError(
-                f"{above} pixel is above {MASK_LEVEL}, and of its values {some} none is plainly the object"
-            )
+        if mask.mean() in (0, 1):
+            if len(distinct) == 2 and distinct[0] == 0:
+                return values != 0
+            problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
+            raise ImageError(f"{problem}, and of its values {some} none is plainly the object")
         if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
-            raise ImageError(
-                f"its values are {some}, as of a label and of what is to be ignored: write 0 and 255 alone"
-            )
+            problem = f"its values are {some}, as of a label and of what is to be ignored"
+            raise ImageError(f"{problem}: write 0 and 255 alone")
         return mask
 
 
@@ -3595,9 +3570,8 @@ def mask_names(config: Config, path: str) -> list[str]:
 def attach_masks(scan: Scan, config: Config) -> Scan:
     """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
     records, listing = scan.records, scan.listing
-    files, refused = list_mask_files(
-        config, {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
-    )
+    folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
+    files, refused = list_mask_files(config, folders)
     choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
     for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
@@ -3609,9 +3583,8 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    kind = FileKind(
-        f"object mask {config.masks_dirname}", MASK_DTYPE, functools.partial(check_mask, config.masks_dirname)
-    )
+    look = functools.partial(check_mask, config.masks_dirname)
+    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, look)
     health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
@@ -5203,10 +5176,9 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     )
     where = f"--model_id {config.model_id} "
     if config.unfreeze_blocks > num_blocks:
+        problem = f"has {num_blocks or 'no'} blocks that timm names"
         remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(
-            f"has {num_blocks or 'no'} blocks that timm names", where + config.said("unfreeze_blocks"), remedy
-        )
+        raise UserError(problem, where + config.said("unfreeze_blocks"), remedy)
     if config.layer_decay < 1 and not num_blocks:
         raise UserError("has no blocks that timm names", where + "--layer_decay", "leave it out")
     if config.lora_rank and not has_attention:
@@ -5364,12 +5336,12 @@ def read_start(config: Config) -> Start | None:
         raise
     except Exception as error:  # zip, safetensors and key errors
         raise unreadable_weights(error, where) from error
+    tensors, prefix = dict(walk_tensors(state)), "backbone.model."
     if not class_names:
-        return Start(where, path, dict(walk_tensors(state)))
-    check_weights_finite(state, where)
-    prefix = "backbone.model."
-    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    head = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        return Start(where, path, tensors)
+    check_weights_finite(tensors, where)
+    backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     return Start(where, path, backbone, head, tuple(class_names), identity)
 
 
@@ -5381,10 +5353,9 @@ def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
         yield from walk_tensors(value, f"{prefix}{key}.")
 
 
-def check_weights_finite(weights: dict[str, Any], where: str) -> None:
-    """Refuse weights among which are some that are not finite, by the names of their tensors."""
-    values = ((key, value) for key, value in weights.items() if isinstance(value, torch.Tensor))
-    if broken := [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]:
+def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
+    """Refuse weights that are not finite, by their names."""
+    if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
         raise UserError(problem, where, "give weights of a training that went well")
 
@@ -5409,11 +5380,11 @@ def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
         (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
         (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
-        (r"\.mlp\.weights_in\.", ".mlp.w12."),
-        (r"\.mlp\.weights_out\.", ".mlp.w3."),
-        (r"\.mlp\.gate_proj\.", ".mlp.w1."),
-        (r"\.mlp\.up_proj\.", f".mlp.{up}."),
-        (r"\.mlp\.down_proj\.", f".mlp.{down}."),
+        (r"\.weights_in\.", ".w12."),
+        (r"\.weights_out\.", ".w3."),
+        (r"\.gate_proj\.", ".w1."),
+        (r"\.up_proj\.", f".{up}."),
+        (r"\.down_proj\.", f".{down}."),
     )
     renamed = {}
     for key, value in inside.items():
@@ -5422,9 +5393,8 @@ def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         renamed[key] = value
     for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
         query = renamed.pop(key)
-        rest = [
-            renamed.pop(key.replace(".q.", f".{name}."), torch.zeros_like(query)) for name in "kv"
-        ]  # keys lack a bias
+        no_bias = torch.zeros_like(query)  # of DINOv3's keys
+        rest = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
         renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *rest])
     return renamed
 
@@ -5502,14 +5472,13 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
     tensors, expected = complete_backbone(start, log), model.state_dict()
     if not tensors:
-        raise unreadable_weights(
-            ValueError("it holds no tensors by name, as a model saved whole does not"), start.where
-        )
+        problem = "it holds no tensors by name, as a model saved whole does not"
+        raise unreadable_weights(ValueError(problem), start.where)
     named = rename_hub_weights(tensors)
     weights, prefix = choose_weights(named, expected)
     check_weights_finite(weights, start.where)
-    outside = [key.split(".")[: prefix.count(".")] for key in tensors if not key.startswith(prefix)]
-    others = dict.fromkeys(".".join(parts) for parts in outside)
+    outside = (key.split(".") for key in tensors if not key.startswith(prefix))
+    unused = dict.fromkeys(".".join(parts[: prefix.count(".")]) for parts in outside)
     for key in [key for key in weights if key.endswith("attn.qkv.bias") and "storage_tokens" in weights]:
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
@@ -5525,20 +5494,19 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         names = model.pretrained_cfg.get(kind) or ()
         return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
-    if dropped := [key for key in weights if key.startswith(layer_prefixes("classifier"))]:
-        log(f"{start.where}: the classifier in the file is not used ({', '.join(dropped)})")
-    weights = {key: value for key, value in weights.items() if key not in dropped}
+    modules = {key.split(".")[0] for key in expected}
+    is_whole = expected.keys() <= weights.keys()
+    for key in list(weights):
+        is_foreign = is_whole and key.split(".")[0] not in modules and not BACKBONE_PART.search(key)
+        if is_foreign or key.startswith(layer_prefixes("classifier")):
+            unused[key.rpartition(".")[0]] = None
+            del weights[key]
+    if unused:
+        log(f"{start.where}: not used of the file: {', '.join([*unused][:8])}{', ...' if len(unused) > 8 else ''}")
     for layer in layer_prefixes("first_conv"):
         key = f"{layer}weight"
         if key in expected and key in weights and weights[key].shape[1:2] == (3,) != expected[key].shape[1:2]:
             weights[key] = adapt_input_conv(expected[key].shape[1], weights[key])
-    if expected.keys() <= weights.keys():
-        modules = {key.split(".")[0] for key in expected}
-        heads = [key for key in weights if key.split(".")[0] not in modules and not BACKBONE_PART.search(key)]
-        others |= dict.fromkeys(key.rpartition(".")[0] for key in heads)
-        weights = {key: value for key, value in weights.items() if key not in heads}
-    if others:
-        log(f"{start.where}: not used of the file: {', '.join([*others][:8])}{', ...' if len(others) > 8 else ''}")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # a line each for keys that are missing, foreign keys, and every wrong shape

@@ -284,7 +284,7 @@ def test_resume_from_something_that_is_no_checkpoint(tmp_path, small_data, refus
         ("- hammer\n- pliers", "holds no mapping"),
         ("", "holds no mapping"),
         ("tools: [hammer", "no valid YAML"),
-        (b"tools: [\xe9]", "no valid YAML"),
+        (b"tools: [\xe9]", "is not UTF-8"),
         ("tools: {hammer: pliers}", "--class_map"),
         ("tools: 7.5", "--class_map"),
         ("null: [hammer, pliers, wrench]", "--class_map"),
