@@ -2730,29 +2730,24 @@ def check_image(
 
     `keep` gets the upright image, uint8 (H, W, 3), but for one of more bits than 8 of which it is not known yet how many count.
     """
+    from scipy.fft import dctn
+
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
-            _describe_image(data, health, keep, bits)
+            pixels, health["mode"], health["orientation"] = decode_image(data, bits)
+            health["highest"] = highest_value(data)
+            small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+            if keep is not None and (bits or not health["highest"]):
+                keep(pixels)
     except ImageError as error:
         health["broken"] = True
         return health, str(error)
-    return health, ""
-
-
-def _describe_image(
-    data: bytes, health: np.ndarray, keep: Callable[[np.ndarray], None] | None, bits: Sequence[int]
-) -> None:
-    from scipy.fft import dctn
-
-    image, health["mode"], health["orientation"] = decode_image(data, bits)
-    health["highest"] = highest_value(data)
-    health["height"], health["width"] = image.shape[:2]
+    health["height"], health["width"] = pixels.shape[:2]
     health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
     thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
     health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
     # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
@@ -2760,8 +2755,7 @@ def _describe_image(
     frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
     is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
     health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
-    if keep is not None and (bits or not health["highest"]):
-        keep(image)
+    return health, ""
 
 
 class FileKind(NamedTuple):
