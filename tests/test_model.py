@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -698,9 +699,11 @@ def test_a_start_that_does_not_fit_is_refused_by_its_keys(sources: Path, tmp_pat
     alone.write_bytes(alone.read_bytes()[:-2000] + bytes(1000) + alone.read_bytes()[-1000:])
     with pytest.raises(lct.UserError, match=r"damaged|cannot be read as weights"):
         start_from(alone, ("a", "b"))
-    for path, complaint in ((tmp_path, "holds no checkpoint"), (tmp_path / "none.pth", "does not exist")):
+    os.mkfifo(tmp_path / "pipe.pth")
+    complaints = {".": "holds no checkpoint", "none.pth": "does not exist", "pipe.pth": "neither a file nor a folder"}
+    for path, complaint in complaints.items():
         with pytest.raises(lct.UserError, match=complaint):
-            lct.locate_start(make_config(load_from=path))
+            lct.locate_start(make_config(load_from=tmp_path / path))
 
 
 def test_several_directions_a_class_are_taken_by_class(sources: Path) -> None:

@@ -60,6 +60,9 @@ class CropOptions(lct.Options):
     out: Path | None = lct.option(None, "data_root to write; the crops in it follow the labels", "cropping", metavar="DIR",
         needed=True)
     box_pad: float = lct.option(0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0)
+    image_bits: tuple[int, ...] = lct.option((),
+        "bits a channel that photos of more than 8 really use, such as 12; the run that labels photos needs the same",
+        "cropping", metavar="N", nargs="+", low=8, high=16)
     unknown: tuple[str, ...] = lct.option((), "classes that are none: their crops go beside --out, for --unknown_dir",
         "cropping", metavar="NAME", nargs="+", action="extend")
     # fmt: on
@@ -282,7 +285,7 @@ def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> I
         crops = [json.loads(text) for text in records.crops.get(path, ())]
         stale = [json.loads(text) for text in records.stale.get(path, ())]
         flags = [name in labelled.unknown for _, name in objects]
-        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags)
+        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags, *options.image_bits)
         yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.stale)
 
 
@@ -317,6 +320,7 @@ class Cutter:
         self.images = options.images
         self.roots = {False: options.out, True: unknown_folder(options.out)}  # of crops of no class too
         self.box_pad = options.box_pad
+        self.image_bits = options.image_bits
 
     def __call__(self, photo: Photo) -> CutPhoto:
         cut = CutPhoto(photo, None if photo.objects else [], self._inspect(photo))
@@ -351,7 +355,7 @@ class Cutter:
     def _cut(self, cut: CutPhoto) -> None:
         photo = cut.photo
         try:
-            image = lct.load_image(self.images / photo.path)
+            image = lct.load_image(self.images / photo.path, self.image_bits)
             size = image.shape[1::-1]
             objects = (geometry.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
             doubt = geometry.check_size(size, photo.claimed, objects)

@@ -765,6 +765,23 @@ def test_class_names_of_yolo_are_found_as_they_are_written(tmp_path: Path) -> No
     assert labels.read_yolo_names(folder)["4"] == "ключ"
 
 
+def test_photos_of_12_bits_are_scaled_by_them(tmp_path: Path, call_main: Any) -> None:
+    import cv2
+
+    shades = np.linspace(0, 255, 96 * 64).reshape(64, 96, 1).repeat(3, axis=2).round()
+    (tmp_path / "photos").mkdir()
+    cv2.imwrite(str(tmp_path / "photos/a.png"), (shades * 4095 / 255).round().astype(np.uint16))
+    labelled = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "ramp"}]}
+    labelled["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 96, 64]}]
+    (tmp_path / "labels.json").write_text(json.dumps(labelled))
+    for bits, error in (((), 255 * 15 / 16), (("--image_bits", 12), 0)):  # the second call cuts the photo anew
+        words = command(tmp_path / "photos", tmp_path / "labels.json", tmp_path / "data", *bits)
+        assert call_main(*words) == 0
+        (path,) = (tmp_path / "data").rglob("*.jpg")
+        difference = shades - lct.load_image(path)
+        assert abs(difference.max() - error) < 5
+
+
 @pytest.mark.skipif(not (SHARED_DATA / "tools17").is_dir(), reason="needs ../shared/data")
 def test_real_crops_come_back_out_of_photos(tmp_path: Path, call_main: Any) -> None:
     """Photos that are put together of real crops: what is cut out of them is what was put in."""

@@ -366,6 +366,44 @@ def test_without_detections_each_image_is_one_object(
     assert np.mean([row["best_class"] == row["image"].split("/")[0] for row in rows]) > 0.9
 
 
+def test_files_that_are_no_images_are_counted(
+    finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(scene.folder, tmp_path / "images")
+    (tmp_path / "images" / "clip.gif").write_bytes(b"GIF89a")
+    (tmp_path / "images" / "a b" / "notes.TXT").write_text("of a person")
+    assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out")) == 0
+    said = "".join(capsys.readouterr())
+    assert "passed over: 2 files of other types (" in said and ".gif" in said and ".txt" in said
+
+
+def test_photos_of_12_bits_get_the_answers_of_8(
+    finished_run: Path, scene: Scene, labelled: Path, tmp_path: Path, call_main: Callable[..., int]
+) -> None:
+    import cv2
+
+    run, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(finished_run, run)
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config["options"]["image_bits"] = [12]
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in scene.boxes:
+        pixels = np.rint(lct.load_image(scene.folder / name)[:, :, ::-1] * (4095 / 255)).astype(np.uint16)
+        path = (images / name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), pixels)
+    tree = scene.coco()
+    for image in tree["images"]:
+        image["file_name"] = str(Path(image["file_name"]).with_suffix(".png"))
+    source = tmp_path / "detections.json"
+    source.write_text(json.dumps(tree), encoding="utf-8")
+    assert call_main(*command(run, images, tmp_path / "out", source)) == 0
+    deep, plain = read_rows(tmp_path / "out"), read_rows(labelled)
+    assert len(deep) == len(plain) > 0
+    for ours, others in zip(deep, plain, strict=True):
+        assert {**ours, "image": None} == {**others, "image": None}
+
+
 def test_an_enrolled_class_is_found_and_shown(
     finished_run: Path, tmp_path: Path, call_main: Callable[..., int]
 ) -> None:
