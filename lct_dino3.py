@@ -2276,19 +2276,12 @@ class ImageError(ValueError):
 
 
 def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
-    """Read an image file of one of IMAGE_FORMATS as upright 8-bit RGB, uint8 (H, W, 3). Raises ImageError with the reason.
-
-    `bits` are those of `find_image_bits`.
-    """
+    """Read an image file as upright RGB, uint8 (H, W, 3), scaled by `bits` of `find_image_bits`. Raises ImageError."""
     return decode_image(read_file(path), bits)[0]
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        ImageError: it cannot be read, is no regular file, is empty or larger than MAX_FILE_BYTES.
-    """
+    """Return the bytes of an image file. Raises ImageError where it is unreadable, empty or larger than MAX_FILE_BYTES."""
     try:
         data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
@@ -2417,9 +2410,7 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent.
 
-    `bits` are those of `find_image_bits`.
-
-    In strips: converted at once, an image of 100 megapixels would take 3 GB on the way.
+    `bits` are those of `find_image_bits`. In strips: converted at once, 100 megapixels would take 3 GB on the way.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
@@ -5267,14 +5258,12 @@ class _Inert:
 
 
 def read_archive(path: Path, where: str) -> Any:
-    """Return what torch.save has written, never executing anything in it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return what torch.save has written, never executing anything in it. Raises UserError: it is damaged or something else."""
     try:
-        is_zip = is_torch_zip(path)
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
+        is_zip, others = is_torch_zip(path), ()
+        if is_zip:
+            check_zip(path)
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in others]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except MemoryError:
@@ -5320,8 +5309,6 @@ def read_start(config: Config) -> Start | None:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
                 class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
         else:
-            if is_torch_zip(path):
-                check_zip(path)
             state = read_archive(path, where)
         if isinstance(state, dict) and "identity" in state and "format" in state:
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
