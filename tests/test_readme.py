@@ -139,7 +139,7 @@ def test_every_room_is_in_the_table() -> None:
     for path in (REPO / "tools").glob("*.py"):
         assert f"`{path.name}`" in rooms, path.name
         command = f"lct_dino3.py {path.stem}" if path.stem in lct.TOOLS else f"tools/{path.name}"
-        is_library = path.stem in ("labels", "meshes", "voxel_gan", "pretrain_utils")
+        is_library = path.stem in ("geometry", "labels", "meshes", "voxel_gan", "pretrain_utils")
         assert is_library or f"python {command} " in rooms.replace("`", " "), path.name
     for command in set(lct.COMMANDS) - {"train"}:
         assert f"python lct_dino3.py {command} " in rooms, command
