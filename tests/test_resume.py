@@ -240,9 +240,7 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
         ".lock",
         ".lock_holder",
     }
-    assert start(kill("highest_value", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, (
-        "fewer than 20 were left"
-    )
+    assert start(kill("highest_value", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, "fewer than 20 were left"
     assert start(kill("highest_value", 1, KILL))[0] == 0, "and none after that"
     argv = ("scan", "--data_root", data, "--out_dir", tmp_path / "scan")
     assert nursery.run(*argv, plans=[kill("highest_value", 40, INT)])[0] == 130
