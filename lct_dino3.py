@@ -113,9 +113,10 @@ EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a
 UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
 # Heads that are trained without some classes say what unseen ones will meet with, in about a minute.
 UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
+STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # kept of them, for thresholds and probabilities
 UNSEEN_STEPS = 1500  # of all such heads together
 UNSEEN_REFS_PER_CLASS = 50  # in their galleries
-ENROLMENT_CROPS = (1, 5, 20)
+ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
@@ -149,11 +150,15 @@ BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
 HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
+SAME_SESSION = 0.8  # cosine of standardised features of the untrained backbone, from which two pictures are taken for one session's
+SHOWN_SESSIONS = 200
+SESSION_PAIRS = 20_000_000_000  # of a test and a training view: beyond, they are not compared
+UNKNOWN_SHARE = 0.2  # of the objects to which a probability refers: how many production will meet nobody knows
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 MATCHER_CHUNK = 8_000_000  # (queries x vectors) cosines that the matcher makes at a time: 32 MB
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
 SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
 SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
@@ -6073,12 +6078,27 @@ def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) 
     return float((is_right * won / 2).mean() / len(unknown))
 
 
-def calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float:
-    """Return the expected calibration error over equal bins of confidence (N,) (Guo et al., arXiv:1706.04599, eq. 3)."""
-    if not len(confidence):
-        return math.nan
-    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    return float(np.abs(np.bincount(bins, weights=is_right - confidence)).sum() / len(confidence))
+def reliability(
+    probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
+) -> list[dict[str, float]]:
+    """Return what answers of a probability (N,) are worth, by equal bins of it: share of all, mean probability, share right.
+
+    Answers to objects of no class count as UNKNOWN_SHARE of all, however many there are.
+    """
+    weights = np.where(
+        is_known, (1 - UNKNOWN_SHARE) / max(1, is_known.sum()), UNKNOWN_SHARE / max(1, (~is_known).sum())
+    )
+    weights /= max(1e-12, weights.sum())
+    bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
+    shares, *sums = (np.bincount(bins, weights * value, num_bins) for value in (1, probability, is_right))
+    means, rights = (of_bins / np.maximum(shares, 1e-12) for of_bins in sums)
+    columns = (column.tolist() for column in (shares, means, rights))
+    return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """Return the expected calibration error of `reliability` (Guo et al., arXiv:1706.04599, eq. 3)."""
+    return sum(row["share"] * abs(row["probability"] - row["right"]) for row in bins)
 
 
 # How far a cosine moves when the same picture is embedded in another batch or on another device, by what the backbone computes in.
@@ -6176,7 +6196,7 @@ def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
 # Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
 # Of TrainState: goes to disk as it is.
-PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right")
+PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right", "unseen", "sessions")
 # Of a checkpoint of training; there may be others.
 CHECKPOINT_KEYS = (*PLAIN_STATE, "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype")
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
@@ -6262,6 +6282,8 @@ class TrainState:
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
     # And `share_right` of what the best of it answers to test.
     frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)
+    unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # scores of `measure_unseen`, for `calibrate`
+    sessions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see `find_sessions`
     saved_step: int | None = None  # what checkpoint_last.pth holds; of this process only
 
 
@@ -6605,7 +6627,6 @@ class Judged(NamedTuple):
 
     labels: np.ndarray  # (Q, 3) int64
     scores: np.ndarray  # (Q, 3) similarity to them
-    probabilities: np.ndarray  # (Q, 3)
 
 
 def best_answers(score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -6660,6 +6681,9 @@ class Gallery:
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
     val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
+    log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept, over the score of an answer, of its being right
+    # By number of crops of a class that is enrolled: its threshold, and `measure_enrolment` at that.
+    enrolment: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     fusion: Fusion = NO_FUSION
 
     @property
@@ -6692,23 +6716,30 @@ class Gallery:
         return self.module.score(queries)
 
     def logits(self, queries: np.ndarray) -> np.ndarray:
-        """Return the scores (Q, C) over the temperature, whose softmax are calibrated probabilities."""
+        """Return the scores (Q, C) over the temperature, whose softmax tells the classes apart; it knows of no unknown objects."""
         return self.scores(queries) / self.temperature
 
     def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
         return best_answers(self.scores, queries)
 
+    def probability(self, best: np.ndarray) -> np.ndarray:
+        """Return the chance (n,) that answers of these scores (n,) are right: the object known, and of the class answered.
+
+        Of all objects UNKNOWN_SHARE are taken to be of no class.
+        """
+        slope, intercept = self.log_odds
+        return scipy.special.expit(slope * best.astype(np.float64) + intercept)
+
     def judge(self, queries: np.ndarray, labels: np.ndarray) -> Judged:
         """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
 
         def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
-            probabilities = np.exp(log_softmax(scores / self.temperature))
             answers = scores.argmax(axis=1)
             others = scores.copy()
             others[np.arange(len(scores)), answers] = -np.inf
             chosen = np.stack([answers, labels[block], others.argmax(axis=1)], axis=1)
-            return chosen, *(np.take_along_axis(values, chosen, axis=1) for values in (scores, probabilities))
+            return chosen, np.take_along_axis(scores, chosen, axis=1)
 
         return Judged(*reduce_scores(self.scores, queries, reduce))
 
@@ -6857,19 +6888,29 @@ def embed(model: Recognizer, features: Embedded) -> Embedded:
     return features._replace(values=values.numpy())
 
 
+class Strangers(NamedTuple):
+    """What is known of objects of no class, to choose and to calibrate with."""
+
+    vectors: np.ndarray | None = None  # (U, D), of pictures of such
+    unseen: dict[str, Any] | None = None  # see `measure_unseen`
+
+
+NO_STRANGERS = Strangers()
+
+
 def build_gallery(
     records: Records,
     references: Embedded,
     val: Embedded,
     config: Config,
-    unknown: np.ndarray | None = None,
+    strangers: Strangers = NO_STRANGERS,
     dtype: torch.dtype = torch.float32,
 ) -> Gallery:
     """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val.
 
-    The matcher, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with embeddings `unknown`
-    (U, D) of objects of no class, those that are right and surer than of them. On classes held out the embedder is too good for
-    those to stand in here: it was trained to tell them. `dtype` is what the backbone computes in.
+    The matcher, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with vectors of strangers,
+    those that are right and surer than of them. On classes held out the embedder is too good for those to stand in here: it was
+    trained to tell them. `dtype` is what the backbone computes in.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -6902,9 +6943,9 @@ def build_gallery(
     def quality(candidate: Gallery) -> float:
         answers, best = candidate.answer(val.values)
         is_right = answers == val.labels
-        if unknown is None:
+        if strangers.vectors is None:
             return float(is_right.mean())
-        return open_set_rate(best, is_right, candidate.answer(unknown)[1])
+        return open_set_rate(best, is_right, candidate.answer(strangers.vectors)[1])
 
     sizes = np.bincount(stacks.labels, minlength=num_classes)
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
@@ -6914,24 +6955,29 @@ def build_gallery(
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
-    return calibrate(gallery, val, config.target_precision, unknown, dtype)
+    return calibrate(gallery, val, config.target_precision, strangers, dtype)
 
 
 def export_gallery(
-    model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unknown: Embedded | None
+    model: Recognizer,
+    records: Records,
+    features: dict[str, Embedded],
+    config: Config,
+    unknown: Embedded | None = None,
+    unseen: dict[str, Any] | None = None,
 ) -> tuple[Gallery, dict[str, Embedded]]:
     """Return the gallery that features of train and val make, and of each split that is given the vectors that it matches.
 
-    `unknown` are features of objects of no class.
+    `unknown` are features of objects of no class, `unseen` is what `measure_unseen` found.
     """
     embedded = {split: embed(model, of_split) for split, of_split in features.items()}
-    strangers = (unknown, embed(model, unknown)) if unknown is not None else None
+    pair = (unknown, embed(model, unknown)) if unknown is not None else None
     fusion = NO_FUSION
     if config.match_features:
-        fusion = choose_fusion(features, embedded, len(records.class_names), strangers)
+        fusion = choose_fusion(features, embedded, len(records.class_names), pair)
     vectors = {split: fusion.fuse(features[split], embedded[split]) for split in features}
-    of_unknown = fusion.fuse(*strangers).values if strangers else None
-    gallery = build_gallery(records, vectors["train"], vectors["val"], config, of_unknown, model.backbone.dtype)
+    strangers = Strangers(fusion.fuse(*pair).values if pair else None, unseen)
+    gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers, model.backbone.dtype)
     return dataclasses.replace(gallery, fusion=fusion), vectors
 
 
@@ -6986,26 +7032,91 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
     return gallery
 
 
-def calibrate(
-    gallery: Gallery, val: Embedded, precision: float, unknown: np.ndarray | None, dtype: torch.dtype
-) -> Gallery:
-    """Return the gallery with the temperature and the thresholds that val, and objects of no class, ask for."""
+def calibrate(gallery: Gallery, val: Embedded, precision: float, strangers: Strangers, dtype: torch.dtype) -> Gallery:
+    """Return the gallery with the temperature, thresholds and log-odds that val, and objects of no class, ask for.
+
+    What strangers score is that of their vectors; without any, that of the classes which the heads of `measure_unseen` did not
+    know, on the scale of this gallery's val scores; without those either, that of val crops whose classes are taken out in turn:
+    the embedder has seen these, and real strangers score higher.
+    """
     num_classes = len(gallery.class_names)
     answers, best = gallery.answer(val.values)
     is_right = answers == val.labels
+    middle, spread = score_scale(best)
     num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # one number needs no more images
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
     temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
-    if unknown is not None and len(unknown):
-        unknown_answers, unknown_best = gallery.answer(unknown)
-        answers = np.concatenate([answers, unknown_answers])
-        best = np.concatenate([best, unknown_best])
-        is_right = np.concatenate([is_right, np.zeros(len(unknown), bool)])
+    unseen = strangers.unseen or {}
+    stranger_scores = middle + spread * np.array(unseen.get("strangers", ()))
+    if strangers.vectors is not None and len(strangers.vectors):
+        stranger_answers, stranger_scores = gallery.answer(strangers.vectors)
+        answers = np.concatenate([answers, stranger_answers])
+        best = np.concatenate([best, stranger_scores])
+        is_right = np.concatenate([is_right, np.zeros(len(stranger_scores), bool)])
+    elif not unseen:
+        stranger_scores = score_without_class(gallery.scores, val)
     thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, num_classes, dtype)
-    val_thresholds = tuple(precision_threshold(best, is_right, target, dtype=dtype) for target in PRECISION_TARGETS)
+
+    def promise(at: dict[str, Any]) -> float:
+        scores = (middle + spread * np.array(at["scores"])).astype(np.float32)
+        return precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
+
     return dataclasses.replace(
-        gallery, temperature=temperature, thresholds=thresholds, is_pooled=is_pooled, val_thresholds=val_thresholds
+        gallery,
+        temperature=temperature,
+        thresholds=thresholds,
+        is_pooled=is_pooled,
+        val_thresholds=tuple(precision_threshold(best, is_right, target, dtype=dtype) for target in PRECISION_TARGETS),
+        log_odds=fit_log_odds(best[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
+        enrolment={
+            num_crops: {
+                "threshold": promise(at),
+                "figures": at["figures"] if at["figures"]["target_precision"] == precision else None,
+            }
+            for num_crops, at in unseen.get("enrolment", {}).items()
+        },
     )
+
+
+def score_scale(best: np.ndarray) -> tuple[float, float]:
+    """Return the median of the scores (N,) of answers to known objects, and how far below it the lowest tenth begins.
+
+    On this scale strangers score alike in galleries of different heads.
+    """
+    middle, low = np.quantile(best, (0.5, 0.1)).tolist()
+    return middle, max(middle - low, 1e-6)
+
+
+def score_without_class(score: Callable[[np.ndarray], np.ndarray], known: Embedded) -> np.ndarray:
+    """Return the best score (N,) of each query among all classes but a fold of HELD_OUT_FOLDS, the one with its own."""
+    folds = known.labels % HELD_OUT_FOLDS
+
+    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray]:
+        is_own = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
+        return (np.where(is_own, -1.0, scores).max(axis=1),)
+
+    return reduce_scores(score, known.values, reduce)[0]
+
+
+def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray) -> tuple[float, float]:
+    """Return slope and intercept of the log-odds that an answer is right, over its score (Platt, 1999).
+
+    `known` (N,) are scores of answers to known objects, `is_right` (N,) says which hold; answers to `strangers` (U,) never do, and
+    count as UNKNOWN_SHARE of all.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    scores = np.concatenate([known, strangers])
+    labels = np.append(is_right, np.zeros(len(strangers), bool))
+    weights = np.full(len(known), (1 - UNKNOWN_SHARE) / max(1, len(known)))
+    weights = np.append(weights, np.full(len(strangers), UNKNOWN_SHARE / max(1, len(strangers)))) * len(scores)
+    if labels.all() or not labels.any():
+        share = (is_right.sum() + 1) / (len(is_right) + 2)
+        return 0.0, float(scipy.special.logit(share))
+    middle, spread = scores.mean(), max(scores.std(), 1e-6)
+    fitted = LogisticRegression().fit((scores[:, None] - middle) / spread, labels, sample_weight=weights)
+    slope = max(0.0, fitted.coef_.item()) / spread
+    return slope, fitted.intercept_.item() - slope * middle
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -7052,14 +7163,14 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     Returns:
         Figures as {value, interval}. closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and
         f1_macro; retrieval: recall_at_1, recall_at_5, map_at_r; open_set: auroc, fpr95; answers: at each precision asked for,
-        threshold from val, precision and coverage on test; thresholds: the same with those of the classes; ece;
-        few: classes with fewer than FEW_IMAGES test images.
+        threshold from val, precision and coverage on test; thresholds: the same with those of the classes; reliability: see
+        there, of the probabilities of answers to test images and to the strangers of open_set, and ece of these;
+        unknown_passed: share of the strangers that get a class; few: classes with fewer than FEW_IMAGES test images.
     """
     num_classes = len(gallery.class_names)
     judged = gallery.judge(test.values, test.labels)
     answers = judged.labels[:, 0]
     best = judged.scores[:, 0]
-    confidence = judged.probabilities[:, 0]
     is_right = answers == test.labels
 
     def closed_set(matcher: str) -> dict[str, Any]:
@@ -7074,6 +7185,20 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         passed = best >= thresholds
         return mean_intervals(test.rows, coverage=passed, precision=np.where(passed, is_right, np.nan))
 
+    if unknown is None:
+        unknown_best = score_without_class(gallery.scores, test)
+        groups = (test.rows, test.rows)
+    else:
+        unknown_answers, unknown_best = gallery.answer(unknown)
+        groups = (test.rows, np.arange(len(unknown)))
+    probability = gallery.probability(np.append(best, unknown_best))
+    is_known = np.arange(len(probability)) < len(best)
+    is_right_of_all = np.append(is_right, np.zeros(len(unknown_best), bool))
+
+    def error(drawn: np.ndarray, drawn_unknown: np.ndarray) -> dict[str, float]:
+        both = np.append(drawn, len(best) + drawn_unknown)
+        return {"ece": calibration_error(reliability(probability[both], is_right_of_all[both], is_known[both]))}
+
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     support = np.bincount(test.labels, minlength=num_classes)
     figures = {
@@ -7087,11 +7212,11 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
-        **with_intervals(lambda drawn: {"ece": calibration_error(confidence[drawn], is_right[drawn])}, test.rows),
+        **with_intervals(error, *groups),
+        "reliability": reliability(probability, is_right_of_all, is_known),
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
     if unknown is not None:
-        unknown_answers, unknown_best = gallery.answer(unknown)
         passed = unknown_best >= gallery.thresholds[unknown_answers]
         figures |= mean_intervals(np.arange(len(passed)), unknown_passed=passed)
     return figures
@@ -7169,6 +7294,7 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     names = gallery.class_names
     stack_views = [VIEW_NAMES[view] for view in gallery.stack_views.tolist()]
     judged = gallery.judge(embedded.values, embedded.labels)
+    probabilities = gallery.probability(judged.scores[:, 0])
     cosines = judged.scores.astype(np.str_)  # the shortest text that is the same float32 again
     is_unknown = judged.scores[:, 0] < gallery.thresholds[judged.labels[:, 0]]
     nearest = nearest_references(gallery, embedded.values, judged.labels[:, 0])
@@ -7184,11 +7310,10 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
             "answer": names[answer],
             "is_unknown": "true" if is_unknown[i] else "false",
             "cosine": cosines[i, 0],
-            "probability": float(judged.probabilities[i, 0]),
+            "probability": float(probabilities[i]),
             "runner_up": names[runner_up] if has_runner_up else "",
             "runner_up_cosine": cosines[i, 2] if has_runner_up else "",
             "class_cosine": cosines[i, 1],
-            "class_probability": float(judged.probabilities[i, 1]),
             "nearest_reference": gallery.stack_paths[nearest[i]],
             "nearest_reference_view": stack_views[nearest[i]],
             "nearest_of_class": gallery.stack_paths[nearest_of_class[i]],
@@ -7243,6 +7368,8 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "format": PROTOTYPES_FORMAT,
         **meta,
         "temperature": gallery.temperature,
+        "log_odds": gallery.log_odds,
+        "enrolment": gallery.enrolment,
         "val_thresholds": gallery.val_thresholds,
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
@@ -7281,7 +7408,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
     missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    needed = ("format", "temperature", "val_thresholds", "pooled_thresholds")
+    needed = ("format", "temperature", "log_odds", "enrolment", "val_thresholds", "pooled_thresholds")
     missing += [f"{key} in its meta" for key in needed if key not in meta]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
@@ -7310,6 +7437,11 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if not 0 <= fields["fusion"].weight < 1 or lengths["K"] > lengths["D"]:
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
     fields["temperature"] = float(meta["temperature"])
+    slope, intercept = map(float, meta["log_odds"])
+    fields["log_odds"] = slope, intercept
+    fields["enrolment"] = {
+        str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in meta["enrolment"].items()
+    }
     fields["is_pooled"] = np.isin(arrays["id2cls"], meta["pooled_thresholds"])
     fields["val_thresholds"] = tuple(map(float, meta["val_thresholds"]))
     return Gallery(**fields), meta
@@ -7360,6 +7492,7 @@ class TrainedRun:
     runtime: Runtime
     gallery: Gallery | None = None  # None as long as it is made anew
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
+    unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
 
     @functools.cached_property
     def network(self) -> nn.Module:
@@ -7447,7 +7580,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
     model.backbone.dtype = runtime.dtype_of(model.backbone)
-    return TrainedRun(path, config, info, model.eval().to(runtime.device), runtime)
+    return TrainedRun(path, config, info, model.eval().to(runtime.device), runtime, unseen=payload["unseen"])
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -7602,19 +7735,13 @@ def scan_for_run(
     return attach_masks(scan_dataset(options, splits_path), options)
 
 
-def enrol(
-    gallery: Gallery,
-    added: Embedded,
-    names: Sequence[str],
-    paths: Sequence[str],
-    precision: float,
-    dtype: torch.dtype = torch.float32,
-) -> Gallery:
+def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str]) -> Gallery:
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
     Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new one
-    gets its own, at which that share of its crops, each judged by a gallery without it, is right. Labels of the crops are into
-    `names`, rows into `paths`.
+    gets that which `measure_unseen` found for so many crops, or the highest of the others. What its own crops score among each
+    other says too little: they are few, and crops of other classes that might be taken for it are those of the training, which are
+    told too well. Labels of the crops are into `names`, rows into `paths`.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7636,7 +7763,11 @@ def enrol(
     for label in changed.tolist():  # as many as before
         values = stacks.values[places[label]]
         prototypes[label] = mean_of_clusters(values, gallery.most_prototypes, centroids[label])
-    grown = dataclasses.replace(
+    thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
+    for label in range(num_old, num_classes):
+        if at := measured_enrolment(gallery, len(np.unique(added.rows[added.labels == label]))):
+            thresholds[label - num_old] = at["threshold"]
+    return dataclasses.replace(
         take_prototypes(gallery, prototypes),
         class_names=class_names,
         centroids=centroids,
@@ -7644,18 +7775,17 @@ def enrol(
         stack_labels=stacks.labels,
         stack_paths=tuple(stack_paths[row] for row in stacks.rows.tolist()),
         stack_views=stacks.views,
-        thresholds=np.append(gallery.thresholds, np.full(num_new, np.median(gallery.thresholds), np.float32)),
+        thresholds=np.append(gallery.thresholds, thresholds),
         knn_counts=np.append(gallery.knn_counts, new_counts),
         is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
     )
-    answers, best = answer_without_oneself(grown)
-    for label in range(num_old, num_classes):
-        is_answered = answers == label
-        if (stacks.labels == label).sum() > 1 and is_answered.any():
-            is_right = stacks.labels[is_answered] == label
-            grown.thresholds[label] = precision_threshold(best[is_answered], is_right, precision, dtype=dtype)
-            grown.is_pooled[label] = False
-    return grown
+
+
+def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
+    """Return what was measured of classes enrolled from so many crops, or the next smaller number that was; None = nothing."""
+    measured = sorted(map(int, gallery.enrolment))
+    fitting = [count for count in measured if count <= num_crops] or measured[:1]
+    return gallery.enrolment[str(fitting[-1])] if fitting else None
 
 
 def answer_without_oneself(gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
@@ -7697,6 +7827,31 @@ def score_without_oneself(gallery: Gallery) -> np.ndarray:
         cosine[np.arange(num), nearest] = np.where(is_alone, -1.0, (values * others).sum(axis=1))
         scores[place] = cosine.max(axis=1)
     return scores
+
+
+def describe_promise(at: dict[str, Any]) -> str:
+    """Return in words what the thresholds of enrolled classes were worth, of `measure_enrolment`."""
+    asked = f"at {at['target_precision']:.0%} asked"
+    if not at["answers"]:
+        return f"{asked} no answer is given"
+    return (
+        f"{asked} {at['precision']:.0%} of {at['answers']} answers are right, {at['recall']:.0%} of their images found"
+    )
+
+
+def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
+    """Return a sentence for each class of those that was enrolled: its threshold, and how sure that is."""
+    sentences = []
+    for label in map(gallery.class_names.index, names):
+        crops = set(itertools.compress(gallery.stack_paths, gallery.stack_labels == label))
+        at = measured_enrolment(gallery, len(crops))
+        sure = "the highest of the other classes, as nothing was measured"
+        if at is not None:
+            sure = "not tested" if at["figures"] is None else describe_promise(at["figures"])
+            sure = f"as for classes that heads of the training did not know: {sure}"
+        named = f"{gallery.class_names[label]}, {len(crops)} crops"
+        sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {sure}")
+    return sentences
 
 
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
@@ -7777,7 +7932,7 @@ def format_gallery(gallery: Gallery) -> str:
             f"  {gallery.class_names[nearest[label]]} ({similarity[label]:.3f})"
         )
     if gallery.is_pooled.any():
-        lines.append("* the threshold of all classes together")
+        lines.append("* no threshold of its own: that of all classes together, or of enrolled ones")
     return "\n".join(lines)
 
 
@@ -8591,6 +8746,30 @@ def measure_baseline(job: Job, features: dict[str, Embedded]) -> tuple[dict[str,
     return baseline, share_right(job.records, test.rows, answers == test.labels)
 
 
+def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str, Any]]:
+    """Return by path of a test image its nearest training image (`train`) and their `cosine`, where that is SAME_SESSION or more.
+
+    Shots of one session, moved a little, are no duplicates to the scan; a model that has trained on one knows the other.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    if "test" not in features or len(features["test"].rows) * len(features["train"].rows) > SESSION_PAIRS:
+        return {}
+    scaler = StandardScaler().fit(features["train"].values)
+    train, test = (
+        unit_features(features[split]._replace(values=scaler.transform(features[split].values).astype(np.float32)))
+        for split in ("train", "test")
+    )
+    partners, cosines = best_answers(lambda queries: queries @ train.values.T, test.values)
+    sessions: dict[str, dict[str, Any]] = {}
+    for i in np.flatnonzero(cosines >= SAME_SESSION)[
+        np.argsort(cosines[cosines >= SAME_SESSION], kind="stable")
+    ].tolist():
+        pair = {"train": job.records.paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
+        sessions[job.records.paths[test.rows[i]]] = pair  # of two views the more similar one, which comes later
+    return dict(reversed(sessions.items()))
+
+
 def best_baseline(figures: dict[str, float]) -> str:
     """Return the name of the simple way, of those measured on a split, that is right most often."""
     return max((name for name in BASELINE_NAMES if f"{name}_acc" in figures), key=lambda name: figures[f"{name}_acc"])
@@ -8624,74 +8803,191 @@ def fit_logistic_regression(job: Job, features: Embedded) -> tuple[Any, np.ndarr
 
 
 def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what makes log-probabilities (n, C) of features by logistic regression on these, -inf for a class not among them."""
+    """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
     classifier, classes = fit_logistic_regression(job, features)
 
     def score(queries: np.ndarray) -> np.ndarray:
         scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
         if len(queries):
-            scores[:, classes] = classifier.predict_log_proba(queries)
+            logits = classifier.decision_function(queries)
+            scores[:, classes] = (
+                logits if logits.ndim == 2 else np.stack([-logits, logits], axis=1) / 2
+            )  # one column for two
         return scores
 
     return score
 
 
-def measure_unseen(job: Job, features: dict[str, Embedded]) -> dict[str, Any] | None:
-    """Measure what an embedding makes of classes that it was not trained on; None where there are too few or too many images.
+class Enrolled(NamedTuple):
+    """Answers to all val and test crops once classes that the head does not know have been enrolled from a few crops."""
+
+    scores: np.ndarray  # (Q,) on the `score_scale` of the gallery as it was
+    is_new: np.ndarray  # (Q,) bool, an enrolled class is answered
+    is_right: np.ndarray  # (Q,) bool
+
+
+class UnseenHead(NamedTuple):
+    """Answers of a head that was trained without some of the classes to all val and test crops."""
+
+    scores: np.ndarray  # (Q,) on its `score_scale`
+    is_right: np.ndarray  # (Q,) bool
+    has_passed: np.ndarray  # (Q,) bool, the answer reaches its threshold
+    is_unseen: np.ndarray  # (Q,) bool, the class is not one of its own
+    logits: np.ndarray  # (Q,) the largest of logistic regression on features, without the same classes
+    enrolled: dict[int, list[Enrolled]]  # by number of crops; ENROLMENT_DRAWS of them
+
+
+def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure what an embedding makes of classes that it was not trained on; {} twice where there are too few or too many images.
 
     To hold classes out of the training itself would cost more runs. So heads of the same kind are trained on the clean features of
     the untrained backbone, each without a fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allow. Matcher
     and thresholds are chosen on val images of the others.
 
     Returns:
-        classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the others;
-        open_set: auroc and fpr95 of telling them from the others, and `others` by other ways; enrolment: by number of crops,
-        accuracy on enrolled classes (`new`), and on the others afterwards (`old`) and `before`.
+        Figures. classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the
+        others; unknown_passed: share of test images of those left out that get a class; open_set: auroc and fpr95 of telling them
+        from the others, and `others` by other ways; ece and `reliability` on test of probabilities that are fitted on val, with
+        the strangers of the other heads; enrolment: see `measure_enrolment`.
+
+        And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolment, by number of crops: scores on it
+        and is_right of `answers_of_enrolled`, and the figures at the target_precision.
     """
     names, train = job.records.class_names, features["train"]
     folds = np.random.default_rng((job.config.seed, 9)).permutation(len(names)) % UNSEEN_FOLDS
     steps = job.config.epochs * -(-len(train.rows) // job.config.batch)
     num_folds = max(1, min(UNSEEN_FOLDS, UNSEEN_STEPS // steps))
     if "test" not in features or len(names) < UNSEEN_FOLDS or len(train.rows) > UNSEEN_MAX_IMAGES:
-        return None
+        return {}, {}
     queries = concatenate_embedded([features["val"], features["test"]])
     is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
-    by_prototypes, by_regression, accuracies, enrolment = [], [], [], []
-    for fold in range(num_folds):
-        seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        model = train_without(job, train, seen)
-        is_unseen = np.isin(queries.labels, unseen)
-        number = np.searchsorted(seen, np.arange(len(names)))  # of a class among those seen
-        chosen = first_of_each_class(np.flatnonzero(np.isin(train.labels, seen)), train.labels, UNSEEN_REFS_PER_CLASS)
-        known = {"train": train.take(chosen), "val": queries.take(~is_unseen & ~is_test)}
-        gallery, _ = export_gallery(
-            model,
-            dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
-            {split: of_split._replace(labels=number[of_split.labels]) for split, of_split in known.items()},
-            dataclasses.replace(job.config, prototypes_per_class="1"),
-            None,
-        )
-        references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
-        test = answered.take(~is_unseen & is_test)
-        which = (~is_unseen & is_test, is_unseen)
-        by_prototypes.append((gallery.answer(answered.values)[1], *which))
-        regression = fit_logistic_regression(job, train.take(~np.isin(train.labels, unseen)))[0]
-        by_regression.append((regression.decision_function(queries.values).max(axis=1), *which))
-        test = test._replace(labels=number[test.labels])
-        accuracies.append((gallery.answer(test.values)[0] == test.labels).mean())
-        enrolment.append(measure_enrolment(job, gallery, test, references, answered.take(is_unseen), unseen))
-    open_set = tell_unknown(queries.rows, by_prototypes)
+    heads = [answer_unseen(job, train, queries, is_test, np.flatnonzero(folds == fold)) for fold in range(num_folds)]
+    which = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]
+    open_set, by_regression = (
+        tell_unknown(queries.rows, [(scores, *parts) for scores, parts in zip(of_heads, which, strict=True)])
+        for of_heads in ([head.scores for head in heads], [head.logits for head in heads])
+    )
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
-    way = "frozen backbone, largest logit of logistic regression"
-    figures = {
-        key: np.mean([[at[key] for at in fold] for fold in enrolment], axis=0).tolist() for key in enrolment[0][0]
-    }
+    strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
+    judged = []
+    for head, of_others in zip(heads, but_own(strangers), strict=True):
+        is_val = ~head.is_unseen & ~is_test
+        slope, intercept = fit_log_odds(head.scores[is_val], head.is_right[is_val], np.concatenate(of_others))
+        probability = scipy.special.expit(slope * head.scores + intercept)
+        judged.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
+    bins = reliability(*map(np.concatenate, zip(*judged, strict=True)))
+    enrolment = [
+        measure_enrolment(heads, is_test, num_crops, job.config.target_precision) for num_crops in ENROLMENT_CROPS
+    ]
+    evidence = [answers_of_enrolled(heads, is_test, num_crops) for num_crops in ENROLMENT_CROPS]
     return {
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
-        "known_acc": float(np.mean(accuracies)),
-        "open_set": {**open_set, "others": {way: tell_unknown(queries.rows, by_regression)}},
-        "enrolment": [dict(zip(figures, at, strict=True)) for at in zip(*figures.values(), strict=True)],
+        "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
+        "open_set": {**open_set, "others": {"frozen backbone, largest logit of logistic regression": by_regression}},
+        "unknown_passed": float(np.concatenate([head.has_passed[head.is_unseen & is_test] for head in heads]).mean()),
+        "ece": calibration_error(bins),
+        "reliability": bins,
+        "enrolment": enrolment,
+    }, {
+        "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, STRANGER_QUANTILES)).tolist(),
+        "enrolment": {
+            str(at["crops"]): {"scores": scores.tolist(), "is_right": is_right.tolist(), "figures": at}
+            for at, (scores, is_right) in zip(enrolment, evidence, strict=True)
+        },
+    }
+
+
+def but_own(of_heads: list[Any]) -> list[list[Any]]:
+    """Return for each head what the others have, which is all that may be known of its classes; its own if it is the only one."""
+    return [of_heads[:i] + of_heads[i + 1 :] or of_heads for i in range(len(of_heads))]
+
+
+def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndarray, unseen: np.ndarray) -> UnseenHead:
+    """Train a head without some classes, and have its gallery answer to the features of val and test, before and after enrolment.
+
+    `is_test` bool (Q,) says which of the queries are of test; the others are of val. `unseen` are labels int64 (U,).
+    """
+    names, config = job.records.class_names, job.config
+    seen = np.setdiff1d(np.arange(len(names)), unseen)
+    model = train_without(job, train, seen)
+    is_unseen = np.isin(queries.labels, unseen)
+    number = np.empty(len(names), np.int64)  # of a class in the gallery
+    number[np.append(seen, unseen)] = np.arange(len(names))
+    labels = number[queries.labels]
+    train = train._replace(labels=number[train.labels])
+    of_seen = train.labels < len(seen)
+    chosen = first_of_each_class(np.flatnonzero(of_seen), train.labels, UNSEEN_REFS_PER_CLASS)
+    is_val = ~is_unseen & ~is_test
+    gallery, _ = export_gallery(
+        model,
+        dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
+        {"train": train.take(chosen), "val": queries._replace(labels=labels).take(is_val)},
+        dataclasses.replace(config, prototypes_per_class="1"),
+    )
+    references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
+    answers, best = gallery.answer(answered.values)
+    middle, spread = score_scale(best[is_val])
+    enrolled: dict[int, list[Enrolled]] = {num_crops: [] for num_crops in ENROLMENT_CROPS}
+    for num_crops, draw in itertools.product(ENROLMENT_CROPS, range(ENROLMENT_DRAWS)):
+        rng = np.random.default_rng((config.seed, 9, num_crops, draw))
+        crops = [
+            rng.permutation(np.flatnonzero(train.labels == number[label]))[:num_crops] for label in unseen.tolist()
+        ]
+        added = references.take(np.concatenate(crops))
+        added = added._replace(rows=np.arange(len(added.rows)), labels=added.labels - len(seen))
+        grown = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
+        new_answers, new_best = grown.answer(answered.values)
+        scores = (new_best - middle) / spread
+        enrolled[num_crops].append(Enrolled(scores, new_answers >= len(seen), new_answers == labels))
+    regression = fit_logistic_regression(job, train.take(of_seen))[0]
+    logits = regression.decision_function(queries.values).max(axis=1)
+    has_passed = best >= gallery.thresholds[answers]
+    return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
+
+
+def answers_of_enrolled(heads: list[UnseenHead], is_test: np.ndarray, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return score and whether it is right, (N,) both, of each answer to a val image that is an enrolled class."""
+    answers = [
+        (one.scores[one.is_new & ~is_test], one.is_right[one.is_new & ~is_test])
+        for head in heads
+        for one in head.enrolled[num_crops]
+    ]
+    scores, is_right = map(np.concatenate, zip(*answers, strict=True))
+    few = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
+    return scores[few].astype(np.float32), is_right[few]
+
+
+def measure_enrolment(
+    heads: list[UnseenHead], is_test: np.ndarray, num_crops: int, target_precision: float
+) -> dict[str, Any]:
+    """Return what classes are worth that are enrolled from a number of crops, means over heads and draws.
+
+    Returns:
+        crops, target_precision; accuracy of val and test images of the enrolled classes (`new`), of test images of the others
+        afterwards (`old`) and `before`; and on test, each head with the threshold at which val images of the others promise that
+        precision: how many answers are an enrolled class (`answers`, of one draw), the share of them that is right (`precision`),
+        and the share of the enrolled classes' images that is found so (`recall`).
+    """
+    figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall")}
+    has_passed_right = []
+    for head, others in zip(heads, but_own(heads), strict=True):
+        threshold = precision_threshold(*answers_of_enrolled(others, is_test, num_crops), target_precision)
+        is_known_test = ~head.is_unseen & is_test
+        for one in head.enrolled[num_crops]:
+            has_passed = is_test & one.is_new & (one.scores >= threshold)
+            has_passed_right.append(one.is_right[has_passed])
+            figures["new"].append(one.is_right[head.is_unseen].mean())
+            figures["old"].append(one.is_right[is_known_test].mean())
+            figures["before"].append(head.is_right[is_known_test].mean())
+            figures["recall"].append((one.is_right & has_passed)[is_test & head.is_unseen].mean())
+    passed_right = np.concatenate(has_passed_right).astype(float)
+    return {
+        "crops": num_crops,
+        "target_precision": target_precision,
+        **{key: none_if_nan(mean_of_defined(np.array(values))) for key, values in figures.items()},
+        "precision": none_if_nan(mean_of_defined(passed_right)),
+        "answers": len(passed_right) // ENROLMENT_DRAWS,
     }
 
 
@@ -8726,26 +9022,6 @@ def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
     return model.eval()
 
 
-def measure_enrolment(
-    job: Job, gallery: Gallery, known: Embedded, train: Embedded, strangers: Embedded, unseen: np.ndarray
-) -> list[dict[str, float]]:
-    """Enrol unseen classes, from each number of crops; return accuracy on them, and on known ones afterwards and before."""
-    names = [job.records.class_names[label] for label in unseen.tolist()]
-    new_labels = len(gallery.class_names) + np.searchsorted(unseen, strangers.labels)
-    before = (gallery.answer(known.values)[0] == known.labels).mean()
-    figures = []
-    for num_crops in ENROLMENT_CROPS:
-        rng = np.random.default_rng((job.config.seed, 9, num_crops))
-        chosen = [rng.permutation(np.flatnonzero(train.labels == label))[:num_crops] for label in unseen.tolist()]
-        added = train.take(np.concatenate(chosen))
-        added = added._replace(rows=np.arange(len(added.rows)), labels=np.searchsorted(unseen, added.labels))
-        grown = enrol(gallery, added, names, [""] * len(added.rows), job.config.target_precision)
-        new = (grown.answer(strangers.values)[0] == new_labels).mean()
-        old = (grown.answer(known.values)[0] == known.labels).mean()
-        figures.append({"crops": num_crops, "new": new, "old": old, "before": before})
-    return figures
-
-
 def format_unseen(figures: dict[str, Any]) -> str:
     """Return the figures of `measure_unseen` for the log."""
     lines = [
@@ -8759,7 +9035,11 @@ def format_unseen(figures: dict[str, Any]) -> str:
         lines.append(f"  told from known ones by {name}: AUROC {auroc}, FPR95 {fpr95}")
     for at in figures["enrolment"]:
         shown = f"{at['new']:.3f} of their images are right, {at['old']:.3f} of the others (before {at['before']:.3f})"
-        lines.append(f"  enrolled from {at['crops']:.0f} crops each: {shown}")
+        lines.append(f"  enrolled from {at['crops']} crops each: {shown}; {describe_promise(at)}")
+    passed, error = figures["unknown_passed"], figures["ece"]
+    lines.append(
+        f"  {passed:.0%} of them get another class all the same; calibration error of probabilities {error:.3f}"
+    )
     return "\n".join(lines)
 
 
@@ -8910,14 +9190,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         if config.remove is not None:
             gallery = remove_class(run.gallery, config.remove)
         elif config.add is not None:
-            records = from_first(lambda: scan_for_run(run, config.add, config).records)
-            added = embed_records(run, records, np.arange(len(records.paths)), config)
-            paths = [str((config.add / name).resolve()) for name in records.paths]
-            added_names = records.class_names
-            precision = choose_options(run.config, config).target_precision
-            if get_rank() == 0:
-                dtype = run.model.backbone.dtype
-                gallery = enrol(run.gallery, added, added_names, paths, precision, dtype)
+            gallery, added_names = add_classes(run, config)
         if get_rank():
             return
         old = None
@@ -8928,9 +9201,27 @@ def run_prototypes(config: PrototypesOptions) -> None:
             copy_checkpoint(path, old)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
+    for sentence in describe_enrolled(gallery, added_names):
+        show(sentence)
     for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")
     show(f"written: {path}" + (f"; as it was, it is {old.name}" if old else ""))
+
+
+def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
+    """Return the gallery with the crops of --add, None in the processes beside the first, and the names of their classes.
+
+    Raises:
+        UserError: thresholds of another precision are asked for than the gallery was made for.
+    """
+    asked, stored = config.target_precision, run.meta["target_precision"]
+    if "target_precision" in config.origins and asked != stored:
+        remedy = f"first: python {SCRIPT_NAME} prototypes --run {config.run} --target_precision {asked}"
+        raise UserError(f"thresholds of this gallery are for {stored}", f"--target_precision {asked}", remedy)
+    records = from_first(lambda: scan_for_run(run, config.add, config).records)
+    added = embed_records(run, records, np.arange(len(records.paths)), config)
+    paths = [str((config.add / name).resolve()) for name in records.paths]
+    return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
@@ -8954,7 +9245,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
         return None, meta
-    gallery, _ = export_gallery(run.model, records, features, options, unknown)
+    gallery, _ = export_gallery(run.model, records, features, options, unknown, run.unseen)
     path = config.run / "prototypes.npz"
     if path.is_file():
         with contextlib.suppress(UserError):  # damaged: the very reason to make it anew
@@ -9202,7 +9493,9 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(job.records.rows(split))}
     state.baseline, state.frozen_right = from_first(measure_baseline, job, features)
     run.event("baseline_end", **state.baseline)
-    if unseen := from_first(measure_unseen, job, features):
+    state.sessions = from_first(find_sessions, job, features)
+    unseen, state.unseen = from_first(measure_unseen, job, features)
+    if unseen:
         run.event("unseen_classes", **unseen)
         run.log(format_unseen(unseen))
     for split, figures in state.baseline.items():
@@ -9255,7 +9548,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     other_views = embed_other_views(job, bank)
     if get_rank():
         return
-    gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"))
+    gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
@@ -9308,12 +9601,21 @@ def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, 
     trained_right = share_right(job.records, test.rows, gallery.answer(test.values)[0] == test.labels)
     judgement = judge_training(state.baseline, state.frozen_right, trained_right)
     scored = {"classifier": classifier, "prototypes": figures, "per_class": per_class, "images": num_images}
-    job.run.event("test_end", **scored, **judgement)
+    apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
+    pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
+    sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
+    job.run.event("test_end", **scored, **judgement, without_same_session=sessions)
     names = {"acc": "acc", "macro F1": "f1_macro", "AUC": "auc_macro", "Recall@1": "recall_at_1"}
     shown = [f"{name} {'-' if figures[key] is None else f'{figures[key]:.3f}'}" for name, key in names.items()]
     by_classifier = f"by the classifier: acc {classifier['acc']:.3f}"
     job.run.log(f"test by prototypes: {', '.join(shown)}; {by_classifier}; {num_images} images, best epoch's weights")
     job.run.log(judgement["verdict"])
+    if num_close := num_images - len(apart):
+        accuracy = f"on the others the accuracy is {apart.mean():.3f}" if len(apart) else "there are no others"
+        job.run.log(
+            f"warning: {num_close} of {num_images} test images look as if taken in one session with a training image, though no"
+            f" duplicates: {accuracy}; --group_regex keeps sessions together, the report shows the pairs"
+        )
 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
@@ -9335,6 +9637,7 @@ def measure_run(
     def represent(features: Embedded) -> dict[str, Embedded]:
         embedded = embed(model, features)
         return {
+            "raw": features,
             "features": unit_features(features),
             "embeddings": embedded,
             "vectors": gallery.fusion.fuse(features, embedded),
@@ -9347,8 +9650,10 @@ def measure_run(
         f"{backbone} backbone, nearest centroid": ("features", lambda queries: queries @ centroids.T, best_score),
         "classifier, highest softmax": ("embeddings", logits, highest_softmax),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
-        "prototypes, calibrated probability": ("vectors", gallery.logits, highest_softmax),
     }
+    if num_classes <= LOGREG_MAX_CLASSES:
+        way = f"{backbone} backbone, largest logit of logistic regression"
+        ways[way] = ("raw", score_by_regression(job, features["train"]), best_score)
     figures = measure_gallery(gallery, known["vectors"], strangers.get("vectors"))
     figures["open_set"]["others"] = {
         name: open_set_figures(score, known[kind], strangers.get(kind), confide)

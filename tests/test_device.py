@@ -264,9 +264,9 @@ def test_a_run_with_rounded_weights_answers_as_it_was_trained(
 ) -> None:
     """Its gallery belongs to the weights as the hub has them: the run is found whole, by a device that does not round too.
 
-    Its thresholds, and those of what is built or enrolled later, leave room for what rounding moves.
+    Its thresholds, and those of what is built later, leave room for what rounding moves.
     """
-    fitted, enrolled = patch_used(lct, "fit_thresholds"), patch_used(lct, "enrol")
+    fitted = patch_used(lct, "fit_thresholds")
     flags = (
         "--model_id test_resnet --no-pretrained --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16 --epochs 1"
     )
@@ -276,7 +276,7 @@ def test_a_run_with_rounded_weights_answers_as_it_was_trained(
     new = make_dataset(tmp_path / "new", {"bolt": 3})
     for words in ([], ["--add", new]):
         assert call_main(*again, "bf16", *words) == 0
-    assert [call[-1] for call in (*fitted.calls, *enrolled.calls)] == [torch.bfloat16] * 3
+    assert [call[-1] for call in fitted.calls] == [torch.bfloat16] * 2
     for precision in ("bf16", "fp32"):
         run = lct.load_run(tmp_path / "run", lct.make_runtime(0, precision))
         embeddings = run.embed(make_batch(run.config, 3).images, 2)

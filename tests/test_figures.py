@@ -27,7 +27,8 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
 from torch import nn
 
 GRAY = 114  # around a crop that is not square, and where the background was
@@ -407,6 +408,24 @@ def test_features_weigh_as_much_as_val_allows(run: Run) -> None:
 # --- the final test
 
 
+def test_accuracy_is_given_without_what_looks_like_a_training_image(run: Run) -> None:
+    """By the untrained backbone, however it is trained afterwards."""
+    train, test = run.crops("train"), run.crops("test")
+    scaler = StandardScaler().fit(run.features("frozen", "train").numpy())
+    unit = [normalize(scaler.transform(run.features("frozen", split).numpy())) for split in ("test", "train")]
+    cosine = unit[0] @ unit[1].T
+    is_close = cosine.max(axis=1) >= 0.8
+    expected = {test.paths[i]: train.paths[cosine[i].argmax()] for i in np.flatnonzero(is_close)}
+    recorded = run.event("test_end")["without_same_session"]
+    if run.options["crop_mode"] == "bbox":
+        assert {path: pair["train"] for path, pair in recorded["pairs"].items()} == expected
+    rest = ~np.isin(test.paths, list(expected))
+    scores = run.scores(run.vectors(run.best, "test"))
+    assert recorded["images"] == len(np.unique(test.rows[rest]))
+    is_right = scores.argmax(axis=1) == test.labels
+    assert recorded["acc"] == pytest.approx(mean_by_image(test.rows[rest], is_right[rest]))
+
+
 def test_the_final_test_is_that_of_the_best_epoch(run: Run) -> None:
     test, recorded = run.crops("test"), run.event("test_end")
     queries = run.vectors(run.best, "test")
@@ -425,17 +444,20 @@ def mean_by_image(rows: np.ndarray, is_right: np.ndarray) -> float:
     return float(np.mean([is_right[rows == row].mean() for row in np.unique(rows)]))
 
 
+def fit_regression(features: np.ndarray, labels: np.ndarray) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features, labels)
+
+
 def frozen_baselines(run: Run, split: str) -> dict[str, float]:
     """Return the accuracies of the untrained backbone on a split, and that of logistic regression over images."""
     train, queries = run.crops("train"), run.crops(split)
     features, wanted = run.features("frozen", "train").numpy(), run.features("frozen", split).numpy()
-    scaler = StandardScaler().fit(features)
-    classifier = LogisticRegression(max_iter=1000).fit(scaler.transform(features), train.labels)
+    classifier = fit_regression(features, train.labels)
     unit, unit_wanted = (F.normalize(torch.from_numpy(values)).numpy() for values in (features, wanted))
     matching = judge_matching(unit, train.labels, unit_wanted, queries.labels)
     return {
-        "logreg_acc": accuracy_score(queries.labels, classifier.predict(scaler.transform(wanted))),
-        "by_image": mean_by_image(queries.rows, classifier.predict(scaler.transform(wanted)) == queries.labels),
+        "logreg_acc": accuracy_score(queries.labels, classifier.predict(wanted)),
+        "by_image": mean_by_image(queries.rows, classifier.predict(wanted) == queries.labels),
         "nn1_acc": matching["recall_at_1"],
         "centroid_acc": matching["proto_acc"],
     }
@@ -524,6 +546,31 @@ def test_temperature_is_fitted_on_val_alone(run: Run) -> None:
     assert run.meta["temperature"] == pytest.approx(math.exp(found.x), rel=1e-3)
 
 
+def test_probabilities_are_fitted_on_val_and_on_strangers_that_the_embedder_has_not_seen(run: Run) -> None:
+    """Those of --unknown_dir, or what heads without some classes made of these, on the scale of this gallery."""
+    scores = run.scores(run.vectors(run.best, "val"))
+    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == run.crops("val").labels
+    if run.options["unknown_dir"]:
+        strange = run.scores(run.vectors(run.best, "fit")).max(axis=1)
+    else:
+        unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]
+        middle, low = np.quantile(best, [0.5, 0.1])
+        strange = middle + (middle - low) * np.array(unseen["strangers"])
+        assert {"1", "5", "20"} == set(unseen["enrolment"]) == set(run.meta["enrolment"])
+    assert len(strange) > 10
+    every, weights = (
+        np.append(best, strange),
+        np.repeat([0.8 / len(best), 0.2 / len(strange)], [len(best), len(strange)]),
+    )
+    classifier = LogisticRegression().fit(
+        (every[:, None] - every.mean()) / every.std(),
+        np.append(is_right, np.zeros(len(strange), bool)),
+        weights * len(every),
+    )
+    expected = classifier.predict_proba((every[:, None] - every.mean()) / every.std())[:, 1]
+    np.testing.assert_allclose(probability_of(run, every), expected, atol=2e-3)
+
+
 def test_thresholds_are_fitted_on_val_and_one_half_of_the_strangers(run: Run) -> None:
     answers, best, is_right = calibration_answers(run)
     precision = run.options["target_precision"]
@@ -563,8 +610,6 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
     ]
     knn = mean_of_nearest(queries, gallery["stacks"], gallery["stack_labels"], gallery["knn_counts"]).argmax(axis=1)
     centroid = (queries @ gallery["centroids"].T).argmax(axis=1)
-    confidence = softmax(scores / run.meta["temperature"]).max(axis=1)
-    bins = np.clip((10 * confidence).astype(int), 0, 9)
     figures = {
         **{
             f"closed {name}": {"acc": accuracy_score(labels, own), "f1_macro": f1_score(labels, own, average="macro")}
@@ -580,22 +625,30 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
             f"answers {index}": share_that_passes(best >= threshold, is_right)
             for index, threshold in enumerate(run.meta["val_thresholds"])
         },
-        "ece": {
-            "ece": sum(abs((is_right - confidence)[bins == number].sum()) for number in range(10)) / len(labels),
-        },
     }  # fmt: skip
     if run.options["unknown_dir"]:
         strange = run.scores(run.vectors(run.best, "measure"))
         passed = strange.max(axis=1) >= gallery["thresholds"][strange.argmax(axis=1)]
         figures["unknown_passed"] = {"unknown_passed": passed.mean()}
         figures["open_set"] = separate(best, strange.max(axis=1))
+        strange = strange.max(axis=1)
     else:  # each class in turn is taken out, and its images are the strangers
         parts = []
         for label in range(len(run.class_names)):
             rest = np.delete(scores, label, axis=1).max(axis=1)
             parts.append(separate(rest[labels != label], rest[labels == label]))
         figures["open_set"] = {name: np.mean([part[name] for part in parts]) for name in ("auroc", "fpr95")}
+        strange = np.where(np.arange(len(run.class_names)) == labels[:, None], -1, scores).max(axis=1)
+    claimed = probability_of(run, np.append(best, strange))
+    weights = np.repeat([0.8 / len(best), 0.2 / len(strange)], [len(best), len(strange)])
+    excess = weights * (claimed - np.append(is_right, np.zeros(len(strange))))
+    figures["ece"] = {"ece": np.abs(np.bincount(np.clip((10 * claimed).astype(int), 0, 9), excess)).sum()}
     return figures
+
+
+def probability_of(run: Run, scores: np.ndarray) -> np.ndarray:
+    slope, intercept = run.meta["log_odds"]
+    return 1 / (1 + np.exp(-(slope * scores + intercept)))
 
 
 def separate(known: np.ndarray, strange: np.ndarray) -> dict[str, float]:
@@ -641,8 +694,10 @@ def test_other_ways_to_tell_strangers_are_those_of_the_same_images(runs: Callabl
         "trained, nearest reference": {
             split: (own @ run.embed(best, "train").T).max(axis=1) for split, own in pairs.items()
         },
-        "prototypes, calibrated probability": {
-            split: softmax(run.scores(run.vectors(best, split)) / run.meta["temperature"]).max(axis=1)
+        "fine-tuned backbone, largest logit of logistic regression": {
+            split: fit_regression(run.features(best, "train").numpy(), train.labels)
+            .decision_function(run.features(best, split).numpy())
+            .max(axis=1)
             for split in pairs
         },
     }
@@ -764,19 +819,32 @@ def test_masks_stay_with_their_crops_when_images_have_gone(
         np.testing.assert_allclose(own, other, atol=1e-5, err_msg=str(key))
 
 
-def test_a_class_of_one_crop_has_the_threshold_of_the_others(
-    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+def test_an_enrolled_class_has_the_threshold_that_heads_without_some_classes_promise(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    """It cannot have one of its own, and with none it would take every stranger."""
+    """It cannot have one of its own: what might be taken for it is not known. A gallery of another precision has others."""
     run = runs("plain")
     shutil.copytree(run.folder, tmp_path / "run")
     (tmp_path / "new" / "tongs").mkdir(parents=True)
     draw_confusable(0.5, 6, np.random.default_rng(0), spread=0.0)[0].save(tmp_path / "new" / "tongs" / "1.png")
-    command = ("prototypes", "--run", tmp_path / "run", "--add", tmp_path / "new", "--gpus", 0, "--workers", 0)
+    same = ("--gpus", 0, "--workers", 0, "--precision", "fp32")
+    command = ("prototypes", "--run", tmp_path / "run", "--add", tmp_path / "new", *same)
     assert call_main(*command) == 0
     thresholds = Run(tmp_path / "run").gallery["thresholds"]
     np.testing.assert_array_equal(thresholds[:5], run.gallery["thresholds"])
-    assert thresholds[5] == pytest.approx(np.median(run.gallery["thresholds"]))
+    best = run.scores(run.vectors(run.best, "val")).max(axis=1)
+    middle, low = np.quantile(best, [0.5, 0.1])
+    unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]["enrolment"]["1"]
+    scores = (middle + (middle - low) * np.array(unseen["scores"])).astype(np.float32)
+    is_right = np.array(unseen["is_right"])
+    expected = least_threshold(scores, is_right, run.options["target_precision"])
+    assert_threshold(thresholds[5], scores, expected)
+    assert "threshold of tongs, 1 crops: " in capsys.readouterr().out
+    assert call_main(*command, "--target_precision", "0.6") == 2
+    remedy = capsys.readouterr().err.partition("first: python lct_dino3.py ")[2].split()
+    assert call_main(*remedy, *same) == 0
+    assert call_main(*command) == 0
+    assert_threshold(Run(tmp_path / "run").gallery["thresholds"][5], scores, least_threshold(scores, is_right, 0.6))
 
 
 def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_epoch(
@@ -831,7 +899,7 @@ def check_predictions(run: Run, rows: list[dict[str, str]], crops: Crops, chosen
     """Compare answers with those that the gallery gives to the chosen test crops."""
     queries, gallery, names = run.vectors(run.best, "test"), run.gallery, run.class_names
     scores, similarity = run.scores(queries), queries @ gallery["stacks"].T
-    probabilities = softmax(scores / run.meta["temperature"])
+    probabilities = probability_of(run, scores)
     found = {(row["path"], row["view"]): row for row in rows}
     keys = [(crops.paths[i], ("bbox", "mask")[crops.views[i]]) for i in chosen]
     assert len(rows) == len(found) and found.keys() == set(keys)
@@ -845,7 +913,6 @@ def check_predictions(run: Run, rows: list[dict[str, str]], crops: Crops, chosen
             "probability": probabilities[i, answer],
             "runner_up_cosine": scores[i, second],
             "class_cosine": scores[i, label],
-            "class_probability": probabilities[i, label],
         }
         assert {name: float(row[name]) for name in figures} == {
             name: pytest.approx(value, abs=1e-3) for name, value in figures.items()

@@ -177,12 +177,19 @@ def test_unknown_objects_are_told_in_each_fold_as_scikit_learn_says() -> None:
 
 
 def test_calibration_error_is_that_of_the_definition() -> None:
-    confidence, is_right = np.array([0.95, 0.91, 0.55, 0.05]), np.array([True, False, True, False])
-    expected = (abs(0.93 - 0.5) * 2 + abs(0.55 - 1) + 0.05) / 4
-    assert lct.calibration_error(confidence, is_right) == pytest.approx(expected)
-    assert lct.calibration_error(np.ones(3), np.ones(3, bool)) == 0.0, "a confidence of 1 is in the last bin"
-    assert lct.calibration_error(np.array([1.0, 0.95]), np.array([False, True])) == pytest.approx(0.475)
-    assert np.isnan(lct.calibration_error(np.zeros(0), np.zeros(0, bool)))
+    """Of known objects, and of strangers that count as a fifth of all."""
+    known, strangers = np.array([0.95, 0.91, 1.0, 0.05]), np.array([0.55, 0.93])
+    probability, is_right = np.concatenate([known, strangers]), np.array([True, False, True, False, False, False])
+    bins = lct.reliability(probability, is_right, np.arange(6) < 4)
+    assert [row["share"] for row in bins] == pytest.approx([0.2, 0, 0, 0, 0, 0.1, 0, 0, 0, 0.7])
+    high = bins[-1]
+    assert high["probability"] == pytest.approx((0.2 * (0.95 + 0.91 + 1.0) + 0.1 * 0.93) / 0.7)
+    assert high["right"] == pytest.approx(0.4 / 0.7)
+    expected = 0.2 * 0.05 + 0.1 * 0.55 + abs(0.2 * (0.95 + 0.91 + 1.0) + 0.1 * 0.93 - 0.4)
+    assert lct.calibration_error(bins) == pytest.approx(expected)
+    only_known = lct.reliability(known, is_right[:4], np.ones(4, bool))
+    assert [only_known[0]["share"], only_known[-1]["share"]] == pytest.approx([0.25, 0.75])
+    assert lct.calibration_error(lct.reliability(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))) == 0.0
 
 
 def proportion_interval(num_right: int, count: int) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def test_predictions_follow_from_the_embeddings_and_the_gallery(run: Path) -> No
     names = gallery["id2cls"].tolist()
     assert table["class_names"].tolist() == names and str(gallery["matcher"]) in ("centroid", "knn")
     counts = gallery["knn_counts"] if str(gallery["matcher"]) == "knn" else None
-    temperature = json.loads(str(gallery["meta"]))["temperature"]
+    slope, intercept = json.loads(str(gallery["meta"]))["log_odds"]
     with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     is_test = table["splits"] == "test"
@@ -123,13 +123,12 @@ def test_predictions_follow_from_the_embeddings_and_the_gallery(run: Path) -> No
             if counts is None
             else [c[:k].mean() for c, k in zip(of_class, counts, strict=True)]
         )
-        powers = np.exp(np.array(scores, np.float64) / temperature)
         order = np.argsort(-np.array(scores))
         assert [row["class"], row["answer"], row["runner_up"]] == [names[i] for i in (label, order[0], order[1])]
         cosines = [float(row[key]) for key in ("class_cosine", "cosine", "runner_up_cosine")]
         assert cosines == pytest.approx([scores[i] for i in (label, order[0], order[1])], abs=1e-6)
-        chances = [float(row[key]) for key in ("class_probability", "probability")]
-        assert chances == pytest.approx([powers[i] / powers.sum() for i in (label, order[0])], abs=1e-4)
+        chance = 1 / (1 + np.exp(-(slope * scores[order[0]] + intercept)))
+        assert float(row["probability"]) == pytest.approx(chance, abs=1e-4)
         assert row["is_unknown"] == ("true" if scores[order[0]] < gallery["thresholds"][order[0]] else "false")
         for key, chosen in (("nearest_reference", order[0]), ("nearest_of_class", label)):
             nearest = np.flatnonzero(gallery["stack_labels"] == chosen)[

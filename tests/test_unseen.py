@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.preprocessing import StandardScaler
 
 import lct_dino3 as lct
 
@@ -53,7 +55,7 @@ def test_a_head_sees_nothing_of_the_classes_that_it_is_trained_without() -> None
 @pytest.mark.parametrize(("spread", "least"), [(0.2, 0.9), (3.0, 0.0)])
 def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) -> None:
     job = make_job()
-    figures = lct.measure_unseen(job, draw_features(job, spread))
+    figures, scores = lct.measure_unseen(job, draw_features(job, spread))
     assert figures["classes"] == list(job.records.class_names), "each is left out once"
     assert figures["images"] == NUM_CLASSES * 10, "val and test"
     assert figures["open_set"]["trained_on_them"] is False
@@ -65,16 +67,42 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) 
     if least:
         assert figures["known_acc"] > least and min(aurocs) > 0.8
         assert figures["enrolment"][1]["new"] >= figures["enrolment"][0]["new"] > 0.5
+        assert figures["unknown_passed"] < 0.4 and figures["ece"] < 0.15
+        assert all(at["precision"] > 0.9 and at["recall"] > 0.8 for at in figures["enrolment"])
     else:  # nothing to be told: what is near chance must not look like more
         assert abs(np.mean(aurocs) - 0.5) < 0.15 and figures["enrolment"][2]["new"] < 0.5
+        assert all(at["recall"] < 0.1 for at in figures["enrolment"]), "no threshold makes guesses right"
+    assert len(scores["strangers"]) == 201 and scores["strangers"] == sorted(scores["strangers"])
+    for at, kept in zip(figures["enrolment"], scores["enrolment"].values(), strict=True):
+        assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
     text = lct.format_unseen(figures)
     assert f"AUROC {figures['open_set']['auroc']['value']:.3f}" in text and "enrolled from 20 crops each" in text
+
+
+def test_shots_of_one_session_are_found_across_the_split() -> None:
+    """Five test images, each a little beside a training image; the others are as far from all as any two images."""
+    job = make_job()
+    features = draw_features(job, 30.0)
+    rng = np.random.default_rng(1)
+    train, test = features["train"], features["test"]
+    test.values[3:8] = train.values[50:55] + 3.0 * rng.normal(size=(5, 16)).astype(np.float32)
+    test.values[:] = 100 + 7 * test.values  # neither where features lie nor how wide they are counts
+    train.values[:] = 100 + 7 * train.values
+    found = lct.find_sessions(job, features)
+    burst = {job.records.paths[test.rows[3 + i]]: job.records.paths[train.rows[50 + i]] for i in range(5)}
+    assert burst.items() <= {path: pair["train"] for path, pair in found.items()}.items()
+    scaled = [StandardScaler().fit(train.values).transform(part.values) for part in (test, train)]
+    best = cosine_similarity(*scaled).max(axis=1)
+    assert len(found) == (best >= 0.8).sum() < 15
+    cosines = [pair["cosine"] for pair in found.values()]
+    assert cosines == sorted(cosines, reverse=True) == pytest.approx(np.sort(best[best >= 0.8])[::-1], abs=1e-5)
+    assert lct.find_sessions(job, {"train": train}) == {}
 
 
 def test_where_there_is_too_little_nothing_is_measured() -> None:
     job = make_job()
     features = draw_features(job, 0.2)
-    assert lct.measure_unseen(job, {split: features[split] for split in ("train", "val")}) is None
+    assert lct.measure_unseen(job, {split: features[split] for split in ("train", "val")}) == ({}, {})
     few = {split: own.take(own.labels < 4) for split, own in features.items()}
     records = job.records
     small = lct.Records(
@@ -85,7 +113,7 @@ def test_where_there_is_too_little_nothing_is_measured() -> None:
         records.groups[:96],
         records.splits[:96],
     )
-    assert lct.measure_unseen(lct.Job(job.config, small, job.runtime, None, job.info), few) is None
+    assert lct.measure_unseen(lct.Job(job.config, small, job.runtime, None, job.info), few) == ({}, {})
 
 
 def test_the_baseline_of_the_verdict_is_the_best_on_val() -> None:

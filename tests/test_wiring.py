@@ -16,8 +16,6 @@ from scipy.ndimage import label as find_regions
 from timm.models import register_model
 from torch import nn
 
-import lct_dino3 as lct
-
 SEEN: list[torch.Tensor] = []  # (B, C, H, W), what training showed at each step
 DROPPED: list[torch.Tensor] = []  # (B, 6) bool, what dropout took at each step
 
@@ -156,9 +154,3 @@ def test_single_images_fill_what_groups_have_left_of_each_split(tmp_path: Path, 
     for name in ("a", "b"):
         assert report["classes"][name]["groups"] == 45
         assert [report["classes"][name][split] for split in ("train", "val", "test")] == [42, 12, 6]
-
-
-def test_an_answer_that_is_wholly_sure_counts_in_the_calibration_error() -> None:
-    confidence, is_right = np.array([1.0, 1.0, 1.0, 0.95]), np.array([True, False, False, True])
-    error = lct.calibration_error(confidence, is_right)
-    assert error == pytest.approx(abs(0.0 - 1.0 - 1.0 + 0.05) / 4)

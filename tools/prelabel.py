@@ -341,7 +341,7 @@ class Prelabel(NamedTuple):
     label: int  # most similar class
     is_known: bool  # the similarity reaches the threshold of that class; else the answer is `unknown`
     cosine: float  # similarity to that class, by the gallery's matcher
-    probability: float  # softmax(score / temperature) of that class
+    probability: float  # that this answer is right, and the object of a known class at all
     runner_up: int  # second class, -1 if there is but one
     margin: float  # cosine less that of the runner-up; 2 if there is none
     reference: int  # nearest reference of that class, a position in the stacks
@@ -367,7 +367,7 @@ def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
     labels = order[:, 0]
     best = scores[rows, labels]
     is_known = best >= gallery.thresholds[labels]
-    probabilities = np.exp(lct.log_softmax(scores / gallery.temperature))[rows, labels]
+    probabilities = gallery.probability(best)
     has_second = scores.shape[1] > 1
     seconds = order[:, 1] if has_second else np.full(len(rows), -1)
     margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)

@@ -68,7 +68,6 @@ MAX_LISTED = 200
 MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
 MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
 MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
-CALIBRATION_BINS = 10
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
 MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
 GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
@@ -107,7 +106,6 @@ class Prediction:
     cosine: float
     probability: float
     class_cosine: float
-    class_probability: float
     nearest_reference: Shot  # of the answered class
     nearest_of_class: Shot
     mask: str
@@ -273,7 +271,6 @@ def read_predictions(path: Path) -> list[Prediction]:
                 cosine=float(row["cosine"]),
                 probability=float(row["probability"]),
                 class_cosine=float(row["class_cosine"]),
-                class_probability=float(row["class_probability"]),
                 nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
                 nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
                 mask=row["mask"],
@@ -489,7 +486,8 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
         "views": compare_views(run),
         "measured": view_measured(run.figures.measured),
         "unseen": run.figures.unseen,
-        "calibration": view_calibration(run.predictions),
+        "calibration": view_calibration(run.figures),
+        "sessions": view_sessions(run.figures.test),
         "data": view_data(run.data_report),
     }
 
@@ -652,23 +650,37 @@ def draw_line(places: list[str | None]) -> str:
     return "".join(f"L{place}" if before else f"M{place}h0" for before, place in steps if place)
 
 
-def view_calibration(predictions: list[Prediction]) -> dict[str, Any] | None:
-    """Return reliability over bins of confidence and the expected calibration error (arXiv:1706.04599, eq. 3)."""
-    if not predictions:
+def view_calibration(figures: Figures) -> dict[str, Any] | None:
+    """Return reliability over bins of probability, where it comes from, and the expected calibration error."""
+    if figures.measured is None:
         return None
-    confidences = np.array([item.probability for item in predictions])
-    is_right = np.array([item.is_right for item in predictions])
-    bins = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-    means, accuracies = (
-        np.bincount(bins, values, minlength=CALIBRATION_BINS) / np.maximum(counts, 1)
-        for values in (confidences, is_right)
-    )
+    # Without pictures of no class the strangers of the test are too easily told; those of heads that did not know them are not.
+    is_easy = figures.measured["open_set"]["trained_on_them"]
+    source = figures.unseen if is_easy and figures.unseen else figures.measured
+    bins = source["reliability"]
     return {
-        "bins": list(zip(counts.tolist(), means.tolist(), accuracies.tolist(), strict=True)),
-        "error": float((np.abs(means - accuracies) * counts).sum() / len(predictions)),
-        "confidence": float(confidences.mean()),
-        "accuracy": float(is_right.mean()),
+        "bins": bins,
+        "source": source["open_set"]["source"],
+        "error": source["ece"] if source is figures.unseen else source["ece"]["value"],
+        "claimed": sum(row["share"] * row["probability"] for row in bins),
+        "right": sum(row["share"] * row["right"] for row in bins),
+    }
+
+
+def view_sessions(test: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the test images that look as if taken in one session with a training image, closest first, and accuracy without."""
+    if not test or not test.get("without_same_session", {}).get("pairs"):
+        return None
+    without = test["without_same_session"]
+    pairs = [
+        {"test": Shot(path, "bbox"), "train": Shot(pair["train"], "bbox"), "cosine": pair["cosine"]}
+        for path, pair in without["pairs"].items()
+    ]
+    return {
+        "count": test["images"] - without["images"],
+        "cards": pairs[:MAX_CARDS],
+        "acc": without["acc"],
+        "images": without["images"],
     }
 
 
@@ -840,7 +852,7 @@ def view_errors(run: Run) -> dict[str, Any]:
     for item in wrong[:MAX_CARDS]:
         sides = [
             ("predicted", item.answer, item.cosine, item.probability, item.nearest_reference),
-            ("true", item.class_name, item.class_cosine, item.class_probability, item.nearest_of_class),
+            ("true", item.class_name, item.class_cosine, None, item.nearest_of_class),
         ]
         keys = ("kind", "name", "cosine", "probability", "reference")
         cards.append({"shot": item.shot, "sides": [dict(zip(keys, side, strict=True)) for side in sides]})

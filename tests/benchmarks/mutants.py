@@ -64,7 +64,7 @@ FAULTS = {
         "test_figures.py -k evaluate",
     ),
     "strangers count as right": Fault(
-        "np.zeros(len(unknown), bool)", "np.ones(len(unknown), bool)", "test_figures.py -k thresholds"
+        "np.zeros(len(stranger_scores), bool)", "np.ones(len(stranger_scores), bool)", "test_figures.py -k thresholds"
     ),
     "strangers in the temperature": Fault(
         "fit_temperature(gallery.scores(val.values[few]), val.labels[few])",
@@ -138,9 +138,9 @@ FAULTS = {
     ),
     "an interval of 90 %": Fault("(0.025, 0.975)", "(0.05, 0.95)", "test_figures.py -k intervals"),
     "no bin for certainty": Fault(
-        "np.minimum((confidence * num_bins).astype(int), num_bins - 1)",
-        "(confidence * num_bins).astype(int)",
-        "test_wiring.py -k calibration_error",
+        "np.minimum((probability * num_bins).astype(int), num_bins - 1)",
+        "(probability * num_bins).astype(int) % num_bins",
+        "test_metrics.py -k calibration_error",
     ),
     # Data, masks, galleries
     "masks at the wrong crops": Fault(

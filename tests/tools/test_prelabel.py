@@ -277,13 +277,14 @@ def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, 
         else:
             scores = np.array([np.sort(cosine[labels == c])[-k:].mean() for c, k in enumerate(content["knn_counts"])])
         first, second = np.argsort(-scores)[:2]
-        odds = np.exp((scores - scores.max()) / meta["temperature"])
+        slope, intercept = meta["log_odds"]
         name = content["id2cls"][first] if scores[first] >= content["thresholds"][first] else "unknown"
         assert row["class"] == name and row["best_class"] == content["id2cls"][first]
         assert row["runner_up"] == content["id2cls"][second]
         assert float(row["cosine"]) == pytest.approx(scores[first], abs=1e-4)
         assert float(row["margin"]) == pytest.approx(scores[first] - scores[second], abs=1e-4)
-        assert float(row["probability"]) == pytest.approx(odds[first] / odds.sum(), abs=1e-3)
+        chance = 1 / (1 + np.exp(-(slope * scores[first] + intercept)))
+        assert float(row["probability"]) == pytest.approx(chance, abs=2e-3)
         nearest = np.where(labels == first, cosine, -2).argmax()
         assert row["nearest_reference"] == content["stack_paths"][nearest]
 

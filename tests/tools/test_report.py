@@ -30,7 +30,7 @@ HOSTILE = (
 )
 PLAIN = ("hammer", "pliers", "wrench")
 COLUMNS = (
-    "path view class answer is_unknown cosine probability runner_up runner_up_cosine class_cosine class_probability"
+    "path view class answer is_unknown cosine probability runner_up runner_up_cosine class_cosine"
     " nearest_reference nearest_reference_view nearest_of_class nearest_of_class_view mask"
 ).split()
 
@@ -102,10 +102,10 @@ class MadeRun:
         label = int(self.labels[row])
         answer = (label + row % 2) % len(self.names)
         cosine, class_cosine = rng.uniform(0.5, 0.9, 2)
-        probability, class_probability = rng.uniform(0.2, 0.5, 2)
+        probability = rng.uniform(0.2, 0.5)
         values = (
             *(self.paths[row], "bbox", self.names[label], self.names[answer], "false", cosine, probability),
-            *(self.names[(label + 1) % len(self.names)], 0.4, class_cosine, class_probability),
+            *(self.names[(label + 1) % len(self.names)], 0.4, class_cosine),
             *(self.paths[0], "bbox", self.paths[12 * label + 1], "bbox", ""),
         )
         return dict(zip(COLUMNS, values, strict=True))
@@ -441,31 +441,75 @@ def test_unreadable_and_missing_pictures_become_placeholders(tmp_path: Path) -> 
 def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     run = MadeRun(tmp_path, tuple(f"class {i:02d}" for i in range(60)))
     errors = section(make_page(run.write()), "errors")
-    sure = [float(value) for value in re.findall(r"<br> p ([\d.]+)<br>", errors)][::2]  # predicted and true in turn
+    sure = [float(value) for value in re.findall(r"<br> p ([\d.]+)<br>", errors)]
     assert "60 of 120 test images are wrong" in errors and len(sure) == report.MAX_CARDS
     assert sure == sorted(sure, reverse=True)
     surest = max(run.rows, key=lambda row: row["probability"] if row["answer"] != row["class"] else 0)
     card = errors[errors.index("<article") : errors.index("</article>")]
     assert surest["path"] in card and re.findall(r'class="who">(.*?)<', card) == ["test image", "predicted", "true"]
-    shown = re.findall(r'class="name">(.*?)</span></b><br> p ([\d.]+)<br>cos ([\d.]+)<', card)
+    shown = re.findall(r'class="name">(.*?)</span></b><br> (?:p ([\d.]+)<br>)?cos ([\d.]+)<', card)
     assert shown == [
         (surest["answer"], f"{surest['probability']:.3f}", f"{surest['cosine']:.3f}"),
-        (surest["class"], f"{surest['class_probability']:.3f}", f"{surest['class_cosine']:.3f}"),
+        (surest["class"], "", f"{surest['class_cosine']:.3f}"),
     ]
 
 
-def test_calibration_error_equals_the_definition(tmp_path: Path) -> None:
+def test_pairs_of_one_session_are_shown_and_counted(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for row in run.rows:
-        bins.setdefault(min(int(row["probability"] * 10), 9), []).append(
-            (row["probability"], row["answer"] == row["class"])
-        )
-    gaps = [abs(sum(c for c, _ in rows) - sum(r for _, r in rows)) for rows in bins.values()]
-    text = section(make_page(run.write()), "calibration")
-    assert re.search(r'class="figure">(.*?)<', text)[1] == f"{sum(gaps) / len(run.rows):.3f}"
-    counts = [int(count) for count in re.findall(r'y="270">(\d+)<', text)]
-    assert counts == [len(bins.get(number, ())) for number in range(10)]
+    assert 'href="#sessions"' not in make_page(run.write())
+    (test,) = (event for event in run.events if event["event"] == "test_end")
+    paths = [row["path"] for row in run.rows[:2]]
+    pairs = {path: {"train": run.paths[0], "cosine": 0.9 - 0.05 * i} for i, path in enumerate(paths)}
+    test |= {"images": 120, "without_same_session": {"acc": 0.4321, "images": 118, "pairs": pairs}}
+    text = section(make_page(run.write()), "sessions")
+    assert "2 test images look" in text and "On the 118 others the accuracy is 0.432" in text
+    assert text.count("<article") == 2 and text.count("data:image/jpeg") == 4
+    assert text.index("0.900") < text.index("0.850") and all(path in text for path in (*paths, run.paths[0]))
+
+
+def measure_drawn(folder: Path) -> dict[str, Any]:
+    """Return a `measured` event of drawn embeddings."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(3), 10)
+    values = np.eye(3, 6)[labels] + 0.3 * rng.normal(size=(30, 6))
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    records = lct.Records(
+        folder,
+        PLAIN,
+        lct.PathTable([str(i) for i in range(30)]),
+        labels.astype(np.int32),
+        np.arange(30),
+        np.zeros(30, np.int8),
+    )
+    part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
+    return lct.to_json(lct.measure_gallery(lct.build_gallery(records, part, part, lct.Config()), part))
+
+
+def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_trained_on(tmp_path: Path) -> None:
+    """Where the run had no pictures of strangers, those of heads that did not know a part of the classes."""
+    run = MadeRun(tmp_path)
+    assert "probabilities cannot be checked" in section(make_page(run.write()), "calibration")
+    rng = np.random.default_rng(0)
+
+    def draw(num_strangers: int) -> dict[str, Any]:
+        probability, is_known = rng.random(40 + num_strangers), np.arange(40 + num_strangers) < 40
+        bins = lct.reliability(probability, is_known & (rng.random(len(is_known)) < probability), is_known)
+        return {"reliability": bins, "ece": lct.calibration_error(bins)}
+
+    measured, unseen = draw(10), draw(30)
+    figures = measure_drawn(tmp_path) | measured | {"ece": {"value": measured["ece"], "interval": None}}
+    run.events.append({"event": "measured", **figures})
+    others = {"classes": ["a"], "images": 3, "unknown_passed": 0.123, "enrolment": [], "known_acc": 0.5}
+    others["open_set"] = {"source": "classes it was not trained on", "trained_on_them": False, "others": {}}
+    others["open_set"] |= {name: {"value": 0.5, "interval": [0.4, 0.6]} for name in ("auroc", "fpr95")}
+    for shown in (measured, unseen):
+        page = make_page(run.write())
+        text = section(page, "calibration")
+        assert re.search(r'class="figure">(.*?)<', text)[1] == f"{shown['ece']:.3f}"
+        shares = [int(share) for share in re.findall(r'y="270">(\d+) %<', text)]
+        assert shares == [round(100 * row["share"]) for row in shown["reliability"]]
+        run.events.append({"event": "unseen_classes", **others, **unseen})
+    assert "not trained on" in text and "12.3 % of the unknown objects get a class" in section(page, "trust")
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 61])
@@ -632,20 +676,7 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
 
 def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
-    rng = np.random.default_rng(1)
-    labels = np.repeat(np.arange(3), 10)
-    values = np.eye(3, 6)[labels] + 0.3 * rng.normal(size=(30, 6))
-    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
-    records = lct.Records(
-        tmp_path,
-        PLAIN,
-        lct.PathTable([str(i) for i in range(30)]),
-        labels.astype(np.int32),
-        np.arange(30),
-        np.zeros(30, np.int8),
-    )
-    part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
-    measured = lct.to_json(lct.measure_gallery(lct.build_gallery(records, part, part, lct.Config()), part))
+    measured = measure_drawn(tmp_path)
     assert 'href="#trust"' not in make_page(run.write())
     run.events.append({"event": "measured", **measured})
     text = section(make_page(run.write()), "trust")
