@@ -7187,18 +7187,12 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
 
     if unknown is None:
         unknown_best = score_without_class(gallery.scores, test)
-        groups = (test.rows, test.rows)
     else:
         unknown_answers, unknown_best = gallery.answer(unknown)
-        groups = (test.rows, np.arange(len(unknown)))
     probability = gallery.probability(np.append(best, unknown_best))
     is_known = np.arange(len(probability)) < len(best)
-    is_right_of_all = np.append(is_right, np.zeros(len(unknown_best), bool))
 
-    def error(drawn: np.ndarray, drawn_unknown: np.ndarray) -> dict[str, float]:
-        both = np.append(drawn, len(best) + drawn_unknown)
-        return {"ece": calibration_error(reliability(probability[both], is_right_of_all[both], is_known[both]))}
-
+    bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_best), bool)), is_known)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     support = np.bincount(test.labels, minlength=num_classes)
     figures = {
@@ -7212,8 +7206,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
-        **with_intervals(error, *groups),
-        "reliability": reliability(probability, is_right_of_all, is_known),
+        "ece": calibration_error(bins),  # redrawn images would have more, as they agree less with any bin
+        "reliability": bins,
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
     if unknown is not None:
@@ -9687,7 +9681,7 @@ def format_measures(figures: dict[str, Any]) -> str:
         lines.append(f"{name}: answers {show(at['coverage'])} of the test, {show(at['precision'])} of them right")
     if "unknown_passed" in figures:
         lines.append(f"unknown objects that get a class all the same: {show(figures['unknown_passed'])}")
-    lines.append(f"expected calibration error {show(figures['ece'])}")
+    lines.append(f"expected calibration error {figures['ece']:.3f}")
     if figures["few"]:
         lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
     return "\n".join(lines)

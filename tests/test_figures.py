@@ -642,7 +642,7 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
     claimed = probability_of(run, np.append(best, strange))
     weights = np.repeat([0.8 / len(best), 0.2 / len(strange)], [len(best), len(strange)])
     excess = weights * (claimed - np.append(is_right, np.zeros(len(strange))))
-    figures["ece"] = {"ece": np.abs(np.bincount(np.clip((10 * claimed).astype(int), 0, 9), excess)).sum()}
+    figures["probabilities"] = {"ece": np.abs(np.bincount(np.clip((10 * claimed).astype(int), 0, 9), excess)).sum()}
     return figures
 
 
@@ -663,7 +663,8 @@ def values_of(recorded: dict) -> dict[str, dict[str, float | None]]:
     found = {f"closed {name}": own for name, own in recorded["closed"].items()}
     found |= {name: recorded[name] for name in ("retrieval", "thresholds", "open_set")}
     found |= {f"answers {index}": own for index, own in enumerate(recorded["answers"])}
-    found |= {name: {name: recorded[name]} for name in ("ece", "unknown_passed") if name in recorded}
+    found |= {name: {name: recorded[name]} for name in ("unknown_passed",) if name in recorded}
+    found["probabilities"] = {"ece": {"value": recorded["ece"]}}
     return {
         group: {key: own["value"] for key, own in figures.items() if isinstance(own, dict) and "value" in own}
         for group, figures in found.items()

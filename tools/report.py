@@ -661,7 +661,7 @@ def view_calibration(figures: Figures) -> dict[str, Any] | None:
     return {
         "bins": bins,
         "source": source["open_set"]["source"],
-        "error": source["ece"] if source is figures.unseen else source["ece"]["value"],
+        "error": source["ece"],
         "claimed": sum(row["share"] * row["probability"] for row in bins),
         "right": sum(row["share"] * row["right"] for row in bins),
     }
