@@ -36,10 +36,10 @@ HARD_RUN = (
     r" --val_split 0.35 --test_split 0.25 --target_precision 0.85 --seed 1 --group_regex ^\d+_(shot\d+)"
 ).split()
 HARD_RUNS = {  # with --patience, so that the best epoch is not the last
-    "plain": "--epochs 20 --patience 3 --batch 12 --unknown_dir unknown",
+    "plain": "--epochs 20 --patience 3 --batch 12 --cache_views 0 --unknown_dir unknown",
     "tuned": "--epochs 40 --patience 3 --batch 64 --accumulate_grad_batches 2 --no-freeze_backbone --ema_decay 0.7 --lr 3e-3"
     " --unknown_dir unknown",  # one step an epoch
-    "mix": "--epochs 20 --patience 3 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss",
+    "mix": "--epochs 20 --patience 3 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss --cache_views 0",
     "cached": "--epochs 20 --patience 3 --batch 12 --cache_views 2",
 }
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -452,7 +452,12 @@ def frozen_baselines(run: Run, split: str) -> dict[str, float]:
     """Return the accuracies of the untrained backbone on a split, and that of logistic regression over images."""
     train, queries = run.crops("train"), run.crops(split)
     features, wanted = run.features("frozen", "train").numpy(), run.features("frozen", split).numpy()
-    classifier = fit_regression(features, train.labels)
+    seen, labels = features, train.labels
+    if run.options["cache_views"]:  # what training has seen, regression has
+        cached = np.fromfile(run.folder / "cached_views.f16", np.float16).reshape(-1, features.shape[1])
+        seen = np.concatenate([features, cached.astype(np.float32)])
+        labels = np.tile(labels, len(seen) // len(labels))
+    classifier = fit_regression(seen, labels)
     unit, unit_wanted = (F.normalize(torch.from_numpy(values)).numpy() for values in (features, wanted))
     matching = judge_matching(unit, train.labels, unit_wanted, queries.labels)
     return {

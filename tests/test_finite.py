@@ -86,7 +86,7 @@ def test_training_ends_with_exit_code_3_where_features_are_made(
     assert OVERFLOW["after"] < 0
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     assert events[-1]["status"] == "diverged"
-    assert ("baseline_end" in {event["event"] for event in events}) == bool(after)
+    assert ("baseline_end" in {event["event"] for event in events}) == (place == "val")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,6 +139,43 @@ def test_no_room_is_told_before_anything_is_embedded(data: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
     with pytest.raises(lct.UserError, match=r"--cache_views 1000: need [\d,]+ bytes, and 1,000 are free"):
         open_cache(data, cache_views=1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 4),
+        ({"cache_views": 0}, 0),
+        ({"epochs": 4}, 0),  # as many passes
+        ({"mixing": "mixup"}, 0),
+        ({"freeze_backbone": False}, 0),
+    ],
+)
+def test_four_views_are_cached_where_nothing_forbids_it(
+    data: Path, options: dict, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = {"model_id": "test_resnet", "pretrained": False, "img_size": 32, "gpus": 0, "workers": 0, "epochs": 6}
+    config = lct.Config(data_root=data, out_dir=data.parent / "not there" / "run", **{**fixed, **options})
+    scan, runtime = lct.scan_dataset(config), lct.training_runtime(config)
+    job, *_ = lct.plan_run(config, runtime, scan, None, None)
+    assert job.config.cache_views == expected
+    if expected:
+        needed = 2 * expected * len(job.records.rows("train")) * job.info.feature_dim
+        for free, then in ((4 * needed, expected), (4 * needed - 1, 0)):
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
+            assert lct.choose_cached_views(config, job.records, job.info) == then
+
+
+def test_a_run_keeps_what_was_chosen_at_its_start(
+    data: Path, tmp_path: Path, call_main: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*FLAGS[:-2], "--data_root", data, "--out_dir", tmp_path / "run", "--workers", "0"]
+    assert call_main(*words, "--epochs", "5", "--cache_views", "auto") == 0
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**6))
+    assert call_main(*words, "--epochs", "6") == 0
+    options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert options["cache_views"] == 4 and options["epochs"] == 6
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
