@@ -480,7 +480,7 @@ class Config(Options):
     balanced_per_class: bool = option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
     cache_views: int | None = option(None,
-        f"views of an image that are embedded once and shown in turn, 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)",
+        f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)",
         "training", low=0, high=1000, fixed=True)
     best_metric: str = option("acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
