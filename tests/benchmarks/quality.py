@@ -1,11 +1,15 @@
 """What the levers that are not exact do to accuracy: paired seeds on real data, each against the exact run of the same seed.
 
     python tests/benchmarks/quality.py [seeds [data set ...]]
+    python tests/benchmarks/quality.py sizes FILE    # weights of tf_efficientnet_lite0
 
 Every image is embedded once in 15 augmented views and clean, in fp32 and in bf16; all runs draw from these, so that a run is head
 training alone and many seeds can be had. The seed draws split, order, weights of the head, and which views are the cached ones.
 Accuracy is that of prototype matching on a test split of 30 %. A data set of 1,500 images takes 5 CPU minutes to embed, and each
 run a second. Data and ImageNet weights (mobilenetv2_035) lie beside the repository, in shared/data.
+
+`sizes` compares prototype matching at 160, 224 and 288 px, on the default split, with four cached views and features in the match, with
+logistic regression whose C is chosen on val: fitted on clean views, and on all.
 """
 
 import dataclasses
@@ -38,27 +42,31 @@ CPU = lct.Runtime(torch.device("cpu"), 0, torch.float32)
 
 
 class Subject:
-    """A data set whose images are embedded in every view: features[dtype] is float32 (1 + epochs, N, D), number 0 clean."""
+    """A data set whose images are embedded in every view: features[dtype] is float32 (1 + views, N, D), number 0 clean."""
 
-    def __init__(self, name: str) -> None:
-        weights = SHARED / "weights" / "mobilenetv2_035.timm.pth"
+    def __init__(
+        self, name: str, num_views: int = 15, dtypes: tuple = (torch.float32, torch.bfloat16), **options
+    ) -> None:
         half = (0.5, 0.5, 0.5)
+        weights = SHARED / "weights" / "mobilenetv2_035.timm.pth"
+        small = {"model_id": "mobilenetv2_035", "backbone_weights": weights, "mean": half, "std": half, "img_size": 160}
         self.config = lct.Config(
             data_root=SHARED / name, out_dir=Path(tempfile.gettempdir()) / "no_run", group_regex=GROUPS[name],
-            model_id="mobilenetv2_035", backbone_weights=weights, mean=half, std=half, img_size=160, workers=1,
+            workers=1, **(options or small),
         )  # fmt: skip
+        self.dtypes = dtypes
         self.name, self.records = name, lct.scan_dataset(self.config).records
         self.backbone, self.info = lct.build_backbone(self.config, print)
         self.backbone.freeze()
         lct.keep_freed_memory()
-        views = [self._embed(number) for number in range(self.config.epochs + 1)]
+        views = [self._embed(number) for number in range(num_views + 1)]
         self.features = {dtype: np.stack([view[dtype] for view in views]) for dtype in views[0]}
 
     def _embed(self, number: int) -> dict[torch.dtype, np.ndarray]:
         transform = lct.build_transform(self.config.img_size, number > 0)
         dataset = lct.CropDataset(self.records, transform)
         keys = [lct.SampleKey(row, lct.sample_words(0, number, row), 0) for row in range(len(self.records.paths))]
-        found = {torch.float32: [], torch.bfloat16: []}
+        found = {dtype: [] for dtype in self.dtypes}
         with torch.inference_mode():
             for batch in lct.make_loader(dataset, lct.cut_batches(keys, 64), self.config, CPU):
                 for dtype, parts in found.items():
@@ -66,16 +74,24 @@ class Subject:
                     parts.append(self.backbone(batch.images).numpy())
         return {dtype: np.concatenate(parts) for dtype, parts in found.items()}
 
+    def split(self, seed: int, parts: tuple[float, float, float]) -> lct.Records:
+        splits = lct.assign_splits(self.records.labels, self.records.groups, parts, seed)
+        return dataclasses.replace(self.records, splits=splits)
+
     def run(self, seed: int, dtype: torch.dtype, num_cached: int | None) -> float:
         """Train a head as `fit` does, and return the accuracy of prototype matching on test."""
-        config = dataclasses.replace(self.config, seed=seed)
-        records = dataclasses.replace(
-            self.records, splits=lct.assign_splits(self.records.labels, self.records.groups, SPLIT, seed)
-        )
+        config, records = dataclasses.replace(self.config, seed=seed), self.split(seed, SPLIT)
+        model = self.train(config, records, dtype, num_cached)
+        return self._score(config, records, model, self.features[dtype][0])
+
+    def train(
+        self, config: lct.Config, records: lct.Records, dtype: torch.dtype, num_cached: int | None
+    ) -> lct.Recognizer:
+        seed = config.seed
         model = lct.build_recognizer(config, len(records.class_names), self.backbone, self.info)
         state = lct.start_state(model, config, CPU)
         sampler = lct.EpochSampler(records.rows("train"), records.labels, config)
-        order = 1 + np.random.default_rng((seed, 99)).permutation(config.epochs)
+        order = 1 + np.random.default_rng((seed, 99)).permutation(len(self.features[dtype]) - 1)
         for epoch in range(config.epochs):
             sampler.start_at(epoch, 0)
             model.train()
@@ -90,7 +106,7 @@ class Subject:
                 batch = lct.Batch(torch.from_numpy(features), labels, torch.from_numpy(rows), None, [])
                 lct.set_learning_rate(state.optimizer, lct.lr_factor(config, state.step, len(sampler) * config.epochs))
                 lct.train_step(config, CPU, torch.nn.Identity(), state, [batch])
-        return self._score(config, records, model.eval(), self.features[dtype][0])
+        return model.eval()
 
     def _score(self, config: lct.Config, records: lct.Records, model: lct.Recognizer, clean: np.ndarray) -> float:
         with torch.inference_mode():
@@ -116,6 +132,55 @@ def compare(name: str, seeds: int) -> dict[str, tuple[float, float]]:
     return rows
 
 
+def compare_sizes(name: str, weights: Path, num_seeds: int = 5) -> None:
+    """Print the accuracy of matching and of logistic regression on test by size of the input, means of seeds."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def regress(values: np.ndarray, labels: np.ndarray, val: lct.Embedded, test: lct.Embedded) -> float:
+        fitted = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(values, labels)
+            for c in (0.001, 0.01, 0.1, 1.0)
+        ]
+        best = max(fitted, key=lambda classifier: classifier.score(val.values, val.labels))
+        return best.score(test.values, test.labels)
+
+    for size in (160, 224, 288):
+        model = {"model_id": "tf_efficientnet_lite0", "backbone_weights": weights, "img_size": size}
+        subject = Subject(name, 4, (torch.float32,), **model)
+        views = subject.features[torch.float32]
+        found = []
+        for seed in range(1, num_seeds + 1):
+            config, records = dataclasses.replace(subject.config, seed=seed), subject.split(seed, (0.7, 0.2, 0.1))
+            every = np.arange(len(records.labels))
+            clean = lct.Embedded(every, np.zeros(len(every), np.uint8), records.labels.astype(np.int64), views[0])
+            features = {split: clean.take(records.rows(split)) for split in lct.SPLIT_NAMES}
+            head = subject.train(config, records, torch.float32, 4)
+            gallery, vectors = lct.export_gallery(head, records, features, config)
+            matched = gallery.answer(vectors["test"].values)[0] == vectors["test"].labels
+            train, val, test = features.values()
+            of_all = views[:, records.rows("train")].reshape(-1, views.shape[2])
+            regressions = [
+                regress(train.values, train.labels, val, test),
+                regress(of_all, np.tile(train.labels, len(views)), val, test),
+            ]
+            found.append([matched.mean(), *regressions])
+        found = np.array(found)
+        gains = 100 * (found[:, :1] - found[:, 1:])
+        errors = gains.std(axis=0, ddof=1) / num_seeds**0.5
+        print(
+            f"{name}, {size} px: matching {found[:, 0].mean():.3f}; logistic regression, clean {found[:, 1].mean():.3f}"
+            f" ({gains[:, 0].mean():+.1f} ± {errors[0]:.1f}), on all views {found[:, 2].mean():.3f}"
+            f" ({gains[:, 1].mean():+.1f} ± {errors[1]:.1f})",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["sizes"]:
+        for data in GROUPS:
+            compare_sizes(data, Path(sys.argv[2]))
+        sys.exit()
     for data in sys.argv[2:] or GROUPS:
         compare(data, int(sys.argv[1]) if len(sys.argv) > 1 else 8)
