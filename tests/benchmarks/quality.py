@@ -8,8 +8,8 @@ training alone and many seeds can be had. The seed draws split, order, weights o
 Accuracy is that of prototype matching on a test split of 30 %. A data set of 1,500 images takes 5 CPU minutes to embed, and each
 run a second. Data and ImageNet weights (mobilenetv2_035) lie beside the repository, in shared/data.
 
-`sizes` compares prototype matching at 160, 224 and 288 px, on the default split, with four cached views and features in the match, with
-logistic regression whose C is chosen on val: fitted on clean views, and on all.
+`sizes` compares prototype matching at 160, 224 and 288 px, on the default split with four cached views and features in the match,
+with logistic regression whose C is chosen on val: fitted on clean views, and on all.
 """
 
 import dataclasses
