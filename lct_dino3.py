@@ -8726,12 +8726,12 @@ def measure_baseline(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
-    Training has to beat the one that is best on val. Logistic regression is fitted on what training is fitted on: on the cached
-    views too, if there are any. Of more than LOGREG_MAX_CLASSES classes there is none.
+    Training has to beat the one that is best on val. Of `cached` views, which training will see, there is a logistic regression
+    too. Of more than LOGREG_MAX_CLASSES classes there is none.
 
     Returns:
-        {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1` and `logreg`}}; and `share_right`
-        of what the best one answers to the test images.
+        {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1`, `logreg` and `logreg_views`}};
+        and `share_right` of what the best one answers to the test images.
     """
     names, scale = job.records.class_names, job.config.arc_scale
     train = features["train"]
@@ -8743,8 +8743,9 @@ def measure_baseline(
         "nn1": lambda queries: scale * nearest_reference.score(queries),
     }
     if len(names) <= LOGREG_MAX_CLASSES:
-        fitted_on = train if cached is None else concatenate_embedded([train, cached])
-        classifiers["logreg"] = score_by_regression(job, fitted_on)
+        classifiers["logreg"] = score_by_regression(job, train)
+        if cached is not None:
+            classifiers["logreg_views"] = score_by_regression(job, concatenate_embedded([train, cached]))
     baseline: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         if split not in features:
@@ -8752,13 +8753,13 @@ def measure_baseline(
         queries = unit_features(features[split])
         baseline[split] = {}
         for name, score in classifiers.items():
-            vectors = features[split].values if name == "logreg" else queries.values
+            vectors = features[split].values if name.startswith("logreg") else queries.values
             figures = classify(score, vectors, queries.labels, names)[1]
             baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     if "test" not in features:
         return baseline, {}
     best, test = best_baseline(baseline["val"]), features["test"]
-    vectors = test.values if best == "logreg" else unit_features(test).values
+    vectors = test.values if best.startswith("logreg") else unit_features(test).values
     answers = reduce_scores(classifiers[best], vectors, lambda scores, _: (scores.argmax(axis=1),))[0]
     return baseline, share_right(job.records, test.rows, answers == test.labels)
 
@@ -9060,7 +9061,12 @@ def format_unseen(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
+BASELINE_NAMES = {
+    "logreg": "logistic regression",
+    "logreg_views": "logistic regression with augmented views",
+    "nn1": "nearest neighbour",
+    "centroid": "nearest centroid",
+}
 
 
 def judge_training(

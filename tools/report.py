@@ -45,7 +45,12 @@ MATCHER_NAMES = {
     "prototypes": "nearest of several prototypes a class",
     "knn": "k nearest references of a class",
 }
-BASELINE_NAMES = {"logreg": "logistic regression", "nn1": "nearest neighbour", "centroid": "nearest centroid"}
+BASELINE_NAMES = {
+    "logreg": "logistic regression",
+    "logreg_views": "logistic regression with augmented views",
+    "nn1": "nearest neighbour",
+    "centroid": "nearest centroid",
+}
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
 SIGNIFICANCE = 0.05  # of the sign test between two runs
