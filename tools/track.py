@@ -400,6 +400,8 @@ class Recording:
     def _add_test(self, record: dict[str, Any]) -> None:
         ways = ("classifier", "prototypes")
         figures = {f"test {way} {key}": value for way in ways for key, value in record.get(way, {}).items()}
+        by_class = list_scalars({"test_per_class": record.get("per_class", {})})
+        figures |= {f"{title}/{class_name}": value for title, class_name, value in by_class}
         for sink in self._sinks:
             sink.add_figures({name: value for name, value in figures.items() if value is not None}, self._when)
 

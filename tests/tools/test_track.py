@@ -132,6 +132,8 @@ def test_tensorboard_shows_every_figure_once_however_often_it_is_recorded(run: P
     test = next(record for record in lct.read_events(run) if record["event"] == "test_end")
     (scalar,) = board.Scalars("test prototypes acc")
     assert (scalar.step, scalar.value) == (2, pytest.approx(test["prototypes"]["acc"]))
+    (scalar,) = board.Scalars("test f1 by class/bolt")
+    assert (scalar.step, scalar.value) == (2, pytest.approx(test["per_class"]["bolt"]["f1"]))
     assert "| **bolt** | 1 | 2 |" in read_text(board, "test confusion")
     assert "| `model_id` | `test_resnet` |" in read_text(board, "options") and read_text(board, "status") == "completed"
 
