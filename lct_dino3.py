@@ -6586,11 +6586,11 @@ class Matcher(nn.Module):
             of_class = cosine[getattr(self, f"table_{index}")]  # (c, size, N)
             weights = getattr(self, f"weights_{index}")  # (c, k)
             if weights.shape[1] == 1:
-                scores.append(of_class.amax(dim=1).T)
+                scores.append(of_class.amax(dim=1))
             else:
                 nearest = of_class.topk(weights.shape[1], dim=1).values
-                scores.append(torch.einsum("ckn,ck->nc", nearest, weights))  # OpenVINO gets a masked sum wrong
-        return torch.cat(scores, dim=1)[:, self.order]
+                scores.append(torch.einsum("ckn,ck->cn", nearest, weights))  # OpenVINO gets a masked sum wrong
+        return torch.cat(scores)[self.order].T  # turned once: OpenVINO forgets to turn those of one class
 
     def score(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity float32 (Q, C) of unit queries (Q, D) to each class, in bounded memory."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
@@ -21,6 +22,8 @@ import torch
 from torch import nn
 
 TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
+OPSET = 18  # the oldest that torch exports to
+MIN_ONNXRUNTIME = "1.14"  # the first that reads it
 NUM_CROPS = 16  # real ones that an export is checked on
 
 
@@ -81,7 +84,7 @@ def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
         UserError: a package is missing, or the file answers otherwise than PyTorch.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -90,20 +93,26 @@ def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
     model = ExportedModel(run).cpu().eval()
     example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
     names = ["embeddings", "scores", "probabilities", "labels"]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for package in ("torch.onnx", "onnxscript"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of torch's exporter about itself
         program = torch.onnx.export(
             model,
             (example,),
             dynamo=True,
+            opset_version=OPSET,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
             output_names=names,
         )
     meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
-    program.model.metadata_props["lct_dino3"] = json.dumps(lct.to_json(meta), ensure_ascii=False)
-    data = program.model_proto.SerializeToString()
+    meta["min_onnxruntime"] = MIN_ONNXRUNTIME
+    proto = program.model_proto
+    clear_notes(proto)
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    onnx.helper.set_model_props(proto, {"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
+    data = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     differences = []
     for batch in (crops, crops[:1]):  # the batch is dynamic
@@ -120,6 +129,16 @@ def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
     return difference
 
 
+def clear_notes(message: Any) -> None:
+    """Take out of a protobuf what torch notes of its work: stack traces among it, with paths of this machine."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                clear_notes(part)
+
+
 def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
     """Write all weights of the run, backbone included, with the metadata that rebuilding needs, and read them back.
 
@@ -129,7 +148,8 @@ def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
     from safetensors.torch import load, save
 
     weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
-    meta = run.meta | {"classes": run.gallery.class_names, "options": run.config.as_plain()}
+    arguments = {"model_name": lct.split_model_id(run.config.model_id)[0], **lct.probe_model(run.config)[0]}
+    meta = run.meta | {"classes": run.gallery.class_names, "options": run.config.as_plain(), "timm": arguments}
     data = save(weights, metadata={"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
     again = load(data)
     if again.keys() != weights.keys() or not all(torch.equal(again[key], weights[key]) for key in weights):
@@ -167,6 +187,7 @@ def export_run(options: ExportOptions) -> None:
     if options.format == "onnx":
         difference = export_onnx(run, path, load_crops(run, options.data_root or run.config.data_root))
         lct.show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
+        lct.show(f"read by onnxruntime {MIN_ONNXRUNTIME} and newer (opset {OPSET})")
     else:
         export_safetensors(run, path)
     if transforms := lct.production_transforms(run.config):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from PIL import Image
 import lct_dino3 as lct
 
 Main = Callable[..., int]
+NAMES = ["embeddings", "scores", "probabilities", "labels"]
 
 
 @pytest.fixture(scope="session")
@@ -112,34 +117,78 @@ def test_a_model_that_sees_the_mask_as_a_channel_goes_all_the_way(tmp_path: Path
     assert run_main("prelabel", "--run", run_dir, "--images", data / "axe", "--out", tmp_path / "out") == 0
 
 
-def test_a_gallery_matched_by_nearest_references_is_exported_without_a_word(
-    trained: lct.TrainedRun, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+@pytest.fixture(scope="module")
+def knn_file(trained: lct.TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[lct.TrainedRun, Path]:
+    """A run whose classes are matched by 3, 1 and 2 of their nearest references, and its ONNX file."""
+    pytest.importorskip("onnxruntime")
     gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]))
+    run, path = lct.dataclasses.replace(trained, gallery=gallery), tmp_path_factory.mktemp("knn") / "model.onnx"
     crops = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    run = lct.dataclasses.replace(trained, gallery=gallery)
-    assert export.export_onnx(run, tmp_path / "model.onnx", crops) < export.TOLERANCE
-    told = capfd.readouterr()
-    assert told.err == "" and told.out == "", "the exporter shows its graph when a size depends on the data"
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        assert export.export_onnx(run, path, crops) < export.TOLERANCE
+    assert told.getvalue() == "", "the exporter shows its graph when a size depends on the data"
+    return run, path
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_gallery_matched_by_nearest_references_answers_alike_everywhere(
+    knn_file: tuple[lct.TrainedRun, Path], runtime: str
+) -> None:
+    package = pytest.importorskip(runtime)
+    run, path = knn_file
+    if runtime == "openvino":  # it gets sums over a mask wrong, and forgets to turn the scores of a class that is alone
+        compiled = package.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answer = compiled.infer_new_request
+    else:
+        answer = functools.partial(package.InferenceSession(path).run, NAMES)
+    images = np.random.default_rng(1).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        outputs = export.ExportedModel(run).eval()(torch.from_numpy(images))
+    for batch in (1, 7, 64):
+        answers = answer({"images": images[:batch]})
+        for name, found, expected in zip(
+            NAMES, answers if runtime == "onnxruntime" else answers.to_tuple(), outputs, strict=True
+        ):
+            np.testing.assert_allclose(found, expected[:batch], atol=1e-4, err_msg=f"{name} of {batch}")
+
+
+def test_the_file_tells_nothing_of_the_machine_and_is_read_by_old_runtimes(
+    knn_file: tuple[lct.TrainedRun, Path],
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    data = knn_file[1].read_bytes()
+    assert not any(word in data for word in (b"stack_trace", b".py", b"site-packages", os.fsencode(REPO)))
+    model = onnx.load_from_string(data)
+    onnx.checker.check_model(model, full_check=True)
+    assert (model.ir_version, model.opset_import[0].version) == (8, 18)
+    newest = max(onnx.defs.get_schema(node.op_type, 18).since_version for node in model.graph.node)
+    assert newest == 18, "the graph would allow an older opset"
+    assert json.loads(model.metadata_props[0].value)["min_onnxruntime"] == "1.14"  # the first that knows opset 18
 
 
 @pytest.mark.parametrize("side", [20, 90])
-def test_the_consumer_of_the_readme_gives_our_answers(
+def test_the_snippets_of_the_readme_give_our_answers(
     onnx_file: Path, trained: lct.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
 ) -> None:
+    """By onnxruntime, and by timm from the file of weights."""
+    export.export_safetensors(trained, onnx_file.with_suffix(".safetensors"))
     (tmp_path / "RUN").symlink_to(onnx_file.parent)
     draw_image(0, 9, side=side).resize((side, side * 2 // 3)).save(tmp_path / "crop.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
     chapter = (
         (REPO / "tools" / "README.md").read_text(encoding="utf-8").partition("\n## export")[2].partition("\n## ")[0]
     )
-    (code,) = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
     scope: dict = {}
-    exec(code, scope)
+    for code in re.findall(r"```python\n(.*?)```", chapter, re.DOTALL):
+        exec(code, scope)
     image = trained.transform()(lct.load_image(tmp_path / "crop.jpg"), None, 0)
     scores = trained.gallery.scores(trained.embed(torch.from_numpy(image[None]).permute(0, 3, 1, 2), 1))
     np.testing.assert_allclose(scope["scores"], scores, atol=0.03)  # Pillow and OpenCV resample alike, not the same
     assert scope["scores"].argmax() == scores.argmax()
+    square = torch.from_numpy(np.array(scope["square"])[None]).permute(0, 3, 1, 2)
+    assert trained.gallery.fusion.weight > 0 and trained.model.criterion.num_heads > 1, "the snippet has both"
+    np.testing.assert_allclose(scope["embedding"], trained.embed(square, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [0.001, float("nan")])
