@@ -511,7 +511,8 @@ class Config(Options):
         "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
         "machine", low=0.0, high=100_000.0)
     precision: str = option("auto",
-        "auto is bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on the CPU (frozen: bf16, if the CPU is made for it)",
+        "auto answers in fp32, as ONNX does, and trains in bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on the CPU (frozen: bf16, if"
+        " the CPU is made for it)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
         key="training.precision")
     compile: bool = option(False, "compile the backbone with torch.compile: minutes first, faster then",
@@ -2078,28 +2079,24 @@ class Runtime:
 
     device: torch.device
     num_gpus: int  # that this process uses
-    dtype: torch.dtype  # of the autocast region; float32 = no autocast
+    dtype: torch.dtype  # that a backbone is trained in; float32 = no autocast
     deterministic: bool = False
-    frozen_dtype: torch.dtype | None = None  # of a frozen backbone, where it differs
-    is_automatic: bool = False  # the types were chosen for the device, not by the user
+    is_automatic: bool = False  # the type was chosen for the device, not by the user
 
-    def for_model(self, model_id: str) -> Runtime:
-        """Return this, in float32 where fp16 was chosen for a model that is known to pass its largest number."""
-        overflows = any(family in model_id.lower() for family in FP16_OVERFLOWS)
-        if self.is_automatic and self.dtype == torch.float16 and overflows:
-            return dataclasses.replace(self, dtype=torch.float32)
-        return self
+    @property
+    def answer_dtype(self) -> torch.dtype:
+        """What references, val and test are embedded in, and all later queries: by default as exported files do it.
 
-    def dtype_of(self, backbone: nn.Module) -> torch.dtype:
-        """Return the type of a backbone's autocast region."""
-        return self.frozen_dtype or self.dtype if backbone.frozen else self.dtype
+        References in bf16 have mean cosines of .999 (groceries; least .986) and .995 (hand tools; .985) with what such a file makes
+        of them, and one answer in 90 and one in 32 is another.
+        """
+        return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
         """Return the backbone as it is to be called: spread over the GPUs of this process, or trained with other processes.
 
         All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
-        backbone.round_weights()  # before replicas are made of it
         if self.num_gpus > 1:
             return (FrozenDataParallel if backbone.frozen else nn.DataParallel)(backbone, list(range(self.num_gpus)))
         if not dist.is_initialized() or backbone.frozen or not is_trained:
@@ -2134,20 +2131,23 @@ class Runtime:
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
         exact = ", no TF32" if self.num_gpus else ""
         exact += ", deterministic" if self.deterministic else ""
-        kinds = dict.fromkeys((self.dtype, self.frozen_dtype or self.dtype))
-        shown = ", frozen backbones in ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        shown = ", answers in ".join(name_dtype(dtype) for dtype in dict.fromkeys((self.dtype, self.answer_dtype)))
         exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
         return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
 
 
-def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, rounds_frozen: bool = False) -> Runtime:
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return what a type is called: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
     """Choose the device and the precision.
 
     Args:
         gpus: number of GPUs; None = one if there is one.
         precision: auto, fp32, bf16 or fp16.
         deterministic: let torch choose operations that give the same bits each time.
-        rounds_frozen: let a frozen backbone compute in bf16 with precision auto, where the CPU is faster for it.
 
     Raises:
         UserError: more GPUs than there are, or a precision that the device cannot do.
@@ -2186,22 +2186,22 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False, 
             raise UserError(problem, where, "start one process a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
-    # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    rounds_frozen = rounds_frozen and precision == "auto" and not num_gpus and cpu_multiplies_bf16()
-    frozen_dtype = torch.bfloat16 if rounds_frozen else None
-    return Runtime(device, num_gpus, dtype, deterministic, frozen_dtype, precision == "auto")
+    return Runtime(device, num_gpus, dtype, deterministic, precision == "auto")
 
 
 def training_runtime(config: Config) -> Runtime:
     """Return where and how a run is trained."""
-    runtime = make_runtime(config.gpus, config.precision, config.deterministic, not config.trains_backbone)
-    return runtime.for_model(config.model_id)
-
-
-def answer_runtime(options: RunOptions) -> Runtime:
-    """Return where and how a finished run answers."""
-    return make_runtime(options.gpus, options.precision, rounds_frozen=True)
+    runtime = make_runtime(config.gpus, config.precision, config.deterministic)
+    if not runtime.is_automatic:
+        return runtime
+    dtype = runtime.dtype
+    if dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
+        dtype = torch.float32
+    # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
+    # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
+    if not (config.trains_backbone or runtime.num_gpus) and cpu_multiplies_bf16():
+        dtype = torch.bfloat16
+    return dataclasses.replace(runtime, dtype=dtype)
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -4891,19 +4891,24 @@ class Backbone(nn.Module):
         """
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
-    def round_weights(self) -> None:
-        """Turn the weights into bf16 once, if they are used so; BatchNorm keeps its own, which are no product's.
+    def computing_in(self, dtype: torch.dtype) -> Backbone:
+        """Return a backbone with the same weights, shared or rounded once, that computes in another type.
 
-        What the model is known by stays the hash of its weights as they were.
+        BatchNorm keeps its own, which are no product's. What the model is known by stays the hash of its weights as they were.
         """
-        if self.is_rounded or not self.rounds_weights:
-            return
-        norms = {module: copy.deepcopy(module.state_dict()) for module in self.model.modules() if is_batchnorm(module)}
-        with torch.inference_mode(False):
-            self.model.to(torch.bfloat16)
-            for norm, state in norms.items():
-                norm.float().load_state_dict(state)
-        self.is_rounded = True
+        if dtype == self.dtype:
+            return self
+        backbone = copy.copy(self)
+        backbone._modules = dict(self._modules)
+        backbone.replicas = []
+        backbone.dtype = dtype
+        if backbone.rounds_weights:
+            backbone.model = copy.deepcopy(self.model).to(torch.bfloat16)
+            for module, exact in zip(backbone.model.modules(), self.model.modules(), strict=True):
+                if is_batchnorm(exact):
+                    module.float().load_state_dict(exact.state_dict())
+            backbone.is_rounded = True
+        return backbone
 
     def hash_tensors(self) -> dict[str, str]:
         """Return `hash_tensors` of the model; of one that is frozen, as it was built."""
@@ -4914,7 +4919,6 @@ class Backbone(nn.Module):
         if get_world_size() > 1 and not len(images) and not any(map(is_batchnorm, self.modules())):
             # A process without images of the batch; timm's ViTs stumble over none.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
-        self.round_weights()
         # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
         rounds = contextlib.nullcontext()
         if self.dtype != torch.float32 and not self.is_rounded:
@@ -5048,8 +5052,7 @@ def check_features(
     if is_finite.all():
         return
     name = printable(name_of(int(is_finite.int().argmin())))
-    precision = str(backbone.dtype).removeprefix("torch.")
-    made_by = f"by {info.model_id} ({info.weights}) in {precision}"
+    made_by = f"by {info.model_id} ({info.weights}) in {name_dtype(backbone.dtype)}"
     remedy = "give other weights" if backbone.dtype == torch.float32 else "give --precision fp32, or other weights"
     remedy += "" if backbone.frozen else ", or lower --lr"
     raise Diverged(f"the features of {name}, {made_by}, are not finite numbers; {remedy}")
@@ -6273,6 +6276,7 @@ class TrainState:
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # that the backbone is trained in
     average: WeightAverage | None = None  # of the weights, with --ema_decay
     epoch: int = 0  # finished epochs: trained, evaluated, recorded
     batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
@@ -6291,7 +6295,8 @@ class TrainState:
 def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
     """Return the state of a model that has not been trained yet."""
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
-    return TrainState(model, build_optimizer(parameter_groups(model, config), config), runtime.make_scaler(), average)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    return TrainState(model, optimizer, runtime.make_scaler(), runtime.dtype, average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -6343,7 +6348,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         **({"average": state.average.values} if state.average else {}),
-        "backbone_dtype": str(state.model.backbone.dtype).removeprefix("torch."),
+        "backbone_dtype": name_dtype(state.dtype),
     }
 
 
@@ -6394,7 +6399,7 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     state.tally.restore(payload.get("tally", {}))  # absent in what the other processes of torchrun are sent
     if state.model.backbone.frozen:
         # A run keeps the dtype that it began with, also on a machine that would choose another.
-        state.model.backbone.dtype = getattr(torch, payload["backbone_dtype"])
+        state.dtype = getattr(torch, payload["backbone_dtype"])
 
 
 def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -7449,6 +7454,7 @@ def describe_gallery(
     return {
         **describe_embedding(config, info, model),
         "target_precision": config.target_precision,
+        "precision": name_dtype(model.backbone.dtype),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "config_hash": fingerprint(make_identity(config, class_names, None)),  # no path, no backbone
     }
@@ -7549,7 +7555,6 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
     """
     place = f"--run {path}"
-    runtime = runtime.for_model(config.model_id)
     if not (path / BEST_NAME).is_file():
         raise UserError(f"has no {BEST_NAME}", place, "give the out_dir of a run that has finished")
     try:
@@ -7574,8 +7579,9 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_trained_state(deployed_weights(payload))
-    model.backbone.dtype = runtime.dtype_of(model.backbone)
-    return TrainedRun(path, config, info, model.eval().to(runtime.device), runtime, unseen=payload["unseen"])
+    model.eval().to(runtime.device)
+    model.backbone = model.backbone.computing_in(runtime.answer_dtype)
+    return TrainedRun(path, config, info, model, runtime, unseen=payload["unseen"])
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -8320,7 +8326,7 @@ def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | N
 class TrainFeed:
     """The training images in their order, from any batch of any epoch on; each process has a part of each batch."""
 
-    def __init__(self, job: Job, state: TrainState) -> None:
+    def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job = job
         self._dataset = job.training_crops()
         self._sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
@@ -8328,7 +8334,7 @@ class TrainFeed:
         self._sampler.world_size = get_world_size()
         self._loader: DataLoader | None = None
         self.num_batches = len(self._sampler)  # in an epoch
-        self.network = job.runtime.wrap(state.model.train().backbone, is_trained=True)  # makes features of the batches
+        self.network = job.runtime.wrap(backbone, is_trained=True)  # makes features of the batches
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch.
@@ -8416,7 +8422,12 @@ def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
     config = job.config
-    feed = ViewCache(job, state.model.backbone, bank.get("train")) if config.cache_views else TrainFeed(job, state)
+    backbone = state.model.backbone.computing_in(state.dtype)
+    if config.compile:
+        backbone.model.compile()
+    feed = ViewCache(job, backbone, bank.get("train")) if config.cache_views else TrainFeed(job, backbone)
+    if not backbone.frozen:  # its features are made anew after each epoch, and exactly by the best weights at the end
+        bank = FeatureBank(job, backbone)
     while not has_ended(config, state.epoch, state.best):
         clock = Clock(job.runtime.device, state.seconds)
         try:
@@ -9132,7 +9143,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
     """
     check_run_paths(config)
     keep_freed_memory()
-    run = load_run(config.run, answer_runtime(config), config.backbone_weights)
+    run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
     records, rows = from_first(choose_records, run, config)
     embedded = embed_records(run, records, rows, config)
     unknown = None
@@ -9208,7 +9219,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         if config.remove is None and config.add is None:
             gallery, meta = rebuild_gallery(config)
         else:
-            run = load_run(config.run, answer_runtime(config), config.backbone_weights)
+            run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
             meta = run.meta
         if config.remove is not None:
             gallery = remove_class(run.gallery, config.remove)
@@ -9255,7 +9266,8 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     Raises:
         UserError: the run has no model, or its images have other classes now.
     """
-    run = load_model(config.run, read_run_config(config.run), answer_runtime(config), config.backbone_weights)
+    runtime = make_runtime(config.gpus, config.precision)
+    run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
     options = choose_options(run.config, config)
     records = from_first(scan_own_data, run, options)
     features = {
@@ -9512,12 +9524,11 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
-    backbone.dtype = job.runtime.dtype_of(backbone)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
-    state = start_state(model.to(job.runtime.device), config, job.runtime)
-    if config.compile:
-        backbone.model.compile()
+    model.to(job.runtime.device)
+    model.backbone = backbone.computing_in(job.runtime.answer_dtype)
+    state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
         resume_training(job, state, point)
@@ -9552,8 +9563,8 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
     position = describe_position(state.epoch, state.batches)
     run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
-    if (dtype := state.model.backbone.dtype) != job.runtime.dtype_of(state.model.backbone):
-        run.log(f"the backbone goes on in {str(dtype).removeprefix('torch.')}, as the run began")
+    if state.dtype != job.runtime.dtype:
+        run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
 
 
 def settle_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:

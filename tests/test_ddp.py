@@ -121,9 +121,6 @@ class Small(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(128, 12))
 
-    def round_weights(self) -> None:
-        """Keep them as they are: they are trained."""
-
 
 def train_small(path: str, is_alone: bool = False) -> int:
     """Do 20 steps in float64, some of two batches, together with other processes if there are any; write what comes out."""

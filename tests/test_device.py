@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -166,7 +167,7 @@ class ConvolutionFinder(TorchDispatchMode):
         """Note the operation."""
         result = func(*args, **kwargs or {})
         name = func.overloadpacket.__name__
-        if name in ("convolution", "mm", "bmm", "addmm", "baddbmm"):
+        if name in ("convolution", "conv2d", "mm", "bmm", "addmm", "baddbmm"):  # conv2d: without autograd
             self.calls.add((name, result.dtype))
         return result
 
@@ -216,19 +217,18 @@ def test_a_frozen_backbone_computes_with_weights_in_bf16(name: str, rounding_cpu
     images = make_batch(config, 4).images
     features = {"float32": backbone(images)}
     statistics = {key: value.clone() for key, value in backbone.state_dict().items() if "running" in key}
-    backbone.dtype = torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lct.Backbone, "rounds_weights", False)
-        features["autocast"] = backbone(images)
-    runtime = lct.Runtime(CPU, 0, torch.bfloat16)
-    assert runtime.wrap(backbone) is backbone and backbone.is_rounded
+        features["autocast"] = backbone.computing_in(torch.bfloat16)(images)
+    rounded = backbone.computing_in(torch.bfloat16)
     with ConvolutionFinder() as finder:
-        features["weights"] = backbone(images)
+        features["weights"] = rounded(images)
     assert {dtype for _, dtype in finder.calls} == {torch.bfloat16}
-    norms = tuple(f"{key}." for key, module in backbone.named_modules() if lct.is_batchnorm(module))
-    for key, parameter in backbone.named_parameters():
+    norms = tuple(f"{key}." for key, module in rounded.named_modules() if lct.is_batchnorm(module))
+    for key, parameter in rounded.named_parameters():
         assert parameter.dtype == (torch.float32 if key.startswith(norms) else torch.bfloat16), key
-    assert all(torch.equal(backbone.state_dict()[key], value) for key, value in statistics.items())
+    assert all(torch.equal(rounded.state_dict()[key], value) for key, value in statistics.items())
+    assert torch.equal(backbone(images), features["float32"]), "what answers is as it was"
     apart = {
         key: 1 - torch.cosine_similarity(features[key], features["float32"]).min() for key in ("autocast", "weights")
     }
@@ -242,8 +242,9 @@ def test_what_is_trained_of_a_backbone_keeps_its_weights(options: dict[str, Any]
     config = lct.Config(model_id="test_vit", pretrained=False, img_size=160, **options)
     backbone, info = lct.build_backbone(config, print)
     lct.build_recognizer(config, 3, backbone, info)
-    backbone.dtype = torch.bfloat16
-    lct.Runtime(CPU, 0, torch.bfloat16).wrap(backbone)(make_batch(config, 2).images)
+    rounded = backbone.computing_in(torch.bfloat16)
+    rounded(make_batch(config, 2).images)
+    assert rounded is not backbone and all(map(operator.is_, rounded.parameters(), backbone.parameters()))
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
 
 
@@ -281,3 +282,31 @@ def test_a_run_with_rounded_weights_answers_as_it_was_trained(
         run = lct.load_run(tmp_path / "run", lct.make_runtime(0, precision))
         embeddings = run.embed(make_batch(run.config, 3).images, 2)
         assert np.isfinite(embeddings).all() and run.model.backbone.is_rounded == (precision == "bf16")
+
+
+@pytest.mark.parametrize("flags", ["", "--cache_views 1", "--no-freeze_backbone"])
+def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
+    small_data: Path,
+    tmp_path: Path,
+    rounding_cpu: None,
+    call_main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+) -> None:
+    """With --precision auto: references, val and test are those of an exported file."""
+    automatic = lct.Runtime(CPU, 0, torch.bfloat16, is_automatic=True)
+    monkeypatch.setattr(lct, "training_runtime", lambda config: automatic)
+    words = "--model_id test_resnet --no-pretrained --img_size 32 --emb_dim 16 --epochs 1 --workers 0 --gpus 0"
+    with ConvolutionFinder() as finder:
+        assert call_main(*f"{words} {flags}".split(), "--data_root", small_data, "--out_dir", tmp_path / "run") == 0
+    assert {dtype for _, dtype in finder.calls} == {torch.float32, torch.bfloat16}
+    run = lct.load_run(tmp_path / "run", lct.make_runtime(0, "auto"))
+    assert run.meta["precision"] == "float32"
+    with np.load(tmp_path / "run" / "embeddings.npz", allow_pickle=False) as saved:
+        paths, embeddings, splits = (saved[key] for key in ("paths", "embeddings", "splits"))
+    assert set(splits.tolist()) == {"train", "val", "test"}
+    images = np.stack([run.transform()(lct.load_image(small_data / path), None, 0) for path in paths.tolist()])
+    exact = run.embed(torch.from_numpy(images).permute(0, 3, 1, 2), 8)
+    np.testing.assert_allclose(embeddings, exact, atol=1e-5)
+    rows = [paths.tolist().index(path) for path in run.gallery.stack_paths]
+    np.testing.assert_allclose(run.gallery.stacks, exact[rows], atol=1e-5)

@@ -184,11 +184,7 @@ def test_fp16_is_not_chosen_for_models_that_overflow_in_it(
     assert lct.training_runtime(config).dtype == torch.bfloat16
 
 
-def test_a_finished_run_answers_in_fp32_where_fp16_would_overflow(
-    run_of_them: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    automatic = lct.Runtime(torch.device("cpu"), 0, torch.float16, is_automatic=True)
-    assert lct.load_run(run_of_them, automatic).runtime.dtype == torch.float16
-    monkeypatch.setattr(lct, "FP16_OVERFLOWS", ("dinov3", "overflow"))
-    run = lct.load_run(run_of_them, automatic)
-    assert run.runtime.dtype == run.model.backbone.dtype == torch.float32
+def test_a_finished_run_answers_in_fp32_unless_another_type_is_asked_for(run_of_them: Path) -> None:
+    for is_automatic, dtype in ((True, torch.float32), (False, torch.float16)):
+        runtime = lct.Runtime(torch.device("cpu"), 0, torch.float16, is_automatic=is_automatic)
+        assert lct.load_run(run_of_them, runtime).model.backbone.dtype == dtype

@@ -234,15 +234,14 @@ def test_fetched_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
         build(model_id=f"local-dir:{tmp_path}", pretrained=True)
 
 
-def test_precision_auto_rounds_frozen_backbones_only_and_fp32_none() -> None:
-    frozen, trained = build()[0], build()[0]
-    frozen.freeze()
-    automatic = lct.training_runtime(make_config(gpus=0))
+def test_precision_auto_rounds_the_training_of_frozen_backbones_only_and_fp32_nothing() -> None:
     fast = torch.bfloat16 if lct.cpu_multiplies_bf16() else torch.float32
-    assert (automatic.dtype_of(frozen), automatic.dtype_of(trained)) == (fast, torch.float32)
+    for is_frozen, dtype in ((True, fast), (False, torch.float32)):
+        runtime = lct.training_runtime(make_config(gpus=0, freeze_backbone=is_frozen))
+        assert (runtime.dtype, runtime.answer_dtype) == (dtype, torch.float32)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         runtime = lct.training_runtime(make_config(gpus=0, precision=name))
-        assert runtime.dtype_of(frozen) == runtime.dtype_of(trained) == dtype
+        assert runtime.dtype == runtime.answer_dtype == dtype
 
 
 def test_precision_auto_rounds_where_the_cpu_is_faster_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +255,7 @@ def test_precision_auto_rounds_where_the_cpu_is_faster_for_it(monkeypatch: pytes
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=has_amx: value)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=has_avx: value)
         monkeypatch.setattr(lct, "read_cpu_vendor", lambda value=vendor: value)
-        assert lct.training_runtime(make_config(gpus=0)).frozen_dtype == (torch.bfloat16 if is_faster else None)
+        assert lct.training_runtime(make_config(gpus=0)).dtype == (torch.bfloat16 if is_faster else torch.float32)
 
 
 def test_the_vendor_of_the_cpu_is_that_of_linux() -> None:

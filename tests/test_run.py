@@ -188,7 +188,6 @@ def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
     model = lct.build_recognizer(config, 3, backbone, info)
     checkpoint = load_state(run / "checkpoint_best.pth")
     model.load_trained_state(checkpoint["model"])
-    model.backbone.dtype = getattr(torch, checkpoint["backbone_dtype"])
     fit_square = lct.build_transform(32, augment=False)
     images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path in paths])
     with torch.no_grad():

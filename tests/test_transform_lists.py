@@ -197,7 +197,7 @@ def test_normalize_sets_what_the_device_subtracts(call_main: Any, small_data: Pa
     assert call_main(*argv, "--pre_transforms", "[{type: median_blur, p: 1}]") == 0
     written = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert written["model"]["mean"] == half and written["options"]["pre_transforms"] == [entry("median_blur", p=1)]
-    run = lct.load_run(tmp_path / "run", lct.make_runtime(0, "auto", rounds_frozen=True))
+    run = lct.load_run(tmp_path / "run", lct.make_runtime(0, "auto"))
     assert run.config.post_transforms == config.post_transforms
     assert run.meta["transforms"] == [entry("median_blur", p=1)], "what else a query must go through"
     blurred = run.transform()(CROP, None, 0)

@@ -6,12 +6,13 @@ import contextlib
 import io
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
@@ -24,7 +25,8 @@ from torch import nn
 TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
 OPSET = 18  # the oldest that torch exports to
 MIN_ONNXRUNTIME = "1.14"  # the first that reads it
-NUM_CROPS = 16  # real ones that an export is checked on
+NUM_CROPS = 32  # references that an export is checked on
+NAMES = ["embeddings", "scores", "probabilities", "labels"]  # of what an ONNX file answers
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class ExportedModel(nn.Module):
         return embeddings, scores, (scores / self.temperature).softmax(dim=1), labels
 
 
-def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
-    """Write the run as one ONNX file with dynamic batch, and return the largest cosine difference from PyTorch on real crops.
+class References(NamedTuple):
+    """Some of the gallery's own."""
 
-    Args:
-        crops: uint8 (N, img_size, img_size, 3 or 4), as the transform of the run makes them.
+    positions: np.ndarray  # (n,) int64 into its stacks
+    crops: np.ndarray  # uint8 (n, img_size, img_size, 3 or 4), as the model sees them
+
+
+def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict[str, float]:
+    """Write the run as one ONNX file with dynamic batch; return how far it is from PyTorch, and what `compare_stored` does.
 
     Raises:
         UserError: a package is missing, or the file answers otherwise than PyTorch.
@@ -91,8 +97,8 @@ def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
         remedy = "pip install onnx onnxscript onnxruntime"
         raise lct.UserError(f"needs the package {error.name}", "--format onnx", remedy) from error
     model = ExportedModel(run).cpu().eval()
+    crops = references.crops
     example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
-    names = ["embeddings", "scores", "probabilities", "labels"]
     for package in ("torch.onnx", "onnxscript"):
         logging.getLogger(package).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -104,29 +110,48 @@ def export_onnx(run: lct.TrainedRun, path: Path, crops: np.ndarray) -> float:
             opset_version=OPSET,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
-            output_names=names,
+            output_names=NAMES,
         )
-    meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
-    meta["min_onnxruntime"] = MIN_ONNXRUNTIME
     proto = program.model_proto
     clear_notes(proto)
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
-    onnx.helper.set_model_props(proto, {"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
-    data = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     differences = []
-    for batch in (crops, crops[:1]):  # the batch is dynamic
+    for batch in (crops[:1], crops):  # the batch is dynamic
         with torch.inference_mode():
             embeddings, scores, *_ = (output.numpy() for output in model(torch.from_numpy(batch)))
-        exported_embeddings, exported_scores, *_ = session.run(names, {"images": batch})
+        exported_embeddings, exported_scores, *_ = session.run(NAMES, {"images": batch})
         differences.append(np.abs(exported_scores - scores).max())
         differences.append((1 - (exported_embeddings * embeddings).sum(axis=1)).max())
     difference = float(np.max(differences))
     if not difference <= TOLERANCE:  # NaN too
         reason = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
         raise lct.UserError(reason, str(path), "try --format safetensors, and tell us model_id and versions")
-    lct.write_bytes(path, data)
-    return difference
+    checks = {"difference": difference, **compare_stored(run.gallery, references.positions, exported_embeddings)}
+    meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
+    meta |= {"min_onnxruntime": MIN_ONNXRUNTIME, "checks": checks}
+    onnx.helper.set_model_props(proto, {"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
+    lct.write_bytes(path, proto.SerializeToString())
+    return checks
+
+
+def compare_stored(gallery: lct.Gallery, positions: np.ndarray, embeddings: np.ndarray) -> dict[str, float]:
+    """Compare references as the gallery has them with what an exported file makes of the same crops, (n, D) both.
+
+    Returns:
+        references n; their mean_cosine and least_cosine; changed_answers, `unknown` among them, where none of these references
+        is there to match itself.
+    """
+    stored = gallery.stacks[positions]
+    cosine = (stored * embeddings).sum(axis=1)
+    others = np.delete(np.arange(len(gallery.stacks)), positions)
+    without = lct.dataclasses.replace(gallery, stacks=gallery.stacks[others], stack_labels=gallery.stack_labels[others])
+    answers = []
+    for queries in (stored, embeddings):
+        labels, best = without.answer(queries)
+        answers.append(np.where(best >= gallery.thresholds[labels], labels, -1))
+    figures = {"references": len(positions), "mean_cosine": float(cosine.mean()), "least_cosine": float(cosine.min())}
+    return figures | {"changed_answers": int((answers[0] != answers[1]).sum())}
 
 
 def clear_notes(message: Any) -> None:
@@ -157,22 +182,46 @@ def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
     lct.write_bytes(path, data)
 
 
-def load_crops(run: lct.TrainedRun, data_root: Path) -> np.ndarray:
-    """Return some of the gallery's own crops as the model sees them, uint8 (n, img_size, img_size, 3 or 4).
+def load_references(run: lct.TrainedRun, data_root: Path) -> References:
+    """Return half of the gallery's references, NUM_CROPS at most, in the views that they were embedded in.
 
     Raises:
         UserError: none of them is there.
     """
-    paths = run.gallery.stack_paths
-    transform = run.transform()
-    crops = []
-    for index in np.linspace(0, len(paths) - 1, min(len(paths), NUM_CROPS)).astype(int).tolist():
-        with contextlib.suppress(lct.ImageError):
-            crops.append(transform(lct.load_image(data_root / paths[index], run.config.image_bits), None, 0))
-    if not crops:
-        reason = f"none of the run's crops is left in {run.config.data_root} to check the file with"
+    gallery = run.gallery
+    views = gallery.stack_views.tolist()
+    # Enrolled crops have absolute paths, and their masks are not where those of the run's own data are.
+    known = [row for row, path in enumerate(gallery.stack_paths) if not (views[row] and Path(path).is_absolute())]
+    count = min(NUM_CROPS, -(-len(known) // 2))
+    chosen = [known[place] for place in np.linspace(0, len(known) - 1, count).astype(int)]
+    config, paths = lct.dataclasses.replace(run.config, data_root=data_root), [gallery.stack_paths[i] for i in chosen]
+    files, _ = lct.list_mask_files(config, {lct.class_folder(path, config.splits) for path in paths})
+    masks = [next((files[key] for key in lct.mask_names(config, path) if key in files), path) for path in paths]
+    tables, zeros = [lct.PathTable(column) for column in (paths, masks)], np.zeros(len(paths), np.int32)
+    records = lct.Records(
+        data_root, ("reference",), tables[0], zeros, zeros, zeros, config.masks_dirname, config.image_bits, tables[1]
+    )
+    dataset = lct.CropDataset(records, run.transform())
+    crops = [dataset[lct.SampleKey(row, (), views[position])][0] for row, position in enumerate(chosen)]
+    readable = [index for index, crop in enumerate(crops) if crop is not None]
+    if not readable:
+        reason = f"none of the run's crops is left in {data_root} to check the file with"
         raise lct.UserError(reason, f"--run {run.path}", "give --data_root DIR, where they are now")
-    return np.stack(crops)
+    return References(np.array(chosen)[readable], np.stack([crops[index] for index in readable]))
+
+
+def format_checks(checks: dict[str, float], run: lct.TrainedRun, options: ExportOptions) -> str:
+    """Say how far a file is from PyTorch and from the gallery's references, and what to do where that is far."""
+    cosines = f"mean cosine {checks['mean_cosine']:.4f}, least {checks['least_cosine']:.4f}"
+    text = f"checked on {checks['references']} references: cosines differ from PyTorch by {checks['difference']:.1g} at most; with"
+    text += f" what the gallery has stored, {cosines}, {checks['changed_answers']} of their answers change"
+    precision = run.meta.get("precision", "float32")
+    if precision == "float32" and checks["least_cosine"] > 1 - TOLERANCE:
+        return text
+    made = f"it was embedded in {precision}" if precision != "float32" else "they have changed"
+    flags = lct.format_flags(options, ("run", "data_root"))
+    remedy = shlex.join(["python", lct.SCRIPT_NAME, "prototypes", *flags, "--precision", "fp32"])
+    return f"{text}\nwarning: the gallery is not what the file makes of its crops: {made}; {remedy} makes it anew"
 
 
 def export_run(options: ExportOptions) -> None:
@@ -185,8 +234,8 @@ def export_run(options: ExportOptions) -> None:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
     lct.create_out_dir(path.absolute().parent, "--out")
     if options.format == "onnx":
-        difference = export_onnx(run, path, load_crops(run, options.data_root or run.config.data_root))
-        lct.show(f"checked on real crops: cosines differ from PyTorch by {difference:.1g} at most")
+        checks = export_onnx(run, path, load_references(run, options.data_root or run.config.data_root))
+        lct.show(format_checks(checks, run, options))
         lct.show(f"read by onnxruntime {MIN_ONNXRUNTIME} and newer (opset {OPSET})")
     else:
         export_safetensors(run, path)

@@ -752,7 +752,7 @@ def label_photos(options: PrelabelOptions) -> None:
     """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
     check_options(options)
     lct.keep_freed_memory()
-    runtime = lct.answer_runtime(options)
+    runtime = lct.make_runtime(options.gpus, options.precision)
     detections = lct.from_first(read_detections, options)
     run = lct.load_run(options.run, runtime, options.backbone_weights)
     if lct.get_rank():  # the first process records what all answer

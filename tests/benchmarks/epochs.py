@@ -67,7 +67,7 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
     job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
     job = dataclasses.replace(job, store=lct.open_store(job, scan))
     model = lct.build_recognizer(config, 4, backbone, info)
-    backbone.dtype = runtime.dtype_of(backbone)
+    backbone.dtype = runtime.dtype
     return job, lct.start_state(model, config, runtime)
 
 
@@ -271,7 +271,7 @@ def our_epoch(precision: str) -> Costs:
     job, state = make_job(precision)
     state.batches, state.tally = 0, lct.Tally()
     started = time.process_time()
-    lct.train_epoch(job, state, lct.TrainFeed(job, state), lct.Clock(job.runtime.device))
+    lct.train_epoch(job, state, lct.TrainFeed(job, state.model.backbone), lct.Clock(job.runtime.device))
     trained = time.process_time()
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))

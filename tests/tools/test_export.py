@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def onnx_file(run_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(run_dir: Path) -> lct.TrainedRun:
     return lct.load_run(run_dir, lct.Runtime(torch.device("cpu"), 0, torch.float32))
+
+
+def read_checks(path: Path) -> dict[str, float]:
+    """Return what an ONNX file says of its comparison with PyTorch and the gallery."""
+    import onnxruntime
+
+    return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["lct_dino3"])["checks"]
 
 
 @pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("prototypes", 1), ("knn", 1), ("knn", 10)])
@@ -112,8 +121,10 @@ def test_a_model_that_sees_the_mask_as_a_channel_goes_all_the_way(tmp_path: Path
     two_views = run.gallery.stacks[np.argsort(run.gallery.stack_paths)].reshape(-1, 2, run.gallery.stacks.shape[1])
     assert not np.allclose(two_views[:, 0], two_views[:, 1], atol=1e-3), "mix shows a crop without and with its mask"
     assert run_main("export", "--run", run_dir) == 0
-    found = onnxruntime.InferenceSession(run_dir / "model.onnx").run(["embeddings"], {"images": images})
-    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    session = onnxruntime.InferenceSession(run_dir / "model.onnx")
+    np.testing.assert_allclose(session.run(["embeddings"], {"images": images})[0], expected, atol=1e-4)
+    assert read_checks(run_dir / "model.onnx")["least_cosine"] > 1 - export.TOLERANCE, "references of both views"
+    assert set(run.gallery.stack_views[export.load_references(run, data).positions].tolist()) == {0, 1}
     assert run_main("prelabel", "--run", run_dir, "--images", data / "axe", "--out", tmp_path / "out") == 0
 
 
@@ -123,10 +134,10 @@ def knn_file(trained: lct.TrainedRun, tmp_path_factory: pytest.TempPathFactory) 
     pytest.importorskip("onnxruntime")
     gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]))
     run, path = lct.dataclasses.replace(trained, gallery=gallery), tmp_path_factory.mktemp("knn") / "model.onnx"
-    crops = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        assert export.export_onnx(run, path, crops) < export.TOLERANCE
+        checks = export.export_onnx(run, path, export.load_references(run, run.config.data_root))
+    assert checks["difference"] < export.TOLERANCE
     assert told.getvalue() == "", "the exporter shows its graph when a size depends on the data"
     return run, path
 
@@ -191,6 +202,39 @@ def test_the_snippets_of_the_readme_give_our_answers(
     np.testing.assert_allclose(scope["embedding"], trained.embed(square, 1), atol=1e-5)
 
 
+def test_the_file_is_compared_with_what_the_gallery_has_stored_and_the_remedy_makes_them_one(
+    onnx_file: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    checks = read_checks(onnx_file)
+    assert checks["references"] == 11 and checks["changed_answers"] == 0  # half of the training images
+    assert checks["least_cosine"] == pytest.approx(1, abs=1e-5), "embedded in float32 wherever the run was made"
+    run_dir = tmp_path / "run"
+    shutil.copytree(onnx_file.parent, run_dir)
+    assert call_main("prototypes", "--run", run_dir, *"--precision bf16 --gpus 0 --workers 0".split()) == 0
+    capsys.readouterr()
+    assert call_main("export", "--run", run_dir) == 0
+    told = capsys.readouterr().out
+    checks = read_checks(run_dir / "model.onnx")
+    assert 0.9 < checks["least_cosine"] < checks["mean_cosine"] < 1 - 1e-5 and "embedded in bfloat16" in told
+    (remedy,) = re.findall(r"python lct_dino3.py (prototypes .*) makes it anew", told)
+    assert call_main(*shlex.split(remedy), "--gpus", 0, "--workers", 0) == 0
+    run = lct.load_run(run_dir, lct.make_runtime(0, "auto"))
+    references = export.load_references(run, run.config.data_root)
+    exact = run.embed(torch.from_numpy(references.crops).permute(0, 3, 1, 2), 8)
+    assert export.compare_stored(run.gallery, references.positions, exact)["least_cosine"] > 1 - 1e-5
+
+
+def test_references_that_are_compared_do_not_match_themselves(trained: lct.TrainedRun) -> None:
+    vectors = np.float32([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
+    gallery = lct.dataclasses.replace(
+        trained.gallery, class_names=("a", "b"), stacks=vectors, stack_labels=np.array([0, 0, 1, 1]), matcher="knn",
+        knn_counts=np.ones(2, np.int64), thresholds=np.float32([0.5, 0.5]),
+    )  # fmt: skip
+    turned = np.float32([[1, 0], [-1, 0]])  # number 2 is taken for unknown, and would be for itself if it were there
+    figures = export.compare_stored(gallery, np.array([0, 2]), turned)
+    assert figures == {"references": 2, "mean_cosine": 0.5, "least_cosine": 0.0, "changed_answers": 1}
+
+
 @pytest.mark.parametrize("error", [0.001, float("nan")])
 def test_an_onnx_file_that_answers_otherwise_is_not_written(
     trained: lct.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
@@ -203,9 +247,9 @@ def test_an_onnx_file_that_answers_otherwise_is_not_written(
         return embeddings, scores + (error if torch.compiler.is_exporting() else 0.0), probabilities, labels
 
     monkeypatch.setattr(export.ExportedModel, "forward", drift)
-    crops = np.zeros((3, 32, 32, 3), np.uint8)
+    references = export.load_references(trained, trained.config.data_root)
     with pytest.raises(lct.UserError, match="answers otherwise"):
-        export.export_onnx(trained, tmp_path / "model.onnx", crops)
+        export.export_onnx(trained, tmp_path / "model.onnx", references)
     assert not (tmp_path / "model.onnx").exists()
 
 

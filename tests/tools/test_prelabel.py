@@ -263,7 +263,7 @@ def test_fiftyone_imports_every_box(
 def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, scene: Scene) -> None:
     content = np.load(finished_run / "prototypes.npz", allow_pickle=False)
     meta = json.loads(str(content["meta"]))
-    run = lct.load_run(finished_run, lct.make_runtime(0, "auto", rounds_frozen=True))
+    run = lct.load_run(finished_run, lct.make_runtime(0, "auto"))
     rows = read_rows(labelled)
     for row in rows:
         x, y, w, h = box_of(row)
