@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -145,7 +146,7 @@ def compare_stored(gallery: lct.Gallery, positions: np.ndarray, embeddings: np.n
     stored = gallery.stacks[positions]
     cosine = (stored * embeddings).sum(axis=1)
     others = np.delete(np.arange(len(gallery.stacks)), positions)
-    without = lct.dataclasses.replace(gallery, stacks=gallery.stacks[others], stack_labels=gallery.stack_labels[others])
+    without = dataclasses.replace(gallery, stacks=gallery.stacks[others], stack_labels=gallery.stack_labels[others])
     answers = []
     for queries in (stored, embeddings):
         labels, best = without.answer(queries)
@@ -194,7 +195,7 @@ def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     known = [row for row, path in enumerate(gallery.stack_paths) if not (views[row] and Path(path).is_absolute())]
     count = min(NUM_CROPS, -(-len(known) // 2))
     chosen = [known[place] for place in np.linspace(0, len(known) - 1, count).astype(int)]
-    config, paths = lct.dataclasses.replace(run.config, data_root=data_root), [gallery.stack_paths[i] for i in chosen]
+    config, paths = dataclasses.replace(run.config, data_root=data_root), [gallery.stack_paths[i] for i in chosen]
     files, _ = lct.list_mask_files(config, {lct.class_folder(path, config.splits) for path in paths})
     masks = [next((files[key] for key in lct.mask_names(config, path) if key in files), path) for path in paths]
     tables, zeros = [lct.PathTable(column) for column in (paths, masks)], np.zeros(len(paths), np.int32)
