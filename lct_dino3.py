@@ -511,7 +511,7 @@ class Config(Options):
         "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
         "machine", low=0.0, high=100_000.0)
     precision: str = option("auto",
-        "auto answers in fp32; trains in bf16 or fp16 (DINOv3: fp32) on a GPU, in fp32 on the CPU (frozen: bf16 if faster)",
+        "auto answers in fp32, trains in bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on CPUs (frozen: bf16 if fast)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
         key="training.precision")
     compile: bool = option(False, "compile the backbone with torch.compile: minutes first, faster then",
