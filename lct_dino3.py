@@ -8418,12 +8418,18 @@ def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
     return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
 
 
-def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
-    """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
-    config = job.config
+def backbone_in_training(state: TrainState, config: Config) -> Backbone:
+    """Return the backbone as it is trained, or makes views to train on: what answers may compute in another type."""
     backbone = state.model.backbone.computing_in(state.dtype)
     if config.compile:
         backbone.model.compile()
+    return backbone
+
+
+def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
+    """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
+    config = job.config
+    backbone = backbone_in_training(state, config)
     feed = ViewCache(job, backbone, bank.get("train")) if config.cache_views else TrainFeed(job, backbone)
     if not backbone.frozen:  # its features are made anew after each epoch, and exactly by the best weights at the end
         bank = FeatureBank(job, backbone)
@@ -9535,7 +9541,9 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     run.forget_epochs_after(-1)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(job.records.rows(split))}
-    cached = ViewCache(job, backbone, features["train"]).sample() if config.cache_views else None
+    cached = None
+    if config.cache_views:
+        cached = ViewCache(job, backbone_in_training(state, config), features["train"]).sample()
     state.baseline, state.frozen_right = from_first(measure_baseline, job, features, cached)
     run.event("baseline_end", **state.baseline)
     state.sessions = from_first(find_sessions, job, features)

@@ -300,6 +300,8 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     with ConvolutionFinder() as finder:
         assert call_main(*f"{words} {flags}".split(), "--data_root", small_data, "--out_dir", tmp_path / "run") == 0
     assert {dtype for _, dtype in finder.calls} == {torch.float32, torch.bfloat16}
+    log = (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    assert log.count("augmented views of") == ("cache_views" in flags), "the baseline and training share them"
     run = lct.load_run(tmp_path / "run", lct.make_runtime(0, "auto"))
     assert run.meta["precision"] == "float32"
     with np.load(tmp_path / "run" / "embeddings.npz", allow_pickle=False) as saved:

@@ -67,7 +67,6 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
     job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
     job = dataclasses.replace(job, store=lct.open_store(job, scan))
     model = lct.build_recognizer(config, 4, backbone, info)
-    backbone.dtype = runtime.dtype
     return job, lct.start_state(model, config, runtime)
 
 
@@ -271,7 +270,9 @@ def our_epoch(precision: str) -> Costs:
     job, state = make_job(precision)
     state.batches, state.tally = 0, lct.Tally()
     started = time.process_time()
-    lct.train_epoch(job, state, lct.TrainFeed(job, state.model.backbone), lct.Clock(job.runtime.device))
+    lct.train_epoch(
+        job, state, lct.TrainFeed(job, lct.backbone_in_training(state, job.config)), lct.Clock(job.runtime.device)
+    )
     trained = time.process_time()
     lct.score_classifier(
         job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
@@ -288,7 +289,7 @@ def our_cached_epoch() -> Costs:
     bank.get("train")
     clean = time.process_time()
     job.run.path.joinpath("cached_views.json").unlink(missing_ok=True)
-    feed = lct.ViewCache(job, state.model.backbone, bank.get("train"))
+    feed = lct.ViewCache(job, lct.backbone_in_training(state, job.config), bank.get("train"))
     view = time.process_time()
     state.batches, state.tally = 0, lct.Tally()
     lct.train_epoch(job, state, feed, lct.Clock(job.runtime.device))
