@@ -2265,10 +2265,37 @@ def seed_torch(*words: int, rank: int = 0) -> None:
         torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
+PROGRESS_SECONDS = 20  # between the lines that a log gets: with items of up to 10 s, one at least every 30 s
+
+
+class ProgressLog:
+    """Takes what progress bars draw, and has one line of stderr made of it every PROGRESS_SECONDS, whichever bar is due then."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Write the state of a bar, if a line is due."""
+        line = text.strip()  # a bar that moves or vanishes writes blanks
+        if line and sys.stderr is not None and time.monotonic() - self._last >= PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            with contextlib.suppress(OSError):  # who has read the log may be gone, which ends no run
+                print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Do nothing: each line is flushed."""
+
+
+PROGRESS_LOG = ProgressLog()
+LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go, {rate_fmt}"
+
+
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
-    """Return a progress bar; silent when stderr is not a terminal."""
-    silent = get_rank() > 0 or not sys.stderr.isatty()
-    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True, disable=silent)
+    """Return a progress bar, or where stderr is no terminal one that writes lines."""
+    form: dict[str, Any] = {"dynamic_ncols": True}
+    if sys.stderr is None or not sys.stderr.isatty():
+        form = {"file": PROGRESS_LOG, "bar_format": LINE_FORMAT, "mininterval": 1, "miniters": 1}
+    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
 
 
 # ======================================================================================================================

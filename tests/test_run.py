@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tqdm
 from conftest import TINY_RUN, end_cli, make_dataset, run_cli, snapshot
 
 import lct_dino3 as lct
@@ -603,7 +604,9 @@ def test_the_baseline_is_scored_like_the_trained_model(run: Path, data: Path) ->
     assert {f"logreg_{key}" for key in ("acc", "f1_macro", "auc_macro")} <= set(test)
 
 
-def test_a_progress_bar_shows_on_a_terminal_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_shows_on_a_terminal_and_as_a_line_now_and_then_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     screen, terminal = os.openpty()
     os.set_blocking(screen, False)
     termios.tcsetwinsize(terminal, (24, 80))
@@ -612,7 +615,23 @@ def test_a_progress_bar_shows_on_a_terminal_and_nowhere_else(tmp_path: Path, mon
         assert list(lct.progress(range(3), 3, "reading", "crop")) == [0, 1, 2]
         assert b"reading:" in os.read(screen, 4096)
     os.close(screen)
-    with open(tmp_path / "log", "w") as stderr:
+    now = 1000.0  # seconds
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(tqdm.std, "time", lambda: now)
+    monkeypatch.setattr(lct, "PROGRESS_LOG", lct.ProgressLog())
+    with open(tmp_path / "log", "w+") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        assert list(lct.progress(range(3), 3, "reading", "crop")) == [0, 1, 2]
-    assert (tmp_path / "log").read_text() == ""
+        for label in ("reading", "fitting"):  # 2 x 60 s, in steps of 5 s
+            for _ in lct.progress(range(12), 12, label, "crop"):
+                now += 5
+        lines = (tmp_path / "log").read_text().splitlines()
+        stderr.truncate(0)
+        list(lct.progress(range(3), 3, "short", "crop"))
+    assert [re.match(r"(\w+: \d+) of 12, ", line)[1] for line in lines] == [
+        "reading: 4", "reading: 8", "reading: 12", "fitting: 4", "fitting: 8", "fitting: 12"
+    ]  # fmt: skip
+    assert (tmp_path / "log").read_text().strip("\0") == ""
+    with open(tmp_path / "log", "rb") as stderr:  # cannot be written to
+        monkeypatch.setattr(sys, "stderr", stderr)
+        for _ in lct.progress(range(12), 12, "reading", "crop"):
+            now += 20
