@@ -8907,8 +8907,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
 
     Returns:
         Figures. classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the
-        others; unknown_passed: share of test images of those left out that get a class; open_set: auroc and fpr95 of telling them
-        from the others, and `others` by other ways; ece and `reliability` on test of probabilities that are fitted on val, with
+        others; unknown_passed: share of test images of those left out that get a class, as {value, interval}; open_set: auroc and
+        fpr95 of telling them from the others, and `others` by other ways; ece and `reliability` on test of probabilities that are fitted on val, with
         the strangers of the other heads; enrolment: see `measure_enrolment`.
 
         And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolment, by number of crops: scores on it
@@ -8946,7 +8946,10 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
         "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
         "open_set": {**open_set, "others": {"frozen backbone, largest logit of logistic regression": by_regression}},
-        "unknown_passed": float(np.concatenate([head.has_passed[head.is_unseen & is_test] for head in heads]).mean()),
+        **mean_intervals(
+            np.concatenate([queries.rows[head.is_unseen & is_test] for head in heads]),
+            unknown_passed=np.concatenate([head.has_passed[head.is_unseen & is_test] for head in heads]).astype(float),
+        ),
         "ece": calibration_error(bins),
         "reliability": bins,
         "enrolment": enrolment,
@@ -9081,27 +9084,6 @@ def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
             set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
             train_step(config, job.runtime, nn.Identity(), state, [batch])
     return model.eval()
-
-
-def format_unseen(figures: dict[str, Any]) -> str:
-    """Return the figures of `measure_unseen` for the log."""
-    lines = [
-        f"{len(figures['classes'])} classes as unseen ones, by heads on the untrained backbone that do not know them:"
-    ]
-    open_set = figures["open_set"]
-    for name, way in {"prototypes": open_set, **open_set["others"]}.items():
-        auroc, fpr95 = (
-            "{:.3f} ({:.3f} to {:.3f})".format(way[key]["value"], *way[key]["interval"]) for key in ("auroc", "fpr95")
-        )
-        lines.append(f"  told from known ones by {name}: AUROC {auroc}, FPR95 {fpr95}")
-    for at in figures["enrolment"]:
-        shown = f"{at['new']:.3f} of their images are right, {at['old']:.3f} of the others (before {at['before']:.3f})"
-        lines.append(f"  enrolled from {at['crops']} crops each: {shown}; {describe_promise(at)}")
-    passed, error = figures["unknown_passed"], figures["ece"]
-    lines.append(
-        f"  {passed:.0%} of them get another class all the same; calibration error of probabilities {error:.3f}"
-    )
-    return "\n".join(lines)
 
 
 BASELINE_NAMES = {
@@ -9574,10 +9556,15 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     state.baseline, state.frozen_right = from_first(measure_baseline, job, features, cached)
     run.event("baseline_end", **state.baseline)
     state.sessions = from_first(find_sessions, job, features)
+    if state.sessions:
+        num_test = len(job.records.rows("test"))
+        run.log(
+            f"warning: {len(state.sessions)} of {num_test} test images look as if taken in one session with a training image,"
+            " though no duplicates; --group_regex keeps sessions together, the report shows the pairs, and accuracy without them"
+        )
     unseen, state.unseen = from_first(measure_unseen, job, features)
     if unseen:
         run.event("unseen_classes", **unseen)
-        run.log(format_unseen(unseen))
     for split, figures in state.baseline.items():
         accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
         shown = (f"{text} {value:.3f}" for text, value in accuracies.items() if value is not None)
@@ -9634,27 +9621,23 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
     run.event("proto_end", **sizes, **matched, feature_weight=gallery.fusion.weight)
-    matcher = MATCHER_NAMES[gallery.matcher] + (f", k = {gallery.knn_k}" if gallery.matcher == "knn" else "")
-    num_classes, source = len(records.class_names), f"from {len(gallery.stack_labels):,} references"
-    run.log(f"prototypes: {len(gallery.prototypes):,} of {num_classes:,} classes, {source}; matched by the {matcher}")
-    if gallery.fusion.weight:
-        run.log(f"features of the backbone, beside the embedding, make {gallery.fusion.weight:.0%} of a similarity")
-    if num_pooled := int(gallery.is_pooled.sum()):
-        few = f"{num_pooled} of {num_classes} classes have fewer than {MIN_CALIBRATION_SAMPLES} val answers"
-        run.log(f"{few}: their threshold is that of all classes together")
     write_embeddings(run.path / "embeddings.npz", records, embedded)
+    result = "no test split: accuracy is not measured on images that nothing was chosen by"
     if "test" in embedded:
         write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
-        test_run(job, state, gallery, features["test"], embedded["test"])
-        measure_run(job, model, gallery, features, unknown.get("measure"))
+        verdict = test_run(job, state, gallery, features["test"], embedded["test"])
+        figures = measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, embedded["test"], other_views)
-    if job.config.unknown_dir is None and "test" in embedded:
-        run.log(
-            "with --unknown_dir, pictures of no class, thresholds and figures are those of objects that production will meet"
+        accuracy = figures["closed"][gallery.matcher]["acc"]
+        result = (
+            f"{verdict}\naccuracy {format_figure(accuracy)} on {len(np.unique(embedded['test'].rows)):,} test images"
         )
+        unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
+        result += f"\nunknown objects that get a class all the same: {format_unknown(figures, unseen)}"
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
+    run.log(result)
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
     (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
@@ -9673,8 +9656,8 @@ def start_report(run: RunDirectory) -> bool:
     return done.returncode == 0
 
 
-def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, test: Embedded) -> None:
-    """Score the test split by the classifier that was trained and by the gallery, and record the verdict."""
+def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, test: Embedded) -> str:
+    """Score the test split by the classifier that was trained and by the gallery, record that, and return the verdict."""
     figures, per_class = score_gallery(gallery, test)
     classifier = score_classifier(job, state.model, embed(state.model, features))[0]
     num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
@@ -9685,17 +9668,7 @@ def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, 
     pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
     sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
     job.run.event("test_end", **scored, **judgement, without_same_session=sessions)
-    names = {"acc": "acc", "macro F1": "f1_macro", "AUC": "auc_macro", "Recall@1": "recall_at_1"}
-    shown = [f"{name} {'-' if figures[key] is None else f'{figures[key]:.3f}'}" for name, key in names.items()]
-    by_classifier = f"by the classifier: acc {classifier['acc']:.3f}"
-    job.run.log(f"test by prototypes: {', '.join(shown)}; {by_classifier}; {num_images} images, best epoch's weights")
-    job.run.log(judgement["verdict"])
-    if num_close := num_images - len(apart):
-        accuracy = f"on the others the accuracy is {apart.mean():.3f}" if len(apart) else "there are no others"
-        job.run.log(
-            f"warning: {num_close} of {num_images} test images look as if taken in one session with a training image, though no"
-            f" duplicates: {accuracy}; --group_regex keeps sessions together, the report shows the pairs"
-        )
+    return judgement["verdict"]
 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
@@ -9706,8 +9679,8 @@ def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
 
 def measure_run(
     job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
-) -> None:
-    """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects, and record it."""
+) -> dict[str, Any]:
+    """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects; record and return it."""
     num_classes = len(job.records.class_names)
     train = unit_features(features["train"])
     centroids = class_centroids(train.values, train.labels, num_classes)
@@ -9740,33 +9713,48 @@ def measure_run(
         for name, (kind, score, confide) in ways.items()
     }
     job.run.event("measured", **figures)
-    job.run.log(format_measures(figures))
+    return figures
+
+
+def format_unknown(figures: dict[str, Any], unseen: dict[str, Any]) -> str:
+    """Return which share of unknown objects gets a class, of figures of `measure_gallery`, or else of `measure_unseen`."""
+    if "unknown_passed" in figures:
+        return format_figure(figures["unknown_passed"])
+    if "unknown_passed" in unseen:
+        share = format_figure(unseen["unknown_passed"])
+        return f"{share}, of classes that heads were trained without; --unknown_dir DIR measures those of production"
+    return "not measured; give pictures of no class as --unknown_dir DIR"
+
+
+def format_figure(figure: dict[str, Any]) -> str:
+    """Return a value and its interval."""
+    if figure["value"] is None:
+        return "-"
+    interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
+    return f"{figure['value']:.3f}{interval}"
 
 
 def format_measures(figures: dict[str, Any]) -> str:
-    """Return the figures of `measure_gallery` for the log, a line each."""
-
-    def show(figure: dict[str, Any]) -> str:  # of a figure and its interval
-        if figure["value"] is None:
-            return "-"
-        interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
-        return f"{figure['value']:.3f}{interval}"
-
+    """Return the figures of `measure_gallery`, a line each."""
     lines = []
     for name, closed in figures["closed"].items():
         matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
-        lines.append(f"closed set, {matcher}: acc {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}")
-    retrieval = (f"{RETRIEVAL_NAMES[key]} {show(figure)}" for key, figure in figures["retrieval"].items())
+        lines.append(
+            f"closed set, {matcher}: acc {format_figure(closed['acc'])}, macro F1 {format_figure(closed['f1_macro'])}"
+        )
+    retrieval = (f"{RETRIEVAL_NAMES[key]} {format_figure(figure)}" for key, figure in figures["retrieval"].items())
     lines.append("retrieval: " + ", ".join(retrieval))
     open_set = figures["open_set"]
     for name, way in {"prototypes": open_set, **open_set.get("others", {})}.items():
-        told = f"AUROC {show(way['auroc'])}, FPR95 {show(way['fpr95'])}"
+        told = f"AUROC {format_figure(way['auroc'])}, FPR95 {format_figure(way['fpr95'])}"
         lines.append(f"unknown objects ({open_set['source']}) by {name}: {told}")
     thresholds = {f"threshold for {at['target']:.0%} precision on val": at for at in figures["answers"]}
     for name, at in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
-        lines.append(f"{name}: answers {show(at['coverage'])} of the test, {show(at['precision'])} of them right")
+        lines.append(
+            f"{name}: answers {format_figure(at['coverage'])} of the test, {format_figure(at['precision'])} of them right"
+        )
     if "unknown_passed" in figures:
-        lines.append(f"unknown objects that get a class all the same: {show(figures['unknown_passed'])}")
+        lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")
     lines.append(f"expected calibration error {figures['ece']:.3f}")
     if figures["few"]:
         lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
@@ -9799,9 +9787,6 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded,
     answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
     disagree = int((answers != masked_answers).sum())
     run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
-    shown = f"as they are acc {bbox['acc']:.3f} macro F1 {bbox['f1_macro']:.3f}"
-    shown += f", masked acc {mask['acc']:.3f} macro F1 {mask['f1_macro']:.3f}"
-    run.log(f"the {len(common)} test crops with a mask: {shown}; {disagree} answers differ")
 
 
 RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prototypes": run_prototypes}

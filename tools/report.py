@@ -489,7 +489,7 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
         "map": view_map(run, pictures),
         "errors": view_errors(run),
         "views": compare_views(run),
-        "measured": view_measured(run.figures.measured),
+        "measured": view_measured(run.figures.measured, run.figures.unseen),
         "unseen": run.figures.unseen,
         "calibration": view_calibration(run.figures),
         "sessions": view_sessions(run.figures.test),
@@ -548,12 +548,14 @@ def list_facts(run: Run) -> list[tuple[str, Any]]:
     options = run.config["options"]
     seconds = sum(epoch["seconds"] for epoch in figures.epochs)
     started = None if figures.started is None else datetime.fromtimestamp(figures.started, tz=UTC)
+    made = figures.prototypes
     return [
         ("Model", options["model_id"]),
         ("Backbone", name_training(options)),
         ("Embedding", options["emb_dim"]),
         ("Image size", options["img_size"]),
-        ("Matcher", name_matcher(figures.prototypes)),
+        ("Matcher", name_matcher(made)),
+        ("References", f"{made['refs']:,}, {made['prototypes']:,} prototypes" if made else "–"),
         ("Epochs", f"{len(figures.epochs)} of {options['epochs']}, {format_duration(seconds)}"),
         ("Seed", options["seed"]),
         ("Device", run.config["device"]),
@@ -899,7 +901,7 @@ def compare_views(run: Run) -> dict[str, Any] | None:
     }
 
 
-def view_measured(measured: dict[str, Any] | None) -> dict[str, Any] | None:
+def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the tables of the section on trust: figures with intervals, ways to tell unknown objects, answers at a precision."""
     if measured is None:
         return None
@@ -908,13 +910,18 @@ def view_measured(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         matcher = MATCHER_NAMES[name] + (f", k = {scores['k']}" if name == "knn" else "")
         rows += [(f"Accuracy, {matcher}", scores["acc"]), (f"Macro F1, {matcher}", scores["f1_macro"])]
     rows += [(name, measured["retrieval"][key]) for key, name in RETRIEVAL_NAMES.items()]
+    unknown = {"prototypes, similarity": measured["open_set"], **measured["open_set"].get("others", {})}
+    if unseen:
+        unknown["prototypes, classes never trained on"] = unseen["open_set"]
+        unknown |= {f"{name}, the same classes": way for name, way in unseen["open_set"]["others"].items()}
+    sources = (("the unknown objects", measured), ("the images of classes never trained on", unseen or {}))
     return {
         "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
-        "unknown": {"prototypes, similarity": measured["open_set"], **measured["open_set"].get("others", {})},
+        "unknown": unknown,
+        "passed": [(source["unknown_passed"], whose) for whose, source in sources if "unknown_passed" in source],
         "source": measured["open_set"]["source"],
         "answers": measured["answers"],
         "thresholds": measured["thresholds"],
-        "unknown_passed": measured.get("unknown_passed"),
         "few": measured["few"],
     }
 

@@ -48,7 +48,8 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
         events.append({"event": "epoch_end", "time": 1.0, "epoch": epoch, "lr": 1e-3, "train": train, "val": val,
                        "train_per_class": per_class, "val_per_class": per_class, "seconds": 1.5})  # fmt: skip
     events.append({"event": "best_update", "time": 1.0, "epoch": num_epochs, "metric": "val_acc", "value": val["acc"]})
-    events.append({"event": "proto_end", "time": 1.0, "matcher": "knn", "knn_k": 5, "feature_weight": 0.5})
+    matched = {"refs": 1021, "prototypes": 43, "matcher": "knn", "knn_k": 5, "feature_weight": 0.5}
+    events.append({"event": "proto_end", "time": 1.0, **matched})
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
@@ -670,7 +671,7 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     text = make_page(run.write())
     assert "6 of 12 views of test images are wrong" in section(text, "errors")
     assert "Views of test images by prototype matching" in section(text, "confusion")
-    assert "36 images" in text and "prototypes, 6 test images" in text
+    assert "36 images" in text and "prototypes, 6 test images" in text and "1,021, 43 prototypes" in text
     assert section(text, "map").count('<i class="pt c') == 72
 
 
@@ -687,6 +688,13 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     )
     assert f"{low:.3f} – {high:.3f}" in text and "classes held out in turn" in text
     assert text.count("%</td>") == len(lct.PRECISION_TARGETS)
+    told = {"value": 0.123, "interval": [0.102, 0.145]}
+    way = {"auroc": {"value": 0.867, "interval": [0.822, 0.901]}, "fpr95": {"value": 0.501, "interval": [0.367, 0.797]}}
+    enrolment = [{"crops": 5.0, "new": 0.383, "old": 0.775, "before": 0.791}]
+    unseen = {"classes": ["hammer"], "images": 9, "unknown_passed": told, "enrolment": enrolment}
+    run.events.append({"event": "unseen_classes", **unseen, "open_set": {**way, "others": {"regression": way}}})
+    figures = {*re.findall(r"\d\.\d{3}", lct.format_measures(measured) + str(run.events[-1]))}
+    assert figures <= {*re.findall(r"\d\.\d{3}", section(make_page(run.write()), "trust"))}, "the log leaves them to it"
 
 
 def test_masks_are_counted_and_refused_ones_named(tmp_path: Path) -> None:
