@@ -8,6 +8,8 @@ import inspect
 import io
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,3 +313,37 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("shared/data is not on this machine")
     return SHARED_DATA
+
+
+def browse(path: Path, width: int = 1280) -> tuple[str, str]:
+    """Return the page after its scripts have run in a window, and what the browser said about it."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+    window = (f"--window-size={width},800", f"--user-data-dir={path.parent / 'profile'}")
+    result = subprocess.run(
+        [chromium, *flags.split(), *window, path.as_uri()], capture_output=True, timeout=90, check=True
+    )
+    return result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
+
+
+# A script for `probe`: whether a page is as narrow as its window, and whether each picture lies whole in its frame.
+FITS = """[
+  document.documentElement.scrollWidth <= innerWidth,
+  [...document.querySelectorAll(".frame img")].every(image => {
+    const [inner, outer] = [image, image.parentElement].map(element => element.getBoundingClientRect());
+    return image.naturalWidth && inner.top >= outer.top - 1 && inner.bottom <= outer.bottom + 1
+      && inner.left >= outer.left - 1 && inner.right <= outer.right + 1;
+  }),
+]"""
+
+
+def probe(page: Path, script: str, width: int = 1280) -> str:
+    """Return what a script finds in a page once it has loaded."""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text("utf-8"))  # the policy would not let the probe run
+    copy = page.with_name("probe.html")
+    on_load = f"<script>onload = () => {{ document.title = {script}; }}</script></body>"
+    copy.write_text(text.replace('loading="lazy"', "").replace("</body>", on_load), "utf-8")
+    return re.search(r"<title>(.*?)</title>", browse(copy, width)[0])[1]

@@ -1031,7 +1031,7 @@ def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, st
     note = (
         f"Accuracy on the {len(images):,} test images that all runs have in common: {shares}. {names[first]} is right on {wins:,}"
         f" of them where {names[second]} is wrong, and {names[second]} on {losses:,} where {names[first]} is wrong; a fair coin"
-        f" would divide them so unevenly in {100 * chance:.2g} % of cases."
+        f" would divide them so unevenly in {float(f'{100 * chance:.2g}'):g} % of cases."
     )
     verdict = f"{names[first]} is ahead of {names[second]}" if is_ahead else "No run is measurably ahead"
     return {"verdict": verdict, "tone": "good" if is_ahead else "plain", "note": note}

@@ -24,7 +24,7 @@ import numpy as np
 import prelabel
 import pytest
 import torch
-from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_main
+from conftest import FITS, REPO, TINY_RUN, draw_image, make_dataset, probe, run_main
 from killing import Nursery, kill
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -972,7 +972,8 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     (tmp_path / "yolo").mkdir()
     for stem in (hostile.removesuffix(".png"), "b"):
         grid = [(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)]
-        (tmp_path / "yolo" / f"{stem}.txt").write_text("".join(f"0 {x} {y} 0.2 0.2\n" for x, y in grid) + "0 9 9 1 1\n")
+        boxes = "".join(f"0 {x} {y} 0.08 0.3\n" for x, y in grid)  # 24 x 72 px
+        (tmp_path / "yolo" / f"{stem}.txt").write_text(boxes + "0 9 9 1 1\n")
     monkeypatch.setattr(prelabel, "REVIEW_CARDS", 10)
     out = tmp_path / "out"
     assert call_main(*command(finished_run, tmp_path / "images", out, tmp_path / "yolo")) == 0
@@ -993,6 +994,7 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     assert "default-src 'none'" in page and not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "<b>ключ" not in page and "&lt;b&gt;ключ" in page
     assert "2 images or objects have no answer" in page
+    assert [probe(out / "review.html", FITS, width) for width in (400, 1000, 1600)] == ["true,true"] * 3
 
 
 def test_a_class_called_unknown_keeps_its_name(finished_run: Path) -> None:
