@@ -3130,10 +3130,12 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
+    is_dropped = dict.fromkeys(listing.folders, True)  # whole, as by `rulers/*`
     for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
         name = path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
+        is_dropped[folder] &= any("/" in glob for glob in hits)
         if not hits and class_of[folder] is not None:
             used.append(index)
         else:
@@ -3145,6 +3147,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
         question = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
+    class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
     paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
     return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
 
@@ -3392,7 +3395,7 @@ def format_findings(report: dict[str, Any]) -> str:
     lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
     if report["class_map"]:
         changes = (f"{old} -> {new or '(left out)'}" for old, new in report["class_map"].items())
-        lines.append(f"--class_map: {', '.join(changes)}")
+        lines.append(f"classes of folders: {', '.join(changes)}")
     exact, near = (sum(len(group) - 1 for group in report["duplicates"][kind]) for kind in ("exact", "near"))
     if exact or near:
         lines.append(f"duplicates: {exact} exact, {near} near; each set stays in one split")

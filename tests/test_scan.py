@@ -431,6 +431,8 @@ def test_exclude_leaves_out_by_path_or_name(tmp_path):
     report = scan(tmp_path / "data", tmp_path / "run", exclude=("0000.*", "b/0003*", "0001")).report
     assert report["excluded"] == {"0000.*": 2, "b/0003*": 1, "0001": 0}
     assert "--exclude 0001 matches no file" in report["warnings"]
+    whole = scan(tmp_path / "data", tmp_path / "run", exclude=("b/*",))
+    assert whole.records.class_names == ("a",), "a folder that is left out by its name is no class"
     assert {name: row["usable"] for name, row in report["classes"].items()} == {"a": 3, "b": 2}
 
 
