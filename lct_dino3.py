@@ -825,6 +825,10 @@ def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple
         derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
         once = {field.name for field in option_fields(options_class) if field.metadata.get("once")}
         tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    if is_predecessor_config(tree):
+        raise UserError(
+            f"is of {PREDECESSOR}", f"--config {path}", "see configs/lct-dino-3.yaml, and type what differs"
+        )
     if not isinstance(tree, dict | None):
         raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
     options: dict[str, Any] = {}
@@ -1166,6 +1170,46 @@ def check_given(options: Options) -> None:
             except OSError as error:  # no permission on a parent, a name that is too long
                 where = f"{options.place(field.name)} {path}"
                 raise UserError(str(error.strerror), where, "check the path") from error
+    check_predecessor(options)
+
+
+PREDECESSOR = "lct-dino-3.py, which this script replaces"
+PREDECESSOR_REMEDIES = {
+    "run": "train anew with --load_from {run}, which takes its backbone",
+    "resume": "give --load_from {run}, which takes its backbone, in place of --resume",
+    "out_dir": "choose a new --out_dir; --load_from {run} takes the backbone",
+    "data_root": "give the folder of its crops",
+}
+
+
+def is_predecessor_config(tree: Any) -> bool:
+    """Whether this is the content of config.json as lct-dino-3.py writes it."""
+    return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
+
+
+def find_predecessor(folder: Path) -> Path | None:
+    """Return the run of lct-dino-3.py that a folder is, or the first one in it."""
+    for path in (folder / "config.json", *sorted(folder.glob("run_[0-9]*/config.json"))):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if is_predecessor_config(json.loads(read_regular(path, MAX_CONFIG_BYTES))):
+                return path.parent
+    return None
+
+
+def check_predecessor(options: Options) -> None:
+    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for.
+
+    Raises:
+        UserError: it is that.
+    """
+    for name, remedy in PREDECESSOR_REMEDIES.items():
+        path = getattr(options, name, None)
+        if path in (None, "last") or (name == "out_dir" and getattr(options, "overwrite", False)):
+            continue
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        run = find_predecessor(folder)
+        if run is not None and (run == folder or name != "data_root"):  # a folder of classes may hold runs too
+            raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
 def check_paths(config: Config) -> None:
@@ -5341,6 +5385,8 @@ def read_start(config: Config) -> Start | None:
         return None
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
     class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
+    if path.suffix == ".npz":
+        raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -6344,6 +6390,11 @@ def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo
     return identity
 
 
+# Programs around lct-dino-3.py load checkpoints with strict=False, and would go on with a random head where no name is theirs.
+# A tensor of their name and of another shape is an error to torch all the same.
+FOREIGN_GUARD = {"head.3.weight": torch.empty(0)}
+
+
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
     """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it.
 
@@ -6373,7 +6424,7 @@ def pack_state(state: TrainState) -> dict[str, Any]:
     """Return the state but for the tally, as whole tensors and plain values."""
     return {
         **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": state.model.trained_state(),
+        "model": state.model.trained_state() | FOREIGN_GUARD,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         **({"average": state.average.values} if state.average else {}),
@@ -6409,6 +6460,9 @@ def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict
         problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
         remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
         raise UserError(problem, str(path), remedy) from error
+    if isinstance(payload, dict) and {"arc", "model_name"} <= payload.keys():
+        remedy = f"give it as --load_from {path}, which takes its backbone"
+        raise UserError(f"is a checkpoint of {PREDECESSOR}", str(path), remedy)
     if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or set(keys) - payload.keys():
         problem = "is not a checkpoint of this script and version"
         raise UserError(problem, str(path), "resume from another one with --resume PATH")
@@ -6438,7 +6492,7 @@ def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Pat
         UserError: naming the tensors that are missing, foreign, or of another shape.
     """
     expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
-    shapes = {key: str(tuple(value.shape)) for key, value in weights.items()}
+    shapes = {key: str(tuple(value.shape)) for key, value in weights.items() if key not in FOREIGN_GUARD}
     unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
     if unfit:
         named = ", ".join(
@@ -7420,6 +7474,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as content:
+            if set(content.files) == {"centroids", "stacks", "cls2id", "id2cls"}:
+                raise ValueError(f"they are of {PREDECESSOR}")
             return unpack_gallery(dict(content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(str(error)).split(". ")[0][:200]
@@ -8911,8 +8967,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     Returns:
         Figures. classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the
         others; unknown_passed: share of test images of those left out that get a class, as {value, interval}; open_set: auroc and
-        fpr95 of telling them from the others, and `others` by other ways; ece and `reliability` on test of probabilities that are fitted on val, with
-        the strangers of the other heads; enrolment: see `measure_enrolment`.
+        fpr95 of telling them from the others, and `others` by other ways; ece and `reliability` on test of probabilities that
+        are fitted on val, with the strangers of the other heads; enrolment: see `measure_enrolment`.
 
         And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolment, by number of crops: scores on it
         and is_right of `answers_of_enrolled`, and the figures at the target_precision.

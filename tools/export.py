@@ -1,4 +1,4 @@
-"""Write a finished run as one file for other programs: ONNX, which answers crops as PyTorch does, or safetensors, its weights."""
+"""Write a finished run for other programs: ONNX, which answers crops as PyTorch does, its weights, or what lct-dino-3.py wrote."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ NAMES = ["embeddings", "scores", "probabilities", "labels"]  # of what an ONNX f
 
 @dataclass(frozen=True)
 class ExportOptions(lct.Options):
-    """Write a finished run as one file for other programs, once it is known to answer as PyTorch does."""
+    """Write a finished run for other programs, once it is known to answer as PyTorch does."""
 
     run: Path | None = lct.option(None, "out_dir of the finished run", "export", metavar="DIR", needed=True)
-    format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors"))
+    format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors", "predecessor"))
     out: Path | None = lct.option(
-        None, "file to write (default: model.onnx or model.safetensors in the run)", "export", metavar="FILE"
+        None,
+        "file to write, or folder for predecessor (default: model.onnx, model.safetensors, predecessor/ in the run)",
+        "export",
+        metavar="PATH",
     )
     data_root: Path | None = lct.option(
         None, "where the run's crops are now: an ONNX file is checked on some of them", "export", metavar="DIR"
@@ -183,6 +186,58 @@ def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
     lct.write_bytes(path, data)
 
 
+def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
+    """Write checkpoint_best.pth and prototypes.npz into a folder, as lct-dino-3.py does, for the programs that read its runs.
+
+    The vectors are of the embedding alone: what a gallery joins to it of the features is left out.
+
+    Raises:
+        UserError: its network cannot be that of the run.
+    """
+    config = run.config
+    defaults = run.model.backbone.model.pretrained_cfg
+    is_usual = [run.info.mean, run.info.std] == [tuple(defaults[key]) for key in ("mean", "std")]
+    # Its EmbedNet is a timm model of three channels, normalised as timm does, whose class token goes through one head.
+    needs = (
+        (lct.count_heads(config) == 1, f"has {lct.count_heads(config)} heads side by side", "--heads 1"),
+        (run.info.pool == "token", f"pools by {run.info.pool}", "--pool token, with a ViT"),
+        (config.in_channels == 3, f"sees {config.in_channels} channels", "--in_channels 3"),
+        (is_usual, f"normalises by mean {run.info.mean} and deviation {run.info.std}", "neither --mean nor --std"),
+    )
+    for is_met, problem, flag in needs:
+        if not is_met:
+            raise lct.UserError(f"{problem}, which lct-dino-3.py does not", f"--run {run.path}", f"train with {flag}")
+    names = run.gallery.class_names
+    number = {name: label for label, name in enumerate(names)}
+    by_name = {"hidden": "0", "norm": "1", "output": "3"}  # of a layer, its place in EmbedNet's head
+    weights = {f"backbone.{key}": value for key, value in run.model.backbone.model.state_dict().items()}
+    for key, value in run.model.head.state_dict().items():
+        layer, _, kind = key.partition(".")
+        weights[f"head.{by_name[layer]}.{kind}"] = value[:, :, 0] if value.ndim == 3 else value
+    stacks, centroids = (
+        (part := vectors[:, : config.emb_dim]) / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
+        for vectors in (run.gallery.stacks, run.gallery.centroids)
+    )
+    payload = {
+        "model": weights,
+        "arc": {"W": torch.from_numpy(centroids)},  # the directions of the classes
+        "cls2id": number,
+        "model_name": config.model_id,
+        "emb_dim": config.emb_dim,
+        "img_size": config.img_size,
+        "freeze_backbone": config.freeze_backbone,
+        "data_cfg": {"input_size": (3, config.img_size, config.img_size), "mean": run.info.mean, "std": run.info.std},
+    }
+    lct.create_out_dir(folder, "--out")
+    with lct.atomic_file(folder / lct.BEST_NAME) as file:
+        torch.save(payload, file)
+    of_class = {name: stacks[run.gallery.stack_labels == label] for name, label in number.items()}
+    known = {name: rows for name, rows in of_class.items() if len(rows)}
+    tables = {"centroids": {name: centroids[number[name]] for name in known}, "stacks": known}
+    with lct.atomic_file(folder / "prototypes.npz") as file:
+        np.savez_compressed(file, **tables, cls2id=number, id2cls=dict(enumerate(names)))
+
+
 def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     """Return half of the gallery's references, NUM_CROPS at most, in the views that they were embedded in.
 
@@ -226,10 +281,17 @@ def format_checks(checks: dict[str, float], run: lct.TrainedRun, options: Export
 
 
 def export_run(options: ExportOptions) -> None:
-    """Write a finished run as one file for other programs, once it is known to answer as PyTorch does."""
+    """Write a finished run for other programs, once it is known to answer as PyTorch does."""
     lct.check_run_paths(options)
     run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
     lct.merge_lora(run.model.backbone.model)
+    if options.format == "predecessor":
+        folder = options.out or run.path / "predecessor"
+        if options.out is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise lct.UserError("is no empty folder", f"--out {folder}", "choose a new one")
+        export_predecessor(run, folder)
+        lct.show(f"written: {folder / lct.BEST_NAME}, {folder / 'prototypes.npz'}")
+        return
     path = options.out or run.path / f"model.{options.format}"
     if path.is_dir():
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")

@@ -190,6 +190,8 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise ReportError(f"{folder} is no folder of a run: it has no config.json and metrics.jsonl")
     config = read_file(folder / "config.json", read_json)
+    if "num_devices" in config:
+        raise ReportError(f"{folder} is of lct-dino-3.py, whose figures are others; train anew")
     names = tuple(config["data"]["classes"])
     splits = read_file(folder / "splits.json", read_json) or {}
     gallery = read_file(folder / "prototypes.npz", read_arrays) or {}
