@@ -1187,12 +1187,13 @@ def is_predecessor_config(tree: Any) -> bool:
     return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
 
 
-def find_predecessor(folder: Path) -> Path | None:
-    """Return the run of lct-dino-3.py that a folder is, or the first one in it."""
-    for path in (folder / "config.json", *sorted(folder.glob("run_[0-9]*/config.json"))):
+def find_predecessor(path: Path) -> Path | None:
+    """Return the run of lct-dino-3.py that a folder is or a file lies in, or else the first one in a folder."""
+    folder = path.parent if path.is_file() else path
+    for config in (folder / "config.json", *sorted(path.glob("run_[0-9]*/config.json"))):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if is_predecessor_config(json.loads(read_regular(path, MAX_CONFIG_BYTES))):
-                return path.parent
+            if is_predecessor_config(json.loads(read_regular(config, MAX_CONFIG_BYTES))):
+                return config.parent
     return None
 
 
@@ -1206,9 +1207,8 @@ def check_predecessor(options: Options) -> None:
         path = getattr(options, name, None)
         if path in (None, "last") or (name == "out_dir" and getattr(options, "overwrite", False)):
             continue
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        run = find_predecessor(folder)
-        if run is not None and (run == folder or name != "data_root"):  # a folder of classes may hold runs too
+        run = find_predecessor(Path(path))
+        if run is not None and (name != "data_root" or run == path):  # a folder of classes may hold runs too
             raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
@@ -2320,7 +2320,7 @@ class ProgressLog:
 
     def write(self, text: str) -> None:
         """Write the state of a bar, if a line is due."""
-        line = text.strip()  # a bar that moves or vanishes writes blanks
+        line = " ".join(text.split())  # a bar that moves or vanishes writes blanks
         if line and sys.stderr is not None and time.monotonic() - self._last >= PROGRESS_SECONDS:
             self._last = time.monotonic()
             with contextlib.suppress(OSError):  # who has read the log may be gone, which ends no run

@@ -104,6 +104,12 @@ def test_what_it_left_is_named_wherever_it_is_given(
         assert f"--load_from {old_run}, which takes its backbone" in said
 
 
+def test_a_new_folder_beside_its_runs_is_free(old_run: Path) -> None:
+    lct.check_predecessor(lct.Config(out_dir=old_run.parent / "new", data_root=old_run.parent))
+    with pytest.raises(lct.UserError, match="is of lct-dino"):
+        lct.check_predecessor(lct.Config(out_dir=old_run.parent / "new", data_root=old_run))
+
+
 def test_load_from_takes_its_backbone(old_run: Path, small_data: Path, tmp_path: Path) -> None:
     assert run_main("--data_root", small_data, "--out_dir", tmp_path / "run", "--load_from", old_run, *SETTINGS) == 0
     own = lct.load_run(tmp_path / "run", lct.make_runtime(0, "fp32")).model.backbone.model.state_dict()

@@ -215,7 +215,7 @@ def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
         layer, _, kind = key.partition(".")
         weights[f"head.{by_name[layer]}.{kind}"] = value[:, :, 0] if value.ndim == 3 else value
     stacks, centroids = (
-        (part := vectors[:, : config.emb_dim]) / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-12)
+        nn.functional.normalize(torch.from_numpy(vectors[:, : config.emb_dim])).numpy()
         for vectors in (run.gallery.stacks, run.gallery.centroids)
     )
     payload = {
