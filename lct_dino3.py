@@ -2310,6 +2310,7 @@ def seed_torch(*words: int, rank: int = 0) -> None:
 
 
 PROGRESS_SECONDS = 20  # between the lines that a log gets: with items of up to 10 s, one at least every 30 s
+SHORT_SECONDS = 2  # what takes less is not worth a line
 
 
 class ProgressLog:
@@ -2338,7 +2339,13 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
-        form = {"file": PROGRESS_LOG, "bar_format": LINE_FORMAT, "mininterval": 1, "miniters": 1}
+        form = {
+            "file": PROGRESS_LOG,
+            "bar_format": LINE_FORMAT,
+            "mininterval": 1,
+            "miniters": 1,
+            "delay": SHORT_SECONDS,
+        }
     return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
 
 

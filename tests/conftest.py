@@ -186,6 +186,7 @@ def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    lct.PROGRESS_LOG = lct.ProgressLog()  # its time begins with the program, which is not imported anew
     try:
         with warnings.catch_warnings():
             words = [str(arg) for arg in args]

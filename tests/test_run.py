@@ -628,6 +628,7 @@ def test_a_progress_bar_shows_on_a_terminal_and_as_a_line_now_and_then_elsewhere
                 now += 5
         lines = (tmp_path / "log").read_text().splitlines()
         stderr.truncate(0)
+        now += 30
         list(lct.progress(range(3), 3, "short", "crop"))
     assert [re.match(r"(\w+: \d+) of 12, ", line)[1] for line in lines] == [
         "reading: 4", "reading: 8", "reading: 12", "fitting: 4", "fitting: 8", "fitting: 12"
