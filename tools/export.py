@@ -27,7 +27,7 @@ TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
 OPSET = 18  # the oldest that torch exports to
 MIN_ONNXRUNTIME = "1.14"  # the first that reads it
 NUM_CROPS = 32  # references that an export is checked on
-NAMES = ["embeddings", "scores", "probabilities", "labels"]  # of what an ONNX file answers
+NAMES = ["embeddings", "scores", "probability", "labels"]  # of what an ONNX file answers
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,23 @@ class ExportedModel(nn.Module):
         self.recognizer = run.model
         self.fusion = run.gallery.fusion
         self.matcher = run.gallery.module
-        self.temperature = run.gallery.temperature
+        self.log_odds = run.gallery.log_odds
         self.register_buffer("thresholds", torch.from_numpy(run.gallery.thresholds))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
-            embeddings (N, D) unit norm, with the gallery's share of features; scores (N, C) similarity; probabilities (N, C);
-            labels (N,), -1 for `unknown`.
+            embeddings (N, D) unit norm, with the gallery's share of features; scores (N, C) similarity;
+            probability (N,) that the best is right; labels (N,), -1 for `unknown`.
         """
         features = self.recognizer.backbone(images.permute(0, 3, 1, 2))
         embeddings = self.fusion(features, self.recognizer.embed(features))
         scores = self.matcher(embeddings)
         best, labels = scores.max(dim=1)
         labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))
-        return embeddings, scores, (scores / self.temperature).softmax(dim=1), labels
+        slope, intercept = self.log_odds
+        return embeddings, scores, torch.sigmoid(slope * best + intercept), labels
 
 
 class References(NamedTuple):
