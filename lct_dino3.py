@@ -54,6 +54,8 @@ import os
 import random
 import re
 import reprlib
+import resource
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -168,6 +170,7 @@ SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whe
 MAX_WORKERS = 16
 CACHED_VIEWS = 4  # -0.2 +- 0.2 points against fresh views in 293 head trainings, -0.2 to -0.7 +- 0.4 in ours; a third of the passes
 LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
+LOADER_SECONDS = 600  # that a batch may take; workers that deliver nothing for so long are stopped, or their disk is
 PROTOTYPES_FORMAT = 3
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
@@ -307,6 +310,11 @@ class Options:
     def said(self, name: str) -> str:
         """Return where an option stands, and its value."""
         return f"{self.place(name)} {getattr(self, name)}"
+
+    def moved(self, name: str) -> str:
+        """Return what helps where a path that a file gives is no longer there; '' for one that was typed."""
+        is_typed = self.place(name) == self.flag(name)
+        return "" if is_typed else f"give {self.flag(name)} PATH, where it is now"
 
 
 @dataclass(frozen=True)
@@ -788,6 +796,15 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     return config
 
 
+def open_streams() -> None:
+    """Have standard streams that are closed lead nowhere: else the next file that is opened takes their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            file = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(file, True)  # tools print too
+            setattr(sys, name, open(file, "w" if number else "r"))  # noqa: SIM115  as long as the process lives
+
+
 def start_tool(command: str, argv: Sequence[str]) -> None:
     """Replace this process by that of a tool.
 
@@ -819,7 +836,11 @@ def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple
         UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
     """
     path = path / "config.json" if path.is_dir() else path
-    tree = _parse_config_file(path)
+    return convert_options(path, _parse_config_file(path), options_class)
+
+
+def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what `read_config_file` does, of the content of the file; raises as it does."""
     is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
     if is_record:
         derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
@@ -1264,15 +1285,15 @@ def check_files_exist(options: Options, *names: str) -> None:
         path = getattr(options, name)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(what, f"{options.place(name)} {path}", "check the path")
+            raise UserError(what, options.said(name), options.moved(name) or "check the path")
 
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
     """Refuse an option that names something that is not a folder."""
     path = getattr(options, name)
     if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(what, f"{options.place(name)} {path}", remedy)
+        what = "does not exist" if not path.exists() else "is a file, not a folder"
+        raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def locate_start(config: Config) -> Path | None:
@@ -1315,6 +1336,21 @@ def _check_backgrounds(config: Config) -> None:
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
+def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
+    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    path = path.resolve()
+    is_run = {
+        folder: (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file() for folder in path.parents
+    }
+    for name, folder in {**folders, "a run": next(filter(is_run.get, is_run), None)}.items():
+        if folder is not None and path.is_relative_to(folder.resolve()):
+            raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
+
+
 def check_out_dir(config: Options) -> None:
     """Refuse an out_dir that cannot be written to, holds something else, or lies in data_root or around it."""
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
@@ -1338,12 +1374,15 @@ def check_out_dir(config: Options) -> None:
     for is_wrong, what, remedy in refusals:
         if is_wrong:
             raise UserError(what, config.said("out_dir"), remedy)
+    if config.masks_out is not None and config.masks_out.resolve() != data_root:
+        check_outside(config.masks_out, config.said("masks_out"), {"data_root": data_root})
 
 
 # --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
 # half-way down the file, and the heavy imports follow. When the file is imported, nothing is read. Of the processes that
 # torchrun starts, the first alone says what is wrong; the others go on to wait for it, until torchrun ends them.
 if __name__ == "__main__":
+    open_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
@@ -1358,6 +1397,7 @@ if __name__ == "__main__":
             sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
+import multiprocessing.queues
 
 import filelock
 import numpy as np
@@ -1523,6 +1563,8 @@ def check_zip(path: Path) -> None:
         zipfile.BadZipFile: the file is damaged, cut off, or no zip archive.
         OSError: it cannot be read.
     """
+    if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
+        raise zipfile.BadZipFile("is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -1551,6 +1593,42 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(
         path, (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     )
+
+
+def read_json(path: Path, form: Any) -> Any:
+    """Return what a JSON file of ours holds. Raises OSError and ValueError, with the reason, where it is not of that form."""
+    try:
+        value = json.loads(read_regular(path, MAX_FILE_BYTES))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    check_form(value, form)
+    return value
+
+
+def check_form(value: Any, form: Any, name: str = "it") -> None:
+    """Check what a file of ours holds, to any depth.
+
+    A form is a type, or a tuple of them; [form] of each item of a list; {key: form} of a mapping that needs these keys; {str: form}
+    of all values of a mapping.
+
+    Raises:
+        ValueError: naming what is missing, or of another type.
+    """
+    kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
+    parts: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(form, list):
+        parts = ((f"{name}[{index}]", item, form[0]) for index, item in enumerate(value))
+    elif isinstance(form, dict):
+        forms = dict.fromkeys(value, form[str]) if str in form else form
+        if missing := [key for key in forms if key not in value]:
+            raise ValueError(f"{name} has no {missing[0]}")
+        prefix = "" if name == "it" else f"{name}."
+        parts = ((f"{prefix}{key}", value[key], of_key) for key, of_key in forms.items())
+    for place, part, of_part in parts:
+        check_form(part, of_part, place)
 
 
 def to_json(value: Any) -> Any:
@@ -1782,9 +1860,11 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
     try:
         record = json.loads(line, parse_constant=refuse)
-    except ValueError:
+        check_form(record, {"event": str})
+        check_form(record.get("epoch", 0), int)
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "event" in record else None
+    return record
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -1832,6 +1912,8 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
+    if not is_probe and not os.access(path, os.W_OK | os.X_OK):
+        raise UserError("cannot be written to", where, "make it writable, or work with a copy of it")
     try:
         proxy = lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -3476,11 +3558,17 @@ def read_splits(path: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if {type(table[split]) for split in SPLIT_NAMES} != {dict} or type(table["classes"]) is not list:
-            raise ValueError("no splits.json of this script")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot be read: {error}", str(path), "start afresh with --overwrite") from error
+        table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
+        if strange := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
+            raise ValueError(f"{min(strange)} is none of its classes")
+        paths = [path for split in SPLIT_NAMES for items in table[split].values() for path in items]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"{Counter(paths).most_common(1)[0][0]} stands there twice")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot be read: {reason}", str(path), "restore it, or start afresh with --overwrite"
+        ) from error
     return table
 
 
@@ -3685,8 +3773,9 @@ def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
     """
     path, records = out_dir / MASK_LOG_NAME, {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
+            check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
             records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
     return records
 
@@ -4822,26 +4911,46 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
 
+    Workers that live and deliver nothing for LOADER_SECONDS are killed.
+
     `read` starts reading; it gets the number of loaders that have failed and of batches that have been yielded.
 
     Raises:
         DeadWorker: that has happened LOADER_RESTARTS times.
     """
     taken = 0
+    is_stalled = threading.Event()
+
+    def end_workers() -> None:
+        is_stalled.set()
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
     for failed in itertools.count():
+        is_stalled.clear()
         try:
             iterator = iter(read(failed, taken))
             # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for batch in iterator:
+            while True:
+                watch = threading.Timer(LOADER_SECONDS, end_workers)
+                watch.daemon = True
+                watch.start()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                finally:
+                    watch.cancel()
                 taken += 1
                 yield batch
-            return
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch has noticed, or what the worker made cannot be fetched from it
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
             reason = printable(str(error) or type(error).__name__)[:200]
+            if is_stalled.is_set():
+                reason = f"no batch came for {LOADER_SECONDS} s"
             if failed == LOADER_RESTARTS:
                 raise DeadWorker(reason) from error
             warning = f"warning: a loader worker was killed ({reason}); the loader is started again at this batch"
@@ -4880,6 +4989,8 @@ def start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # or of the job; the main one decides
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as does a scheduler's SIGTERM: no failure of the worker
     torch.set_num_threads(1)
+    # A batch that cannot be sent, for want of open files say, is otherwise dropped, and waited for for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:
@@ -5516,9 +5627,12 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
     if not identity.get("freeze_backbone"):
         return start.backbone
     files: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no config.json: weights of timm, or random ones
-        options = json.loads((start.path.parent / "config.json").read_text(encoding="utf-8"))["options"]
-        files = {name: Path(options[name]) for name in ("load_from", "backbone_weights") if options[name]}
+    with contextlib.suppress(OSError, ValueError):  # no config.json: weights of timm, or random ones
+        names = ("load_from", "backbone_weights")
+        options = read_json(start.path.with_name("config.json"), {"options": dict.fromkeys(names, (str, type(None)))})[
+            "options"
+        ]
+        files = {name: Path(options[name]) for name in names if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
     config = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = load_timm_model(config, probe_model(config)[0], log)
@@ -6283,8 +6397,16 @@ def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
 # Of TrainState: goes to disk as it is.
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right", "unseen", "sessions")
-# Of a checkpoint of training; there may be others.
-CHECKPOINT_KEYS = (*PLAIN_STATE, "identity", "model", "optimizer", "scaler", "tally", "backbone_dtype")
+# Of a checkpoint of training; there may be other keys.
+CHECKPOINT_FORM = {
+    **{"epoch": int, "batches": int, "step": int, "seconds": (int, float), "best": dict, "frozen_right": {str: object}},
+    "baseline": {"val": {str: object}},
+    **{"unseen": {str: dict}, "sessions": {str: {"train": str, "cosine": float}}},
+    "identity": {"class_names": [str], "backbone_hash": str},
+    "model": {str: torch.Tensor},
+    "optimizer": {"state": dict, "param_groups": [dict]},
+    **{"scaler": dict, "tally": {str: torch.Tensor}, "backbone_dtype": str},
+}
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
 
@@ -6450,8 +6572,8 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
     return f"the loss is not finite at step {step} (epoch {epoch}); {sound}; lower --lr"
 
 
-def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict[str, Any]:
-    """Read a checkpoint with these keys onto the CPU once all of it has been checked, never executing anything in it.
+def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
+    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it.
 
     Raises:
         UserError: missing, damaged, unreadable, or not one of ours.
@@ -6470,9 +6592,14 @@ def load_checkpoint(path: Path, keys: Collection[str] = CHECKPOINT_KEYS) -> dict
     if isinstance(payload, dict) and {"arc", "model_name"} <= payload.keys():
         remedy = f"give it as --load_from {path}, which takes its backbone"
         raise UserError(f"is a checkpoint of {PREDECESSOR}", str(path), remedy)
-    if not isinstance(payload, dict) or payload.get("format") != CHECKPOINT_FORMAT or set(keys) - payload.keys():
-        problem = "is not a checkpoint of this script and version"
-        raise UserError(problem, str(path), "resume from another one with --resume PATH")
+    try:
+        check_form(payload, {"format": int})
+        if payload["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"it is of format {payload['format']}, not {CHECKPOINT_FORMAT}")
+        check_form(payload, form)
+    except ValueError as error:
+        problem = f"is not a checkpoint of this script and version: {error}"
+        raise UserError(problem, str(path), "resume from another one with --resume PATH") from error
     return payload
 
 
@@ -6540,7 +6667,7 @@ class ResumePoint:
 
 
 def choose_checkpoint(
-    folder: Path, resume: str | None, overwrite: bool, keys: Collection[str] = CHECKPOINT_KEYS
+    folder: Path, resume: str | None, overwrite: bool, form: dict[str, Any] = CHECKPOINT_FORM
 ) -> ResumePoint | None:
     """Return where to continue; None for a fresh start.
 
@@ -6561,8 +6688,8 @@ def choose_checkpoint(
         if path.exists() and path.resolve().parent != folder.resolve():
             remedy = f"give --out_dir {path.parent}, or copy that folder first"
             raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
-        return ResumePoint(path, load_checkpoint(path, keys))
-    point = find_sound_checkpoint(folder, keys)
+        return ResumePoint(path, load_checkpoint(path, form))
+    point = find_sound_checkpoint(folder, form)
     if point is None and resume == "last":
         raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
     return point
@@ -6574,7 +6701,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
-def find_sound_checkpoint(folder: Path, keys: Collection[str]) -> ResumePoint | None:
+def find_sound_checkpoint(folder: Path, form: dict[str, Any]) -> ResumePoint | None:
     """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
 
     Raises:
@@ -6584,7 +6711,7 @@ def find_sound_checkpoint(folder: Path, keys: Collection[str]) -> ResumePoint | 
     point = None
     for path in list_checkpoints(folder):
         try:
-            payload = load_checkpoint(path, keys)
+            payload = load_checkpoint(path, form)
         except UserError as error:
             damaged[path] = error.what
             continue
@@ -7476,8 +7603,8 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     Raises:
         UserError: missing, damaged, or not one of ours.
     """
-    if not path.is_file():
-        raise UserError("there are no such prototypes", str(path), "check the path; a finished run writes them")
+    if not os.path.lexists(path):
+        raise UserError(f"has no {path.name}", str(path.parent), rebuilding_remedy(path.parent))
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as content:
@@ -7485,9 +7612,33 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
                 raise ValueError(f"they are of {PREDECESSOR}")
             return unpack_gallery(dict(content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        reason = printable(str(error)).split(". ")[0][:200]
-        remedy = f"python {SCRIPT_NAME} prototypes --run {path.parent} makes them anew from the best checkpoint"
-        raise UserError(f"cannot be read as prototypes: {reason}", str(path), remedy) from error
+        reason = printable(getattr(error, "strerror", None) or str(error)).split(". ")[0][:200]
+        problem = f"cannot be read as prototypes: {reason}"
+        raise UserError(problem, str(path), rebuilding_remedy(path.parent)) from error
+
+
+def rebuilding_remedy(run_dir: Path) -> str:
+    """Return how a run gets a gallery of its own."""
+    command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))}"
+    return f"{command} makes them anew from the best checkpoint"
+
+
+def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
+    """Keep the gallery that is about to be replaced beside the new one, which has these classes; a damaged one is set aside."""
+    if not os.path.lexists(path):
+        return
+    try:
+        lost = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
+    except UserError as error:
+        set_aside(path, error.what, say)
+        return
+    old = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
+    while old.exists():
+        old = old.with_name(f"{old.stem}_.npz")
+    copy_checkpoint(path, old)
+    say(f"{path.name} as it was is now {old.name}")
+    if lost:
+        say(f"warning: enrolled classes have to be added again: {', '.join(lost)}")
 
 
 def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, Any]]:
@@ -7623,9 +7774,6 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
     """
     config = read_run_config(path)
     gallery_path = path / "prototypes.npz"
-    if not gallery_path.is_file():
-        remedy = f"let it finish, or make it from the best checkpoint: python {SCRIPT_NAME} prototypes --run {path}"
-        raise UserError("has no prototypes.npz", f"--run {path}", remedy)
     gallery, meta = load_gallery(gallery_path)
     run = load_model(path, config, runtime, backbone_weights)
     differences = [
@@ -7635,8 +7783,7 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
     ]
     if differences:
         problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
-        remedy = "put back the file of this run, or run its training command again, which writes it anew"
-        raise UserError(problem, str(gallery_path), remedy)
+        raise UserError(problem, str(gallery_path), rebuilding_remedy(path))
     return dataclasses.replace(run, gallery=gallery, meta=meta)
 
 
@@ -7647,12 +7794,14 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         UserError: no best checkpoint, one of another version, or weights that cannot be had.
     """
     place = f"--run {path}"
+    again = "start its training command again, which takes it from the other checkpoints"
     if not (path / BEST_NAME).is_file():
-        raise UserError(f"has no {BEST_NAME}", place, "give the out_dir of a run that has finished")
+        raise UserError(f"has no {BEST_NAME}", place, f"give the out_dir of a run that has finished, or {again}")
     try:
         payload = load_checkpoint(path / BEST_NAME)
     except UserError as error:
-        raise UserError(error.what, str(path / BEST_NAME), _other_version_remedy(path)) from error
+        remedy = f"{again}; if the run is of another version, {_other_version_remedy(path)}"
+        raise UserError(error.what, str(path / BEST_NAME), remedy) from error
     start = config.load_from or config.backbone_weights
     source: dict[str, Any] = {}
     if not config.freeze_backbone:  # its weights are in the checkpoint
@@ -7686,29 +7835,24 @@ def read_run_config(path: Path) -> Config:
     Raises:
         UserError: config.json is missing or damaged, of another version of this script, or has a value out of range.
     """
+    file, where, remedy = path / "config.json", f"--run {path}", "give the out_dir of a finished run"
+    remedy += ", or start its training command again, which writes config.json anew"
     try:
-        options = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))["options"])
-        fields = {field.name: field for field in option_fields() if field.name in options}
-        restored = {}
-        for name, field in fields.items():  # undoes `as_plain`: JSON has neither tuples nor paths
-            value = options[name]
-            kind = field_kind(field)
-            if isinstance(value, list):
-                restored[name] = tuple(kind(item) for item in value)
-            else:
-                restored[name] = value if value is None or kind is bool else kind(value)
-        config = Config(**restored)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = printable(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")[:200]
-        problem = f"has no config.json that can be read: {reason}"
-        raise UserError(problem, f"--run {path}", "give the out_dir of a finished run") from error
-    foreign = sorted(options.keys() - fields.keys() - {"command"})
-    missing = [field.name for field in option_fields() if field.metadata.get("fixed") and field.name not in options]
+        record = read_json(file, {"options": dict, "origins": dict})
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error))[:200]
+        raise UserError(f"has no config.json that can be read: {reason}", where, remedy) from error
+    known = {field.name: field for field in option_fields()}
+    foreign = sorted(record["options"].keys() - known.keys() - {"command"})
+    missing = [name for name in known if known[name].metadata.get("fixed") and name not in record["options"]]
     if foreign or missing:
         names = ", ".join((*foreign, *missing)[:8])
         problem = f"was made by another version of this script, with other options: {names}"
-        raise UserError(problem, f"--run {path}", _other_version_remedy(path))
+        raise UserError(problem, where, _other_version_remedy(path))
+    options, places = convert_options(file, record, Config)
+    config = Config(origins=places, **options)
     check_ranges(config)
+    check_config(config)
     return config
 
 
@@ -7826,6 +7970,19 @@ def scan_for_run(
         splits=run.config.splits if splits_path else "random",  # another folder holds class folders
     )
     return attach_masks(scan_dataset(options, splits_path), options)
+
+
+def rows_to_enrol(run: TrainedRun, records: Records, paths: Sequence[str]) -> np.ndarray:
+    """Return the rows (n,) of records, which have these absolute paths, that the gallery does not hold under their class yet."""
+    gallery = run.gallery
+    names = [gallery.class_names[label] for label in gallery.stack_labels.tolist()]
+    known = {
+        (name, str((run.config.data_root / path).resolve()))
+        for name, path in zip(names, gallery.stack_paths, strict=True)
+    }
+    labels = records.labels.tolist()
+    is_new = [(records.class_names[label], path) not in known for label, path in zip(labels, paths, strict=True)]
+    return np.flatnonzero(is_new)
 
 
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str]) -> Gallery:
@@ -8372,8 +8529,8 @@ class ViewCache:
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no note, or not one of ours
-            note = json.loads(note_path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):  # no note, or not one of ours
+            note = read_json(note_path, {"maker": dict, "done": int})
             if note["maker"] == to_json(maker):
                 done = min(note["done"], self._path.stat().st_size // row_bytes)
         missing = (num_views * num_images - done) * row_bytes
@@ -9223,6 +9380,13 @@ def run_evaluate(config: EvaluateOptions) -> None:
     """
     check_run_paths(config)
     keep_freed_memory()
+    read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
+    with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
+        evaluate_run(config)
+
+
+def evaluate_run(config: EvaluateOptions) -> None:
+    """Do what `run_evaluate` does in a run that this process has locked."""
     run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
     records, rows = from_first(choose_records, run, config)
     embedded = embed_records(run, records, rows, config)
@@ -9240,8 +9404,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
         strangers = np.concatenate([strangers, unknown.values])
     figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
     source = str((config.data_root or run.config.data_root).resolve())
-    with lock_directory(run.path, "--run"):
-        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+    write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
     show(format_measures(figures))
     show(f"written: {run.path / 'evaluation.json'}")
 
@@ -9276,6 +9439,8 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
 
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
     """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
+    check_folder(options, "data_root", DATA_TREE)
+    check_files_exist(options, "class_map")
     splits_path = run.path / "splits.json"
     records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
     for note in notes:
@@ -9305,25 +9470,22 @@ def run_prototypes(config: PrototypesOptions) -> None:
             gallery = remove_class(run.gallery, config.remove)
         elif config.add is not None:
             gallery, added_names = add_classes(run, config)
-        if get_rank():
+        if gallery is None:
             return
-        old = None
-        if path.exists():
-            old = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
-            while old.exists():
-                old = old.with_name(f"{old.stem}_.npz")
-            copy_checkpoint(path, old)
+        keep_gallery(path, {*gallery.class_names, config.remove}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
     for sentence in describe_enrolled(gallery, added_names):
         show(sentence)
     for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")
-    show(f"written: {path}" + (f"; as it was, it is {old.name}" if old else ""))
+    show(f"written: {path}")
 
 
 def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
-    """Return the gallery with the crops of --add, None in the processes beside the first, and the names of their classes.
+    """Return the gallery with the crops of --add, and the names of their classes.
+
+    The gallery is None in the processes beside the first, and where it has all of the crops.
 
     Raises:
         UserError: thresholds of another precision are asked for than the gallery was made for.
@@ -9333,8 +9495,14 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
         remedy = f"first: python {SCRIPT_NAME} prototypes --run {config.run} --target_precision {asked}"
         raise UserError(f"thresholds of this gallery are for {stored}", f"--target_precision {asked}", remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
-    added = embed_records(run, records, np.arange(len(records.paths)), config)
     paths = [str((config.add / name).resolve()) for name in records.paths]
+    rows = rows_to_enrol(run, records, paths)
+    if not len(rows):
+        show(f"nothing to add: the gallery has all {len(paths):,} crops of {config.add}")
+        return None, ()
+    if len(rows) < len(paths):
+        show(f"{len(paths) - len(rows):,} of {len(paths):,} crops are in the gallery and not added again")
+    added = embed_records(run, records, rows, config)
     return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
 
 
@@ -9355,25 +9523,21 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     }
     unknown = None
     if options.unknown_dir is not None:
+        check_folder(options, "unknown_dir", "give a folder of images of no class")
         strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
         unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
         return None, meta
-    gallery, _ = export_gallery(run.model, records, features, options, unknown, run.unseen)
-    path = config.run / "prototypes.npz"
-    if path.is_file():
-        with contextlib.suppress(UserError):  # damaged: the very reason to make it anew
-            if lost := sorted(set(load_gallery(path)[0].class_names) - set(records.class_names)):
-                show(f"warning: enrolled classes have to be added again: {', '.join(lost)}")
-    return gallery, meta
+    return export_gallery(run.model, records, features, options, unknown, run.unseen)[0], meta
 
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
     """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
-    return dataclasses.replace(trained, **{name: getattr(typed, name) for name in names & typed.origins.keys()})
+    given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
+    return dataclasses.replace(trained, origins={**trained.origins, **typed.origins}, **given)
 
 
 def run_train(config: Config) -> None:
@@ -9484,12 +9648,15 @@ def plan_run(
         check_identity(point.path, point.payload["identity"], identity)
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
-        if is_completed and has_ended(config, epoch, point.payload["best"]):
+        damage = find_damage(config.out_dir, records) if is_completed else []
+        if is_completed and not damage and has_ended(config, epoch, point.payload["best"]):
             more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
             show(f"to train on, give {more}; to start afresh, --overwrite")
+            if not (config.out_dir / "report.html").is_file():
+                show(f"to have its report, python {SCRIPT_NAME} report {shlex.quote(str(config.out_dir))}")
             return None
-        notes += changes + describe_changes(config, scan.fingerprint)
+        notes += changes + describe_changes(config, scan.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
     if config.cache_views is None:
         config = dataclasses.replace(config, cache_views=choose_cached_views(config, records, info))
@@ -9506,12 +9673,42 @@ def choose_cached_views(config: Config, records: Records, info: BackboneInfo) ->
     return CACHED_VIEWS if is_possible and size <= free_disk(config.out_dir) / 4 else 0
 
 
+def find_damage(out_dir: Path, records: Records) -> list[str]:
+    """Return a sentence for each file of a finished run that is missing or damaged; finishing once more makes them anew."""
+
+    def check_predictions(path: Path) -> None:
+        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
+            num_rows = int((content["splits"] == "test").sum())
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [None not in row.values() for row in csv.DictReader(file, strict=True)]
+        if len(rows) != num_rows or not all(rows):
+            raise ValueError(f"has {sum(rows)} whole rows of {num_rows}")
+
+    checks: dict[str, Callable[[Path], Any]] = {
+        "config.json": lambda path: read_run_config(path.parent),
+        BEST_NAME: load_checkpoint,
+        "prototypes.npz": load_gallery,
+        "embeddings.npz": check_zip,
+    }
+    if len(records.rows("test")):
+        checks["predictions.csv"] = check_predictions
+    damage = []
+    for name, check in checks.items():
+        try:
+            if not (out_dir / name).is_file():
+                raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
+            check(out_dir / name)
+        except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+            damage.append(f"{name}: {getattr(error, 'what', error)}")
+    return [*damage, "what a finished run leaves is made anew"] if damage else []
+
+
 def describe_changes(config: Config, fingerprint: str) -> list[str]:
     """Return a sentence for each option, and for the images, that differ from the run's last start without forbidding to go on."""
     try:
-        last = json.loads((config.out_dir / "config.json").read_text(encoding="utf-8"))
+        last = read_json(config.out_dir / "config.json", {"options": dict, "data": {"fingerprint": str}})
         old, old_fingerprint = last["options"], last["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # it is only for people
+    except (OSError, ValueError):  # it is only for people
         return ["config.json of the last start cannot be read, so that changed options are not named"]
     notes = [
         f"--{name} was {old.get(name)} at the last start and is {value} now"
@@ -9644,7 +9841,10 @@ def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
     run = job.run
     for weights in (point.payload["model"], deployed_weights(point.payload)):
         check_weights(state.model, weights, point.path)
-    restore_state(state, point.payload)
+    try:
+        restore_state(state, point.payload)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of torch, about an optimizer of other groups
+        raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
     state.best = from_first(settle_checkpoints, job, state, point)
     run.forget_epochs_after(state.epoch)
     run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
@@ -9683,6 +9883,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         return
     gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
+    if any(
+        event.get("status") == "completed" for event in read_events(run.path)
+    ):  # since then, classes may be enrolled
+        keep_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
@@ -9883,6 +10087,7 @@ def run_program(
         argv: words of the command line; None = those of this process.
         is_shared: all processes that torchrun has started run the recipe, and not the first one alone.
     """
+    open_streams()
     words = sys.argv[1:] if argv is None else argv
     return run_recipe(lambda: parse_options(options_class, words, command), recipe, is_shared)
 
@@ -9950,6 +10155,7 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
 
 SHARED_MEMORY = re.compile(r"/dev/shm|shared memory|unable to (write to|mmap)")
 OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+TOO_MANY_FILES = re.compile(re.escape(os.strerror(errno.EMFILE)), re.IGNORECASE)
 PEER_ENDED = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process|socket (closed|timeout)", re.IGNORECASE
 )
@@ -9978,14 +10184,19 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
         if PEER_ENDED.search(text):
             remedy = "see what it has said itself, and torchrun of it; the same command continues"
             return UserError(f"another process of the job has ended ({cause})", place, remedy)
+    max_files = f"ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}"
+    if TOO_MANY_FILES.search(text):
+        return UserError("too many files are open", "this process", f"raise {max_files}; the same command continues")
     if isinstance(error, DeadWorker):
         name = "num_workers" if "num_workers" in given else "workers"
-        remedy = f"lower {options.flag(name)} if memory is short (/dev/shm too); the same command continues"
+        remedy = f"lower {options.flag(name)} if memory is short (/dev/shm too), or raise {max_files}; the same command continues"
         where = f"{options.flag(name)} {count_workers(given.get(name))}"
         return UserError(f"a process that reads images was killed: {text}", where, remedy)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
-        return UserError(f"cannot be written: {error.strerror}", str(error.filename or given.get("out_dir")), remedy)
+        places = (error.filename, *(given.get(name) for name in ("out_dir", "output_dir", "out", "run")), Path.cwd())
+        unwritten = write_error(Path(next(filter(None, places))), error, 0)
+        return UserError(unwritten.what, unwritten.where, remedy)
     return None
 
 

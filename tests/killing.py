@@ -114,8 +114,8 @@ def do_at(plan: dict[str, Any]) -> Any:
         if number == plan["nth"] or (plan.get("on") and number > plan["nth"]):
             if "shell" in plan:
                 subprocess.run(plan["shell"], shell=True, check=True)
-            if plan.get("kill_worker"):
-                multiprocessing.active_children()[0].kill()
+            if "worker_signal" in plan:
+                os.kill(multiprocessing.active_children()[0].pid, plan["worker_signal"])
         return call() + plan.get("add", 0) if "add" in plan and number >= plan["nth"] else call()
 
     return action
@@ -163,6 +163,10 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    if "open_files" in job:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (job["open_files"], job["open_files"]))
+    for name, value in job.get("constants", {}).items():
+        setattr(module, name, value)
     for plan in job.get("plans", ()):
         kinds = {"signal": die_at, "errno": fail_at, "error": fail_at}
         install(module, plan["at"], next((kinds[key] for key in plan if key in kinds), do_at)(plan))
@@ -260,7 +264,7 @@ def kill(at: str, nth: int, number: int = signal.SIGKILL, **more: Any) -> dict[s
 
 
 def do(at: str, nth: int, **what: Any) -> dict[str, Any]:
-    """Describe what happens to the world at the nth call of a function: `shell`, `kill_worker`, or `add` to what it returns."""
+    """Describe what happens to the world at the nth call of a function: `shell`, `worker_signal`, or `add` to what it returns."""
     return {"at": at, "nth": nth, **what}
 
 

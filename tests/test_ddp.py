@@ -326,7 +326,7 @@ def test_a_loader_worker_that_is_killed_is_named_by_the_process_that_it_read_for
     nursery: Nursery, data: Path, alone: Path, tmp_path: Path
 ) -> None:
     """The first process writes the log, and knows nothing of it; the run is the same all the same."""
-    ranks = [{}, {"plans": [do("gather_batch", 2, kill_worker=True)]}]
+    ranks = [{}, {"plans": [do("gather_batch", 2, worker_signal=signal.SIGKILL)]}]
     argv = ("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN, "--workers", 1, "--save_minutes", 10)
     ends = nursery.run_team(*argv, ranks=ranks)
     assert [code for code, _ in ends] == [0, 0], ends

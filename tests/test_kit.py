@@ -27,7 +27,7 @@ import lct_dino3 as lct
 import torch
 from torch import nn
 
-KEYS = ("epoch", "batches", "generator", "critic", "optimizers")
+FORM = {{"epoch": int, "batches": int, "generator": dict, "critic": dict, "optimizers": [dict]}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GanOptions(lct.Options):
 def train(options: GanOptions) -> None:
     lct.check_given(options)
     runtime = lct.make_runtime(options.gpus, "fp32")
-    point = lct.choose_checkpoint(options.out_dir, options.resume, options.overwrite, KEYS)
+    point = lct.choose_checkpoint(options.out_dir, options.resume, options.overwrite, FORM)
     lct.seed_torch(options.seed, 0)
     generator, critic = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     optimizers = [torch.optim.Adam(part.parameters(), lr=options.lr) for part in (generator, critic)]
@@ -115,7 +115,7 @@ def test_a_program_with_two_optimizers_is_interrupted_killed_and_ends_as_if_noth
     assert straight.wait(timeout=120) == 0
     last = start(program, "--out_dir", parts, *flags)
     assert last.wait(timeout=120) == 0, last.stderr.read()
-    one, other = (lct.load_checkpoint(path / lct.LAST_NAME, ("generator",)) for path in (whole, parts))
+    one, other = (lct.load_checkpoint(path / lct.LAST_NAME, {"generator": dict}) for path in (whole, parts))
     assert one["epoch"] == other["epoch"] == 120
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     recorded = [

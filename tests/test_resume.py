@@ -621,8 +621,18 @@ def test_a_folder_that_is_deleted_during_the_run(start: Any, tmp_path: Path) -> 
 
 
 def test_a_killed_loader_worker_is_replaced_and_changes_nothing(start: Any, straight: Path, tmp_path: Path) -> None:
-    code, text = start(do("train_step", 2, kill_worker=True), flags=("--workers", 2))
+    code, text = start(do("train_step", 2, worker_signal=KILL), flags=("--workers", 2))
     assert code == 0 and "the loader is started again" in text
+    assert differences(straight, tmp_path / "run") == []
+
+
+def test_a_loader_worker_that_lives_and_delivers_nothing_is_replaced(
+    start: Any, straight: Path, tmp_path: Path
+) -> None:
+    code, text = start(
+        do("train_step", 2, worker_signal=signal.SIGSTOP), flags=("--workers", 1), constants={"LOADER_SECONDS": 1}
+    )
+    assert code == 0 and "(no batch came for 1 s); the loader is started again" in text, text[-3000:]
     assert differences(straight, tmp_path / "run") == []
 
 
@@ -631,14 +641,14 @@ def test_a_loader_worker_killed_amid_the_batches_of_one_step(start: Any, tmp_pat
     steps = ("--accumulate_grad_batches", 8, "--workers", 1, "--epochs", 2)
     assert start(flags=steps)[0] == 0
     (tmp_path / "run").rename(tmp_path / "calm")
-    code, text = start(do("gather_batch", 2, kill_worker=True), flags=steps)
+    code, text = start(do("gather_batch", 2, worker_signal=KILL), flags=steps)
     assert code == 0 and "the loader is started again" in text
     assert differences(tmp_path / "calm", tmp_path / "run") == []
 
 
 def test_a_loader_worker_killed_while_images_are_embedded(start: Any, straight: Path, tmp_path: Path) -> None:
     """One worker has made two batches by then; the others have to be made by another one."""
-    code, text = start(do("gather_answers", 1, kill_worker=True), flags=("--workers", 1))
+    code, text = start(do("gather_answers", 1, worker_signal=KILL), flags=("--workers", 1))
     assert code == 0 and "the loader is started again" in text, text[-3000:]
     assert differences(straight, tmp_path / "run") == []
 

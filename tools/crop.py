@@ -38,7 +38,11 @@ from PIL import Image
 RECORDS_NAME = "crops.jsonl"  # a line a crop; a folder that holds it is ours
 # A line a photo, which is on disk before its crops are written: whatever a kill leaves is known to be ours.
 PROGRESS_NAME = ".crops.progress.jsonl"
-RECORD_KEYS = frozenset("file class photo box id unknown sha256 mask mask_sha256 photo_bytes key".split())
+RECORD_FORM = {
+    **dict.fromkeys("file class photo sha256 key".split(), str),
+    **dict.fromkeys(("mask", "mask_sha256"), (str, type(None))),
+    **{"box": [(int, float)], "id": object, "unknown": bool, "photo_bytes": int},
+}
 VERSION = 1  # of how crops are cut and written; another one cuts all of them anew
 JPEG_QUALITY = 95
 MAX_NAME_BYTES = 160  # of the photo in a file's name of at most 255, in which number, suffix and process stand too
@@ -88,9 +92,7 @@ def check_options(options: CropOptions) -> None:
     where = options.said("out")
     images = options.images.resolve()
     for folder in (options.out.resolve(), unknown_folder(options.out)):
-        if images in (folder, *folder.parents):
-            what = f"{folder} lies inside --images, where it would be taken for photos"
-            raise lct.UserError(what, where, "choose a folder outside the photos")
+        lct.check_outside(folder, f"{options.place('out')} {folder}", {"--images": images})
         if folder in images.parents:
             raise lct.UserError("holds --images, which would be taken for a class", where, "choose another folder")
         if folder.exists() and not folder.is_dir():
@@ -253,12 +255,10 @@ def check_record(record: dict[str, Any]) -> None:
     Raises:
         ValueError: it lacks something, or its files lie elsewhere.
     """
-    missing = RECORD_KEYS - record.keys()
-    if missing:
-        raise ValueError(f"has no {min(missing)}")
+    lct.check_form(record, RECORD_FORM)
     is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in list_files(record))
     is_number = parse_number(record["file"]).isdecimal()
-    if not is_below or not is_number or len(record["box"]) != 4 or not isinstance(record["photo"], str):
+    if not is_below or not is_number or len(record["box"]) != 4:
         raise ValueError("names a file that is none of ours")
 
 

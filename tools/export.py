@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -24,6 +25,8 @@ import torch
 from torch import nn
 
 TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
+# The key of our metadata as the formats write it.
+EXPORT_MARKS = {"onnx": b"\n\tlct_dino3\x12", "safetensors": b'{"__metadata__":{"lct_dino3":'}
 OPSET = 18  # the oldest that torch exports to
 MIN_ONNXRUNTIME = "1.14"  # the first that reads it
 NUM_CROPS = 32  # references that an export is checked on
@@ -281,21 +284,46 @@ def format_checks(checks: dict[str, float], run: lct.TrainedRun, options: Export
     return f"{text}\nwarning: the gallery is not what the file makes of its crops: {made}; {remedy} makes it anew"
 
 
+def check_place(options: ExportOptions) -> Path:
+    """Return the file to write, or the folder of the predecessor's files; it may replace nothing but an earlier export.
+
+    Raises:
+        UserError: something else is there, or it lies among crops or in a run.
+    """
+    is_folder = options.format == "predecessor"
+    path = usual = options.run / ("predecessor" if is_folder else f"model.{options.format}")
+    if options.out is not None and options.out.resolve() != usual.resolve():
+        path = options.out
+        data_root = options.data_root or lct.read_run_config(options.run).data_root
+        lct.check_outside(path, options.said("out"), {"data_root": data_root})
+    if is_folder and path != usual and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
+    if path.is_dir() and not is_folder:
+        raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
+    if os.path.lexists(path) and not is_folder and not is_export(path, options.format):
+        what = f"is no {options.format} file of this tool, and is not overwritten"
+        raise lct.UserError(what, f"--out {path}", "give another --out")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise lct.UserError("cannot be written to", str(parent), "give --out FILE elsewhere")
+    return path
+
+
+def is_export(path: Path, kind: str) -> bool:
+    """Say whether a file was written by this tool."""
+    return path.is_file() and EXPORT_MARKS[kind] in path.read_bytes()
+
+
 def export_run(options: ExportOptions) -> None:
     """Write a finished run for other programs, once it is known to answer as PyTorch does."""
     lct.check_run_paths(options)
+    path = check_place(options)
     run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
     lct.merge_lora(run.model.backbone.model)
     if options.format == "predecessor":
-        folder = options.out or run.path / "predecessor"
-        if options.out is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise lct.UserError("is no empty folder", f"--out {folder}", "choose a new one")
-        export_predecessor(run, folder)
-        lct.show(f"written: {folder / lct.BEST_NAME}, {folder / 'prototypes.npz'}")
+        export_predecessor(run, path)
+        lct.show(f"written: {path / lct.BEST_NAME}, {path / 'prototypes.npz'}")
         return
-    path = options.out or run.path / f"model.{options.format}"
-    if path.is_dir():
-        raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
     lct.create_out_dir(path.absolute().parent, "--out")
     if options.format == "onnx":
         checks = export_onnx(run, path, load_references(run, options.data_root or run.config.data_root))

@@ -62,17 +62,15 @@ from voxel_gan import (
     take_step,
 )
 
-CHECKPOINT_KEYS = (
-    "epoch",
-    "architecture",
-    "identity",
-    "run",
-    "class_names",
-    "text",
-    "model",
-    "discriminator",
-    "optimizers",
-)
+CHECKPOINT_FORM = {
+    "epoch": int,
+    "run": str,
+    "class_names": (list, tuple),
+    **dict.fromkeys(("architecture", "identity", "text"), dict),
+    "optimizers": [dict],
+    "model": {str: torch.Tensor},
+    "discriminator": {str: torch.Tensor},
+}
 # What a class is called in training; a prompt of `generate` may say it in any of these ways, or another.
 TEMPLATES = ("a {}", "a 3d model of a {}", "3d model of a {}", "{}", "generate a {}")
 GOOD_IOU, BAD_IOU = 0.7, 0.5  # of the verdict
@@ -490,7 +488,7 @@ def read_state(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise lct.UserError("does not exist", where, remedy)
     try:
-        return lct.load_checkpoint(path, CHECKPOINT_KEYS)
+        return lct.load_checkpoint(path, CHECKPOINT_FORM)
     except lct.UserError as error:
         raise lct.UserError(error.what, where, remedy) from error
 

@@ -38,6 +38,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 ANSWERS_NAME = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
+ANSWER_FORM = {"unit": str, "size": [int], "objects": [list], "problems": [list]}
 WRITTEN_NAME = ".written.jsonl"  # path and digest of each label file: what differs was corrected by people
 UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
 REVIEW_CARDS = 200  # a morning's work
@@ -96,9 +97,8 @@ def check_options(options: PrelabelOptions) -> None:
         raise lct.UserError("does not exist", options.said("detections"), "check the path")
     out = options.out.resolve()
     images = options.images.resolve()
-    if out == images or images in out.parents:
-        reason = "lies inside --images, where it would be taken for images"
-        raise lct.UserError(reason, options.said("out"), "choose a folder outside the images")
+    data_root = lct.read_run_config(options.run).data_root
+    lct.check_outside(out, options.said("out"), {"--images": images, "the run's data_root": data_root})
     if out.exists() and not out.is_dir():
         raise lct.UserError("is a file, not a folder", options.said("out"), "choose another path")
     is_used = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
@@ -405,8 +405,10 @@ class AnswerFile:
                 if not line.endswith(b"\n"):
                     os.truncate(path, start)
                     break
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is answered again
-                    self._starts[json.loads(line)["unit"]] = start
+                with contextlib.suppress(ValueError, RecursionError):  # a damaged line is answered again
+                    record = json.loads(line)
+                    lct.check_form(record, ANSWER_FORM)
+                    self._starts[record["unit"]] = start
                 start += len(line)
         return True
 
@@ -536,10 +538,15 @@ class Prelabels:
 def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
     """Answer every object that --out does not hold an answer for yet."""
     units = plan_units(detections)
-    with open(run.path / "prototypes.npz", "rb") as file:
-        gallery_hash = hashlib.file_digest(file, "sha256").hexdigest()
-    # An answer is a function of these, besides the image and the object; 2 is the version of the answers.
-    settings = [2, gallery_hash, run.meta["weights_hash"], str(run.model.backbone.dtype), run.runtime.device.type]
+    arrays = (np.array(getattr(run.gallery, field)) for field, _, _ in lct.GALLERY_ARRAYS.values())
+    # An answer is a function of these, besides the image and the object; 3 is the version of the answers.
+    settings = [
+        3,
+        lct.fingerprint(run.meta, *arrays),
+        run.meta["weights_hash"],
+        str(run.model.backbone.dtype),
+        run.runtime.device.type,
+    ]
     key = hashlib.sha256(json.dumps([*settings, options.box_pad]).encode()).hexdigest()[:24]
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)

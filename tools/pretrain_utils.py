@@ -36,7 +36,13 @@ from slt.views import EpochBatches, ViewBatch, ViewDataset, ViewKey, resize
 from torch import nn
 from torch.utils.data import DataLoader
 
-CHECKPOINT_KEYS = tuple("epoch batches step identity student teacher targets optimizer tally best start".split())
+CHECKPOINT_FORM = {
+    **dict.fromkeys(("epoch", "batches", "step"), int),
+    **dict.fromkeys(("identity", "targets", "optimizer", "best", "start"), dict),
+    "student": {str: torch.Tensor},
+    "teacher": {str: torch.Tensor},
+    "tally": torch.Tensor,
+}
 EVAL_BATCH = 256
 MIN_INFORMATION = 0.3  # share of ln(out_dim) below which the teacher's answers say too little of the image
 TALLY = ("loss", "loss_class", "loss_patch", "koleo", "grad_norm")
@@ -526,7 +532,7 @@ def describe_run(job: Job, networks: Networks) -> dict[str, Any]:
 def export_best(job: Job, state: State) -> None:
     """Write the backbone of the best teacher, and beside it as JSON what it is."""
     options, path = job.options, job.options.export_backbone
-    best = lct.load_checkpoint(options.output_dir / options.checkpoint_best_name, CHECKPOINT_KEYS)
+    best = lct.load_checkpoint(options.output_dir / options.checkpoint_best_name, CHECKPOINT_FORM)
     prefix = "backbone."
     weights = {key.removeprefix(prefix): value for key, value in best["teacher"].items() if key.startswith(prefix)}
     metadata = {
@@ -579,7 +585,7 @@ def choose_start(options: PretrainOptions) -> dict[str, Any] | None:
             raise lct.UserError(f"there is no {last}", "--resume", "leave --resume out to start afresh")
         return None
     try:
-        return lct.load_checkpoint(path / options.checkpoint_last_name if path.is_dir() else path, CHECKPOINT_KEYS)
+        return lct.load_checkpoint(path / options.checkpoint_last_name if path.is_dir() else path, CHECKPOINT_FORM)
     except lct.UserError as error:
         remedy = f"give --resume {options.output_dir / options.checkpoint_best_name}, or start afresh with --overwrite"
         raise lct.UserError(error.what, error.where, remedy) from error

@@ -25,6 +25,7 @@ import os
 import re
 import stat
 import sys
+import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -224,7 +225,7 @@ def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
         return None
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
         raise ReportError(f"{path} cannot be read: {reason}") from error
 
@@ -238,7 +239,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl; a damaged line, such as the half one that a kill leaves, is left out."""
     events = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and "event" in record:
                 events.append(record)
@@ -1240,6 +1241,10 @@ def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> 
             return next((uri for source in pictures if (uri := source.uri(shot))), None)
 
         page = render(describe_comparison(runs), find_picture)
+    for run in runs:
+        data_root = Path(run.config["options"]["data_root"])
+        if path.resolve().is_relative_to(data_root.resolve()):
+            raise ReportError(f"--out {path} lies inside data_root {data_root}: give another --out")
     write_page(path, page, is_ours=out is None and len(runs) == 1)
     if missing := sum(source.num_missing for source in pictures):
         print(f"note: {missing:,} pictures cannot be read; --data_root DIR says where they are now", file=sys.stderr)
@@ -1263,6 +1268,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = make_page(options.runs, options.out, options.data_root)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:  # of a file that is sound JSON, of another form
+        place = traceback.extract_tb(error.__traceback__)[-1].name
+        names = ", ".join(map(str, options.runs))
+        print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)
         return 2
     print(f"written: {path}")
     return 0

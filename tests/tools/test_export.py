@@ -283,5 +283,7 @@ def test_a_folder_for_a_file_and_crops_that_are_gone_cost_one_sentence(
 ) -> None:
     assert call_main("export", "--run", run_dir, "--out", tmp_path) == 2
     assert "is a folder" in capsys.readouterr().err
-    assert call_main("export", "--run", run_dir, "--data_root", tmp_path, "--out", tmp_path / "m.onnx") == 2
+    (tmp_path / "empty").mkdir()
+    place = ("--data_root", tmp_path / "empty", "--out", tmp_path / "m.onnx")
+    assert call_main("export", "--run", run_dir, *place) == 2
     assert "--data_root" in capsys.readouterr().err

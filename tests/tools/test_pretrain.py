@@ -592,7 +592,7 @@ def test_neither_workers_nor_the_death_of_one_change_anything(crops: Path, nurse
     assert start(crops, tmp_path / "none", "--source-size", 0) == 0
     places = ("pretrain_dino_face", "--train-dir", crops, "--output-dir", tmp_path / "two", *TINY, "--source-size", 0)
     flags = ("--num-workers", 1, "--dataset-persistent-workers", "--dataset-pin-memory")
-    code, text = nursery.run(*places, *flags, plans=[do("pretrain_utils.train_step", 3, kill_worker=True)])
+    code, text = nursery.run(*places, *flags, plans=[do("pretrain_utils.train_step", 3, worker_signal=signal.SIGKILL)])
     assert code == 0 and "a loader worker was killed" in text, text
     assert read_run(tmp_path / "none") == read_run(tmp_path / "two")
 
