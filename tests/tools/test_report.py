@@ -482,7 +482,13 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
     measured, unseen = draw(10), draw(30)
     figures = measure_drawn(tmp_path) | measured
     run.events.append({"event": "measured", **figures})
-    others = {"classes": ["a"], "images": 3, "unknown_passed": 0.123, "enrolment": [], "known_acc": 0.5}
+    others = {
+        "classes": ["a"],
+        "images": 3,
+        "unknown_passed": {"value": 0.123, "interval": [0.1, 0.15]},
+        "enrolment": [],
+        "known_acc": 0.5,
+    }
     others["open_set"] = {"source": "classes it was not trained on", "trained_on_them": False, "others": {}}
     others["open_set"] |= {name: {"value": 0.5, "interval": [0.4, 0.6]} for name in ("auroc", "fpr95")}
     for shown in (measured, unseen):
@@ -492,7 +498,9 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
         shares = [int(share) for share in re.findall(r'y="270">(\d+) %<', text)]
         assert shares == [round(100 * row["share"]) for row in shown["reliability"]]
         run.events.append({"event": "unseen_classes", **others, **unseen})
-    assert "not trained on" in text and "12.3 % of the unknown objects get a class" in section(page, "trust")
+    assert "not trained on" in text and "0.123 of the images of classes never trained on get a class" in section(
+        page, "trust"
+    )
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 61])
@@ -672,11 +680,19 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     assert text.count("%</td>") == len(lct.PRECISION_TARGETS)
     told = {"value": 0.123, "interval": [0.102, 0.145]}
     way = {"auroc": {"value": 0.867, "interval": [0.822, 0.901]}, "fpr95": {"value": 0.501, "interval": [0.367, 0.797]}}
-    enrolment = [{"crops": 5.0, "new": 0.383, "old": 0.775, "before": 0.791}]
+    enrolment = [
+        {"crops": 5, "new": 0.383, "old": 0.775, "before": 0.791, "recall": 0.234, "precision": 0.954, "answers": 7}
+    ]
     unseen = {"classes": ["hammer"], "images": 9, "unknown_passed": told, "enrolment": enrolment}
-    run.events.append({"event": "unseen_classes", **unseen, "open_set": {**way, "others": {"regression": way}}})
-    figures = {*re.findall(r"\d\.\d{3}", lct.format_measures(measured) + str(run.events[-1]))}
-    assert figures <= {*re.findall(r"\d\.\d{3}", section(make_page(run.write()), "trust"))}, "the log leaves them to it"
+    unseen |= {"ece": 0.045, "reliability": measured["reliability"]}
+    run.events.append(
+        {"event": "unseen_classes", **unseen, "open_set": {"source": "others", **way, "others": {"regression": way}}}
+    )
+    del unseen["reliability"]
+    figures = {*re.findall(r"\d\.\d{3}", lct.format_measures(measured) + str(unseen))}
+    page = make_page(run.write())
+    shown = {*re.findall(r"\d\.\d{3}", section(page, "trust") + section(page, "calibration"))}
+    assert figures - shown <= {f"{measured['ece']:.3f}"}, "the log leaves them to it"
 
 
 def test_masks_are_counted_and_refused_ones_named(tmp_path: Path) -> None:
