@@ -6401,7 +6401,7 @@ PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "froze
 CHECKPOINT_FORM = {
     **{"epoch": int, "batches": int, "step": int, "seconds": (int, float), "best": dict, "frozen_right": {str: object}},
     "baseline": {"val": {str: object}},
-    **{"unseen": {str: dict}, "sessions": {str: {"train": str, "cosine": float}}},
+    **{"unseen": {str: object}, "sessions": {str: {"train": str, "cosine": float}}},
     "identity": {"class_names": [str], "backbone_hash": str},
     "model": {str: torch.Tensor},
     "optimizer": {"state": dict, "param_groups": [dict]},
@@ -9883,9 +9883,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         return
     gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
-    if any(
-        event.get("status") == "completed" for event in read_events(run.path)
-    ):  # since then, classes may be enrolled
+    was_completed = any(event.get("status") == "completed" for event in read_events(run.path))
+    if was_completed:  # since then, classes may be enrolled
         keep_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
