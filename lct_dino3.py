@@ -1226,7 +1226,11 @@ def check_predecessor(options: Options) -> None:
     """
     for name, remedy in PREDECESSOR_REMEDIES.items():
         path = getattr(options, name, None)
-        if path in (None, "last") or (name == "out_dir" and getattr(options, "overwrite", False)):
+        if (
+            not isinstance(path, (str, Path))
+            or path == "last"
+            or (name == "out_dir" and getattr(options, "overwrite", False))
+        ):
             continue
         run = find_predecessor(Path(path))
         if run is not None and (name != "data_root" or run == path):  # a folder of classes may hold runs too

@@ -299,7 +299,7 @@ def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_change_nothing_that
     for name, load in (("checkpoint_last.pth", lct.load_checkpoint), ("prototypes.npz", lct.load_gallery)):
         whole, refused = (straight / name).read_bytes(), 0
         expected = words(load(straight / name))
-        for position in rng.integers(0, len(whole), 200).tolist():
+        for position in rng.integers(0, len(whole), 80).tolist():
             hurt = bytearray(whole)
             hurt[position] ^= 1 << int(rng.integers(8))
             (tmp_path / name).write_bytes(hurt)
@@ -307,7 +307,7 @@ def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_change_nothing_that
                 assert words(load(tmp_path / name)) == expected
             except lct.UserError:
                 refused += 1
-        assert refused > 150
+        assert refused > 60
         for start in rng.integers(0, len(whole) - 4096, 20).tolist() if len(whole) > 4096 else ():
             (tmp_path / name).write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
             with pytest.raises(lct.UserError, match="cannot be read as"):

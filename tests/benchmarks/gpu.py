@@ -171,7 +171,11 @@ class Bench:
             weights = torch.load(folder / lct.LAST_NAME, map_location="cpu", weights_only=True)["model"]
             with np.load(folder / "prototypes.npz", allow_pickle=False) as gallery:
                 results.append({"embeddings": torch.from_numpy(gallery["stacks"]), **weights})
-        gaps = [(values.double() - results[1][key].double()).abs().max() for key, values in results[0].items()]
+        gaps = [
+            (values.double() - results[1][key].double()).abs().max()
+            for key, values in results[0].items()
+            if values.numel()
+        ]
         return torch.stack(gaps).max().item(), least_cosine(*(result["embeddings"] for result in results))
 
 
