@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import importlib
 import inspect
 import io
 import math
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -348,3 +350,10 @@ def probe(page: Path, script: str, width: int = 1280) -> str:
     on_load = f"<script>onload = () => {{ document.title = {script}; }}</script></body>"
     copy.write_text(text.replace('loading="lazy"', "").replace("</body>", on_load), "utf-8")
     return re.search(r"<title>(.*?)</title>", browse(copy, width)[0])[1]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(REPO / "tests/benchmarks")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return importlib.import_module("gpu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +314,16 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     np.testing.assert_allclose(embeddings, exact, atol=1e-5)
     rows = [paths.tolist().index(path) for path in run.gallery.stack_paths]
     np.testing.assert_allclose(run.gallery.stacks, exact[rows], atol=1e-5)
+
+
+def test_every_check_of_a_gpu_has_a_line_on_a_cpu_too_and_passes_for_nothing_there(gpu: types.ModuleType) -> None:
+    command = [sys.executable, gpu.__file__, "--dry"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *lines, total = done.stdout.splitlines()
+    verdicts = dict(reversed(line.split(":")[0].split()) for line in lines)
+    assert len(lines) == len(verdicts) and verdicts.keys() == {check.__name__ for check in gpu.MEASURED + gpu.COMPARED}
+    assert {name for name, verdict in verdicts.items() if verdict == "skip"} <= {
+        *("waits_a_step", "out_of_memory", "compiled_run", "sam2_in_bf16")
+    }
+    assert set(verdicts.values()) == {"dry", "skip"} and " in " in total
