@@ -8083,26 +8083,24 @@ def score_without_oneself(gallery: Gallery) -> np.ndarray:
     return scores
 
 
-def describe_promise(at: dict[str, Any]) -> str:
-    """Return in words what the thresholds of enrolled classes were worth, of `measure_enrolment`."""
-    asked = f"at {at['target_precision']:.0%} asked"
-    if not at["answers"]:
-        return f"{asked} no answer is given"
-    return (
-        f"{asked} {at['precision']:.0%} of {at['answers']} answers are right, {at['recall']:.0%} of their images found"
-    )
-
-
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
-    """Return a sentence for each class of those that was enrolled: its threshold, and how sure that is."""
+    """Return a sentence for each newly enrolled class: its threshold, and what such a threshold was worth on test images."""
     sentences = []
     for label in map(gallery.class_names.index, names):
         crops = set(itertools.compress(gallery.stack_paths, gallery.stack_labels == label))
         at = measured_enrolment(gallery, len(crops))
-        sure = "the highest of the other classes, as nothing was measured"
-        if at is not None:
-            sure = "not tested" if at["figures"] is None else describe_promise(at["figures"])
-            sure = f"as for classes that heads of the training did not know: {sure}"
+        figures = at and at["figures"]
+        if at is None:
+            sure = "the highest of the other classes, as nothing was measured"
+        elif figures is None:
+            sure = "set for another precision than in training, and not tested"
+        elif not figures["answers"]:
+            sure = f"with which classes that heads of the training did not know got no answer at {figures['target_precision']:.0%}"
+        else:
+            sure = (
+                f"with which classes that heads of the training did not know had {figures['precision']:.0%} of"
+                f" {figures['answers']} answers right, where {figures['target_precision']:.0%} were asked"
+            )
         named = f"{gallery.class_names[label]}, {len(crops)} crops"
         sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {sure}")
     return sentences
@@ -9271,7 +9269,8 @@ def measure_enrolment(
             figures["new"].append(one.is_right[head.is_unseen].mean())
             figures["old"].append(one.is_right[is_known_test].mean())
             figures["before"].append(head.is_right[is_known_test].mean())
-            figures["recall"].append((one.is_right & has_passed)[is_test & head.is_unseen].mean())
+            is_found = (one.is_right & has_passed)[is_test & head.is_unseen]
+            figures["recall"].append(mean_of_defined(is_found.astype(float)))
     passed_right = np.concatenate(has_passed_right).astype(float)
     return {
         "crops": num_crops,
@@ -9479,7 +9478,8 @@ def run_prototypes(config: PrototypesOptions) -> None:
         keep_gallery(path, {*gallery.class_names, config.remove}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    for sentence in describe_enrolled(gallery, added_names):
+    new_names = [name for name in added_names if name not in run.gallery.class_names]
+    for sentence in describe_enrolled(gallery, new_names):
         show(sentence)
     for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")
@@ -9496,7 +9496,9 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
     """
     asked, stored = config.target_precision, run.meta["target_precision"]
     if "target_precision" in config.origins and asked != stored:
-        remedy = f"first: python {SCRIPT_NAME} prototypes --run {config.run} --target_precision {asked}"
+        remedy = (
+            f"first: python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))} --target_precision {asked}"
+        )
         raise UserError(f"thresholds of this gallery are for {stored}", f"--target_precision {asked}", remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]

@@ -114,10 +114,11 @@ def test_a_class_of_few_crops_among_nearest_references_is_told_the_way_out(
 
 
 def test_more_crops_of_a_known_class_move_its_centroid_and_no_threshold(
-    run_dir: Path, tmp_path: Path, call_main: Main
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     before, _ = lct.load_gallery(run_dir / "prototypes.npz")
     assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "bit", 1), *QUIET) == 0
+    assert "threshold of bit" not in capsys.readouterr().out, "it is no new class"
     gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
     assert gallery.class_names == before.class_names and np.array_equal(gallery.thresholds, before.thresholds)
     moved = np.abs(gallery.centroids - before.centroids).max(axis=1) > 1e-6
