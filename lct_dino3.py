@@ -6913,20 +6913,10 @@ class Gallery:
     enrolment: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     fusion: Fusion = NO_FUSION
 
-    @property
-    def feature_mean(self) -> np.ndarray:
-        """What is taken off the backbone's features, float32 (F,)."""
-        return self.fusion.mean.numpy()
-
-    @property
-    def feature_projection(self) -> np.ndarray:
-        """What they are then multiplied by, float32 (F, K); K = 0 where the vectors are the embedding alone."""
-        return self.fusion.projection.numpy()
-
-    @property
-    def feature_weight(self) -> np.float32:
-        """Their weight in a cosine."""
-        return np.float32(self.fusion.weight)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return its fields as the arrays of prototypes.npz, by name."""
+        fields = {name: operator.attrgetter(field)(self) for name, (field, _, _) in GALLERY_ARRAYS.items()}
+        return {name: np.asarray(value, GALLERY_ARRAYS[name][1]) for name, value in fields.items()}
 
     @functools.cached_property
     def module(self) -> Matcher:
@@ -7082,27 +7072,30 @@ def choose_fusion(
     num_classes: int,
     unknown: tuple[Embedded, Embedded] | None = None,
 ) -> Fusion:
-    """Return the fusion of most weight whose nearest centroids are right on val as often as without it, but for FEATURE_LOSS.
+    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val.
 
-    With features and embeddings `unknown` of objects of no class: right, and surer than of them. Fitted on train.
+    `unknown` are features and embeddings of objects of no class. Fitted on train.
     """
     mean, projection = project_features(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
         candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
-
-    def quality(fusion: Fusion) -> float:
+    qualities = []
+    for fusion in candidates:
         train, val = (fusion.fuse(features[split], embedded[split]) for split in ("train", "val"))
         centroids = class_centroids(train.values, train.labels, num_classes)
-        answer = functools.partial(best_answers, lambda queries: queries @ centroids.T)
-        answers, best = answer(val.values)
-        is_right = answers == val.labels
-        if unknown is None:
-            return float(is_right.mean())
-        return open_set_rate(best, is_right, answer(fusion.fuse(*unknown).values)[1])
-
-    qualities = [quality(candidate) for candidate in candidates]
+        strangers = fusion.fuse(*unknown).values if unknown else None
+        qualities.append(match_quality(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers))
     return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
+
+
+def match_quality(score: Callable[[np.ndarray], np.ndarray], val: Embedded, strangers: np.ndarray | None) -> float:
+    """Return the share of val that gets its class; with vectors of `strangers` (U, D): and with more than most of them score."""
+    answers, best = best_answers(score, val.values)
+    is_right = answers == val.labels
+    if strangers is None:
+        return float(is_right.mean())
+    return open_set_rate(best, is_right, best_answers(score, strangers)[1])
 
 
 def embed(model: Recognizer, features: Embedded) -> Embedded:
@@ -7166,18 +7159,12 @@ def build_gallery(
     )
     if config.prototypes_per_class not in ("auto", "1"):
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
-
-    def quality(candidate: Gallery) -> float:
-        answers, best = candidate.answer(val.values)
-        is_right = answers == val.labels
-        if strangers.vectors is None:
-            return float(is_right.mean())
-        return open_set_rate(best, is_right, candidate.answer(strangers.vectors)[1])
-
     sizes = np.bincount(stacks.labels, minlength=num_classes)
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
-    knn = max((dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts), key=quality)
-    if config.matcher == "knn" or (config.matcher == "auto" and quality(knn) > quality(gallery)):
+    candidates = [dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts]
+    *qualities, simple = [match_quality(one.scores, val, strangers.vectors) for one in (*candidates, gallery)]
+    knn = candidates[int(np.argmax(qualities))]
+    if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple):
         gallery = knn
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
@@ -7577,9 +7564,9 @@ GALLERY_ARRAYS = {
     "stack_paths": ("stack_paths", "U0", "N"),
     "stack_views": ("stack_views", "u1", "N"),
     "matcher": ("matcher", "U0", ""),
-    "feature_mean": ("feature_mean", "f4", "F"),
-    "feature_projection": ("feature_projection", "f4", "FK"),
-    "feature_weight": ("feature_weight", "f4", ""),
+    "feature_mean": ("fusion.mean", "f4", "F"),  # taken off the backbone's features
+    "feature_projection": ("fusion.projection", "f4", "FK"),  # they are multiplied by it; K = 0: the embedding alone
+    "feature_weight": ("fusion.weight", "f4", ""),  # of what that makes, in a cosine
 }
 
 
@@ -7595,10 +7582,12 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
     texts = {"cls2id": {name: index for index, name in enumerate(gallery.class_names)}, "meta": to_json(meta)}
-    arrays = {name: np.array(getattr(gallery, field)) for name, (field, _, _) in GALLERY_ARRAYS.items()}
-    arrays |= {name: np.array(json.dumps(content, ensure_ascii=False)) for name, content in texts.items()}
     with atomic_file(path) as file:
-        np.savez(file, **arrays)
+        np.savez(
+            file,
+            **gallery.arrays(),
+            **{name: np.array(json.dumps(content, ensure_ascii=False)) for name, content in texts.items()},
+        )
 
 
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
@@ -7678,20 +7667,23 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
             raise ValueError(f"its {name} are not numbers of its {lengths['C']} classes in ascending order")
     if fields["matcher"] not in MATCHER_NAMES:
         raise ValueError(f"its matcher is {fields['matcher']}, none of {', '.join(MATCHER_NAMES)}")
-    fields["fusion"] = Fusion(
-        fields.pop("feature_mean"), fields.pop("feature_projection"), float(fields.pop("feature_weight"))
-    )
-    if not 0 <= fields["fusion"].weight < 1 or lengths["K"] > lengths["D"]:
+    mean, projection, weight = (fields.pop(f"fusion.{part}") for part in ("mean", "projection", "weight"))
+    if not 0 <= weight < 1 or lengths["K"] > lengths["D"]:
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
-    fields["temperature"] = float(meta["temperature"])
     slope, intercept = map(float, meta["log_odds"])
-    fields["log_odds"] = slope, intercept
-    fields["enrolment"] = {
+    enrolment = {
         str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in meta["enrolment"].items()
     }
-    fields["is_pooled"] = np.isin(arrays["id2cls"], meta["pooled_thresholds"])
-    fields["val_thresholds"] = tuple(map(float, meta["val_thresholds"]))
-    return Gallery(**fields), meta
+    gallery = Gallery(
+        **fields,
+        temperature=float(meta["temperature"]),
+        is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
+        val_thresholds=tuple(map(float, meta["val_thresholds"])),
+        log_odds=(slope, intercept),
+        enrolment=enrolment,
+        fusion=Fusion(mean, projection, float(weight)),
+    )
+    return gallery, meta
 
 
 def describe_gallery(
@@ -7730,6 +7722,34 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
 
 
 @dataclass(frozen=True)
+class Extractor:
+    """Makes features with a backbone that is not trained meanwhile."""
+
+    backbone: Backbone
+    info: BackboneInfo
+    runtime: Runtime
+
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The backbone as it is to be called."""
+        return self.runtime.wrap(self.backbone.eval())
+
+    def __call__(
+        self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None
+    ) -> np.ndarray:
+        """Return features float32 (N, F) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
+
+        Raises:
+            Diverged: the features of one are not finite.
+        """
+        with torch.inference_mode():
+            blocks = images.split(batch or len(images))
+            features = torch.cat([self.network(send(block, self.runtime.device)) for block in blocks])
+        check_features(features, name_of, self.backbone, self.info)
+        return features.cpu().numpy()
+
+
+@dataclass(frozen=True)
 class TrainedRun:
     """A finished run, loaded to answer: a model, and the gallery that was made with it."""
 
@@ -7743,27 +7763,17 @@ class TrainedRun:
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
 
     @functools.cached_property
-    def network(self) -> nn.Module:
-        """The backbone as it is to be called."""
-        return self.runtime.wrap(self.model.backbone)
+    def extract(self) -> Extractor:
+        """What makes features of images."""
+        return Extractor(self.model.backbone, self.info, self.runtime)
 
-    def extract(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
-        """Return features float32 (N, F) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
-
-        Raises:
-            Diverged: the features of one are not finite.
-        """
-        with torch.inference_mode():
-            features = torch.cat([self.network(send(block, self.runtime.device)) for block in images.split(batch)])
-        check_features(features, name_of, self.model.backbone, self.info)
-        return features.cpu().numpy()
-
-    def embed(self, images: torch.Tensor, batch: int, name_of: Callable[[int], str] = str) -> np.ndarray:
+    def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
         """Return the unit vectors float32 (N, D) that the gallery matches, of images as `extract` takes them; raises as it does."""
-        features = torch.from_numpy(self.extract(images, batch, name_of))
+        features = torch.from_numpy(self.extract(images, name_of, batch))
         with torch.inference_mode():
-            blocks = [self.model.embed(send(block, self.runtime.device)).cpu() for block in features.split(batch)]
-            return self.gallery.fusion(features, torch.cat(blocks)).numpy()
+            blocks = features.split(batch or len(features))
+            embeddings = torch.cat([self.model.embed(send(block, self.runtime.device)).cpu() for block in blocks])
+            return self.gallery.fusion(features, embeddings).numpy()
 
     def transform(self) -> Transform:
         """Return what makes a crop the model's input."""
@@ -7932,20 +7942,15 @@ def embed_records(
 ) -> Embedded | None:
     """Return vectors of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
 
-    `make_values` is run.extract for features instead.
-
-    They are for the first process: the others, which have embedded a part of them, get None.
+    `make_values` is run.extract for features instead. They are for the first process: the others, which have embedded a part of
+    them, get None.
 
     Raises:
         UserError: not one image can be read.
     """
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
-
-    def make(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
-        return (make_values or run.embed)(images, config.batch, name_of)
-
-    answers = embed_batches(make, dataset, batches, config, run.runtime)
+    answers = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime)
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
@@ -8042,47 +8047,6 @@ def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | Non
     return gallery.enrolment[str(fitting[-1])] if fitting else None
 
 
-def answer_without_oneself(gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
-    """Return class and score (N,) of the answer to each reference by a gallery without that reference."""
-    of_own_class = score_without_oneself(gallery)
-
-    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
-        scores[np.arange(len(scores)), gallery.stack_labels[block]] = of_own_class[block]
-        return scores.argmax(axis=1), scores.max(axis=1)
-
-    return reduce_scores(gallery.scores, gallery.stacks, reduce)
-
-
-def score_without_oneself(gallery: Gallery) -> np.ndarray:
-    """Return how each reference (N,) scores for its own class in a gallery without it; -1 if the class has no other."""
-    scores = np.full(len(gallery.stacks), -1.0, np.float32)
-    for label, place in enumerate(class_slices(gallery.stack_labels, len(gallery.class_names))):
-        values = gallery.stacks[place]
-        num = len(values)
-        if num < 2:
-            continue
-        if gallery.matcher == "knn":
-            cosine = values @ values.T
-            np.fill_diagonal(cosine, -np.inf)
-            num_nearest = min(int(gallery.knn_counts[label]), num - 1)
-            scores[place] = np.sort(cosine, axis=1)[:, -num_nearest:].mean(axis=1)
-            continue
-        prototypes = gallery.centroids[[label]]
-        if gallery.matcher == "prototypes":
-            prototypes = gallery.prototypes[gallery.prototype_labels == label]
-        # Each is taken out of the prototype that it belongs to.
-        cosine = values @ prototypes.T
-        nearest = cosine.argmax(axis=1)
-        sums = np.zeros_like(prototypes)
-        np.add.at(sums, nearest, values)
-        others = sums[nearest] - values
-        others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
-        is_alone = np.bincount(nearest)[nearest] == 1
-        cosine[np.arange(num), nearest] = np.where(is_alone, -1.0, (values * others).sum(axis=1))
-        scores[place] = cosine.max(axis=1)
-    return scores
-
-
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
     """Return a sentence for each newly enrolled class: its threshold, and what such a threshold was worth on test images."""
     sentences = []
@@ -8111,24 +8075,26 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 
     One more, if classes of few references, among those named, are matched against the nearest of many.
     """
-    answers = answer_without_oneself(gallery)[0]
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     sentences = []
-    for label, name in enumerate(gallery.class_names):
-        if name not in names or not counts[label]:
-            continue
-        num_taken = np.bincount(answers[gallery.stack_labels == label], minlength=len(counts))
-        num_taken[label] = 0
+    for label in map(gallery.class_names.index, names):
+        rows = np.flatnonzero(gallery.stack_labels == label)
+
+        def nearest_other(cosine: np.ndarray, block: slice, rows: np.ndarray = rows) -> tuple[np.ndarray]:
+            cosine[np.arange(len(cosine)), rows[block]] = -1.0  # to itself
+            return (gallery.stack_labels[cosine.argmax(axis=1)],)
+
+        neighbours = reduce_scores(lambda block: block @ gallery.stacks.T, gallery.stacks[rows], nearest_other)[0]
+        num_taken = np.bincount(neighbours[neighbours != label], minlength=len(counts))
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
-        nearest = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
-        if num_taken[nearest] or similarity[nearest] >= max(gallery.thresholds[label], gallery.thresholds[nearest]):
+        other = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
+        if num_taken[other] or similarity[other] >= max(gallery.thresholds[label], gallery.thresholds[other]):
             sentences.append(
-                f"{name} is hard to tell from {gallery.class_names[nearest]}: similarity of their centroids"
-                f" {similarity[nearest]:.3f}, {num_taken[nearest]} of its {counts[label]} crops are taken for it"
+                f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: similarity of their"
+                f" centroids {similarity[other]:.3f}, {num_taken[other]} of its {counts[label]} crops are nearest to one of it"
             )
-    is_few = 5 * counts < np.median(counts)
-    few = [name for name in itertools.compress(gallery.class_names, is_few) if name in names]
+    few = [name for name in itertools.compress(gallery.class_names, 5 * counts < np.median(counts)) if name in names]
     if gallery.matcher == "knn" and few:
         sentences.append(
             f"{', '.join(few)}: of many references of another class one is often nearer than the few of these; matched by"
@@ -8157,9 +8123,9 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     for field, kind, axes in GALLERY_ARRAYS.values():
         if axes[:1] in others:
             values = np.array(getattr(gallery, field))[others[axes[0]]]
+            if field in ("prototype_labels", "stack_labels"):
+                values -= values > label
             fields[field] = tuple(values.tolist()) if kind == "U0" else values
-    for field in ("prototype_labels", "stack_labels"):
-        fields[field] = fields[field] - (fields[field] > label)
     return dataclasses.replace(gallery, **fields)
 
 
@@ -8215,18 +8181,6 @@ class Job:
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
         return make_transform(self.config, self.info.mean, augment)
-
-    def extractor(self, backbone: Backbone) -> Callable[[torch.Tensor, Callable[[int], str]], np.ndarray]:
-        """Return what makes features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W), and gets what names an image."""
-        network = self.runtime.wrap(backbone.eval())
-
-        def extract(images: torch.Tensor, name_of: Callable[[int], str]) -> np.ndarray:
-            with torch.inference_mode():
-                features = network(send(images, self.runtime.device)).cpu()
-            check_features(features, name_of, backbone, self.info)
-            return features.numpy()
-
-        return extract
 
     def training_crops(self) -> CropDataset:
         """Return the crops as training sees them."""
@@ -8400,7 +8354,7 @@ class FeatureBank:
         """
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
-        extract = job.extractor(self._backbone)
+        extract = Extractor(self._backbone, job.info, job.runtime)
         answers = embed_batches(extract, self._dataset, batches, job.config, job.runtime)
         bar = progress(answers, len(batches), f"embedding {name}")
         return collect_embedded(bar, job.note_failures, f"{name} images of {job.records.root}")
@@ -8547,7 +8501,7 @@ class ViewCache:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
         job, (num_views, num_images, feature_dim) = self._job, self._shape
         dataset = job.training_crops()
-        extract = job.extractor(self._backbone)
+        extract = Extractor(self._backbone, job.info, job.runtime)
         for view in range(first // num_images, num_views):
             keys = [
                 SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
@@ -8713,7 +8667,8 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
     save_seconds = job.config.save_minutes * 60 or math.inf
     saved = time.monotonic()
     state.model.train()
-    for batches in group_batches(clock.watch(feed.batches(state)), job.config):
+    stream = clock.watch(feed.batches(state))
+    while batches := list(itertools.islice(stream, job.config.accumulate_grad_batches)):  # the last step may have fewer
         for batch in batches:
             job.note_failures(batch.failures)
         with SIGNALS.hold():  # weights, position and tally change together
@@ -8729,12 +8684,6 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
             saved = time.monotonic()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
-
-
-def group_batches(batches: Iterator[Batch], config: Config) -> Iterator[list[Batch]]:
-    """Yield the batches of one optimizer step after the other; the last step of an epoch may have fewer."""
-    while group := list(itertools.islice(batches, config.accumulate_grad_batches)):
-        yield group
 
 
 def take_step(job: Job, feed: TrainFeed | ViewCache, state: TrainState, batches: list[Batch]) -> None:
@@ -8835,28 +8784,23 @@ def save_state(job: Job, state: TrainState) -> None:
     state.saved_step = state.step
 
 
-def score_training(job: Job, state: TrainState) -> tuple[dict, dict]:
-    """Return the figures of what the model answered in the epoch that is in the tally, and those by class."""
-    totals = state.tally.totals()
-    if not totals:
-        raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
-    sizes = totals["sizes"].double()
-    mean_loss = float((totals["losses"].double() * sizes).sum() / sizes.sum())
-    labels, names = totals["labels"].numpy(), job.records.class_names
-    if "logits" in totals:
-        _, figures, per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
-    else:
-        figures, per_class = compute_metrics(totals["answers"].numpy(), labels, names)
-    return {"loss": mean_loss, **figures}, per_class
-
-
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record of an epoch, and its figures by class.
+    """Return the record of an epoch, and its figures by class: of what the tally keeps of training, and of val.
 
     Raises:
+        UserError: no training image could be read.
         Diverged: the loss on val is not finite.
     """
-    train, train_per_class = score_training(job, state)
+    totals, names = state.tally.totals(), job.records.class_names
+    if not totals:
+        raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
+    labels = totals["labels"].numpy()
+    if "logits" in totals:
+        _, train, train_per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
+    else:
+        train, train_per_class = compute_metrics(totals["answers"].numpy(), labels, names)
+    sizes = totals["sizes"].double()
+    train = {"loss": float((totals["losses"].double() * sizes).sum() / sizes.sum()), **train}
     val, val_per_class, val_by_view = score_val(job, state.model, features)
     if not math.isfinite(val["loss"]):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
@@ -9001,35 +8945,40 @@ def measure_baseline(
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1`, `logreg` and `logreg_views`}};
         and `share_right` of what the best one answers to the test images.
     """
-    names, scale = job.records.class_names, job.config.arc_scale
-    train = features["train"]
-    references = unit_features(train)
-    centroids = class_centroids(references.values, references.labels, len(names))
-    nearest_reference = match_nearest(references, len(names))
-    classifiers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "centroid": lambda queries: scale * (queries @ centroids.T),
-        "nn1": lambda queries: scale * nearest_reference.score(queries),
-    }
-    if len(names) <= LOGREG_MAX_CLASSES:
-        classifiers["logreg"] = score_by_regression(job, train)
-        if cached is not None:
-            classifiers["logreg_views"] = score_by_regression(job, concatenate_embedded([train, cached]))
+    ways = simple_ways(job, features["train"], cached)
     baseline: dict[str, dict[str, float]] = {}
-    for split in ("val", "test"):
-        if split not in features:
-            continue
-        queries = unit_features(features[split])
-        baseline[split] = {}
-        for name, score in classifiers.items():
-            vectors = features[split].values if name.startswith("logreg") else queries.values
-            figures = classify(score, vectors, queries.labels, names)[1]
-            baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
+    for split in [split for split in ("val", "test") if split in features]:
+        baseline[split] = {
+            f"{name}_{key}": value
+            for name, score in ways.items()
+            for key, value in classify(score, features[split].values, features[split].labels, job.records.class_names)[
+                1
+            ].items()
+        }
     if "test" not in features:
         return baseline, {}
     best, test = best_baseline(baseline["val"]), features["test"]
-    vectors = test.values if best.startswith("logreg") else unit_features(test).values
-    answers = reduce_scores(classifiers[best], vectors, lambda scores, _: (scores.argmax(axis=1),))[0]
+    answers = best_answers(ways[best], test.values)[0]
     return baseline, share_right(job.records, test.rows, answers == test.labels)
+
+
+def simple_ways(
+    job: Job, train: Embedded, cached: Embedded | None = None
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Return what makes logits (n, C) of features (n, F), by the names of BASELINE_NAMES, fitted on those of train."""
+    names, scale = job.records.class_names, job.config.arc_scale
+    references = unit_features(train)
+    centroids = class_centroids(references.values, references.labels, len(names))
+    nearest_reference = match_nearest(references, len(names))
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "centroid": lambda features: scale * (unit_vectors(features) @ centroids.T),
+        "nn1": lambda features: scale * nearest_reference.score(unit_vectors(features)),
+    }
+    if len(names) <= LOGREG_MAX_CLASSES:
+        ways["logreg"] = score_by_regression(job, train)
+        if cached is not None:
+            ways["logreg_views"] = score_by_regression(job, concatenate_embedded([train, cached]))
+    return ways
 
 
 def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str, Any]]:
@@ -9048,11 +8997,10 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
     )
     partners, cosines = best_answers(lambda queries: queries @ train.values.T, test.values)
     sessions: dict[str, dict[str, Any]] = {}
-    for i in np.flatnonzero(cosines >= SAME_SESSION)[
-        np.argsort(cosines[cosines >= SAME_SESSION], kind="stable")
-    ].tolist():
-        pair = {"train": job.records.paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
-        sessions[job.records.paths[test.rows[i]]] = pair  # of two views the more similar one, which comes later
+    for i in np.argsort(cosines, kind="stable").tolist():
+        if cosines[i] >= SAME_SESSION:
+            pair = {"train": job.records.paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
+            sessions[job.records.paths[test.rows[i]]] = pair  # of two views the more similar one, which comes later
     return dict(reversed(sessions.items()))
 
 
@@ -9068,13 +9016,18 @@ def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dic
     return {records.paths[row]: share for row, share in zip(images.tolist(), shares.tolist(), strict=True)}
 
 
+def unit_vectors(values: np.ndarray) -> np.ndarray:
+    """Return vectors (n, F) of length 1."""
+    return F.normalize(torch.from_numpy(values)).numpy()
+
+
 def unit_features(features: Embedded) -> Embedded:
     """Return the features themselves as unit embeddings."""
-    return features._replace(values=F.normalize(torch.from_numpy(features.values)).numpy())
+    return features._replace(values=unit_vectors(features.values))
 
 
-def fit_logistic_regression(job: Job, features: Embedded) -> tuple[Any, np.ndarray]:
-    """Fit scikit-learn's logistic regression on standardised features; return its pipeline, and the classes that it has seen."""
+def fit_logistic_regression(job: Job, features: Embedded) -> Any:
+    """Return scikit-learn's logistic regression, fitted on features that are standardised."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -9084,21 +9037,19 @@ def fit_logistic_regression(job: Job, features: Embedded) -> tuple[Any, np.ndarr
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
-        classifier.fit(features.values[chosen], features.labels[chosen])
-    return classifier, classifier.classes_
+        return classifier.fit(features.values[chosen], features.labels[chosen])
 
 
 def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
     """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
-    classifier, classes = fit_logistic_regression(job, features)
+    classifier = fit_logistic_regression(job, features)
 
     def score(queries: np.ndarray) -> np.ndarray:
         scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
         if len(queries):
             logits = classifier.decision_function(queries)
-            scores[:, classes] = (
-                logits if logits.ndim == 2 else np.stack([-logits, logits], axis=1) / 2
-            )  # one column for two
+            of_two = logits.ndim == 1  # one column for both
+            scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if of_two else logits
         return scores
 
     return score
@@ -9229,8 +9180,7 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
         new_answers, new_best = grown.answer(answered.values)
         scores = (new_best - middle) / spread
         enrolled[num_crops].append(Enrolled(scores, new_answers >= len(seen), new_answers == labels))
-    regression = fit_logistic_regression(job, train.take(of_seen))[0]
-    logits = regression.decision_function(queries.values).max(axis=1)
+    logits = fit_logistic_regression(job, train.take(of_seen)).decision_function(queries.values).max(axis=1)
     has_passed = best >= gallery.thresholds[answers]
     return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
 
@@ -9956,32 +9906,25 @@ def measure_run(
     job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
 ) -> dict[str, Any]:
     """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects; record and return it."""
-    num_classes = len(job.records.class_names)
-    train = unit_features(features["train"])
-    centroids = class_centroids(train.values, train.labels, num_classes)
-    nearest_reference = match_nearest(embed(model, features["train"]), num_classes)
+    nearest_reference = match_nearest(embed(model, features["train"]), len(job.records.class_names))
     logits = functools.partial(classifier_logits, job, model)
+    simple = simple_ways(job, features["train"])
 
     def represent(features: Embedded) -> dict[str, Embedded]:
         embedded = embed(model, features)
-        return {
-            "raw": features,
-            "features": unit_features(features),
-            "embeddings": embedded,
-            "vectors": gallery.fusion.fuse(features, embedded),
-        }
+        return {"features": features, "embeddings": embedded, "vectors": gallery.fusion.fuse(features, embedded)}
 
     known = represent(features["test"])
     strangers = {kind: of_kind.values for kind, of_kind in represent(unknown).items()} if unknown is not None else {}
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
     ways: dict[str, tuple[str, Callable, Callable]] = {
-        f"{backbone} backbone, nearest centroid": ("features", lambda queries: queries @ centroids.T, best_score),
+        f"{backbone} backbone, nearest centroid": ("features", simple["centroid"], best_score),
         "classifier, highest softmax": ("embeddings", logits, highest_softmax),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
     }
-    if num_classes <= LOGREG_MAX_CLASSES:
+    if "logreg" in simple:
         way = f"{backbone} backbone, largest logit of logistic regression"
-        ways[way] = ("raw", score_by_regression(job, features["train"]), best_score)
+        ways[way] = ("features", simple["logreg"], best_score)
     figures = measure_gallery(gallery, known["vectors"], strangers.get("vectors"))
     figures["open_set"]["others"] = {
         name: open_set_figures(score, known[kind], strangers.get(kind), confide)

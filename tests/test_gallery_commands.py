@@ -167,8 +167,9 @@ def test_a_gallery_is_made_anew_as_the_run_made_it(
     assert call_main("prototypes", "--run", run_dir, *QUIET) == 0
     again, new_meta = lct.load_gallery(run_dir / "prototypes.npz")
     names = {field.name for field in lct.dataclasses.fields(lct.Gallery)} - {"fusion"}
-    for name in sorted(names | {"feature_mean", "feature_projection", "feature_weight"}):
-        own, other = np.array(getattr(again, name)), np.array(getattr(before, name))
+    of_both = [{name: getattr(one, name) for name in names} | one.arrays() for one in (again, before)]
+    for name in of_both[1]:
+        own, other = (np.array(values[name]) for values in of_both)
         # Other batches than in training: sums differ in their last bits.
         same = np.allclose(own, other, atol=1e-5) if own.dtype.kind == "f" else np.array_equal(own, other)
         assert same, name
@@ -222,33 +223,34 @@ def test_bad_words_cost_one_sentence(
     assert text in capsys.readouterr().err
 
 
-def test_a_reference_is_answered_by_a_gallery_without_it() -> None:
+def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_class() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), (6, 4, 1))
     values = rng.normal(size=(11, 8)).astype(np.float32)
+    values[5] = values[7] + 0.01  # a crop of `a` that lies beside one of `b`
     values /= np.linalg.norm(values, axis=1, keepdims=True)
-    for matcher, k in (("centroid", 1), ("knn", 1), ("knn", 5)):
-        gallery = lct.Gallery(
-            class_names=("a", "b", "c"), centroids=(centroids := lct.class_centroids(values, labels, 3)),
-            prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
-            stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
-            thresholds=np.zeros(3, np.float32), matcher=matcher, knn_counts=np.full(3, k), temperature=0.1,
-            is_pooled=np.zeros(3, bool),
-        )  # fmt: skip
-        scores, (answers, best) = lct.score_without_oneself(gallery), lct.answer_without_oneself(gallery)
-        for row in range(10):
-            kept = np.arange(11) != row
-            centroids = lct.class_centroids(values[kept], labels[kept], 3)
-            without = lct.dataclasses.replace(
-                gallery, centroids=centroids, stacks=values[kept], stack_labels=labels[kept]
-            )
-            expected = without.scores(values[row : row + 1])[0]
-            assert (scores[row], best[row]) == pytest.approx((expected[labels[row]], expected.max()), abs=1e-5)
-            assert answers[row] == expected.argmax()
-        assert scores[10] == -1.0
-        apart = lct.take_prototypes(gallery, [values[:3], values[6:10], values[10:]])
-        scores = lct.score_without_oneself(lct.dataclasses.replace(apart, matcher="prototypes"))
-        assert (scores[:3] < 0.999).all() and scores[3] == pytest.approx((values[3] @ values[:3].T).max())
+    gallery = lct.Gallery(
+        class_names=("a", "b", "c"), centroids=(centroids := lct.class_centroids(values, labels, 3)),
+        prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
+        stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
+        thresholds=np.full(3, 2.0, np.float32), matcher="centroid", knn_counts=np.ones(3, np.int64), temperature=0.1,
+        is_pooled=np.zeros(3, bool),
+    )  # fmt: skip
+    cosine = values @ values.T
+    np.fill_diagonal(cosine, -np.inf)
+    neighbours = labels[cosine.argmax(axis=1)]
+    for label, name in enumerate(gallery.class_names):
+        counts = np.bincount(neighbours[labels == label], minlength=3)
+        counts[label] = 0
+        sentences = lct.find_collisions(gallery, [name])
+        assert len(sentences) == bool(counts.any())
+        if sentences:
+            twin = gallery.class_names[counts.argmax()]
+            assert sentences[0].startswith(f"{name} is hard to tell from {twin}: similarity of their centroids")
+            assert f", {counts.max()} of its {(labels == label).sum()} crops are nearest to one of it" in sentences[0]
+    assert lct.find_collisions(gallery, ["a"]), "the crop of it beside one of `b`"
+    close = lct.dataclasses.replace(gallery, thresholds=np.full(3, -1.0, np.float32))
+    assert len(lct.find_collisions(close, ["a", "b", "c"])) == 3, "centroids above the thresholds"
 
 
 def test_too_few_unknown_images_are_refused_before_training(

@@ -538,7 +538,7 @@ class Prelabels:
 def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
     """Answer every object that --out does not hold an answer for yet."""
     units = plan_units(detections)
-    arrays = (np.array(getattr(run.gallery, field)) for field, _, _ in lct.GALLERY_ARRAYS.values())
+    arrays = run.gallery.arrays().values()
     # An answer is a function of these, besides the image and the object; 3 is the version of the answers.
     settings = [
         3,
@@ -575,7 +575,7 @@ def answer_batches(
         embeddings = np.zeros((0, 1), np.float32)
         if len(batch.images):
             photos = [detections.paths[cut.unit.image] for cut in batch.cuts for _ in cut.objects]
-            embeddings = run.embed(batch.images, batch_size, photos.__getitem__)
+            embeddings = run.embed(batch.images, photos.__getitem__, batch_size)
         fields = iter(answer_crops(run.gallery, embeddings))
         records = []
         for cut in batch.cuts:
