@@ -286,20 +286,34 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
             if isinstance(value, dict) and str(region.get("type", "")).endswith("labels"):
                 names = value.get(region["type"])
                 name = str(names[0]) if isinstance(names, list) and names else ""
-                rows.add_object(region.get("id"), name, _read_region, value)
+                rows.add_object(region.get("id"), name, _read_region, region)
     return rows.match(path, image_paths)
 
 
-def _read_region(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a region, which has percent of the image's sides, in shares of them."""
-    if value.get("rotation"):
-        raise BoxError("is turned, which boxes here are not")
+def _read_region(region: dict[str, Any]) -> dict[str, Any]:
+    """Return a region, which has percent of the image's sides and turns about its first corner, in shares of them."""
+    value = region["value"]
     if "points" in value:
         return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
     if "width" not in value:
         raise BoxError("is neither a rectangle nor a polygon")
     x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
+    if degrees := float(value.get("rotation") or 0):
+        sides = [float(region[key]) for key in ("original_width", "original_height")]
+        corners = turn_box([x * sides[0], y * sides[1], w * sides[0], h * sides[1]], degrees, (0.0, 0.0))
+        return {"yolo_polygon": [number / side for number, side in zip(corners, sides * 4, strict=True)]}
     return {"yolo": [x + w / 2, y + h / 2, w, h]}
+
+
+def turn_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Return the corners x1, y1 ... y4 in px of a box x, y, w, h, turned clockwise about a point of it, in shares of its sides."""
+    x, y, width, height = bbox
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    corners = []
+    for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
+        right, below = (along - pivot[0]) * width, (down - pivot[1]) * height
+        corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
+    return corners
 
 
 def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -327,8 +341,6 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
 
 
 def _read_cvat_shape(shape: ElementTree.Element, sides: dict[str, int]) -> dict[str, Any]:
-    if float(shape.get("rotation", "0")):
-        raise BoxError("is turned, which boxes here are not")
     if shape.tag == "polygon":
         return {"segmentation": [[float(number) for number in shape.get("points").replace(";", ",").split(",")]]}
     if shape.tag == "mask":
@@ -336,7 +348,10 @@ def _read_cvat_shape(shape: ElementTree.Element, sides: dict[str, int]) -> dict[
     if shape.tag != "box":
         raise BoxError(f"is a {printable(shape.tag)[:40]}, neither a box nor a polygon")
     left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
-    return {"bbox": [left, top, right - left, bottom - top]}
+    bbox = [left, top, right - left, bottom - top]
+    if degrees := float(shape.get("rotation", "0")):
+        return {"segmentation": [turn_box(bbox, degrees, (0.5, 0.5))]}
+    return {"bbox": bbox}
 
 
 def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import cv2
 import geometry
 import labels
 import numpy as np
@@ -149,10 +150,13 @@ def task(*regions: dict, **more: object) -> str:
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="3"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<polygon label="b"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "is a points"),
-        ("a.xml", CVAT.format(height=10, shapes='<box rotation="30.0"/>'), "is turned"),
         ("a.csv", CSV + "a.jpg,1,2,,4,b,m\n", "not of numbers"),
         ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
-        ("a.json", task({"type": "rectanglelabels", "value": {"x": 1, "rotation": 9}}), "is turned"),
+        (
+            "a.json",
+            task({"type": "rectanglelabels", "value": {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 9}}),
+            "not of numbers",  # without the photo's sides, a turn in percent is none in px
+        ),
         (
             "a.json",
             task({"type": "rectanglelabels", "value": {"x": 1, "y": 2, "width": [], "height": 4}}),
@@ -196,6 +200,24 @@ def test_a_file_that_is_not_of_its_kind_costs_one_sentence(tmp_path: Path, name:
     with pytest.raises(labels.LabelError) as caught:
         read(tmp_path / name)
     assert reason in caught.value.what and caught.value.remedy
+
+
+def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path) -> None:
+    """CVAT turns a box about its centre, as OpenCV does; Label Studio about its first corner, in px and not in percent."""
+    shapes = '<box label="b" xtl="6" ytl="2" xbr="14" ybr="6" rotation="30.5"/>'
+    (tmp_path / "a.xml").write_text(CVAT.format(height=10, shapes=shapes))
+    percent = {"x": 50, "y": 20, "width": 20, "height": 60, "rotation": 90, "rectanglelabels": ["b"]}  # of 20 by 10 px
+    region = {"type": "rectanglelabels", "original_width": 20, "original_height": 10, "value": percent}
+    (tmp_path / "a.json").write_text(task(region))
+    expected = {"a.xml": cv2.boxPoints(((10, 4), (8, 4), 30.5)).tolist(), "a.json": [[10, 2], [10, 6], [4, 6], [4, 2]]}
+    for name, corners in expected.items():
+        [(_, text)] = read(tmp_path / name).objects
+        detection = geometry.to_pixels(json.loads(text), 20, 10)
+        points = np.array(detection["segmentation"][0]).reshape(-1, 2)
+        in_order = [np.array(sorted(map(tuple, np.round(each, 2).tolist()))) for each in (points, corners)]
+        assert np.allclose(*in_order, atol=0.011)
+        low, high = np.min(corners, axis=0), np.max(corners, axis=0)
+        assert geometry.find_box(detection, 20, 10) == pytest.approx([*low, *(high - low)], abs=0.01)
 
 
 def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> None:
