@@ -7981,19 +7981,6 @@ def scan_for_run(
     return attach_masks(scan_dataset(options, splits_path), options)
 
 
-def rows_to_enrol(run: TrainedRun, records: Records, paths: Sequence[str]) -> np.ndarray:
-    """Return the rows (n,) of records, which have these absolute paths, that the gallery does not hold under their class yet."""
-    gallery = run.gallery
-    names = [gallery.class_names[label] for label in gallery.stack_labels.tolist()]
-    known = {
-        (name, str((run.config.data_root / path).resolve()))
-        for name, path in zip(names, gallery.stack_paths, strict=True)
-    }
-    labels = records.labels.tolist()
-    is_new = [(records.class_names[label], path) not in known for label, path in zip(labels, paths, strict=True)]
-    return np.flatnonzero(is_new)
-
-
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str]) -> Gallery:
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
@@ -8437,7 +8424,15 @@ class ViewCache:
             UserError: there is no room for it.
         """
         num_views, num_images, feature_dim = self._shape
-        maker, note_path = self._describe_maker(), self._path.with_suffix(".json")
+        note_path = self._path.with_suffix(".json")
+        maker = {  # all that the features are a function of
+            "format": CHECKPOINT_FORMAT,
+            "identity": self._job.identity,
+            "data": [self._job.fingerprint, self._job.records.masks_hash],
+            "dtype": str(self._backbone.dtype),
+            "versions": list_versions(),
+            "shape": list(self._shape),
+        }
         done = from_first(self._count_done, note_path, maker)
         if done == num_views * num_images:
             return
@@ -8465,20 +8460,6 @@ class ViewCache:
                         noted_at = time.monotonic()
             finally:
                 write_note()
-
-    def _describe_maker(self) -> dict[str, Any]:
-        """Return all that the features are a function of."""
-        from importlib.metadata import version
-
-        packages = "torch timm albumentations opencv-python-headless simplejpeg".split()
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "identity": self._job.identity,
-            "data": [self._job.fingerprint, self._job.records.masks_hash],
-            "dtype": str(self._backbone.dtype),
-            "versions": [version(name) for name in packages],
-            "shape": list(self._shape),
-        }
 
     def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
         """Return how many features of this maker are in the file already; see that there is room for all others."""
@@ -8516,6 +8497,15 @@ class ViewCache:
                 is_readable = np.isin([key.row for key in batch], extracted.rows)
                 features[is_readable] = extracted.values.clip(-FP16_MAX, FP16_MAX)
                 yield features
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that figures depend on."""
+    import platform
+    from importlib.metadata import version
+
+    packages = "torch timm albumentations opencv-python-headless scikit-learn numpy pillow simplejpeg".split()
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
@@ -9233,15 +9223,9 @@ def measure_enrolment(
 
 def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
     """Return a head trained on the features of some of the classes, as the run trains its own, but on clean views alone."""
-    whole = {
-        "freeze_backbone": True,
-        "unfreeze_blocks": 0,
-        "lora_rank": 0,
-        "ema_decay": 0.0,
-        "mixing": "none",
-        "compile": False,
-    }
-    config = dataclasses.replace(job.config, **whole)
+    config = dataclasses.replace(
+        job.config, freeze_backbone=True, unfreeze_blocks=0, lora_rank=0, ema_decay=0.0, mixing="none", compile=False
+    )
     train = train.take(np.isin(train.labels, seen))
     labels = torch.from_numpy(np.searchsorted(seen, train.labels))
     values = torch.from_numpy(train.values)
@@ -9444,15 +9428,24 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
     Raises:
         UserError: thresholds of another precision are asked for than the gallery was made for.
     """
-    asked, stored = config.target_precision, run.meta["target_precision"]
-    if "target_precision" in config.origins and asked != stored:
+    asked, made_for = config.target_precision, run.meta["target_precision"]
+    if "target_precision" in config.origins and asked != made_for:
         remedy = (
             f"first: python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))} --target_precision {asked}"
         )
-        raise UserError(f"thresholds of this gallery are for {stored}", f"--target_precision {asked}", remedy)
+        raise UserError(f"thresholds of this gallery are for {made_for}", f"--target_precision {asked}", remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]
-    rows = rows_to_enrol(run, records, paths)
+    names, stored_paths = run.gallery.class_names, run.gallery.stack_paths
+    stored = {
+        (names[label], str((run.config.data_root / path).resolve()))
+        for label, path in zip(run.gallery.stack_labels.tolist(), stored_paths, strict=True)
+    }
+    is_new = [
+        (records.class_names[label], path) not in stored
+        for label, path in zip(records.labels.tolist(), paths, strict=True)
+    ]
+    rows = np.flatnonzero(is_new)
     if not len(rows):
         show(f"nothing to add: the gallery has all {len(paths):,} crops of {config.add}")
         return None, ()
@@ -9678,9 +9671,6 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
 
 def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     """Write what is known before training: options, splits, data report, the script itself."""
-    import platform
-    from importlib.metadata import version
-
     config, run, records = job.config, job.run, job.records
     is_fresh = records is scan.records
     scan.memory.save()
@@ -9688,7 +9678,6 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     optimizer = optimizer_settings(config)
     if not config.trains_backbone:
         del optimizer["backbone"]
-    packages = "torch timm albumentations opencv-python-headless scikit-learn numpy pillow simplejpeg".split()
     facts = {
         "options": config.as_plain(),
         "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
@@ -9705,7 +9694,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": list_versions(),
     }
     write_json(run.path / "config.json", facts)
     if is_fresh:
