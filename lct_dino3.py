@@ -1340,6 +1340,9 @@ def _check_backgrounds(config: Config) -> None:
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
+OUR_MARK = b"lct_dino3"  # what a file holds that a tool writes where a user says
+
+
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
     """Refuse an output in one of the named folders, where it would be taken for an input, or in any run.
 
@@ -1353,6 +1356,12 @@ def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) ->
     for name, folder in {**folders, "a run": next(filter(is_run.get, is_run), None)}.items():
         if folder is not None and path.is_relative_to(folder.resolve()):
             raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
+
+
+def check_replaceable(path: Path, where: str, mark: bytes = OUR_MARK) -> None:
+    """Refuse to write over what holds no such mark: somebody else's file."""
+    if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
+        raise UserError("is no such file of this tool, and is not overwritten", where, "give another name")
 
 
 def check_out_dir(config: Options) -> None:

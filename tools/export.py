@@ -300,18 +300,12 @@ def check_place(options: ExportOptions) -> Path:
         raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
     if path.is_dir() and not is_folder:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
-    if os.path.lexists(path) and not is_folder and not is_export(path, options.format):
-        what = f"is no {options.format} file of this tool, and is not overwritten"
-        raise lct.UserError(what, f"--out {path}", "give another --out")
+    if not is_folder:
+        lct.check_replaceable(path, f"--out {path}", EXPORT_MARKS[options.format])
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise lct.UserError("cannot be written to", str(parent), "give --out FILE elsewhere")
     return path
-
-
-def is_export(path: Path, kind: str) -> bool:
-    """Say whether a file was written by this tool."""
-    return path.is_file() and EXPORT_MARKS[kind] in path.read_bytes()
 
 
 def export_run(options: ExportOptions) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 MESH_SUFFIXES = (".off", ".obj", ".ply", ".stl")
 VOXELS_VERSION = 1  # of what `voxelize` makes: voxels on disk are of one version
@@ -25,6 +26,7 @@ MIN_POINTS = 100  # of a cloud: fewer are no shape
 EMPTY_PROBABILITY = 0.05  # a grid that nowhere reaches it holds no shape, whatever the level
 LIGHT = np.array([0.35, -0.55, 0.75]) / np.linalg.norm([0.35, -0.55, 0.75])
 CLAY = np.array([196, 138, 92])  # RGB of a drawn mesh
+MADE_BY = "lct_dino3 modelit"  # stands in each file, which alone may be written over
 PAPER = 250  # gray of the background
 INK, GRID = "#374151", "#d7dae0"
 COLOURS = ("#26547c", "#c8553d", "#3a7d44", "#8e5ea2", "#b08900", "#6b7280")
@@ -281,14 +283,17 @@ def mesh_voxels(probabilities: np.ndarray, level: float, sigma: float) -> tuple[
 
 
 def encode_mesh(mesh: Any, kind: str, comments: Sequence[str]) -> bytes:
-    """Return the bytes of a file of kind obj, ply, stl or glb; an OBJ has the comments at its head."""
+    """Return the bytes of a file of kind obj, ply, stl or glb, with MADE_BY in it; an OBJ has the comments at its head too."""
+    mesh.metadata["made_by"] = MADE_BY  # which a GLB keeps
     exported = mesh.export(file_type=kind)
     data = exported.encode() if isinstance(exported, str) else bytes(exported)
     if kind == "obj":
         # A prompt with a line break must not become a line of the file.
-        head = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-        data = head.encode("utf-8", "backslashreplace") + data
-    return data
+        head = "".join(f"# {' '.join(comment.split())}\n" for comment in (*comments, MADE_BY))
+        return head.encode("utf-8", "backslashreplace") + data
+    if kind == "stl":
+        return MADE_BY.encode().ljust(80) + data[80:]
+    return data.replace(b"\ncomment ", f"\ncomment {MADE_BY}, ".encode(), 1) if kind == "ply" else data
 
 
 # --- drawing
@@ -405,7 +410,9 @@ def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """Return the bytes of a PNG."""
+    """Return the bytes of a PNG, with MADE_BY in it."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    info = PngInfo()
+    info.add_text("Software", MADE_BY)
+    picture.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()

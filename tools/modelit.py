@@ -648,10 +648,16 @@ def generate(options: ModelitOptions) -> None:
         embedded = embed_prompts(prompts, payload["text"], payload["architecture"]["cond_dim"])
         vectors = list(torch.from_numpy(embedded))
     z = read_latent(options, payload["architecture"]["latent_dim"])
-    lct.create_out_dir(options.output.parent, "--output")
     pairs = list(itertools.product(range(len(vectors)), range(len(z))))
+    numbers = [f"_{number:03}" if len(pairs) > 1 else "" for number in range(1, len(pairs) + 1)]
+    paths = [options.output.with_name(f"{options.output.stem}{number}.{kind}") for number in numbers]
+    for path in paths:
+        lct.check_replaceable(path, f"--output {path}")
+    if options.preview is not None:
+        lct.check_replaceable(options.preview, f"--preview {options.preview}")
+    lct.create_out_dir(options.output.parent, "--output")
     cells = []
-    for number, (row, sample) in enumerate(pairs, start=1):
+    for path, (row, sample) in zip(paths, pairs, strict=True):
         prompt = prompts[row] if prompts else None
         vector = vectors[row]
         with torch.inference_mode():
@@ -670,8 +676,6 @@ def generate(options: ModelitOptions) -> None:
             f"text encoder: {ENCODER_NAMES[encoder]}",
             f"by {options.checkpoint}",
         ]
-        stem = options.output.stem + (f"_{number:03}" if len(pairs) > 1 else "")
-        path = options.output.with_name(f"{stem}.{kind}")
         lct.write_bytes(path, encode_mesh(mesh, kind, comments))
         if warning:
             lct.show(f"warning: {path}: {warning}")

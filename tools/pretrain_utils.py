@@ -536,6 +536,7 @@ def export_best(job: Job, state: State) -> None:
     prefix = "backbone."
     weights = {key.removeprefix(prefix): value for key, value in best["teacher"].items() if key.startswith(prefix)}
     metadata = {
+        "made_by": "lct_dino3 pretrain",
         "architecture": ARCHITECTURE,
         "geometry": options.geometry,
         "mean": list(options.aug_mean),

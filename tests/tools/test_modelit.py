@@ -549,6 +549,25 @@ def test_a_prompt_becomes_a_watertight_mesh_in_the_unit_cube(trained: Path, here
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
 
+@pytest.mark.parametrize("kind", ["obj", "ply", "stl", "glb", "png"])
+def test_what_it_has_written_is_replaced_and_nothing_else(
+    trained: Path, here: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    def write() -> int:
+        flag, others = ("--preview", "--output a.obj") if kind == "png" else ("--output", "--preview a.png")
+        return generate(trained, "--prompt", "a chair", flag, f"mine.{kind}", *others.split())
+
+    path = here / f"mine.{kind}"
+    path.write_bytes(b"ply\nof somebody")
+    assert write() == 2 and path.read_bytes() == b"ply\nof somebody"
+    assert f"mine.{kind}: is no such file of this tool, and is not overwritten" in capsys.readouterr().err
+    path.unlink()
+    assert write() == 0
+    if kind != "png":
+        assert trimesh.load(path, force="mesh").is_watertight
+    assert write() == 0
+
+
 def test_the_shape_is_that_of_the_prompts_class(trained: Path, toys: Path, here: Path) -> None:
     (here / "prompts.txt").write_text("a chair\n\na lamp\n3d model of a monitor\ntable\n")
     assert generate(trained, "--prompts", "prompts.txt", "--output", "all.ply", "--num_samples", 2) == 0

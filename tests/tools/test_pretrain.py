@@ -785,6 +785,8 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--epochs many", "'many' is not a whole number"),
         ("--epoch 3", "did you mean --epochs"),
         ("--init-from {export}", "has another geometry: embed_dim: 16 -> 8"),
+        ("--export-backbone {text}", "is no such file of this tool, and is not overwritten"),
+        ("--export-backbone {described}", "described.json, beside --export-backbone: is no such file"),
     ],
 )
 def test_bad_input_costs_one_sentence(
@@ -795,6 +797,8 @@ def test_bad_input_costs_one_sentence(
         places[folder].mkdir()
     places |= {"text": tmp_path / "text.txt", "crops": crops / "left", "export": finished / "backbone.pt"}
     places["text"].write_text("no image")
+    places["described"] = tmp_path / "described.pt"
+    places["described"].with_suffix(".json").write_text("{}")
     draw_image(0, 1).save(places["one"] / "a.png")
     for number in range(13):
         draw_image(0, number).save(places["broken"] / f"{number:02}.png")
@@ -807,6 +811,7 @@ def test_bad_input_costs_one_sentence(
     assert run_main("pretrain_dino_face", *TINY, *extra, *given, *words) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and len(error.splitlines()) <= 3, error
+    assert places["text"].read_text() == "no image"
 
 
 def test_a_few_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -258,3 +258,5 @@ def check_output(options: PretrainOptions) -> None:
     ):
         problem = "is a folder, is named .json, or is a file of the run itself"
         raise lct.UserError(problem, options.said("export_backbone"), "give a name such as backbone.pt")
+    lct.check_replaceable(export, options.said("export_backbone"))
+    lct.check_replaceable(export.with_suffix(".json"), f"{export.with_suffix('.json')}, beside --export-backbone")
