@@ -494,6 +494,7 @@ class Planner:
         last_number = max((int(parse_number(record["file"])) for record, _ in cut.states), default=0)
         new_names = (f"{self.stem(cut.photo.path)}_{number}" for number in itertools.count(last_number + 1))
         matches = match_crops(cut.crops, [record for record, _ in cut.states])
+        drawn_masks: set[Path] = set()
         # A photo with problems is cut again, so that they are named again.
         key = "" if cut.problems else cut.photo.key
         for index, crop in enumerate(cut.crops):
@@ -505,9 +506,15 @@ class Planner:
                 now = "" if is_same else f"; the labels now say {crop.class_name}"
                 change.problems.append(tell_by_hand(old, state, now))
                 continue
-            if crop.mask is None and old and old["mask"] and old["sha256"] == hash_bytes(crop.jpeg):
-                # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop.
-                crop = crop._replace(mask=(self.roots[False] / old["mask"]).read_bytes())
+            if crop.mask is None and old and not old["unknown"] and old["sha256"] == hash_bytes(crop.jpeg):
+                # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop; one that
+                # someone else has drawn since, such as SAM-2, moves with it.
+                file = self.roots[False] / old["file"]
+                drawn = file.parents[1] / "masks" / f"{file.stem}_mask.png"
+                is_left = crop.class_name not in (old["class"], *self.labelled.unknown) and drawn.is_file()
+                if old["mask"] or is_left:
+                    crop = crop._replace(mask=drawn.read_bytes())
+                    drawn_masks |= set() if old["mask"] else {drawn}
             taken = {Path(item["file"]).stem for item in change.records}
             names = itertools.chain([Path(old["file"]).stem] if old else [], new_names)
             names = itertools.filterfalse(taken.__contains__, names)
@@ -522,7 +529,7 @@ class Planner:
             if state == "edited" and index not in matches.values():
                 change.records.append(record)
                 change.problems.append(tell_by_hand(record, state, "; the labels no longer have it"))
-        change.removals = sorted(contents.keys() - change.writes.keys())
+        change.removals = sorted((contents.keys() | drawn_masks) - change.writes.keys())
         change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
         return change
 

@@ -320,6 +320,30 @@ def test_corrected_labels_move_add_and_remove(photos: Path, tmp_path: Path, call
     assert (out / after[4]["file"]).stat().st_mtime_ns == stamp
 
 
+def test_a_mask_that_was_drawn_later_moves_with_its_crop(photos: Path, tmp_path: Path, call_main: Any) -> None:
+    """SAM-2, or a person, draws masks beside crops; when the label is corrected, they belong to the crop still."""
+    source, out = write_coco(tmp_path), tmp_path / "data"
+    assert call_main(*command(photos, source, out)) == 0
+    moving, staying = ({record["id"]: record for record in read_records(out)}[number] for number in (1, 4))
+    drawn = {}
+    for record in (moving, staying):
+        path = (out / record["file"]).parents[1] / "masks" / f"{Path(record['file']).stem}_mask.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", record["box"][2:], 255).save(path)
+        drawn[record["id"]] = path, path.read_bytes()
+    content = json.loads(source.read_text())
+    content["annotations"][0]["category_id"] = 9
+    source.write_text(json.dumps(content))
+    assert call_main(*command(photos, source, out)) == 0
+    moved = {record["id"]: record for record in read_records(out)}[1]
+    assert moved["class"] == "pliers" and (out / moved["mask"]).read_bytes() == drawn[1][1]
+    assert not drawn[1][0].exists() and drawn[4][0].read_bytes() == drawn[4][1]
+    content["annotations"][0]["category_id"] = 7
+    source.write_text(json.dumps(content))
+    assert call_main(*command(photos, source, out)) == 0
+    assert drawn[1][0].read_bytes() == drawn[1][1] and not (out / moved["mask"]).exists()
+
+
 def test_labels_of_boxes_alone_take_no_mask_away(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     """Annotation tools give boxes back for masks."""
     out = tmp_path / "data"
