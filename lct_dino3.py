@@ -9275,6 +9275,9 @@ def judge_training(
 
     name = best_baseline(baseline["val"])
     common = sorted(frozen_right.keys() & trained_right.keys())
+    if not common:  # other files are there than when training began
+        verdict = "no verdict: none of these test images was answered by the frozen backbone"
+        return {"baseline": {"name": name, "acc": None}, "verdict": verdict}
     pairs = np.array([(trained_right[path], frozen_right[path]) for path in common])
     gains = pairs[:, 0] - pairs[:, 1]
     num_better, num_worse = int((gains > 0).sum()), int((gains < 0).sum())

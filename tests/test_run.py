@@ -471,6 +471,13 @@ def test_verdict_compares_the_answers_to_the_same_images(num_better: int, num_wo
     )
 
 
+def test_there_is_no_verdict_on_images_that_the_frozen_backbone_never_saw() -> None:
+    judged = lct.judge_training(BASELINE, {"gone.jpg": 1.0}, {"new.jpg": 1.0})
+    assert (
+        judged["verdict"].startswith("no verdict: none of these test images") and judged["baseline"]["name"] == "logreg"
+    )
+
+
 def test_an_image_of_two_views_is_one_image() -> None:
     records = SimpleNamespace(paths=["a.jpg", "b.jpg", "c.jpg"])
     rows, is_right = np.array([2, 0, 2, 0, 1]), np.array([True, False, False, False, True])

@@ -276,6 +276,7 @@ def test_safetensors_holds_every_weight_and_what_rebuilds_the_model(
     own = trained.model.state_dict()
     assert weights.keys() == own.keys() and all(torch.equal(weights[key], own[key]) for key in own)
     assert meta["options"]["model_id"] == "resnet10t" and meta["weights_hash"] == trained.meta["weights_hash"]
+    assert str(run_dir.parent).encode() not in path.read_bytes(), "where the run lay is nobody's business"
 
 
 def test_a_folder_for_a_file_and_crops_that_are_gone_cost_one_sentence(
