@@ -58,6 +58,7 @@ from voxel_gan import (
     intersect_over_union,
     kl_divergence,
     restore_state,
+    score_means,
     start_state,
     take_step,
 )
@@ -215,42 +216,6 @@ def read_prompts(options: ModelitOptions) -> list[str]:
     if not prompts:
         raise lct.UserError("holds no prompt", options.said("prompts"), "write one a line")
     return prompts
-
-
-def score_means(shapes: Shapes, options: ModelitOptions) -> dict[str, float]:
-    """Return the held-out IoU of two answers that need no learning: the mean of all training shapes, and that of the class.
-
-    Each mean is cut at the level that does best on the training shapes.
-    """
-    size = options.voxel_size
-    train = np.flatnonzero(~shapes.held_out)
-    judged = np.flatnonzero(shapes.held_out)
-
-    def grid(row: int) -> torch.Tensor:
-        return torch.from_numpy(shapes.grids(np.array([row]), size))
-
-    groups = {"mean_shape": np.zeros_like(shapes.labels), "class_mean": shapes.labels}
-    scores = {}
-    for name, labels in groups.items():
-        means: dict[int, torch.Tensor] = {}
-        for label in np.unique(labels[train]).tolist():
-            rows = train[labels[train] == label]
-            total = np.zeros((1, 1, size, size, size), np.float32)
-            for start in range(0, len(rows), 64):
-                total += shapes.grids(rows[start : start + 64], size).sum(axis=0)
-            means[label] = torch.from_numpy(total / len(rows))
-
-        def score(rows: np.ndarray, level: float, labels: np.ndarray = labels, means: dict = means) -> float:
-            values = [
-                intersect_over_union(means[labels[row]] + (0.5 - level), grid(row)).item()
-                for row in rows
-                if labels[row] in means  # a class that is only held out has no mean
-            ]
-            return float(np.mean(values)) if values else math.nan
-
-        level = max(np.arange(1, 10) / 10, key=functools.partial(score, train[:200]))
-        scores[name] = score(judged if len(judged) else train, level)
-    return scores
 
 
 # --- training
@@ -526,7 +491,7 @@ def train(options: ModelitOptions) -> None:
                 run.path / "config.json", {"options": plain, "identity": identity, "device": runtime.describe()}
             )
             lct.write_json(run.path / "problems.json", [{"path": path, "reason": reason} for path, reason in problems])
-            job = Job(options, runtime, shapes, prompts, score_means(shapes, options), run, folder, identity)
+            job = Job(options, runtime, shapes, prompts, score_means(shapes, options.voxel_size), run, folder, identity)
             train_run(job, payload)
     except lct.Interrupted:
         keep_verdict(options, folder)

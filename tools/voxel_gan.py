@@ -6,6 +6,7 @@ size, size), and a condition is (B, cond_dim): a unit vector, the embedded promp
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -25,6 +26,7 @@ import lct_dino3 as lct
 # isort: split
 import numpy as np
 import torch
+from dataset_loader import Shapes
 from torch import nn
 
 ARCHITECTURE = (
@@ -110,6 +112,41 @@ def intersect_over_union(probabilities: torch.Tensor, voxels: torch.Tensor) -> t
     wanted = (voxels >= 0.5).flatten(1)
     union = (filled | wanted).sum(dim=1)
     return torch.where(union > 0, (filled & wanted).sum(dim=1) / union.clamp(min=1), 1.0)
+
+
+def score_means(shapes: Shapes, size: int) -> dict[str, float]:
+    """Return the held-out IoU of two answers that need no learning: the mean of all training shapes, and that of the class.
+
+    Each mean is cut at the level that does best on the training shapes.
+    """
+    train = np.flatnonzero(~shapes.held_out)
+    judged = np.flatnonzero(shapes.held_out)
+
+    def grid(row: int) -> torch.Tensor:
+        return torch.from_numpy(shapes.grids(np.array([row]), size))
+
+    groups = {"mean_shape": np.zeros_like(shapes.labels), "class_mean": shapes.labels}
+    scores = {}
+    for name, labels in groups.items():
+        means: dict[int, torch.Tensor] = {}
+        for label in np.unique(labels[train]).tolist():
+            rows = train[labels[train] == label]
+            total = np.zeros((1, 1, size, size, size), np.float32)
+            for start in range(0, len(rows), 64):
+                total += shapes.grids(rows[start : start + 64], size).sum(axis=0)
+            means[label] = torch.from_numpy(total / len(rows))
+
+        def score(rows: np.ndarray, level: float, labels: np.ndarray = labels, means: dict = means) -> float:
+            values = [
+                intersect_over_union(means[labels[row]] + (0.5 - level), grid(row)).item()
+                for row in rows
+                if labels[row] in means  # a class that is only held out has no mean
+            ]
+            return float(np.mean(values)) if values else math.nan
+
+        level = max(np.arange(1, 10) / 10, key=functools.partial(score, train[:200]))
+        scores[name] = score(judged if len(judged) else train, level)
+    return scores
 
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:

@@ -256,7 +256,7 @@ def test_baselines_are_those_of_a_loop(toys: Path, here: Path) -> None:
     levels = np.arange(1, 10) / 10
     level = max(levels, key=lambda level: sum(sum(score(members, level - 1e-6)) for score, members, _ in judged))
     expected = np.mean([value for score, _, rows in judged for value in score(rows, level - 1e-6)])
-    assert modelit.score_means(shapes, options)["class_mean"] == pytest.approx(expected, abs=1e-5)
+    assert modelit.score_means(shapes, options.voxel_size)["class_mean"] == pytest.approx(expected, abs=1e-5)
 
 
 # --- the model
