@@ -26,7 +26,6 @@ import lct_dino3 as lct
 # isort: split
 import numpy as np
 import torch
-from dataset_loader import Shapes
 from torch import nn
 
 ARCHITECTURE = (
@@ -114,8 +113,8 @@ def intersect_over_union(probabilities: torch.Tensor, voxels: torch.Tensor) -> t
     return torch.where(union > 0, (filled & wanted).sum(dim=1) / union.clamp(min=1), 1.0)
 
 
-def score_means(shapes: Shapes, size: int) -> dict[str, float]:
-    """Return the held-out IoU of two answers that need no learning: the mean of all training shapes, and that of the class.
+def score_means(shapes: Any, size: int) -> dict[str, float]:
+    """Return the held-out IoU of two answers to `Shapes` that need no learning: the mean of all training shapes, and that of the class.
 
     Each mean is cut at the level that does best on the training shapes.
     """
