@@ -114,7 +114,7 @@ def intersect_over_union(probabilities: torch.Tensor, voxels: torch.Tensor) -> t
 
 
 def score_means(shapes: Any, size: int) -> dict[str, float]:
-    """Return the held-out IoU of two answers to `Shapes` that need no learning: the mean of all training shapes, and that of the class.
+    """Return the held-out IoU in `Shapes` of two answers that need no learning: the mean of all training shapes, and of the class.
 
     Each mean is cut at the level that does best on the training shapes.
     """
