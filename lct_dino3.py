@@ -8666,12 +8666,18 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
     save_seconds = job.config.save_minutes * 60 or math.inf
     saved = time.monotonic()
     state.model.train()
+    total_steps = math.ceil(feed.num_batches / job.config.accumulate_grad_batches) * job.config.epochs
     stream = clock.watch(feed.batches(state))
     while batches := list(itertools.islice(stream, job.config.accumulate_grad_batches)):  # the last step may have fewer
         for batch in batches:
             job.note_failures(batch.failures)
+        readable = [batch for batch in batches if len(batch.labels)]  # without any there is no step
         with SIGNALS.hold():  # weights, position and tally change together
-            take_step(job, feed, state, batches)
+            if readable:
+                set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
+                loss, logits = train_step(job.config, job.runtime, feed.network, state, readable)
+                state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
+            state.batches += len(batches)
             state.seconds = clock.seconds()
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(job, state)
@@ -8683,19 +8689,6 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
             saved = time.monotonic()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
-
-
-def take_step(job: Job, feed: TrainFeed | ViewCache, state: TrainState, batches: list[Batch]) -> None:
-    """Do the optimizer step of some batches; without a readable image there is none."""
-    readable = [batch for batch in batches if len(batch.labels)]
-    if readable:
-        total_steps = math.ceil(feed.num_batches / job.config.accumulate_grad_batches) * job.config.epochs
-        set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
-        loss, logits = train_step(job.config, job.runtime, feed.network, state, readable)
-        state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
-        if state.average:
-            state.average.update(state.step)
-    state.batches += len(batches)
 
 
 def train_step(
@@ -8742,6 +8735,8 @@ def train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
+    if state.average:
+        state.average.update(state.step)
     return torch.stack(losses).sum(), torch.cat(logits)
 
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/pretrain.py quick                one dino of 376 steps: fails if it gains too little (three minutes)
     python tests/benchmarks/pretrain.py table [SEEDS]        dino and ibot, `--preset small`, against random weights
+    python tests/benchmarks/pretrain.py curves FILE          a picture of a run that learns and of two that collapse
     python tests/benchmarks/pretrain.py five [SEEDS]         lct_dino3.py with five labelled crops a class of grocery40
     python tests/benchmarks/pretrain.py speed                loader and step, against torchvision and lightly's DINO
 
@@ -100,6 +101,21 @@ def measure_table(seeds: list[int]) -> None:
             values = [row[name] for row in rows]
             print(f"{algorithm:5} {name:12} mean {statistics.mean(values):.3f}  least {min(values):.3f}  {values}")
         print({name: round(value, 3) for name, value in start.items() if name.startswith("knn")})
+
+
+def draw_runs(path: Path) -> None:
+    """Draw loss, two-view retrieval and k-NN by epoch of dino, seed 1: as it is, without Sinkhorn, with strong colours."""
+    from meshes import draw_curves
+
+    colours = "--aug-brightness .8 --aug-contrast .8 --aug-saturation .8 --aug-hue .4 --aug-grayscale-prob .5"
+    colours += " --aug-solarize-prob .3 --aug-gaussian-blur-prob .5"
+    runs = {"as it is": "", "no Sinkhorn": "--no-use-sinkhorn", "strong colours": colours}
+    figures = {name: pretrain("dino", 1, *flags.split())[1][1:] for name, flags in runs.items()}
+    keys = {"loss": "loss", "two-view retrieval": "retrieval", "k-NN, class token": "knn_class"}
+    panels = {
+        title: {name: [row[key] for row in rows] for name, rows in figures.items()} for title, key in keys.items()
+    }
+    draw_curves(panels).save(path, quality=90)
 
 
 def export_weights(kind: str, seed: int) -> Path:
@@ -266,9 +282,10 @@ def measure_step(options: object) -> None:
 
 
 if __name__ == "__main__":
-    what, *words = sys.argv[1:] or ["quick"]
-    given = [int(word) for word in words] or [0, 1, 2]
-    if what in ("quick", "speed"):
-        {"quick": measure_quick, "speed": measure_speed}[what]()
+    command, *words = sys.argv[1:] or ["quick"]
+    if command == "curves":
+        draw_runs(Path(words[0]))
+    elif command in ("quick", "speed"):
+        {"quick": measure_quick, "speed": measure_speed}[command]()
     else:
-        {"table": measure_table, "five": measure_five}[what](given)
+        {"table": measure_table, "five": measure_five}[command]([int(word) for word in words] or [0, 1, 2])
