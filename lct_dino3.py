@@ -8940,15 +8940,11 @@ def measure_baseline(
         and `share_right` of what the best one answers to the test images.
     """
     ways = simple_ways(job, features["train"], cached)
-    baseline: dict[str, dict[str, float]] = {}
-    for split in [split for split in ("val", "test") if split in features]:
-        baseline[split] = {
-            f"{name}_{key}": value
-            for name, score in ways.items()
-            for key, value in classify(score, features[split].values, features[split].labels, job.records.class_names)[
-                1
-            ].items()
-        }
+    names = job.records.class_names
+    baseline: dict[str, dict[str, float]] = {split: {} for split in ("val", "test") if split in features}
+    for split, (name, score) in itertools.product(baseline, ways.items()):
+        _, figures, _ = classify(score, features[split].values, features[split].labels, names)
+        baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
     if "test" not in features:
         return baseline, {}
     best, test = best_baseline(baseline["val"]), features["test"]
@@ -8961,7 +8957,7 @@ def simple_ways(
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Return what makes logits (n, C) of features (n, F), by the names of BASELINE_NAMES, fitted on those of train."""
     names, scale = job.records.class_names, job.config.arc_scale
-    references = unit_features(train)
+    references = train._replace(values=unit_vectors(train.values))
     centroids = class_centroids(references.values, references.labels, len(names))
     nearest_reference = match_nearest(references, len(names))
     ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -8984,17 +8980,14 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
 
     if "test" not in features or len(features["test"].rows) * len(features["train"].rows) > SESSION_PAIRS:
         return {}
-    scaler = StandardScaler().fit(features["train"].values)
-    train, test = (
-        unit_features(features[split]._replace(values=scaler.transform(features[split].values).astype(np.float32)))
-        for split in ("train", "test")
-    )
-    partners, cosines = best_answers(lambda queries: queries @ train.values.T, test.values)
+    train, test, paths = features["train"], features["test"], job.records.paths
+    scaler = StandardScaler().fit(train.values)
+    references, queries = (unit_vectors(scaler.transform(split.values).astype(np.float32)) for split in (train, test))
+    partners, cosines = best_answers(lambda block: block @ references.T, queries)
     sessions: dict[str, dict[str, Any]] = {}
     for i in np.argsort(cosines, kind="stable").tolist():
-        if cosines[i] >= SAME_SESSION:
-            pair = {"train": job.records.paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
-            sessions[job.records.paths[test.rows[i]]] = pair  # of two views the more similar one, which comes later
+        if cosines[i] >= SAME_SESSION:  # of two views the more similar one, which comes later
+            sessions[paths[test.rows[i]]] = {"train": paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
     return dict(reversed(sessions.items()))
 
 
@@ -9015,13 +9008,8 @@ def unit_vectors(values: np.ndarray) -> np.ndarray:
     return F.normalize(torch.from_numpy(values)).numpy()
 
 
-def unit_features(features: Embedded) -> Embedded:
-    """Return the features themselves as unit embeddings."""
-    return features._replace(values=unit_vectors(features.values))
-
-
-def fit_logistic_regression(job: Job, features: Embedded) -> Any:
-    """Return scikit-learn's logistic regression, fitted on features that are standardised."""
+def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -9031,30 +9019,16 @@ def fit_logistic_regression(job: Job, features: Embedded) -> Any:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
-        return classifier.fit(features.values[chosen], features.labels[chosen])
-
-
-def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
-    classifier = fit_logistic_regression(job, features)
+        classifier.fit(features.values[chosen], features.labels[chosen])
 
     def score(queries: np.ndarray) -> np.ndarray:
         scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
-        if len(queries):
-            logits = classifier.decision_function(queries)
-            of_two = logits.ndim == 1  # one column for both
-            scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if of_two else logits
+        logits = classifier.decision_function(queries)
+        of_two = logits.ndim == 1  # one column for both
+        scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if of_two else logits
         return scores
 
     return score
-
-
-class Enrolled(NamedTuple):
-    """Answers to all val and test crops once classes that the head does not know have been enrolled from a few crops."""
-
-    scores: np.ndarray  # (Q,) on the `score_scale` of the gallery as it was
-    is_new: np.ndarray  # (Q,) bool, an enrolled class is answered
-    is_right: np.ndarray  # (Q,) bool
 
 
 class UnseenHead(NamedTuple):
@@ -9065,7 +9039,9 @@ class UnseenHead(NamedTuple):
     has_passed: np.ndarray  # (Q,) bool, the answer reaches its threshold
     is_unseen: np.ndarray  # (Q,) bool, the class is not one of its own
     logits: np.ndarray  # (Q,) the largest of logistic regression on features, without the same classes
-    enrolled: dict[int, list[Enrolled]]  # by number of crops; ENROLMENT_DRAWS of them
+    # Once the others are enrolled, by number of crops: scores on the same scale, bool whether one of these is answered, and bool
+    # whether that is right, (ENROLMENT_DRAWS, Q) each.
+    enrolled: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -9162,30 +9138,27 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
     references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
     answers, best = gallery.answer(answered.values)
     middle, spread = score_scale(best[is_val])
-    enrolled: dict[int, list[Enrolled]] = {num_crops: [] for num_crops in ENROLMENT_CROPS}
-    for num_crops, draw in itertools.product(ENROLMENT_CROPS, range(ENROLMENT_DRAWS)):
-        rng = np.random.default_rng((config.seed, 9, num_crops, draw))
-        crops = [
-            rng.permutation(np.flatnonzero(train.labels == number[label]))[:num_crops] for label in unseen.tolist()
-        ]
-        added = references.take(np.concatenate(crops))
-        added = added._replace(rows=np.arange(len(added.rows)), labels=added.labels - len(seen))
-        grown = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
-        new_answers, new_best = grown.answer(answered.values)
-        scores = (new_best - middle) / spread
-        enrolled[num_crops].append(Enrolled(scores, new_answers >= len(seen), new_answers == labels))
-    logits = fit_logistic_regression(job, train.take(of_seen)).decision_function(queries.values).max(axis=1)
+    enrolled = {}
+    for num_crops in ENROLMENT_CROPS:
+        draws = []
+        for draw in range(ENROLMENT_DRAWS):
+            rng = np.random.default_rng((config.seed, 9, num_crops, draw))
+            crops = [rng.permutation(np.flatnonzero(train.labels == label))[:num_crops] for label in number[unseen]]
+            added = references.take(np.concatenate(crops))
+            added = added._replace(rows=np.arange(len(added.rows)), labels=added.labels - len(seen))
+            grown = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
+            new_answers, new_best = grown.answer(answered.values)
+            draws.append(((new_best - middle) / spread, new_answers >= len(seen), new_answers == labels))
+        enrolled[num_crops] = tuple(map(np.stack, zip(*draws, strict=True)))
+    logits = score_by_regression(job, train.take(of_seen))(queries.values).max(axis=1)
     has_passed = best >= gallery.thresholds[answers]
     return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
 
 
 def answers_of_enrolled(heads: list[UnseenHead], is_test: np.ndarray, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
     """Return score and whether it is right, (N,) both, of each answer to a val image that is an enrolled class."""
-    answers = [
-        (one.scores[one.is_new & ~is_test], one.is_right[one.is_new & ~is_test])
-        for head in heads
-        for one in head.enrolled[num_crops]
-    ]
+    enrolled = [head.enrolled[num_crops] for head in heads]
+    answers = [(scores[is_new & ~is_test], is_right[is_new & ~is_test]) for scores, is_new, is_right in enrolled]
     scores, is_right = map(np.concatenate, zip(*answers, strict=True))
     few = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
     return scores[few].astype(np.float32), is_right[few]
@@ -9202,26 +9175,23 @@ def measure_enrolment(
         precision: how many answers are an enrolled class (`answers`, of one draw), the share of them that is right (`precision`),
         and the share of the enrolled classes' images that is found so (`recall`).
     """
-    figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall")}
-    has_passed_right = []
+    figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall", "precision")}
     for head, others in zip(heads, but_own(heads), strict=True):
         threshold = precision_threshold(*answers_of_enrolled(others, is_test, num_crops), target_precision)
         is_known_test = ~head.is_unseen & is_test
-        for one in head.enrolled[num_crops]:
-            has_passed = is_test & one.is_new & (one.scores >= threshold)
-            has_passed_right.append(one.is_right[has_passed])
-            figures["new"].append(one.is_right[head.is_unseen].mean())
-            figures["old"].append(one.is_right[is_known_test].mean())
+        for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
+            has_passed = is_test & is_new & (scores >= threshold)
+            figures["new"].append(is_right[head.is_unseen].mean())
+            figures["old"].append(is_right[is_known_test].mean())
             figures["before"].append(head.is_right[is_known_test].mean())
-            is_found = (one.is_right & has_passed)[is_test & head.is_unseen]
+            is_found = (is_right & has_passed)[is_test & head.is_unseen]
             figures["recall"].append(mean_of_defined(is_found.astype(float)))
-    passed_right = np.concatenate(has_passed_right).astype(float)
+            figures["precision"] += is_right[has_passed].tolist()
     return {
         "crops": num_crops,
         "target_precision": target_precision,
-        **{key: none_if_nan(mean_of_defined(np.array(values))) for key, values in figures.items()},
-        "precision": none_if_nan(mean_of_defined(passed_right)),
-        "answers": len(passed_right) // ENROLMENT_DRAWS,
+        **{key: none_if_nan(mean_of_defined(np.array(values, float))) for key, values in figures.items()},
+        "answers": len(figures["precision"]) // ENROLMENT_DRAWS,
     }
 
 
