@@ -6858,13 +6858,6 @@ def concatenate_embedded(several: Iterable[Embedded]) -> Embedded:
     return Embedded(*map(np.concatenate, zip(*several, strict=True)))
 
 
-class Judged(NamedTuple):
-    """Of each of Q crops the class that is answered, the true one, and the runner-up: the answer itself if there is no other."""
-
-    labels: np.ndarray  # (Q, 3) int64
-    scores: np.ndarray  # (Q, 3) similarity to them
-
-
 def best_answers(score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the class of the highest score of each of the queries (Q, D), and that score, (Q,) both."""
     return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
@@ -6957,8 +6950,11 @@ class Gallery:
         slope, intercept = self.log_odds
         return scipy.special.expit(slope * best.astype(np.float64) + intercept)
 
-    def judge(self, queries: np.ndarray, labels: np.ndarray) -> Judged:
-        """Return what the gallery makes of queries (Q, D) whose classes (Q,) are known."""
+    def judge(self, queries: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return of queries (Q, D) of known classes (Q,) answer, true class and runner-up, and their scores, (Q, 3) both.
+
+        The runner-up is the answer itself if there is no other class.
+        """
 
         def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
             answers = scores.argmax(axis=1)
@@ -6967,7 +6963,7 @@ class Gallery:
             chosen = np.stack([answers, labels[block], others.argmax(axis=1)], axis=1)
             return chosen, np.take_along_axis(scores, chosen, axis=1)
 
-        return Judged(*reduce_scores(self.scores, queries, reduce))
+        return reduce_scores(self.scores, queries, reduce)
 
     @property
     def knn_k(self) -> int:
@@ -7391,9 +7387,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         unknown_passed: share of the strangers that get a class; few: classes with fewer than FEW_IMAGES test images.
     """
     num_classes = len(gallery.class_names)
-    judged = gallery.judge(test.values, test.labels)
-    answers = judged.labels[:, 0]
-    best = judged.scores[:, 0]
+    answers, best = gallery.answer(test.values)
     is_right = answers == test.labels
 
     def closed_set(matcher: str) -> dict[str, Any]:
@@ -7506,19 +7500,17 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     `answer` is the nearest class, even where `is_unknown` says that it lies below its threshold. A cosine is the similarity that
     the gallery's matcher gives. `nearest_reference` is of the answered class, `nearest_of_class` of the true one.
     """
-    if not len(embedded.rows):  # not one of the files can be read any more
-        return
     names = gallery.class_names
     stack_views = [VIEW_NAMES[view] for view in gallery.stack_views.tolist()]
-    judged = gallery.judge(embedded.values, embedded.labels)
-    probabilities = gallery.probability(judged.scores[:, 0])
-    cosines = judged.scores.astype(np.str_)  # the shortest text that is the same float32 again
-    is_unknown = judged.scores[:, 0] < gallery.thresholds[judged.labels[:, 0]]
-    nearest = nearest_references(gallery, embedded.values, judged.labels[:, 0])
+    labels, scores = gallery.judge(embedded.values, embedded.labels)
+    probabilities = gallery.probability(scores[:, 0])
+    cosines = scores.astype(np.str_)  # the shortest text that is the same float32 again
+    is_unknown = scores[:, 0] < gallery.thresholds[labels[:, 0]]
+    nearest = nearest_references(gallery, embedded.values, labels[:, 0])
     nearest_of_class = nearest_references(gallery, embedded.values, embedded.labels)
     lines = []
     for i, row in enumerate(embedded.rows.tolist()):
-        answer, label, runner_up = judged.labels[i].tolist()
+        answer, label, runner_up = labels[i].tolist()
         has_runner_up = runner_up != answer
         lines.append({
             "path": records.paths[row],
@@ -7730,32 +7722,21 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
     }
 
 
-@dataclass(frozen=True)
-class Extractor:
-    """Makes features with a backbone that is not trained meanwhile."""
+def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> Callable[..., np.ndarray]:
+    """Return what makes features float32 (N, F) of images uint8 (N, 3 or 4, H, W), by a backbone that is not trained meanwhile.
 
-    backbone: Backbone
-    info: BackboneInfo
-    runtime: Runtime
+    It sees `batch` of them at a time; `name_of` gives their names. It raises Diverged where the features of one are not finite.
+    """
+    network = runtime.wrap(backbone.eval())
 
-    @functools.cached_property
-    def network(self) -> nn.Module:
-        """The backbone as it is to be called."""
-        return self.runtime.wrap(self.backbone.eval())
-
-    def __call__(
-        self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None
-    ) -> np.ndarray:
-        """Return features float32 (N, F) of images uint8 (N, 3 or 4, H, W), `batch` at a time; `name_of` gives their names.
-
-        Raises:
-            Diverged: the features of one are not finite.
-        """
+    def extract(images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
         with torch.inference_mode():
             blocks = images.split(batch or len(images))
-            features = torch.cat([self.network(send(block, self.runtime.device)) for block in blocks])
-        check_features(features, name_of, self.backbone, self.info)
+            features = torch.cat([network(send(block, runtime.device)) for block in blocks])
+        check_features(features, name_of, backbone, info)
         return features.cpu().numpy()
+
+    return extract
 
 
 @dataclass(frozen=True)
@@ -7772,9 +7753,9 @@ class TrainedRun:
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
 
     @functools.cached_property
-    def extract(self) -> Extractor:
+    def extract(self) -> Callable[..., np.ndarray]:
         """What makes features of images."""
-        return Extractor(self.model.backbone, self.info, self.runtime)
+        return make_extractor(self.model.backbone, self.info, self.runtime)
 
     def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
         """Return the unit vectors float32 (N, D) that the gallery matches, of images as `extract` takes them; raises as it does."""
@@ -7907,10 +7888,11 @@ def embed_batches(
     batches: list[list[SampleKey]],
     config: Config | RunOptions,
     runtime: Runtime,
-) -> Iterator[tuple[list[tuple[int, str]], Embedded]]:
+    label: str,
+) -> Iterable[tuple[list[tuple[int, str]], Embedded]]:
     """Yield of each batch what could not be read, and the embeddings of all else; only the first process gets them.
 
-    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
+    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them; `label` stands on the bar.
     """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
@@ -7919,7 +7901,8 @@ def embed_batches(
             values = make_values(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
         return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
-    return take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
+    answers = take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
+    return progress(answers, len(batches), label)
 
 
 def collect_embedded(
@@ -7959,13 +7942,13 @@ def embed_records(
     """
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
-    answers = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime)
+    answers = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime, "embedding")
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
             show(f"warning: {printable(records.paths[row])} {reason}")
 
-    return collect_embedded(progress(answers, len(batches), "embedding"), note, str(records.root))
+    return collect_embedded(answers, note, str(records.root))
 
 
 def scan_for_run(
@@ -8066,6 +8049,16 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
     return sentences
 
 
+def nearest_others(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which other one of the vectors (N, D) is nearest to each of some rows (n,) of them, and its cosine, (n,) both."""
+
+    def reduce(cosine: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
+        cosine[np.arange(len(cosine)), rows[block]] = -1.0  # to itself
+        return cosine.argmax(axis=1), cosine.max(axis=1)
+
+    return reduce_scores(lambda block: block @ vectors.T, vectors[rows], reduce)
+
+
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
     """Return a sentence for each of the named classes that another one is hard to tell from.
 
@@ -8074,13 +8067,8 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     sentences = []
     for label in map(gallery.class_names.index, names):
-        rows = np.flatnonzero(gallery.stack_labels == label)
-
-        def nearest_other(cosine: np.ndarray, block: slice, rows: np.ndarray = rows) -> tuple[np.ndarray]:
-            cosine[np.arange(len(cosine)), rows[block]] = -1.0  # to itself
-            return (gallery.stack_labels[cosine.argmax(axis=1)],)
-
-        neighbours = reduce_scores(lambda block: block @ gallery.stacks.T, gallery.stacks[rows], nearest_other)[0]
+        nearest, _ = nearest_others(gallery.stacks, np.flatnonzero(gallery.stack_labels == label))
+        neighbours = gallery.stack_labels[nearest]
         num_taken = np.bincount(neighbours[neighbours != label], minlength=len(counts))
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
@@ -8128,13 +8116,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
 def format_gallery(gallery: Gallery) -> str:
     """Return per class how many references it has, its threshold, and the class nearest to it, as an aligned table."""
     num_classes = len(gallery.class_names)
-
-    def reduce(similarity: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(len(similarity))
-        similarity[rows, block.start + rows] = -1.0  # to itself
-        return similarity.argmax(axis=1), similarity.max(axis=1)
-
-    nearest, similarity = reduce_scores(lambda queries: queries @ gallery.centroids.T, gallery.centroids, reduce)
+    nearest, similarity = nearest_others(gallery.centroids, np.arange(num_classes))
     references = np.bincount(gallery.stack_labels, minlength=num_classes)
     prototypes = np.bincount(gallery.prototype_labels, minlength=num_classes)
     width = max(5, *map(len, gallery.class_names))
@@ -8350,10 +8332,9 @@ class FeatureBank:
         """
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
-        extract = Extractor(self._backbone, job.info, job.runtime)
-        answers = embed_batches(extract, self._dataset, batches, job.config, job.runtime)
-        bar = progress(answers, len(batches), f"embedding {name}")
-        return collect_embedded(bar, job.note_failures, f"{name} images of {job.records.root}")
+        extract = make_extractor(self._backbone, job.info, job.runtime)
+        answers = embed_batches(extract, self._dataset, batches, job.config, job.runtime, f"embedding {name}")
+        return collect_embedded(answers, job.note_failures, f"{name} images of {job.records.root}")
 
 
 class ViewCache:
@@ -8491,16 +8472,16 @@ class ViewCache:
         """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
         job, (num_views, num_images, feature_dim) = self._job, self._shape
         dataset = job.training_crops()
-        extract = Extractor(self._backbone, job.info, job.runtime)
+        extract = make_extractor(self._backbone, job.info, job.runtime)
         for view in range(first // num_images, num_views):
             keys = [
                 SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
-            answers = embed_batches(extract, dataset, batches, job.config, job.runtime)
-            bar = progress(answers, len(batches), f"embedding view {view + 1} of {num_views}")
-            for batch, (failures, extracted) in zip(batches, bar, strict=get_rank() == 0):
+            label = f"embedding view {view + 1} of {num_views}"
+            answers = embed_batches(extract, dataset, batches, job.config, job.runtime, label)
+            for batch, (failures, extracted) in zip(batches, answers, strict=get_rank() == 0):
                 job.note_failures(failures)
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
                 is_readable = np.isin([key.row for key in batch], extracted.rows)

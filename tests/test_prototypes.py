@@ -139,9 +139,9 @@ def test_what_is_answered_stands_beside_the_truth(patch_used: Callable) -> None:
     labels = np.stack([scores.argmax(axis=1), queries.labels, np.argsort(-scores, axis=1)[:, 1]], axis=1)
     for size in (lct.RETRIEVAL_CHUNK, 4 * 3):
         patch_used(lct, "RETRIEVAL_CHUNK", size)
-        judged = gallery.judge(queries.values, queries.labels)
-        assert np.array_equal(judged.labels, labels) and (labels[:, 0] != labels[:, 1]).any()
-        np.testing.assert_allclose(judged.scores, np.take_along_axis(scores, labels, axis=1), rtol=1e-5)
+        judged, of_judged = gallery.judge(queries.values, queries.labels)
+        assert np.array_equal(judged, labels) and (labels[:, 0] != labels[:, 1]).any()
+        np.testing.assert_allclose(of_judged, np.take_along_axis(scores, labels, axis=1), rtol=1e-5)
 
 
 def test_objects_of_no_class_decide_between_matchers_that_are_right_equally_often() -> None:
@@ -417,14 +417,14 @@ def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.Mon
     figures = lct.measure_gallery(gallery, val)
     loss, macro, _ = lct.classify(lambda own: own @ gallery.centroids.T, val.values, val.labels, gallery.class_names)
     matched = lct.recall_at_1(train.values, train.labels, val)
-    judged = gallery.judge(val.values, val.labels)
+    judged, scores = gallery.judge(val.values, val.labels)
     lct.find_collisions(gallery, ["class 5"])
     table = lct.format_gallery(gallery)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 9e6  # all scores have 18 MB, in float32
-    assert table.count("\n") >= num_classes and len(judged.scores) == 2 * num_classes
-    accuracy = float((judged.labels[:, 0] == val.labels).mean())
+    assert table.count("\n") >= num_classes and len(scores) == 2 * num_classes
+    accuracy = float((judged[:, 0] == val.labels).mean())
     assert figures["closed"][gallery.matcher]["acc"]["value"] == pytest.approx(accuracy)
     assert macro["auc_macro"] is None and loss > 0 and matched >= accuracy > 0.3
 
