@@ -7888,11 +7888,11 @@ def embed_batches(
     batches: list[list[SampleKey]],
     config: Config | RunOptions,
     runtime: Runtime,
-    label: str,
-) -> Iterable[tuple[list[tuple[int, str]], Embedded]]:
-    """Yield of each batch what could not be read, and the embeddings of all else; only the first process gets them.
+    note: Callable[[list[tuple[int, str]]], None],
+) -> Iterator[Embedded]:
+    """Yield the embeddings of each batch; only the first process gets them, and `note` there is told what could not be read.
 
-    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them; `label` stands on the bar.
+    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
     """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
@@ -7901,23 +7901,18 @@ def embed_batches(
             values = make_values(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
         return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
-    answers = take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer)
-    return progress(answers, len(batches), label)
+    for failures, embedded in take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer):
+        note(failures)
+        yield embedded
 
 
-def collect_embedded(
-    answers: Iterable[tuple[list[tuple[int, str]], Embedded]], note: Callable[[list[tuple[int, str]]], None], where: str
-) -> Embedded | None:
-    """Return what `embed_batches` yields as one; None in the processes beside the first. `note` is told what cannot be read.
+def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None:
+    """Return what `embed_batches` yields as one; None in the processes beside the first.
 
     Raises:
         UserError: not one image can be read.
     """
-    embedded = []
-    for failures, of_batch in answers:
-        note(failures)
-        if len(of_batch.rows):
-            embedded.append(of_batch)
+    embedded = [of_batch for of_batch in batches if len(of_batch.rows)]
     if get_rank():
         return None
     if not embedded:
@@ -7936,29 +7931,22 @@ def embed_records(
 
     `make_values` is run.extract for features instead. They are for the first process: the others, which have embedded a part of
     them, get None.
-
-    Raises:
-        UserError: not one image can be read.
     """
-    batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
-    dataset = CropDataset(records, run.transform())
-    answers = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime, "embedding")
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
             show(f"warning: {printable(records.paths[row])} {reason}")
 
-    return collect_embedded(answers, note, str(records.root))
+    batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
+    dataset = CropDataset(records, run.transform())
+    embedded = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime, note)
+    return collect_embedded(progress(embedded, len(batches), "embedding"), str(records.root))
 
 
 def scan_for_run(
     run: TrainedRun, root: Path, config: Config | EvaluateOptions | PrototypesOptions, splits_path: Path | None = None
 ) -> Scan:
-    """Scan a folder of class folders with masks, as the run looked at its data, and of these, by splits.json, what it used.
-
-    Raises:
-        UserError: no class folders, or no usable images.
-    """
+    """Scan a folder of class folders with masks, as the run looked at its data, and of these, by splits.json, what it used."""
     options = dataclasses.replace(
         run.config,
         data_root=root,
@@ -8251,15 +8239,13 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
     fitting = lacking[: np.searchsorted(ends, writer.room, side="right")]
 
     def fit(key: tuple[int, int]) -> int:
-        row, view = key
-        try:
+        (row, view), path = key, paths[key[0]]
+        with contextlib.suppress(ImageError):
             image, mask, reason = load_crop(records, row, view)
-        except ImageError:
-            return -1
-        if reason or crops[paths[row]] is None:
-            return -1
-        square = transform.make_square(image, mask, 0)
-        return writer.put(kinds[view], paths[row], crops[paths[row]], square, int(digests[view, row]))
+            if not reason and crops[path] is not None:
+                square = transform.make_square(image, mask, 0)
+                return writer.put(kinds[view], path, crops[path], square, int(digests[view, row]))
+        return -1
 
     try:
         for (row, view), place in progress(map_in_threads(fit, fitting), len(fitting), "fitting crops", "crop"):
@@ -8325,16 +8311,13 @@ class FeatureBank:
         return features
 
     def extract(self, keys: list[SampleKey], name: str) -> Embedded | None:
-        """Return the features of some samples, None in the processes beside the first; `name` is for the progress bar.
-
-        Raises:
-            UserError: not one of them can be read.
-        """
+        """Return the features of some samples, None in the processes beside the first; `name` is for the progress bar."""
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
         extract = make_extractor(self._backbone, job.info, job.runtime)
-        answers = embed_batches(extract, self._dataset, batches, job.config, job.runtime, f"embedding {name}")
-        return collect_embedded(answers, job.note_failures, f"{name} images of {job.records.root}")
+        embedded = embed_batches(extract, self._dataset, batches, job.config, job.runtime, job.note_failures)
+        bar = progress(embedded, len(batches), f"embedding {name}")
+        return collect_embedded(bar, f"{name} images of {job.records.root}")
 
 
 class ViewCache:
@@ -8408,11 +8391,7 @@ class ViewCache:
         return Batch(torch.from_numpy(features[is_readable]), labels, torch.from_numpy(rows), views, [])
 
     def _fill(self) -> None:
-        """Embed what is not there yet.
-
-        Raises:
-            UserError: there is no room for it.
-        """
+        """Embed what is not there yet."""
         num_views, num_images, feature_dim = self._shape
         note_path = self._path.with_suffix(".json")
         maker = {  # all that the features are a function of
@@ -8452,7 +8431,11 @@ class ViewCache:
                 write_note()
 
     def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
-        """Return how many features of this maker are in the file already; see that there is room for all others."""
+        """Return how many features of this maker are in the file already.
+
+        Raises:
+            UserError: there is no room for all others.
+        """
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
@@ -8479,10 +8462,9 @@ class ViewCache:
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
-            label = f"embedding view {view + 1} of {num_views}"
-            answers = embed_batches(extract, dataset, batches, job.config, job.runtime, label)
-            for batch, (failures, extracted) in zip(batches, answers, strict=get_rank() == 0):
-                job.note_failures(failures)
+            embedded = embed_batches(extract, dataset, batches, job.config, job.runtime, job.note_failures)
+            bar = progress(embedded, len(batches), f"embedding view {view + 1} of {num_views}")
+            for batch, extracted in zip(batches, bar, strict=get_rank() == 0):
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
                 is_readable = np.isin([key.row for key in batch], extracted.rows)
                 features[is_readable] = extracted.values.clip(-FP16_MAX, FP16_MAX)
@@ -8522,11 +8504,7 @@ class TrainFeed:
         self.network = job.runtime.wrap(backbone, is_trained=True)  # makes features of the batches
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield what the state has not seen of its epoch.
-
-        Raises:
-            DeadWorker: loader workers are killed again and again.
-        """
+        """Yield what the state has not seen of its epoch."""
         job = self._job
         if dist.is_initialized():  # devices may round differently
             for value in (*state.model.head.state_dict().values(), *state.model.criterion.state_dict().values()):
