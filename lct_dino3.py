@@ -6934,10 +6934,6 @@ class Gallery:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's matcher."""
         return self.module.score(queries)
 
-    def logits(self, queries: np.ndarray) -> np.ndarray:
-        """Return the scores (Q, C) over the temperature, whose softmax tells the classes apart; it knows of no unknown objects."""
-        return self.scores(queries) / self.temperature
-
     def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
         return best_answers(self.scores, queries)
@@ -6992,12 +6988,6 @@ def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int
     return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def class_slices(labels: np.ndarray, num_classes: int) -> list[slice]:
-    """Return the place of each class in ascending labels."""
-    borders = np.searchsorted(labels, np.arange(num_classes + 1)).tolist()
-    return list(itertools.starmap(slice, itertools.pairwise(borders)))
-
-
 def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
     """Return how many nearest references (C,) make the score of each class: k, and less where a class has fewer than usual.
 
@@ -7010,12 +7000,11 @@ def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarra
 def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the position in the stacks of each query's nearest reference of a class that is given for it, int64 (Q,)."""
     nearest = np.zeros(len(queries), dtype=np.int64)
-    places = class_slices(gallery.stack_labels, len(gallery.class_names))
+    rows_of = rows_by_class(gallery.stack_labels, len(gallery.class_names))
     for label in np.unique(labels).tolist():
-        stacks = gallery.stacks[places[label]]
-        if len(stacks):
-            is_asked = labels == label
-            nearest[is_asked] = places[label].start + (queries[is_asked] @ stacks.T).argmax(axis=1)
+        if len(rows_of[label]):
+            cosine = queries[labels == label] @ gallery.stacks[rows_of[label]].T
+            nearest[labels == label] = rows_of[label][cosine.argmax(axis=1)]
     return nearest
 
 
@@ -7142,10 +7131,8 @@ def build_gallery(
     centroids = class_centroids(references.values, references.labels, num_classes)
     stacks = references
     if config.max_refs_per_class is not None:
-        chosen = [
-            place.start + choose_references(stacks.values[place], config.max_refs_per_class)
-            for place in class_slices(stacks.labels, num_classes)
-        ]
+        by_class = rows_by_class(stacks.labels, num_classes)
+        chosen = [rows[choose_references(stacks.values[rows], config.max_refs_per_class)] for rows in by_class]
         stacks = stacks.take(np.concatenate(chosen))
     gallery = Gallery(
         class_names=records.class_names,
@@ -7191,9 +7178,8 @@ def export_gallery(
     """
     embedded = {split: embed(model, of_split) for split, of_split in features.items()}
     pair = (unknown, embed(model, unknown)) if unknown is not None else None
-    fusion = NO_FUSION
-    if config.match_features:
-        fusion = choose_fusion(features, embedded, len(records.class_names), pair)
+    num_classes = len(records.class_names)
+    fusion = choose_fusion(features, embedded, num_classes, pair) if config.match_features else NO_FUSION
     vectors = {split: fusion.fuse(features[split], embedded[split]) for split in features}
     strangers = Strangers(fusion.fuse(*pair).values if pair else None, unseen)
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers, model.backbone.dtype)
@@ -7202,11 +7188,8 @@ def export_gallery(
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
     """Return the gallery with up to `per_class` prototypes a class, of references by class; matched by them if there are more."""
-    places = class_slices(references.labels, len(gallery.class_names))
-    prototypes = [
-        mean_of_clusters(references.values[place], per_class, centroid)
-        for place, centroid in zip(places, gallery.centroids, strict=True)
-    ]
+    by_class = zip(rows_by_class(references.labels, len(gallery.class_names)), gallery.centroids, strict=True)
+    prototypes = [mean_of_clusters(references.values[rows], per_class, centroid) for rows, centroid in by_class]
     gallery = take_prototypes(gallery, prototypes)
     return dataclasses.replace(gallery, matcher="prototypes") if gallery.most_prototypes > 1 else gallery
 
@@ -7327,8 +7310,8 @@ def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray)
 
     scores = np.concatenate([known, strangers])
     labels = np.append(is_right, np.zeros(len(strangers), bool))
-    weights = np.full(len(known), (1 - UNKNOWN_SHARE) / max(1, len(known)))
-    weights = np.append(weights, np.full(len(strangers), UNKNOWN_SHARE / max(1, len(strangers)))) * len(scores)
+    shares = [(1 - UNKNOWN_SHARE) / max(1, len(known)), UNKNOWN_SHARE / max(1, len(strangers))]
+    weights = np.repeat(shares, [len(known), len(strangers)]) * len(scores)
     if labels.all() or not labels.any():
         share = (is_right.sum() + 1) / (len(is_right) + 2)
         return 0.0, float(scipy.special.logit(share))
@@ -7672,16 +7655,14 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if not 0 <= weight < 1 or lengths["K"] > lengths["D"]:
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
     slope, intercept = map(float, meta["log_odds"])
-    enrolment = {
-        str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in meta["enrolment"].items()
-    }
+    enrolment = meta["enrolment"].items()
     gallery = Gallery(
         **fields,
         temperature=float(meta["temperature"]),
         is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
         val_thresholds=tuple(map(float, meta["val_thresholds"])),
         log_odds=(slope, intercept),
-        enrolment=enrolment,
+        enrolment={str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in enrolment},
         fusion=Fusion(mean, projection, float(weight)),
     )
     return gallery, meta
@@ -7984,10 +7965,10 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
     usual = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
     new_counts = count_nearest(np.bincount(stacks.labels)[num_old:], usual, gallery.knn_k)
-    prototypes = [gallery.prototypes[place] for place in class_slices(gallery.prototype_labels, num_classes)]
-    places = class_slices(stacks.labels, num_classes)
+    prototypes = [gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, num_classes)]
+    rows_of = rows_by_class(stacks.labels, num_classes)
     for label in changed.tolist():  # as many as before
-        values = stacks.values[places[label]]
+        values = stacks.values[rows_of[label]]
         prototypes[label] = mean_of_clusters(values, gallery.most_prototypes, centroids[label])
     thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
     for label in range(num_old, num_classes):
@@ -8303,7 +8284,7 @@ class FeatureBank:
         if split in self._cache:
             return self._cache[split]
         records, rows = self._job.records, self._job.records.rows(split)
-        if not self._backbone.frozen:
+        if not self._backbone.frozen and per_class is not None:
             rows = first_of_each_class(rows, records.labels, per_class)
         features = self.extract(eval_keys(records, rows, self._job.config.crop_mode), split)
         if self._backbone.frozen:
@@ -8337,11 +8318,9 @@ class ViewCache:
         self._path = job.run.path / "cached_views.f16"
         num_views = job.config.cache_views
         draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
-        has_mask = job.records.has_mask[self._rows]
+        drawn = np.stack([rng.random(len(self._rows)) for rng in draws])
         # bool (1 + views, images): shown masked; the clean view is number 0
-        self._is_masked = np.stack(
-            [(rng.random(len(self._rows)) < self._sampler.masked_share) & has_mask for rng in draws]
-        )
+        self._is_masked = (drawn < self._sampler.masked_share) & job.records.has_mask[self._rows]
         self._shape = (num_views, len(self._rows), job.info.feature_dim)
         self._fill()
         if clean is None:  # in the processes beside the first, which are done with it
@@ -8444,11 +8423,10 @@ class ViewCache:
             if note["maker"] == to_json(maker):
                 done = min(note["done"], self._path.stat().st_size // row_bytes)
         missing = (num_views * num_images - done) * row_bytes
-        if missing and (free := shutil.disk_usage(self._path.parent).free) < missing:
+        folder = self._path.parent
+        if missing and (free := free_disk(folder)) < missing:
             problem = f"need {missing:,} bytes, and {free:,} are free"
-            raise UserError(
-                problem, f"--cache_views {num_views}", f"make room in {self._path.parent}, or cache fewer views"
-            )
+            raise UserError(problem, f"--cache_views {num_views}", f"make room in {folder}, or cache fewer views")
         return done
 
     def _embed(self, first: int) -> Iterator[np.ndarray]:
@@ -8480,14 +8458,10 @@ def list_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int | None) -> np.ndarray:
-    """Return the rows without those beyond the first `per_class` of their class (None: all)."""
-    if per_class is None:
-        return rows
-    order = np.argsort(labels[rows], kind="stable")
-    sorted_labels = labels[rows][order]
-    rank = np.arange(len(rows)) - np.searchsorted(sorted_labels, sorted_labels)
-    return rows[np.sort(order[rank < per_class])]
+def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
+    """Return the rows without those beyond the first `per_class` of their class."""
+    by_class = rows_by_class(labels[rows], int(labels.max()) + 1)
+    return rows[np.sort(np.concatenate([positions[:per_class] for positions in by_class]))]
 
 
 class TrainFeed:
@@ -9823,7 +9797,13 @@ def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
     """Return the figures of the gallery's answers, recall_at_1 among them, and those by class."""
-    _, figures, per_class = classify(gallery.logits, queries.values, queries.labels, gallery.class_names)
+
+    def logits(
+        block: np.ndarray,
+    ) -> np.ndarray:  # whose softmax tells the classes apart; it knows of no unknown objects
+        return gallery.scores(block) / gallery.temperature
+
+    _, figures, per_class = classify(logits, queries.values, queries.labels, gallery.class_names)
     return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 

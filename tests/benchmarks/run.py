@@ -575,7 +575,7 @@ def matching_knn(_: Settings) -> Case:
     """
     gallery = make_gallery(1000, np.random.default_rng(1).integers(5, 36, 1000), "knn")
     queries = make_gallery(256, 1, "knn").stacks
-    places = lct.class_slices(gallery.stack_labels, 1000)
+    places = [slice(rows[0], rows[-1] + 1) for rows in lct.rows_by_class(gallery.stack_labels, 1000)]
 
     def usual() -> np.ndarray:
         ordered = [np.sort(queries @ gallery.stacks[place].T, axis=1) for place in places]
