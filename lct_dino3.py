@@ -6121,14 +6121,15 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
+Scorer = Callable[[np.ndarray], np.ndarray]  # makes scores (n, C) of queries (n, D)
+
+
 def reduce_scores(
-    score: Callable[[np.ndarray], np.ndarray],
-    queries: np.ndarray,
-    reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]],
+    score: Scorer, queries: np.ndarray, reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]]
 ) -> tuple[np.ndarray, ...]:
     """Return what `reduce` makes of the scores of all queries, a block at a time: those of 100,000 classes exceed the memory.
 
-    `score` makes scores (n, C) of queries (n, D); `reduce` makes arrays (n, ...) of these and their place in the queries.
+    `reduce` makes arrays (n, ...) of scores and their place in the queries.
     """
     step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
     blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
@@ -6137,7 +6138,7 @@ def reduce_scores(
 
 
 def classify(
-    score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    score: Scorer, queries: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> tuple[float, dict[str, float], dict[str, dict]]:
     """Return cross-entropy, figures and figures by class of a classifier whose logits (n, C) `score` makes of queries (n, D)."""
     has_auc = len(queries) * len(class_names) <= MAX_SCORE_ENTRIES
@@ -6858,7 +6859,7 @@ def concatenate_embedded(several: Iterable[Embedded]) -> Embedded:
     return Embedded(*map(np.concatenate, zip(*several, strict=True)))
 
 
-def best_answers(score: Callable[[np.ndarray], np.ndarray], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def best_answers(score: Scorer, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the class of the highest score of each of the queries (Q, D), and that score, (Q,) both."""
     return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
 
@@ -7083,7 +7084,7 @@ def choose_fusion(
     return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
 
 
-def match_quality(score: Callable[[np.ndarray], np.ndarray], val: Embedded, strangers: np.ndarray | None) -> float:
+def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
     """Return the share of val that gets its class; with vectors of `strangers` (U, D): and with more than most of them score."""
     answers, best = best_answers(score, val.values)
     is_right = answers == val.labels
@@ -7289,7 +7290,7 @@ def score_scale(best: np.ndarray) -> tuple[float, float]:
     return middle, max(middle - low, 1e-6)
 
 
-def score_without_class(score: Callable[[np.ndarray], np.ndarray], known: Embedded) -> np.ndarray:
+def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
     """Return the best score (N,) of each query among all classes but a fold of HELD_OUT_FOLDS, the one with its own."""
     folds = known.labels % HELD_OUT_FOLDS
 
@@ -7427,10 +7428,7 @@ def highest_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_set_figures(
-    score: Callable[[np.ndarray], np.ndarray],
-    known: Embedded,
-    unknown: np.ndarray | None,
-    confide: Callable[[np.ndarray], np.ndarray] = best_score,
+    score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
 ) -> dict[str, Any]:
     """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` makes of the scores of queries (n, C).
 
@@ -7483,39 +7481,32 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     `answer` is the nearest class, even where `is_unknown` says that it lies below its threshold. A cosine is the similarity that
     the gallery's matcher gives. `nearest_reference` is of the answered class, `nearest_of_class` of the true one.
     """
-    names = gallery.class_names
-    stack_views = [VIEW_NAMES[view] for view in gallery.stack_views.tolist()]
     labels, scores = gallery.judge(embedded.values, embedded.labels)
-    probabilities = gallery.probability(scores[:, 0])
+    names, view_names = np.array(gallery.class_names, object), np.array(VIEW_NAMES)
     cosines = scores.astype(np.str_)  # the shortest text that is the same float32 again
-    is_unknown = scores[:, 0] < gallery.thresholds[labels[:, 0]]
-    nearest = nearest_references(gallery, embedded.values, labels[:, 0])
-    nearest_of_class = nearest_references(gallery, embedded.values, embedded.labels)
-    lines = []
-    for i, row in enumerate(embedded.rows.tolist()):
-        answer, label, runner_up = labels[i].tolist()
-        has_runner_up = runner_up != answer
-        lines.append({
-            "path": records.paths[row],
-            "view": VIEW_NAMES[embedded.views[i]],
-            "class": names[label],
-            "answer": names[answer],
-            "is_unknown": "true" if is_unknown[i] else "false",
-            "cosine": cosines[i, 0],
-            "probability": float(probabilities[i]),
-            "runner_up": names[runner_up] if has_runner_up else "",
-            "runner_up_cosine": cosines[i, 2] if has_runner_up else "",
-            "class_cosine": cosines[i, 1],
-            "nearest_reference": gallery.stack_paths[nearest[i]],
-            "nearest_reference_view": stack_views[nearest[i]],
-            "nearest_of_class": gallery.stack_paths[nearest_of_class[i]],
-            "nearest_of_class_view": stack_views[nearest_of_class[i]],
-            "mask": records.mask_of(row, 1),
-        })  # fmt: skip
+    has_runner_up = labels[:, 2] != labels[:, 0]
+    rows = embedded.rows.tolist()
+    columns = {
+        "path": [records.paths[row] for row in rows],
+        "view": view_names[embedded.views],
+        "class": names[labels[:, 1]],
+        "answer": names[labels[:, 0]],
+        "is_unknown": np.where(scores[:, 0] < gallery.thresholds[labels[:, 0]], "true", "false"),
+        "cosine": cosines[:, 0],
+        "probability": gallery.probability(scores[:, 0]).tolist(),
+        "runner_up": np.where(has_runner_up, names[labels[:, 2]], ""),
+        "runner_up_cosine": np.where(has_runner_up, cosines[:, 2], ""),
+        "class_cosine": cosines[:, 1],
+    }
+    for name, asked in (("nearest_reference", labels[:, 0]), ("nearest_of_class", labels[:, 1])):
+        nearest = nearest_references(gallery, embedded.values, asked)
+        columns[name] = [gallery.stack_paths[position] for position in nearest]
+        columns[f"{name}_view"] = view_names[gallery.stack_views[nearest]]
+    columns["mask"] = [records.mask_of(row, 1) for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
     write_bytes(path, text.getvalue().encode("utf-8"))
 
 
@@ -8534,15 +8525,10 @@ class Clock:
 
     def _count_waits(self) -> None:
         """Count the waits whose end is known."""
-        while self.waits:
-            asked, came = self.waits[0]
-            if self.device.type != "cuda":
-                self.waited += came - asked
-            elif came.query():
-                self.waited += asked.elapsed_time(came) / 1000
-            else:
-                return
-            self.waits.popleft()
+        is_cuda = self.device.type == "cuda"
+        while self.waits and (not is_cuda or self.waits[0][1].query()):
+            asked, came = self.waits.popleft()
+            self.waited += asked.elapsed_time(came) / 1000 if is_cuda else came - asked
 
     def pace(self) -> dict[str, float]:
         """Return images/s of this process, and the share of the time that was waited for data; the device must have finished."""
@@ -8885,15 +8871,13 @@ def measure_baseline(
     return baseline, share_right(job.records, test.rows, answers == test.labels)
 
 
-def simple_ways(
-    job: Job, train: Embedded, cached: Embedded | None = None
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def simple_ways(job: Job, train: Embedded, cached: Embedded | None = None) -> dict[str, Scorer]:
     """Return what makes logits (n, C) of features (n, F), by the names of BASELINE_NAMES, fitted on those of train."""
     names, scale = job.records.class_names, job.config.arc_scale
     references = train._replace(values=unit_vectors(train.values))
     centroids = class_centroids(references.values, references.labels, len(names))
     nearest_reference = match_nearest(references, len(names))
-    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    ways: dict[str, Scorer] = {
         "centroid": lambda features: scale * (unit_vectors(features) @ centroids.T),
         "nn1": lambda features: scale * nearest_reference.score(unit_vectors(features)),
     }
@@ -8941,7 +8925,7 @@ def unit_vectors(values: np.ndarray) -> np.ndarray:
     return F.normalize(torch.from_numpy(values)).numpy()
 
 
-def score_by_regression(job: Job, features: Embedded) -> Callable[[np.ndarray], np.ndarray]:
+def score_by_regression(job: Job, features: Embedded) -> Scorer:
     """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
