@@ -8330,11 +8330,7 @@ class ViewCache:
             return None
         order = np.random.default_rng((self._job.config.seed, 4)).permutation(len(self._features) * len(self._rows))
         views, positions = np.divmod(np.sort(order[:LOGREG_MAX_IMAGES]), len(self._rows))
-        values = self._features[views, positions].astype(np.float32)
-        rows = self._rows[positions]
-        is_masked = self._is_masked[1 + views, positions].astype(np.uint8)
-        embedded = Embedded(rows, is_masked, self._job.records.labels[rows].astype(np.int64), values)
-        return embedded.take(~np.isnan(values[:, 0]))
+        return self._look_up(1 + views, positions)
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
         """Yield what the state has not seen of its epoch."""
@@ -8349,16 +8345,18 @@ class ViewCache:
         positions = np.searchsorted(self._rows, [key.row for key in keys])
         turns = (positions + [key.showing for key in keys]) % len(self._is_masked)
         turns *= np.array([key.augmented for key in keys])
+        rows, views, labels, features = map(torch.from_numpy, self._look_up(turns, positions))
+        return Batch(features, labels, rows, views, [])
+
+    def _look_up(self, turns: np.ndarray, positions: np.ndarray) -> Embedded:
+        """Return the features of those views (n,) of images (n,) that can be read; number 0 is the clean view."""
         index = self._clean_index[positions]
         features = np.where(index[:, None] < 0, np.nan, self._clean[index])
         is_cached = turns > 0
         features[is_cached] = self._features[turns[is_cached] - 1, positions[is_cached]]
-        is_readable = ~np.isnan(features[:, 0])
-        positions, turns = positions[is_readable], turns[is_readable]
-        rows = self._rows[positions]
-        labels = torch.from_numpy(self._job.records.labels[rows].astype(np.int64))
-        views = torch.from_numpy(self._is_masked[turns, positions].astype(np.uint8))
-        return Batch(torch.from_numpy(features[is_readable]), labels, torch.from_numpy(rows), views, [])
+        rows, is_masked = self._rows[positions], self._is_masked[turns, positions]
+        labels = self._job.records.labels[rows].astype(np.int64)
+        return Embedded(rows, is_masked.astype(np.uint8), labels, features).take(~np.isnan(features[:, 0]))
 
     def _fill(self) -> None:
         """Embed what is not there yet."""
