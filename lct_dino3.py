@@ -7103,29 +7103,14 @@ def embed(model: Recognizer, features: Embedded) -> Embedded:
     return features._replace(values=values.numpy())
 
 
-class Strangers(NamedTuple):
-    """What is known of objects of no class, to choose and to calibrate with."""
-
-    vectors: np.ndarray | None = None  # (U, D), of pictures of such
-    unseen: dict[str, Any] | None = None  # see `measure_unseen`
-
-
-NO_STRANGERS = Strangers()
-
-
 def build_gallery(
-    records: Records,
-    references: Embedded,
-    val: Embedded,
-    config: Config,
-    strangers: Strangers = NO_STRANGERS,
-    dtype: torch.dtype = torch.float32,
+    records: Records, references: Embedded, val: Embedded, config: Config, strangers: np.ndarray | None = None
 ) -> Gallery:
-    """Build centroids from all references, keep the stacks, and choose matcher, temperature and thresholds on val.
+    """Build centroids from all references, keep the stacks, and choose the matcher on val; `calibrate` has yet to follow.
 
-    The matcher, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with vectors of strangers,
+    It, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with vectors of strangers (U, D),
     those that are right and surer than of them. On classes held out the embedder is too good for those to stand in here: it was
-    trained to tell them. `dtype` is what the backbone computes in.
+    trained to tell them.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -7155,14 +7140,14 @@ def build_gallery(
     sizes = np.bincount(stacks.labels, minlength=num_classes)
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
     candidates = [dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts]
-    *qualities, simple = [match_quality(one.scores, val, strangers.vectors) for one in (*candidates, gallery)]
+    *qualities, simple = [match_quality(one.scores, val, strangers) for one in (*candidates, gallery)]
     knn = candidates[int(np.argmax(qualities))]
     if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple):
         gallery = knn
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
-    return calibrate(gallery, val, config.target_precision, strangers, dtype)
+    return gallery
 
 
 def export_gallery(
@@ -7182,8 +7167,10 @@ def export_gallery(
     num_classes = len(records.class_names)
     fusion = choose_fusion(features, embedded, num_classes, pair) if config.match_features else NO_FUSION
     vectors = {split: fusion.fuse(features[split], embedded[split]) for split in features}
-    strangers = Strangers(fusion.fuse(*pair).values if pair else None, unseen)
-    gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers, model.backbone.dtype)
+    strangers = fusion.fuse(*pair).values if pair else None
+    gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
+    dtype = model.backbone.dtype
+    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen or {}, dtype)
     return dataclasses.replace(gallery, fusion=fusion), vectors
 
 
@@ -7235,12 +7222,14 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
     return gallery
 
 
-def calibrate(gallery: Gallery, val: Embedded, precision: float, strangers: Strangers, dtype: torch.dtype) -> Gallery:
+def calibrate(
+    gallery: Gallery, val: Embedded, precision: float, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
+) -> Gallery:
     """Return the gallery with the temperature, thresholds and log-odds that val, and objects of no class, ask for.
 
-    What strangers score is that of their vectors; without any, that of the classes which the heads of `measure_unseen` did not
-    know, on the scale of this gallery's val scores; without those either, that of val crops whose classes are taken out in turn:
-    the embedder has seen these, and real strangers score higher.
+    What strangers score is that of their vectors (U, D); without any, that of the classes which the heads of `measure_unseen` did
+    not know, on the scale of this gallery's val scores; without those either, that of val crops whose classes are taken out in
+    turn: the embedder has seen these, and real strangers score higher. `dtype` is what the backbone computes in.
     """
     num_classes = len(gallery.class_names)
     answers, best = gallery.answer(val.values)
@@ -7249,10 +7238,9 @@ def calibrate(gallery: Gallery, val: Embedded, precision: float, strangers: Stra
     num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # one number needs no more images
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
     temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
-    unseen = strangers.unseen or {}
     stranger_scores = middle + spread * np.array(unseen.get("strangers", ()))
-    if strangers.vectors is not None and len(strangers.vectors):
-        stranger_answers, stranger_scores = gallery.answer(strangers.vectors)
+    if strangers is not None:
+        stranger_answers, stranger_scores = gallery.answer(strangers)
         answers = np.concatenate([answers, stranger_answers])
         best = np.concatenate([best, stranger_scores])
         is_right = np.concatenate([is_right, np.zeros(len(stranger_scores), bool)])

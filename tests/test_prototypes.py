@@ -159,7 +159,7 @@ def test_objects_of_no_class_decide_between_matchers_that_are_right_equally_ofte
     middle = np.tile(np.float32([[1, 0, 0], [-1, 0, 0]]), (5, 1))  # objects of no class lie where the centroids are
     config = lct.Config(prototypes_per_class="1")
     assert lct.build_gallery(records, references, val, config).matcher == "centroid"
-    assert lct.build_gallery(records, references, val, config, lct.Strangers(middle)).matcher == "knn"
+    assert lct.build_gallery(records, references, val, config, middle).matcher == "knn"
 
 
 def draw_two_sides(num: int, seed: int) -> lct.Embedded:
@@ -283,9 +283,9 @@ def test_a_class_taken_out_is_scored_by_the_others() -> None:
 
 
 def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
-    gallery = lct.build_gallery(
-        make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config(max_refs_per_class=7)
-    )
+    val = make_embedded(20, 2)
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), val, lct.Config(max_refs_per_class=7))
+    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
     lct.save_gallery(tmp_path / "prototypes.npz", gallery, {"model_id": "m", "mean": (0.5, 0.5, 0.5), "emb_dim": 16})
     with np.load(tmp_path / "prototypes.npz", allow_pickle=False) as file:
         content = {name: file[name] for name in file.files}
@@ -372,7 +372,9 @@ def test_a_sound_file_of_arrays_that_do_not_belong_together_is_refused_in_one_se
 
 
 def test_every_flipped_bit_of_the_file_is_refused_or_changes_nothing(tmp_path: Path) -> None:
-    gallery = lct.build_gallery(make_records(80), make_embedded(2, 1), make_embedded(2, 2), lct.Config())
+    val = make_embedded(2, 2)
+    gallery = lct.build_gallery(make_records(80), make_embedded(2, 1), val, lct.Config())
+    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
     path = tmp_path / "prototypes.npz"
     lct.save_gallery(path, gallery, {"model_id": "m"})
     data = path.read_bytes()
@@ -414,6 +416,7 @@ def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.Mon
     monkeypatch.setattr(lct, "BOOTSTRAP_DRAWS", 2)
     tracemalloc.start()
     gallery = lct.build_gallery(make_records(2 * num_classes, num_classes), train, val, lct.Config())
+    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
     figures = lct.measure_gallery(gallery, val)
     loss, macro, _ = lct.classify(lambda own: own @ gallery.centroids.T, val.values, val.labels, gallery.class_names)
     matched = lct.recall_at_1(train.values, train.labels, val)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import report
+import torch
 from conftest import FITS, browse, probe
 from PIL import Image
 
@@ -465,7 +466,8 @@ def measure_drawn(folder: Path) -> dict[str, Any]:
         np.zeros(30, np.int8),
     )
     part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
-    return lct.to_json(lct.measure_gallery(lct.build_gallery(records, part, part, lct.Config()), part))
+    gallery = lct.calibrate(lct.build_gallery(records, part, part, lct.Config()), part, 0.95, None, {}, torch.float32)
+    return lct.to_json(lct.measure_gallery(gallery, part))
 
 
 def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_trained_on(tmp_path: Path) -> None:
