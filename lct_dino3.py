@@ -7061,25 +7061,21 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), (whitening @ principal).astype(np.float32)
 
 
-def choose_fusion(
-    features: dict[str, Embedded],
-    embedded: dict[str, Embedded],
-    num_classes: int,
-    unknown: tuple[Embedded, Embedded] | None = None,
-) -> Fusion:
+def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
     """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val.
 
-    `unknown` are features and embeddings of objects of no class. Fitted on train.
+    Fitted on train. `unknown`, if given, is of objects of no class.
     """
     mean, projection = project_features(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
         candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
     qualities = []
+    names = [name for name in ("train", "val", "unknown") if name in features]
     for fusion in candidates:
-        train, val = (fusion.fuse(features[split], embedded[split]) for split in ("train", "val"))
+        train, val, *unknown = (fusion.fuse(features[name], embedded[name]) for name in names)
         centroids = class_centroids(train.values, train.labels, num_classes)
-        strangers = fusion.fuse(*unknown).values if unknown else None
+        strangers = unknown[0].values if unknown else None
         qualities.append(match_quality(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers))
     return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
 
@@ -7162,12 +7158,11 @@ def export_gallery(
 
     `unknown` are features of objects of no class, `unseen` is what `measure_unseen` found.
     """
-    embedded = {split: embed(model, of_split) for split, of_split in features.items()}
-    pair = (unknown, embed(model, unknown)) if unknown is not None else None
-    num_classes = len(records.class_names)
-    fusion = choose_fusion(features, embedded, num_classes, pair) if config.match_features else NO_FUSION
-    vectors = {split: fusion.fuse(features[split], embedded[split]) for split in features}
-    strangers = fusion.fuse(*pair).values if pair else None
+    features = features if unknown is None else features | {"unknown": unknown}
+    embedded = {name: embed(model, values) for name, values in features.items()}
+    fusion = choose_fusion(features, embedded, len(records.class_names)) if config.match_features else NO_FUSION
+    vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
+    strangers = None if unknown is None else vectors.pop("unknown").values
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
     dtype = model.backbone.dtype
     gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen or {}, dtype)
@@ -7322,12 +7317,7 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_thresholds(
-    answers: np.ndarray,
-    best: np.ndarray,
-    is_right: np.ndarray,
-    precision: float,
-    num_classes: int,
-    dtype: torch.dtype = torch.float32,
+    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int, dtype: torch.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return per class the least score above which that share of its answers is right, and whether it is the pooled one, (C,) both.
 

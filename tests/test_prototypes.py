@@ -214,7 +214,7 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     rng = np.random.default_rng(3)
     best = rng.uniform(0, 1, 400)
     is_right = rng.uniform(0, 1, 400) < best
-    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), best, is_right, 0.85, 2)
+    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), best, is_right, 0.85, 2, torch.float32)
 
     def promised(score: float) -> float:  # by the binomial bound at 60 %
         num_right, num_answers = is_right[best >= score].sum(), (best >= score).sum()
@@ -231,15 +231,15 @@ def test_two_errors_do_not_silence_a_class_while_all_classes_together_are_right(
     is_right[[20, 21]] = False  # 33 of 35 are less than 95 %, and the 20 before them are the only ones without an error
     alone = lct.precision_threshold(scores[:35], is_right[:35], 0.95)
     assert (scores[:35] >= alone).sum() == 20
-    thresholds, is_pooled = lct.fit_thresholds(answers, scores, is_right, 0.95, 2)
+    thresholds, is_pooled = lct.fit_thresholds(answers, scores, is_right, 0.95, 2, torch.float32)
     assert (scores[:35] >= thresholds[0]).all() and not is_pooled.any()
     is_right[:35] = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
-    assert (scores[:35] >= lct.fit_thresholds(answers, scores, is_right, 0.95, 2)[0][0]).mean() < 0.3
+    assert (scores[:35] >= lct.fit_thresholds(answers, scores, is_right, 0.95, 2, torch.float32)[0][0]).mean() < 0.3
 
 
 def test_a_class_that_is_never_right_answers_unknown() -> None:
     scores = np.linspace(0.2, 0.9, 30).astype(np.float32)
-    thresholds, _ = lct.fit_thresholds(np.zeros(30, int), scores, np.zeros(30, bool), 0.95, 2)
+    thresholds, _ = lct.fit_thresholds(np.zeros(30, int), scores, np.zeros(30, bool), 0.95, 2, torch.float32)
     assert thresholds[0] > scores.max()
 
 
