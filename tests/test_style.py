@@ -20,9 +20,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lct_dino3": set(),  # it starts tools
     "geometry": set(),
     "labels": {"geometry"},
-    "report": set(),
+    "report": {"report_comparison", "report_page", "run_files"},
+    "report_comparison": {"report_page", "run_files"},
+    "report_page": {"run_files"},
+    "run_files": set(),
     "track": set(),
-    "demo": set(),  # it starts the others
+    "demo": {"drawn_scenes", "drawn_tools"},  # it starts the others
+    "drawn_scenes": {"drawn_tools"},
+    "drawn_tools": set(),
     "crop": {"geometry", "labels", "lct_dino3"},
     "prelabel": {"geometry", "labels", "lct_dino3"},
     "masks": {"lct_dino3"},
@@ -42,7 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modelit": {"dataset_loader", "meshes", "voxel_gan", "lct_dino3"},
 }
 # In tools/, and imported by tools alone; as what lies in folders there.
-LIBRARIES = ("geometry", "labels", "meshes", "voxel_gan", "pretrain_utils")
+LIBRARIES = (
+    *("drawn_scenes", "drawn_tools", "geometry", "labels", "meshes", "pretrain_utils"),
+    *("report_comparison", "report_page", "run_files", "voxel_gan"),
+)
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 
 
