@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lct_dino3": set(),  # it starts tools
     "geometry": set(),
     "labels": {"geometry"},
+    "label_writers": {"geometry", "labels"},
     "report": {"report_comparison", "report_page", "run_files"},
     "report_comparison": {"report_page", "run_files"},
     "report_page": {"run_files"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drawn_scenes": {"drawn_tools"},
     "drawn_tools": set(),
     "crop": {"geometry", "labels", "lct_dino3"},
-    "prelabel": {"geometry", "labels", "lct_dino3"},
+    "prelabel": {"geometry", "label_writers", "labels", "lct_dino3"},
     "masks": {"lct_dino3"},
     "export": {"lct_dino3"},
     "pretrain_dino_face": {"lct_dino3", "pretrain_utils"},
@@ -48,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # In tools/, and imported by tools alone; as what lies in folders there.
 LIBRARIES = (
-    *("drawn_scenes", "drawn_tools", "geometry", "labels", "meshes", "pretrain_utils"),
+    *("drawn_scenes", "drawn_tools", "geometry", "label_writers", "labels", "meshes", "pretrain_utils"),
     *("report_comparison", "report_page", "run_files", "voxel_gan"),
 )
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)

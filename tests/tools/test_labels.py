@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import geometry
+import label_writers
 import labels
 import numpy as np
 import pytest
@@ -255,14 +256,16 @@ def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> No
 def test_every_format_writes_every_object_and_holds_one_image_at_a_time() -> None:
     alive: list[int] = []
 
-    def images() -> Iterable[labels.LabelledImage]:
+    def images() -> Iterable[label_writers.LabelledImage]:
         for number in range(3):
             alive.append(number)
-            item = labels.LabelledObject(number, (1, 2, 3, 4), number % 2, 0.5, {"best_class": "a\x1b<b", "note": None})
-            yield labels.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
+            item = label_writers.LabelledObject(
+                number, (1, 2, 3, 4), number % 2, 0.5, {"best_class": "a\x1b<b", "note": None}
+            )
+            yield label_writers.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
 
-    label_set = labels.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
-    for name, writer in labels.WRITERS.items():
+    label_set = label_writers.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
+    for name, writer in label_writers.WRITERS.items():
         for path, content in writer.write(label_set):
             if isinstance(content, Path):
                 is_link_each = name == "yolo" and path.startswith("yolo/images/") and content.parent == Path("/photos")
@@ -539,10 +542,10 @@ def test_sides_that_exif_has_swapped_are_understood_by_the_boxes() -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "'=1", "''=1", "'a", "a=1", "", "'"])
 def test_no_cell_is_a_formula_and_each_is_read_back(tmp_path: Path, text: str) -> None:
-    item = labels.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {"best_class": text, "cosine": -0.25})
-    image = labels.LabelledImage(0, 1, f"{text}.jpg", (20, 10), [item])
-    label_set = labels.LabelSet(tmp_path, [text], "model", "description", lambda: iter([image]))
-    ((_, lines),) = labels.write_csv(label_set)
+    item = label_writers.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {"best_class": text, "cosine": -0.25})
+    image = label_writers.LabelledImage(0, 1, f"{text}.jpg", (20, 10), [item])
+    label_set = label_writers.LabelSet(tmp_path, [text], "model", "description", lambda: iter([image]))
+    ((_, lines),) = label_writers.write_csv(label_set)
     (tmp_path / "a.csv").write_text("".join(lines), newline="")
     with open(tmp_path / "a.csv", newline="") as file:
         row = next(csv.DictReader(file))
