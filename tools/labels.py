@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote
 from xml.etree import ElementTree
 
 import numpy as np
-from geometry import BoxError, decode_rle, encode_rle, plain_id, printable
+from geometry import MAX_MASK_PIXELS, BoxError, decode_rle, encode_rle, plain_id, printable
 
 MAX_FILE_BYTES = 500_000_000
 MAX_NAMES_BYTES = 1_000_000  # of a file with class names
@@ -285,9 +285,49 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
     return rows.match(path, image_paths)
 
 
+def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
+    """Return the mask bool (height, width) of bytes as Label Studio packs what a brush has painted.
+
+    A stream of bits: how many numbers there are (32), how long one is (5, less 1), four lengths of counts (4 each, less 1); then
+    groups of a bit that says whether one number is repeated, which of the lengths the count has (2), the count, less 1, and the
+    number or numbers. The numbers are red, green, blue and opacity of each pixel.
+
+    Raises:
+        BoxError: the stream is of another size, or cut off.
+    """
+    bits = np.unpackbits(np.array(data, dtype=np.uint8))
+    position = 0
+
+    def take(length: int, count: int = 1) -> np.ndarray:
+        nonlocal position
+        words = bits[position : position + length * count].reshape(count, length)  # fails where they are cut off
+        position += length * count
+        return words @ (1 << np.arange(length)[::-1])
+
+    try:
+        num_values = int(take(32)[0])
+        if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
+            raise BoxError("has a brush mask of another size than its image")
+        length = int(take(5)[0]) + 1
+        count_lengths = (take(4, 4) + 1).tolist()
+        values = np.empty(num_values, np.int64)
+        done = 0
+        while done < num_values:
+            is_repeated = take(1)[0]
+            count = int(take(count_lengths[take(2)[0]])[0]) + 1
+            values[done : done + count] = take(length) if is_repeated else take(length, count)
+            done += count
+    except ValueError as error:
+        raise error if isinstance(error, BoxError) else BoxError("has a brush mask that is cut off") from error
+    return values.reshape(height, width, 4)[..., 3] > 0
+
+
 def _read_region(region: dict[str, Any]) -> dict[str, Any]:
     """Return a region, which has percent of the image's sides and turns about its first corner, in shares of them."""
     value = region["value"]
+    if value.get("format") == "rle":
+        sides = [int(region[key]) for key in ("original_width", "original_height")]
+        return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
     if "points" in value:
         return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
     if "width" not in value:
