@@ -5023,11 +5023,13 @@ WEIGHT_WRAPPERS = re.compile(
 )
 # A tensor without module, or one of a layer that changes features; what else a model does not have is a head.
 BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage|bn\d|patch|rope)|^[^.]*$")
+HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids that are not timm's
 MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
 )
+STATE_DICT_WANTED = "give a state dict saved by torch.save or safetensors"
 
 
 class Backbone(nn.Module):
@@ -5055,10 +5057,7 @@ class Backbone(nn.Module):
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
-        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen.
-
-        What stands before the first of them leaves nothing in memory for a backward pass, having no weight that wants a gradient.
-        """
+        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name))
         self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
@@ -5078,19 +5077,11 @@ class Backbone(nn.Module):
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether a model computes with weights in bf16, and without autocast: if it is frozen, and does so on a GPU.
-
-        Autocast would round the weights anew in each pass, and go back to float32 for each norm. A CPU keeps to it, where the
-        other way gains 3 % (tf_efficientnet_lite0) to 18 % (ViT-S), and so does what is trained, whose updates are smaller than
-        the steps of bf16.
-        """
+        """Whether the weights are in bf16, without autocast: it would round them in each pass; on a CPU it costs 3 to 18 %."""
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
     def computing_in(self, dtype: torch.dtype) -> Backbone:
-        """Return a backbone with the same weights, shared or rounded once, that computes in another type.
-
-        BatchNorm keeps its own, which are no product's. What the model is known by stays the hash of its weights as they were.
-        """
+        """Return a backbone of the same weights, shared or rounded once, that computes in another type; BatchNorm keeps its own."""
         if dtype == self.dtype:
             return self
         backbone = copy.copy(self)
@@ -5104,10 +5095,6 @@ class Backbone(nn.Module):
                     module.float().load_state_dict(exact.state_dict())
             backbone.is_rounded = True
         return backbone
-
-    def hash_tensors(self) -> dict[str, str]:
-        """Return `hash_tensors` of the model; of one that is frozen, as it was built."""
-        return self.hashes if self.frozen and self.hashes else hash_tensors(self.model)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
@@ -5226,7 +5213,7 @@ class BackboneInfo:
 
     model_id: str
     weights: str  # where they come from, in words
-    weights_hash: str  # `hash_weights`
+    weights_hash: str  # `fingerprint` of `hash_tensors`
     feature_dim: int
     img_size: int
     pool: str
@@ -5238,10 +5225,9 @@ class BackboneInfo:
 def check_features(
     features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
 ) -> None:
-    """Look whether features (B, feature_dim) can be worked with; waits for the device. `name_of` gives the name of each image.
+    """Wait for the device, and raise Diverged where features (B, feature_dim), or their lengths, are not finite.
 
-    Raises:
-        Diverged: they are not finite, or so large that their length is not, naming the image, the weights and the precision.
+    `name_of` gives the name of each image.
     """
     is_finite = features.norm(dim=1).isfinite().cpu()
     if is_finite.all():
@@ -5254,11 +5240,7 @@ def check_features(
 
 
 def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
-    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed.
-
-    Raises:
-        UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
-    """
+    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed."""
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
     mean, std = own_normalization(config)
@@ -5286,6 +5268,7 @@ def load_timm_model(
     config: Config, settings: dict[str, Any], log: Callable[[str], None]
 ) -> tuple[nn.Module, str | None]:
     """Return the timm model with its weights, and in words where they come from: None = random ones of the seed."""
+    import huggingface_hub.constants as hub_constants
     import timm
 
     seed_torch(config.seed, 0)
@@ -5293,135 +5276,13 @@ def load_timm_model(
     name, _ = split_model_id(config.model_id)  # `settings` hold the sizes
     if start is not None:
         with _Unfilled():
-            model = timm.create_model(name, pretrained=False, **settings)
+            model = timm.create_model(name, **settings)
         fill_backbone(model, start, log)
         return model, str(start.path)
-    if config.pretrained:
-        return _fetch_pretrained(config, settings, log), "timm"
-    return timm.create_model(name, pretrained=False, **settings), None
-
-
-def adopt_geometry(config: Config) -> Config:
-    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given.
-
-    Files of others say nothing of them, and change nothing.
-    """
-    path = config.backbone_weights
-    if path is None or not is_torch_zip(path):
-        return config
-    payload = read_archive(path, config.said("backbone_weights"))
-    metadata = payload.get("metadata") if isinstance(payload, dict) else None
-    geometry = metadata.get("geometry") if isinstance(metadata, dict) else None
-    if not isinstance(geometry, dict) or "image_size" not in geometry:
-        return config
-    sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
-    values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
-    values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
-    adopted = {name: value for name, value in values.items() if name not in config.origins}
-    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
-    return dataclasses.replace(config, origins=origins, **adopted)
-
-
-def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
-    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`.
-
-    Raises:
-        UserError: what follows is no list of sizes.
-    """
-    if model_id.startswith(("hf-hub:", "local-dir:")) or ":" not in model_id:
-        return model_id, {}
-    name, _, words = model_id.partition(":")
-    try:
-        pairs = [word.split("=") for word in words.split(",")]
-        return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
-    except ValueError as error:
-        remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
-        raise UserError(f"{words} is no list of sizes", f"--model_id {model_id}", remedy) from error
-
-
-class _Unfilled(TorchDispatchMode):
-    """Leaves out the random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place.
-
-    NaN marks what has not been filled. (On the meta device, buffers that are not in the weights would be lost.)
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return args[0].fill_(math.nan)
-        return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
-
-
-def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory.
-
-    Raises:
-        UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
-    """
-    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
-    settings, feature_dim, num_blocks, has_attention = _probe(
-        config.model_id, config.img_size, config.pool, tuple(options.items())
-    )
-    where = f"--model_id {config.model_id} "
-    if config.unfreeze_blocks > num_blocks:
-        problem = f"has {num_blocks or 'no'} blocks that timm names"
-        remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(problem, where + config.said("unfreeze_blocks"), remedy)
-    if config.layer_decay < 1 and not num_blocks:
-        raise UserError("has no blocks that timm names", where + "--layer_decay", "leave it out")
-    if config.lora_rank and not has_attention:
-        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", where + config.said("lora_rank"), remedy)
-    return dict(settings), feature_dim
-
-
-@functools.cache  # it is asked for before the scan, and when the model is built
-def _probe(
-    model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]
-) -> tuple[dict[str, Any], int, int, bool]:
-    """Return settings and feature_dim as `probe_model` does, the number of blocks, and whether there are attention layers."""
-    import timm
-
-    name, sizes = split_model_id(model_id)
-    base = name.removeprefix("hf-hub:").split(".")[0]
-    if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
-        raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
-    settings: dict[str, Any] = {"num_classes": 0, **dict(options), **sizes}
-    try:
-        with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(name, pretrained=False, **settings)
-            if "img_size" in inspect.signature(type(model).__init__).parameters:
-                settings["img_size"] = img_size
-            # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
-            if getattr(model, "dynamic_img_size", False):
-                settings["dynamic_img_size"] = False
-            if pool or getattr(model, "cls_token", None) is not None:
-                settings["global_pool"] = pool or "token"
-            model = timm.create_model(name, pretrained=False, **settings).eval()
-            stem = getattr(getattr(model, "patch_embed", None), "proj", None)
-            is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
-            if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
-                raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
-            if len(shape) != 2:
-                raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
-    except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        where = f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else "")
-        remedy = "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options)
-        raise UserError(f"timm cannot build it: {printable(str(error))[:300]}", where, remedy) from error
-    return settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model))
-
-
-def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
-    """Return the timm model with the weights of the hub, from the cache where they are there."""
-    import huggingface_hub.constants as hub_constants
-    import timm
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not config.pretrained:
+        return timm.create_model(name, **settings), None
     weights = timm.models.get_pretrained_cfg(config.model_id)
-    is_named = config.model_id.startswith(("hf-hub:", "local-dir:"))
-    if not is_named and (weights is None or not weights.has_weights):
+    if not config.model_id.startswith(HUB_PREFIXES) and (weights is None or not weights.has_weights):
         raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
 
     def fetch() -> nn.Module:
@@ -5433,15 +5294,16 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
             raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
         return model
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     was_offline = hub_constants.HF_HUB_OFFLINE
     try:
         try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
             hub_constants.HF_HUB_OFFLINE = True
-            return fetch()
+            return fetch(), "timm"
         except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
-            return fetch()
+            return fetch(), "timm"
     except MemoryError:
         raise
     except Exception as error:  # hub, network and file errors of several libraries
@@ -5451,35 +5313,100 @@ def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[s
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
+def adopt_geometry(config: Config) -> Config:
+    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given."""
+    if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
+        return config
+    metadata = read_start(config).metadata
+    geometry = metadata.get("geometry")
+    if not isinstance(geometry, dict) or "image_size" not in geometry:
+        return config
+    sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
+    values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
+    values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
+    adopted = {name: value for name, value in values.items() if name not in config.origins}
+    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
+    return dataclasses.replace(config, origins=origins, **adopted)
+
+
+def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
+    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`."""
+    if model_id.startswith(HUB_PREFIXES) or ":" not in model_id:
+        return model_id, {}
+    name, _, words = model_id.partition(":")
+    try:
+        pairs = [word.split("=") for word in words.split(",")]
+        return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
+    except ValueError as error:
+        remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
+        raise UserError(f"{words} is no list of sizes", f"--model_id {model_id}", remedy) from error
+
+
+class _Unfilled(TorchDispatchMode):
+    """Writes NaN instead of random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].fill_(math.nan)
+        return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
+
+
+def probe_model(config: Config) -> tuple[dict[str, Any], int]:
+    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory."""
+    import timm
+
+    where, img_size = f"--model_id {config.model_id}", config.img_size
+    name, sizes = split_model_id(config.model_id)
+    base = name.split(".")[0]
+    if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
+        raise UserError("is not known to timm", where, did_you_mean(base, timm.list_models()))
+    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(name, **settings)
+            if "img_size" in inspect.signature(type(model).__init__).parameters:
+                settings["img_size"] = img_size
+            # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
+            if getattr(model, "dynamic_img_size", False):
+                settings["dynamic_img_size"] = False
+            if config.pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = config.pool or "token"
+            model = timm.create_model(name, **settings).eval()
+            stem = getattr(getattr(model, "patch_embed", None), "proj", None)
+            is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
+            if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
+                raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
+            shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
+            if len(shape) != 2:
+                raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
+    except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
+        where += f" --img_size {img_size}" + (f" --pool {config.pool}" if config.pool else "")
+        options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
+        problem = f"timm cannot build it: {printable(str(error))[:300]}"
+        raise UserError(problem, where, f"try another size or pooling{options_text}") from error
+    num_blocks = max(block_depths(model).values())
+    if config.unfreeze_blocks > num_blocks:
+        problem = f"has {num_blocks or 'no'} blocks that timm names"
+        remedy = "give fewer, or train all with --no-freeze_backbone"
+        raise UserError(problem, f"{where} {config.said('unfreeze_blocks')}", remedy)
+    if config.layer_decay < 1 and not num_blocks:
+        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
+    if config.lora_rank and not attention_layers(model):
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where} {config.said('lora_rank')}", remedy)
+    return settings, shape[1]
+
+
 class _Inert:
-    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars. Does nothing."""
+    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def read_archive(path: Path, where: str) -> Any:
-    """Return what torch.save has written, never executing anything in it. Raises UserError: it is damaged or something else."""
-    try:
-        is_zip, others = is_torch_zip(path), ()
-        if is_zip:
-            check_zip(path)
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except MemoryError:
-        raise
-    except Exception as error:  # pickle, zip and I/O errors: whatever a wrong file provokes
-        raise unreadable_weights(error, where) from error
-
-
-def unreadable_weights(error: Exception, where: str) -> UserError:
-    """Return what to tell of a file that holds no weights."""
-    problem = f"cannot be read as weights: {printable(str(error))[:200]}"
-    return UserError(problem, where, "give a state dict saved by torch.save or safetensors")
 
 
 @dataclass(frozen=True)
@@ -5492,40 +5419,44 @@ class Start:
     head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
     class_names: tuple[str, ...] = ()  # of the class directions
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of what tools/pretrain_dino_*.py export
 
 
 def read_start(config: Config) -> Start | None:
-    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either."""
     from safetensors import safe_open
 
-    path = config.backbone_weights if config.load_from is None else locate_start(config)
+    path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
-    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
+    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
                 class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
         else:
-            state = read_archive(path, where)
+            is_zip, others = is_torch_zip(path), ()
+            if is_zip:
+                check_zip(path)
+                others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         if isinstance(state, dict) and "identity" in state and "format" in state:
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
             class_names = identity["class_names"]
-    except (MemoryError, UserError):
+    except MemoryError:
         raise
-    except Exception as error:  # zip, safetensors and key errors
-        raise unreadable_weights(error, where) from error
+    except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
+        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(problem, where, STATE_DICT_WANTED) from error
     tensors, prefix = dict(walk_tensors(state)), "backbone.model."
     if not class_names:
-        return Start(where, path, tensors)
+        metadata = state.get("metadata") if isinstance(state, dict) else None
+        return Start(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
     check_weights_finite(tensors, where)
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
@@ -5622,26 +5553,22 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did.
-
-    Raises:
-        UserError: that gives other weights than the run had.
-    """
+    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did."""
     identity = start.identity
     if not identity.get("freeze_backbone"):
         return start.backbone
     files: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):  # no config.json: weights of timm, or random ones
         names = ("load_from", "backbone_weights")
-        options = read_json(start.path.with_name("config.json"), {"options": dict.fromkeys(names, (str, type(None)))})[
-            "options"
-        ]
+        form = {"options": dict.fromkeys(names, (str, type(None)))}
+        options = read_json(start.path.with_name("config.json"), form)["options"]
         files = {name: Path(options[name]) for name in names if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
     config = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = load_timm_model(config, probe_model(config)[0], log)
-    if hash_weights(model) != identity["backbone_hash"]:
-        hashes = f"was {identity['backbone_hash']}, and is {hash_weights(model)} here ({source or 'random weights'})"
+    weights_hash = fingerprint(hash_tensors(model))
+    if weights_hash != identity["backbone_hash"]:
+        hashes = f"was {identity['backbone_hash']}, and is {weights_hash} here ({source or 'random weights'})"
         remedy = "give it in the folder of its run, with config.json beside it"
         raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
     if identity["lora_rank"]:
@@ -5652,18 +5579,14 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
 
 
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule.
-
-    Raises:
-        UserError: keys or shapes that do not fit, naming them.
-    """
+    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule."""
     from timm.models._manipulate import adapt_input_conv
 
     architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
     tensors, expected = complete_backbone(start, log), model.state_dict()
     if not tensors:
-        problem = "it holds no tensors by name, as a model saved whole does not"
-        raise unreadable_weights(ValueError(problem), start.where)
+        problem = "cannot be read as weights: it holds no tensors by name, as a model saved whole does not"
+        raise UserError(problem, start.where, STATE_DICT_WANTED)
     named = rename_hub_weights(tensors)
     weights, prefix = choose_weights(named, expected)
     check_weights_finite(weights, start.where)
@@ -5705,11 +5628,6 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
-def hash_weights(module: nn.Module) -> str:
-    """Return 16 hex digits over the names, types, shapes and bytes of a module's state dict."""
-    return fingerprint(hash_tensors(module))
-
-
 def hash_tensors(module: nn.Module) -> dict[str, str]:
     """Return 16 hex digits over type, shape and bytes of each tensor of a module's state dict."""
     hashes = {}
@@ -5724,10 +5642,7 @@ def hash_tensors(module: nn.Module) -> dict[str, str]:
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class Criterion(nn.Module):
-    """What the criteria have in common: each head learns by itself from its equal part of the embedding.
-
-    Evaluation uses the mean of the heads' logits, and never a margin.
-    """
+    """What the criteria have in common: each head learns by itself from its equal part of the embedding."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -5785,8 +5700,21 @@ class ArcFace(Criterion):
         return self.scale * F.linear(embeddings, normalize_heads(self.weight, self.num_heads)).clamp(-1.0, 1.0)
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (N, C), those of the true classes turned away by the margin."""
-        return add_angular_margin(scores, labels, self.margin)
+        """Replace cos(theta) of the true classes in cosines (N, C) by cos(theta + m), finite in value and gradient at +-1.
+
+        The margin m is in radians, 0 <= m < pi / 2.
+        cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it
+        falling. d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no
+        gradient.
+        """
+        target = scores.gather(1, labels[:, None])
+        sine_squared = 1.0 - target * target
+        is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
+        sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
+        shifted = target * math.cos(self.margin) - sine * math.sin(self.margin)
+        past_pi = target < math.cos(math.pi - self.margin)
+        shifted = torch.where(past_pi, target - self.margin * math.sin(self.margin), shifted)
+        return scores.scatter(1, labels[:, None], shifted)
 
 
 class CosFace(ArcFace):
@@ -5798,10 +5726,7 @@ class CosFace(ArcFace):
 
 
 class SubCenterArcFace(ArcFace):
-    """Several directions a class, of which the nearest counts: wrong labels and other looks of a class get one of their own.
-
-    Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
-    """
+    """Several directions a class, of which the nearest counts. Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes * config.sub_centers)
@@ -5853,23 +5778,6 @@ CRITERIA: dict[str, type[Criterion]] = {
 }
 
 
-def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
-    """Replace cos(theta) of the true class (B,) in cosines (B, C) by cos(theta + m), finite in value and gradient at cos = +-1.
-
-    The margin m is in radians, 0 <= m < pi / 2.
-    cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it falling.
-    d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
-    """
-    target = cosine.gather(1, labels[:, None])
-    sine_squared = 1.0 - target * target
-    is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
-    sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
-    shifted = target * math.cos(margin) - sine * math.sin(margin)
-    past_pi = target < math.cos(math.pi - margin)
-    shifted = torch.where(past_pi, target - margin * math.sin(margin), shifted)
-    return cosine.scatter(1, labels[:, None], shifted)
-
-
 class Recognizer(nn.Module):
     """Backbone, head and criterion. The backbone may see a batch in pieces, on several devices; what follows sees all of it."""
 
@@ -5896,10 +5804,6 @@ class Recognizer(nn.Module):
             for key, value in self.state_dict().items()
             if trained is None or not key.startswith(prefix) or key.removeprefix(prefix) in trained
         }
-
-    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `trained_state` returned."""
-        self.load_state_dict(state, strict=False)
 
 
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
@@ -6609,7 +6513,7 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
-    state.model.load_trained_state(payload["model"])
+    state.model.load_state_dict(payload["model"], strict=False)
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
@@ -7710,7 +7614,9 @@ def describe_gallery(
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
     """Return all that an embedding is a function of, besides the crop."""
     transforms = production_transforms(config)
-    hashes = {f"0.{key}": value for key, value in model.backbone.hash_tensors().items()}
+    backbone = model.backbone
+    backbone_hashes = backbone.hashes if backbone.frozen and backbone.hashes else hash_tensors(backbone.model)
+    hashes = {f"0.{key}": value for key, value in backbone_hashes.items()}
     hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
     return {
         "model_id": info.model_id,
@@ -7823,7 +7729,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         raise UserError(problem, place, "give those weights with --backbone_weights FILE")
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
-    model.load_trained_state(deployed_weights(payload))
+    model.load_state_dict(deployed_weights(payload), strict=False)
     model.eval().to(runtime.device)
     model.backbone = model.backbone.computing_in(runtime.answer_dtype)
     return TrainedRun(path, config, info, model, runtime, unseen=payload["unseen"])
@@ -9876,7 +9782,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, have the report written."""
     run, records, model = job.run, job.records, state.model
     run.event("proto_start", epoch=state.best["epoch"])
-    model.load_trained_state(from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME))))
+    weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
+    model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
     if job.config.unknown_dir is not None:
