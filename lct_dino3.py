@@ -5913,11 +5913,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim
 
 
 def check_optimizer(config: Config) -> None:
-    """Check the name of --optimizer, and that it has the settings that are given for it.
-
-    Raises:
-        UserError: timm has no such optimizer, it needs more than a gradient a step or another package, or it has no betas or eps.
-    """
+    """Refuse an optimizer that timm lacks, that needs more than a gradient a step, or that has not the settings given for it."""
     if config.optimizer == "adamw":
         return
     from timm.optim import get_optimizer_info, list_optimizers
@@ -6001,10 +5997,6 @@ class WeightAverage:
         finally:
             copy_tensors(live_values, self._live)
 
-    def restore(self, values: dict[str, torch.Tensor]) -> None:
-        """Take up the values of a checkpoint."""
-        copy_tensors(values, self.values)
-
 
 def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
     """Copy the values of tensors into those of the same key."""
@@ -6051,13 +6043,10 @@ def classify(
 def compute_metrics(
     answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
-    """Score a classification by the classes answered and true, int (N,).
+    """Return acc, f1_macro, auc_macro, and by class precision, recall, f1, auc, support, of classes answered and true, int (N,).
 
-    The AUC, None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities).
-
-    Returns:
-        acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
-        images in `labels` has None for what is undefined, and is left out of the means; its images never are.
+    The AUC (one against the rest), None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities). A
+    class without images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -6155,12 +6144,11 @@ def retrieval_scores(
 
 
 def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
-    """Say how well scores tell known objects, which should have the higher ones, from unknown ones.
+    """Return auroc, the chance that a known object scores above an unknown one, and fpr95, the unknown ones' share that passes
+    when the threshold lets 95 % of the known ones pass; NaN where there are none of either.
 
     Of known (N,) and unknown (U,) come the ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
     Counting ranks takes 16 us for 300 objects, `roc_auc_score` and `roc_curve` 2.3 ms: 500 draws of ten folds feel it.
-    auroc is the chance that a known object scores above an unknown one; fpr95 the share of unknowns that pass when the threshold
-    lets 95 % of the known ones pass; NaN where there are no known or no unknown objects.
     """
     if not len(known) or not len(unknown):
         return {"auroc": math.nan, "fpr95": math.nan}
@@ -6193,8 +6181,9 @@ def reliability(
 
     Answers to objects of no class count as UNKNOWN_SHARE of all, however many there are.
     """
+    num_known = is_known.sum()
     weights = np.where(
-        is_known, (1 - UNKNOWN_SHARE) / max(1, is_known.sum()), UNKNOWN_SHARE / max(1, (~is_known).sum())
+        is_known, (1 - UNKNOWN_SHARE) / max(1, num_known), UNKNOWN_SHARE / max(1, len(is_known) - num_known)
     )
     weights /= max(1e-12, weights.sum())
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
@@ -6319,48 +6308,45 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: the steps so far. Those not yet fetched wait on the device.
+    """What the train figures of an epoch are made of: its steps so far, from `totals` on. Those not yet fetched wait on the device.
 
     Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
     """
 
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.scores: list[torch.Tensor] = []  # on the CPU; logits float32 (b, C), or answers int64 (b,)
-        self.labels: list[torch.Tensor] = []  # int64 (b,)
-        self.sizes: list[int] = []  # images of each step
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
-        self.num_scores = 0
+    def __init__(self, totals: Mapping[str, torch.Tensor] | None = None) -> None:
+        totals = totals or {}
+        self.losses = [totals["losses"]] if totals else []  # float32 (steps,); () of a pending step
+        self.scores = [totals[key] for key in ("logits", "answers") if key in totals]  # float32 (b, C), or int64 (b,)
+        self.labels = [totals["labels"]] if totals else []  # int64 (b,)
+        self.sizes = totals["sizes"].tolist() if totals else []  # images of each step
+        self.num_pending = 0  # last losses and scores, which are on the device
+        self.num_scores = MAX_SCORE_ENTRIES if "answers" in totals else sum(map(torch.numel, self.scores))
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
-
-        def to_answers(scores: torch.Tensor) -> torch.Tensor:
-            return scores if scores.ndim == 1 else scores.argmax(dim=1)
-
-        self.pending.append((loss, logits))
+        self.losses.append(loss)
+        self.scores.append(logits)
         self.labels.append(labels)
         self.sizes.append(len(labels))
+        self.num_pending += 1
         self.num_scores += logits.numel()
         if self.num_scores > MAX_SCORE_ENTRIES:
-            self.scores = [to_answers(scores) for scores in self.scores]
-            self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
+            self.scores = [scores if scores.ndim == 1 else scores.argmax(dim=1) for scores in self.scores]
 
     def fetch(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
-        if not self.pending:
+        if not self.num_pending:
             return None
-        losses, scores = zip(*self.pending, strict=True)
-        values = torch.stack(losses).cpu()
-        self.losses.append(values)
-        self.scores.append(torch.cat(scores).cpu())
-        self.pending.clear()
+        values = torch.stack(self.losses[-self.num_pending :]).cpu()
+        self.losses[-self.num_pending :] = [values]
+        self.scores[-self.num_pending :] = [torch.cat(self.scores[-self.num_pending :]).cpu()]
+        self.num_pending = 0
         wrong = (~torch.isfinite(values)).nonzero()
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first fetched step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,), all fetched; {} before a step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
@@ -6370,15 +6356,6 @@ class Tally:
             "logits" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
-
-    def restore(self, totals: dict[str, torch.Tensor]) -> None:
-        """Take up what `totals` gave."""
-        self.__init__()
-        if totals:
-            scores = totals["logits"] if "logits" in totals else totals["answers"]
-            self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
-            self.sizes = totals["sizes"].tolist()
-            self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
 @dataclass
@@ -6433,19 +6410,26 @@ FOREIGN_GUARD = {"head.3.weight": torch.empty(0)}
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it.
+    """Write the state as tensors and plain values, in the first process; raise Diverged where a weight is not finite.
 
-    The first process does it for all.
-
-    Raises:
-        Diverged: a weight is not finite. Nothing is written then.
+    A frozen backbone is not stored, its hash in the identity stands for it.
     """
     if get_rank():
         return
-    packed = pack_state(state)
-    if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
+    weights = state.model.trained_state() | FOREIGN_GUARD
+    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    write_checkpoint(path, {"identity": identity, **packed, "tally": state.tally.totals()})
+    payload = {
+        "identity": identity,
+        **{key: getattr(state, key) for key in PLAIN_STATE},
+        "model": weights,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        **({"average": state.average.values} if state.average else {}),
+        "backbone_dtype": name_dtype(state.dtype),
+        "tally": state.tally.totals(),
+    }
+    write_checkpoint(path, payload)
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -6455,18 +6439,6 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """
     with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
-
-
-def pack_state(state: TrainState) -> dict[str, Any]:
-    """Return the state but for the tally, as whole tensors and plain values."""
-    return {
-        **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": state.model.trained_state() | FOREIGN_GUARD,
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        **({"average": state.average.values} if state.average else {}),
-        "backbone_dtype": name_dtype(state.dtype),
-    }
 
 
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
@@ -6481,11 +6453,7 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
 
 
 def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
-    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it.
-
-    Raises:
-        UserError: missing, damaged, unreadable, or not one of ours.
-    """
+    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it."""
     if not path.is_file():
         raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
     try:
@@ -6518,21 +6486,17 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
-        state.average.restore(payload["average"])
+        copy_tensors(payload["average"], state.average.values)
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally.restore(payload.get("tally", {}))  # absent in what the other processes of torchrun are sent
+    state.tally = Tally(payload.get("tally"))  # absent in what the other processes of torchrun are sent
     if state.model.backbone.frozen:
         # A run keeps the dtype that it began with, also on a machine that would choose another.
         state.dtype = getattr(torch, payload["backbone_dtype"])
 
 
 def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse the weights of a checkpoint that a model has no place for.
-
-    Raises:
-        UserError: naming the tensors that are missing, foreign, or of another shape.
-    """
+    """Refuse the weights of a checkpoint that a model has no place for, naming those missing, foreign, or of another shape."""
     expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
     shapes = {key: str(tuple(value.shape)) for key, value in weights.items() if key not in FOREIGN_GUARD}
     unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
@@ -6550,11 +6514,7 @@ def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other classes, model, shapes or options; only what `current` has is compared.
-
-    Raises:
-        UserError: listing each difference as old -> new.
-    """
+    """Refuse a checkpoint of other classes, model, shapes or options, listing each; only what `current` has is compared."""
     changed = {key: (saved.get(key), new) for key, new in current.items() if saved.get(key) != new}
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
     if "class_names" in changed:
@@ -6577,14 +6537,11 @@ class ResumePoint:
 def choose_checkpoint(
     folder: Path, resume: str | None, overwrite: bool, form: dict[str, Any] = CHECKPOINT_FORM
 ) -> ResumePoint | None:
-    """Return where to continue; None for a fresh start.
+    """Return where to continue; None for a fresh start. `resume` is None where the option is not given, and "last" without PATH.
 
     With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
-    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself.
-    `resume` is None where the option is not given, and "last" without PATH.
-
-    Raises:
-        UserError: there is nothing to resume, or nothing sound.
+    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself:
+    where none is sound, or all are gone, UserError says so, and they stay as they are.
     """
     if overwrite and resume is not None:
         raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
@@ -6597,24 +6554,6 @@ def choose_checkpoint(
             remedy = f"give --out_dir {path.parent}, or copy that folder first"
             raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
         return ResumePoint(path, load_checkpoint(path, form))
-    point = find_sound_checkpoint(folder, form)
-    if point is None and resume == "last":
-        raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
-    return point
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, the last one first."""
-    paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
-    return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
-
-
-def find_sound_checkpoint(folder: Path, form: dict[str, Any]) -> ResumePoint | None:
-    """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
-
-    Raises:
-        UserError: none is sound, or all are gone. They stay as they are.
-    """
     damaged: dict[Path, str] = {}
     point = None
     for path in list_checkpoints(folder):
@@ -6627,15 +6566,21 @@ def find_sound_checkpoint(folder: Path, form: dict[str, Any]) -> ResumePoint | N
             point = ResumePoint(path, payload, damaged)
         if path.name == LAST_NAME:
             break
-    if point is not None:
-        return point
-    if damaged:
+    if point is None and damaged:
         lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
-    if epochs := [event["epoch"] for event in read_events(folder) if event["event"] == "epoch_end"]:
+    if point is None and (epochs := [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end"]):
         problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
         raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
-    return None
+    if point is None and resume == "last":
+        raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
+    return point
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, the last one first."""
+    paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
+    return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
 def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
@@ -6652,11 +6597,7 @@ def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint; the copy appears whole.
-
-    Raises:
-        zipfile.BadZipFile: it is damaged. Nothing is written then.
-    """
+    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile where it is damaged."""
     check_zip(source)
     with open(source, "rb") as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
@@ -8625,7 +8566,7 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
         with SIGNALS.hold():  # weights, position and tally change together
             take_step(job, feed, state, batches)
             state.seconds = clock.seconds()
-        if len(state.tally.pending) >= FINITE_CHECK_STEPS:
+        if state.tally.num_pending >= FINITE_CHECK_STEPS:
             check_finite(job, state)
         if SIGNALS.wants_save or time.monotonic() - saved >= save_seconds:
             save_state(job, state)
