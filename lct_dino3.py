@@ -5219,7 +5219,7 @@ class BackboneInfo:
     pool: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: str = "bicubic, antialiased"
 
 
 def check_features(
@@ -5255,7 +5255,6 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         pool=str(settings.get("global_pool") or pooling or "default"),
         mean=tuple(mean or model.pretrained_cfg["mean"]),
         std=tuple(std or model.pretrained_cfg["std"]),
-        interpolation="bicubic, antialiased",
     )
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     backbone.hashes = hashes
@@ -5646,8 +5645,8 @@ class Criterion(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.config = config
         self.scale = config.arc_scale
-        self.label_smoothing = config.label_smoothing
         self.num_heads = count_heads(config)
 
     def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -5674,7 +5673,7 @@ class Criterion(nn.Module):
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the losses (B, H) of logits (B, H, C): cross-entropy."""
-        smoothing, repeated = self.label_smoothing, labels.repeat_interleave(self.num_heads)
+        smoothing, repeated = self.config.label_smoothing, labels.repeat_interleave(self.num_heads)
         losses = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none")
         return losses.unflatten(0, (-1, self.num_heads))
 
@@ -5730,11 +5729,10 @@ class SubCenterArcFace(ArcFace):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes * config.sub_centers)
-        self.sub_centers = config.sub_centers
 
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, H, C) to the nearest direction of each class."""
-        return super().score_heads(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
+        return super().score_heads(embeddings).unflatten(2, (-1, self.config.sub_centers)).amax(3)
 
     plain_logits = Criterion.plain_logits  # each head has a nearest direction of its own
 
@@ -5757,16 +5755,12 @@ class LinearClassifier(Criterion):
 class FocalClassifier(LinearClassifier):
     """Each answer is weighed by (1 - p)^gamma, p being the probability of its class. Lin et al., arXiv:1708.02002, eq. 4."""
 
-    def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.gamma = config.focal_gamma
-
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the focal losses (B, H) of logits (B, H, C)."""
         classes = labels[:, None, None].expand(-1, self.num_heads, 1)
         probability = F.log_softmax(logits, dim=2).gather(2, classes)[:, :, 0].exp()
         # Where the class is certain, the slope of the power stays finite.
-        return (1 - probability).clamp(min=1e-6) ** self.gamma * super().losses(logits, labels)
+        return (1 - probability).clamp(min=1e-6) ** self.config.focal_gamma * super().losses(logits, labels)
 
 
 CRITERIA: dict[str, type[Criterion]] = {
@@ -5914,8 +5908,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim
 
 def check_optimizer(config: Config) -> None:
     """Refuse an optimizer that timm lacks, that needs more than a gradient a step, or that has not the settings given for it."""
-    if config.optimizer == "adamw":
-        return
     from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
@@ -6181,10 +6173,8 @@ def reliability(
 
     Answers to objects of no class count as UNKNOWN_SHARE of all, however many there are.
     """
-    num_known = is_known.sum()
-    weights = np.where(
-        is_known, (1 - UNKNOWN_SHARE) / max(1, num_known), UNKNOWN_SHARE / max(1, len(is_known) - num_known)
-    )
+    counts = np.where(is_known, is_known.sum(), (~is_known).sum())
+    weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
     weights /= max(1e-12, weights.sum())
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
     shares, *sums = (np.bincount(bins, weights * value, num_bins) for value in (1, probability, is_right))
@@ -9199,11 +9189,7 @@ def judge_training(
 # ======================================================================================================================
 # One recipe a command, and the way out: exit codes, signals, messages.
 def run_scan(config: Config) -> None:
-    """Check the data and preview the split; write data_report.json, train nothing.
-
-    Raises:
-        UserError: out_dir holds a run, or its data cannot be trained on.
-    """
+    """Check the data and preview the split; write data_report.json, train nothing."""
     if get_rank():
         return
     check_paths(config)
@@ -9232,39 +9218,30 @@ def run_evaluate(config: EvaluateOptions) -> None:
     keep_freed_memory()
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
-        evaluate_run(config)
-
-
-def evaluate_run(config: EvaluateOptions) -> None:
-    """Do what `run_evaluate` does in a run that this process has locked."""
-    run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
-    records, rows = from_first(choose_records, run, config)
-    embedded = embed_records(run, records, rows, config)
-    unknown = None
-    if config.unknown_dir is not None:
-        unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
-        unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
-    if get_rank():
-        return
-    number = {name: index for index, name in enumerate(run.gallery.class_names)}
-    labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
-    test = embedded._replace(labels=labels).take(labels >= 0)
-    strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
-    if unknown is not None:
-        strangers = np.concatenate([strangers, unknown.values])
-    figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
-    source = str((config.data_root or run.config.data_root).resolve())
-    write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
-    show(format_measures(figures))
-    show(f"written: {run.path / 'evaluation.json'}")
+        run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
+        records, rows = from_first(choose_records, run, config)
+        embedded = embed_records(run, records, rows, config)
+        unknown = None
+        if config.unknown_dir is not None:
+            unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
+            unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
+        if get_rank():
+            return
+        number = {name: index for index, name in enumerate(run.gallery.class_names)}
+        labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+        test = embedded._replace(labels=labels).take(labels >= 0)
+        strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
+        if unknown is not None:
+            strangers = np.concatenate([strangers, unknown.values])
+        figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
+        source = str((config.data_root or run.config.data_root).resolve())
+        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+        show(format_measures(figures))
+        show(f"written: {run.path / 'evaluation.json'}")
 
 
 def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
-    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count.
-
-    Raises:
-        UserError: no images, or none of a class of the gallery.
-    """
+    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count."""
     if config.data_root is None:
         records = scan_own_data(run, choose_options(run.config, config))
         rows = records.rows(config.split)
@@ -9334,13 +9311,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
 
 
 def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
-    """Return the gallery with the crops of --add, and the names of their classes.
-
-    The gallery is None in the processes beside the first, and where it has all of the crops.
-
-    Raises:
-        UserError: thresholds of another precision are asked for than the gallery was made for.
-    """
+    """Return the gallery with the crops of --add, None beside the first process and where it has them all, and their classes."""
     asked, stored = config.target_precision, run.meta["target_precision"]
     if "target_precision" in config.origins and asked != stored:
         remedy = (
@@ -9360,13 +9331,7 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
-    """Return the gallery that the run's own training and val images make, with the options of the run or those typed, and its meta.
-
-    It is None in the processes beside the first.
-
-    Raises:
-        UserError: the run has no model, or its images have other classes now.
-    """
+    """Return the gallery of the run's own images, with its options or those typed, None beside the first process, and its meta."""
     runtime = make_runtime(config.gpus, config.precision)
     run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
     options = choose_options(run.config, config)
@@ -9424,11 +9389,7 @@ def run_train(config: Config) -> None:
 def prepare_run(
     config: Config, runtime: Runtime, stack: contextlib.ExitStack
 ) -> tuple[Job | None, Backbone | None, ResumePoint | None]:
-    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished.
-
-    Raises:
-        UserError: whatever forbids to train.
-    """
+    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished."""
     check_paths(config)
     check_transforms(config)
     refuse_if_in_use(config.out_dir)
@@ -9484,11 +9445,7 @@ def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, Back
 def plan_run(
     config: Config, runtime: Runtime, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None
 ) -> tuple[Job, Backbone, list[str]] | None:
-    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished.
-
-    Raises:
-        UserError: data that cannot be trained on, or a checkpoint of a run with other settings.
-    """
+    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished."""
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
@@ -9511,19 +9468,15 @@ def plan_run(
             return None
         notes += changes + describe_changes(config, scan.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
-    if config.cache_views is None:
-        config = dataclasses.replace(config, cache_views=choose_cached_views(config, records, info))
+    if config.cache_views is None:  # they are cached where that can be, and saves passes
+        size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
+        is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
+        has_room = is_possible and size <= free_disk(config.out_dir) / 4
+        config = dataclasses.replace(config, cache_views=CACHED_VIEWS if has_room else 0)
     job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
         check_identity(point.path, point.payload["identity"], job.identity)
     return job, backbone, notes
-
-
-def choose_cached_views(config: Config, records: Records, info: BackboneInfo) -> int:
-    """Return how many views are cached where nobody says: CACHED_VIEWS, or 0 where that cannot be, or saves no pass."""
-    size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
-    is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
-    return CACHED_VIEWS if is_possible and size <= free_disk(config.out_dir) / 4 else 0
 
 
 def find_damage(out_dir: Path, records: Records) -> list[str]:
@@ -9651,7 +9604,10 @@ def write_preview(job: Job) -> None:
 
 
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
-    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
+    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first.
+
+    The checkpoint becomes the last one, and what the log knows beyond it is dropped.
+    """
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     if config.load_from is not None and point is None:
@@ -9661,7 +9617,24 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
-        resume_training(job, state, point)
+        for weights in (point.payload["model"], deployed_weights(point.payload)):
+            check_weights(model, weights, point.path)
+        try:
+            restore_state(state, point.payload)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # of torch, about an optimizer of other groups
+            raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
+        state.best = from_first(settle_checkpoints, job, state, point)
+        run.forget_epochs_after(state.epoch)
+        run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
+        position = describe_position(state.epoch, state.batches)
+        run.log(f"resumed after {position} of {config.epochs} epochs, from {point.path.name}")
+        if state.dtype != job.runtime.dtype:
+            run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
         return bank, state
     run.forget_epochs_after(-1)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
@@ -9689,24 +9662,6 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     return bank, state
 
 
-def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
-    """Restore the state from a checkpoint, which becomes the last one, and drop what the log knows beyond it."""
-    run = job.run
-    for weights in (point.payload["model"], deployed_weights(point.payload)):
-        check_weights(state.model, weights, point.path)
-    try:
-        restore_state(state, point.payload)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of torch, about an optimizer of other groups
-        raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
-    state.best = from_first(settle_checkpoints, job, state, point)
-    run.forget_epochs_after(state.epoch)
-    run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
-    position = describe_position(state.epoch, state.batches)
-    run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
-    if state.dtype != job.runtime.dtype:
-        run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
-
-
 def settle_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
     """Have the folder hold the checkpoint that the run goes on from, and the best one; return what is known of the best epoch."""
     run = job.run
@@ -9732,7 +9687,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
             half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
             unknown[half] = half_bank.extract(keys, "unknown")
-    other_views = embed_other_views(job, bank)
+    other_views = None  # features of the test crops that have a mask, as --crop_mode does not show them
+    test_rows = records.rows("test")
+    masked_rows = test_rows[records.has_mask[test_rows]].tolist()
+    if job.config.crop_mode != "mix" and masked_rows:
+        view = int(job.config.crop_mode == "bbox")
+        other_views = bank.extract([SampleKey(row, (), view) for row in masked_rows], f"test as {VIEW_NAMES[view]}")
     if get_rank():
         return
     gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
@@ -9747,16 +9707,24 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     result = "no test split: accuracy is not measured on images that nothing was chosen by"
     if "test" in embedded:
-        write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
-        verdict = test_run(job, state, gallery, features["test"], embedded["test"])
+        test = embedded["test"]
+        write_predictions(run.path / "predictions.csv", gallery, records, test)
+        prototypes, per_class = score_gallery(gallery, test)
+        classifier = score_classifier(job, model, embed(model, features["test"]))[0]
+        num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
+        trained_right = share_right(records, test.rows, gallery.answer(test.values)[0] == test.labels)
+        judgement = judge_training(state.baseline, state.frozen_right, trained_right)
+        scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, "images": num_images}
+        apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
+        pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
+        sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
+        run.event("test_end", **scored, **judgement, without_same_session=sessions)
         figures = measure_run(job, model, gallery, features, unknown.get("measure"))
-        compare_views(job, model, gallery, embedded["test"], other_views)
-        accuracy = figures["closed"][gallery.matcher]["acc"]
-        result = (
-            f"{verdict}\naccuracy {format_figure(accuracy)} on {len(np.unique(embedded['test'].rows)):,} test images"
-        )
+        compare_views(job, model, gallery, test, other_views)
+        accuracy = format_figure(figures["closed"][gallery.matcher]["acc"])
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
-        result += f"\nunknown objects that get a class all the same: {format_unknown(figures, unseen)}"
+        result = f"{judgement['verdict']}\naccuracy {accuracy} on {num_images:,} test images\n"
+        result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
@@ -9777,21 +9745,6 @@ def start_report(run: RunDirectory) -> bool:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         run.log(f"no report: {reason.removeprefix('error: ')}")
     return done.returncode == 0
-
-
-def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, test: Embedded) -> str:
-    """Score the test split by the classifier that was trained and by the gallery, record that, and return the verdict."""
-    figures, per_class = score_gallery(gallery, test)
-    classifier = score_classifier(job, state.model, embed(state.model, features))[0]
-    num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
-    trained_right = share_right(job.records, test.rows, gallery.answer(test.values)[0] == test.labels)
-    judgement = judge_training(state.baseline, state.frozen_right, trained_right)
-    scored = {"classifier": classifier, "prototypes": figures, "per_class": per_class, "images": num_images}
-    apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
-    pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
-    sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
-    job.run.event("test_end", **scored, **judgement, without_same_session=sessions)
-    return judgement["verdict"]
 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
@@ -9884,16 +9837,6 @@ def format_measures(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def embed_other_views(job: Job, bank: FeatureBank) -> Embedded | None:
-    """Return features of the test crops that have a mask in the view that --crop_mode does not show; None if it shows both."""
-    rows = job.records.rows("test")
-    rows = rows[job.records.has_mask[rows]]
-    if job.config.crop_mode == "mix" or not len(rows):
-        return None
-    view = int(job.config.crop_mode == "bbox")
-    return bank.extract([SampleKey(row, (), view) for row in rows.tolist()], f"test as {VIEW_NAMES[view]}")
-
-
 def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, others: Embedded | None) -> None:
     """Score the test crops that have a mask with and without their background; predictions_by_view.csv has the answers."""
     run = job.run
@@ -9931,14 +9874,9 @@ def run_program(
     argv: Sequence[str] | None = None,
     is_shared: bool = False,
 ) -> int:
-    """Run a tool: read its command line, then do what the recipe does of the options; return the exit code.
+    """Run a tool, `command` after the script's name: read its options, do what the recipe does of them, return the exit code.
 
-    Args:
-        command: name of the tool, as one types it after the script's name.
-        options_class: its options.
-        recipe: what it does.
-        argv: words of the command line; None = those of this process.
-        is_shared: all processes that torchrun has started run the recipe, and not the first one alone.
+    `argv` None: the words of this process. Shared: all processes that torchrun has started run it, not the first one alone.
     """
     open_streams()
     words = sys.argv[1:] if argv is None else argv
