@@ -5114,8 +5114,7 @@ class Backbone(nn.Module):
 def block_depths(model: nn.Module) -> dict[str, int]:
     """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
 
-    The order is that of registration. Those of `timm.optim.param_groups_layer_decay` are the same for ViTs, DINOv3 and ResNets;
-    they count the last norm of ConvNeXt and EVA-02 as one more block, and put CoaT's tokens and all of CaiT behind the last.
+    `timm.optim.param_groups_layer_decay` has the same but for ConvNeXt, EVA-02 (the last norm is one more block), CoaT and CaiT.
     """
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     patterns = []
@@ -5225,10 +5224,7 @@ class BackboneInfo:
 def check_features(
     features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
 ) -> None:
-    """Wait for the device, and raise Diverged where features (B, feature_dim), or their lengths, are not finite.
-
-    `name_of` gives the name of each image.
-    """
+    """Raise Diverged where features (B, feature_dim), or their lengths, are not finite; `name_of` gives the name of an image."""
     is_finite = features.norm(dim=1).isfinite().cpu()
     if is_finite.all():
         return
@@ -5679,10 +5675,7 @@ class Criterion(nn.Module):
 
 
 class ArcFace(Criterion):
-    """Class directions on the unit sphere of each head, and logits with an angular margin for the true class.
-
-    Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
-    """
+    """Class directions on each head's unit sphere, and an angular margin. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3."""
 
     def __init__(self, config: Config, num_vectors: int) -> None:
         super().__init__(config)
@@ -5701,10 +5694,8 @@ class ArcFace(Criterion):
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Replace cos(theta) of the true classes in cosines (N, C) by cos(theta + m), finite in value and gradient at +-1.
 
-        The margin m is in radians, 0 <= m < pi / 2.
-        cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it
-        falling. d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no
-        gradient.
+        The margin m is in radians, 0 <= m < pi / 2; where theta + m would pass pi, cos(theta) - m sin(m) keeps the logit falling.
+        d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
         """
         target = scores.gather(1, labels[:, None])
         sine_squared = 1.0 - target * target
@@ -5871,10 +5862,7 @@ def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
 
 
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
-    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay.
-
-    Norms, biases, and the tokens and position embeddings that stand directly in a backbone, are not decayed.
-    """
+    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay."""
     backbone = model.backbone.model
     depths = block_depths(backbone)
     deepest = max(depths.values())
@@ -5889,7 +5877,7 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
             decays = parameter.ndim > 1 and not name.endswith("bias")
             if part == "backbone":
                 peak_lr = config.layer_decay ** (deepest - depths[name]) * peak_lr
-                decays = decays and "." in name and name not in exempt
+                decays = decays and "." in name and name not in exempt  # tokens and position embeddings have no dot
             weight_decay = settings["weight_decay"] * decays
             empty = {"params": [], "peak_lr": peak_lr, "weight_decay": weight_decay}
             groups.setdefault((part, peak_lr, weight_decay), empty)["params"].append(parameter)
@@ -5932,10 +5920,8 @@ def check_optimizer(config: Config) -> None:
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step.
-
-    Linear warm-up and half a cosine to 0; or what torch's OneCycleLR gives over its max_lr: from 1 / div_factor up to 1, and down
-    to that / final_div_factor.
+    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0; or torch's OneCycleLR over its
+    max_lr, from 1 / div_factor up to 1, and down to that / final_div_factor.
     """
     last_step = total_steps - 1
     step = min(step, last_step)  # images may have gone while the run was interrupted, and steps with them
@@ -6156,10 +6142,9 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
 
 
 def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
-    """Return the chance that a known object is answered right, and with a higher score than an unknown one.
+    """Return the chance that a known object (N,) is answered right, and with a higher score than an unknown one (U,).
 
-    It is the area under the curve of correct classification against false positives of Dhamija et al. (arXiv:1811.04110), of the
-    scores of the answers to known (N,) and unknown (U,) objects.
+    It is the area under Dhamija's curve of correct classification against false positives (arXiv:1811.04110).
     """
     ranked = np.sort(unknown)
     won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # twice: a tie is half a point
@@ -6169,10 +6154,7 @@ def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) 
 def reliability(
     probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
 ) -> list[dict[str, float]]:
-    """Return what answers of a probability (N,) are worth, by equal bins of it: share of all, mean probability, share right.
-
-    Answers to objects of no class count as UNKNOWN_SHARE of all, however many there are.
-    """
+    """Return what answers are worth, by equal bins of their probability (N,); unknown objects count as UNKNOWN_SHARE of all."""
     counts = np.where(is_known, is_known.sum(), (~is_known).sum())
     weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
     weights /= max(1e-12, weights.sum())
@@ -6400,10 +6382,7 @@ FOREIGN_GUARD = {"head.3.weight": torch.empty(0)}
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Write the state as tensors and plain values, in the first process; raise Diverged where a weight is not finite.
-
-    A frozen backbone is not stored, its hash in the identity stands for it.
-    """
+    """Write the state, but for a frozen backbone, in the first process; raise Diverged where a weight is not finite."""
     if get_rank():
         return
     weights = state.model.trained_state() | FOREIGN_GUARD
@@ -9604,10 +9583,7 @@ def write_preview(job: Job) -> None:
 
 
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
-    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first.
-
-    The checkpoint becomes the last one, and what the log knows beyond it is dropped.
-    """
+    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     if config.load_from is not None and point is None:
