@@ -5586,7 +5586,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     weights, prefix = choose_weights(named, expected)
     check_weights_finite(weights, start.where)
     outside = (key.split(".") for key in tensors if not key.startswith(prefix))
-    unused = dict.fromkeys(".".join(parts[: prefix.count(".")]) for parts in outside)
+    unused = dict.fromkeys(".".join(names[: prefix.count(".")]) for names in outside)
     for key in [key for key in weights if key.endswith("attn.qkv.bias") and "storage_tokens" in weights]:
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
@@ -9293,9 +9293,8 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
     """Return the gallery with the crops of --add, None beside the first process and where it has them all, and their classes."""
     asked, stored = config.target_precision, run.meta["target_precision"]
     if "target_precision" in config.origins and asked != stored:
-        remedy = (
-            f"first: python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))} --target_precision {asked}"
-        )
+        command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))}"
+        remedy = f"first: {command} --target_precision {asked}"
         raise UserError(f"thresholds of this gallery are for {stored}", f"--target_precision {asked}", remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]
@@ -9380,9 +9379,8 @@ def prepare_run(
         unknown_records(config.unknown_dir)
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
-        config = dataclasses.replace(
-            config, image_bits=scan.records.image_bits
-        )  # also for what is asked of the run later
+        # Also for what is asked of the run later.
+        config = dataclasses.replace(config, image_bits=scan.records.image_bits)
         with keep_scan(scan):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
@@ -9912,10 +9910,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     if explained is not None:  # an option that a file gives is named by file and key
-        given = options.origins
-        where = re.sub(
-            r"--(\w+)", lambda flag: options.place(flag[1]) if flag[1] in given else flag[0], explained.where
-        )
+        places = {f"--{name}": options.place(name) for name in options.origins}
+        where = re.sub(r"--\w+", lambda flag: places.get(flag[0], flag[0]), explained.where)
         explained = UserError(explained.what, where, explained.remedy)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
@@ -9932,9 +9928,7 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
     text, given = printable(str(error)), vars(options)
     cause = text.partition("\n")[0].split(". ")[0][:200]
-    if isinstance(error, (MemoryError, RuntimeError)) and (
-        OUT_OF_MEMORY.search(text) or isinstance(error, MemoryError)
-    ):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
         rounding = [name for name in ("precision",) if name in given]
         where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + rounding)
