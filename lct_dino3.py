@@ -5285,15 +5285,16 @@ def load_timm_model(
         return model, str(start.path)
     if not config.pretrained:
         return timm.create_model(name, **settings), None
-    weights = timm.models.get_pretrained_cfg(config.model_id)
-    if not config.model_id.startswith(HUB_PREFIXES) and (weights is None or not weights.has_weights):
+    pretrained_cfg = timm.models.get_pretrained_cfg(config.model_id)
+    if not config.model_id.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
         raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
 
     def fetch() -> nn.Module:
         with _Unfilled():
             model = timm.create_model(config.model_id, pretrained=True, **settings)
-        values = (*model.named_parameters(), *model.named_buffers())
-        missing = [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]
+        # _Unfilled leaves NaN where timm would draw random numbers: what is not finite was not in the weights.
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        missing = [key for key, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
         if missing:
             raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
         return model
@@ -5304,11 +5305,11 @@ def load_timm_model(
         try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
             hub_constants.HF_HUB_OFFLINE = True
             return fetch(), "timm"
-        except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
+        except (OSError, ValueError):  # not in the cache, or incomplete there: ask the hub
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
             return fetch(), "timm"
-    except MemoryError:
+    except MemoryError:  # `explain_failure` says what to lower
         raise
     except Exception as error:  # hub, network and file errors of several libraries
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
@@ -5929,23 +5930,28 @@ def check_optimizer(config: Config) -> None:
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up and half a cosine to 0; or torch's OneCycleLR over its
-    max_lr, from 1 / div_factor up to 1, and down to that / final_div_factor.
+    """Return the share of the peak learning rate at a step.
+
+    cosine: linear warm-up, then half a cosine towards 0, which the step after the last would reach. onecycle: torch's OneCycleLR
+    over its max_lr, from 1 / div_factor up to 1, then down to 1 / (div_factor * final_div_factor).
     """
     last_step = total_steps - 1
     step = min(step, last_step)  # images may have gone while the run was interrupted, and steps with them
     if config.scheduler == "cosine":
-        share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
-        warmup_steps = max(1, int(total_steps * share + 1e-9))
+        warmup_fraction = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+        warmup_steps = max(1, int(total_steps * warmup_fraction + 1e-9))  # 0.29 * 100 is 28.999...
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-    peak_step = config.pct_start * total_steps - 1
+    peak_step = config.pct_start * total_steps - 1  # as torch counts
+    first_factor = 1 / config.div_factor
     if step <= peak_step:
-        start, end = 1 / config.div_factor, 1.0
+        start = first_factor
+        end = 1.0
         progress = step / peak_step if peak_step else 1.0
     else:
-        start, end = 1.0, 1 / config.div_factor / config.final_div_factor
+        start = 1.0
+        end = first_factor / config.final_div_factor
         progress = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
     if config.anneal_strategy == "linear":
         return start + (end - start) * progress
@@ -6163,14 +6169,18 @@ def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) 
 def reliability(
     probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
 ) -> list[dict[str, float]]:
-    """Return what answers are worth, by equal bins of their probability (N,); unknown objects count as UNKNOWN_SHARE of all."""
+    """Return the reliability diagram of probabilities (N,): of each of equal bins its weight, mean probability and accuracy.
+
+    Unknown objects count as UNKNOWN_SHARE of all.
+    """
     counts = np.where(is_known, is_known.sum(), (~is_known).sum())
     weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
-    weights /= max(1e-12, weights.sum())
+    weights /= max(1e-12, weights.sum())  # 1 in all, also where there are only known or only unknown objects
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
-    shares, *sums = (np.bincount(bins, weights * value, num_bins) for value in (1, probability, is_right))
-    means, rights = (of_bins / np.maximum(shares, 1e-12) for of_bins in sums)
-    columns = (column.tolist() for column in (shares, means, rights))
+    shares = np.bincount(bins, weights, num_bins)
+    mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(shares, 1e-12)
+    accuracies = np.bincount(bins, weights * is_right, num_bins) / np.maximum(shares, 1e-12)
+    columns = (shares.tolist(), mean_probabilities.tolist(), accuracies.tolist())
     return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
