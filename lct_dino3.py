@@ -5032,11 +5032,13 @@ WEIGHT_WRAPPERS = re.compile(
 )
 # A tensor without module, or one of a layer that changes features; what else a model does not have is a head.
 BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage|bn\d|patch|rope)|^[^.]*$")
+HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids that are not timm's
 MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
 )
+STATE_DICT_WANTED = "give a state dict saved by torch.save or safetensors"
 
 
 class Backbone(nn.Module):
@@ -5064,10 +5066,7 @@ class Backbone(nn.Module):
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
-        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen.
-
-        What stands before the first of them leaves nothing in memory for a backward pass, having no weight that wants a gradient.
-        """
+        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name))
         self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
@@ -5087,19 +5086,11 @@ class Backbone(nn.Module):
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether a model computes with weights in bf16, and without autocast: if it is frozen, and does so on a GPU.
-
-        Autocast would round the weights anew in each pass, and go back to float32 for each norm. A CPU keeps to it, where the
-        other way gains 3 % (tf_efficientnet_lite0) to 18 % (ViT-S), and so does what is trained, whose updates are smaller than
-        the steps of bf16.
-        """
+        """Whether the weights are in bf16, without autocast: it would round them in each pass; on a CPU it costs 3 to 18 %."""
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
     def computing_in(self, dtype: torch.dtype) -> Backbone:
-        """Return a backbone with the same weights, shared or rounded once, that computes in another type.
-
-        BatchNorm keeps its own, which are no product's. What the model is known by stays the hash of its weights as they were.
-        """
+        """Return a backbone of the same weights, shared or rounded once, that computes in another type; BatchNorm keeps its own."""
         if dtype == self.dtype:
             return self
         backbone = copy.copy(self)
@@ -5113,10 +5104,6 @@ class Backbone(nn.Module):
                     module.float().load_state_dict(exact.state_dict())
             backbone.is_rounded = True
         return backbone
-
-    def hash_tensors(self) -> dict[str, str]:
-        """Return `hash_tensors` of the model; of one that is frozen, as it was built."""
-        return self.hashes if self.frozen and self.hashes else hash_tensors(self.model)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
@@ -5136,8 +5123,7 @@ class Backbone(nn.Module):
 def block_depths(model: nn.Module) -> dict[str, int]:
     """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
 
-    The order is that of registration. Those of `timm.optim.param_groups_layer_decay` are the same for ViTs, DINOv3 and ResNets;
-    they count the last norm of ConvNeXt and EVA-02 as one more block, and put CoaT's tokens and all of CaiT behind the last.
+    `timm.optim.param_groups_layer_decay` has the same but for ConvNeXt, EVA-02 (the last norm is one more block), CoaT and CaiT.
     """
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     patterns = []
@@ -5235,23 +5221,19 @@ class BackboneInfo:
 
     model_id: str
     weights: str  # where they come from, in words
-    weights_hash: str  # `hash_weights`
+    weights_hash: str  # `fingerprint` of `hash_tensors`
     feature_dim: int
     img_size: int
     pool: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: str = "bicubic, antialiased"
 
 
 def check_features(
     features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
 ) -> None:
-    """Look whether features (B, feature_dim) can be worked with; waits for the device. `name_of` gives the name of each image.
-
-    Raises:
-        Diverged: they are not finite, or so large that their length is not, naming the image, the weights and the precision.
-    """
+    """Raise Diverged where features (B, feature_dim), or their lengths, are not finite; `name_of` gives the name of an image."""
     is_finite = features.norm(dim=1).isfinite().cpu()
     if is_finite.all():
         return
@@ -5263,11 +5245,7 @@ def check_features(
 
 
 def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
-    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed.
-
-    Raises:
-        UserError: unknown model, size or pooling that it cannot do, weights that cannot be had or do not fit.
-    """
+    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed."""
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
     mean, std = own_normalization(config)
@@ -5282,7 +5260,6 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
         pool=str(settings.get("global_pool") or pooling or "default"),
         mean=tuple(mean or model.pretrained_cfg["mean"]),
         std=tuple(std or model.pretrained_cfg["std"]),
-        interpolation="bicubic, antialiased",
     )
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     backbone.hashes = hashes
@@ -5295,6 +5272,7 @@ def load_timm_model(
     config: Config, settings: dict[str, Any], log: Callable[[str], None]
 ) -> tuple[nn.Module, str | None]:
     """Return the timm model with its weights, and in words where they come from: None = random ones of the seed."""
+    import huggingface_hub.constants as hub_constants
     import timm
 
     seed_torch(config.seed, 0)
@@ -5302,25 +5280,50 @@ def load_timm_model(
     name, _ = split_model_id(config.model_id)  # `settings` hold the sizes
     if start is not None:
         with _Unfilled():
-            model = timm.create_model(name, pretrained=False, **settings)
+            model = timm.create_model(name, **settings)
         fill_backbone(model, start, log)
         return model, str(start.path)
-    if config.pretrained:
-        return _fetch_pretrained(config, settings, log), "timm"
-    return timm.create_model(name, pretrained=False, **settings), None
+    if not config.pretrained:
+        return timm.create_model(name, **settings), None
+    pretrained_cfg = timm.models.get_pretrained_cfg(config.model_id)
+    if not config.model_id.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
+        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
+
+    def fetch() -> nn.Module:
+        with _Unfilled():
+            model = timm.create_model(config.model_id, pretrained=True, **settings)
+        # _Unfilled leaves NaN where timm would draw random numbers: what is not finite was not in the weights.
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        missing = [key for key, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if missing:
+            raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
+        return model
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    was_offline = hub_constants.HF_HUB_OFFLINE
+    try:
+        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+            hub_constants.HF_HUB_OFFLINE = True
+            return fetch(), "timm"
+        except (OSError, ValueError):  # not in the cache, or incomplete there: ask the hub
+            log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
+            hub_constants.HF_HUB_OFFLINE = was_offline
+            return fetch(), "timm"
+    except MemoryError:  # `explain_failure` says what to lower
+        raise
+    except Exception as error:  # hub, network and file errors of several libraries
+        problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
+        raise UserError(problem, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
+    finally:
+        hub_constants.HF_HUB_OFFLINE = was_offline
 
 
 def adopt_geometry(config: Config) -> Config:
-    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given.
-
-    Files of others say nothing of them, and change nothing.
-    """
-    path = config.backbone_weights
-    if path is None or not is_torch_zip(path):
+    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given."""
+    if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
         return config
-    payload = read_archive(path, config.said("backbone_weights"))
-    metadata = payload.get("metadata") if isinstance(payload, dict) else None
-    geometry = metadata.get("geometry") if isinstance(metadata, dict) else None
+    metadata = read_start(config).metadata
+    geometry = metadata.get("geometry")
     if not isinstance(geometry, dict) or "image_size" not in geometry:
         return config
     sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
@@ -5332,12 +5335,8 @@ def adopt_geometry(config: Config) -> Config:
 
 
 def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
-    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`.
-
-    Raises:
-        UserError: what follows is no list of sizes.
-    """
-    if model_id.startswith(("hf-hub:", "local-dir:")) or ":" not in model_id:
+    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`."""
+    if model_id.startswith(HUB_PREFIXES) or ":" not in model_id:
         return model_id, {}
     name, _, words = model_id.partition(":")
     try:
@@ -5349,10 +5348,7 @@ def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
 
 
 class _Unfilled(TorchDispatchMode):
-    """Leaves out the random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place.
-
-    NaN marks what has not been filled. (On the meta device, buffers that are not in the weights would be lost.)
-    """
+    """Writes NaN instead of random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
@@ -5361,53 +5357,28 @@ class _Unfilled(TorchDispatchMode):
 
 
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory.
-
-    Raises:
-        UserError: unknown model, a size or pooling that it cannot do, or no such blocks or attention to train.
-    """
-    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
-    settings, feature_dim, num_blocks, has_attention = _probe(
-        config.model_id, config.img_size, config.pool, tuple(options.items())
-    )
-    where = f"--model_id {config.model_id} "
-    if config.unfreeze_blocks > num_blocks:
-        problem = f"has {num_blocks or 'no'} blocks that timm names"
-        remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(problem, where + config.said("unfreeze_blocks"), remedy)
-    if config.layer_decay < 1 and not num_blocks:
-        raise UserError("has no blocks that timm names", where + "--layer_decay", "leave it out")
-    if config.lora_rank and not has_attention:
-        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", where + config.said("lora_rank"), remedy)
-    return dict(settings), feature_dim
-
-
-@functools.cache  # it is asked for before the scan, and when the model is built
-def _probe(
-    model_id: str, img_size: int, pool: str | None, options: tuple[tuple[str, Any], ...]
-) -> tuple[dict[str, Any], int, int, bool]:
-    """Return settings and feature_dim as `probe_model` does, the number of blocks, and whether there are attention layers."""
+    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory."""
     import timm
 
-    name, sizes = split_model_id(model_id)
-    base = name.removeprefix("hf-hub:").split(".")[0]
-    if not model_id.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(base):
-        raise UserError("is not known to timm", f"--model_id {model_id}", did_you_mean(base, timm.list_models()))
-    settings: dict[str, Any] = {"num_classes": 0, **dict(options), **sizes}
+    where, img_size = f"--model_id {config.model_id}", config.img_size
+    name, sizes = split_model_id(config.model_id)
+    base = name.split(".")[0]
+    if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
+        raise UserError("is not known to timm", where, did_you_mean(base, timm.list_models()))
+    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
     try:
         with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(name, pretrained=False, **settings)
+            model = timm.create_model(name, **settings)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
                 settings["img_size"] = img_size
             # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
             if getattr(model, "dynamic_img_size", False):
                 settings["dynamic_img_size"] = False
-            if pool or getattr(model, "cls_token", None) is not None:
-                settings["global_pool"] = pool or "token"
-            model = timm.create_model(name, pretrained=False, **settings).eval()
+            if config.pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = config.pool or "token"
+            model = timm.create_model(name, **settings).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
             is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
             if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
@@ -5416,79 +5387,31 @@ def _probe(
             if len(shape) != 2:
                 raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        where = f"--model_id {model_id} --img_size {img_size}" + (f" --pool {pool}" if pool else "")
-        remedy = "try another size or pooling" + "".join(f", or leave out {name}={value}" for name, value in options)
-        raise UserError(f"timm cannot build it: {printable(str(error))[:300]}", where, remedy) from error
-    return settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model))
-
-
-def _fetch_pretrained(config: Config, settings: dict[str, Any], log: Callable[[str], None]) -> nn.Module:
-    """Return the timm model with the weights of the hub, from the cache where they are there."""
-    import huggingface_hub.constants as hub_constants
-    import timm
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    weights = timm.models.get_pretrained_cfg(config.model_id)
-    is_named = config.model_id.startswith(("hf-hub:", "local-dir:"))
-    if not is_named and (weights is None or not weights.has_weights):
-        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
-
-    def fetch() -> nn.Module:
-        with _Unfilled():
-            model = timm.create_model(config.model_id, pretrained=True, **settings)
-        values = (*model.named_parameters(), *model.named_buffers())
-        missing = [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]
-        if missing:
-            raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
-        return model
-
-    was_offline = hub_constants.HF_HUB_OFFLINE
-    try:
-        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
-            hub_constants.HF_HUB_OFFLINE = True
-            return fetch()
-        except (OSError, ValueError):  # huggingface_hub's ways to say that it is not in the cache
-            log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
-            hub_constants.HF_HUB_OFFLINE = was_offline
-            return fetch()
-    except MemoryError:
-        raise
-    except Exception as error:  # hub, network and file errors of several libraries
-        problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
-        raise UserError(problem, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
-    finally:
-        hub_constants.HF_HUB_OFFLINE = was_offline
+        where += f" --img_size {img_size}" + (f" --pool {config.pool}" if config.pool else "")
+        options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
+        problem = f"timm cannot build it: {printable(str(error))[:300]}"
+        raise UserError(problem, where, f"try another size or pooling{options_text}") from error
+    num_blocks = max(block_depths(model).values())
+    if config.unfreeze_blocks > num_blocks:
+        problem = f"has {num_blocks or 'no'} blocks that timm names"
+        remedy = "give fewer, or train all with --no-freeze_backbone"
+        raise UserError(problem, f"{where} {config.said('unfreeze_blocks')}", remedy)
+    if config.layer_decay < 1 and not num_blocks:
+        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
+    if config.lora_rank and not attention_layers(model):
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where} {config.said('lora_rank')}", remedy)
+    return settings, shape[1]
 
 
 class _Inert:
-    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars. Does nothing."""
+    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def read_archive(path: Path, where: str) -> Any:
-    """Return what torch.save has written, never executing anything in it. Raises UserError: it is damaged or something else."""
-    try:
-        is_zip, others = is_torch_zip(path), ()
-        if is_zip:
-            check_zip(path)
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except MemoryError:
-        raise
-    except Exception as error:  # pickle, zip and I/O errors: whatever a wrong file provokes
-        raise unreadable_weights(error, where) from error
-
-
-def unreadable_weights(error: Exception, where: str) -> UserError:
-    """Return what to tell of a file that holds no weights."""
-    problem = f"cannot be read as weights: {printable(str(error))[:200]}"
-    return UserError(problem, where, "give a state dict saved by torch.save or safetensors")
 
 
 @dataclass(frozen=True)
@@ -5501,40 +5424,44 @@ class Start:
     head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
     class_names: tuple[str, ...] = ()  # of the class directions
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of what tools/pretrain_dino_*.py export
 
 
 def read_start(config: Config) -> Start | None:
-    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either."""
     from safetensors import safe_open
 
-    path = config.backbone_weights if config.load_from is None else locate_start(config)
+    path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
-    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
+    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
                 class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
         else:
-            state = read_archive(path, where)
+            is_zip, others = is_torch_zip(path), ()
+            if is_zip:
+                check_zip(path)
+                others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         if isinstance(state, dict) and "identity" in state and "format" in state:
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
             class_names = identity["class_names"]
-    except (MemoryError, UserError):
+    except MemoryError:
         raise
-    except Exception as error:  # zip, safetensors and key errors
-        raise unreadable_weights(error, where) from error
+    except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
+        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+        raise UserError(problem, where, STATE_DICT_WANTED) from error
     tensors, prefix = dict(walk_tensors(state)), "backbone.model."
     if not class_names:
-        return Start(where, path, tensors)
+        metadata = state.get("metadata") if isinstance(state, dict) else None
+        return Start(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
     check_weights_finite(tensors, where)
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
@@ -5631,26 +5558,22 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did.
-
-    Raises:
-        UserError: that gives other weights than the run had.
-    """
+    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did."""
     identity = start.identity
     if not identity.get("freeze_backbone"):
         return start.backbone
     files: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):  # no config.json: weights of timm, or random ones
         names = ("load_from", "backbone_weights")
-        options = read_json(start.path.with_name("config.json"), {"options": dict.fromkeys(names, (str, type(None)))})[
-            "options"
-        ]
+        form = {"options": dict.fromkeys(names, (str, type(None)))}
+        options = read_json(start.path.with_name("config.json"), form)["options"]
         files = {name: Path(options[name]) for name in names if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
     config = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = load_timm_model(config, probe_model(config)[0], log)
-    if hash_weights(model) != identity["backbone_hash"]:
-        hashes = f"was {identity['backbone_hash']}, and is {hash_weights(model)} here ({source or 'random weights'})"
+    weights_hash = fingerprint(hash_tensors(model))
+    if weights_hash != identity["backbone_hash"]:
+        hashes = f"was {identity['backbone_hash']}, and is {weights_hash} here ({source or 'random weights'})"
         remedy = "give it in the folder of its run, with config.json beside it"
         raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
     if identity["lora_rank"]:
@@ -5661,23 +5584,19 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
 
 
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule.
-
-    Raises:
-        UserError: keys or shapes that do not fit, naming them.
-    """
+    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule."""
     from timm.models._manipulate import adapt_input_conv
 
     architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
     tensors, expected = complete_backbone(start, log), model.state_dict()
     if not tensors:
-        problem = "it holds no tensors by name, as a model saved whole does not"
-        raise unreadable_weights(ValueError(problem), start.where)
+        problem = "cannot be read as weights: it holds no tensors by name, as a model saved whole does not"
+        raise UserError(problem, start.where, STATE_DICT_WANTED)
     named = rename_hub_weights(tensors)
     weights, prefix = choose_weights(named, expected)
     check_weights_finite(weights, start.where)
     outside = (key.split(".") for key in tensors if not key.startswith(prefix))
-    unused = dict.fromkeys(".".join(parts[: prefix.count(".")]) for parts in outside)
+    unused = dict.fromkeys(".".join(names[: prefix.count(".")]) for names in outside)
     for key in [key for key in weights if key.endswith("attn.qkv.bias") and "storage_tokens" in weights]:
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
@@ -5714,11 +5633,6 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
-def hash_weights(module: nn.Module) -> str:
-    """Return 16 hex digits over the names, types, shapes and bytes of a module's state dict."""
-    return fingerprint(hash_tensors(module))
-
-
 def hash_tensors(module: nn.Module) -> dict[str, str]:
     """Return 16 hex digits over type, shape and bytes of each tensor of a module's state dict."""
     hashes = {}
@@ -5733,15 +5647,12 @@ def hash_tensors(module: nn.Module) -> dict[str, str]:
 # ======================================================================================================================
 # What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
 class Criterion(nn.Module):
-    """What the criteria have in common: each head learns by itself from its equal part of the embedding.
-
-    Evaluation uses the mean of the heads' logits, and never a margin.
-    """
+    """What the criteria have in common: each head learns by itself from its equal part of the embedding."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.config = config
         self.scale = config.arc_scale
-        self.label_smoothing = config.label_smoothing
         self.num_heads = count_heads(config)
 
     def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -5768,16 +5679,13 @@ class Criterion(nn.Module):
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the losses (B, H) of logits (B, H, C): cross-entropy."""
-        smoothing, repeated = self.label_smoothing, labels.repeat_interleave(self.num_heads)
+        smoothing, repeated = self.config.label_smoothing, labels.repeat_interleave(self.num_heads)
         losses = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none")
         return losses.unflatten(0, (-1, self.num_heads))
 
 
 class ArcFace(Criterion):
-    """Class directions on the unit sphere of each head, and logits with an angular margin for the true class.
-
-    Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
-    """
+    """Class directions on each head's unit sphere, and an angular margin. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3."""
 
     def __init__(self, config: Config, num_vectors: int) -> None:
         super().__init__(config)
@@ -5794,8 +5702,19 @@ class ArcFace(Criterion):
         return self.scale * F.linear(embeddings, normalize_heads(self.weight, self.num_heads)).clamp(-1.0, 1.0)
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (N, C), those of the true classes turned away by the margin."""
-        return add_angular_margin(scores, labels, self.margin)
+        """Replace cos(theta) of the true classes in cosines (N, C) by cos(theta + m), finite in value and gradient at +-1.
+
+        The margin m is in radians, 0 <= m < pi / 2; where theta + m would pass pi, cos(theta) - m sin(m) keeps the logit falling.
+        d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
+        """
+        target = scores.gather(1, labels[:, None])
+        sine_squared = 1.0 - target * target
+        is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
+        sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
+        shifted = target * math.cos(self.margin) - sine * math.sin(self.margin)
+        past_pi = target < math.cos(math.pi - self.margin)
+        shifted = torch.where(past_pi, target - self.margin * math.sin(self.margin), shifted)
+        return scores.scatter(1, labels[:, None], shifted)
 
 
 class CosFace(ArcFace):
@@ -5807,18 +5726,14 @@ class CosFace(ArcFace):
 
 
 class SubCenterArcFace(ArcFace):
-    """Several directions a class, of which the nearest counts: wrong labels and other looks of a class get one of their own.
-
-    Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2.
-    """
+    """Several directions a class, of which the nearest counts. Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes * config.sub_centers)
-        self.sub_centers = config.sub_centers
 
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, H, C) to the nearest direction of each class."""
-        return super().score_heads(embeddings).unflatten(2, (-1, self.sub_centers)).amax(3)
+        return super().score_heads(embeddings).unflatten(2, (-1, self.config.sub_centers)).amax(3)
 
     plain_logits = Criterion.plain_logits  # each head has a nearest direction of its own
 
@@ -5841,16 +5756,12 @@ class LinearClassifier(Criterion):
 class FocalClassifier(LinearClassifier):
     """Each answer is weighed by (1 - p)^gamma, p being the probability of its class. Lin et al., arXiv:1708.02002, eq. 4."""
 
-    def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.gamma = config.focal_gamma
-
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the focal losses (B, H) of logits (B, H, C)."""
         classes = labels[:, None, None].expand(-1, self.num_heads, 1)
         probability = F.log_softmax(logits, dim=2).gather(2, classes)[:, :, 0].exp()
         # Where the class is certain, the slope of the power stays finite.
-        return (1 - probability).clamp(min=1e-6) ** self.gamma * super().losses(logits, labels)
+        return (1 - probability).clamp(min=1e-6) ** self.config.focal_gamma * super().losses(logits, labels)
 
 
 CRITERIA: dict[str, type[Criterion]] = {
@@ -5860,23 +5771,6 @@ CRITERIA: dict[str, type[Criterion]] = {
     "cross_entropy": LinearClassifier,
     "focal": FocalClassifier,
 }
-
-
-def add_angular_margin(cosine: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
-    """Replace cos(theta) of the true class (B,) in cosines (B, C) by cos(theta + m), finite in value and gradient at cos = +-1.
-
-    The margin m is in radians, 0 <= m < pi / 2.
-    cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m). Where theta + m would pass pi, cos(theta) - m sin(m) keeps it falling.
-    d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
-    """
-    target = cosine.gather(1, labels[:, None])
-    sine_squared = 1.0 - target * target
-    is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
-    sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
-    shifted = target * math.cos(margin) - sine * math.sin(margin)
-    past_pi = target < math.cos(math.pi - margin)
-    shifted = torch.where(past_pi, target - margin * math.sin(margin), shifted)
-    return cosine.scatter(1, labels[:, None], shifted)
 
 
 class Recognizer(nn.Module):
@@ -5905,10 +5799,6 @@ class Recognizer(nn.Module):
             for key, value in self.state_dict().items()
             if trained is None or not key.startswith(prefix) or key.removeprefix(prefix) in trained
         }
-
-    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `trained_state` returned."""
-        self.load_state_dict(state, strict=False)
 
 
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
@@ -5982,10 +5872,7 @@ def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
 
 
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
-    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay.
-
-    Norms, biases, and the tokens and position embeddings that stand directly in a backbone, are not decayed.
-    """
+    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay."""
     backbone = model.backbone.model
     depths = block_depths(backbone)
     deepest = max(depths.values())
@@ -6000,7 +5887,7 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
             decays = parameter.ndim > 1 and not name.endswith("bias")
             if part == "backbone":
                 peak_lr = config.layer_decay ** (deepest - depths[name]) * peak_lr
-                decays = decays and "." in name and name not in exempt
+                decays = decays and "." in name and name not in exempt  # tokens and position embeddings have no dot
             weight_decay = settings["weight_decay"] * decays
             empty = {"params": [], "peak_lr": peak_lr, "weight_decay": weight_decay}
             groups.setdefault((part, peak_lr, weight_decay), empty)["params"].append(parameter)
@@ -6018,13 +5905,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim
 
 
 def check_optimizer(config: Config) -> None:
-    """Check the name of --optimizer, and that it has the settings that are given for it.
-
-    Raises:
-        UserError: timm has no such optimizer, it needs more than a gradient a step or another package, or it has no betas or eps.
-    """
-    if config.optimizer == "adamw":
-        return
+    """Refuse an optimizer that timm lacks, that needs more than a gradient a step, or that has not the settings given for it."""
     from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
@@ -6051,23 +5932,26 @@ def check_optimizer(config: Config) -> None:
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
     """Return the share of the peak learning rate at a step.
 
-    Linear warm-up and half a cosine to 0; or what torch's OneCycleLR gives over its max_lr: from 1 / div_factor up to 1, and down
-    to that / final_div_factor.
+    cosine: linear warm-up, then half a cosine towards 0, which the step after the last would reach. onecycle: torch's OneCycleLR
+    over its max_lr, from 1 / div_factor up to 1, then down to 1 / (div_factor * final_div_factor).
     """
     last_step = total_steps - 1
     step = min(step, last_step)  # images may have gone while the run was interrupted, and steps with them
     if config.scheduler == "cosine":
-        share = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
-        warmup_steps = max(1, int(total_steps * share + 1e-9))
+        warmup_fraction = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
+        warmup_steps = max(1, int(total_steps * warmup_fraction + 1e-9))  # 0.29 * 100 is 28.999...
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-    peak_step = config.pct_start * total_steps - 1
+    peak_step = config.pct_start * total_steps - 1  # as torch counts
+    first_factor = 1 / config.div_factor
     if step <= peak_step:
-        start, end = 1 / config.div_factor, 1.0
+        start = first_factor
+        end = 1.0
         progress = step / peak_step if peak_step else 1.0
     else:
-        start, end = 1.0, 1 / config.div_factor / config.final_div_factor
+        start = 1.0
+        end = first_factor / config.final_div_factor
         progress = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
     if config.anneal_strategy == "linear":
         return start + (end - start) * progress
@@ -6105,10 +5989,6 @@ class WeightAverage:
             yield
         finally:
             copy_tensors(live_values, self._live)
-
-    def restore(self, values: dict[str, torch.Tensor]) -> None:
-        """Take up the values of a checkpoint."""
-        copy_tensors(values, self.values)
 
 
 def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
@@ -6157,13 +6037,10 @@ def classify(
 def compute_metrics(
     answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
-    """Score a classification by the classes answered and true, int (N,).
+    """Return acc, f1_macro, auc_macro, and by class precision, recall, f1, auc, support, of classes answered and true, int (N,).
 
-    The AUC, None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities).
-
-    Returns:
-        acc, f1_macro, auc_macro (one against the rest), and per class precision, recall, f1, auc, support. A class without
-        images in `labels` has None for what is undefined, and is left out of the means; its images never are.
+    The AUC (one against the rest), None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities). A
+    class without images in `labels` has None for what is undefined, and is left out of the means; its images never are.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -6261,12 +6138,11 @@ def retrieval_scores(
 
 
 def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
-    """Say how well scores tell known objects, which should have the higher ones, from unknown ones.
+    """Return auroc, the chance that a known object scores above an unknown one, and fpr95, the unknown ones' share that passes
+    when the threshold lets 95 % of the known ones pass; NaN where there are none of either.
 
     Of known (N,) and unknown (U,) come the ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
     Counting ranks takes 16 us for 300 objects, `roc_auc_score` and `roc_curve` 2.3 ms: 500 draws of ten folds feel it.
-    auroc is the chance that a known object scores above an unknown one; fpr95 the share of unknowns that pass when the threshold
-    lets 95 % of the known ones pass; NaN where there are no known or no unknown objects.
     """
     if not len(known) or not len(unknown):
         return {"auroc": math.nan, "fpr95": math.nan}
@@ -6282,10 +6158,9 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
 
 
 def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
-    """Return the chance that a known object is answered right, and with a higher score than an unknown one.
+    """Return the chance that a known object (N,) is answered right, and with a higher score than an unknown one (U,).
 
-    It is the area under the curve of correct classification against false positives of Dhamija et al. (arXiv:1811.04110), of the
-    scores of the answers to known (N,) and unknown (U,) objects.
+    It is the area under Dhamija's curve of correct classification against false positives (arXiv:1811.04110).
     """
     ranked = np.sort(unknown)
     won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # twice: a tie is half a point
@@ -6295,18 +6170,18 @@ def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) 
 def reliability(
     probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
 ) -> list[dict[str, float]]:
-    """Return what answers of a probability (N,) are worth, by equal bins of it: share of all, mean probability, share right.
+    """Return the reliability diagram of probabilities (N,): of each of equal bins its weight, mean probability and accuracy.
 
-    Answers to objects of no class count as UNKNOWN_SHARE of all, however many there are.
+    Unknown objects count as UNKNOWN_SHARE of all.
     """
-    weights = np.where(
-        is_known, (1 - UNKNOWN_SHARE) / max(1, is_known.sum()), UNKNOWN_SHARE / max(1, (~is_known).sum())
-    )
-    weights /= max(1e-12, weights.sum())
+    counts = np.where(is_known, is_known.sum(), (~is_known).sum())
+    weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
+    weights /= max(1e-12, weights.sum())  # 1 in all, also where there are only known or only unknown objects
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
-    shares, *sums = (np.bincount(bins, weights * value, num_bins) for value in (1, probability, is_right))
-    means, rights = (of_bins / np.maximum(shares, 1e-12) for of_bins in sums)
-    columns = (column.tolist() for column in (shares, means, rights))
+    shares = np.bincount(bins, weights, num_bins)
+    mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(shares, 1e-12)
+    accuracies = np.bincount(bins, weights * is_right, num_bins) / np.maximum(shares, 1e-12)
+    columns = (shares.tolist(), mean_probabilities.tolist(), accuracies.tolist())
     return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -6425,48 +6300,45 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: the steps so far. Those not yet fetched wait on the device.
+    """What the train figures of an epoch are made of: its steps so far, from `totals` on. Those not yet fetched wait on the device.
 
     Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
     would have 5 GB, in each checkpoint too.
     """
 
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []  # float32 (k,) on the CPU, one number a step
-        self.scores: list[torch.Tensor] = []  # on the CPU; logits float32 (b, C), or answers int64 (b,)
-        self.labels: list[torch.Tensor] = []  # int64 (b,)
-        self.sizes: list[int] = []  # images of each step
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss () and scores of the last steps
-        self.num_scores = 0
+    def __init__(self, totals: Mapping[str, torch.Tensor] | None = None) -> None:
+        totals = totals or {}
+        self.losses = [totals["losses"]] if totals else []  # float32 (steps,); () of a pending step
+        self.scores = [totals[key] for key in ("logits", "answers") if key in totals]  # float32 (b, C), or int64 (b,)
+        self.labels = [totals["labels"]] if totals else []  # int64 (b,)
+        self.sizes = totals["sizes"].tolist() if totals else []  # images of each step
+        self.num_pending = 0  # last losses and scores, which are on the device
+        self.num_scores = MAX_SCORE_ENTRIES if "answers" in totals else sum(map(torch.numel, self.scores))
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Note a step, without waiting for the device."""
-
-        def to_answers(scores: torch.Tensor) -> torch.Tensor:
-            return scores if scores.ndim == 1 else scores.argmax(dim=1)
-
-        self.pending.append((loss, logits))
+        self.losses.append(loss)
+        self.scores.append(logits)
         self.labels.append(labels)
         self.sizes.append(len(labels))
+        self.num_pending += 1
         self.num_scores += logits.numel()
         if self.num_scores > MAX_SCORE_ENTRIES:
-            self.scores = [to_answers(scores) for scores in self.scores]
-            self.pending = [(loss, to_answers(scores)) for loss, scores in self.pending]
+            self.scores = [scores if scores.ndim == 1 else scores.argmax(dim=1) for scores in self.scores]
 
     def fetch(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
-        if not self.pending:
+        if not self.num_pending:
             return None
-        losses, scores = zip(*self.pending, strict=True)
-        values = torch.stack(losses).cpu()
-        self.losses.append(values)
-        self.scores.append(torch.cat(scores).cpu())
-        self.pending.clear()
+        values = torch.stack(self.losses[-self.num_pending :]).cpu()
+        self.losses[-self.num_pending :] = [values]
+        self.scores[-self.num_pending :] = [torch.cat(self.scores[-self.num_pending :]).cpu()]
+        self.num_pending = 0
         wrong = (~torch.isfinite(values)).nonzero()
         return len(values) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,); {} before the first fetched step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,), all fetched; {} before a step."""
         if not self.losses:
             return {}
         scores = torch.cat(self.scores)
@@ -6476,15 +6348,6 @@ class Tally:
             "logits" if scores.ndim == 2 else "answers": scores,
             "labels": torch.cat(self.labels),
         }
-
-    def restore(self, totals: dict[str, torch.Tensor]) -> None:
-        """Take up what `totals` gave."""
-        self.__init__()
-        if totals:
-            scores = totals["logits"] if "logits" in totals else totals["answers"]
-            self.losses, self.scores, self.labels = [totals["losses"]], [scores], [totals["labels"]]
-            self.sizes = totals["sizes"].tolist()
-            self.num_scores = scores.numel() if scores.ndim == 2 else MAX_SCORE_ENTRIES
 
 
 @dataclass
@@ -6539,19 +6402,23 @@ FOREIGN_GUARD = {"head.3.weight": torch.empty(0)}
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Write the state as tensors and plain values; a frozen backbone is not stored, its hash in the identity stands for it.
-
-    The first process does it for all.
-
-    Raises:
-        Diverged: a weight is not finite. Nothing is written then.
-    """
+    """Write the state, but for a frozen backbone, in the first process; raise Diverged where a weight is not finite."""
     if get_rank():
         return
-    packed = pack_state(state)
-    if not all(torch.isfinite(value).all() for value in packed["model"].values() if value.is_floating_point()):
+    weights = state.model.trained_state() | FOREIGN_GUARD
+    if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
         raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
-    write_checkpoint(path, {"identity": identity, **packed, "tally": state.tally.totals()})
+    payload = {
+        "identity": identity,
+        **{key: getattr(state, key) for key in PLAIN_STATE},
+        "model": weights,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        **({"average": state.average.values} if state.average else {}),
+        "backbone_dtype": name_dtype(state.dtype),
+        "tally": state.tally.totals(),
+    }
+    write_checkpoint(path, payload)
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -6561,18 +6428,6 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """
     with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer turns an exception from inside into one of its own
         torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
-
-
-def pack_state(state: TrainState) -> dict[str, Any]:
-    """Return the state but for the tally, as whole tensors and plain values."""
-    return {
-        **{key: getattr(state, key) for key in PLAIN_STATE},
-        "model": state.model.trained_state() | FOREIGN_GUARD,
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        **({"average": state.average.values} if state.average else {}),
-        "backbone_dtype": name_dtype(state.dtype),
-    }
 
 
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
@@ -6587,11 +6442,7 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
 
 
 def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
-    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it.
-
-    Raises:
-        UserError: missing, damaged, unreadable, or not one of ours.
-    """
+    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it."""
     if not path.is_file():
         raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
     try:
@@ -6619,26 +6470,22 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     """Put a checkpoint that `check_identity` has accepted into the state."""
-    state.model.load_trained_state(payload["model"])
+    state.model.load_state_dict(payload["model"], strict=False)
     state.optimizer.load_state_dict(payload["optimizer"])
     if payload["scaler"]:  # empty when the run was started where no scaling was needed
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
-        state.average.restore(payload["average"])
+        copy_tensors(payload["average"], state.average.values)
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally.restore(payload.get("tally", {}))  # absent in what the other processes of torchrun are sent
+    state.tally = Tally(payload.get("tally"))  # absent in what the other processes of torchrun are sent
     if state.model.backbone.frozen:
         # A run keeps the dtype that it began with, also on a machine that would choose another.
         state.dtype = getattr(torch, payload["backbone_dtype"])
 
 
 def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse the weights of a checkpoint that a model has no place for.
-
-    Raises:
-        UserError: naming the tensors that are missing, foreign, or of another shape.
-    """
+    """Refuse the weights of a checkpoint that a model has no place for, naming those missing, foreign, or of another shape."""
     expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
     shapes = {key: str(tuple(value.shape)) for key, value in weights.items() if key not in FOREIGN_GUARD}
     unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
@@ -6656,11 +6503,7 @@ def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other classes, model, shapes or options; only what `current` has is compared.
-
-    Raises:
-        UserError: listing each difference as old -> new.
-    """
+    """Refuse a checkpoint of other classes, model, shapes or options, listing each; only what `current` has is compared."""
     changed = {key: (saved.get(key), new) for key, new in current.items() if saved.get(key) != new}
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
     if "class_names" in changed:
@@ -6683,14 +6526,11 @@ class ResumePoint:
 def choose_checkpoint(
     folder: Path, resume: str | None, overwrite: bool, form: dict[str, Any] = CHECKPOINT_FORM
 ) -> ResumePoint | None:
-    """Return where to continue; None for a fresh start.
+    """Return where to continue; None for a fresh start. `resume` is None where the option is not given, and "last" without PATH.
 
     With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
-    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself.
-    `resume` is None where the option is not given, and "last" without PATH.
-
-    Raises:
-        UserError: there is nothing to resume, or nothing sound.
+    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself:
+    where none is sound, or all are gone, UserError says so, and they stay as they are.
     """
     if overwrite and resume is not None:
         raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
@@ -6703,24 +6543,6 @@ def choose_checkpoint(
             remedy = f"give --out_dir {path.parent}, or copy that folder first"
             raise UserError("belongs to the run in another folder", f"--resume {path}", remedy)
         return ResumePoint(path, load_checkpoint(path, form))
-    point = find_sound_checkpoint(folder, form)
-    if point is None and resume == "last":
-        raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
-    return point
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, the last one first."""
-    paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
-    return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
-
-
-def find_sound_checkpoint(folder: Path, form: dict[str, Any]) -> ResumePoint | None:
-    """Return checkpoint_last.pth, else the sound checkpoint that got farthest; None when nothing has been trained yet.
-
-    Raises:
-        UserError: none is sound, or all are gone. They stay as they are.
-    """
     damaged: dict[Path, str] = {}
     point = None
     for path in list_checkpoints(folder):
@@ -6733,15 +6555,21 @@ def find_sound_checkpoint(folder: Path, form: dict[str, Any]) -> ResumePoint | N
             point = ResumePoint(path, payload, damaged)
         if path.name == LAST_NAME:
             break
-    if point is not None:
-        return point
-    if damaged:
+    if point is None and damaged:
         lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
-    if epochs := [event["epoch"] for event in read_events(folder) if event["event"] == "epoch_end"]:
+    if point is None and (epochs := [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end"]):
         problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
         raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
-    return None
+    if point is None and resume == "last":
+        raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
+    return point
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, the last one first."""
+    paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
+    return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
 def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
@@ -6758,11 +6586,7 @@ def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint; the copy appears whole.
-
-    Raises:
-        zipfile.BadZipFile: it is damaged. Nothing is written then.
-    """
+    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile where it is damaged."""
     check_zip(source)
     with open(source, "rb") as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
@@ -7653,7 +7477,9 @@ def describe_gallery(
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
     """Return all that an embedding is a function of, besides the crop."""
     transforms = production_transforms(config)
-    hashes = {f"0.{key}": value for key, value in model.backbone.hash_tensors().items()}
+    backbone = model.backbone
+    backbone_hashes = backbone.hashes if backbone.frozen and backbone.hashes else hash_tensors(backbone.model)
+    hashes = {f"0.{key}": value for key, value in backbone_hashes.items()}
     hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
     return {
         "model_id": info.model_id,
@@ -7773,7 +7599,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         raise UserError(problem, place, "give those weights with --backbone_weights FILE")
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
-    model.load_trained_state(deployed_weights(payload))
+    model.load_state_dict(deployed_weights(payload), strict=False)
     model.eval().to(runtime.device)
     model.backbone = model.backbone.computing_in(runtime.answer_dtype)
     return TrainedRun(path, config, info, model, runtime, unseen=payload["unseen"])
@@ -8574,7 +8400,7 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
                 state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
             state.batches += len(batches)
             state.seconds = clock.seconds()
-        if len(state.tally.pending) >= FINITE_CHECK_STEPS:
+        if state.tally.num_pending >= FINITE_CHECK_STEPS:
             check_finite(job, state)
         if SIGNALS.wants_save or time.monotonic() - saved >= save_seconds:
             save_state(job, state)
@@ -9156,11 +8982,7 @@ def judge_training(
 # ======================================================================================================================
 # One recipe a command, and the way out: exit codes, signals, messages.
 def run_scan(config: Config) -> None:
-    """Check the data and preview the split; write data_report.json, train nothing.
-
-    Raises:
-        UserError: out_dir holds a run, or its data cannot be trained on.
-    """
+    """Check the data and preview the split; write data_report.json, train nothing."""
     if get_rank():
         return
     check_paths(config)
@@ -9189,39 +9011,30 @@ def run_evaluate(config: EvaluateOptions) -> None:
     keep_freed_memory()
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
-        evaluate_run(config)
-
-
-def evaluate_run(config: EvaluateOptions) -> None:
-    """Do what `run_evaluate` does in a run that this process has locked."""
-    run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
-    records, rows = from_first(choose_records, run, config)
-    embedded = embed_records(run, records, rows, config)
-    unknown = None
-    if config.unknown_dir is not None:
-        unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
-        unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
-    if get_rank():
-        return
-    number = {name: index for index, name in enumerate(run.gallery.class_names)}
-    labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
-    test = embedded._replace(labels=labels).take(labels >= 0)
-    strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
-    if unknown is not None:
-        strangers = np.concatenate([strangers, unknown.values])
-    figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
-    source = str((config.data_root or run.config.data_root).resolve())
-    write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
-    show(format_measures(figures))
-    show(f"written: {run.path / 'evaluation.json'}")
+        run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
+        records, rows = from_first(choose_records, run, config)
+        embedded = embed_records(run, records, rows, config)
+        unknown = None
+        if config.unknown_dir is not None:
+            unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
+            unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
+        if get_rank():
+            return
+        number = {name: index for index, name in enumerate(run.gallery.class_names)}
+        labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+        test = embedded._replace(labels=labels).take(labels >= 0)
+        strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
+        if unknown is not None:
+            strangers = np.concatenate([strangers, unknown.values])
+        figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
+        source = str((config.data_root or run.config.data_root).resolve())
+        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+        show(format_measures(figures))
+        show(f"written: {run.path / 'evaluation.json'}")
 
 
 def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
-    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count.
-
-    Raises:
-        UserError: no images, or none of a class of the gallery.
-    """
+    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count."""
     if config.data_root is None:
         records = scan_own_data(run, choose_options(run.config, config))
         rows = records.rows(config.split)
@@ -9291,18 +9104,11 @@ def run_prototypes(config: PrototypesOptions) -> None:
 
 
 def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
-    """Return the gallery with the crops of --add, and the names of their classes.
-
-    The gallery is None in the processes beside the first, and where it has all of the crops.
-
-    Raises:
-        UserError: thresholds of another precision are asked for than the gallery was made for.
-    """
+    """Return the gallery with the crops of --add, None beside the first process and where it has them all, and their classes."""
     asked, made_for = config.target_precision, run.meta["target_precision"]
     if "target_precision" in config.origins and asked != made_for:
-        remedy = (
-            f"first: python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))} --target_precision {asked}"
-        )
+        command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))}"
+        remedy = f"first: {command} --target_precision {asked}"
         raise UserError(f"thresholds of this gallery are for {made_for}", f"--target_precision {asked}", remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]
@@ -9326,13 +9132,7 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
-    """Return the gallery that the run's own training and val images make, with the options of the run or those typed, and its meta.
-
-    It is None in the processes beside the first.
-
-    Raises:
-        UserError: the run has no model, or its images have other classes now.
-    """
+    """Return the gallery of the run's own images, with its options or those typed, None beside the first process, and its meta."""
     runtime = make_runtime(config.gpus, config.precision)
     run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
     options = choose_options(run.config, config)
@@ -9390,11 +9190,7 @@ def run_train(config: Config) -> None:
 def prepare_run(
     config: Config, runtime: Runtime, stack: contextlib.ExitStack
 ) -> tuple[Job | None, Backbone | None, ResumePoint | None]:
-    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished.
-
-    Raises:
-        UserError: whatever forbids to train.
-    """
+    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished."""
     check_paths(config)
     check_transforms(config)
     refuse_if_in_use(config.out_dir)
@@ -9406,9 +9202,8 @@ def prepare_run(
         unknown_records(config.unknown_dir)
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
-        config = dataclasses.replace(
-            config, image_bits=scan.records.image_bits
-        )  # also for what is asked of the run later
+        # Also for what is asked of the run later.
+        config = dataclasses.replace(config, image_bits=scan.records.image_bits)
         with keep_scan(scan):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
@@ -9450,11 +9245,7 @@ def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, Back
 def plan_run(
     config: Config, runtime: Runtime, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None
 ) -> tuple[Job, Backbone, list[str]] | None:
-    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished.
-
-    Raises:
-        UserError: data that cannot be trained on, or a checkpoint of a run with other settings.
-    """
+    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished."""
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
@@ -9477,19 +9268,15 @@ def plan_run(
             return None
         notes += changes + describe_changes(config, scan.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
-    if config.cache_views is None:
-        config = dataclasses.replace(config, cache_views=choose_cached_views(config, records, info))
+    if config.cache_views is None:  # they are cached where that can be, and saves passes
+        size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
+        is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
+        has_room = is_possible and size <= free_disk(config.out_dir) / 4
+        config = dataclasses.replace(config, cache_views=CACHED_VIEWS if has_room else 0)
     job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
         check_identity(point.path, point.payload["identity"], job.identity)
     return job, backbone, notes
-
-
-def choose_cached_views(config: Config, records: Records, info: BackboneInfo) -> int:
-    """Return how many views are cached where nobody says: CACHED_VIEWS, or 0 where that cannot be, or saves no pass."""
-    size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
-    is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
-    return CACHED_VIEWS if is_possible and size <= free_disk(config.out_dir) / 4 else 0
 
 
 def find_damage(out_dir: Path, records: Records) -> list[str]:
@@ -9623,7 +9410,24 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
-        resume_training(job, state, point)
+        for weights in (point.payload["model"], deployed_weights(point.payload)):
+            check_weights(model, weights, point.path)
+        try:
+            restore_state(state, point.payload)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # of torch, about an optimizer of other groups
+            raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
+        state.best = from_first(settle_checkpoints, job, state, point)
+        run.forget_epochs_after(state.epoch)
+        run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
+        position = describe_position(state.epoch, state.batches)
+        run.log(f"resumed after {position} of {config.epochs} epochs, from {point.path.name}")
+        if state.dtype != job.runtime.dtype:
+            run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
         return bank, state
     run.forget_epochs_after(-1)
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
@@ -9651,24 +9455,6 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     return bank, state
 
 
-def resume_training(job: Job, state: TrainState, point: ResumePoint) -> None:
-    """Restore the state from a checkpoint, which becomes the last one, and drop what the log knows beyond it."""
-    run = job.run
-    for weights in (point.payload["model"], deployed_weights(point.payload)):
-        check_weights(state.model, weights, point.path)
-    try:
-        restore_state(state, point.payload)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of torch, about an optimizer of other groups
-        raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
-    state.best = from_first(settle_checkpoints, job, state, point)
-    run.forget_epochs_after(state.epoch)
-    run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
-    position = describe_position(state.epoch, state.batches)
-    run.log(f"resumed after {position} of {job.config.epochs} epochs, from {point.path.name}")
-    if state.dtype != job.runtime.dtype:
-        run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
-
-
 def settle_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
     """Have the folder hold the checkpoint that the run goes on from, and the best one; return what is known of the best epoch."""
     run = job.run
@@ -9685,7 +9471,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights: export the prototypes, test once both ways, judge the training, have the report written."""
     run, records, model = job.run, job.records, state.model
     run.event("proto_start", epoch=state.best["epoch"])
-    model.load_trained_state(from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME))))
+    weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
+    model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
     if job.config.unknown_dir is not None:
@@ -9693,7 +9480,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
             half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
             unknown[half] = half_bank.extract(keys, "unknown")
-    other_views = embed_other_views(job, bank)
+    other_views = None  # features of the test crops that have a mask, as --crop_mode does not show them
+    test_rows = records.rows("test")
+    masked_rows = test_rows[records.has_mask[test_rows]].tolist()
+    if job.config.crop_mode != "mix" and masked_rows:
+        view = int(job.config.crop_mode == "bbox")
+        other_views = bank.extract([SampleKey(row, (), view) for row in masked_rows], f"test as {VIEW_NAMES[view]}")
     if get_rank():
         return
     gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
@@ -9708,16 +9500,24 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     result = "no test split: accuracy is not measured on images that nothing was chosen by"
     if "test" in embedded:
-        write_predictions(run.path / "predictions.csv", gallery, records, embedded["test"])
-        verdict = test_run(job, state, gallery, features["test"], embedded["test"])
+        test = embedded["test"]
+        write_predictions(run.path / "predictions.csv", gallery, records, test)
+        prototypes, per_class = score_gallery(gallery, test)
+        classifier = score_classifier(job, model, embed(model, features["test"]))[0]
+        num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
+        trained_right = share_right(records, test.rows, gallery.answer(test.values)[0] == test.labels)
+        judgement = judge_training(state.baseline, state.frozen_right, trained_right)
+        scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, "images": num_images}
+        apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
+        pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
+        sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
+        run.event("test_end", **scored, **judgement, without_same_session=sessions)
         figures = measure_run(job, model, gallery, features, unknown.get("measure"))
-        compare_views(job, model, gallery, embedded["test"], other_views)
-        accuracy = figures["closed"][gallery.matcher]["acc"]
-        result = (
-            f"{verdict}\naccuracy {format_figure(accuracy)} on {len(np.unique(embedded['test'].rows)):,} test images"
-        )
+        compare_views(job, model, gallery, test, other_views)
+        accuracy = format_figure(figures["closed"][gallery.matcher]["acc"])
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
-        result += f"\nunknown objects that get a class all the same: {format_unknown(figures, unseen)}"
+        result = f"{judgement['verdict']}\naccuracy {accuracy} on {num_images:,} test images\n"
+        result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
@@ -9738,21 +9538,6 @@ def start_report(run: RunDirectory) -> bool:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         run.log(f"no report: {reason.removeprefix('error: ')}")
     return done.returncode == 0
-
-
-def test_run(job: Job, state: TrainState, gallery: Gallery, features: Embedded, test: Embedded) -> str:
-    """Score the test split by the classifier that was trained and by the gallery, record that, and return the verdict."""
-    figures, per_class = score_gallery(gallery, test)
-    classifier = score_classifier(job, state.model, embed(state.model, features))[0]
-    num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
-    trained_right = share_right(job.records, test.rows, gallery.answer(test.values)[0] == test.labels)
-    judgement = judge_training(state.baseline, state.frozen_right, trained_right)
-    scored = {"classifier": classifier, "prototypes": figures, "per_class": per_class, "images": num_images}
-    apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
-    pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
-    sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
-    job.run.event("test_end", **scored, **judgement, without_same_session=sessions)
-    return judgement["verdict"]
 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
@@ -9844,16 +9629,6 @@ def format_measures(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def embed_other_views(job: Job, bank: FeatureBank) -> Embedded | None:
-    """Return features of the test crops that have a mask in the view that --crop_mode does not show; None if it shows both."""
-    rows = job.records.rows("test")
-    rows = rows[job.records.has_mask[rows]]
-    if job.config.crop_mode == "mix" or not len(rows):
-        return None
-    view = int(job.config.crop_mode == "bbox")
-    return bank.extract([SampleKey(row, (), view) for row in rows.tolist()], f"test as {VIEW_NAMES[view]}")
-
-
 def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, others: Embedded | None) -> None:
     """Score the test crops that have a mask with and without their background; predictions_by_view.csv has the answers."""
     run = job.run
@@ -9891,14 +9666,9 @@ def run_program(
     argv: Sequence[str] | None = None,
     is_shared: bool = False,
 ) -> int:
-    """Run a tool: read its command line, then do what the recipe does of the options; return the exit code.
+    """Run a tool, `command` after the script's name: read its options, do what the recipe does of them, return the exit code.
 
-    Args:
-        command: name of the tool, as one types it after the script's name.
-        options_class: its options.
-        recipe: what it does.
-        argv: words of the command line; None = those of this process.
-        is_shared: all processes that torchrun has started run the recipe, and not the first one alone.
+    `argv` None: the words of this process. Shared: all processes that torchrun has started run it, not the first one alone.
     """
     open_streams()
     words = sys.argv[1:] if argv is None else argv
@@ -9958,10 +9728,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     if explained is not None:  # an option that a file gives is named by file and key
-        given = options.origins
-        where = re.sub(
-            r"--(\w+)", lambda flag: options.place(flag[1]) if flag[1] in given else flag[0], explained.where
-        )
+        places = {f"--{name}": options.place(name) for name in options.origins}
+        where = re.sub(r"--\w+", lambda flag: places.get(flag[0], flag[0]), explained.where)
         explained = UserError(explained.what, where, explained.remedy)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 
@@ -9978,9 +9746,7 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
     text, given = printable(str(error)), vars(options)
     cause = text.partition("\n")[0].split(". ")[0][:200]
-    if isinstance(error, (MemoryError, RuntimeError)) and (
-        OUT_OF_MEMORY.search(text) or isinstance(error, MemoryError)
-    ):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
         rounding = [name for name in ("precision",) if name in given]
         where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + rounding)

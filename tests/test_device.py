@@ -183,7 +183,7 @@ def test_the_head_multiplies_float32_matrices_and_takes_the_weights_of_a_convolu
     width = heads * lct.HEAD_WIDTHS[heads > 1]
     torch.manual_seed(3)
     output = torch.nn.Conv1d(width, emb_dim, kernel_size=1, groups=heads)
-    model.load_trained_state({f"head.output.{key}": value for key, value in output.state_dict().items()})
+    model.head.output.load_state_dict(output.state_dict())
     images = make_batch(config, 5).images
     with torch.no_grad(), ConvolutionFinder() as finder:
         features = backbone(images)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import demo
+import drawn_scenes
 import numpy as np
 import pytest
 from conftest import TINY_RUN, image_bytes
@@ -493,8 +493,8 @@ def test_masks_beat_bbox_where_the_background_changes_between_train_and_test(
     accuracy = {}
     drawn = tmp_path / "drawn"
     classes = ("hammer", "oil_can", "pliers", "file")
-    monkeypatch.setattr(demo, "CLASS_NAMES", classes)
-    demo.draw_dataset(drawn, 24, seed=3)
+    monkeypatch.setattr(drawn_scenes, "CLASS_NAMES", classes)
+    drawn_scenes.draw_dataset(drawn, 24, seed=3)
     root = paste_on_misleading_benches(drawn, tmp_path / "data", classes)
     flags = "--group_regex ^(shot\\d+)_ --near_dup_bits 0 --model_id test_resnet --no-pretrained --no-freeze_backbone --workers 0"
     recipe = (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import report
 import timm
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prelabel --run PARENT --images DATA --out NEW",
         "export --run OLD",
         "report OLD",
+        "track OLD --tensorboard",
     ],
 )
 def test_what_it_left_is_named_wherever_it_is_given(
@@ -96,8 +98,13 @@ def test_what_it_left_is_named_wherever_it_is_given(
 ) -> None:
     places = {"OLD": old_run, "PARENT": old_run.parent, "DATA": small_data, "NEW": tmp_path / "new"}
     words = re.sub("[A-Z]{3,}", lambda name: str(places[name[0]]), words)
-    code = report.main(words.split()[1:]) if words.startswith("report") else run_main(*words.split())
-    said = capsys.readouterr().err
+    if words.startswith(("report", "track")):  # programs that know nothing of ours
+        tool, *others = words.split()
+        done = subprocess.run([sys.executable, str(REPO / f"tools/{tool}.py"), *others], capture_output=True, text=True)
+        code, said = done.returncode, done.stderr
+    else:
+        code = run_main(*words.split())
+        said = capsys.readouterr().err
     assert code == 2 and "is of lct-dino-3.py" in said
     assert not (tmp_path / "new").exists()
     if "run " in words:

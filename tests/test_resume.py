@@ -99,7 +99,7 @@ DEATHS = {
     "checkpoint: folder": kill("sync_folder", 12, TERM),
     "building prototypes": kill("build_gallery", 1, TERM),
     "writing prototypes": kill("save_gallery", 1, KILL),
-    "test": kill("test_run", 1, KILL),
+    "test": kill("score_gallery", 1, KILL),
     "test, Ctrl-C": kill("score_classifier", 4, INT),
     "report": kill("start_report", 1, TERM),
     "report, written": kill("start_report", 1, KILL, when="after"),

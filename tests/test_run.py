@@ -190,7 +190,7 @@ def rebuild_embeddings(run: Path, data: Path, paths: list[str]) -> np.ndarray:
     backbone, info = lct.build_backbone(config, print)
     model = lct.build_recognizer(config, 3, backbone, info)
     checkpoint = load_state(run / "checkpoint_best.pth")
-    model.load_trained_state(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"], strict=False)
     fit_square = lct.build_transform(32, augment=False)
     images = np.stack([fit_square(lct.load_image(data / path), None, 0) for path in paths])
     with torch.no_grad():

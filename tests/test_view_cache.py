@@ -163,7 +163,7 @@ def test_four_views_are_cached_where_nothing_forbids_it(
         needed = 2 * expected * len(job.records.rows("train")) * job.info.feature_dim
         for free, then in ((4 * needed, expected), (4 * needed - 1, 0)):
             monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
-            assert lct.choose_cached_views(config, job.records, job.info) == then
+            assert lct.plan_run(config, runtime, scan, None, None)[0].config.cache_views == then
 
 
 def test_a_run_keeps_what_was_chosen_at_its_start(

@@ -1,8 +1,7 @@
-"""Label formats of detectors and annotation tools, read and written: COCO, YOLO, CVAT, Label Studio, CSV; LabelMe and VIA read.
+"""Label formats of detectors and annotation tools, read: COCO, YOLO, CVAT, Label Studio, LabelMe, VIA, CSV. No program.
 
-Readers turn a file or folder into `FoundObjects`, whose boxes and masks geometry.py brings into px of the upright image.
-Writers turn a `LabelSet` into the text of files and write nothing themselves. A new format is a function, entered in READERS or
-WRITERS. Raises LabelError for a file that cannot be used as a whole, BoxError for a single object.
+Readers turn a file or folder into `FoundObjects`, whose boxes and masks geometry.py brings into px of the upright image. A new
+format is a function, entered in READERS. Raises LabelError for a file that cannot be used as a whole, BoxError for a single object.
 """
 
 from __future__ import annotations
@@ -11,34 +10,30 @@ import base64
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
-import shlex
 import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs, unquote
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import numpy as np
-from geometry import BoxError, decode_rle, encode_rle, plain_id, printable
+from geometry import MAX_MASK_PIXELS, BoxError, decode_rle, encode_rle, plain_id, printable
 
 MAX_FILE_BYTES = 500_000_000
 MAX_NAMES_BYTES = 1_000_000  # of a file with class names
 YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
 YOLO_LIST_FILES = ("train.txt", "val.txt", "test.txt", "images.txt", "README.dataset.txt", "README.roboflow.txt")
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
-CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet computes, or what was that before it was quoted
 READ_REMEDY = (
     "give a COCO .json with images and annotations, a folder of YOLO .txt or LabelMe .json, or labels of CVAT (.xml),"
     f" Label Studio or VIA (.json) or a .csv with {','.join(CSV_COLUMNS)}"
@@ -290,9 +285,49 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
     return rows.match(path, image_paths)
 
 
+def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
+    """Return the mask bool (height, width) of bytes as Label Studio packs what a brush has painted.
+
+    A stream of bits: how many numbers there are (32), how long one is (5, less 1), four lengths of counts (4 each, less 1); then
+    groups of a bit that says whether one number is repeated, which of the lengths the count has (2), the count, less 1, and the
+    number or numbers. The numbers are red, green, blue and opacity of each pixel.
+
+    Raises:
+        BoxError: the stream is of another size, or cut off.
+    """
+    bits = np.unpackbits(np.array(data, dtype=np.uint8))
+    position = 0
+
+    def take(length: int, count: int = 1) -> np.ndarray:
+        nonlocal position
+        words = bits[position : position + length * count].reshape(count, length)  # fails where they are cut off
+        position += length * count
+        return words @ (1 << np.arange(length)[::-1])
+
+    try:
+        num_values = int(take(32)[0])
+        if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
+            raise BoxError("has a brush mask of another size than its image")
+        length = int(take(5)[0]) + 1
+        count_lengths = (take(4, 4) + 1).tolist()
+        values = np.empty(num_values, np.int64)
+        done = 0
+        while done < num_values:
+            is_repeated = take(1)[0]
+            count = int(take(count_lengths[take(2)[0]])[0]) + 1
+            values[done : done + count] = take(length) if is_repeated else take(length, count)
+            done += count
+    except ValueError as error:
+        raise error if isinstance(error, BoxError) else BoxError("has a brush mask that is cut off") from error
+    return values.reshape(height, width, 4)[..., 3] > 0
+
+
 def _read_region(region: dict[str, Any]) -> dict[str, Any]:
     """Return a region, which has percent of the image's sides and turns about its first corner, in shares of them."""
     value = region["value"]
+    if value.get("format") == "rle":
+        sides = [int(region[key]) for key in ("original_width", "original_height")]
+        return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
     if "points" in value:
         return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
     if "width" not in value:
@@ -382,14 +417,19 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         if missing:
             raise ValueError(f"it has no column {missing[0]}")
         for line in lines:
-            images.setdefault(_unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
+            images.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
         raise _refuse(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
     for name, lines_of_image in images.items():
         rows.add_image(name)
         for number, line in lines_of_image:
-            rows.add_object(f"line {number}", _unquote_formula(line["class"] or ""), _read_csv_box, line)
+            rows.add_object(f"line {number}", unquote_formula(line["class"] or ""), _read_csv_box, line)
     return rows.match(path, image_paths)
+
+
+def unquote_formula(text: str) -> str:
+    """Return what stood in a cell before `quote_formula`, of label_writers.py, quoted it."""
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
 
 
 def _read_csv_box(line: dict[str, str]) -> dict[str, Any]:
@@ -867,289 +907,4 @@ READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {
     ".json": read_json,
     ".xml": read_cvat,
     ".csv": read_csv,
-}
-
-
-# --- writing
-
-
-class LabelledObject(NamedTuple):
-    """An object with its label."""
-
-    number: int  # of all objects
-    box: Sequence[float]  # x, y, width, height in px of the upright image
-    label: int  # position in the names
-    score: float  # how sure the label is, 0 to 1
-    details: dict[str, Any]  # all else that is known of it, in words and numbers; the same keys for every object
-    segmentation: Any = None  # as COCO has it
-    is_crowd: bool = False
-
-
-class LabelledImage(NamedTuple):
-    """An image and its objects."""
-
-    number: int  # ascending with the path
-    image_id: Any  # that of the file its objects came from
-    path: str  # relative to the root, with '/'
-    size: tuple[int, int]  # width, height
-    objects: Sequence[LabelledObject]
-
-
-@dataclass(frozen=True)
-class LabelSet:
-    """The labels of a folder of images."""
-
-    root: Path  # of the images
-    names: Sequence[str]  # of the labels
-    model: str  # what annotation tools are told of who made them
-    description: str
-    images: Callable[[], Iterator[LabelledImage]]  # starts anew at each call: a writer may go over them several times
-
-
-# A file and its text in pieces, so that none ever holds all labels; or a link and the folder that it leads to.
-LabelFile = tuple[str, Iterable[str] | Path]
-
-
-def write_coco(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield the folder coco: a whole data set, and results.json, the scores for pycocotools."""
-    yield "coco/images", labels.root
-    yield "coco/annotations/instances_default.json", _write_coco_instances(labels)
-    results = (_coco_result(image, item) for image in labels.images() for item in image.objects)
-    yield "coco/results.json", _json_array(results)
-
-
-def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
-    info = {"description": labels.description, "version": labels.model}
-    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(labels.names, 1)]
-    yield f'{{"info":{_to_json(info)},"licenses":[],"categories":{_to_json(categories)},\n"images":'
-    yield from _json_array(
-        {"id": image.image_id, "file_name": image.path, "width": image.size[0], "height": image.size[1]}
-        for image in labels.images()
-    )
-    yield ',\n"annotations":'
-    numbers = itertools.count(1)
-    yield from _json_array(
-        {
-            "id": next(numbers),
-            **_coco_result(image, item),
-            "area": round(item.box[2] * item.box[3], 3),
-            "segmentation": item.segmentation or [],
-            "iscrowd": int(item.is_crowd),
-            "attributes": {key: value for key, value in item.details.items() if value is not None},
-        }
-        for image in labels.images()
-        for item in image.objects
-    )
-    yield "}\n"
-
-
-def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:
-    return {"image_id": image.image_id, "category_id": item.label + 1, "bbox": item.box, "score": item.score}
-
-
-def _json_array(items: Iterable[Any]) -> Iterator[str]:
-    """Yield a JSON array, an item a line."""
-    yield "["
-    for index, item in enumerate(items):
-        yield (",\n" if index else "") + _to_json(item)
-    yield "]"
-
-
-def _to_json(value: Any) -> str:
-    try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except ValueError:  # what a detector's file calls a score may be NaN, which JSON lacks
-        return json.dumps(_without_nan(value), separators=(",", ":"))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images/, a link to each.
-
-    A link to the folder of images would be followed, and labels looked for beside the photos. Folders are flattened: in one that is
-    called images again, labels are looked for elsewhere.
-    """
-    names = [printable(name) for name in labels.names]
-    yield "yolo/classes.txt", [f"{name}\n" for name in names]
-    # JSON is YAML.
-    lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)]
-    for name in ("data.yaml", "dataset.yaml"):  # Ultralytics, and FiftyOne's importer, which wants the second
-        yield f"yolo/{name}", ["train: ./images/\nval: ./images/\nnames:\n", *lines]
-    written: set[str] = set()
-    for image in labels.images():
-        stem, _, suffix = image.path.rpartition(".")
-        name = flat_name(stem) + ".txt"
-        if name in written:  # 1.jpg and 1.png: `find_equal_stems` has named the second
-            continue
-        written.add(name)
-        yield f"yolo/images/{flat_name(stem)}.{suffix}", labels.root / image.path
-        width, height = image.size
-        lines = []
-        for item in image.objects:
-            x, y, w, h = item.box
-            numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-            lines.append(f"{item.label} " + " ".join(f"{number:.8f}" for number in numbers) + "\n")
-        yield f"yolo/labels/{name}", lines
-        yield f"yolo/confidences/{name}", [f"{item.score:.6f}\n" for item in image.objects]
-
-
-def find_equal_stems(paths: Sequence[str]) -> Iterator[Problem]:
-    """Yield the images that YOLO has no file for, as another one differs by its suffix only."""
-    first: dict[str, str] = {}
-    for path in paths:
-        other = first.setdefault(path.rpartition(".")[0], path)
-        if other != path:
-            yield Problem(path, None, f"has the same .txt in yolo/ as {other}, and is left out there")
-
-
-def _xml(text: Any) -> str:
-    """Return text as the content of an element; control characters, which XML has no way to write, are shown as escapes."""
-    return escape(printable(str(text)), {'"': "&quot;"})
-
-
-def write_cvat(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield cvat/annotations.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
-    yield "cvat/images", labels.root
-    yield "cvat/annotations.xml", _write_cvat_xml(labels)
-
-
-def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
-    attributes = "".join(
-        f"<attribute><name>{name}</name><mutable>False</mutable><input_type>text</input_type>"
-        "<default_value></default_value><values></values></attribute>"
-        for name in CVAT_ATTRIBUTES
-    )
-    yield '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n'
-    yield f"<meta><task><name>{_xml(labels.model)}</name><mode>annotation</mode><labels>\n"
-    for name in labels.names:
-        yield f"<label><name>{_xml(name)}</name><attributes>{attributes}</attributes></label>\n"
-    yield "</labels></task></meta>\n"
-    for image in labels.images():
-        width, height = image.size
-        yield f'<image id="{image.number}" name="{_xml(image.path)}" width="{width}" height="{height}">\n'
-        for item in image.objects:
-            x, y, w, h = item.box
-            edges = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
-            yield f'<box label="{_xml(labels.names[item.label])}" source="auto" occluded="0" {edges} z_order="0">\n'
-            for name in CVAT_ATTRIBUTES:
-                if item.details.get(name) is not None:
-                    yield f'<attribute name="{name}">{_xml(item.details[name])}</attribute>\n'
-            yield "</box>\n"
-        yield "</image>\n"
-    yield "</annotations>\n"
-
-
-def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield labelstudio/config.xml, a labelling interface, and tasks.json, the tasks with predictions that fit it.
-
-    It serves files of a local storage, which must lie below its document root: that is the parent of the folder of images.
-    """
-    values = "".join(f'    <Label value="{_xml(name)}"/>\n' for name in labels.names)
-    yield (
-        "labelstudio/config.xml",
-        [
-            '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n',
-            f"{values}  </RectangleLabels>\n</View>\n",
-        ],
-    )
-    yield "labelstudio/tasks.json", _json_array(_labelstudio_task(labels, image) for image in labels.images())
-
-
-def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
-    results = []
-    width, height = image.size
-    for item in image.objects:
-        x, y, w, h = item.box
-        percent = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
-        results.append(
-            {
-                "id": f"object{item.number}",
-                "type": "rectanglelabels",
-                "from_name": "label",
-                "to_name": "image",
-                "original_width": width,
-                "original_height": height,
-                "image_rotation": 0,
-                "score": item.score,
-                "value": {**percent, "rotation": 0, "rectanglelabels": [printable(labels.names[item.label])]},
-                "meta": {"text": [f"{key}: {value}" for key, value in item.details.items()]},
-            }
-        )
-    prediction = {"model_version": labels.model, "result": results}
-    if results:
-        prediction["score"] = min(item.score for item in image.objects)  # as sure as the least sure object: sort by it
-    path = f"{labels.root.resolve().name}/{image.path}".lstrip("/")
-    return {"data": {"image": f"/data/local-files/?d={quote(path)}"}, "predictions": [prediction]}
-
-
-def explain_labelstudio(root: Path, out: Path) -> str:
-    """Return the three steps after which Label Studio shows the images with their labels."""
-    root = root.resolve()
-    return (
-        "Label Studio shows the photos after three steps:\n"
-        f"  1. LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={shlex.quote(str(root.parent))}"
-        " label-studio\n"
-        f"  2. a project with the interface {out / 'labelstudio' / 'config.xml'}; Settings, Cloud Storage, Add Source Storage,"
-        f" Local files: {root} (need not be synchronised)\n"
-        f"  3. Import {out / 'labelstudio' / 'tasks.json'}"
-    )
-
-
-def write_csv(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield objects.csv: a line an object, with everything."""
-    yield "objects.csv", _write_csv_lines(labels)
-
-
-def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
-    format_row = csv.writer(SimpleNamespace(write=str)).writerow  # returns what its file's `write` returns: the line
-    items = ((image, item) for image in labels.images() for item in image.objects)
-    for index, (image, item) in enumerate(items):
-        if not index:
-            yield format_row((*CSV_COLUMNS, *item.details))
-        row = (image.path, *item.box, labels.names[item.label], *item.details.values())
-        yield format_row([_quote_formula(cell) if isinstance(cell, str) else cell for cell in row])
-
-
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet computes, or what was that before it was quoted
-
-
-def _quote_formula(text: str) -> str:
-    """Return text that a spreadsheet shows and does not compute; `_unquote_formula` takes the quote off again."""
-    return f"'{text}" if FORMULA.match(text) else text
-
-
-def _unquote_formula(text: str) -> str:
-    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
-
-
-def _explain_nothing(_root: Path, _out: Path) -> str:
-    return ""
-
-
-def _no_problems(_: Sequence[str]) -> Iterator[Problem]:
-    return iter(())
-
-
-class Writer(NamedTuple):
-    """How labels are written in one format."""
-
-    write: Callable[[LabelSet], Iterator[LabelFile]]
-    find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # of the paths of images
-    explain: Callable[[Path, Path], str] = _explain_nothing  # how to open it; of the root of the images and --out
-    is_exchanged: bool = False  # the folder of its name has a file for each image, and is exchanged once it is whole
-
-
-WRITERS = {
-    "coco": Writer(write_coco),
-    "yolo": Writer(write_yolo, find_equal_stems, is_exchanged=True),
-    "cvat": Writer(write_cvat),
-    "labelstudio": Writer(write_labelstudio, explain=explain_labelstudio),
-    "csv": Writer(write_csv),
 }

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import geometry
+import label_writers
 import labels as label_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,7 +71,7 @@ class PrelabelOptions(lct.RunOptions):
         False, "write --out anew; the old one is moved aside, not deleted", "pre-labelling", once=True
     )
     formats: str = lct.option(
-        ",".join(label_files.WRITERS), "what to write, with commas between", "pre-labelling", metavar="LIST"
+        ",".join(label_writers.WRITERS), "what to write, with commas between", "pre-labelling", metavar="LIST"
     )
     box_pad: float = lct.option(
         0.0,
@@ -88,9 +89,9 @@ def check_options(options: PrelabelOptions) -> None:
         UserError: a format that is none, or a file or folder that is missing, of the wrong kind, or holds something else.
     """
     for word in options.formats.split(","):
-        if word not in label_files.WRITERS:
+        if word not in label_writers.WRITERS:
             reason = f"{word or 'an empty name'} is no format of labels"
-            raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_files.WRITERS)}")
+            raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
     lct.check_run_paths(options)
     lct.check_folder(options, "images", "give the folder that the detections' file names start from")
     if options.detections is not None and not options.detections.exists():
@@ -195,7 +196,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
     paths = [tree.paths[number] for number in found.images]
     problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     for name in dict.fromkeys(options.formats.split(",")):
-        problems.extend(label_files.WRITERS[name].find_problems(paths))
+        problems.extend(label_writers.WRITERS[name].find_problems(paths))
     image_numbers = np.array([number for number, _ in found.objects], dtype=np.int64)
     order = np.argsort(image_numbers, kind="stable")
     return Detections(
@@ -495,12 +496,12 @@ class Prelabels:
         """Return what annotation tools are told of the model."""
         return f"{self.meta['model_id']} {self.meta['weights_hash']}"
 
-    def label_set(self) -> label_files.LabelSet:
+    def label_set(self) -> label_writers.LabelSet:
         """Return the answers as labels.py writes them."""
         description = f"pre-labels by {lct.SCRIPT_NAME}"
-        return label_files.LabelSet(self.detections.root, self.names, self.model, description, self._labelled_images)
+        return label_writers.LabelSet(self.detections.root, self.names, self.model, description, self._labelled_images)
 
-    def _labelled_images(self) -> Iterator[label_files.LabelledImage]:
+    def _labelled_images(self) -> Iterator[label_writers.LabelledImage]:
         gallery = self.gallery
         for image in self:
             objects = []
@@ -521,7 +522,7 @@ class Prelabels:
                     "detection_score": detection.get("score"),
                 }
                 objects.append(
-                    label_files.LabelledObject(
+                    label_writers.LabelledObject(
                         number=item.source,
                         box=item.box,
                         label=self.number(item),
@@ -532,7 +533,7 @@ class Prelabels:
                     )
                 )
             image_id = self.detections.image_ids[image.image]
-            yield label_files.LabelledImage(image.image, image_id, image.path, image.size, objects)
+            yield label_writers.LabelledImage(image.image, image_id, image.path, image.size, objects)
 
 
 def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
@@ -591,12 +592,12 @@ def answer_batches(
 # --- writing
 
 
-def write_labels(out: Path, name: str, labels: label_files.LabelSet) -> None:
+def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
     """Write the labels in one format: each file appears whole, or a folder of very many files all at once.
 
     What is written is noted down before it takes its place: a job that is killed in between knows its own files.
     """
-    writer = label_files.WRITERS[name]
+    writer = label_writers.WRITERS[name]
     fresh = out / f".{name}.{os.getpid()}.tmp"
     folder = fresh if writer.is_exchanged else out
     notes: list[str] = []
@@ -667,7 +668,7 @@ def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: Prelabel
             " expect worse answers"
         )
     labels = prelabels.label_set()
-    names = [name for name in label_files.WRITERS if name in options.formats.split(",")]
+    names = [name for name in label_writers.WRITERS if name in options.formats.split(",")]
     for name in lct.progress(names, len(names), "writing", unit="format"):
         write_labels(options.out, name, labels)
     summary = {
@@ -790,8 +791,8 @@ def label_photos(options: PrelabelOptions) -> None:
     lct.show(
         f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {options.out}; begin with review.html"
     )
-    for name in label_files.WRITERS:
-        explanation = label_files.WRITERS[name].explain(options.images, options.out)
+    for name in label_writers.WRITERS:
+        explanation = label_writers.WRITERS[name].explain(options.images, options.out)
         if name in options.formats.split(",") and explanation:
             lct.show(explanation)
 

@@ -436,6 +436,9 @@ def main() -> int:
         parser.error("give --clearml, --tensorboard or both")
     if not (options.run / "metrics.jsonl").exists():
         parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
+    with contextlib.suppress(OSError, ValueError):  # a run of ours may not have written it yet
+        if "num_devices" in json.loads((options.run / "config.json").read_text("utf-8")):
+            parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sinks: list[TensorBoard | ClearML] = []
     if options.tensorboard:

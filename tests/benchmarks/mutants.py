@@ -35,7 +35,9 @@ FAULTS = {
         "match.group(1), index", "match.group(0), index", "test_figures.py -k captures"
     ),
     "verdict against val": Fault(
-        'features["test"]\n    vectors', 'features["val"]\n    vectors', "test_figures.py -k compared_with"
+        'best_baseline(baseline["val"]), features["test"]\n',
+        'best_baseline(baseline["val"]), features["val"]\n',
+        "test_figures.py -k compared_with",
     ),
     "baseline chosen on test": Fault(
         'best_baseline(baseline["val"]), features',
@@ -43,8 +45,8 @@ FAULTS = {
         "test_unseen.py -k best_on_val",
     ),
     "val matched against itself": Fault(
-        'references = embed(job, model, features["train"])',
-        'references = embed(job, model, features["val"])',
+        'references = embed(model, features["train"])',
+        'references = embed(model, features["val"])',
         "test_figures.py -k each_epoch",
     ),
     "a head that has seen the unseen classes": Fault(
@@ -53,14 +55,14 @@ FAULTS = {
         "test_unseen.py -k sees_nothing",
     ),
     "the other strangers fit": Fault(
-        'unknown["fit"]).values', 'unknown["measure"]).values', "test_figures.py -k thresholds"
+        'job.config, unknown.get("fit")', 'job.config, unknown.get("measure")', "test_figures.py -k thresholds"
     ),
     "the other strangers measure": Fault(
         'unknown.get("measure")', 'unknown.get("fit")', "test_figures.py -k not_tuned"
     ),
     "evaluate measures the other strangers": Fault(
-        'from_first(unknown_records, config.unknown_dir)["measure"]',
-        'from_first(unknown_records, config.unknown_dir)["fit"]',
+        'config.unknown_dir, run.config.image_bits)["measure"]',
+        'config.unknown_dir, run.config.image_bits)["fit"]',
         "test_figures.py -k evaluate",
     ),
     "strangers count as right": Fault(
@@ -149,9 +151,9 @@ FAULTS = {
         "test_figures.py -k masks_stay",
     ),
     "a new class takes every stranger": Fault(
-        "np.full(num_new, np.median(gallery.thresholds), np.float32)",
-        "np.zeros(num_new, np.float32)",
-        "test_figures.py -k one_crop",
+        'thresholds[label - num_old] = at["threshold"]',
+        "thresholds[label - num_old] = 0.0",
+        "test_figures.py -k enrolled_class",
     ),
     "singles ignore what groups fill": Fault(
         "np.maximum(targets[label] - have[label], 0)", "targets[label]", "test_wiring.py -k single_images"
@@ -162,8 +164,8 @@ FAULTS = {
         "test_wiring.py -k outside",
     ),
     "EXIF of masks": Fault(
-        "        upright = ImageOps.exif_transpose(image)\n        if is_alpha:",
-        "        upright = image\n        if is_alpha:",
+        "        upright = ImageOps.exif_transpose(image)\n        has_alpha",
+        "        upright = image\n        has_alpha",
         "test_wiring.py -k exif",
     ),
     "order of the review page": Fault(

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import demo
+import drawn_scenes
+import drawn_tools
 import numpy as np
 import pytest
 from conftest import REPO, run_cli
@@ -46,14 +48,14 @@ def hash_tree(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    demo.draw_dataset(folder, IMAGES_PER_CLASS, seed=3)
+    drawn_scenes.draw_dataset(folder, IMAGES_PER_CLASS, seed=3)
     return folder
 
 
 def test_same_arguments_give_the_same_bytes_and_another_seed_does_not(root: Path, tmp_path: Path) -> None:
-    demo.draw_dataset(tmp_path / "again", IMAGES_PER_CLASS, seed=3)
+    drawn_scenes.draw_dataset(tmp_path / "again", IMAGES_PER_CLASS, seed=3)
     assert hash_tree(tmp_path / "again") == hash_tree(root)
-    demo.draw_dataset(tmp_path / "other", IMAGES_PER_CLASS, seed=4)
+    drawn_scenes.draw_dataset(tmp_path / "other", IMAGES_PER_CLASS, seed=4)
     mine, other = hash_tree(root), hash_tree(tmp_path / "other")
     assert sum(mine[name] == other.get(name) for name in mine if "cropped" in name) <= 3  # .DS_Store, empty, text
 
@@ -110,11 +112,11 @@ def test_shot_numbers_are_unique_over_classes_and_some_shots_have_frames(root: P
 
 @pytest.mark.parametrize("class_name", demo.CLASS_NAMES)
 def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
-    make, stock = demo._TOOLS[class_name]
+    make, stock = drawn_tools.TOOLS[class_name]
     shapes = set()
     for seed in range(20):
         parts = make(np.random.default_rng(seed), stock)
-        colours, mask = demo._render(parts, np.eye(2), light=1.0, longest_px=120)
+        colours, mask = drawn_scenes._render(parts, np.eye(2), light=1.0, longest_px=120)
         shapes.add(mask.tobytes())
         assert colours.shape == (*mask.shape, 3) and abs(max(mask.shape) - 120) <= 1
         assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:])), "not tight"
@@ -125,7 +127,7 @@ def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "workbench"
-    demo.draw_workbench(folder, seed=3)
+    drawn_scenes.draw_workbench(folder, seed=3)
     return folder
 
 
@@ -141,7 +143,7 @@ def read_workbench(bench: Path) -> tuple[list[dict], list[np.ndarray]]:
 
 def test_the_workbench_is_drawn_the_same_way_every_time(bench: Path, tmp_path: Path) -> None:
     for seed in (3, 4):
-        demo.draw_workbench(tmp_path / str(seed), seed)
+        drawn_scenes.draw_workbench(tmp_path / str(seed), seed)
     assert hash_tree(tmp_path / "3") == hash_tree(bench)
     assert not set(hash_tree(tmp_path / "4").values()) & set(hash_tree(bench).values())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import geometry
+import label_writers
 import labels
 import numpy as np
 import pytest
@@ -220,6 +221,84 @@ def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path)
         assert geometry.find_box(detection, 20, 10) == pytest.approx([*low, *(high - low)], abs=0.01)
 
 
+# 9 x 6 px as label_studio_sdk packs them (converter.brush.encode_rle): rows 1 to 3 of columns 2 to 6, and one pixel below.
+BRUSH = [
+    *(
+        0,
+        0,
+        0,
+        216,
+        57,
+        27,
+        254,
+        43,
+        0,
+        194,
+        127,
+        247,
+        192,
+        48,
+        159,
+        253,
+        240,
+        12,
+        39,
+        255,
+        132,
+        192,
+        35,
+        255,
+        198,
+        224,
+        0,
+    )
+]
+
+
+def test_what_a_brush_has_painted_is_a_mask(tmp_path: Path) -> None:
+    painted = np.zeros((6, 9), bool)
+    painted[1:4, 2:7] = True
+    painted[4, 3] = True
+    assert (labels.decode_brush(BRUSH, 9, 6) == painted).all()
+    value = {"format": "rle", "rle": BRUSH, "brushlabels": ["b"]}
+    region = {"type": "brushlabels", "original_width": 9, "original_height": 6, "value": value}
+    (tmp_path / "a.json").write_text(task(region))
+    [(_, text)] = read(tmp_path / "a.json").objects
+    detection = geometry.to_pixels(json.loads(text), 9, 6)
+    assert detection["segmentation"] == geometry.encode_rle(painted, 0, 0, 9, 6)
+    assert geometry.find_box(detection, 9, 6) == (2, 1, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "width", "reason"),
+    [(BRUSH, 8, "another size"), (BRUSH[:9], 9, "cut off"), ([], 9, "cut off"), ([255] * 9, 9, "another size")],
+)
+def test_a_damaged_brush_costs_itself(data: list[int], width: int, reason: str) -> None:
+    with pytest.raises(geometry.BoxError, match=reason):
+        labels.decode_brush(data, width, 6)
+
+
+def test_packed_numbers_of_any_length_are_read() -> None:
+    """Against a packer of our own: literal and repeated groups, words and counts of many lengths."""
+    rng = np.random.default_rng(4)
+    for word, lengths in ((8, (3, 4, 8, 16)), (3, (1, 2, 5, 9)), (1, (2, 2, 2, 2))):
+        mask = rng.random((5, 7)) < 0.5
+        values = np.repeat(mask.ravel() * (2**word - 1), 4)
+        bits = f"{len(values):032b}{word - 1:05b}" + "".join(f"{length - 1:04b}" for length in lengths)
+        done = 0
+        while done < len(values):
+            which = int(rng.integers(4))
+            count = min(int(rng.integers(1, 2 ** lengths[which] + 1)), len(values) - done, 9)
+            group = values[done : done + count]
+            is_repeated = bool((group == group[0]).all() and rng.random() < 0.7)
+            bits += f"{is_repeated:b}{which:02b}{count - 1:0{lengths[which]}b}"
+            bits += "".join(f"{value:0{word}b}" for value in (group[:1] if is_repeated else group).tolist())
+            done += count
+        bits += "0" * (-len(bits) % 8)
+        data = [int(bits[start : start + 8], 2) for start in range(0, len(bits), 8)]
+        assert (labels.decode_brush(data, 7, 5) == mask).all()
+
+
 def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> None:
     box, polygon = [2.0, 3.0, 8.0, 5.0], [2.0, 3.0, 10.0, 3.0, 4.0, 8.0]
     shapes = '<tag label="day"/><box label="b &amp; c" xtl="2" ytl="3" xbr="10" ybr="8"><attribute name="k">1</attribute></box>'
@@ -255,14 +334,16 @@ def test_an_object_is_the_same_whatever_format_it_comes_in(tmp_path: Path) -> No
 def test_every_format_writes_every_object_and_holds_one_image_at_a_time() -> None:
     alive: list[int] = []
 
-    def images() -> Iterable[labels.LabelledImage]:
+    def images() -> Iterable[label_writers.LabelledImage]:
         for number in range(3):
             alive.append(number)
-            item = labels.LabelledObject(number, (1, 2, 3, 4), number % 2, 0.5, {"best_class": "a\x1b<b", "note": None})
-            yield labels.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
+            item = label_writers.LabelledObject(
+                number, (1, 2, 3, 4), number % 2, 0.5, {"best_class": "a\x1b<b", "note": None}
+            )
+            yield label_writers.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
 
-    label_set = labels.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
-    for name, writer in labels.WRITERS.items():
+    label_set = label_writers.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
+    for name, writer in label_writers.WRITERS.items():
         for path, content in writer.write(label_set):
             if isinstance(content, Path):
                 is_link_each = name == "yolo" and path.startswith("yolo/images/") and content.parent == Path("/photos")
@@ -539,10 +620,10 @@ def test_sides_that_exif_has_swapped_are_understood_by_the_boxes() -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "'=1", "''=1", "'a", "a=1", "", "'"])
 def test_no_cell_is_a_formula_and_each_is_read_back(tmp_path: Path, text: str) -> None:
-    item = labels.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {"best_class": text, "cosine": -0.25})
-    image = labels.LabelledImage(0, 1, f"{text}.jpg", (20, 10), [item])
-    label_set = labels.LabelSet(tmp_path, [text], "model", "description", lambda: iter([image]))
-    ((_, lines),) = labels.write_csv(label_set)
+    item = label_writers.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {"best_class": text, "cosine": -0.25})
+    image = label_writers.LabelledImage(0, 1, f"{text}.jpg", (20, 10), [item])
+    label_set = label_writers.LabelSet(tmp_path, [text], "model", "description", lambda: iter([image]))
+    ((_, lines),) = label_writers.write_csv(label_set)
     (tmp_path / "a.csv").write_text("".join(lines), newline="")
     with open(tmp_path / "a.csv", newline="") as file:
         row = next(csv.DictReader(file))

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import geometry
-import labels
+import label_writers
 import numpy as np
 import prelabel
 import pytest
@@ -509,10 +509,10 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
 def test_a_format_that_is_entered_in_the_table_is_written(
     finished_run: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
 ) -> None:
-    def write_names(label_set: labels.LabelSet) -> Iterator[labels.LabelFile]:
+    def write_names(label_set: label_writers.LabelSet) -> Iterator[label_writers.LabelFile]:
         yield "names/all.txt", (f"{image.path} {len(image.objects)}\n" for image in label_set.images())
 
-    monkeypatch.setitem(labels.WRITERS, "names", labels.Writer(write_names))
+    monkeypatch.setitem(label_writers.WRITERS, "names", label_writers.Writer(write_names))
     source = scene.write_coco(tmp_path / "coco.json")
     assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source, "--formats", "names")) == 0
     text = (tmp_path / "out" / "names" / "all.txt").read_text(encoding="utf-8")
@@ -820,7 +820,7 @@ def test_corrections_are_never_written_over(
         error = refuse(call_main, capsys, *words)
         assert str(path) in error and "was changed after it was written" in error and "--overwrite" in error
         format_name = name.split("/")[0].replace("objects.", "")
-        others = ",".join(other for other in labels.WRITERS if other != format_name)
+        others = ",".join(other for other in label_writers.WRITERS if other != format_name)
         assert call_main(*words, "--formats", others) == 0
         corrected = outputs(out)
         assert call_main(*command(finished_run, scene.folder, tmp_path / name.replace("/", " "), source)) == 0

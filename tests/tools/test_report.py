@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import report
+import report_comparison
+import report_page
+import run_files
 import torch
 from conftest import FITS, browse, probe
 from PIL import Image
@@ -122,7 +125,7 @@ class MadeRun:
         }
         config["data"] = {"fingerprint": "0", "images": len(self.paths), "classes": list(self.names)}
         splits: dict[str, Any] = {"seed": 42}
-        for split in report.SPLIT_NAMES:
+        for split in run_files.SPLIT_NAMES:
             chosen = [i for i in range(len(self.paths)) if self.splits[i] == split and self.views[i] == 0]
             splits[split] = {
                 name: [self.paths[i] for i in chosen if self.labels[i] == n] for n, name in enumerate(self.names)
@@ -229,7 +232,7 @@ def test_resumed_run_counts_the_last_of_repeated_epochs(tmp_path: Path) -> None:
     events = make_events(PLAIN, 3, True)
     again = json.loads(json.dumps(next(event for event in events if event.get("epoch") == 2)))
     again["val"]["acc"] = 0.123
-    figures = report.collect_figures([*events, {"event": "resumed", "time": 3.0}, again])
+    figures = run_files.collect_figures([*events, {"event": "resumed", "time": 3.0}, again])
     assert [epoch["epoch"] for epoch in figures.epochs] == [1, 2, 3]
     assert figures.epochs[1]["val"]["acc"] == 0.123
 
@@ -426,7 +429,7 @@ def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
     run = MadeRun(tmp_path, tuple(f"class {i:02d}" for i in range(60)))
     errors = section(make_page(run.write()), "errors")
     sure = [float(value) for value in re.findall(r"<br> p ([\d.]+)<br>", errors)]
-    assert "60 of 120 test images are wrong" in errors and len(sure) == report.MAX_CARDS
+    assert "60 of 120 test images are wrong" in errors and len(sure) == run_files.MAX_CARDS
     assert sure == sorted(sure, reverse=True)
     surest = max(run.rows, key=lambda row: row["probability"] if row["answer"] != row["class"] else 0)
     card = errors[errors.index("<article") : errors.index("</article>")]
@@ -509,7 +512,7 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
 def test_confusion_matrix_has_every_test_image(tmp_path: Path, num_classes: int) -> None:
     run = MadeRun(tmp_path, tuple(f"a rather long class name, number {i}" for i in range(num_classes)))
     text = section(make_page(run.write()), "confusion")
-    if num_classes > report.MAX_MATRIX_CLASSES:
+    if num_classes > report_page.MAX_MATRIX_CLASSES:
         assert "too many for a readable matrix" in text and text.count("taken for") == 50
     else:
         cells = re.findall(r'class="(hit|miss)[^>]*title="[^:]*: (\d+) of 2', text)
@@ -527,16 +530,16 @@ def test_map_of_few_or_equal_images(count: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert report.project(vectors).shape == (count, 2) and np.isfinite(report.project(vectors)).all()
-        assert np.isfinite(report.project(np.ones_like(vectors))).all()
+        assert report_page.project(vectors).shape == (count, 2) and np.isfinite(report_page.project(vectors)).all()
+        assert np.isfinite(report_page.project(np.ones_like(vectors))).all()
 
 
 def test_map_takes_every_class_and_split_in_proportion() -> None:
     labels = np.repeat(np.arange(4), (4000, 1500, 1000, 500))
     splits = np.tile(np.array(["train"] * 7 + ["val"] * 2 + ["test"]), 700)
-    table = report.Embeddings(np.zeros((7000, 2)), labels, [""] * 7000, ["bbox"] * 7000, splits, [""] * 7000)
-    chosen = report.choose_map_rows(table)
-    assert len(np.unique(chosen)) == len(chosen) == report.MAP_MAX_POINTS
+    table = run_files.Embeddings(np.zeros((7000, 2)), labels, [""] * 7000, ["bbox"] * 7000, splits, [""] * 7000)
+    chosen = report_page.choose_map_rows(table)
+    assert len(np.unique(chosen)) == len(chosen) == report_page.MAP_MAX_POINTS
     share = np.bincount(labels[chosen]) / len(chosen)
     assert np.abs(share - np.bincount(labels) / len(labels)).max() < 0.002
     assert abs((splits[chosen] == "test").mean() - 0.1) < 0.005
@@ -555,7 +558,7 @@ def test_the_map_rings_the_wrong_test_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("low, high", [(0.3, 0.58), (2.49, 11.7), (0.999, 1.0), (0.5, 0.5), (0, 1234), (-1e-7, 3e-7)])
 def test_ticks_are_round_and_enclose_the_figures(low: float, high: float) -> None:
-    ticks = report.make_ticks(low, high)
+    ticks = report_page.make_ticks(low, high)
     values = [value for value, _ in ticks]
     assert 2 <= len(ticks) <= 10 and values[0] <= low + 1e-12 and values[-1] >= high - 1e-12
     step = (values[-1] - values[0]) / (len(values) - 1)
@@ -565,14 +568,14 @@ def test_ticks_are_round_and_enclose_the_figures(low: float, high: float) -> Non
 
 
 def test_line_leaves_a_gap_where_a_figure_is_absent() -> None:
-    assert report.draw_line(["1 1", "2 2", None, "4 4"]) == "M1 1h0L2 2M4 4h0"
+    assert report_page.draw_line(["1 1", "2 2", None, "4 4"]) == "M1 1h0L2 2M4 4h0"
 
 
 def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
     run.data_report["quarantined"] = [{"path": f"{i}.jpg", "reason": "truncated"} for i in range(1234)]
     text = make_page(run.write())
-    assert text.count(".jpg — truncated") == report.MAX_LISTED and "and 1,034 more" in text
+    assert text.count(".jpg — truncated") == run_files.MAX_LISTED and "and 1,034 more" in text
 
 
 def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> None:
@@ -600,7 +603,7 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
 
 
 def load_picture(run: MadeRun, path: str, view: str, size: int = 50) -> np.ndarray | None:
-    image = report.Pictures(report.read_run(run.write()), None).load(report.Shot(path, view), size)
+    image = run_files.Pictures(run_files.read_run(run.write()), None).load(run_files.Shot(path, view), size)
     return None if image is None else np.asarray(image)
 
 
@@ -618,7 +621,7 @@ def test_a_masked_picture_is_gray_outside_its_mask(tmp_path: Path) -> None:
         run.masks[1] = name
         assert (load_picture(run, "0/1.png", "bbox") == (250, 0, 0)).all()
         masked = load_picture(run, "0/1.png", "mask")
-        assert (masked[:, :25] == (250, 0, 0)).all() and (masked[:, 25:] == report.PADDING_GRAY).all()
+        assert (masked[:, :25] == (250, 0, 0)).all() and (masked[:, 25:] == run_files.PADDING_GRAY).all()
     run.masks[1] = "0/masks/gone.png"
     assert (load_picture(run, "0/1.png", "mask") == (250, 0, 0)).all()
 
@@ -704,10 +707,11 @@ def test_masks_are_counted_and_refused_ones_named(tmp_path: Path) -> None:
 
 def test_words_for_figures_are_those_of_the_script() -> None:
     for name in ("SPLIT_NAMES", "MATCHER_NAMES", "BASELINE_NAMES", "RETRIEVAL_NAMES", "FEW_IMAGES", "PADDING_GRAY"):
-        assert getattr(report, name) == getattr(lct, name), name
+        room = run_files if hasattr(run_files, name) else report_page
+        assert getattr(room, name) == getattr(lct, name), name
     for changes in ({}, {"freeze_backbone": False}, {"unfreeze_blocks": 1}, {"unfreeze_blocks": 3}, {"lora_rank": 4}):
         options = lct.Config().as_plain() | changes
-        assert report.name_training(options) == lct.name_training(options)
+        assert run_files.name_training(options) == lct.name_training(options)
 
 
 # --- the page that compares runs
@@ -758,7 +762,7 @@ def test_the_sign_test_is_scipys() -> None:
 
     for wins, losses in ((0, 0), (3, 0), (12, 5), (70, 70), (400, 300)):
         expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-        assert report.sign_test(wins, losses) == pytest.approx(expected)
+        assert report_comparison.sign_test(wins, losses) == pytest.approx(expected)
 
 
 def test_gains_of_classes_are_sorted_and_equal_sklearns(pair: Callable[..., str], tmp_path: Path) -> None:

@@ -1,0 +1,244 @@
+"""What the page that compares several runs shows, as values for report.html.j2. No program."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report_page import Line, draw_chart
+from run_files import (
+    BASELINE_NAMES,
+    MAX_CARDS,
+    MAX_LISTED,
+    SPLIT_NAMES,
+    Prediction,
+    ReportError,
+    Run,
+    capitalize,
+    format_duration,
+    make_colors,
+    name_matcher,
+    name_training,
+)
+
+SIGNIFICANCE = 0.05  # of the sign test between two runs
+# Options that say where and how a run was made, not which.
+PLACE_OPTIONS = {"command", "config", "out_dir", "resume", "overwrite", "experiment_name", "clearml_task_name"}
+# Figures of which more is not better: one is had at the cost of the other, and the last is no merit of the training.
+WITHOUT_BEST = ("Answered above thresholds", "Right among those", "Frozen backbone, best baseline")
+
+
+def describe_comparison(runs: list[Run]) -> dict[str, Any]:
+    """Return what the template shows of several runs."""
+    names = name_runs([run.path for run in runs])
+    answers = [choose_answers(run) for run in runs]
+    paths = [path for path in answers[0] if all(path in table for table in answers)]
+    paths = [path for path in paths if len({table[path].class_name for table in answers}) == 1]
+    images = [[table[path] for table in answers] for path in paths]
+    classes = [name for name in runs[0].class_names if all(name in run.label_of for run in runs)]
+    return {
+        "runs": [
+            {"name": name, "path": str(run.path), "verdict": capitalize(run.verdict)}
+            for name, run in zip(names, runs, strict=True)
+        ],
+        "header": judge_runs(names, images),
+        "colors": make_colors(len(runs)),
+        "num_common": len(images),
+        "has_both_views": any(len(run.predictions) > len(table) for run, table in zip(runs, answers, strict=True)),
+        "num_tested": [len(table) for table in answers],
+        "has_many_roots": len({run.config["options"]["data_root"] for run in runs}) > 1,
+        "num_classes": len(classes),
+        "only_in_some": sorted({name for run in runs for name in run.class_names} - set(classes)),
+        "figures": list_figures(runs),
+        "curves": overlay_curves(names, runs),
+        "gains": list_gains(runs, classes, images),
+        "tally": tally_answers(images),
+        "groups": group_disagreements(images),
+        "options": list_differences([run.config["options"] for run in runs], PLACE_OPTIONS),
+        "circumstances": list_differences([list_circumstances(run) for run in runs], set()),
+        "max_listed": MAX_LISTED,
+    }
+
+
+def name_runs(paths: list[Path]) -> list[str]:
+    """Return the names of the folders, with as many of those around them as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ReportError("one run is given twice: there is nothing to compare")
+
+
+def choose_answers(run: Run) -> dict[str, Prediction]:
+    """Return one answer a test image, by path: the one to the crop as it was cut, where the run judges it masked as well."""
+    return {item.shot.path: item for item in sorted(run.predictions, key=lambda item: item.shot.view != "mask")}
+
+
+def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, str]:
+    """Say whether the run that is right most often is measurably ahead of the next one, on the images that all have tested.
+
+    Measurably: of the images that only one of the two gets right, so many are the leader's that a fair coin would do it in less
+    than SIGNIFICANCE of all cases.
+    """
+    if not images:
+        note = (
+            "Not one image is in the test split of all runs. Each figure below is of the run's own images, so that a"
+            " difference may be theirs: compare runs with the same data, --seed, --group_regex and shares of the splits."
+        )
+        return {"verdict": "No test image in common", "tone": "plain", "note": note}
+    is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
+    totals = is_right.sum(axis=0)
+    first, second = np.argsort(-totals, kind="stable")[:2].tolist()
+    wins = int((is_right[:, first] & ~is_right[:, second]).sum())
+    losses = int((is_right[:, second] & ~is_right[:, first]).sum())
+    chance = sign_test(wins, losses)
+    is_ahead = chance < SIGNIFICANCE / (len(names) - 1)
+    shares = ", ".join(f"{name} {total / len(images):.3f}" for name, total in zip(names, totals.tolist(), strict=True))
+    note = (
+        f"Accuracy on the {len(images):,} test images that all runs have in common: {shares}. {names[first]} is right on {wins:,}"
+        f" of them where {names[second]} is wrong, and {names[second]} on {losses:,} where {names[first]} is wrong; a fair coin"
+        f" would divide them so unevenly in {float(f'{100 * chance:.2g}'):g} % of cases."
+    )
+    verdict = f"{names[first]} is ahead of {names[second]}" if is_ahead else "No run is measurably ahead"
+    return {"verdict": verdict, "tone": "good" if is_ahead else "plain", "note": note}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Return how often a fair coin divides so many throws at least so unevenly."""
+    count = wins + losses
+    tail = sum(math.comb(count, number) for number in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def tally_answers(images: list[list[Prediction]]) -> list[tuple[tuple[bool, ...], int]]:
+    """Return which runs are right, and on how many images: all of them first, none of them last."""
+    counts = Counter(tuple(item.is_right for item in items) for items in images)
+    return sorted(counts.items(), key=lambda entry: (not all(entry[0]), not any(entry[0]), -entry[1]))
+
+
+def group_disagreements(images: list[list[Prediction]]) -> list[dict[str, Any]]:
+    """Return the images with different answers by who is right, those first whose wrong answers are surest."""
+    groups: dict[tuple[bool, ...], list[list[Prediction]]] = {}
+    for items in images:
+        if len({item.answer for item in items}) > 1:
+            groups.setdefault(tuple(item.is_right for item in items), []).append(items)
+    for group in groups.values():
+        group.sort(key=lambda items: -sum(item.probability for item in items if not item.is_right))
+    limit = max(6, MAX_CARDS // max(1, len(groups)))
+    ordered = sorted(groups.items(), key=lambda entry: (not any(entry[0]), -len(entry[1])))
+    return [{"is_right": pattern, "cards": group[:limit], "count": len(group)} for pattern, group in ordered]
+
+
+def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
+    """Return the key figures side by side as rows of {name, values, best}; values are numbers or text."""
+    scores = {
+        "Accuracy, prototypes": [run.figures.scores.get("acc") for run in runs],
+        "Accuracy, classifier": [run.figures.scores.get("classifier_acc") for run in runs],
+        "Macro F1": [run.figures.scores.get("f1_macro") for run in runs],
+        "Macro ROC AUC": [run.figures.scores.get("auc_macro") for run in runs],
+        "Recall@1": [run.figures.scores.get("recall_at_1") for run in runs],
+    }
+    measured = [run.figures.measured for run in runs]
+    if any(measured):
+        scores["Unknown objects, AUROC"] = [item and item["open_set"]["auroc"]["value"] for item in measured]
+        scores["Answered above thresholds"] = [item and item["thresholds"]["coverage"]["value"] for item in measured]
+        scores["Right among those"] = [item and item["thresholds"]["precision"]["value"] for item in measured]
+    frozen = [run.figures.baseline.get(run.figures.scored, {}) for run in runs]
+    scores["Frozen backbone, best baseline"] = [
+        max((item[f"{key}_acc"] for key in BASELINE_NAMES if item.get(f"{key}_acc") is not None), default=None)
+        for item in frozen
+    ]
+    rows = []
+    for name, values in scores.items():
+        known = [value for value in values if value is not None]
+        best = max(known) if len(set(known)) > 1 and name not in WITHOUT_BEST else None
+        rows.append({"name": name, "values": values, "best": best, "is_score": True})
+    epochs = [run.figures.epochs for run in runs]
+    texts = {
+        "Measured on": [f"{run.figures.scored}, {run.count(run.figures.scored):,} images" for run in runs],
+        "Best epoch": [
+            f"{run.figures.best['epoch']} of {len(run.figures.epochs)}" if run.figures.best else "–" for run in runs
+        ],
+        "Training": [format_duration(sum(epoch["seconds"] for epoch in items)) for items in epochs],
+        "Matcher": [name_matcher(run.figures.prototypes) for run in runs],
+        "Backbone": [name_training(run.config["options"]) for run in runs],
+        "Images": [f"{sum(map(run.count, SPLIT_NAMES)):,} of {len(run.class_names):,} classes" for run in runs],
+    }
+    return rows + [{"name": name, "values": values, "best": None, "is_score": False} for name, values in texts.items()]
+
+
+def overlay_curves(names: list[str], runs: list[Run]) -> list[dict[str, Any]]:
+    """Return the charts of train and val, each with one line a run."""
+    colors = make_colors(len(runs))
+    titles = (
+        ("Loss on train", "train", "loss"),
+        ("Loss on val", "val", "loss"),
+        ("Accuracy on val, classifier", "val", "acc"),
+        ("Accuracy on val, prototypes", "val", "proto_acc"),
+        ("Macro F1 on val", "val", "f1_macro"),
+        ("Macro ROC AUC on val", "val", "auc_macro"),
+    )
+    charts = []
+    for title, split, key in titles if any(run.figures.epochs for run in runs) else ():
+        lines = []
+        for name, color, run in zip(names, colors, runs, strict=True):
+            values = {epoch["epoch"]: epoch[split].get(key) for epoch in run.figures.epochs}
+            lines.append(Line(name, color, values))
+        charts.append(draw_chart(title, lines))
+    return charts
+
+
+def list_gains(runs: list[Run], classes: list[str], images: list[list[Prediction]]) -> list[dict[str, Any]]:
+    """Return recall and F1 of the common classes by run, and what each run gains over the first; largest gain first.
+
+    Of the images that all have tested; where there are none, of each run's own.
+    """
+    tables = [
+        score_classes([items[i] for items in images]) if images else run.figures.per_class for i, run in enumerate(runs)
+    ]
+    rows = []
+    for name in classes:
+        scores = [table.get(name, {}) for table in tables]
+        row: dict[str, Any] = {"name": name, "support": [score.get("support") for score in scores]}
+        for key in ("recall", "f1"):
+            values = [score.get(key) for score in scores]
+            gains = [None if None in (value, values[0]) else value - values[0] for value in values[1:]]
+            row[key] = {"values": values, "gains": gains}
+        if any(row["support"]):
+            rows.append(row)
+    rows.sort(key=lambda row: -math.inf if row["f1"]["gains"][-1] is None else row["f1"]["gains"][-1], reverse=True)
+    return rows
+
+
+def score_classes(items: list[Prediction]) -> dict[str, dict[str, Any]]:
+    """Return support, recall and F1 of each class that occurs."""
+    support = Counter(item.class_name for item in items)
+    given = Counter(item.answer for item in items)
+    hits = Counter(item.class_name for item in items if item.is_right)
+    return {
+        name: {"support": count, "recall": hits[name] / count, "f1": 2 * hits[name] / (count + given[name])}
+        for name, count in support.items()
+    }
+
+
+def list_circumstances(run: Run) -> dict[str, Any]:
+    """Return what can differ between runs besides options."""
+    groups = {"data": run.config["data"], "model": run.config["model"], "version of": run.config["versions"]}
+    facts = {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}
+    facts.pop("data classes")
+    return facts | {"classes": len(run.class_names), "device": run.config["device"]}
+
+
+def list_differences(tables: list[dict[str, Any]], ignored: set[str]) -> list[tuple[str, list[Any]]]:
+    """Return the entries whose values are not the same everywhere."""
+    rows = [
+        (name, [table.get(name, "–") for table in tables])
+        for name in sorted({name for table in tables for name in table})
+    ]
+    return [
+        (name, values) for name, values in rows if name not in ignored and any(value != values[0] for value in values)
+    ]

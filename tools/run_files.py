@@ -1,0 +1,414 @@
+"""The files that a run leaves, as its report reads them, with their pictures and words. No program; needs no torch."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import stat
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SPLIT_NAMES = ("train", "val", "test")
+MATCHER_NAMES = {
+    "centroid": "nearest centroid",
+    "prototypes": "nearest of several prototypes a class",
+    "knn": "k nearest references of a class",
+}
+BASELINE_NAMES = {
+    "logreg": "logistic regression",
+    "logreg_views": "logistic regression with augmented views",
+    "nn1": "nearest neighbour",
+    "centroid": "nearest centroid",
+}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
+MAX_PIXELS = 100_000_000  # a header that claims more is refused before anything is decoded
+PADDING_GRAY = 114  # what the background of a masked crop, and what is transparent, is shown as
+ORIENTATION = 0x0112  # EXIF tag
+MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
+CARD_THUMB_PX = 96
+MAX_CARDS = 48  # pictures of wrong answers in a section
+MAX_LISTED = 200
+GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
+# Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
+TEN_COLORS = (
+    *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),
+    *("#a0705a", "#d573b5", "#7f868f", "#a8a32c", "#2ba5b5"),
+)
+
+
+class ReportError(Exception):
+    """A folder or file that no page can be made of; the text is one sentence for people."""
+
+
+class Shot(NamedTuple):
+    """What a picture shows: a crop as it was cut (view `bbox`), or with its background replaced (`mask`)."""
+
+    path: str  # relative to data_root
+    view: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row of predictions.csv: what the gallery answers to a crop whose class is known."""
+
+    shot: Shot
+    class_name: str
+    answer: str  # the nearest class, whatever its threshold says
+    cosine: float
+    probability: float
+    class_cosine: float
+    nearest_reference: Shot  # of the answered class
+    nearest_of_class: Shot
+    mask: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the class."""
+        return self.answer == self.class_name
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """embeddings.npz: N views of crops."""
+
+    embeddings: np.ndarray  # (N, D) float32 unit norm
+    labels: np.ndarray  # (N,) int
+    paths: list[str]  # (N,)
+    views: list[str]  # (N,)
+    splits: np.ndarray  # (N,) str
+    masks: list[str]  # (N,) '' where there is none
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a run, picked from its events; a resumed run repeats epochs and the last one counts."""
+
+    epochs: list[dict[str, Any]]  # epoch_end events, by epoch
+    best: dict[str, Any] | None  # best_update event
+    baseline: dict[str, Any]  # accuracies of the frozen backbone, by split
+    prototypes: dict[str, Any] | None  # proto_end event
+    test: dict[str, Any] | None  # test_end event
+    views: dict[str, Any] | None  # test_views event
+    measured: dict[str, Any] | None  # measured event
+    unseen: dict[str, Any] | None  # unseen_classes event
+    started: float | None  # seconds since 1970
+    scored: str  # the split that the page leads with: test, else val
+    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
+    per_class: dict[str, dict[str, Any]]  # of that split, by class name
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the files of a run say."""
+
+    path: Path
+    config: dict[str, Any]
+    figures: Figures
+    class_names: tuple[str, ...]
+    counts: dict[str, dict[str, int]]  # images of each class, by split
+    data_report: dict[str, Any] | None
+    thresholds: dict[str, float]  # similarity below which the answer is `unknown`, by class
+    pooled: frozenset[str]  # classes whose threshold is that of all classes together
+    predictions: list[Prediction]
+    view_predictions: list[Prediction]  # test crops that have a mask, each as `bbox` and as `mask`
+    embeddings: Embeddings | None
+    label_of: dict[str, int]  # number of each class
+
+    def count(self, split: str) -> int:
+        """Return the number of images in a split."""
+        return sum(self.counts[split].values())
+
+    @property
+    def missing_test(self) -> str:
+        """Why there is nothing to say about single test images."""
+        return "There is no predictions.csv in the run's folder" if self.count("test") else "No test split"
+
+    @property
+    def verdict(self) -> str:
+        """What the training was good for, in a few words."""
+        if self.figures.test:
+            return self.figures.test["verdict"]
+        return "no test split, no verdict" if self.figures.prototypes else "not finished, no verdict yet"
+
+
+def read_run(folder: Path) -> Run:
+    """Read the files of a run; all but config.json and metrics.jsonl may be missing."""
+    if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise ReportError(f"{folder} is no folder of a run: it has no config.json and metrics.jsonl")
+    config = read_file(folder / "config.json", read_json)
+    if "num_devices" in config:
+        raise ReportError(f"{folder} is of lct-dino-3.py, whose figures are others; train anew")
+    names = tuple(config["data"]["classes"])
+    splits = read_file(folder / "splits.json", read_json) or {}
+    gallery = read_file(folder / "prototypes.npz", read_arrays) or {}
+    meta = json.loads(str(gallery["meta"])) if gallery else {}
+    run = Run(
+        path=folder,
+        config=config,
+        figures=collect_figures(read_file(folder / "metrics.jsonl", read_events)),
+        class_names=names,
+        counts={split: {name: len(splits.get(split, {}).get(name, ())) for name in names} for split in SPLIT_NAMES},
+        data_report=read_file(folder / "data_report.json", read_json),
+        thresholds=dict(zip(gallery["id2cls"].tolist(), gallery["thresholds"].tolist(), strict=True))
+        if gallery
+        else {},
+        pooled=frozenset(meta.get("pooled_thresholds", ())),
+        predictions=read_file(folder / "predictions.csv", read_predictions) or [],
+        view_predictions=read_file(folder / "predictions_by_view.csv", read_predictions) or [],
+        embeddings=read_file(folder / "embeddings.npz", read_embeddings),
+        label_of={name: label for label, name in enumerate(names)},
+    )
+    named = {name for item in run.predictions + run.view_predictions for name in (item.class_name, item.answer)}
+    if strange := sorted(named - set(names)):
+        raise ReportError(f"{folder / 'predictions.csv'} names a class that the run does not have: {strange[0]}")
+    return run
+
+
+def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return what `read` makes of a file, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
+        raise ReportError(f"{path} cannot be read: {reason}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a damaged line, such as the half one that a kill leaves, is left out."""
+    events = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "event" in record:
+                events.append(record)
+    return events
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file; nothing in it is executed."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Return the content of embeddings.npz."""
+    arrays = read_arrays(path)
+    return Embeddings(
+        embeddings=arrays["embeddings"],
+        labels=arrays["labels"],
+        paths=arrays["paths"].tolist(),
+        views=["mask" if view else "bbox" for view in arrays["views"].tolist()],
+        splits=arrays["splits"],
+        masks=arrays["masks"].tolist(),
+    )
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Return the rows of predictions.csv or predictions_by_view.csv."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        if "mask" not in (reader.fieldnames or ()):
+            raise ValueError("its header is not whole")
+        return [
+            Prediction(
+                shot=Shot(row["path"], row["view"]),
+                class_name=row["class"],
+                answer=row["answer"],
+                cosine=float(row["cosine"]),
+                probability=float(row["probability"]),
+                class_cosine=float(row["class_cosine"]),
+                nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
+                nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
+                mask=row["mask"],
+            )
+            for row in reader
+        ]
+
+
+def collect_figures(events: list[dict[str, Any]]) -> Figures:
+    """Pick the figures of a run from its events."""
+    last = {event["event"]: event for event in events}  # a later event replaces an earlier one of its kind
+    by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
+    best = last.get("best_update")
+    test = last.get("test_end")
+    if test:
+        scores = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}
+        per_class = test["per_class"]
+    else:
+        epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
+        scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
+        per_class = epoch["val_per_class"]
+    return Figures(
+        epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
+        best=best,
+        baseline=last.get("baseline_end", {}),
+        prototypes=last.get("proto_end"),
+        test=test,
+        views=last.get("test_views"),
+        measured=last.get("measured"),
+        unseen=last.get("unseen_classes"),
+        started=events[0]["time"] if events else None,
+        scored="test" if test else "val",
+        scores=scores,
+        per_class=per_class,
+    )
+
+
+class Pictures:
+    """Thumbnails of the crops of a run; one that was deleted or damaged since training is missing, and counted."""
+
+    def __init__(self, run: Run, data_root: Path | None) -> None:
+        options = run.config["options"]
+        self.root = data_root or Path(options["data_root"])
+        self.num_missing = 0
+        self._masks_dirname = options.get("masks_dirname", "masks")
+        self._masks = {item.shot.path: item.mask for item in run.predictions + run.view_predictions}
+        if run.embeddings:
+            self._masks.update(zip(run.embeddings.paths, run.embeddings.masks, strict=True))
+
+    def load(self, shot: Shot, size: int) -> Image.Image | None:
+        """Return a crop with its longer side at most `size`, gray outside the mask; None if it cannot be had."""
+        try:
+            image = load_thumbnail(self.root / shot.path, size)
+        except Exception:  # decoders raise anything from KeyError to struct.error on a damaged file
+            self.num_missing += 1
+            return None
+        mask_path = self._masks.get(shot.path, "") if shot.view == "mask" else ""
+        if mask_path:
+            is_alpha = Path(mask_path).parent.name != self._masks_dirname  # a cutout, or a crop with a mask of its own
+            try:
+                mask = load_mask(self.root / mask_path, is_alpha, image.size)
+            except Exception:
+                self.num_missing += 1
+            else:
+                image = Image.composite(image, Image.new("RGB", image.size, (PADDING_GRAY,) * 3), mask)
+        return image
+
+    def uri(self, shot: Shot | None) -> str | None:
+        """Return a thumbnail as a data URI."""
+        image = self.load(shot, CARD_THUMB_PX) if shot else None
+        return jpeg_uri(image) if image else None
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open an image file; its pixels are decoded when they are first used."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would wait for a writer for ever
+        raise ValueError("is no regular file")
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("has too many pixels")
+    return image
+
+
+def load_thumbnail(path: Path, size: int) -> Image.Image:
+    """Return an upright RGB image with its longer side at most `size`; gray shows through what is transparent."""
+    with open_picture(path) as source:
+        image = source
+        if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's own conversion clips to white
+            values = np.asarray(image, dtype=np.float64)
+            is_16_bit = image.mode.startswith("I;16") or values.max() > 255
+            factor = 1 / 257 if is_16_bit else 255 if image.mode == "F" and values.max() <= 1 else 1
+            image = Image.fromarray(np.clip(np.rint(values * factor), 0, 255).astype(np.uint8))
+        elif image.has_transparency_data:
+            image = Image.new("RGBA", source.size, (PADDING_GRAY, PADDING_GRAY, PADDING_GRAY, 255))
+            image.alpha_composite(source.convert("RGBA"))
+        if image.mode != "RGB" and image.format != "JPEG":
+            image = image.convert("RGB")  # palettes cannot be resized
+        image.thumbnail((size, size))  # a JPEG is decoded at an eighth of its size where that is enough
+        image = image.convert("RGB")
+        image.getexif()[ORIENTATION] = source.getexif().get(ORIENTATION, 1)  # read last: a TIFF turns itself upright
+        return ImageOps.exif_transpose(image)
+
+
+def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:
+    """Return the mask of a thumbnail as 8-bit gray: 255 is object."""
+    with open_picture(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if is_alpha:
+            mask = upright.convert("RGBA").getchannel("A")
+        elif upright.mode in ("1", "L"):
+            mask = upright.convert("L")
+        else:
+            mask = Image.fromarray(np.asarray(upright.convert("RGB")).max(axis=2))  # drawn in colours
+        return mask.point(lambda value: 255 if value > MASK_LEVEL else 0).resize(size, Image.Resampling.BOX)
+
+
+def jpeg_uri(image: Image.Image) -> str:
+    """Return an image as a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def format_number(value: float | None) -> str:
+    """Three decimals; a dash where there is no figure, as for an absent class."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def format_gain(value: float | None) -> str:
+    """Three decimals with a sign; nothing has none."""
+    return "–" if value is None else "0" if abs(value) < 0.0005 else f"{value:+.3f}".replace("-", "−")
+
+
+def format_duration(seconds: float) -> str:
+    """Hours and minutes, minutes and seconds, or seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle: the names of similar classes often differ at their ends."""
+    return text if len(text) <= limit else f"{text[: limit * 3 // 5]}…{text[-(limit * 2 // 5 - 1) :]}"
+
+
+def capitalize(text: str) -> str:
+    """Make the first letter a capital, and leave the others."""
+    return text[:1].upper() + text[1:]
+
+
+def name_training(options: dict[str, Any]) -> str:
+    """Return in words which part of the backbone is trained."""
+    if not options["freeze_backbone"]:
+        return "fine-tuned"
+    blocks = options.get("unfreeze_blocks")
+    if blocks:
+        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
+    rank = options.get("lora_rank")
+    return f"LoRA of rank {rank}" if rank else "frozen"
+
+
+def name_matcher(prototypes: dict[str, Any] | None) -> str:
+    """Return in words how a query is matched, from the proto_end event."""
+    if prototypes is None:
+        return "–"
+    words = MATCHER_NAMES[prototypes["matcher"]]
+    if prototypes["matcher"] == "knn":
+        k = prototypes["knn_k"]
+        words = "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
+    weight = prototypes.get("feature_weight")
+    return f"{words}; {weight:.0%} of a cosine from features of the backbone" if weight else words
+
+
+def make_colors(count: int) -> list[str]:
+    """Return colours for that many classes or runs."""
+    if count <= len(TEN_COLORS):
+        return list(TEN_COLORS[:count])
+    tones = ((62, 50), (48, 40), (58, 63))  # saturation and lightness alternate: 40 hues alone are too close
+    return [f"hsl({i * GOLDEN_ANGLE % 360:.0f} {tones[i % 3][0]}% {tones[i % 3][1]}%)" for i in range(count)]
