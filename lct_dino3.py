@@ -6971,25 +6971,19 @@ def build_gallery(
 
 
 def export_gallery(
-    model: Recognizer,
-    records: Records,
-    features: dict[str, Embedded],
-    config: Config,
-    unknown: Embedded | None = None,
-    unseen: dict[str, Any] | None = None,
+    model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unseen: dict
 ) -> tuple[Gallery, dict[str, Embedded]]:
     """Return the gallery that features of train and val make, and of each split that is given the vectors that it matches.
 
-    `unknown` are features of objects of no class, `unseen` is what `measure_unseen` found.
+    `unknown` among the splits is of objects of no class, `unseen` is what `measure_unseen` found, {} for nothing.
     """
-    features = features if unknown is None else features | {"unknown": unknown}
     embedded = {name: embed(model, values) for name, values in features.items()}
     fusion = choose_fusion(features, embedded, len(records.class_names)) if config.match_features else NO_FUSION
     vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
-    strangers = None if unknown is None else vectors.pop("unknown").values
+    strangers = vectors.pop("unknown").values if "unknown" in vectors else None
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
     dtype = model.backbone.dtype
-    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen or {}, dtype)
+    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen, dtype)
     return dataclasses.replace(gallery, fusion=fusion), vectors
 
 
@@ -7697,16 +7691,11 @@ def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None
 
 
 def embed_records(
-    run: TrainedRun,
-    records: Records,
-    rows: np.ndarray,
-    config: RunOptions,
-    make_values: Callable[..., np.ndarray] | None = None,
+    run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions, make_values: Callable[..., np.ndarray]
 ) -> Embedded | None:
-    """Return vectors of some records by a finished run, in the views that it was trained with; --batch, --workers of `config`.
+    """Return what run.embed or run.extract makes of some records, in the views that the run was trained with.
 
-    `make_values` is run.extract for features instead. They are for the first process: the others, which have embedded a part of
-    them, get None.
+    --batch, --workers are those of `config`. The processes beside the first, which have embedded a part of them, get None.
     """
 
     def note(failures: list[tuple[int, str]]) -> None:
@@ -7715,7 +7704,7 @@ def embed_records(
 
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
-    embedded = embed_batches(make_values or run.embed, dataset, batches, config, run.runtime, note)
+    embedded = embed_batches(make_values, dataset, batches, config, run.runtime, note)
     return collect_embedded(progress(embedded, len(batches), "embedding"), str(records.root))
 
 
@@ -8853,6 +8842,7 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
         dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
         {"train": train.take(chosen), "val": queries._replace(labels=labels).take(is_val)},
         dataclasses.replace(config, prototypes_per_class="1"),
+        {},
     )
     references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
     answers, best = gallery.answer(answered.values)
@@ -9013,11 +9003,11 @@ def run_evaluate(config: EvaluateOptions) -> None:
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
         records, rows = from_first(choose_records, run, config)
-        embedded = embed_records(run, records, rows, config)
+        embedded = embed_records(run, records, rows, config, run.embed)
         unknown = None
         if config.unknown_dir is not None:
             unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
-            unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config)
+            unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config, run.embed)
         if get_rank():
             return
         number = {name: index for index, name in enumerate(run.gallery.class_names)}
@@ -9127,7 +9117,7 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
         return None, ()
     if len(rows) < len(paths):
         show(f"{len(paths) - len(rows):,} of {len(paths):,} crops are in the gallery and not added again")
-    added = embed_records(run, records, rows, config)
+    added = embed_records(run, records, rows, config, run.embed)
     return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
 
 
@@ -9140,15 +9130,14 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     features = {
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
-    unknown = None
     if options.unknown_dir is not None:
         check_folder(options, "unknown_dir", "give a folder of images of no class")
         strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
-        unknown = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
+        features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
         return None, meta
-    return export_gallery(run.model, records, features, options, unknown, run.unseen)[0], meta
+    return export_gallery(run.model, records, features, options, run.unseen)[0], meta
 
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
@@ -9488,7 +9477,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         other_views = bank.extract([SampleKey(row, (), view) for row in masked_rows], f"test as {VIEW_NAMES[view]}")
     if get_rank():
         return
-    gallery, embedded = export_gallery(model, records, features, job.config, unknown.get("fit"), state.unseen)
+    to_fit = features | ({"unknown": unknown["fit"]} if unknown else {})
+    gallery, embedded = export_gallery(model, records, to_fit, job.config, state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
     was_completed = any(event.get("status") == "completed" for event in read_events(run.path))
     if was_completed:  # since then, classes may be enrolled

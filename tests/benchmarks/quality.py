@@ -157,7 +157,7 @@ def compare_sizes(name: str, weights: Path, num_seeds: int = 5) -> None:
             clean = lct.Embedded(every, np.zeros(len(every), np.uint8), records.labels.astype(np.int64), views[0])
             features = {split: clean.take(records.rows(split)) for split in lct.SPLIT_NAMES}
             head = subject.train(config, records, torch.float32, 4)
-            gallery, vectors = lct.export_gallery(head, records, features, config)
+            gallery, vectors = lct.export_gallery(head, records, features, config, {})
             matched = gallery.answer(vectors["test"].values)[0] == vectors["test"].labels
             train, val, test = features.values()
             of_all = views[:, records.rows("train")].reshape(-1, views.shape[2])
