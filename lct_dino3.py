@@ -8033,7 +8033,7 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
 def list_repeating(job: Job) -> list[tuple[int, int]]:
     """Return the crops that the run would make the same of again and again: row, and 1 for those that are shown masked."""
     config, records = job.config, job.records
-    train, has_mask, uses = records.rows("train"), records.has_mask, []
+    train, uses = records.rows("train"), []
     is_covered = job.backgrounds is not None and job.backgrounds.share == 1  # by which each sample is another
     if (config.cache_views or config.epochs) > 1 and not is_covered:
         uses.append((True, train))
@@ -8042,12 +8042,9 @@ def list_repeating(job: Job) -> list[tuple[int, int]]:
         uses += [(False, records.rows("val")), (False, references)]
     keys: dict[tuple[int, int], None] = {}
     for augment, rows in uses:
-        transform = job.transform(augment)
-        if transform.repeats(is_masked=False):
-            shown = rows[~has_mask[rows]] if config.crop_mode == "mask" else rows
-            keys |= dict.fromkeys((row, 0) for row in shown.tolist())
-        if transform.repeats(is_masked=True) and config.crop_mode != "bbox":
-            keys |= dict.fromkeys((row, 1) for row in rows[has_mask[rows]].tolist())
+        repeats = [job.transform(augment).repeats(is_masked) for is_masked in (False, True)]
+        samples = eval_keys(records, rows, config.crop_mode)
+        keys |= dict.fromkeys((key.row, key.view) for key in samples if repeats[key.view])
     return list(keys)
 
 
