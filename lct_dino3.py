@@ -7060,11 +7060,12 @@ def calibrate(
     elif not unseen:
         stranger_scores = score_without_class(gallery.scores, val)
     thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, num_classes, dtype)
-
-    def promise(at: dict[str, Any]) -> float:
+    enrolment = {}
+    for num_crops, at in unseen.get("enrolment", {}).items():
         scores = (middle + spread * np.array(at["scores"])).astype(np.float32)
-        return precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
-
+        threshold = precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
+        is_asked = at["figures"]["target_precision"] == precision
+        enrolment[num_crops] = {"threshold": threshold, "figures": at["figures"] if is_asked else None}
     return dataclasses.replace(
         gallery,
         temperature=temperature,
@@ -7072,13 +7073,7 @@ def calibrate(
         is_pooled=is_pooled,
         val_thresholds=tuple(precision_threshold(best, is_right, target, dtype=dtype) for target in PRECISION_TARGETS),
         log_odds=fit_log_odds(best[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
-        enrolment={
-            num_crops: {
-                "threshold": promise(at),
-                "figures": at["figures"] if at["figures"]["target_precision"] == precision else None,
-            }
-            for num_crops, at in unseen.get("enrolment", {}).items()
-        },
+        enrolment=enrolment,
     )
 
 
