@@ -6764,23 +6764,17 @@ class Gallery:
         return best_answers(self.scores, queries)
 
     def probability(self, best: np.ndarray) -> np.ndarray:
-        """Return the chance (n,) that answers of these scores (n,) are right: the object known, and of the class answered.
-
-        Of all objects UNKNOWN_SHARE are taken to be of no class.
-        """
+        """Return the chance (n,) that answers of these scores (n,) are right, if UNKNOWN_SHARE of all objects are of no class."""
         slope, intercept = self.log_odds
         return scipy.special.expit(slope * best.astype(np.float64) + intercept)
 
     def judge(self, queries: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return of queries (Q, D) of known classes (Q,) answer, true class and runner-up, and their scores, (Q, 3) both.
-
-        The runner-up is the answer itself if there is no other class.
-        """
+        """Return answer, true class and runner-up of queries (Q, D) of known classes (Q,), and their scores, (Q, 3) both."""
 
         def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
             answers = scores.argmax(axis=1)
             others = scores.copy()
-            others[np.arange(len(scores)), answers] = -np.inf
+            others[np.arange(len(scores)), answers] = -np.inf  # where there is no other class, it is its own runner-up
             chosen = np.stack([answers, labels[block], others.argmax(axis=1)], axis=1)
             return chosen, np.take_along_axis(scores, chosen, axis=1)
 
@@ -7357,11 +7351,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
 
 
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
-    """Read prototypes.npz once all of its bytes have been checked, never executing anything in it; return it and its meta.
-
-    Raises:
-        UserError: missing, damaged, or not one of ours.
-    """
+    """Return prototypes.npz and its meta, bytes checked and none executed. Raises UserError if it is damaged or not one of ours."""
     if not os.path.lexists(path):
         raise UserError(f"has no {path.name}", str(path.parent), rebuilding_remedy(path.parent))
     try:
@@ -7401,11 +7391,7 @@ def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], 
 
 
 def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, Any]]:
-    """Return the gallery that the arrays of prototypes.npz hold, and its meta.
-
-    Raises:
-        ValueError: naming an array that is missing, or of another type, shape or content than the others ask for.
-    """
+    """Return what the arrays of prototypes.npz hold, and its meta. Raises ValueError that names one which does not fit."""
     meta = json.loads(str(arrays.get("meta", "{}")))
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
@@ -7536,11 +7522,7 @@ class TrainedRun:
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a finished run and its gallery; `backbone_weights` where they are no longer where the run found them.
-
-    Raises:
-        UserError: not a run, or one of another version; as `load_model` does; a gallery that is missing, damaged, of another model.
-    """
+    """Load the best model of a finished run and its gallery. Raises UserError as `load_model` does, and where they do not match."""
     config = read_run_config(path)
     gallery_path = path / "prototypes.npz"
     gallery, meta = load_gallery(gallery_path)
@@ -7557,11 +7539,7 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run with these options, without its gallery.
-
-    Raises:
-        UserError: no best checkpoint, one of another version, or weights that cannot be had.
-    """
+    """Load the best model of a run; `backbone_weights` where those have moved. Raises UserError where either cannot be had."""
     place = f"--run {path}"
     again = "start its training command again, which takes it from the other checkpoints"
     if not (path / BEST_NAME).is_file():
@@ -7599,11 +7577,7 @@ def _other_version_remedy(path: Path) -> str:
 
 
 def read_run_config(path: Path) -> Config:
-    """Return the options that a run was trained with.
-
-    Raises:
-        UserError: config.json is missing or damaged, of another version of this script, or has a value out of range.
-    """
+    """Return the options of a run. Raises UserError where config.json is damaged, of another version, or out of range."""
     file, where, remedy = path / "config.json", f"--run {path}", "give the out_dir of a finished run"
     remedy += ", or start its training command again, which writes config.json anew"
     try:
@@ -7626,11 +7600,7 @@ def read_run_config(path: Path) -> Config:
 
 
 def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str, Records]:
-    """Return the images below a folder in two halves, to `fit` and to `measure`, that no other file moves an image between.
-
-    Raises:
-        UserError: one half is empty.
-    """
+    """Return the images of a folder in halves to `fit` and `measure`, by their names alone. Raises UserError where one is empty."""
     halves: dict[str, list[str]] = {"measure": [], "fit": []}
     for path in list_image_tree(folder).paths:
         is_odd = hashlib.sha256(os.fsencode(path)).digest()[0] % 2
@@ -7672,11 +7642,7 @@ def embed_batches(
 
 
 def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None:
-    """Return what `embed_batches` yields as one; None in the processes beside the first.
-
-    Raises:
-        UserError: not one image can be read.
-    """
+    """Return what `embed_batches` yields as one, None beside the first process. Raises UserError if not one image can be read."""
     embedded = [of_batch for of_batch in batches if len(of_batch.rows)]
     if get_rank():
         return None
@@ -7808,10 +7774,7 @@ def nearest_others(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, n
 
 
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
-    """Return a sentence for each of the named classes that another one is hard to tell from.
-
-    One more, if classes of few references, among those named, are matched against the nearest of many.
-    """
+    """Return a sentence for each of the named classes that is hard to tell from another, and one if few references face many."""
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     sentences = []
     for label in map(gallery.class_names.index, names):
@@ -7836,11 +7799,7 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 
 
 def remove_class(gallery: Gallery, name: str) -> Gallery:
-    """Return the gallery without a class.
-
-    Raises:
-        UserError: there is no such class, or it is the last one but one.
-    """
+    """Return the gallery without a class. Raises UserError where there is no such class, or only one other."""
     if name not in gallery.class_names:
         raise UserError(f"there is no class {printable(name)}", "--remove", did_you_mean(name, gallery.class_names))
     if len(gallery.class_names) <= 2:
@@ -7926,14 +7885,11 @@ def free_disk(path: Path) -> int:
 
 
 def square_room(config: Config) -> int:
-    """Return how many bytes of fitted crops a run may keep in out_dir: --cache_crops, and a quarter of free disk and of memory.
-
-    Beyond that much memory, reading them would be slower than decoding.
-    """
+    """Return how many bytes of fitted crops a run may keep: --cache_crops, and a quarter of free disk and of memory."""
     squares = config.out_dir / SQUARES_NAME
     free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))
+    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # from less memory, reading is slower than decoding
 
 
 @contextlib.contextmanager
@@ -8044,10 +8000,7 @@ def list_repeating(job: Job) -> list[tuple[int, int]]:
 
 
 class FeatureBank:
-    """Features of whole splits without augmentation, values (n, feature_dim) as the backbone gives them.
-
-    A frozen backbone sees each view once; otherwise they are made anew.
-    """
+    """Features (n, feature_dim) of whole splits without augmentation, made once of a frozen backbone, else anew."""
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job = job
@@ -8184,11 +8137,7 @@ class ViewCache:
                 write_note()
 
     def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
-        """Return how many features of this maker are in the file already.
-
-        Raises:
-            UserError: there is no room for all others.
-        """
+        """Return how many features of this maker are in the file. Raises UserError where there is no room for all others."""
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
@@ -8463,11 +8412,7 @@ def mixed_loss(
 
 
 def check_finite(job: Job, state: TrainState) -> None:
-    """Look at the losses of the last steps; waits for the device.
-
-    Raises:
-        Diverged: naming the first step whose loss is not finite and the last good checkpoint.
-    """
+    """Look at the losses of the last steps; waits for the device. Raises Diverged, which names the first that is not finite."""
     steps_ago = state.tally.fetch()
     if steps_ago is not None and get_rank() == 0:  # one process is enough to say so
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
@@ -8574,10 +8519,7 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
 def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
     """See to it that checkpoint_best.pth is the best epoch that the state knows of, also when resumed from an older checkpoint.
 
-    Return what is known of that epoch, {} if its weights are gone.
-
-    Raises:
-        UserError: its weights are gone, and no epoch is left to find better ones.
+    Return what is known of that epoch, {} if its weights are gone. Raises UserError where no epoch is left to find better ones.
     """
     path = job.run.path / BEST_NAME
     if not state.best:  # the first epoch will write it
