@@ -6880,10 +6880,7 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
-    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val.
-
-    Fitted on train. `unknown`, if given, is of objects of no class.
-    """
+    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val."""
     mean, projection = project_features(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
@@ -6976,8 +6973,7 @@ def export_gallery(
     vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
     strangers = vectors.pop("unknown").values if "unknown" in vectors else None
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
-    dtype = model.backbone.dtype
-    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen, dtype)
+    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
     return dataclasses.replace(gallery, fusion=fusion), vectors
 
 
@@ -6996,10 +6992,7 @@ def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Galle
 
 
 def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -> np.ndarray:
-    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid where it is in one piece.
-
-    Clusters of fewer than MIN_CLUSTER references are left out.
-    """
+    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid where it is in one piece."""
     count = min(count, len(embeddings) // MIN_CLUSTER)
     if count < 2:
         return centroid[None]
@@ -7499,14 +7492,10 @@ class TrainedRun:
     info: BackboneInfo
     model: Recognizer  # in eval mode
     runtime: Runtime
+    extract: Callable[..., np.ndarray]  # makes features of images
     gallery: Gallery | None = None  # None as long as it is made anew
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
-
-    @functools.cached_property
-    def extract(self) -> Callable[..., np.ndarray]:
-        """What makes features of images."""
-        return make_extractor(self.model.backbone, self.info, self.runtime)
 
     def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
         """Return the unit vectors float32 (N, D) that the gallery matches, of images as `extract` takes them; raises as it does."""
@@ -7569,7 +7558,8 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     model.load_state_dict(deployed_weights(payload), strict=False)
     model.eval().to(runtime.device)
     model.backbone = model.backbone.computing_in(runtime.answer_dtype)
-    return TrainedRun(path, config, info, model, runtime, unseen=payload["unseen"])
+    extract = make_extractor(model.backbone, info, runtime)
+    return TrainedRun(path, config, info, model, runtime, extract, unseen=payload["unseen"])
 
 
 def _other_version_remedy(path: Path) -> str:
@@ -7889,7 +7879,7 @@ def square_room(config: Config) -> int:
     squares = config.out_dir / SQUARES_NAME
     free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # from less memory, reading is slower than decoding
+    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, reading is slower than decoding
 
 
 @contextlib.contextmanager
@@ -8426,12 +8416,7 @@ def save_state(job: Job, state: TrainState) -> None:
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record of an epoch, and its figures by class: of what the tally keeps of training, and of val.
-
-    Raises:
-        UserError: no training image could be read.
-        Diverged: the loss on val is not finite.
-    """
+    """Return the record of an epoch and its figures by class. Raises UserError without training images, Diverged for val's loss."""
     totals, names = state.tally.totals(), job.records.class_names
     if not totals:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
@@ -8452,11 +8437,7 @@ def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> t
 
 
 def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tuple[dict, dict, dict]:
-    """Score val by the classifier that is trained, and by matching with the training images: proto_acc and recall_at_1.
-
-    Returns:
-        Figures; figures by class; and with --crop_mode mix figures by view, over the crops that have both.
-    """
+    """Return figures of val by classifier and by matching with training images, those by class, and by view of crops with both."""
     val = embed(model, features["val"])
     references = embed(model, features["train"])
     numbers = np.arange(len(job.records.class_names))
@@ -8496,10 +8477,7 @@ def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> f
 
 
 def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> None:
-    """Move on to the next epoch; compare this one with the best so far by --best_metric, ties by loss; write the checkpoints.
-
-    Best comes before last, so that a run that dies in between finds itself one epoch earlier.
-    """
+    """Move on to the next epoch; compare this one with the best so far by --best_metric, ties by loss; write the checkpoints."""
     config, folder, name = job.config, job.run.path, job.config.best_metric
     state.epoch += 1
     state.batches = 0
@@ -8510,6 +8488,7 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
     if not state.best or (value, -val["loss"]) > (sign * state.best["value"], -state.best["loss"]):
         state.best = {"epoch": state.epoch, "metric": f"val_{name}", "value": sign * value, "loss": val["loss"]}
         job.run.event("best_update", **state.best)
+        # Before the last one: a run that dies in between finds itself one epoch earlier.
         save_checkpoint(folder / BEST_NAME, state, job.identity)
     if config.save_checkpoints and config.save_every and state.epoch % config.save_every == 0:
         save_checkpoint(folder / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
@@ -8681,8 +8660,7 @@ class UnseenHead(NamedTuple):
     has_passed: np.ndarray  # (Q,) bool, the answer reaches its threshold
     is_unseen: np.ndarray  # (Q,) bool, the class is not one of its own
     logits: np.ndarray  # (Q,) the largest of logistic regression on features, without the same classes
-    # Once the others are enrolled, by number of crops: scores on the same scale, bool whether one of these is answered, and bool
-    # whether that is right, (ENROLMENT_DRAWS, Q) each.
+    # By number of crops that enrol the others: the same scores, bool an enrolled class is answered, bool right; (DRAWS, Q) each.
     enrolled: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
@@ -8725,10 +8703,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         probability = scipy.special.expit(slope * head.scores + intercept)
         judged.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
     bins = reliability(*map(np.concatenate, zip(*judged, strict=True)))
-    enrolment = [
-        measure_enrolment(heads, is_test, num_crops, job.config.target_precision) for num_crops in ENROLMENT_CROPS
-    ]
-    evidence = [answers_of_enrolled(heads, is_test, num_crops) for num_crops in ENROLMENT_CROPS]
+    enrolment = [measure_enrolment(heads, is_test, count, job.config.target_precision) for count in ENROLMENT_CROPS]
+    evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
@@ -9466,13 +9442,9 @@ def start_report(run: RunDirectory) -> bool:
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
     """Return the figures of the gallery's answers, recall_at_1 among them, and those by class."""
-
-    def logits(
-        block: np.ndarray,
-    ) -> np.ndarray:  # whose softmax tells the classes apart; it knows of no unknown objects
-        return gallery.scores(block) / gallery.temperature
-
-    _, figures, per_class = classify(logits, queries.values, queries.labels, gallery.class_names)
+    _, figures, per_class = classify(
+        lambda block: gallery.scores(block) / gallery.temperature, queries.values, queries.labels, gallery.class_names
+    )
     return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 
