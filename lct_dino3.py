@@ -2462,11 +2462,7 @@ def read_file(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open the bytes of an image file; its pixels are decoded when they are first used.
-
-    Raises:
-        ImageError: with the reason, also for what goes wrong inside the block.
-    """
+    """Open the bytes of an image file, decoded when its pixels are first used. What goes wrong in the block is an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -2500,9 +2496,9 @@ def describe_tiff(data: bytes) -> str:
 
 
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Decode the bytes of an image file: the upright image, uint8 (H, W, 3); its mode in Pillow, e.g. `CMYK`; the EXIF orientation.
+    """Return the upright image, uint8 (H, W, 3), its mode in Pillow, e.g. `CMYK`, and its EXIF orientation. Raises ImageError.
 
-    `bits` are those of `find_image_bits`. Raises ImageError with the reason.
+    `bits` are those of `find_image_bits`.
     """
     import simplejpeg
 
@@ -2512,10 +2508,10 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
                 pixels = simplejpeg.decode_jpeg(data, "RGB")  # Pillow's very pixels, in half of its time
-        remaining = orientation
+        turn = orientation
         if pixels is None:
             image.load()  # a TIFF turns itself upright in that
-            remaining = image.getexif().get(0x0112, 1)
+            turn = image.getexif().get(0x0112, 1)
             if values is not None and values.shape[:2] == (image.height, image.width):
                 factor = 255 / (2 ** fitting_bits(int(values.max()), bits) - 1)
                 pixels = np.empty(values.shape, dtype=np.uint8)
@@ -2523,18 +2519,22 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
                     pixels[row] = np.rint(line * factor).clip(0, 255)
             else:
                 pixels = to_rgb(image, bits)
-        return turn_upright(pixels, remaining), mode, orientation if orientation in range(1, 9) else 1
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels), mode, orientation if orientation in range(1, 9) else 1
 
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other.
-
-    Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
-    """
+    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other."""
     import cv2
 
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
+    # Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # without EXIF; a TIFF is turned upright
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
 
@@ -2563,17 +2563,6 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
     """Return the least of the numbers of bits that holds a value, 16 where there are none."""
     return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
-
-
-def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation, 1 to 8; other values mean nothing. Unlike Pillow's own function it copies only if it must."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
@@ -2611,13 +2600,12 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
 
 
 class PathTable:
-    """Immutable list of paths in two flat arrays: a list of a million str costs every forked worker 200 MB, this nothing."""
+    """Immutable list of paths in two flat buffers: a list of a million str costs every forked worker 200 MB, this nothing."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [path.encode("utf-8") for path in paths]
-        self.offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(item) for item in encoded], out=self.offsets[1:])
-        self.data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self.data = b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -2625,7 +2613,7 @@ class PathTable:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("utf-8")
+        return self.data[self.offsets[index] : self.offsets[index + 1]].decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -2669,7 +2657,7 @@ class Listing:
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(
         default_factory=Counter
-    )  # by `entry_type`; images beside the class folders too
+    )  # by `entry_type`; images beside class folders too
 
 
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
@@ -2731,9 +2719,7 @@ class ImageTree(NamedTuple):
 
 def list_image_tree(root: Path) -> ImageTree:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    images: list[tuple[str, int, int]] = []
-    ignored: Counter[str] = Counter()
-    problems: list[tuple[str, str]] = []
+    tree = ImageTree([], np.zeros((0, 2), np.int64), [], Counter())
     waiting, seen = [""], set()
     while waiting:
         prefix = waiting.pop()
@@ -2741,7 +2727,7 @@ def list_image_tree(root: Path) -> ImageTree:
             status = (root / prefix).stat()
             entries = visible_entries(root / prefix)
         except OSError as error:
-            problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            tree.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
         if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
             continue
@@ -2749,19 +2735,17 @@ def list_image_tree(root: Path) -> ImageTree:
         for entry in entries:
             path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
             if not is_a_folder and (kind := entry_type(entry)) != ".":
-                ignored[kind] += 1
+                tree.ignored[kind] += 1
                 continue
             problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
             if problem:
-                problems.append((path, problem))
+                tree.problems.append((path, problem))
             elif is_a_folder:
                 waiting.append(f"{path}/")
             else:
-                status = entry.stat()
-                images.append((path, status.st_size, status.st_mtime_ns))
-    images.sort()
-    stamps = np.array([row[1:] for row in images], dtype=np.int64).reshape(-1, 2)
-    return ImageTree([row[0] for row in images], stamps, sorted(problems), ignored)
+                tree.paths.append(path)
+    paths = sorted(tree.paths)
+    return tree._replace(paths=paths, stamps=stat_files(root, paths), problems=sorted(tree.problems))
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -2772,10 +2756,9 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
     """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere, as does one where we may not look."""
-    try:
+    with contextlib.suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        return False
+    return False
 
 
 def entry_type(entry: os.DirEntry) -> str:
@@ -2817,39 +2800,35 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     """Return the class name of every folder; None leaves the folder out.
 
     The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; where lines `old name: new name` alone make
-    sense, they are read so.
-
-    Raises:
-        UserError: no such mapping, a folder that does not exist, or one that is named twice.
+    sense, they are read so. Raises UserError for no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
     where, mapped = f"--class_map {path}", set()
-    entries = _parse_class_map(path) if path is not None else []
-    are_pairs = all(len(old_names) == 1 for _, old_names in entries)
-    if entries and are_pairs and [name for name, _ in entries] == list(map(str, range(len(entries)))):
+    entries = _parse_class_map(path, where) if path is not None else {}
+    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
+    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
+    if entries and is_one_each and list(entries) == list(map(str, range(len(entries)))):
         raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if are_pairs and all(name in class_of for name, _ in entries) and any(old[0] not in class_of for _, old in entries):
-        entries = [(None if new[0] in NO_CLASS else new[0], [old]) for old, new in entries]
-    for new_name, old_names in entries:
-        for old_name in old_names:
-            if old_name not in class_of:
-                problem = f"names {old_name}, and data_root has no such folder"
-                some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-                raise UserError(problem, where, did_you_mean(old_name, folders, some))
-            if old_name in mapped:
-                raise UserError(f"names {old_name} twice", where, "give each folder to one class")
-            mapped.add(old_name)
-            class_of[old_name] = new_name
+    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    for new_name, old_name in pairs:
+        if old_name not in class_of:
+            problem = f"names {old_name}, and data_root has no such folder"
+            some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+            raise UserError(problem, where, did_you_mean(old_name, folders, some))
+        if old_name in mapped:
+            raise UserError(f"names {old_name} twice", where, "give each folder to one class")
+        mapped.add(old_name)
+        class_of[old_name] = new_name
     return class_of
 
 
-def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
-    where = f"--class_map {path}"
+def _parse_class_map(path: Path, where: str) -> dict[str | None, list[str]]:
     try:  # plain: a class may be called no or 010
         tree = load_yaml(read_text(path, where), is_plain=True)
     except ValueError as error:
         raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
-    entries: list[tuple[str | None, list[str]]] = []
+    entries: dict[str | None, list[str]] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         items = value if isinstance(value, list) else [value] if value else []
         if not all(isinstance(name, str) for name in (key, *items)):
@@ -2858,11 +2837,12 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
         if not _is_plain(new_name):
             problem = f"gives a class the name {printable(new_name)}, with control characters"
             raise UserError(problem, where, "rename it")
-        entries.append((None if new_name in NO_CLASS else new_name, old_names))
-    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-    if repeated or not entries:
-        problem = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
-        raise UserError(problem, where, CLASS_MAP_EXAMPLE)
+        new_name = None if new_name in NO_CLASS else new_name
+        if new_name in entries:
+            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
+        entries[new_name] = old_names
+    if not entries:
+        raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
     return entries
 
 
@@ -2883,12 +2863,14 @@ IMAGE_DTYPE = np.dtype(
 BIG_IMAGE_TURN = threading.Lock()
 
 
-def check_image(
-    path: Path, keep: Callable[[np.ndarray], None] | None = None, bits: Sequence[int] = ()
-) -> tuple[np.ndarray, str]:
+# What gets the upright image, uint8 (H, W, 3), that a check has decoded.
+Keep = Callable[[np.ndarray], None]
+
+
+def check_image(path: Path, keep: Keep | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
     """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
 
-    `keep` gets the upright image, uint8 (H, W, 3), but for one of more bits than 8 of which it is not known yet how many count.
+    One of more bits than 8 of which it is not known yet how many count is not kept.
     """
     from scipy.fft import dctn
 
@@ -2923,8 +2905,7 @@ class FileKind(NamedTuple):
 
     name: str
     dtype: np.dtype
-    # path, what gets the decoded image -> row, and the reason why the file is broken or ''
-    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
+    check: Callable[[Path, Keep | None], tuple[np.ndarray, str]]  # -> row, and the reason why the file is broken or ''
 
 
 IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
@@ -2940,6 +2921,16 @@ class FileHealth:
     reasons: dict[str, str]  # path -> why it is broken
 
 
+@contextlib.contextmanager
+def keep_memory(memory: FileMemory) -> Iterator[None]:
+    """Write down what a scan has learned, should the block be interrupted."""
+    try:
+        yield
+    except Interrupted:
+        memory.save_early()
+        raise
+
+
 def check_files(
     root: Path,
     paths: Sequence[str],
@@ -2951,45 +2942,38 @@ def check_files(
     """Look at every file once, in parallel; those that the memory knows with their size and time are not opened again.
 
     Args:
-        root, paths: the files; a path may also be absolute.
-        stats: int64 (N, 2), size in bytes and mtime in ns.
+        root, paths, stats: the files, below root or absolute; int64 (N, 2), size in bytes and mtime in ns.
         memory: learns what is found; an interrupted or a long look saves it.
         squares: gets the images, fitted.
     """
     size = kind.dtype.itemsize
     name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
-    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    recalled, todo = [], []  # positions
+    rows, reasons, todo = np.zeros(len(paths), dtype=kind.dtype), {}, []
     for index, path in enumerate(paths):
-        entry = known.get(path)
-        if entry is None or entry[:2] != stamps[index] or len(entry[2]) < size:
+        *stamp, value = known.get(path, (0, 0, b""))
+        if tuple(stamp) != stamps[index] or len(value) < size:
             todo.append(index)
             continue
-        recalled.append(index)
-        if reason := entry[2][size:]:
-            reasons[path] = reason.decode("utf-8")
-    rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
+        rows[index] = np.frombuffer(value, kind.dtype, count=1)[0]
+        if len(value) > size:
+            reasons[path] = value[size:].decode("utf-8")
 
     def look(index: int) -> tuple[np.ndarray, str]:
         keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
-    try:
-        with progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
-            for index, (row, reason) in map_in_threads(look, todo):
-                with SIGNALS.hold():
-                    rows[index] = row
-                    reasons |= {paths[index]: reason} if reason else {}
-                    memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
-                bar.update()
-                if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
-                    memory.save_early()
-                    saved_at = time.monotonic()
-    except Interrupted:
-        memory.save_early()
-        raise
+    looks = map_in_threads(look, todo)
+    with keep_memory(memory), progress(looks, len(todo), f"checking {kind.name}s", kind.name) as bar:
+        for index, (row, reason) in bar:
+            with SIGNALS.hold():
+                rows[index] = row
+                reasons |= {paths[index]: reason} if reason else {}
+                memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
+                memory.save_early()
+                saved_at = time.monotonic()
     return FileHealth(paths, stats, rows, reasons)
 
 
@@ -3006,13 +2990,10 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 
 
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
-    """Return the pairs (P, 2) of images whose hashes differ in at most `max_bits` bits and whose thumbnails agree.
+    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
 
     By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
     equal slice are compared; images with the same hash and look are compared through the first of them.
-
-    Args:
-        phashes, thumbs: uint64 (N,) and uint8 (N, K).
     """
 
     def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -3064,8 +3045,7 @@ def chain_equal(keys: np.ndarray) -> np.ndarray:
 def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
     """Return an integer key (N,) a path: files for which the regex captures the same text share it, all others stand alone.
 
-    Raises:
-        UserError: the regex matches no file name at all.
+    Raises UserError where the regex matches no file name at all.
     """
     keys = np.arange(len(paths))
     if pattern is None:
@@ -3089,7 +3069,7 @@ def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow.
+    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
 
     Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
     the class counts of the splits and their targets; single images then fill what each target lacks, rounded so that the
@@ -3099,9 +3079,6 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         labels, groups: int (N,).
         shares: of train, val and test, summing to one; a share of zero leaves that split empty.
         seed: of the order in which equal groups come.
-
-    Returns:
-        int8 (N,), index into SPLIT_NAMES.
     """
     from scipy.sparse import csr_matrix
 
@@ -3192,8 +3169,8 @@ def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndar
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
     """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
 
-    Each split is then a part of what it is without: no image moves from one to another. A run that is continued has its share in
-    its splits.json, `splits_path`: of data that have changed, another would be drawn.
+    No image moves from one split to another. A run that is continued has its share in its splits.json, `splits_path`: of data that
+    have changed, another would be drawn.
     """
     if fraction == 1:
         return records
@@ -3206,26 +3183,21 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    paths = PathTable([path for path, used in zip(records.paths, is_used, strict=True) if used])
-    rest = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
-    return dataclasses.replace(records, paths=paths, **rest)
+    paths = PathTable(list(itertools.compress(records.paths, is_used)))
+    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
+    return dataclasses.replace(records, paths=paths, **arrays)
 
 
 def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
     """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
     if config.splits == "random":
-        return assign_splits(labels, groups, tuple(split_shares(config).values()), config.seed)
+        return assign_splits(labels, groups, split_shares(config), config.seed)
     of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
     splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
     if 1 not in splits and 0 in splits:
         rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
         splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
     return splits
-
-
-def count_leaks(groups: np.ndarray, splits: np.ndarray) -> int:
-    """Return how many val and test images share a group with a training image, by group and split of each image (N,)."""
-    return int(np.isin(groups[splits != 0], groups[splits == 0]).sum())
 
 
 @dataclass(frozen=True)
@@ -3241,21 +3213,10 @@ class Scan:
     mask_health: FileHealth | None = None
 
 
-@contextlib.contextmanager
-def keep_scan(scan: Scan) -> Iterator[None]:
-    """Write down what a scan has learned, should the block be interrupted."""
-    try:
-        yield
-    except Interrupted:
-        scan.memory.save_early()
-        raise
-
-
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
     """Return the listing without dropped classes and excluded files, the class map, and how many files each --exclude matches.
 
-    Raises:
-        UserError: there is no image to look at.
+    Raises UserError where there is no image to look at.
     """
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
@@ -3292,14 +3253,11 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
     """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
 
-    Masks are not looked for: `attach_masks` does that.
+    Masks are not looked for: `attach_masks` does that. Raises UserError for data of which nothing can be used.
 
     Args:
         splits_path: of a run that is continued.
         squares: gets the images that are decoded, if there is room for all of them.
-
-    Raises:
-        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
     """
     listing, class_of, excluded = _choose_images(config)
     stats = stat_files(config.data_root, listing.paths)
@@ -3334,8 +3292,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     is_given, alone = config.splits == "from_folders", np.arange(len(used.paths))
+    # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
     naive = used.splits if is_given else choose_splits(list(used.paths), used.labels, alone, config)
-    leaks = count_leaks(used.groups, naive)
+    leaks = int(np.isin(used.groups[naive != 0], used.groups[naive == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3422,27 +3381,25 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
 
-def split_shares(config: Config) -> dict[str, float]:
-    """Return the share of the images that each split is to get; zero leaves it empty."""
-    shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
-    return dict(zip(SPLIT_NAMES, shares, strict=True))
+def split_shares(config: Config) -> tuple[float, float, float]:
+    """Return the shares of the images that train, val and test are to get; zero leaves one empty."""
+    return 1 - config.val_split - config.test_split, config.val_split, config.test_split
 
 
 def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return the splits that are to have images: of given folders, test may be missing."""
     has_test = config.splits == "random" or any(row["test"] for row in classes.values())
-    return [split for split, share in split_shares(config).items() if share > 0 and (has_test or split != "test")]
+    pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
+    return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
 
 
 def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    notes = []
-    wanted = wanted_splits(classes, config)
+    notes, wanted = [], wanted_splits(classes, config)
     for name, row in classes.items():
         lacking = " and ".join(split for split in wanted if not row[split])
         if lacking and row["usable"]:
-            groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
-            images = f"{name}: {row['usable']} images in {groups}"
+            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
             notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
     return notes
 
@@ -3455,13 +3412,11 @@ def count_classes(
     broken = Counter(class_of[of_folder[path]] for path in health.reasons)
     folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
     broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
-    table = {}
-    by_class = rows_by_class(records.labels, len(records.class_names))
-    for class_name, rows in zip(records.class_names, by_class, strict=True):
-        counts = {"usable": len(rows), "quarantined": broken[class_name]}
-        counts["groups"] = len(np.unique(records.groups[rows]))
-        by_split = np.bincount(records.splits[rows], minlength=3).tolist()
-        table[class_name] = counts | dict(zip(SPLIT_NAMES, by_split, strict=True))
+    table, by_class = {}, rows_by_class(records.labels, len(records.class_names))
+    for name, rows in zip(records.class_names, by_class, strict=True):
+        num_groups = len(np.unique(records.groups[rows]))
+        by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
+        table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
     return table
 
 
@@ -3556,24 +3511,19 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
 
 
 def read_splits(path: Path) -> dict[str, Any]:
-    """Return the content of a splits.json.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return the content of a splits.json. Raises UserError where it cannot be read."""
     try:
         table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
         if strange := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
             raise ValueError(f"{min(strange)} is none of its classes")
-        paths = [path for split in SPLIT_NAMES for items in table[split].values() for path in items]
-        if len(set(paths)) < len(paths):
-            raise ValueError(f"{Counter(paths).most_common(1)[0][0]} stands there twice")
+        counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
+        for item, count in counts.most_common(1):
+            if count > 1:
+                raise ValueError(f"{item} stands there twice")
+        return table
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot be read: {reason}", str(path), "restore it, or start afresh with --overwrite"
-        ) from error
-    return table
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
@@ -3586,10 +3536,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
 
     The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run.
-
-    Raises:
-        UserError: splits.json has other classes.
+    them fails then, and costs that image), and new ones stay out of this run. Raises UserError where the classes are others.
     """
     table = read_splits(path)
     class_names = table["classes"]
@@ -3597,12 +3544,12 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
-    rows = sorted(
-        (class_names.index(name), item, number)
-        for number, split in enumerate(SPLIT_NAMES)
+    listed = [
+        (class_names.index(name), items, i)
+        for i, split in enumerate(SPLIT_NAMES)
         for name, items in table[split].items()
-        for item in items
-    )
+    ]
+    rows = sorted((label, item, number) for label, items, number in listed for item in items)
     labels, paths, splits = zip(*rows, strict=True) if rows else ((), (), ())
     scanned = list(records.paths)
     group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
@@ -9364,7 +9311,7 @@ def run_scan(config: Config) -> None:
     if (config.out_dir / "metrics.jsonl").exists():
         raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
     scan = scan_dataset(config)
-    with keep_scan(scan):
+    with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
@@ -9596,7 +9543,7 @@ def prepare_run(
         config = dataclasses.replace(
             config, image_bits=scan.records.image_bits
         )  # also for what is asked of the run later
-        with keep_scan(scan):
+        with keep_memory(scan.memory):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:

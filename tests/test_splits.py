@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -166,14 +167,18 @@ def test_the_seed_decides_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_leaks_are_counted_as_by_hand(seed):
-    labels, groups = random_data(seed, num_classes=6, mixed=0.1)
-    groups = np.unique(groups, return_inverse=True)[1]
-    naive = lct.assign_splits(labels, np.arange(len(labels)), SHARES, seed)
-    trained_on = set(groups[naive == 0].tolist())
-    expected = sum(group in trained_on for group in groups[naive != 0].tolist())
-    assert expected > 0 and lct.count_leaks(groups, naive) == expected
-    assert lct.count_leaks(np.arange(len(labels)), naive) == 0
+def test_leaks_are_counted_as_by_hand(tmp_path, seed):
+    root = make_dataset(tmp_path / "data", {"a": 20, "b": 12}, side=24)
+    for path in sorted(root.rglob("*.png")):  # frames of shots, of which some show both classes
+        path.rename(path.with_name(f"shot{int(path.stem) // 3}_{path.name}"))
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", seed=seed, near_dup_bits=0)
+    alone = lct.scan_dataset(config)
+    grouped = lct.scan_dataset(dataclasses.replace(config, group_regex="^(shot[0-9]+)_"))
+    records, naive = grouped.records, alone.records.splits
+    trained_on = set(records.groups[naive == 0].tolist())
+    expected = sum(group in trained_on for group in records.groups[naive != 0].tolist())
+    assert expected > 0 and grouped.report["leaks_prevented"] == expected
+    assert alone.report["leaks_prevented"] == 0
 
 
 def count_classes(records: lct.Records) -> dict[str, dict[str, int]]:
