@@ -1403,9 +1403,13 @@ if __name__ == "__main__":
 import itertools
 import multiprocessing.queues
 
+import cv2
 import filelock
 import numpy as np
+import scipy.fft
+import scipy.sparse
 import scipy.special
+import simplejpeg
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -2500,8 +2504,6 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
 
     `bits` are those of `find_image_bits`.
     """
-    import simplejpeg
-
     with opened_image(data) as image:
         values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
@@ -2530,8 +2532,6 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other."""
-    import cv2
-
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
     # Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
@@ -2655,9 +2655,8 @@ class Listing:
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    ignored: Counter[str] = dataclasses.field(
-        default_factory=Counter
-    )  # by `entry_type`; images beside class folders too
+    # By `entry_type`; images beside class folders too.
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
@@ -2847,19 +2846,9 @@ def _parse_class_map(path: Path, where: str) -> dict[str | None, list[str]]:
 
 
 # What one look at an image leaves behind; `FileMemory` keeps it for every file.
-IMAGE_DTYPE = np.dtype(
-    [
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("mode", "<U6"),
-        ("orientation", "u1"),
-        ("phash", "<u8"),
-        ("digest", "<u8"),
-        ("thumb", "u1", (THUMB_SIDE * THUMB_SIDE * 3,)),
-        ("broken", "?"),
-        ("highest", "<u4"),
-    ]
-)
+IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
+IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
+IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
 
 
@@ -2872,8 +2861,6 @@ def check_image(path: Path, keep: Keep | None = None, bits: Sequence[int] = ()) 
 
     One of more bits than 8 of which it is not known yet how many count is not kept.
     """
-    from scipy.fft import dctn
-
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
@@ -2894,7 +2881,7 @@ def check_image(path: Path, keep: Keep | None = None, bits: Sequence[int] = ()) 
     health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
     # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
     # a small picture of its own.)
-    frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
+    frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
     is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
     health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
     return health, ""
@@ -2932,21 +2919,13 @@ def keep_memory(memory: FileMemory) -> Iterator[None]:
 
 
 def check_files(
-    root: Path,
-    paths: Sequence[str],
-    stats: np.ndarray,
-    kind: FileKind,
-    memory: FileMemory,
-    squares: SquareFile | None = None,
+    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
 ) -> FileHealth:
-    """Look at every file once, in parallel; those that the memory knows with their size and time are not opened again.
+    """Look once, in parallel, at every file below root, or absolute, but for those that the memory knows with their size and time.
 
-    Args:
-        root, paths, stats: the files, below root or absolute; int64 (N, 2), size in bytes and mtime in ns.
-        memory: learns what is found; an interrupted or a long look saves it.
-        squares: gets the images, fitted.
+    The memory learns what is found; an interrupted or a long look saves it. `squares` gets the images, fitted.
     """
-    size = kind.dtype.itemsize
+    size, stats = kind.dtype.itemsize, stat_files(root, paths)
     name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
     rows, reasons, todo = np.zeros(len(paths), dtype=kind.dtype), {}, []
@@ -3028,10 +3007,11 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
 
 def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
     """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
-    from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    edges = coo_matrix((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items))
+    edges = scipy.sparse.coo_matrix(
+        (np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items)
+    )
     return connected_components(edges, directed=False)[1].astype(np.int32)
 
 
@@ -3080,11 +3060,9 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         shares: of train, val and test, summing to one; a share of zero leaves that split empty.
         seed: of the order in which equal groups come.
     """
-    from scipy.sparse import csr_matrix
-
     numbers, groups = np.unique(groups, return_inverse=True)
     num_groups, num_classes = len(numbers), int(labels.max()) + 1
-    counts = csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
+    counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
     sizes = np.asarray(counts.sum(axis=1)).ravel()
     targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
     order = np.random.default_rng((seed, 0)).permutation(num_groups)
@@ -3260,18 +3238,17 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         squares: gets the images that are decoded, if there is room for all of them.
     """
     listing, class_of, excluded = _choose_images(config)
-    stats = stat_files(config.data_root, listing.paths)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
     if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
-    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
+    health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
     deep = np.flatnonzero(health.rows["highest"])
     if len(deep):  # looked at once more, now that it is known how to
         paths = [listing.paths[index] for index in deep]
         look = functools.partial(check_image, bits=image_bits)
         kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=look)
-        health.rows[deep] = check_files(config.data_root, paths, stats[deep], kind, memory, squares).rows
+        health.rows[deep] = check_files(config.data_root, paths, kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -3335,10 +3312,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     broken = [*listing.problems, *health.reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
     sizes = {}
-    for side in ("width", "height"):
-        values = rows[side]
-        sizes |= {f"{side}_min": int(values.min()), f"{side}_median": int(np.median(values))}
-        sizes[f"{side}_max"] = int(values.max())
+    for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
+        sizes[f"{side}_{measure}"] = int(getattr(np, measure)(rows[side]))
     folders, by_case, notes = Counter(listing.all_folders), {}, []
     for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
@@ -3695,7 +3670,7 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     paths = sorted({mask for path in records.paths for mask in choices[path]})
     look = functools.partial(check_mask, config.masks_dirname)
     kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, look)
-    health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
+    health = check_files(config.data_root, paths, kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
         reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
@@ -3803,8 +3778,6 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
 
     `seed` is that of the colour that `random` draws in training; None in evaluation.
     """
-    import cv2
-
     if fill.kind == "keep":
         return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
@@ -3859,15 +3832,11 @@ class Transform:
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
         """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
-        Image and mask move together; colours change last, and only those of the object.
+        Image and mask move together; colours change last, and only those of the object. `augmented` False leaves the augmentation
+        out, but not what stands before and after it. Raises ImageError where a transform of a list cannot be applied.
 
         Args:
             image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
-            seed: of the augmentation.
-            augmented: False leaves the augmentation out, but not what stands before and after it.
-
-        Raises:
-            ImageError: a transform of a list cannot be applied to this image.
         """
         image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
         if self.list_steps is None:
@@ -3886,8 +3855,6 @@ class Transform:
         """Return the fitted crop, uint8 (img_size, img_size, 3); of a crop with a mask its mask is the fourth channel."""
         if mask is None:
             return fit_square(image, self.img_size)
-        import cv2
-
         # Filled before it moves: interpolation would draw the background into the object's edge.
         filled = fill_background(image, mask, self.fill, seed if self.is_training else None)
         return fit_square(cv2.merge((filled, mask)), self.img_size)
@@ -3898,8 +3865,6 @@ class Transform:
             square = square.copy()  # libraries may write into it
         if not augmented or self.looks is None:
             return self._complete(*self._split(square, seed), seed)
-        import cv2
-
         rng = np.random.default_rng(seed)
         image, mask = self._split(move_square(square, rng), seed)
         # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
@@ -3924,8 +3889,6 @@ class Transform:
         """Return image and mask of what may have moved, with the fill once more where moving has brought in something else."""
         if square.shape[2] == 3:
             return square, None
-        import cv2
-
         image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
         if self.fill.kind != "blur":
             image = fill_background(image, mask, self.fill, seed if self.is_training else None)
@@ -3965,11 +3928,7 @@ class ListEntry(NamedTuple):
 
 
 def given_lists(config: Config) -> dict[str, list[ListEntry]]:
-    """Return the lists of transforms that are given, by option.
-
-    Raises:
-        UserError: an entry has no type.
-    """
+    """Return the lists of transforms that are given, by option. Raises UserError for an entry without a type."""
     given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
     return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
 
@@ -4008,52 +3967,37 @@ def build_transform(
 ) -> Transform:
     """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
 
-    Raises:
-        UserError: an entry of a list is wrong.
+    Raises UserError for an entry of a list that is wrong.
     """
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
-    import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
-    chosen = "train_augmentations" if augment else "val_augmentations"
-    return Transform(
-        img_size,
-        fill,
-        looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
-        is_training=augment,
-        pre_steps=build_steps(lists.get("pre_transforms", ())),
-        list_steps=build_steps(lists[chosen]) if chosen in lists else None,
-        post_steps=build_steps(lists.get("post_transforms", ())),
-        shows_mask=shows_mask,
-    )
-
-
-def _looks(A: Any) -> list[Any]:  # noqa: N803
-    """Lights and cameras, compressed pictures, and things that lie in the way."""
-    hole = (0.05, 0.18)
-    return [
-        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-        A.MotionBlur(blur_limit=(3, 7), p=0.05),
-        A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
-    ]
+    steps = {name: build_steps(entries) for name, entries in lists.items()}
+    chosen, looks = "train_augmentations" if augment else "val_augmentations", None
+    if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
+        hole = (0.05, 0.18)
+        looks = A.Compose([
+            A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
+            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
+            A.RandomGamma(gamma_limit=(75, 130), p=0.12),
+            A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
+            A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+            A.MotionBlur(blur_limit=(3, 7), p=0.05),
+            A.ImageCompression(quality_range=(50, 95), p=0.1),
+            A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
+        ])  # fmt: skip
+    pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
+    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image into the middle of a square with a gray border: antialiased bicubic, the same as Pillow's BICUBIC.
+    """Fit an image, uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0, into the middle of a square with a gray border.
 
-    On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as INTER_AREA and better than BILINEAR (paired splits:
-    nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
-
-    Args:
-        image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
+    Antialiased bicubic, the same as Pillow's BICUBIC. On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as
+    INTER_AREA and better than BILINEAR (nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
@@ -4072,8 +4016,6 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
 def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a square uint8 (S, S, 3 or 4) moved and flipped at random; a fourth channel, the mask, moves along."""
-    import cv2
-
     matrix = draw_move(rng, len(square))
     if matrix is not None:  # all moves in one: each warp would soften the picture once more
         # Three channels take cv2 twice the time of four, and give the same.
@@ -4090,8 +4032,6 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
     3 to 4 points, more than any other choice of the recipe moved.
     """
-    import cv2
-
     centre, moves = np.full(2, side / 2 - 0.5), []
 
     def add(linear: np.ndarray, shift: np.ndarray) -> None:
@@ -4121,42 +4061,29 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
 def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
     """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
 
-    A step is called with image and mask, and gives both; `set_random_state` comes first.
-
-    Raises:
-        UserError: an entry is wrong.
+    A step is called with image and mask, and gives both; `set_random_state` comes first. Raises UserError for a wrong entry.
     """
     import albumentations as A
 
     entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
-    return tuple(
-        _build_policy(entry) if entry.kind in POLICIES else A.Compose([_build_albumentation(entry)])
-        for entry in entries
-    )
-
-
-@functools.cache
-def _albumentations_by_name() -> dict[str, type]:
-    """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
-    import albumentations as A
-
-    bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
-    classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
-    return {value.__name__.lower(): value for value in classes if value not in bases}
+    return tuple(_build_policy(e) if e.kind in POLICIES else A.Compose([_build_albumentation(e)]) for e in entries)
 
 
 def _build_albumentation(entry: ListEntry) -> Any:
     """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
-    from importlib.metadata import version
+    import albumentations as A
 
-    known, where = _albumentations_by_name(), entry.where
+    bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
+    classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
+    # By name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs.
+    known, where = {value.__name__.lower(): value for value in classes if value not in bases}, entry.where
     if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
         raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
     if entry.kind not in known:
         long_names = [transform.__name__ for transform in known.values()]
         short_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in long_names]
         names = [*short_names, *long_names, *POLICIES, "to_tensor"]
-        problem = f"{entry.type} is no transform of albumentations {version('albumentations')}"
+        problem = f"{entry.type} is no transform of albumentations {A.__version__}"
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
         raise UserError(problem, f"{where}.type", remedy)
     transform = known[entry.kind]
@@ -4173,8 +4100,6 @@ def _build_albumentation(entry: ListEntry) -> Any:
 
 def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments as version 2 of albumentations wants them, where that is certain."""
-    import cv2
-
     known, arguments = inspect.signature(transform).parameters, dict(arguments)
     for old, new in RENAMED_ARGUMENTS.items():
         if old in arguments and old not in known and new in known and new not in arguments:
@@ -4215,8 +4140,7 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
 def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
     """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
 
-    Raises:
-        UserError: an entry `normalize` is not (image / 255 - mean) / std of three channels, or contradicts --mean and --std.
+    Raises UserError where an entry `normalize` is not (image / 255 - mean) / std, or contradicts --mean and --std.
     """
     asked = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
@@ -4248,8 +4172,7 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 def check_transforms(config: Config) -> None:
     """Build the lists of transforms and try them on a picture, before anything is loaded.
 
-    Raises:
-        UserError: an entry is wrong, or the lists make something that the device does not take.
+    Raises UserError where an entry is wrong, or the lists make something that the device does not take.
     """
     lists = given_lists(config)
     own_normalization(config)
@@ -4273,20 +4196,19 @@ def check_transforms(config: Config) -> None:
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
 
-    Raises:
-        UserError: a transform cannot be applied to one of them.
+    Raises UserError where a transform cannot be applied to one of them.
     """
-    lists, is_random = given_lists(config), False
+    lists, records, notes = given_lists(config), scan.records, set()
     if not lists:
         return []
     index = {path: row for row, path in enumerate(scan.listing.paths)}
-    looks = scan.health.rows[[index[path] for path in scan.records.paths]]
+    looks = scan.health.rows[[index[path] for path in records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for augment, row in itertools.product((True, False), sorted(extremes)):
-        transform, path = build_transform(config.img_size, augment, lists=lists), scan.records.paths[row]
+        transform, path = build_transform(config.img_size, augment, lists=lists), records.paths[row]
         try:
-            image = load_image(scan.records.root / path, scan.records.image_bits)
+            image = load_image(records.root / path, records.image_bits)
         except ImageError:  # gone since the scan
             continue
         try:
@@ -4295,9 +4217,11 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
             problem = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
             remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
             raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
-        is_random |= not augment and len(views) > 1
-    note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
-    return [note] if is_random else []
+        if not augment and len(views) > 1:
+            notes.add(
+                "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
+            )
+    return list(notes)
 
 
 @dataclass
@@ -4316,7 +4240,7 @@ class Policy:
         """Return image and mask, which follows the moves."""
         if self._rng.random() >= self.share:
             return {"image": image, "mask": mask}
-        policy = _make_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
+        policy = _policy_class(self.kind)(**{"fill": [PADDING_GRAY] * 3, **self.arguments})
         policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
             torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
@@ -4326,7 +4250,7 @@ class Policy:
 
 
 @functools.cache
-def _make_policy(kind: str, arguments: str) -> Any:
+def _policy_class(kind: str) -> type:
     """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
     from torchvision.transforms import v2
 
@@ -4339,7 +4263,7 @@ def _make_policy(kind: str, arguments: str) -> Any:
                 self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
             return apply(image, transform_id, *args, **kwargs)
 
-    return WithMask(**{"fill": [PADDING_GRAY] * 3, **json.loads(arguments)})
+    return WithMask
 
 
 def _build_policy(entry: ListEntry) -> Policy:
@@ -4360,11 +4284,7 @@ def _build_policy(entry: ListEntry) -> Policy:
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of the samples that an epoch augments: p(e) = start + (end - start) (e / (E - 1))^exponent.
-
-    Args:
-        epoch: from 0; a run of one epoch has p = start.
-    """
+    """Return the share of the samples that an epoch, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
     progress = min(1.0, epoch / max(1, config.epochs - 1))
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
@@ -4388,13 +4308,7 @@ class Backgrounds:
         return rng if rng.random() < self.share else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        """Return the crop on a random picture, uint8 (H, W, 3), larger than the crop.
-
-        Raises:
-            ImageError: the picture cannot be read any more.
-        """
-        import cv2
-
+        """Return the crop on a random picture, uint8 (H, W, 3). Raises ImageError where the picture cannot be read any more."""
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
             picture = load_image(self.root / path)
@@ -4415,15 +4329,11 @@ class Backgrounds:
 
 
 def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
-    """Look at all pictures of --backgrounds that the memory does not know; None if none are to be inserted.
-
-    Raises:
-        UserError: not one can be used.
-    """
+    """Look at all pictures of --backgrounds; None if none are to be inserted. Raises UserError where not one can be used."""
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    health = check_files(root, tree.paths, tree.stamps, IMAGE_KIND._replace(name="background"), memory)
+    health = check_files(root, tree.paths, IMAGE_KIND._replace(name="background"), memory)
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -4449,15 +4359,9 @@ def insert_background(
 ) -> np.ndarray:
     """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
 
-    The canvas is a random part of the picture, turned by a multiple of 90 degrees and flipped at random. With a mask the object
-    alone is pasted, as it is; its edge fades over the first pixels outside it.
-
-    Args:
-        image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object, or None.
-        picture: uint8 (h, w, 3) of any size; covers the canvas.
+    The canvas is a random part of the picture, uint8 (h, w, 3), turned by a multiple of 90 degrees and flipped at random. With a
+    mask, (H, W) above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
     """
-    import cv2
-
     height, width = image.shape[:2]
     size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
     turned = np.rot90(picture, int(rng.integers(4)))
@@ -4474,8 +4378,9 @@ def insert_background(
         place[:] = image
         return canvas
     solid = (mask > MASK_LEVEL).astype(np.float32)
-    # px; of a large crop as much as of a small one once they are fitted
-    softness = max(1.0, 0.005 * max(height, width))
+    softness = max(
+        1.0, 0.005 * max(height, width)
+    )  # px; as much of a large crop as of a small one once they are fitted
     alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
     place[:] = np.rint(alpha * image + (1 - alpha) * place)
     return canvas
@@ -4491,14 +4396,10 @@ class Mixing(NamedTuple):
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
-    """Draw how a batch is mixed; None if it is not.
+    """Draw how a batch is mixed, by the seed and `place`, its epoch and number; None if it is not.
 
     MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the box after it is clipped. lambda is folded to a
-    half or more, which for MixUp changes nothing but whose partner is whose.
-
-    Args:
-        place: epoch and batch, which with the seed decide all.
-        images: (b, C, H, W) of this process, of `num_images` in the whole batch.
+    half or more, which for MixUp changes nothing but whose partner is whose. `images`, (b, C, H, W), are those of this process.
     """
     rng = np.random.default_rng((config.seed, 9, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
@@ -4528,9 +4429,7 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-def partner_labels(
-    labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]) -> tuple[torch.Tensor, ...]:
     """Return the labels of the images that were mixed in, and the share of each image itself, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
     partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
