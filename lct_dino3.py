@@ -1412,7 +1412,7 @@ import scipy.special
 import simplejpeg
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -2482,8 +2482,6 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 def describe_tiff(data: bytes) -> str:
     """Return what kind of TIFF it is that cannot be read, or ''."""
-    from PIL import TiffImagePlugin
-
     if data[:4] not in TiffImagePlugin.PREFIXES:
         return ""
     try:
@@ -2500,10 +2498,7 @@ def describe_tiff(data: bytes) -> str:
 
 
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Return the upright image, uint8 (H, W, 3), its mode in Pillow, e.g. `CMYK`, and its EXIF orientation. Raises ImageError.
-
-    `bits` are those of `find_image_bits`.
-    """
+    """Return the upright image, uint8 (H, W, 3), its mode in Pillow and its EXIF orientation. Raises ImageError."""
     with opened_image(data) as image:
         values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
@@ -2852,15 +2847,8 @@ IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
 
 
-# What gets the upright image, uint8 (H, W, 3), that a check has decoded.
-Keep = Callable[[np.ndarray], None]
-
-
-def check_image(path: Path, keep: Keep | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
-
-    One of more bits than 8 of which it is not known yet how many count is not kept.
-    """
+def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
+    """Describe one image: an IMAGE_DTYPE scalar, and why it is broken or ''. One of more than 8 bits is not kept without `bits`."""
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
@@ -2892,7 +2880,8 @@ class FileKind(NamedTuple):
 
     name: str
     dtype: np.dtype
-    check: Callable[[Path, Keep | None], tuple[np.ndarray, str]]  # -> row, and the reason why the file is broken or ''
+    # Path, what gets the image that is decoded or None -> row, and the reason why the file is broken or ''.
+    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
 
 
 IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
@@ -2946,10 +2935,10 @@ def check_files(
     looks = map_in_threads(look, todo)
     with keep_memory(memory), progress(looks, len(todo), f"checking {kind.name}s", kind.name) as bar:
         for index, (row, reason) in bar:
-            with SIGNALS.hold():
-                rows[index] = row
-                reasons |= {paths[index]: reason} if reason else {}
-                memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            rows[index] = row
+            if reason:
+                reasons[paths[index]] = reason
+            memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
             if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
                 memory.save_early()
                 saved_at = time.monotonic()
@@ -3023,21 +3012,17 @@ def chain_equal(keys: np.ndarray) -> np.ndarray:
 
 
 def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """Return an integer key (N,) a path: files for which the regex captures the same text share it, all others stand alone.
-
-    Raises UserError where the regex matches no file name at all.
-    """
+    """Return a key (N,) a path, which files share for which the regex captures the same. Raises UserError where it matches none."""
     keys = np.arange(len(paths))
     if pattern is None:
         return keys
-    compiled, first_with = re.compile(pattern), {}
-    for index, path in enumerate(paths):
-        match = compiled.search(path.rsplit("/", 1)[-1])
+    first_with = {}
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    for index, match in enumerate(map(re.compile(pattern).search, names)):
         if match and match.group(1) is not None:
             keys[index] = first_with.setdefault(match.group(1), index)
     if not first_with:
-        example = paths[0].rsplit("/", 1)[-1] if paths else ""
-        problem = f"matches no file name, for instance not {example}"
+        problem = f"matches no file name, for instance not {''.join(names[:1])}"
         raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
 
@@ -3170,8 +3155,8 @@ def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, 
     """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
     if config.splits == "random":
         return assign_splits(labels, groups, split_shares(config), config.seed)
-    of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
-    splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
+    names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
+    splits = np.array([SPLIT_NAMES.index(name) for name in names], dtype=np.int8)
     if 1 not in splits and 0 in splits:
         rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
         splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
@@ -3192,10 +3177,7 @@ class Scan:
 
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
-    """Return the listing without dropped classes and excluded files, the class map, and how many files each --exclude matches.
-
-    Raises UserError where there is no image to look at.
-    """
+    """Return the listing without what is left out, the class map, and how many files each --exclude matches. Raises UserError."""
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
@@ -3231,11 +3213,8 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
     """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
 
-    Masks are not looked for: `attach_masks` does that. Raises UserError for data of which nothing can be used.
-
-    Args:
-        splits_path: of a run that is continued.
-        squares: gets the images that are decoded, if there is room for all of them.
+    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued; `squares` gets the images
+    that are decoded, if there is room for all of them. Raises UserError for data of which nothing can be used.
     """
     listing, class_of, excluded = _choose_images(config)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
@@ -3370,7 +3349,8 @@ def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[st
 
 def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    notes, wanted = [], wanted_splits(classes, config)
+    notes = []
+    wanted = wanted_splits(classes, config)
     for name, row in classes.items():
         lacking = " and ".join(split for split in wanted if not row[split])
         if lacking and row["usable"]:
@@ -3387,7 +3367,8 @@ def count_classes(
     broken = Counter(class_of[of_folder[path]] for path in health.reasons)
     folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
     broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
-    table, by_class = {}, rows_by_class(records.labels, len(records.class_names))
+    table = {}
+    by_class = rows_by_class(records.labels, len(records.class_names))
     for name, rows in zip(records.class_names, by_class, strict=True):
         num_groups = len(np.unique(records.groups[rows]))
         by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
@@ -3519,13 +3500,11 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
-    listed = [
-        (class_names.index(name), items, i)
-        for i, split in enumerate(SPLIT_NAMES)
-        for name, items in table[split].items()
-    ]
-    rows = sorted((label, item, number) for label, items, number in listed for item in items)
-    labels, paths, splits = zip(*rows, strict=True) if rows else ((), (), ())
+    rows = []
+    for number, split in enumerate(SPLIT_NAMES):
+        for name, items in table[split].items():
+            rows += [(class_names.index(name), item, number) for item in items]
+    labels, paths, splits = zip(*sorted(rows), strict=True) if rows else ((), (), ())
     scanned = list(records.paths)
     group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
@@ -3561,18 +3540,17 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError.
 
     Where MASK_LEVEL does not tell the object, what is opaque or, of zero and one other value, what is not zero is the object.
-    Raises ImageError.
     """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
         has_alpha = upright.has_transparency_data
         alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
+        if is_alpha and not has_alpha:
+            raise ImageError("has no alpha channel")
         if is_alpha:
-            if alpha is None:
-                raise ImageError("has no alpha channel")
             return alpha
         is_gray = upright.mode in ("1", "L")
         levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in colours
@@ -3588,8 +3566,9 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
             problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
             raise ImageError(f"{problem}, and of its values {some} none is plainly the object")
         if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
-            problem = f"its values are {some}, as of a label and of what is to be ignored"
-            raise ImageError(f"{problem}: write 0 and 255 alone")
+            raise ImageError(
+                f"its values are {some}, as of a label and of what is to be ignored: write 0 and 255 alone"
+            )
         return mask
 
 
@@ -3615,13 +3594,9 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out.
-
-    Returns:
-        The paths of PNG files by `_mask_key`; and why other images there are refused, by path.
-    """
+    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and why others are refused, by path."""
     files, refused = {}, {}
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
         prefix = f"{root}{folder}/{dirname}"
         for entry in visible_entries(config.data_root / prefix) if (config.data_root / prefix).is_dir() else ():
@@ -3648,7 +3623,7 @@ def mask_names(config: Config, path: str) -> list[str]:
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
     inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
 
 
@@ -3658,10 +3633,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
     files, refused = list_mask_files(config, folders)
     choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
-    for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
+    for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
-    for path in set(files.values()).difference(*choices.values()):
-        refused[path] = "has no image"
+    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
     crops = dict(zip(listing.paths, scan.health.rows, strict=True))
     for path in records.paths:
         choices.setdefault(path, [])
@@ -3693,13 +3667,10 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried.
-
-    A line that a killed process left half-written is passed over.
-    """
+    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried."""
     path, records = out_dir / MASK_LOG_NAME, {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a killed process left half-written
             record = json.loads(line)
             check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
             records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
@@ -3741,11 +3712,9 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read a crop and, for the masked view, its mask.
+    """Read a crop, uint8 (H, W, 3), and, for the masked view, its mask, uint8 (H, W) with 255 for the object, or None.
 
-    Returns:
-        Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
-        and the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
+    Third comes the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
     """
     image, mask_path = load_image(records.root / records.paths[row], records.image_bits), records.mask_of(row, view)
     if not mask_path:
@@ -3832,11 +3801,9 @@ class Transform:
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
         """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
-        Image and mask move together; colours change last, and only those of the object. `augmented` False leaves the augmentation
-        out, but not what stands before and after it. Raises ImageError where a transform of a list cannot be applied.
-
-        Args:
-            image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
+        The mask, uint8 (H, W), is above MASK_LEVEL for the object, None for the crop as it is. Both move together; colours change
+        last, and only those of the object. `augmented` False leaves the augmentation out, but not what stands before and after it.
+        Raises ImageError where a transform of a list cannot be applied.
         """
         image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
         if self.list_steps is None:
@@ -3965,10 +3932,7 @@ def build_transform(
     lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
-    """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
-
-    Raises UserError for an entry of a list that is wrong.
-    """
+    """Return what makes a crop a square model input; `augment` for training, `lists` of `given_lists`. Raises UserError."""
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
@@ -3976,7 +3940,8 @@ def build_transform(
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
     steps = {name: build_steps(entries) for name, entries in lists.items()}
-    chosen, looks = "train_augmentations" if augment else "val_augmentations", None
+    chosen = "train_augmentations" if augment else "val_augmentations"
+    looks = None
     if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
         hole = (0.05, 0.18)
         looks = A.Compose([
@@ -4138,10 +4103,7 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
 
 
 def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
-    """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
-
-    Raises UserError where an entry `normalize` is not (image / 255 - mean) / std, or contradicts --mean and --std.
-    """
+    """Return the mean and std that options ask for, three numbers each, or () and () for those of the model. Raises UserError."""
     asked = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
         if kind != "normalize":
@@ -4170,10 +4132,7 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 
 
 def check_transforms(config: Config) -> None:
-    """Build the lists of transforms and try them on a picture, before anything is loaded.
-
-    Raises UserError where an entry is wrong, or the lists make something that the device does not take.
-    """
+    """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
     lists = given_lists(config)
     own_normalization(config)
     side = max(512, 2 * config.img_size)
@@ -4194,10 +4153,7 @@ def check_transforms(config: Config) -> None:
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
-    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
-
-    Raises UserError where a transform cannot be applied to one of them.
-    """
+    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
     lists, records, notes = given_lists(config), scan.records, set()
     if not lists:
         return []
@@ -4445,14 +4401,16 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
-    images: torch.Tensor
+    images: (
+        torch.Tensor
+    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    # Of each process's part, where images are one of them, and labels and failures those of all.
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[
+        int, ...
+    ] = ()  # of each process's part, where images are one of them, and labels and failures those of all
 
 
 class SampleKey(NamedTuple):
@@ -4470,10 +4428,8 @@ class SampleKey(NamedTuple):
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
-# Where a fitted crop lies in `squares.u8`; `FileMemory` keeps it for every crop of a kind `name_squares` returns.
-SQUARE_DTYPE = np.dtype(
-    [("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")]
-)  # first byte, CRC-32, digest of the mask
+# Where a fitted crop lies in `squares.u8`: first byte, CRC-32, digest of the mask. `FileMemory` keeps it for every crop of a kind.
+SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
 
 
 def name_squares(side: int, fill: Any = "") -> str:
@@ -4485,13 +4441,12 @@ class SquareFile:
     """Writes crops as squares, one after the other, into `squares.u8` of a folder; several threads may.
 
     uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
-    only for speed.
+    only for speed. It goes from byte `end` to byte `room`; `prepare` is called before the first square is written.
     """
 
     def __init__(
-        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] | None = None
+        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] = lambda: None
     ) -> None:
-        """Take squares from byte `end` on, up to byte `room`; `prepare` is called before the first is written."""
         self.path = memory.folder / SQUARES_NAME
         self.memory, self.side, self.room, self.end = memory, side, room, end
         self.failure: Exception | None = None
@@ -4503,12 +4458,9 @@ class SquareFile:
         self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
+        """Put down a square of a kind `name_squares`, have the memory learn its place, and return that; -1 if there is no room.
 
-        Args:
-            kind: what `name_squares` returns.
-            path, stamp: of the crop's file; size in bytes and mtime in ns.
-            square, mask: uint8 (side, side, 3 or 4), and the digest of the mask's file.
+        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask's.
         """
         square = np.ascontiguousarray(square)
         try:
@@ -4517,19 +4469,17 @@ class SquareFile:
                 if place + square.nbytes > self.room:
                     return -1
                 if self._file is None:  # left open: when the run is interrupted, threads may still write
-                    if self._prepare is not None:
-                        self._prepare()
+                    self._prepare()
                     self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
                 self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
                 os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
+            if self.failure is not None:  # another thread has given up, and this square came after it had made room
+                raise self.failure
         except (OSError, UserError) as error:
             self.give_up(error)
-            return -1
-        if self.failure is not None:  # another thread has given up, and this square came after it had made room
-            self.give_up(self.failure)
             return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
         self.memory.learn(kind, path, stamp, value.tobytes())
@@ -4561,7 +4511,6 @@ def find_squares(
     """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
 
     Args:
-        memory, kind: of the run's folder, and what `name_squares` returns.
         crops: size in bytes and mtime in ns by path, None for a file that is gone.
         masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
     """
@@ -4617,12 +4566,9 @@ class CropDataset(Dataset):
     """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
     def __init__(
-        self,
-        records: Records,
-        transform: Transform,
-        backgrounds: Backgrounds | None = None,
-        store: SquareStore | None = None,
+        self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None, store: Any = None
     ) -> None:
+        """Read crops of these records, from their `SquareStore` where that has them."""
         self.records, self.transform, self.backgrounds = records, transform, backgrounds
         self.store = store if store is not None and store.records is records else None
 
@@ -4689,24 +4635,21 @@ class EpochSampler(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for keys in itertools.islice(self._all_batches(), self.first_batch, None):
-            yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
-
-    def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
         share = augmentation_share(self.config, self.epoch)
         gates = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
         seen: Counter[int] = Counter()
-        for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
+        for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
             for row, view, gate in drawn:
                 words, showing = sample_words(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
                 keys.append(SampleKey(row, words, int(view), showing, gate))
                 seen[row] += 1
-            yield keys
+            if number >= self.first_batch:
+                yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
@@ -4761,12 +4704,8 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
 
-    Workers that live and deliver nothing for LOADER_SECONDS are killed.
-
-    `read` starts reading; it gets the number of loaders that have failed and of batches that have been yielded.
-
-    Raises:
-        DeadWorker: that has happened LOADER_RESTARTS times.
+    Workers that deliver nothing for LOADER_SECONDS are killed. `read` starts reading; it gets the number of loaders that have
+    failed and of batches that have been yielded. Raises DeadWorker when that has happened LOADER_RESTARTS times.
     """
     taken = 0
     is_stalled = threading.Event()
@@ -4820,9 +4759,6 @@ def take_turns(
     """Yield the answer to each batch, in order; processes take turns, the first one yields all answers, and the others none.
 
     `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
-
-    Raises:
-        DeadWorker: loader workers are killed again and again.
     """
     batches_of_rank = batches[get_rank() :: get_world_size()]
     read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
