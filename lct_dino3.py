@@ -2646,7 +2646,7 @@ class Listing:
     """What the folders hold, before any image is opened."""
 
     paths: list[str]  # relative to data_root, with '/'
-    folders: list[str]  # class folder of each path, NFC
+    folder_of: dict[str, str]  # class folder of each path, NFC; also of what is excluded, or a problem
     problems: list[tuple[str, str]]  # path, reason
     all_folders: list[str]  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
@@ -2658,11 +2658,8 @@ ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
-    """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
-
-    Hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
-    """
-    listing = Listing([], [], [], [])
+    """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
+    listing = Listing([], {}, [], [])
     folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
@@ -2679,6 +2676,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
+        listing.folder_of[prefix] = class_name
         try:
             entries = visible_entries(data_root / prefix)
         except OSError as error:
@@ -2689,11 +2687,12 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             if kind != ".":
                 if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored[kind] += 1
-            elif problem := entry_problem(entry):
+                continue
+            listing.folder_of[path] = class_name
+            if problem := entry_problem(entry):
                 listing.problems.append((path, problem))
             else:
                 listing.paths.append(path)
-                listing.folders.append(class_name)
     return listing
 
 
@@ -3188,16 +3187,13 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
-    is_dropped = dict.fromkeys(listing.folders, True)  # whole, as by `rulers/*`
-    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
-        name = path.rsplit("/", 1)[-1]
+    is_dropped = {}  # whole, as by `rulers/*`
+    for path in listing.paths:
+        folder, name = listing.folder_of[path], path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
-        is_dropped[folder] &= any("/" in glob for glob in hits)
-        if not hits and class_of[folder] is not None:
-            used.append(index)
-        else:
-            excluded.append(path)
+        is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
+        (excluded if hits or class_of[folder] is None else used).append(path)
     if excluded and not used:
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
@@ -3206,8 +3202,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         question = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
-    paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
-    return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
+    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
@@ -3235,9 +3230,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
-    order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
+    label_of = {path: number[class_of[listing.folder_of[path]]] for path in listing.paths}
+    order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
-    labels = np.array([number[class_of[listing.folders[i]]] for i in order], dtype=np.int32)
+    labels = np.array([label_of[path] for path in paths], dtype=np.int32)
     looks = health.rows[order]
     near = find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits)
     duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
@@ -3270,8 +3266,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if len(deep) and image_bits != (16,):
         some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
         report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
-    report["classes"] = count_classes(used, listing, health, class_of, config.splits)
-    report["warnings"] += find_warnings(report["classes"], config)
+    unusable = (*dict(listing.problems), *health.reasons)
+    broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
+    report["classes"], notes = count_classes(used, broken, config)
+    report["warnings"] += notes
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
 
 
@@ -3301,9 +3299,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    pairs = zip(listing.paths, listing.folders, strict=True)
-    cut = {folder for path, folder in pairs if path.split("/")[-2] == "cropped"}
-    if cut and (uncut := sorted({*listing.folders} - cut)):
+    cut = {listing.folder_of[path] for path in listing.paths if path.split("/")[-2] == "cropped"}
+    if cut and (uncut := sorted({listing.folder_of[path] for path in listing.paths} - cut)):
         some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
         notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:
@@ -3347,33 +3344,23 @@ def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[st
     return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
 
 
-def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
-    """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    notes = []
-    wanted = wanted_splits(classes, config)
-    for name, row in classes.items():
-        lacking = " and ".join(split for split in wanted if not row[split])
-        if lacking and row["usable"]:
-            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
-            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
-    return notes
-
-
 def count_classes(
-    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str = "random"
-) -> dict[str, dict[str, int]]:
-    """Return per class: usable and quarantined images, groups, and images in each split."""
-    of_folder = dict(zip(listing.paths, listing.folders, strict=True))
-    broken = Counter(class_of[of_folder[path]] for path in health.reasons)
-    folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
-    broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
-    table = {}
+    records: Records, broken: Counter[str | None], config: Config
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return usable and `broken` images, groups, and images in each split by class; and a note on each of too few groups."""
+    table, notes = {}, []
     by_class = rows_by_class(records.labels, len(records.class_names))
     for name, rows in zip(records.class_names, by_class, strict=True):
         num_groups = len(np.unique(records.groups[rows]))
         by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
         table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
-    return table
+    wanted = wanted_splits(table, config)
+    for name, row in table.items():
+        lacking = " and ".join(split for split in wanted if not row[split])
+        if lacking and row["usable"]:
+            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
+            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+    return table, notes
 
 
 def check_trainable(scan: Scan, config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -181,24 +182,16 @@ def test_leaks_are_counted_as_by_hand(tmp_path, seed):
     assert alone.report["leaks_prevented"] == 0
 
 
-def count_classes(records: lct.Records) -> dict[str, dict[str, int]]:
-    nothing = np.zeros((0, 2), np.int64)
-    return lct.count_classes(
-        records, lct.Listing([], [], nothing, [], []), lct.FileHealth([], nothing, nothing, {}), {}
-    )
-
-
 def test_warnings_name_the_class_and_what_it_lacks():
     labels, groups = np.repeat([0, 1, 2], [6, 5, 4]), np.r_[0:6, [6] * 5, [7, 7, 8, 8]]
     records = make_records(labels, groups, lct.assign_splits(labels, groups, SHARES, 0))
-    found = lct.find_warnings(count_classes(records), lct.Config())
+    _, found = lct.count_classes(records, Counter(), lct.Config())
     assert len(found) == 2
     assert found[0].startswith("class 1: 5 images in 1 group, so none in val and test")
     assert found[1].startswith("class 2: 4 images in 2 groups, so none in test")
     no_test = make_records(labels, groups, lct.assign_splits(labels, groups, NO_TEST, 0))
-    assert [text.split(":")[0] for text in lct.find_warnings(count_classes(no_test), lct.Config(test_split=0.0))] == [
-        "class 1"
-    ]
+    _, found = lct.count_classes(no_test, Counter(), lct.Config(test_split=0.0))
+    assert [text.split(":")[0] for text in found] == ["class 1"]
 
 
 # --- grouping by name
