@@ -2584,8 +2584,7 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     for box in boxes:
         strip = image.crop(box)
         if factor is not None:
-            gray = np.rint(np.asarray(strip, dtype=np.float64) * factor)
-            rgb[box[1] : box[3]] = np.clip(gray, 0, 255).astype(np.uint8)[:, :, None]
+            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
             continue
         if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
             rgba = strip.convert("RGBA")
@@ -2652,9 +2651,6 @@ class Listing:
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     # By `entry_type`; images beside class folders too.
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
-ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
@@ -2844,6 +2840,7 @@ IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest"
 IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
 IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
+ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
 def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
@@ -2916,15 +2913,17 @@ def check_files(
     size, stats = kind.dtype.itemsize, stat_files(root, paths)
     name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
-    rows, reasons, todo = np.zeros(len(paths), dtype=kind.dtype), {}, []
+    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
+    todo, recalled = [], {}  # position, and position -> row as bytes
     for index, path in enumerate(paths):
-        *stamp, value = known.get(path, (0, 0, b""))
-        if tuple(stamp) != stamps[index] or len(value) < size:
+        num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
+        if (num_bytes, mtime_ns) != stamps[index] or len(value) < size:
             todo.append(index)
             continue
-        rows[index] = np.frombuffer(value, kind.dtype, count=1)[0]
+        recalled[index] = value[:size]
         if len(value) > size:
             reasons[path] = value[size:].decode("utf-8")
+    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
 
     def look(index: int) -> tuple[np.ndarray, str]:
         keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
@@ -4089,7 +4088,7 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
+def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
     """Return the mean and std that options ask for, three numbers each, or () and () for those of the model. Raises UserError."""
     asked = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
@@ -4121,7 +4120,7 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 def check_transforms(config: Config) -> None:
     """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
     lists = given_lists(config)
-    own_normalization(config)
+    given_normalization(config)
     side = max(512, 2 * config.img_size)
     image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
     for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
@@ -4141,7 +4140,8 @@ def check_transforms(config: Config) -> None:
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
-    lists, records, notes = given_lists(config), scan.records, set()
+    lists, records = given_lists(config), scan.records
+    is_random = False
     if not lists:
         return []
     index = {path: row for row, path in enumerate(scan.listing.paths)}
@@ -4160,11 +4160,9 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
             problem = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
             remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
             raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
-        if not augment and len(views) > 1:
-            notes.add(
-                "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
-            )
-    return list(notes)
+        is_random |= not augment and len(views) > 1
+    note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
+    return [note] if is_random else []
 
 
 @dataclass
@@ -4321,9 +4319,8 @@ def insert_background(
         place[:] = image
         return canvas
     solid = (mask > MASK_LEVEL).astype(np.float32)
-    softness = max(
-        1.0, 0.005 * max(height, width)
-    )  # px; as much of a large crop as of a small one once they are fitted
+    # px; as much of a large crop as of a small one once they are fitted
+    softness = max(1.0, 0.005 * max(height, width))
     alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
     place[:] = np.rint(alpha * image + (1 - alpha) * place)
     return canvas
@@ -5030,7 +5027,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     """
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
-    mean, std = own_normalization(config)
+    mean, std = given_normalization(config)
     pooling = getattr(getattr(model, "global_pool", None), "pool_type", None)
     hashes = hash_tensors(model)
     info = BackboneInfo(

@@ -189,10 +189,10 @@ def test_a_wrong_list_ends_the_command_and_nothing_is_written(
 def test_normalize_sets_what_the_device_subtracts(call_main: Any, small_data: Path, tmp_path: Path) -> None:
     half, lists = [0.5, 0.5, 0.5], "[{type: to_tensor}, {type: normalize, mean: [.5, .5, .5], std: [.5, .5, .5]}]"
     config = lct.parse_command_line(["--post_transforms", lists])
-    assert lct.own_normalization(config) == (tuple(half), tuple(half))
-    assert lct.own_normalization(lct.parse_command_line(["--post_transforms", "[{type: normalize}]"])) == ((), ())
+    assert lct.given_normalization(config) == (tuple(half), tuple(half))
+    assert lct.given_normalization(lct.parse_command_line(["--post_transforms", "[{type: normalize}]"])) == ((), ())
     with pytest.raises(lct.UserError, match=r"(?s)post_transforms\[1\].* give one mean and std"):
-        lct.own_normalization(lct.dataclasses.replace(config, mean=(0.4, 0.4, 0.4), std=(0.5, 0.5, 0.5)))
+        lct.given_normalization(lct.dataclasses.replace(config, mean=(0.4, 0.4, 0.4), std=(0.5, 0.5, 0.5)))
     argv = ("--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN, "--post_transforms", lists)
     assert call_main(*argv, "--pre_transforms", "[{type: median_blur, p: 1}]") == 0
     written = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
