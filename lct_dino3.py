@@ -3552,9 +3552,8 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
             problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
             raise ImageError(f"{problem}, and of its values {some} none is plainly the object")
         if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
-            raise ImageError(
-                f"its values are {some}, as of a label and of what is to be ignored: write 0 and 255 alone"
-            )
+            problem = f"its values are {some}, as of a label and of what is to be ignored"
+            raise ImageError(f"{problem}: write 0 and 255 alone")
         return mask
 
 
@@ -4385,16 +4384,12 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    images: (
-        torch.Tensor
-    )  # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W), channels last in memory; or features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    sizes: tuple[
-        int, ...
-    ] = ()  # of each process's part, where images are one of them, and labels and failures those of all
+    sizes: tuple[int, ...] = ()  # of each process's part, where images are one, and labels and failures of all
 
 
 class SampleKey(NamedTuple):
