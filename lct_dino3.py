@@ -2534,13 +2534,6 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
 
 
-def highest_value(data: bytes) -> int:
-    """Return the highest value in an image of more than 8 bits a channel, and 0 for all others."""
-    with opened_image(data) as image:
-        values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-    return 0 if values is None else int(values.max())
-
-
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     """Return how many bits images of more than 8 a channel really use, by the highest value in each (n,), 0 where it has 8.
 
@@ -2644,18 +2637,21 @@ class Records:
 class Listing:
     """What the folders hold, before any image is opened."""
 
-    paths: list[str]  # relative to data_root, with '/'
-    folder_of: dict[str, str]  # class folder of each path, NFC; also of what is excluded, or a problem
-    problems: list[tuple[str, str]]  # path, reason
-    all_folders: list[str]  # every class folder, also the empty ones
+    paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
+    folder_of: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # class folder by path, NFC; also of excluded and problems
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
+    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    # By `entry_type`; images beside class folders too.
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    ignored: Counter[str] = dataclasses.field(
+        default_factory=Counter
+    )  # by `entry_type`; images beside class folders too
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
     """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
-    listing = Listing([], {}, [], [])
+    listing = Listing()
     folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
@@ -2697,18 +2693,9 @@ def class_folder(path: str, splits: str) -> str:
     return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
 
 
-class ImageTree(NamedTuple):
-    """The image files below a folder."""
-
-    paths: list[str]  # relative, with '/', sorted
-    stamps: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
-    problems: list[tuple[str, str]]  # path, reason
-    ignored: Counter[str]  # files of other types, by suffix
-
-
-def list_image_tree(root: Path) -> ImageTree:
+def list_image_tree(root: Path) -> Listing:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    tree = ImageTree([], np.zeros((0, 2), np.int64), [], Counter())
+    tree = Listing()
     waiting, seen = [""], set()
     while waiting:
         prefix = waiting.pop()
@@ -2733,8 +2720,9 @@ def list_image_tree(root: Path) -> ImageTree:
                 waiting.append(f"{path}/")
             else:
                 tree.paths.append(path)
-    paths = sorted(tree.paths)
-    return tree._replace(paths=paths, stamps=stat_files(root, paths), problems=sorted(tree.problems))
+    tree.paths.sort()
+    tree.problems.sort()
+    return tree
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -2852,7 +2840,9 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
             pixels, health["mode"], health["orientation"] = decode_image(data, bits)
-            health["highest"] = highest_value(data)
+            with opened_image(data) as image:
+                values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+            health["highest"] = 0 if values is None else int(values.max())  # 0 where it has 8 bits a channel
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
             if keep is not None and (bits or not health["highest"]):
                 keep(pixels)
@@ -3856,7 +3846,7 @@ class Transform:
             image = fill_background(image, mask, self.fill, words[0] if self.is_training else None)
         rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
         for step in steps:
-            name = step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
+            name = getattr(step, "kind", "") or type(step.transforms[0]).__name__
             step.set_random_state(rng, generator)
             try:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
@@ -4164,38 +4154,26 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     return [note] if is_random else []
 
 
-@dataclass
-class Policy:
-    """RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), as torchvision has them, as a step of a list."""
-
-    kind: str  # of POLICIES
-    arguments: dict[str, Any]
-    share: float  # of the samples
-
-    def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
-        """Draw from this generator."""
-        self._rng = rng
-
-    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-        """Return image and mask, which follows the moves."""
-        if self._rng.random() >= self.share:
-            return {"image": image, "mask": mask}
-        policy = _policy_class(self.kind)(**{"fill": [PADDING_GRAY] * 3, **self.arguments})
-        policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
-            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
-            moved = policy(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        mask = None if mask is None else policy.mask[0].numpy()
-        return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
-
-
-@functools.cache
-def _policy_class(kind: str) -> type:
-    """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
+def make_policy(kind: str, arguments: dict[str, Any], share: float) -> Any:
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step for a share of samples."""
     from torchvision.transforms import v2
 
-    class WithMask(getattr(v2, POLICIES[kind])):
-        mask: torch.Tensor | None = None
+    class Policy(getattr(v2, POLICIES[kind])):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return make_policy, (kind, arguments, share)
+
+        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+            self.rng = rng
+
+        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+            if self.rng.random() >= share:
+                return {"image": image, "mask": mask}
+            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
+                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
+                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            mask = None if mask is None else self.mask[0].numpy()
+            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
 
         def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
             apply = super()._apply_image_or_video_transform
@@ -4203,10 +4181,12 @@ def _policy_class(kind: str) -> type:
                 self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
             return apply(image, transform_id, *args, **kwargs)
 
-    return WithMask
+    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
+    policy.kind = kind
+    return policy
 
 
-def _build_policy(entry: ListEntry) -> Policy:
+def _build_policy(entry: ListEntry) -> Any:
     from torchvision.transforms import v2
 
     policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
@@ -4220,7 +4200,7 @@ def _build_policy(entry: ListEntry) -> Policy:
     if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
         raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, arguments, float(probability))
+    return make_policy(entry.kind, arguments, float(probability))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
@@ -4248,7 +4228,12 @@ class Backgrounds:
         return rng if rng.random() < self.share else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        """Return the crop on a random picture, uint8 (H, W, 3). Raises ImageError where the picture cannot be read any more."""
+        """Return the crop at a random place of a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large on either axis.
+
+        The canvas is a random part of a random picture, turned by a multiple of 90 degrees and flipped at random. With a mask,
+        above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
+        Raises ImageError where the picture cannot be read any more.
+        """
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
             picture = load_image(self.root / path)
@@ -4259,7 +4244,27 @@ class Backgrounds:
             size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-        return insert_background(image, mask, picture, rng, self.max_ratio)
+        height, width = image.shape[:2]
+        size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
+        turned = np.rot90(picture, int(rng.integers(4)))
+        turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+        # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
+        scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
+        sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
+        top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
+        seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+        canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+        top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
+        place = canvas[top : top + height, left : left + width]
+        if mask is None:
+            place[:] = image
+            return canvas
+        solid = (mask > MASK_LEVEL).astype(np.float32)
+        # px; as much of a large crop as of a small one once they are fitted
+        softness = max(1.0, 0.005 * max(height, width))
+        alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
+        place[:] = np.rint(alpha * image + (1 - alpha) * place)
+        return canvas
 
     def describe(self) -> str:
         """Return in words how many pictures there are, and which cannot be used."""
@@ -4292,37 +4297,6 @@ def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
         return {"backgrounds": None}
     pictures = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
     return {"backgrounds": f"{pictures}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
-
-
-def insert_background(
-    image: np.ndarray, mask: np.ndarray | None, picture: np.ndarray, rng: np.random.Generator, max_ratio: float
-) -> np.ndarray:
-    """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
-
-    The canvas is a random part of the picture, uint8 (h, w, 3), turned by a multiple of 90 degrees and flipped at random. With a
-    mask, (H, W) above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
-    """
-    height, width = image.shape[:2]
-    size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
-    turned = np.rot90(picture, int(rng.integers(4)))
-    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
-    scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
-    sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
-    top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
-    seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
-    canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
-    top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
-    place = canvas[top : top + height, left : left + width]
-    if mask is None:
-        place[:] = image
-        return canvas
-    solid = (mask > MASK_LEVEL).astype(np.float32)
-    # px; as much of a large crop as of a small one once they are fitted
-    softness = max(1.0, 0.005 * max(height, width))
-    alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
-    place[:] = np.rint(alpha * image + (1 - alpha) * place)
-    return canvas
 
 
 # Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.

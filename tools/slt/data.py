@@ -54,9 +54,8 @@ def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
             tree = lct.list_image_tree(source)
             for path, reason in tree.problems:
                 lct.show(f"warning: left out: {source / path}: {reason}")
-            files |= {
-                str((source / p).resolve()): int(size) for p, size in zip(tree.paths, tree.stamps[:, 0], strict=True)
-            }
+            sizes = lct.stat_files(source, tree.paths)[:, 0].tolist()
+            files |= {str((source / path).resolve()): size for path, size in zip(tree.paths, sizes, strict=True)}
         elif source.suffix.lower() in lct.IMAGE_SUFFIXES:
             files[str(source.resolve())] = source.stat().st_size
         else:
