@@ -4217,7 +4217,7 @@ class Backgrounds:
     health: FileHealth  # of all that lie in the folder
     root: Path
     paths: PathTable  # of those that can be read, relative to root
-    digest: str  # over names and contents of these
+    identity: str  # what must be equal for a run to go on
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
     max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
@@ -4286,17 +4286,10 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = [tree.paths[row] for row in usable.tolist()]
-    digest = fingerprint(paths, health.rows["digest"][usable])
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    return Backgrounds(health, root, PathTable(paths), digest, share, max_ratio, max_side=2 * config.img_size)
-
-
-def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
-    """Return what must be equal of the backgrounds for a run to go on."""
-    if backgrounds is None:
-        return {"backgrounds": None}
-    pictures = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
-    return {"backgrounds": f"{pictures}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
+    identity = f"{len(paths)} pictures of contents {fingerprint(paths, health.rows['digest'][usable])}"
+    identity += f", p {share}, max_ratio {max_ratio}"
+    return Backgrounds(health, root, PathTable(paths), identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
@@ -7945,7 +7938,8 @@ class Job:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        return make_identity(self.config, self.records.class_names, self.info) | identify_backgrounds(self.backgrounds)
+        identity = make_identity(self.config, self.records.class_names, self.info)
+        return identity | {"backgrounds": self.backgrounds and self.backgrounds.identity}
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
@@ -9385,7 +9379,8 @@ def plan_run(
         if config.cache_views is None:  # as it was decided when the run began
             config = dataclasses.replace(config, cache_views=point.payload["identity"].get("cache_views"))
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
-        identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
+        identity = make_identity(config, records.class_names, None)
+        identity["backgrounds"] = backgrounds and backgrounds.identity
         check_identity(point.path, point.payload["identity"], identity)
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
@@ -9486,7 +9481,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
             "masks_hash": records.masks_hash,
             "images": len(records.paths),
             "classes": list(records.class_names),
-            **identify_backgrounds(job.backgrounds),
+            "backgrounds": job.backgrounds and job.backgrounds.identity,
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
