@@ -2780,27 +2780,9 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     sense, they are read so. Raises UserError for no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    where, mapped = f"--class_map {path}", set()
-    entries = _parse_class_map(path, where) if path is not None else {}
-    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
-    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
-    if entries and is_one_each and list(entries) == list(map(str, range(len(entries)))):
-        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
-        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
-    for new_name, old_name in pairs:
-        if old_name not in class_of:
-            problem = f"names {old_name}, and data_root has no such folder"
-            some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-            raise UserError(problem, where, did_you_mean(old_name, folders, some))
-        if old_name in mapped:
-            raise UserError(f"names {old_name} twice", where, "give each folder to one class")
-        mapped.add(old_name)
-        class_of[old_name] = new_name
-    return class_of
-
-
-def _parse_class_map(path: Path, where: str) -> dict[str | None, list[str]]:
+    if path is None:
+        return class_of
+    where = f"--class_map {path}"
     try:  # plain: a class may be called no or 010
         tree = load_yaml(read_text(path, where), is_plain=True)
     except ValueError as error:
@@ -2820,7 +2802,20 @@ def _parse_class_map(path: Path, where: str) -> dict[str | None, list[str]]:
         entries[new_name] = old_names
     if not entries:
         raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
-    return entries
+    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
+    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
+    if is_one_each and list(entries) == list(map(str, range(len(entries)))):
+        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
+    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    counts = Counter(old for _, old in pairs)
+    if unknown := [name for name in counts if name not in class_of]:
+        problem = f"names {unknown[0]}, and data_root has no such folder"
+        some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+        raise UserError(problem, where, did_you_mean(unknown[0], folders, some))
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
+    return class_of | {old: new for new, old in pairs}
 
 
 # What one look at an image leaves behind; `FileMemory` keeps it for every file.
@@ -3625,8 +3620,27 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
-    report = scan.report | {"masks": describe_masks(scan, masks, refused, config)}
-    report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
+    log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
+    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
+    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
+        record, counts = log.get(crop), classes[records.class_names[label]]
+        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
+        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
+        counts["masks"] += bool(mask)
+        counts["made"] += bool(mask and record and not record["reason"])
+        if record and record["reason"] and not mask:
+            counts["not_made"] += 1
+            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
+    report = dict(scan.report)
+    report["masks"] = {
+        "usable": len(masks) - kinds["none"],
+        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
+        "made": sum(counts["made"] for counts in classes.values()),
+        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
+        "not_made": not_made,
+        "classes": classes,
+    }
+    report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
     contents = {path: row_of[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(contents) if contents else ""
     records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=masks_hash)
@@ -3650,30 +3664,6 @@ def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
             check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
             records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
     return records
-
-
-def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
-    """Return the part of the data report about masks: kinds, those refused, those SAM-2 made or failed to make, counts by class."""
-    records, log = scan.records, read_mask_log(config.out_dir)
-    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
-    kinds, not_made = Counter(), []
-    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
-        record, counts = log.get(crop), classes[records.class_names[label]]
-        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
-        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
-        counts["masks"] += bool(mask)
-        counts["made"] += bool(mask and record and not record["reason"])
-        if record and record["reason"] and not mask:
-            counts["not_made"] += 1
-            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
-    return {
-        "usable": len(masks) - kinds["none"],
-        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
-        "made": sum(counts["made"] for counts in classes.values()),
-        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
-        "not_made": not_made,
-        "classes": classes,
-    }
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -3768,7 +3758,8 @@ class Transform:
     fill: Fill  # replaces what is outside the mask, padding included (but for blur)
     looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
     is_training: bool = False  # what is random may be so
-    pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; a step is what `build_steps` makes of an entry
+    # Of --pre_transforms; called with image and mask, a step gives both; `set_random_state` comes first.
+    pre_steps: tuple[Any, ...] = ()
     list_steps: tuple[Any, ...] | None = None  # stand for the built-in augmentation; None = it is wanted
     post_steps: tuple[Any, ...] = ()  # of --post_transforms
     shows_mask: bool = False  # as a fourth channel
@@ -3914,7 +3905,11 @@ def build_transform(
     import albumentations as A
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
-    steps = {name: build_steps(entries) for name, entries in lists.items()}
+    steps = {}
+    for name, entries in lists.items():
+        entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
+        made = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        steps[name] = tuple(made)
     chosen = "train_augmentations" if augment else "val_augmentations"
     looks = None
     if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
@@ -3998,19 +3993,8 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
 
 
 # Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
-def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
-    """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
-
-    A step is called with image and mask, and gives both; `set_random_state` comes first. Raises UserError for a wrong entry.
-    """
-    import albumentations as A
-
-    entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
-    return tuple(_build_policy(e) if e.kind in POLICIES else A.Compose([_build_albumentation(e)]) for e in entries)
-
-
-def _build_albumentation(entry: ListEntry) -> Any:
-    """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+def _build_transform(entry: ListEntry) -> Any:
+    """Return albumentations' transform of an entry; its own `transforms`, as OneOf has, are entries too."""
     import albumentations as A
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
@@ -4026,35 +4010,29 @@ def _build_albumentation(entry: ListEntry) -> Any:
         problem = f"{entry.type} is no transform of albumentations {A.__version__}"
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
         raise UserError(problem, f"{where}.type", remedy)
-    transform = known[entry.kind]
-    arguments = _translate_arguments(transform, entry.arguments)
-    _check_arguments(where, transform, arguments)
-    if isinstance(arguments.get("transforms"), list):
-        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
-        arguments["transforms"] = [_build_albumentation(item) for item in inner]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
-        return _construct(where, transform, arguments)
-
-
-def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as version 2 of albumentations wants them, where that is certain."""
-    known, arguments = inspect.signature(transform).parameters, dict(arguments)
-    for old, new in RENAMED_ARGUMENTS.items():
-        if old in arguments and old not in known and new in known and new not in arguments:
+    transform, arguments = known[entry.kind], dict(entry.arguments)
+    wanted = inspect.signature(transform).parameters
+    for old, new in RENAMED_ARGUMENTS.items():  # into what version 2 wants, where that is certain
+        if old in arguments and old not in wanted and new in wanted and new not in arguments:
             arguments[new] = arguments.pop(old)
     for new, (low, high) in RANGE_ARGUMENTS.items():
-        if high in arguments and high not in known and new in known and new not in arguments:
+        if high in arguments and high not in wanted and new in wanted and new not in arguments:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in known:
+    if isinstance(arguments.get("always_apply"), bool) and "p" in wanted:
         arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
-    return arguments
+    _check_arguments(where, transform, arguments)
+    if isinstance(arguments.get("transforms"), list):
+        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
+        arguments["transforms"] = [_build_transform(item) for item in inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
+        return _construct(where, transform, arguments)
 
 
 def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
