@@ -154,7 +154,8 @@ def read_labelled(
     """
     listing = lct.list_images(folder)
     where = f"{options.place('knn_dir')} {folder}"
-    classes = sorted(set(listing.folders))
+    folders = [listing.folder_of[path] for path in listing.paths]
+    classes = sorted(set(folders))
     if names is None and len(classes) < 2:
         raise lct.UserError(f"holds {len(classes)} folders of images, and classes need two", where, "a folder a class")
     if lacking := sorted(set(classes) - set(names or classes)):
@@ -163,7 +164,7 @@ def read_labelled(
     rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES) or 1)
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
     good, squares = check_files(paths, options.image_size)
-    labels = np.array([names.index(listing.folders[rows[number]]) for number in good], dtype=np.int64)
+    labels = np.array([names.index(folders[rows[number]]) for number in good], dtype=np.int64)
     return (
         LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels),
         [paths[number] for number in good],
