@@ -1412,12 +1412,16 @@ if __name__ == "__main__":
 import itertools
 import multiprocessing.queues
 
+import cv2
 import filelock
 import numpy as np
+import scipy.fft
+import scipy.sparse
 import scipy.special
+import simplejpeg
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -2471,11 +2475,7 @@ def read_file(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open the bytes of an image file; its pixels are decoded when they are first used.
-
-    Raises:
-        ImageError: with the reason, also for what goes wrong inside the block.
-    """
+    """Open the bytes of an image file, decoded when its pixels are first used. What goes wrong in the block is an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -2491,8 +2491,6 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 def describe_tiff(data: bytes) -> str:
     """Return what kind of TIFF it is that cannot be read, or ''."""
-    from PIL import TiffImagePlugin
-
     if data[:4] not in TiffImagePlugin.PREFIXES:
         return ""
     try:
@@ -2509,22 +2507,17 @@ def describe_tiff(data: bytes) -> str:
 
 
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Decode the bytes of an image file: the upright image, uint8 (H, W, 3); its mode in Pillow, e.g. `CMYK`; the EXIF orientation.
-
-    `bits` are those of `find_image_bits`. Raises ImageError with the reason.
-    """
-    import simplejpeg
-
+    """Return the upright image, uint8 (H, W, 3), its mode in Pillow and its EXIF orientation. Raises ImageError."""
     with opened_image(data) as image:
         values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
                 pixels = simplejpeg.decode_jpeg(data, "RGB")  # Pillow's very pixels, in half of its time
-        remaining = orientation
+        turn = orientation
         if pixels is None:
             image.load()  # a TIFF turns itself upright in that
-            remaining = image.getexif().get(0x0112, 1)
+            turn = image.getexif().get(0x0112, 1)
             if values is not None and values.shape[:2] == (image.height, image.width):
                 factor = 255 / (2 ** fitting_bits(int(values.max()), bits) - 1)
                 pixels = np.empty(values.shape, dtype=np.uint8)
@@ -2532,27 +2525,22 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
                     pixels[row] = np.rint(line * factor).clip(0, 255)
             else:
                 pixels = to_rgb(image, bits)
-        return turn_upright(pixels, remaining), mode, orientation if orientation in range(1, 9) else 1
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels), mode, orientation if orientation in range(1, 9) else 1
 
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other.
-
-    Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
-    """
-    import cv2
-
+    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other."""
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
+    # Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # without EXIF; a TIFF is turned upright
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
-
-
-def highest_value(data: bytes) -> int:
-    """Return the highest value in an image of more than 8 bits a channel, and 0 for all others."""
-    with opened_image(data) as image:
-        values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-    return 0 if values is None else int(values.max())
 
 
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
@@ -2572,17 +2560,6 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
     """Return the least of the numbers of bits that holds a value, 16 where there are none."""
     return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
-
-
-def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation, 1 to 8; other values mean nothing. Unlike Pillow's own function it copies only if it must."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
@@ -2609,8 +2586,7 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     for box in boxes:
         strip = image.crop(box)
         if factor is not None:
-            gray = np.rint(np.asarray(strip, dtype=np.float64) * factor)
-            rgb[box[1] : box[3]] = np.clip(gray, 0, 255).astype(np.uint8)[:, :, None]
+            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
             continue
         if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
             rgba = strip.convert("RGBA")
@@ -2620,13 +2596,12 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
 
 
 class PathTable:
-    """Immutable list of paths in two flat arrays: a list of a million str costs every forked worker 200 MB, this nothing."""
+    """Immutable list of paths in two flat buffers: a list of a million str costs every forked worker 200 MB, this nothing."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [path.encode("utf-8") for path in paths]
-        self.offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(item) for item in encoded], out=self.offsets[1:])
-        self.data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self.data = b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -2634,7 +2609,7 @@ class PathTable:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("utf-8")
+        return self.data[self.offsets[index] : self.offsets[index + 1]].decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -2671,25 +2646,21 @@ class Records:
 class Listing:
     """What the folders hold, before any image is opened."""
 
-    paths: list[str]  # relative to data_root, with '/'
-    folders: list[str]  # class folder of each path, NFC
-    problems: list[tuple[str, str]]  # path, reason
-    all_folders: list[str]  # every class folder, also the empty ones
+    paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
+    folder_of: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # class folder by path, NFC; also of excluded and problems
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
+    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(
         default_factory=Counter
-    )  # by `entry_type`; images beside the class folders too
-
-
-ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
+    )  # by `entry_type`; images beside class folders too
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
-    """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
-
-    Hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
-    """
-    listing = Listing([], [], [], [])
+    """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
+    listing = Listing()
     folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
@@ -2706,6 +2677,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
+        listing.folder_of[prefix] = class_name
         try:
             entries = visible_entries(data_root / prefix)
         except OSError as error:
@@ -2716,11 +2688,12 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             if kind != ".":
                 if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored[kind] += 1
-            elif problem := entry_problem(entry):
+                continue
+            listing.folder_of[path] = class_name
+            if problem := entry_problem(entry):
                 listing.problems.append((path, problem))
             else:
                 listing.paths.append(path)
-                listing.folders.append(class_name)
     return listing
 
 
@@ -2729,20 +2702,9 @@ def class_folder(path: str, splits: str) -> str:
     return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
 
 
-class ImageTree(NamedTuple):
-    """The image files below a folder."""
-
-    paths: list[str]  # relative, with '/', sorted
-    stamps: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
-    problems: list[tuple[str, str]]  # path, reason
-    ignored: Counter[str]  # files of other types, by suffix
-
-
-def list_image_tree(root: Path) -> ImageTree:
+def list_image_tree(root: Path) -> Listing:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    images: list[tuple[str, int, int]] = []
-    ignored: Counter[str] = Counter()
-    problems: list[tuple[str, str]] = []
+    tree = Listing()
     waiting, seen = [""], set()
     while waiting:
         prefix = waiting.pop()
@@ -2750,7 +2712,7 @@ def list_image_tree(root: Path) -> ImageTree:
             status = (root / prefix).stat()
             entries = visible_entries(root / prefix)
         except OSError as error:
-            problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            tree.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
         if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
             continue
@@ -2758,19 +2720,18 @@ def list_image_tree(root: Path) -> ImageTree:
         for entry in entries:
             path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
             if not is_a_folder and (kind := entry_type(entry)) != ".":
-                ignored[kind] += 1
+                tree.ignored[kind] += 1
                 continue
             problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
             if problem:
-                problems.append((path, problem))
+                tree.problems.append((path, problem))
             elif is_a_folder:
                 waiting.append(f"{path}/")
             else:
-                status = entry.stat()
-                images.append((path, status.st_size, status.st_mtime_ns))
-    images.sort()
-    stamps = np.array([row[1:] for row in images], dtype=np.int64).reshape(-1, 2)
-    return ImageTree([row[0] for row in images], stamps, sorted(problems), ignored)
+                tree.paths.append(path)
+    tree.paths.sort()
+    tree.problems.sort()
+    return tree
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -2781,10 +2742,9 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
     """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere, as does one where we may not look."""
-    try:
+    with contextlib.suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        return False
+    return False
 
 
 def entry_type(entry: os.DirEntry) -> str:
@@ -2826,39 +2786,17 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     """Return the class name of every folder; None leaves the folder out.
 
     The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; where lines `old name: new name` alone make
-    sense, they are read so.
-
-    Raises:
-        UserError: no such mapping, a folder that does not exist, or one that is named twice.
+    sense, they are read so. Raises UserError for no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    where, mapped = f"--class_map {path}", set()
-    entries = _parse_class_map(path) if path is not None else []
-    are_pairs = all(len(old_names) == 1 for _, old_names in entries)
-    if entries and are_pairs and [name for name, _ in entries] == list(map(str, range(len(entries)))):
-        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if are_pairs and all(name in class_of for name, _ in entries) and any(old[0] not in class_of for _, old in entries):
-        entries = [(None if new[0] in NO_CLASS else new[0], [old]) for old, new in entries]
-    for new_name, old_names in entries:
-        for old_name in old_names:
-            if old_name not in class_of:
-                problem = f"names {old_name}, and data_root has no such folder"
-                some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-                raise UserError(problem, where, did_you_mean(old_name, folders, some))
-            if old_name in mapped:
-                raise UserError(f"names {old_name} twice", where, "give each folder to one class")
-            mapped.add(old_name)
-            class_of[old_name] = new_name
-    return class_of
-
-
-def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
+    if path is None:
+        return class_of
     where = f"--class_map {path}"
     try:  # plain: a class may be called no or 010
         tree = load_yaml(read_text(path, where), is_plain=True)
     except ValueError as error:
         raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
-    entries: list[tuple[str | None, list[str]]] = []
+    entries: dict[str | None, list[str]] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         items = value if isinstance(value, list) else [value] if value else []
         if not all(isinstance(name, str) for name in (key, *items)):
@@ -2867,40 +2805,38 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
         if not _is_plain(new_name):
             problem = f"gives a class the name {printable(new_name)}, with control characters"
             raise UserError(problem, where, "rename it")
-        entries.append((None if new_name in NO_CLASS else new_name, old_names))
-    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-    if repeated or not entries:
-        problem = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
-        raise UserError(problem, where, CLASS_MAP_EXAMPLE)
-    return entries
+        new_name = None if new_name in NO_CLASS else new_name
+        if new_name in entries:
+            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
+        entries[new_name] = old_names
+    if not entries:
+        raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
+    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
+    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
+    if is_one_each and list(entries) == list(map(str, range(len(entries)))):
+        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
+    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    counts = Counter(old for _, old in pairs)
+    if unknown := [name for name in counts if name not in class_of]:
+        problem = f"names {unknown[0]}, and data_root has no such folder"
+        some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+        raise UserError(problem, where, did_you_mean(unknown[0], folders, some))
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
+    return class_of | {old: new for new, old in pairs}
 
 
 # What one look at an image leaves behind; `FileMemory` keeps it for every file.
-IMAGE_DTYPE = np.dtype(
-    [
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("mode", "<U6"),
-        ("orientation", "u1"),
-        ("phash", "<u8"),
-        ("digest", "<u8"),
-        ("thumb", "u1", (THUMB_SIDE * THUMB_SIDE * 3,)),
-        ("broken", "?"),
-        ("highest", "<u4"),
-    ]
-)
+IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
+IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
+IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
+ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
-def check_image(
-    path: Path, keep: Callable[[np.ndarray], None] | None = None, bits: Sequence[int] = ()
-) -> tuple[np.ndarray, str]:
-    """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
-
-    `keep` gets the upright image, uint8 (H, W, 3), but for one of more bits than 8 of which it is not known yet how many count.
-    """
-    from scipy.fft import dctn
-
+def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
+    """Describe one image: an IMAGE_DTYPE scalar, and why it is broken or ''. One of more than 8 bits is not kept without `bits`."""
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
@@ -2908,7 +2844,9 @@ def check_image(
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
             pixels, health["mode"], health["orientation"] = decode_image(data, bits)
-            health["highest"] = highest_value(data)
+            with opened_image(data) as image:
+                values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+            health["highest"] = 0 if values is None else int(values.max())  # 0 where it has 8 bits a channel
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
             if keep is not None and (bits or not health["highest"]):
                 keep(pixels)
@@ -2921,7 +2859,7 @@ def check_image(
     health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
     # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
     # a small picture of its own.)
-    frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
+    frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
     is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
     health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
     return health, ""
@@ -2932,7 +2870,7 @@ class FileKind(NamedTuple):
 
     name: str
     dtype: np.dtype
-    # path, what gets the decoded image -> row, and the reason why the file is broken or ''
+    # Path, what gets the image that is decoded or None -> row, and the reason why the file is broken or ''.
     check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
 
 
@@ -2949,56 +2887,53 @@ class FileHealth:
     reasons: dict[str, str]  # path -> why it is broken
 
 
-def check_files(
-    root: Path,
-    paths: Sequence[str],
-    stats: np.ndarray,
-    kind: FileKind,
-    memory: FileMemory,
-    squares: SquareFile | None = None,
-) -> FileHealth:
-    """Look at every file once, in parallel; those that the memory knows with their size and time are not opened again.
+@contextlib.contextmanager
+def keep_memory(memory: FileMemory) -> Iterator[None]:
+    """Write down what a scan has learned, should the block be interrupted."""
+    try:
+        yield
+    except Interrupted:
+        memory.save_early()
+        raise
 
-    Args:
-        root, paths: the files; a path may also be absolute.
-        stats: int64 (N, 2), size in bytes and mtime in ns.
-        memory: learns what is found; an interrupted or a long look saves it.
-        squares: gets the images, fitted.
+
+def check_files(
+    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
+) -> FileHealth:
+    """Look once, in parallel, at every file below root, or absolute, but for those that the memory knows with their size and time.
+
+    The memory learns what is found; an interrupted or a long look saves it. `squares` gets the images, fitted.
     """
-    size = kind.dtype.itemsize
+    size, stats = kind.dtype.itemsize, stat_files(root, paths)
     name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
     rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    recalled, todo = [], []  # positions
+    todo, recalled = [], {}  # position, and position -> row as bytes
     for index, path in enumerate(paths):
-        entry = known.get(path)
-        if entry is None or entry[:2] != stamps[index] or len(entry[2]) < size:
+        num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
+        if (num_bytes, mtime_ns) != stamps[index] or len(value) < size:
             todo.append(index)
             continue
-        recalled.append(index)
-        if reason := entry[2][size:]:
-            reasons[path] = reason.decode("utf-8")
-    rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
+        recalled[index] = value[:size]
+        if len(value) > size:
+            reasons[path] = value[size:].decode("utf-8")
+    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
 
     def look(index: int) -> tuple[np.ndarray, str]:
         keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
-    try:
-        with progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
-            for index, (row, reason) in map_in_threads(look, todo):
-                with SIGNALS.hold():
-                    rows[index] = row
-                    reasons |= {paths[index]: reason} if reason else {}
-                    memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
-                bar.update()
-                if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
-                    memory.save_early()
-                    saved_at = time.monotonic()
-    except Interrupted:
-        memory.save_early()
-        raise
+    looks = map_in_threads(look, todo)
+    with keep_memory(memory), progress(looks, len(todo), f"checking {kind.name}s", kind.name) as bar:
+        for index, (row, reason) in bar:
+            rows[index] = row
+            if reason:
+                reasons[paths[index]] = reason
+            memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
+                memory.save_early()
+                saved_at = time.monotonic()
     return FileHealth(paths, stats, rows, reasons)
 
 
@@ -3015,13 +2950,10 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 
 
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
-    """Return the pairs (P, 2) of images whose hashes differ in at most `max_bits` bits and whose thumbnails agree.
+    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
 
     By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
     equal slice are compared; images with the same hash and look are compared through the first of them.
-
-    Args:
-        phashes, thumbs: uint64 (N,) and uint8 (N, K).
     """
 
     def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -3056,10 +2988,11 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
 
 def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
     """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
-    from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    edges = coo_matrix((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items))
+    edges = scipy.sparse.coo_matrix(
+        (np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items)
+    )
     return connected_components(edges, directed=False)[1].astype(np.int32)
 
 
@@ -3071,22 +3004,17 @@ def chain_equal(keys: np.ndarray) -> np.ndarray:
 
 
 def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """Return an integer key (N,) a path: files for which the regex captures the same text share it, all others stand alone.
-
-    Raises:
-        UserError: the regex matches no file name at all.
-    """
+    """Return a key (N,) a path, which files share for which the regex captures the same. Raises UserError where it matches none."""
     keys = np.arange(len(paths))
     if pattern is None:
         return keys
-    compiled, first_with = re.compile(pattern), {}
-    for index, path in enumerate(paths):
-        match = compiled.search(path.rsplit("/", 1)[-1])
+    first_with = {}
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    for index, match in enumerate(map(re.compile(pattern).search, names)):
         if match and match.group(1) is not None:
             keys[index] = first_with.setdefault(match.group(1), index)
     if not first_with:
-        example = paths[0].rsplit("/", 1)[-1] if paths else ""
-        problem = f"matches no file name, for instance not {example}"
+        problem = f"matches no file name, for instance not {''.join(names[:1])}"
         raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
 
@@ -3098,7 +3026,7 @@ def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow.
+    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
 
     Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
     the class counts of the splits and their targets; single images then fill what each target lacks, rounded so that the
@@ -3108,15 +3036,10 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         labels, groups: int (N,).
         shares: of train, val and test, summing to one; a share of zero leaves that split empty.
         seed: of the order in which equal groups come.
-
-    Returns:
-        int8 (N,), index into SPLIT_NAMES.
     """
-    from scipy.sparse import csr_matrix
-
     numbers, groups = np.unique(groups, return_inverse=True)
     num_groups, num_classes = len(numbers), int(labels.max()) + 1
-    counts = csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
+    counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
     sizes = np.asarray(counts.sum(axis=1)).ravel()
     targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
     order = np.random.default_rng((seed, 0)).permutation(num_groups)
@@ -3201,8 +3124,8 @@ def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndar
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
     """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
 
-    Each split is then a part of what it is without: no image moves from one to another. A run that is continued has its share in
-    its splits.json, `splits_path`: of data that have changed, another would be drawn.
+    No image moves from one split to another. A run that is continued has its share in its splits.json, `splits_path`: of data that
+    have changed, another would be drawn.
     """
     if fraction == 1:
         return records
@@ -3215,26 +3138,21 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    paths = PathTable([path for path, used in zip(records.paths, is_used, strict=True) if used])
-    rest = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
-    return dataclasses.replace(records, paths=paths, **rest)
+    paths = PathTable(list(itertools.compress(records.paths, is_used)))
+    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
+    return dataclasses.replace(records, paths=paths, **arrays)
 
 
 def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
     """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
     if config.splits == "random":
-        return assign_splits(labels, groups, tuple(split_shares(config).values()), config.seed)
-    of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
-    splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
+        return assign_splits(labels, groups, split_shares(config), config.seed)
+    names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
+    splits = np.array([SPLIT_NAMES.index(name) for name in names], dtype=np.int8)
     if 1 not in splits and 0 in splits:
         rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
         splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
     return splits
-
-
-def count_leaks(groups: np.ndarray, splits: np.ndarray) -> int:
-    """Return how many val and test images share a group with a training image, by group and split of each image (N,)."""
-    return int(np.isin(groups[splits != 0], groups[splits == 0]).sum())
 
 
 @dataclass(frozen=True)
@@ -3250,22 +3168,8 @@ class Scan:
     mask_health: FileHealth | None = None
 
 
-@contextlib.contextmanager
-def keep_scan(scan: Scan) -> Iterator[None]:
-    """Write down what a scan has learned, should the block be interrupted."""
-    try:
-        yield
-    except Interrupted:
-        scan.memory.save_early()
-        raise
-
-
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
-    """Return the listing without dropped classes and excluded files, the class map, and how many files each --exclude matches.
-
-    Raises:
-        UserError: there is no image to look at.
-    """
+    """Return the listing without what is left out, the class map, and how many files each --exclude matches. Raises UserError."""
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
@@ -3276,16 +3180,13 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
-    is_dropped = dict.fromkeys(listing.folders, True)  # whole, as by `rulers/*`
-    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
-        name = path.rsplit("/", 1)[-1]
+    is_dropped = {}  # whole, as by `rulers/*`
+    for path in listing.paths:
+        folder, name = listing.folder_of[path], path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
-        is_dropped[folder] &= any("/" in glob for glob in hits)
-        if not hits and class_of[folder] is not None:
-            used.append(index)
-        else:
-            excluded.append(path)
+        is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
+        (excluded if hits or class_of[folder] is None else used).append(path)
     if excluded and not used:
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
@@ -3294,35 +3195,27 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         question = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
-    paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
-    return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
+    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
     """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
 
-    Masks are not looked for: `attach_masks` does that.
-
-    Args:
-        splits_path: of a run that is continued.
-        squares: gets the images that are decoded, if there is room for all of them.
-
-    Raises:
-        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
+    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued; `squares` gets the images
+    that are decoded, if there is room for all of them. Raises UserError for data of which nothing can be used.
     """
     listing, class_of, excluded = _choose_images(config)
-    stats = stat_files(config.data_root, listing.paths)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
     if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
-    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
+    health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
     deep = np.flatnonzero(health.rows["highest"])
     if len(deep):  # looked at once more, now that it is known how to
         paths = [listing.paths[index] for index in deep]
         look = functools.partial(check_image, bits=image_bits)
         kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=look)
-        health.rows[deep] = check_files(config.data_root, paths, stats[deep], kind, memory, squares).rows
+        health.rows[deep] = check_files(config.data_root, paths, kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -3330,9 +3223,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
-    order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
+    label_of = {path: number[class_of[listing.folder_of[path]]] for path in listing.paths}
+    order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
-    labels = np.array([number[class_of[listing.folders[i]]] for i in order], dtype=np.int32)
+    labels = np.array([label_of[path] for path in paths], dtype=np.int32)
     looks = health.rows[order]
     near = find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits)
     duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
@@ -3343,8 +3237,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     is_given, alone = config.splits == "from_folders", np.arange(len(used.paths))
+    # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
     naive = used.splits if is_given else choose_splits(list(used.paths), used.labels, alone, config)
-    leaks = count_leaks(used.groups, naive)
+    leaks = int(np.isin(used.groups[naive != 0], used.groups[naive == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3364,8 +3259,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if len(deep) and image_bits != (16,):
         some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
         report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
-    report["classes"] = count_classes(used, listing, health, class_of, config.splits)
-    report["warnings"] += find_warnings(report["classes"], config)
+    unusable = (*dict(listing.problems), *health.reasons)
+    broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
+    report["classes"], notes = count_classes(used, broken, config)
+    report["warnings"] += notes
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
 
 
@@ -3385,10 +3282,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     broken = [*listing.problems, *health.reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
     sizes = {}
-    for side in ("width", "height"):
-        values = rows[side]
-        sizes |= {f"{side}_min": int(values.min()), f"{side}_median": int(np.median(values))}
-        sizes[f"{side}_max"] = int(values.max())
+    for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
+        sizes[f"{side}_{measure}"] = int(getattr(np, measure)(rows[side]))
     folders, by_case, notes = Counter(listing.all_folders), {}, []
     for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
@@ -3397,9 +3292,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    pairs = zip(listing.paths, listing.folders, strict=True)
-    cut = {folder for path, folder in pairs if path.split("/")[-2] == "cropped"}
-    if cut and (uncut := sorted({*listing.folders} - cut)):
+    cut = {listing.folder_of[path] for path in listing.paths if path.split("/")[-2] == "cropped"}
+    if cut and (uncut := sorted({listing.folder_of[path] for path in listing.paths} - cut)):
         some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
         notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:
@@ -3431,47 +3325,35 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
 
-def split_shares(config: Config) -> dict[str, float]:
-    """Return the share of the images that each split is to get; zero leaves it empty."""
-    shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
-    return dict(zip(SPLIT_NAMES, shares, strict=True))
+def split_shares(config: Config) -> tuple[float, float, float]:
+    """Return the shares of the images that train, val and test are to get; zero leaves one empty."""
+    return 1 - config.val_split - config.test_split, config.val_split, config.test_split
 
 
 def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return the splits that are to have images: of given folders, test may be missing."""
     has_test = config.splits == "random" or any(row["test"] for row in classes.values())
-    return [split for split, share in split_shares(config).items() if share > 0 and (has_test or split != "test")]
-
-
-def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
-    """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    notes = []
-    wanted = wanted_splits(classes, config)
-    for name, row in classes.items():
-        lacking = " and ".join(split for split in wanted if not row[split])
-        if lacking and row["usable"]:
-            groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
-            images = f"{name}: {row['usable']} images in {groups}"
-            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
-    return notes
+    pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
+    return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
 
 
 def count_classes(
-    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str = "random"
-) -> dict[str, dict[str, int]]:
-    """Return per class: usable and quarantined images, groups, and images in each split."""
-    of_folder = dict(zip(listing.paths, listing.folders, strict=True))
-    broken = Counter(class_of[of_folder[path]] for path in health.reasons)
-    folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
-    broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
-    table = {}
+    records: Records, broken: Counter[str | None], config: Config
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return usable and `broken` images, groups, and images in each split by class; and a note on each of too few groups."""
+    table, notes = {}, []
     by_class = rows_by_class(records.labels, len(records.class_names))
-    for class_name, rows in zip(records.class_names, by_class, strict=True):
-        counts = {"usable": len(rows), "quarantined": broken[class_name]}
-        counts["groups"] = len(np.unique(records.groups[rows]))
-        by_split = np.bincount(records.splits[rows], minlength=3).tolist()
-        table[class_name] = counts | dict(zip(SPLIT_NAMES, by_split, strict=True))
-    return table
+    for name, rows in zip(records.class_names, by_class, strict=True):
+        num_groups = len(np.unique(records.groups[rows]))
+        by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
+        table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
+    wanted = wanted_splits(table, config)
+    for name, row in table.items():
+        lacking = " and ".join(split for split in wanted if not row[split])
+        if lacking and row["usable"]:
+            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
+            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+    return table, notes
 
 
 def check_trainable(scan: Scan, config: Config) -> None:
@@ -3565,24 +3447,19 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
 
 
 def read_splits(path: Path) -> dict[str, Any]:
-    """Return the content of a splits.json.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return the content of a splits.json. Raises UserError where it cannot be read."""
     try:
         table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
         if strange := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
             raise ValueError(f"{min(strange)} is none of its classes")
-        paths = [path for split in SPLIT_NAMES for items in table[split].values() for path in items]
-        if len(set(paths)) < len(paths):
-            raise ValueError(f"{Counter(paths).most_common(1)[0][0]} stands there twice")
+        counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
+        for item, count in counts.most_common(1):
+            if count > 1:
+                raise ValueError(f"{item} stands there twice")
+        return table
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot be read: {reason}", str(path), "restore it, or start afresh with --overwrite"
-        ) from error
-    return table
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
@@ -3595,10 +3472,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
 
     The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run.
-
-    Raises:
-        UserError: splits.json has other classes.
+    them fails then, and costs that image), and new ones stay out of this run. Raises UserError where the classes are others.
     """
     table = read_splits(path)
     class_names = table["classes"]
@@ -3606,13 +3480,11 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
-    rows = sorted(
-        (class_names.index(name), item, number)
-        for number, split in enumerate(SPLIT_NAMES)
-        for name, items in table[split].items()
-        for item in items
-    )
-    labels, paths, splits = zip(*rows, strict=True) if rows else ((), (), ())
+    rows = []
+    for number, split in enumerate(SPLIT_NAMES):
+        for name, items in table[split].items():
+            rows += [(class_names.index(name), item, number) for item in items]
+    labels, paths, splits = zip(*sorted(rows), strict=True) if rows else ((), (), ())
     scanned = list(records.paths)
     group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
@@ -3648,18 +3520,17 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError.
 
     Where MASK_LEVEL does not tell the object, what is opaque or, of zero and one other value, what is not zero is the object.
-    Raises ImageError.
     """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
         has_alpha = upright.has_transparency_data
         alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
+        if is_alpha and not has_alpha:
+            raise ImageError("has no alpha channel")
         if is_alpha:
-            if alpha is None:
-                raise ImageError("has no alpha channel")
             return alpha
         is_gray = upright.mode in ("1", "L")
         levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in colours
@@ -3702,13 +3573,9 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out.
-
-    Returns:
-        The paths of PNG files by `_mask_key`; and why other images there are refused, by path.
-    """
+    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and why others are refused, by path."""
     files, refused = {}, {}
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
         prefix = f"{root}{folder}/{dirname}"
         for entry in visible_entries(config.data_root / prefix) if (config.data_root / prefix).is_dir() else ():
@@ -3735,7 +3602,7 @@ def mask_names(config: Config, path: str) -> list[str]:
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
     inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
 
 
@@ -3745,10 +3612,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
     files, refused = list_mask_files(config, folders)
     choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
-    for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
+    for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
-    for path in set(files.values()).difference(*choices.values()):
-        refused[path] = "has no image"
+    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
     crops = dict(zip(listing.paths, scan.health.rows, strict=True))
     for path in records.paths:
         choices.setdefault(path, [])
@@ -3757,14 +3623,33 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     paths = sorted({mask for path in records.paths for mask in choices[path]})
     look = functools.partial(check_mask, config.masks_dirname)
     kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, look)
-    health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
+    health = check_files(config.data_root, paths, kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
         reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
-    report = scan.report | {"masks": describe_masks(scan, masks, refused, config)}
-    report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
+    log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
+    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
+    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
+        record, counts = log.get(crop), classes[records.class_names[label]]
+        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
+        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
+        counts["masks"] += bool(mask)
+        counts["made"] += bool(mask and record and not record["reason"])
+        if record and record["reason"] and not mask:
+            counts["not_made"] += 1
+            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
+    report = dict(scan.report)
+    report["masks"] = {
+        "usable": len(masks) - kinds["none"],
+        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
+        "made": sum(counts["made"] for counts in classes.values()),
+        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
+        "not_made": not_made,
+        "classes": classes,
+    }
+    report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
     contents = {path: row_of[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(contents) if contents else ""
     records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=masks_hash)
@@ -3780,41 +3665,14 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried.
-
-    A line that a killed process left half-written is passed over.
-    """
+    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried."""
     path, records = out_dir / MASK_LOG_NAME, {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a killed process left half-written
             record = json.loads(line)
             check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
             records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
     return records
-
-
-def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
-    """Return the part of the data report about masks: kinds, those refused, those SAM-2 made or failed to make, counts by class."""
-    records, log = scan.records, read_mask_log(config.out_dir)
-    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
-    kinds, not_made = Counter(), []
-    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
-        record, counts = log.get(crop), classes[records.class_names[label]]
-        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
-        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
-        counts["masks"] += bool(mask)
-        counts["made"] += bool(mask and record and not record["reason"])
-        if record and record["reason"] and not mask:
-            counts["not_made"] += 1
-            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
-    return {
-        "usable": len(masks) - kinds["none"],
-        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
-        "made": sum(counts["made"] for counts in classes.values()),
-        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
-        "not_made": not_made,
-        "classes": classes,
-    }
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -3828,11 +3686,9 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read a crop and, for the masked view, its mask.
+    """Read a crop, uint8 (H, W, 3), and, for the masked view, its mask, uint8 (H, W) with 255 for the object, or None.
 
-    Returns:
-        Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
-        and the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
+    Third comes the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
     """
     image, mask_path = load_image(records.root / records.paths[row], records.image_bits), records.mask_of(row, view)
     if not mask_path:
@@ -3865,8 +3721,6 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
 
     `seed` is that of the colour that `random` draws in training; None in evaluation.
     """
-    import cv2
-
     if fill.kind == "keep":
         return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
@@ -3913,7 +3767,8 @@ class Transform:
     fill: Fill  # replaces what is outside the mask, padding included (but for blur)
     looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
     is_training: bool = False  # what is random may be so
-    pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; a step is what `build_steps` makes of an entry
+    # Of --pre_transforms; called with image and mask, a step gives both; `set_random_state` comes first.
+    pre_steps: tuple[Any, ...] = ()
     list_steps: tuple[Any, ...] | None = None  # stand for the built-in augmentation; None = it is wanted
     post_steps: tuple[Any, ...] = ()  # of --post_transforms
     shows_mask: bool = False  # as a fourth channel
@@ -3921,15 +3776,9 @@ class Transform:
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
         """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
-        Image and mask move together; colours change last, and only those of the object.
-
-        Args:
-            image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
-            seed: of the augmentation.
-            augmented: False leaves the augmentation out, but not what stands before and after it.
-
-        Raises:
-            ImageError: a transform of a list cannot be applied to this image.
+        The mask, uint8 (H, W), is above MASK_LEVEL for the object, None for the crop as it is. Both move together; colours change
+        last, and only those of the object. `augmented` False leaves the augmentation out, but not what stands before and after it.
+        Raises ImageError where a transform of a list cannot be applied.
         """
         image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
         if self.list_steps is None:
@@ -3948,8 +3797,6 @@ class Transform:
         """Return the fitted crop, uint8 (img_size, img_size, 3); of a crop with a mask its mask is the fourth channel."""
         if mask is None:
             return fit_square(image, self.img_size)
-        import cv2
-
         # Filled before it moves: interpolation would draw the background into the object's edge.
         filled = fill_background(image, mask, self.fill, seed if self.is_training else None)
         return fit_square(cv2.merge((filled, mask)), self.img_size)
@@ -3960,8 +3807,6 @@ class Transform:
             square = square.copy()  # libraries may write into it
         if not augmented or self.looks is None:
             return self._complete(*self._split(square, seed), seed)
-        import cv2
-
         rng = np.random.default_rng(seed)
         image, mask = self._split(move_square(square, rng), seed)
         # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
@@ -3986,8 +3831,6 @@ class Transform:
         """Return image and mask of what may have moved, with the fill once more where moving has brought in something else."""
         if square.shape[2] == 3:
             return square, None
-        import cv2
-
         image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
         if self.fill.kind != "blur":
             image = fill_background(image, mask, self.fill, seed if self.is_training else None)
@@ -4003,7 +3846,7 @@ class Transform:
             image = fill_background(image, mask, self.fill, words[0] if self.is_training else None)
         rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
         for step in steps:
-            name = step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
+            name = getattr(step, "kind", "") or type(step.transforms[0]).__name__
             step.set_random_state(rng, generator)
             try:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
@@ -4027,11 +3870,7 @@ class ListEntry(NamedTuple):
 
 
 def given_lists(config: Config) -> dict[str, list[ListEntry]]:
-    """Return the lists of transforms that are given, by option.
-
-    Raises:
-        UserError: an entry has no type.
-    """
+    """Return the lists of transforms that are given, by option. Raises UserError for an entry without a type."""
     given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
     return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
 
@@ -4068,54 +3907,41 @@ def build_transform(
     lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
-    """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
-
-    Raises:
-        UserError: an entry of a list is wrong.
-    """
+    """Return what makes a crop a square model input; `augment` for training, `lists` of `given_lists`. Raises UserError."""
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
-    import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
+    steps = {}
+    for name, entries in lists.items():
+        entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
+        made = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        steps[name] = tuple(made)
     chosen = "train_augmentations" if augment else "val_augmentations"
-    return Transform(
-        img_size,
-        fill,
-        looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
-        is_training=augment,
-        pre_steps=build_steps(lists.get("pre_transforms", ())),
-        list_steps=build_steps(lists[chosen]) if chosen in lists else None,
-        post_steps=build_steps(lists.get("post_transforms", ())),
-        shows_mask=shows_mask,
-    )
-
-
-def _looks(A: Any) -> list[Any]:  # noqa: N803
-    """Lights and cameras, compressed pictures, and things that lie in the way."""
-    hole = (0.05, 0.18)
-    return [
-        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-        A.MotionBlur(blur_limit=(3, 7), p=0.05),
-        A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
-    ]
+    looks = None
+    if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
+        hole = (0.05, 0.18)
+        looks = A.Compose([
+            A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
+            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
+            A.RandomGamma(gamma_limit=(75, 130), p=0.12),
+            A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
+            A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+            A.MotionBlur(blur_limit=(3, 7), p=0.05),
+            A.ImageCompression(quality_range=(50, 95), p=0.1),
+            A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
+        ])  # fmt: skip
+    pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
+    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image into the middle of a square with a gray border: antialiased bicubic, the same as Pillow's BICUBIC.
+    """Fit an image, uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0, into the middle of a square with a gray border.
 
-    On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as INTER_AREA and better than BILINEAR (paired splits:
-    nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
-
-    Args:
-        image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
+    Antialiased bicubic, the same as Pillow's BICUBIC. On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as
+    INTER_AREA and better than BILINEAR (nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
@@ -4134,8 +3960,6 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
 def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a square uint8 (S, S, 3 or 4) moved and flipped at random; a fourth channel, the mask, moves along."""
-    import cv2
-
     matrix = draw_move(rng, len(square))
     if matrix is not None:  # all moves in one: each warp would soften the picture once more
         # Three channels take cv2 twice the time of four, and give the same.
@@ -4152,8 +3976,6 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
     3 to 4 points, more than any other choice of the recipe moved.
     """
-    import cv2
-
     centre, moves = np.full(2, side / 2 - 0.5), []
 
     def add(linear: np.ndarray, shift: np.ndarray) -> None:
@@ -4180,78 +4002,46 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
 
 
 # Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
-def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
-    """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
-
-    A step is called with image and mask, and gives both; `set_random_state` comes first.
-
-    Raises:
-        UserError: an entry is wrong.
-    """
-    import albumentations as A
-
-    entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
-    return tuple(
-        _build_policy(entry) if entry.kind in POLICIES else A.Compose([_build_albumentation(entry)])
-        for entry in entries
-    )
-
-
-@functools.cache
-def _albumentations_by_name() -> dict[str, type]:
-    """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
+def _build_transform(entry: ListEntry) -> Any:
+    """Return albumentations' transform of an entry; its own `transforms`, as OneOf has, are entries too."""
     import albumentations as A
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
     classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
-    return {value.__name__.lower(): value for value in classes if value not in bases}
-
-
-def _build_albumentation(entry: ListEntry) -> Any:
-    """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
-    from importlib.metadata import version
-
-    known, where = _albumentations_by_name(), entry.where
+    # By name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs.
+    known, where = {value.__name__.lower(): value for value in classes if value not in bases}, entry.where
     if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
         raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
     if entry.kind not in known:
         long_names = [transform.__name__ for transform in known.values()]
         short_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in long_names]
         names = [*short_names, *long_names, *POLICIES, "to_tensor"]
-        problem = f"{entry.type} is no transform of albumentations {version('albumentations')}"
+        problem = f"{entry.type} is no transform of albumentations {A.__version__}"
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
         raise UserError(problem, f"{where}.type", remedy)
-    transform = known[entry.kind]
-    arguments = _translate_arguments(transform, entry.arguments)
-    _check_arguments(where, transform, arguments)
-    if isinstance(arguments.get("transforms"), list):
-        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
-        arguments["transforms"] = [_build_albumentation(item) for item in inner]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
-        return _construct(where, transform, arguments)
-
-
-def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as version 2 of albumentations wants them, where that is certain."""
-    import cv2
-
-    known, arguments = inspect.signature(transform).parameters, dict(arguments)
-    for old, new in RENAMED_ARGUMENTS.items():
-        if old in arguments and old not in known and new in known and new not in arguments:
+    transform, arguments = known[entry.kind], dict(entry.arguments)
+    wanted = inspect.signature(transform).parameters
+    for old, new in RENAMED_ARGUMENTS.items():  # into what version 2 wants, where that is certain
+        if old in arguments and old not in wanted and new in wanted and new not in arguments:
             arguments[new] = arguments.pop(old)
     for new, (low, high) in RANGE_ARGUMENTS.items():
-        if high in arguments and high not in known and new in known and new not in arguments:
+        if high in arguments and high not in wanted and new in wanted and new not in arguments:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in known:
+    if isinstance(arguments.get("always_apply"), bool) and "p" in wanted:
         arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
-    return arguments
+    _check_arguments(where, transform, arguments)
+    if isinstance(arguments.get("transforms"), list):
+        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
+        arguments["transforms"] = [_build_transform(item) for item in inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
+        return _construct(where, transform, arguments)
 
 
 def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
@@ -4274,12 +4064,8 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
-    """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
-
-    Raises:
-        UserError: an entry `normalize` is not (image / 255 - mean) / std of three channels, or contradicts --mean and --std.
-    """
+def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
+    """Return the mean and std that options ask for, three numbers each, or () and () for those of the model. Raises UserError."""
     asked = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
         if kind != "normalize":
@@ -4308,13 +4094,9 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 
 
 def check_transforms(config: Config) -> None:
-    """Build the lists of transforms and try them on a picture, before anything is loaded.
-
-    Raises:
-        UserError: an entry is wrong, or the lists make something that the device does not take.
-    """
+    """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
     lists = given_lists(config)
-    own_normalization(config)
+    given_normalization(config)
     side = max(512, 2 * config.img_size)
     image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
     for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
@@ -4333,22 +4115,19 @@ def check_transforms(config: Config) -> None:
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
-    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
-
-    Raises:
-        UserError: a transform cannot be applied to one of them.
-    """
-    lists, is_random = given_lists(config), False
+    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
+    lists, records = given_lists(config), scan.records
+    is_random = False
     if not lists:
         return []
     index = {path: row for row, path in enumerate(scan.listing.paths)}
-    looks = scan.health.rows[[index[path] for path in scan.records.paths]]
+    looks = scan.health.rows[[index[path] for path in records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for augment, row in itertools.product((True, False), sorted(extremes)):
-        transform, path = build_transform(config.img_size, augment, lists=lists), scan.records.paths[row]
+        transform, path = build_transform(config.img_size, augment, lists=lists), records.paths[row]
         try:
-            image = load_image(scan.records.root / path, scan.records.image_bits)
+            image = load_image(records.root / path, records.image_bits)
         except ImageError:  # gone since the scan
             continue
         try:
@@ -4362,38 +4141,26 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     return [note] if is_random else []
 
 
-@dataclass
-class Policy:
-    """RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), as torchvision has them, as a step of a list."""
-
-    kind: str  # of POLICIES
-    arguments: dict[str, Any]
-    share: float  # of the samples
-
-    def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
-        """Draw from this generator."""
-        self._rng = rng
-
-    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-        """Return image and mask, which follows the moves."""
-        if self._rng.random() >= self.share:
-            return {"image": image, "mask": mask}
-        policy = _make_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
-        policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
-            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
-            moved = policy(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        mask = None if mask is None else policy.mask[0].numpy()
-        return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
-
-
-@functools.cache
-def _make_policy(kind: str, arguments: str) -> Any:
-    """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
+def make_policy(kind: str, arguments: dict[str, Any], share: float) -> Any:
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step for a share of samples."""
     from torchvision.transforms import v2
 
-    class WithMask(getattr(v2, POLICIES[kind])):
-        mask: torch.Tensor | None = None
+    class Policy(getattr(v2, POLICIES[kind])):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return make_policy, (kind, arguments, share)
+
+        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+            self.rng = rng
+
+        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+            if self.rng.random() >= share:
+                return {"image": image, "mask": mask}
+            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
+                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
+                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            mask = None if mask is None else self.mask[0].numpy()
+            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
 
         def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
             apply = super()._apply_image_or_video_transform
@@ -4401,10 +4168,12 @@ def _make_policy(kind: str, arguments: str) -> Any:
                 self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
             return apply(image, transform_id, *args, **kwargs)
 
-    return WithMask(**{"fill": [PADDING_GRAY] * 3, **json.loads(arguments)})
+    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
+    policy.kind = kind
+    return policy
 
 
-def _build_policy(entry: ListEntry) -> Policy:
+def _build_policy(entry: ListEntry) -> Any:
     from torchvision.transforms import v2
 
     policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
@@ -4418,15 +4187,11 @@ def _build_policy(entry: ListEntry) -> Policy:
     if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
         raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, arguments, float(probability))
+    return make_policy(entry.kind, arguments, float(probability))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of the samples that an epoch augments: p(e) = start + (end - start) (e / (E - 1))^exponent.
-
-    Args:
-        epoch: from 0; a run of one epoch has p = start.
-    """
+    """Return the share of the samples that an epoch, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
     progress = min(1.0, epoch / max(1, config.epochs - 1))
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
@@ -4439,7 +4204,7 @@ class Backgrounds:
     health: FileHealth  # of all that lie in the folder
     root: Path
     paths: PathTable  # of those that can be read, relative to root
-    digest: str  # over names and contents of these
+    identity: str  # what must be equal for a run to go on
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
     max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
@@ -4450,13 +4215,12 @@ class Backgrounds:
         return rng if rng.random() < self.share else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        """Return the crop on a random picture, uint8 (H, W, 3), larger than the crop.
+        """Return the crop at a random place of a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large on either axis.
 
-        Raises:
-            ImageError: the picture cannot be read any more.
+        The canvas is a random part of a random picture, turned by a multiple of 90 degrees and flipped at random. With a mask,
+        above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
+        Raises ImageError where the picture cannot be read any more.
         """
-        import cv2
-
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
             picture = load_image(self.root / path)
@@ -4467,7 +4231,27 @@ class Backgrounds:
             size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-        return insert_background(image, mask, picture, rng, self.max_ratio)
+        height, width = image.shape[:2]
+        size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
+        turned = np.rot90(picture, int(rng.integers(4)))
+        turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+        # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
+        scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
+        sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
+        top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
+        seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+        canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+        top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
+        place = canvas[top : top + height, left : left + width]
+        if mask is None:
+            place[:] = image
+            return canvas
+        solid = (mask > MASK_LEVEL).astype(np.float32)
+        # px; as much of a large crop as of a small one once they are fitted
+        softness = max(1.0, 0.005 * max(height, width))
+        alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
+        place[:] = np.rint(alpha * image + (1 - alpha) * place)
+        return canvas
 
     def describe(self) -> str:
         """Return in words how many pictures there are, and which cannot be used."""
@@ -4477,15 +4261,11 @@ class Backgrounds:
 
 
 def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
-    """Look at all pictures of --backgrounds that the memory does not know; None if none are to be inserted.
-
-    Raises:
-        UserError: not one can be used.
-    """
+    """Look at all pictures of --backgrounds; None if none are to be inserted. Raises UserError where not one can be used."""
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    health = check_files(root, tree.paths, tree.stamps, IMAGE_KIND._replace(name="background"), memory)
+    health = check_files(root, tree.paths, IMAGE_KIND._replace(name="background"), memory)
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -4493,54 +4273,10 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = [tree.paths[row] for row in usable.tolist()]
-    digest = fingerprint(paths, health.rows["digest"][usable])
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    return Backgrounds(health, root, PathTable(paths), digest, share, max_ratio, max_side=2 * config.img_size)
-
-
-def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
-    """Return what must be equal of the backgrounds for a run to go on."""
-    if backgrounds is None:
-        return {"backgrounds": None}
-    pictures = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
-    return {"backgrounds": f"{pictures}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
-
-
-def insert_background(
-    image: np.ndarray, mask: np.ndarray | None, picture: np.ndarray, rng: np.random.Generator, max_ratio: float
-) -> np.ndarray:
-    """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
-
-    The canvas is a random part of the picture, turned by a multiple of 90 degrees and flipped at random. With a mask the object
-    alone is pasted, as it is; its edge fades over the first pixels outside it.
-
-    Args:
-        image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object, or None.
-        picture: uint8 (h, w, 3) of any size; covers the canvas.
-    """
-    import cv2
-
-    height, width = image.shape[:2]
-    size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
-    turned = np.rot90(picture, int(rng.integers(4)))
-    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
-    scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
-    sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
-    top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
-    seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
-    canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
-    top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
-    place = canvas[top : top + height, left : left + width]
-    if mask is None:
-        place[:] = image
-        return canvas
-    solid = (mask > MASK_LEVEL).astype(np.float32)
-    # px; of a large crop as much as of a small one once they are fitted
-    softness = max(1.0, 0.005 * max(height, width))
-    alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
-    place[:] = np.rint(alpha * image + (1 - alpha) * place)
-    return canvas
+    identity = f"{len(paths)} pictures of contents {fingerprint(paths, health.rows['digest'][usable])}"
+    identity += f", p {share}, max_ratio {max_ratio}"
+    return Backgrounds(health, root, PathTable(paths), identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
@@ -4553,14 +4289,10 @@ class Mixing(NamedTuple):
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
-    """Draw how a batch is mixed; None if it is not.
+    """Draw how a batch is mixed, by the seed and `place`, its epoch and number; None if it is not.
 
     MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the box after it is clipped. lambda is folded to a
-    half or more, which for MixUp changes nothing but whose partner is whose.
-
-    Args:
-        place: epoch and batch, which with the seed decide all.
-        images: (b, C, H, W) of this process, of `num_images` in the whole batch.
+    half or more, which for MixUp changes nothing but whose partner is whose. `images`, (b, C, H, W), are those of this process.
     """
     rng = np.random.default_rng((config.seed, 9, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
@@ -4590,9 +4322,7 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-def partner_labels(
-    labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]) -> tuple[torch.Tensor, ...]:
     """Return the labels of the images that were mixed in, and the share of each image itself, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
     partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
@@ -4608,14 +4338,12 @@ def partner_labels(
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
-    images: torch.Tensor
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W), channels last in memory; or features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    # Of each process's part, where images are one of them, and labels and failures those of all.
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()  # of each process's part, where images are one, and labels and failures of all
 
 
 class SampleKey(NamedTuple):
@@ -4633,10 +4361,8 @@ class SampleKey(NamedTuple):
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
-# Where a fitted crop lies in `squares.u8`; `FileMemory` keeps it for every crop of a kind `name_squares` returns.
-SQUARE_DTYPE = np.dtype(
-    [("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")]
-)  # first byte, CRC-32, digest of the mask
+# Where a fitted crop lies in `squares.u8`: first byte, CRC-32, digest of the mask. `FileMemory` keeps it for every crop of a kind.
+SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
 
 
 def name_squares(side: int, fill: Any = "") -> str:
@@ -4648,13 +4374,12 @@ class SquareFile:
     """Writes crops as squares, one after the other, into `squares.u8` of a folder; several threads may.
 
     uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
-    only for speed.
+    only for speed. It goes from byte `end` to byte `room`; `prepare` is called before the first square is written.
     """
 
     def __init__(
-        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] | None = None
+        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] = lambda: None
     ) -> None:
-        """Take squares from byte `end` on, up to byte `room`; `prepare` is called before the first is written."""
         self.path = memory.folder / SQUARES_NAME
         self.memory, self.side, self.room, self.end = memory, side, room, end
         self.failure: Exception | None = None
@@ -4666,12 +4391,9 @@ class SquareFile:
         self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
+        """Put down a square of a kind `name_squares`, have the memory learn its place, and return that; -1 if there is no room.
 
-        Args:
-            kind: what `name_squares` returns.
-            path, stamp: of the crop's file; size in bytes and mtime in ns.
-            square, mask: uint8 (side, side, 3 or 4), and the digest of the mask's file.
+        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask's.
         """
         square = np.ascontiguousarray(square)
         try:
@@ -4680,19 +4402,17 @@ class SquareFile:
                 if place + square.nbytes > self.room:
                     return -1
                 if self._file is None:  # left open: when the run is interrupted, threads may still write
-                    if self._prepare is not None:
-                        self._prepare()
+                    self._prepare()
                     self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
                 self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
                 os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
+            if self.failure is not None:  # another thread has given up, and this square came after it had made room
+                raise self.failure
         except (OSError, UserError) as error:
             self.give_up(error)
-            return -1
-        if self.failure is not None:  # another thread has given up, and this square came after it had made room
-            self.give_up(self.failure)
             return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
         self.memory.learn(kind, path, stamp, value.tobytes())
@@ -4724,7 +4444,6 @@ def find_squares(
     """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
 
     Args:
-        memory, kind: of the run's folder, and what `name_squares` returns.
         crops: size in bytes and mtime in ns by path, None for a file that is gone.
         masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
     """
@@ -4780,12 +4499,9 @@ class CropDataset(Dataset):
     """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
     def __init__(
-        self,
-        records: Records,
-        transform: Transform,
-        backgrounds: Backgrounds | None = None,
-        store: SquareStore | None = None,
+        self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None, store: Any = None
     ) -> None:
+        """Read crops of these records, from their `SquareStore` where that has them."""
         self.records, self.transform, self.backgrounds = records, transform, backgrounds
         self.store = store if store is not None and store.records is records else None
 
@@ -4852,24 +4568,21 @@ class EpochSampler(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for keys in itertools.islice(self._all_batches(), self.first_batch, None):
-            yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
-
-    def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
         share = augmentation_share(self.config, self.epoch)
         gates = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
         seen: Counter[int] = Counter()
-        for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
+        for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
             for row, view, gate in drawn:
                 words, showing = sample_words(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
                 keys.append(SampleKey(row, words, int(view), showing, gate))
                 seen[row] += 1
-            yield keys
+            if number >= self.first_batch:
+                yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
@@ -4924,12 +4637,8 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
 
-    Workers that live and deliver nothing for LOADER_SECONDS are killed.
-
-    `read` starts reading; it gets the number of loaders that have failed and of batches that have been yielded.
-
-    Raises:
-        DeadWorker: that has happened LOADER_RESTARTS times.
+    Workers that deliver nothing for LOADER_SECONDS are killed. `read` starts reading; it gets the number of loaders that have
+    failed and of batches that have been yielded. Raises DeadWorker when that has happened LOADER_RESTARTS times.
     """
     taken = 0
     is_stalled = threading.Event()
@@ -4983,9 +4692,6 @@ def take_turns(
     """Yield the answer to each batch, in order; processes take turns, the first one yields all answers, and the others none.
 
     `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
-
-    Raises:
-        DeadWorker: loader workers are killed again and again.
     """
     batches_of_rank = batches[get_rank() :: get_world_size()]
     read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
@@ -5248,7 +4954,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed."""
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
-    mean, std = own_normalization(config)
+    mean, std = given_normalization(config)
     pooling = getattr(getattr(model, "global_pool", None), "pool_type", None)
     hashes = hash_tensors(model)
     info = BackboneInfo(
@@ -7998,7 +7704,8 @@ class Job:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        return make_identity(self.config, self.records.class_names, self.info) | identify_backgrounds(self.backgrounds)
+        identity = make_identity(self.config, self.records.class_names, self.info)
+        return identity | {"backgrounds": self.backgrounds and self.backgrounds.identity}
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
@@ -9127,7 +8834,7 @@ def run_scan(config: Config) -> None:
     if (config.out_dir / "metrics.jsonl").exists():
         raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
     scan = scan_dataset(config)
-    with keep_scan(scan):
+    with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
@@ -9341,7 +9048,7 @@ def prepare_run(
         scan = scan_dataset(config, splits_path, squares)
         # Also for what is asked of the run later.
         config = dataclasses.replace(config, image_bits=scan.records.image_bits)
-        with keep_scan(scan):
+        with keep_memory(scan.memory):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:
@@ -9391,7 +9098,8 @@ def plan_run(
         if config.cache_views is None:  # as it was decided when the run began
             config = dataclasses.replace(config, cache_views=point.payload["identity"].get("cache_views"))
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
-        identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
+        identity = make_identity(config, records.class_names, None)
+        identity["backgrounds"] = backgrounds and backgrounds.identity
         check_identity(point.path, point.payload["identity"], identity)
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
@@ -9484,7 +9192,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
             "masks_hash": records.masks_hash,
             "images": len(records.paths),
             "classes": list(records.class_names),
-            **identify_backgrounds(job.backgrounds),
+            "backgrounds": job.backgrounds and job.backgrounds.identity,
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),

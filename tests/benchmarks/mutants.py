@@ -35,7 +35,9 @@ FAULTS = {
         "match.group(1), index", "match.group(0), index", "test_figures.py -k captures"
     ),
     "verdict against val": Fault(
-        'best_baseline(baseline["val"]), features["test"]\n', 'best_baseline(baseline["val"]), features["val"]\n', "test_figures.py -k compared_with"
+        'best_baseline(baseline["val"]), features["test"]\n',
+        'best_baseline(baseline["val"]), features["val"]\n',
+        "test_figures.py -k compared_with",
     ),
     "baseline chosen on test": Fault(
         'best_baseline(baseline["val"]), features',
