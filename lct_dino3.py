@@ -202,25 +202,21 @@ EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 # 02  CONFIG & CLI
 # ======================================================================================================================
 # One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
-def _printable_line(text: str) -> str:
-    """Return `printable` text, without its middle where a file has put more into it than anyone reads."""
-    text = printable(text)
-    return text if len(text) <= MAX_ERROR_LINE else f"{text[: MAX_ERROR_LINE // 2]} ... {text[-MAX_ERROR_LINE // 3 :]}"
+def printable(text: str, max_length: int | None = None) -> str:
+    """Return `text` on one line, control characters and undecodable bytes as escapes; without its middle where it is too long."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if max_length is None or len(text) <= max_length:
+        return text
+    return f"{text[: max_length // 2]} ... {text[-max_length // 3 :]}"
 
 
 class UserError(Exception):
     """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
-        what, where, remedy = ("\n".join(map(_printable_line, text.split("\n"))) for text in (what, where, remedy))
+        what, where, remedy = (
+            "\n".join(printable(line, MAX_ERROR_LINE) for line in text.split("\n")) for text in (what, where, remedy)
+        )
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
 
@@ -289,13 +285,8 @@ class Options:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return [plain(item) for item in value]
-            return str(value.absolute()) if isinstance(value, Path) else value
-
-        return {field.name: plain(getattr(self, field.name)) for field in option_fields(type(self))}
+        values = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
+        return json.loads(json.dumps(values, default=lambda path: str(path.absolute())))
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -626,21 +617,20 @@ def format_flags(options: Options, names: Collection[str]) -> list[str]:
     """Return the words of a command line that gives those of the named options that differ from their defaults."""
     words: list[str] = []
     for field in option_fields(type(options)):
-        value = getattr(options, field.name)
+        value, kind = getattr(options, field.name), field_kind(field)
         if value == field.default or field.name not in names:
             continue
-        if field_kind(field) is bool:
+        if kind is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
-        elif field_kind(field) is dict:
-            words += [f"--{field.name}", json.dumps(value)]
         else:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) and kind is not dict else (value,)
+            words += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
     return words
 
 
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`, `dict` for a list of them."""
-    name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
+    name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
     return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
@@ -656,10 +646,7 @@ EXPECTED = {
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line an option: wide columns, and `--[no-]flag` for a pair of booleans."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=150)
+    """One line an option: its first flag, `--[no-]flag` for a pair of booleans."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         action = copy.copy(action)
@@ -692,24 +679,21 @@ def needed_flags(options_class: type[Options]) -> list[str]:
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
     """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
-    is_main = command == "train"
-    program = program_name(command)
-    fields = option_fields(options_class)
-    needed = "".join(f" {example}" for example in needed_flags(options_class))
-    lines = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
+    main_words = ["[COMMAND]"] if command == "train" else []
+    program, fields = program_name(command), option_fields(options_class)
+    commands = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
         allow_abbrev=False,
-        usage=f"{program}{' [COMMAND]' if is_main else ''}{needed} [options]",
+        usage=" ".join([program, *main_words, *needed_flags(options_class), "[options]"]),
         description=(options_class.__doc__ or "").split("\n")[0],
-        epilog=f"commands, each with a --help of its own:\n{lines}" if is_main else None,
-        formatter_class=_HelpFormatter,
+        epilog=f"commands, each with a --help of its own:\n{commands}" if main_words else None,
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=38, width=150),
     )
-    groups = {}
+    titles = dict.fromkeys(field.metadata["group"] for field in fields)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields:
         meta, kind = field.metadata, field_kind(field)
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         settings = {key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -719,7 +703,7 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
                 settings.setdefault("metavar", "N" if kind is int else "X")
         shown = ("on" if field.default else "off") if kind is bool else field.default
         settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
-        names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
+        names = filter(None, (field.name, meta.get("alias"), meta.get("key")))
         flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
@@ -727,20 +711,18 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
 
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
     """Return what a word of the command line means for an option; `none` and `auto` take back what a config file says."""
-    kind, what = field_kind(field), f"{text!r} is not {EXPECTED[field_kind(field)]}"
+    kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
     if kind is Path and not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
-    if kind is not dict:
-        try:
+    try:
+        if kind is not dict:
             return kind(field.metadata.get("spelled", {}).get(text, text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(what) from error
-    try:  # JSON is YAML
-        entries = load_yaml(text)
+        entries = load_yaml(text)  # JSON is YAML
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is no YAML: {error}") from error
+        problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
+        raise argparse.ArgumentTypeError(problem) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
     return entries
@@ -749,22 +731,22 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
 def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
     """Turn the words of a command line into options, each in its range. `--help` prints and exits.
 
-    Where the class has an option `config`, what that file says stands between the defaults and what is typed.
-
-    Raises:
-        UserError: unknown flag, wrong type, or a value out of range.
+    Where the class has an option `config`, what that file says stands between the defaults and what is typed; a run's folder
+    stands for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
     """
     parser = build_parser(options_class, command)
-    typed, unknown = parser.parse_known_args(argv)
-    typed = vars(typed)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        if unknown[0] in COMMANDS or unknown[0] in TOOLS:
+        if unknown[0] in COMMANDS | TOOLS:
             raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
-    file, places = read_config_file(typed["config"], options_class) if "config" in typed else ({}, {})
-    merged = {**file, **typed}
+    typed, of_file, places = vars(namespace), {}, {}
+    if path := typed.get("config"):
+        path = path / "config.json" if path.is_dir() else path
+        of_file, places = convert_options(path, _parse_config_file(path), options_class)
+    merged = {**of_file, **typed}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     origins = {**places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
     options = options_class(command=command, origins=origins, **values)
@@ -773,18 +755,14 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
 
 
 def parse_command_line(argv: Sequence[str]) -> Options:
-    """Turn the words after the script's name into the checked options of one of its own commands.
-
-    Raises:
-        UserError: as `parse_options` does; no such command; or options that contradict each other.
-    """
+    """Turn the words after the script's name into the options of one of its own commands; UserError if they do not go together."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
-    options = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
-    if not isinstance(options, Config):
-        return options
-    config, name = options, options.experiment_name
+    config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
+    if not isinstance(config, Config):
+        return config
+    name = config.experiment_name
     if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
         raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
     if config.out_dir is None and name is not None and config.models is not None:
@@ -805,97 +783,73 @@ def open_streams() -> None:
             setattr(sys, name, open(file, "w" if number else "r"))  # noqa: SIM115  as long as the process lives
 
 
-def start_tool(command: str, argv: Sequence[str]) -> None:
-    """Replace this process by that of a tool.
-
-    Raises:
-        UserError: the tool does not lie beside this script, which may be the copy in a run's folder.
-    """
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(find_tool(command)), *argv])
-
-
 def find_tool(command: str) -> Path:
-    """Return the script of a tool.
-
-    Raises:
-        UserError: it does not lie beside this script.
-    """
+    """Return the script of a tool. Raises UserError if it does not lie beside this script, which may be the copy in a run."""
     path = TOOLS_DIR / f"{command}.py"
     if not path.is_file():
         raise UserError("is not there", str(path), f"put the folder tools/ beside {SCRIPT_NAME}, as the project has it")
     return path
 
 
-def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options in a config file by flag name, and for each the file and key where it stands.
-
-    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
-
-    Raises:
-        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    return convert_options(path, _parse_config_file(path), options_class)
-
-
 def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what `read_config_file` does, of the content of the file; raises as it does."""
-    is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
-    if is_record:
-        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
-        once = {field.name for field in option_fields(options_class) if field.metadata.get("once")}
-        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    """Return the options that a config file says by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only. Raises UserError for an unknown or
+    repeated key, or a value of the wrong type.
+    """
+    fields, where = option_fields(options_class), f"--config {path}"
+    if isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins")):
+        unused = {"command", *(field.name for field in fields if field.metadata.get("once"))}
+        unused |= {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        tree = {key: value for key, value in tree["options"].items() if key not in unused}
     if is_predecessor_config(tree):
-        raise UserError(
-            f"is of {PREDECESSOR}", f"--config {path}", "see configs/lct-dino-3.yaml, and type what differs"
-        )
+        raise UserError(f"is of {PREDECESSOR}", where, "see configs/lct-dino-3.yaml, and type what differs")
     if not isinstance(tree, dict | None):
-        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+        raise UserError("holds no options, which are written as  key: value", where, "see configs/")
     options: dict[str, Any] = {}
     places: dict[str, str] = {}
-    fields = option_fields(options_class)
     known = {field.name: field for field in fields}
     known |= {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
     for key, value in _walk_keys(path, tree or {}, known):
-        field = known[key]
+        field, place = known[key], f"{path}: {key}"
         if field.name in options:
             what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
-            raise UserError(what, f"{path}: {key}", "leave one of them out")
+            raise UserError(what, place, "leave one of them out")
         if value is not None and (value != [] or field.default != ()):  # else the default is meant
-            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
-            places[field.name] = f"{path}: {key}"
+            options[field.name] = _convert_value(field, value, place, path.parent)
+            places[field.name] = place
     return options, places
 
 
 def _parse_config_file(path: Path) -> Any:
     """Return what a YAML, TOML or JSON file holds; a key that stands there twice is an error."""
+    import tomllib
+
     where, suffix = f"--config {path}", path.suffix.lower()
-    if suffix not in (".yaml", ".yml", ".toml", ".json"):
+    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
+    if suffix not in loaders:
         raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
     text = read_text(path, where)
+    try:
+        return loaders[suffix](text)
+    except RecursionError as error:
+        raise UserError("is nested too deeply", where, "see configs/") from error
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
-    def unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"{name} stands there twice")
+
+def load_json(text: str | bytes) -> Any:
+    """Return what JSON says. Raises ValueError for a key that stands there twice, and for NaN and infinity, which JSON lacks."""
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+            raise ValueError(f"{repeated[0]} stands there twice")
         return dict(pairs)
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
-    try:
-        if suffix == ".toml":
-            import tomllib
-
-            return tomllib.loads(text)
-        if suffix == ".json":
-            return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        return load_yaml(text)
-    except RecursionError as error:
-        raise UserError("is nested too deeply", where, "see configs/") from error
-    except ValueError as error:
-        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
 def read_text(path: Path, where: str) -> str:
@@ -940,7 +894,7 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
         raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except (TypeError, KeyError, AttributeError) as error:  # of yaml's own constructors
+    except (TypeError, LookupError, AttributeError) as error:  # of yaml's own constructors
         raise ValueError("a value is not what its tag says") from error
 
 
@@ -960,32 +914,22 @@ def _make_yaml_loader() -> type:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
-            first: [
-                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
-            ]
+            first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float", ":int"))]
             for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        read = functools.partial(loader.construct_object, deep=True)
-        seen_keys: set[Any] = set()
-        for key, _ in node.value:
-            if key.tag.endswith(":merge"):
-                continue
+        names: set[Any] = set()
+        for key in (key for key, _ in node.value if not key.tag.endswith(":merge")):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-            if read(key) in seen_keys:
+            name = loader.construct_object(key)
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen_keys.add(read(key))
-        loader.flatten_mapping(node)  # puts what << names before the node's own keys
-        return {read(key): read(value) for key, value in node.value}
+            names.add(name)
+        return loader.construct_mapping(node, deep=True)  # what << names, then the node's own keys
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-    Loader.add_constructor(
-        "tag:yaml.org,2002:float",
-        lambda loader, node: float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")),
-    )
     # 007 is a name
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
     number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -999,64 +943,60 @@ def _walk_keys(
     """Yield each option's key and value; sections are mappings below the first parts of keys."""
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
+        key, place = f"{prefix}{name}", f"{path}: {prefix}{name}"
         if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
             yield from _walk_keys(path, value or {}, known, f"{key}.")
         elif key in known and not known[key].metadata.get("once"):
             yield key, value
         elif key in sections:
             inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
-            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+            raise UserError("is a section", place, f"give values of {inside}")
+        elif key in known:
+            raise UserError("belongs on the command line", place, f"type --{name}")
         else:
-            once = key in known
-            what = "belongs on the command line" if once else "is no known key"
-            remedy = f"type --{name}" if once else did_you_mean(key, [*known, *sections])
-            raise UserError(what, f"{path}: {key}", remedy)
+            raise UserError("is no known key", place, did_you_mean(key, [*known, *sections]))
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
-
-    Raises:
-        UserError: it has the wrong type, or is none of the choices.
-    """
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file."""
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
-    values = value if isinstance(value, list) else [value] if count == "+" else None
-    if values is None or (isinstance(count, int) and len(values) != count):
+    values = [value] if count == "+" and not isinstance(value, list) else value
+    if not isinstance(values, list) or (isinstance(count, int) and len(values) != count):
         expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
         raise UserError(f"{reprlib.repr(value)} is not {expected}", where, "correct the value")
     return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
 
 
 def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    kind, choices = field_kind(field), field.metadata.get("choices")
+    kind, choices, remedy = field_kind(field), field.metadata.get("choices"), "correct the value"
     if type(value) is int and value.bit_length() > 63:
-        raise UserError("is too large a number", where, "correct the value")
-    if kind is str and type(value) is int:  # precision: 16, prototypes_per_class: 3
-        value = str(value)
+        raise UserError("is too large a number", where, remedy)
+    if kind in (str, float) and type(value) is int:  # precision: 16, prototypes_per_class: 3
+        value = kind(value)
+    if kind is str and type(value) is str:
+        value = field.metadata.get("spelled", {}).get(value, value)
     if kind is str and type(value) is float:  # 1.10 has become 1.1
-        raise UserError(f"{value!r} is a number", where, "put it in quotes")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not (str if kind is Path else kind):
-        raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
-    value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
-    if choices and value not in choices:
+        problem, remedy = f"{value!r} is a number", "put it in quotes"
+    elif type(value) is not (str if kind is Path else kind):
+        problem = f"{reprlib.repr(value)} is not {EXPECTED[kind]}"
+    elif choices and value not in choices:
         words = [str(choice) for choice in choices]
-        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
-    if kind is not Path:
+        problem, remedy = f"{value!r} is none of {', '.join(words)}", did_you_mean(str(value), words)
+    elif kind is not Path:
         return value
-    if not value:
-        raise UserError("is empty", where, "give a path, or leave the key out")
-    try:
-        path = folder / Path(value).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{value!r} names a user that is not known here", where, "correct the path") from error
-    if not field.metadata.get("in_models"):
-        return path
-    return path.absolute() if path.exists() else Path(value)
+    elif not value:
+        problem, remedy = "is empty", "give a path, or leave the key out"
+    else:
+        try:
+            path = folder / Path(value).expanduser()
+            if not field.metadata.get("in_models"):
+                return path
+            return path.absolute() if path.exists() else Path(value)
+        except RuntimeError:
+            problem, remedy = f"{value!r} names a user that is not known here", "correct the path"
+    raise UserError(problem, where, remedy)
 
 
 def did_you_mean(
@@ -1098,11 +1038,7 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def check_ranges(options: Options) -> None:
-    """Check each value against the bounds of its option.
-
-    Raises:
-        UserError: naming the flag, its value and what is allowed.
-    """
+    """Refuse a value that is not finite, or out of the bounds of its option."""
     for field in option_fields(type(options)):
         value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
@@ -1173,11 +1109,7 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
 
 
 def check_given(options: Options) -> None:
-    """Check that what the command needs is given, and that every path can be asked for.
-
-    Raises:
-        UserError: an option is missing, or a path cannot be reached.
-    """
+    """Refuse options that lack what the command needs, or a path that cannot be asked for or is of the predecessor."""
     fields = option_fields(type(options))
     for field in fields:
         if field.metadata.get("needed") and getattr(options, field.name) in (None, ()):
@@ -1185,12 +1117,11 @@ def check_given(options: Options) -> None:
             raise UserError("is missing", options.flag(field.name), remedy)
     for field in fields:
         path = getattr(options, field.name)
-        if isinstance(path, Path):
-            try:
+        try:
+            if isinstance(path, Path):
                 path.exists()
-            except OSError as error:  # no permission on a parent, a name that is too long
-                where = f"{options.place(field.name)} {path}"
-                raise UserError(str(error.strerror), where, "check the path") from error
+        except OSError as error:  # no permission on a parent, a name that is too long
+            raise UserError(str(error.strerror), f"{options.place(field.name)} {path}", "check the path") from error
     check_predecessor(options)
 
 
@@ -1208,33 +1139,24 @@ def is_predecessor_config(tree: Any) -> bool:
     return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
 
 
-def find_predecessor(path: Path) -> Path | None:
-    """Return the run of lct-dino-3.py that a folder is or a file lies in, or else the first one in a folder."""
-    folder = path.parent if path.is_file() else path
-    for config in (folder / "config.json", *sorted(path.glob("run_[0-9]*/config.json"))):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if is_predecessor_config(json.loads(read_regular(config, MAX_CONFIG_BYTES))):
-                return config.parent
-    return None
-
-
 def check_predecessor(options: Options) -> None:
-    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for.
-
-    Raises:
-        UserError: it is that.
-    """
+    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for."""
     for name, remedy in PREDECESSOR_REMEDIES.items():
         path = getattr(options, name, None)
-        if (
-            not isinstance(path, (str, Path))
-            or path == "last"
-            or (name == "out_dir" and getattr(options, "overwrite", False))
-        ):
+        is_moved = name == "out_dir" and getattr(options, "overwrite", False)
+        if not isinstance(path, (str, Path)) or path == "last" or is_moved:
             continue
-        run = find_predecessor(Path(path))
-        if run is not None and (name != "data_root" or run == path):  # a folder of classes may hold runs too
-            raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
+        path = Path(path)
+        folder = path.parent if path.is_file() else path
+        runs = (
+            [path] if name == "data_root" else [folder, *sorted(path.glob("run_[0-9]*"))]
+        )  # classes may hold runs too
+        for run in runs:
+            config: Any = None
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                config = json.loads(read_regular(run / "config.json", MAX_CONFIG_BYTES))
+            if is_predecessor_config(config):
+                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
 def check_paths(config: Config) -> None:
@@ -1390,7 +1312,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
-            start_tool(sys.argv[1], sys.argv[2:])
+            os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
         with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
             COMMAND_LINE = parse_command_line(sys.argv[1:])
         # --debug wants a traceback; what the first process names, others need not see.
