@@ -1050,20 +1050,15 @@ def check_ranges(options: Options) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Check the options of training against each other.
-
-    Raises:
-        UserError: naming those that contradict each other.
-    """
+    """Refuse options of training that contradict each other, by the name of each."""
     for name, words in (("exclude", config.exclude), ("resume", (config.resume,))):
-        for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
+        for word in set(words) & (COMMANDS | TOOLS).keys():
             raise UserError(f"has taken the command {word} for its value", config.place(name), "put the command first")
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    one, all_but_one = "give one of them", "leave one of them out"
-    four = config.in_channels == 4
+    one, all_but_one, four = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # Whether something is wrong, which options it concerns, what is wrong, and what to do.
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
@@ -1160,11 +1155,7 @@ def check_predecessor(options: Options) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Check everything that can be known of the named files and folders without reading images; writes nothing.
-
-    Raises:
-        UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
-    """
+    """Check everything that can be known of the named files and folders without reading images; writes nothing."""
     check_given(config)
     check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
     if config.unknown_dir is not None:
@@ -1178,21 +1169,18 @@ def check_paths(config: Config) -> None:
     if config.insert_background_p:
         _check_backgrounds(config)
     if config.group_regex is not None:
+        what = ""
         try:
             num_groups = re.compile(config.group_regex).groups
-            what = f"has {num_groups} capture groups, not one"
+            what = f"has {num_groups} capture groups, not one" if num_groups != 1 else ""
         except re.error as error:
-            num_groups, what = 0, f"is no regular expression: {error}"
-        if num_groups != 1:
+            what = f"is no regular expression: {error}"
+        if what:
             raise UserError(what, config.said("group_regex"), r"for example '^(shot\d+)_'")
 
 
 def check_run_paths(options: RunOptions) -> None:
-    """Check the files and folders that a command on a finished run names.
-
-    Raises:
-        UserError: missing, or of the wrong kind.
-    """
+    """Check the files and folders that a command on a finished run names."""
     check_given(options)
     check_folder(options, "run", "give the out_dir of a finished run")
     check_files_exist(options, *({"class_map", "backbone_weights"} & vars(options).keys()))
@@ -1218,33 +1206,28 @@ def check_folder(options: Options, name: str, remedy: str) -> None:
     """Refuse an option that names something that is not a folder."""
     path = getattr(options, name)
     if not path.is_dir():
-        what = "does not exist" if not path.exists() else "is a file, not a folder"
+        what = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path, where = config.load_from, config.said("load_from")
+    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last."""
+    path, where, remedy = config.load_from, config.said("load_from"), "give the folder of a run, or a file"
     if path is None:
         return None
-    is_typed = config.origins.get("load_from", COMMAND_LINE_ORIGIN) == COMMAND_LINE_ORIGIN
+    is_typed = config.place("load_from") == config.flag("load_from")
     places = [path] if is_typed or path.is_absolute() else []  # what a file says does not start from the current folder
     places += [config.models / path] if config.models is not None else []
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise UserError("does not exist", where, "check the path")
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError("is neither a file nor a folder", where, "give the folder of a run, or a file")
-    names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
-    if not names:
-        raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
-    return path / names[0]
+    if path.is_dir():
+        path = next((path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()), None)
+        if path is None:
+            raise UserError("holds no checkpoint", where, remedy)
+    elif not path.is_file():
+        raise UserError("is neither a file nor a folder", where, remedy)
+    return path
 
 
 def _check_backgrounds(config: Config) -> None:
@@ -1254,25 +1237,19 @@ def _check_backgrounds(config: Config) -> None:
     check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
-    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
+    if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
         raise UserError(what, where, "choose a folder of other pictures")
-    if pictures in (out_dir, *out_dir.parents):
+    if out_dir.is_relative_to(pictures):
         what = "holds out_dir, whose own pictures would be taken for backgrounds"
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
-    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    path = path.resolve()
-    is_run = {
-        folder: (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file() for folder in path.parents
-    }
-    for name, folder in {**folders, "a run": next(filter(is_run.get, is_run), None)}.items():
+    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run."""
+    path, names = path.resolve(), ("metrics.jsonl", "config.json")
+    run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
+    for name, folder in {**folders, "a run": run}.items():
         if folder is not None and path.is_relative_to(folder.resolve()):
             raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
 
@@ -1285,11 +1262,11 @@ def check_out_dir(config: Options) -> None:
     is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not any((out_dir / n).exists() for n in RUN_MARKERS)
     # fmt: off
     refusals = (
-        (out_dir == data_root or data_root in out_dir.parents,
+        (out_dir.is_relative_to(data_root),
             "lies inside data_root, where it would be taken for a class", "choose a folder outside the data"),
-        (is_moved and out_dir in (Path.cwd(), *Path.cwd().parents),
+        (is_moved and Path.cwd().is_relative_to(out_dir),
             "is the current folder, which --overwrite would move aside", "start from another folder"),
-        (out_dir in data_root.parents,
+        (data_root.is_relative_to(out_dir),
             "holds data_root, which --overwrite would move aside with it", "choose another folder"),
         (out_dir.exists() and not out_dir.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
@@ -1366,21 +1343,16 @@ class Signals:
         self.wants_save = False
         self._asked_at, self._holds, self._put_off = 0.0, 0, False
 
-    def catch(self) -> None:
-        """Install the handlers; what the shell had us ignore, as nohup does with SIGHUP, stays ignored."""
-        self.__init__()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
-        signal.signal(signal.SIGUSR1, self._save)
+    def catch(self, is_first: bool = True) -> None:
+        """Install the handlers, which only note what is asked of a process beside the first: that one decides what becomes of it.
 
-    def listen(self) -> None:
-        """Only note what is asked: another process decides what becomes of it."""
+        What the shell had us ignore, as nohup does with SIGHUP, stays ignored.
+        """
         self.__init__()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, _: setattr(self, "asked", number))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                signal.signal(number, self._stop if is_first else lambda number, _: setattr(self, "asked", number))
+        signal.signal(signal.SIGUSR1, (lambda *_: setattr(self, "wants_save", True)) if is_first else signal.SIG_IGN)
 
     def receive_any(self, numbers: Iterable[int | None]) -> None:
         """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
@@ -1399,9 +1371,6 @@ class Signals:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
         if not self._holds:
             raise Interrupted(self.asked)
-
-    def _save(self, *_: Any) -> None:
-        self.wants_save = True
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -1440,8 +1409,7 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
-    Raises:
-        UserError: it cannot be written; what was there before is untouched.
+    Raises UserError where it cannot be written; what was there before is untouched.
     """
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -1457,9 +1425,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch says "unexpected pos", whatever happened
+        # torch says "unexpected pos", whatever happened
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise write_error(path, cause, written) from error
@@ -1485,22 +1452,14 @@ def is_torch_zip(path: Path) -> bool:
 def check_zip(path: Path) -> None:
     """Check every member of a zip archive, a checkpoint or .npz, against its CRC-32, which torch's own reader does not do.
 
-    Raises:
-        zipfile.BadZipFile: the file is damaged, cut off, or no zip archive.
-        OSError: it cannot be read.
+    Raises zipfile.BadZipFile where it is damaged, cut off, or no zip archive; OSError where it cannot be read.
     """
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
         raise zipfile.BadZipFile("is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:  # what flipped bits in its directory provoke
+    except (OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:  # flipped bits in its directory
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
@@ -1516,9 +1475,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented UTF-8 JSON, atomically."""
-    write_bytes(
-        path, (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, form: Any) -> Any:
@@ -1532,43 +1490,35 @@ def read_json(path: Path, form: Any) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Check what a file of ours holds, to any depth.
+    """Check what a file of ours holds, to any depth; ValueError names what is missing, or of another type.
 
     A form is a type, or a tuple of them; [form] of each item of a list; {key: form} of a mapping that needs these keys; {str: form}
     of all values of a mapping.
-
-    Raises:
-        ValueError: naming what is missing, or of another type.
     """
     kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
-    parts: Iterable[tuple[str, Any, Any]] = ()
     if isinstance(form, list):
-        parts = ((f"{name}[{index}]", item, form[0]) for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            check_form(item, form[0], f"{name}[{index}]")
     elif isinstance(form, dict):
         forms = dict.fromkeys(value, form[str]) if str in form else form
         if missing := [key for key in forms if key not in value]:
             raise ValueError(f"{name} has no {missing[0]}")
-        prefix = "" if name == "it" else f"{name}."
-        parts = ((f"{prefix}{key}", value[key], of_key) for key, of_key in forms.items())
-    for place, part, of_part in parts:
-        check_form(part, of_part, place)
+        for key, form_of_key in forms.items():
+            check_form(value[key], form_of_key, f"{'' if name == 'it' else f'{name}.'}{key}")
 
 
 def to_json(value: Any) -> Any:
     """Turn numpy and path values into plain JSON ones; NaN and infinity, which JSON lacks, into None."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 
@@ -1576,11 +1526,10 @@ def fingerprint(*parts: Any) -> str:
     """Return 16 hex digits of a SHA-256 over bytes, arrays, and values that JSON can hold; their order and kinds count too."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, bytes):
-            kind, content = "bytes", part
-        elif isinstance(part, np.ndarray):
+        kind, content = "bytes", part
+        if isinstance(part, np.ndarray):
             kind, content = f"{part.dtype} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        else:
+        elif not isinstance(part, bytes):
             kind, content = "json", json.dumps(part, sort_keys=True, default=to_json).encode()
         digest.update(f"{kind} {len(content)}\n".encode())
         digest.update(content)
@@ -1588,11 +1537,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
-    """Create out_dir; that this can fail is only seen by trying, whatever the permission bits say.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create out_dir, or raise UserError: that this can fail is only seen by trying, whatever the permission bits say."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1610,11 +1555,7 @@ class LineFile:
             raise write_error(path, error, 0) from error
 
     def append(self, text: str) -> None:
-        """Write one or more lines.
-
-        Raises:
-            UserError: the disk is full or gone; the file is as it was.
-        """
+        """Write one or more lines. Raises UserError where the disk is full or gone; the file is as it was then."""
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         size, written = os.fstat(self._fd).st_size, 0
         with SIGNALS.hold():
@@ -1730,16 +1671,13 @@ class RunDirectory:
 
     def start_tracker(self, *flags: str) -> None:
         """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         try:
             command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
             with open(self.path / "track.log", "ab") as log:
+                # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
                 self._tracker = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=tool_environment(),
-                    start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
+                    command, **streams, stdout=log, env=tool_environment(), start_new_session=True
                 )
         except (UserError, OSError) as error:
             self.log(f"warning: the run is not tracked: {error}")
@@ -1765,27 +1703,16 @@ class ReadRunDirectory(RunDirectory):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def log(self, text: str = "") -> None:
+    def log(self, *_: Any, **__: Any) -> None:
         """Leave it to the first process, which does the same."""
 
-    def event(self, name: str, **values: Any) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def forget_epochs_after(self, epoch: int) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def start_tracker(self, *flags: str) -> None:
-        """Leave it to the first process, which does the same."""
+    event = forget_epochs_after = start_tracker = log
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        record = json.loads(line, parse_constant=refuse)
+        record = load_json(line)
         check_form(record, {"event": str})
         check_form(record.get("epoch", 0), int)
     except (ValueError, RecursionError):
@@ -1807,17 +1734,17 @@ def repair_events(path: Path) -> str:
     """
     data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
-    good = [line for line in (*lines, rest) if parse_record(line) is not None]
-    num_bad = sum(parse_record(line) is None for line in lines)
+    is_good = [parse_record(line) is not None for line in (*lines, rest)]
+    num_bad = is_good[:-1].count(False)
     if not rest and not num_bad:
         return ""
-    said = [f"the last line of {path.name} was cut off"] if rest else []
+    damage = [f"the last line of {path.name} was cut off"] if rest else []
     if num_bad:
         aside = name_aside(path, "damaged")
         write_bytes(aside, data)
-        said.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
-    write_bytes(path, b"".join(line + b"\n" for line in good))
-    return "; ".join(said)
+        damage.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
+    write_bytes(path, b"".join(line + b"\n" for line in itertools.compress((*lines, rest), is_good)))
+    return "; ".join(damage)
 
 
 def name_aside(path: Path, why: str) -> Path:
@@ -1831,10 +1758,7 @@ def name_aside(path: Path, why: str) -> Path:
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
 
-    A probe only wants to know whether another process works there, and leaves no name.
-
-    Raises:
-        UserError: naming the process that holds it.
+    A probe only wants to know whether another process works there, and leaves no name. UserError names the process that does.
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
@@ -1848,9 +1772,8 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
         remedy = "wait for it, stop it, or choose another folder"
         raise UserError(f"is in use by {holder or 'another process'}", where, remedy) from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         remedy = "choose a folder of your own, on a file system that has locks"
-        raise UserError(f"cannot be locked: {reason}", where, remedy) from error
+        raise UserError(f"cannot be locked: {getattr(error, 'strerror', None) or error}", where, remedy) from error
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
         if not is_probe:
             holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
@@ -1858,11 +1781,7 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Say early, without writing anything, that another process works in a folder.
-
-    Raises:
-        UserError: naming the process.
-    """
+    """Say early, without writing anything, that another process works in a folder, and which."""
     if (path / ".lock").exists():
         lock_directory(path, is_probe=True).lock.release()
 
@@ -1890,12 +1809,7 @@ def tool_environment() -> dict[str, str]:
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
-    """Run a tool to its end; what asks this process to stop is passed on to it.
-
-    Raises:
-        ToolFailed: with its exit code.
-        UserError: it does not lie beside this script.
-    """
+    """Run a tool to its end, or raise ToolFailed with its exit code; what asks this process to stop is passed on to it."""
     process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
         code = process.wait()
@@ -1943,14 +1857,25 @@ class FileMemory:
         self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
-        """Write what has been learned in one transaction; the caller has the folder's lock.
-
-        Raises:
-            UserError: the table cannot be written.
-        """
+        """Write what has been learned in one transaction, or raise UserError; the caller has the folder's lock."""
+        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
+        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
         with SIGNALS.hold():
             rows = self._learned[:]
-            self._write(rows)
+            for is_last_try in (False, True) if rows else ():
+                try:
+                    if self._is_damaged:
+                        self.path.unlink()
+                        self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
+                        self._is_damaged = False
+                    with self._open_table("rwc") as table:
+                        table.execute(create)
+                        table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                    break
+                except (sqlite3.Error, OSError) as error:
+                    self._is_damaged = _is_damage(error)
+                    if is_last_try or not self._is_damaged:
+                        raise write_error(self.path, OSError(str(error)), 0) from error
             del self._learned[: len(rows)]
 
     def save_early(self) -> None:
@@ -1959,24 +1884,6 @@ class FileMemory:
             create_out_dir(self.folder)
             with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
                 self.save()
-
-    def _write(self, rows: list[tuple[Any, ...]]) -> None:
-        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
-        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
-        for is_last_try in (False, True) if rows else ():
-            try:
-                if self._is_damaged:
-                    self.path.unlink()
-                    self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
-                    self._is_damaged = False
-                with self._open_table("rwc") as table:
-                    table.execute(create)
-                    table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
-                return
-            except (sqlite3.Error, OSError) as error:
-                self._is_damaged = _is_damage(error)
-                if is_last_try or not self._is_damaged:
-                    raise write_error(self.path, OSError(str(error)), 0) from error
 
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
@@ -2043,7 +1950,7 @@ def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
     """
     if store is None:
         return code, True
-    SIGNALS.listen()  # torchrun may end us by now, as another process has ended
+    SIGNALS.catch(is_first=False)  # torchrun may end us by now, as another process has ended
     first = f"{get_rank()} {code}"
     with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
         first = store.compare_set("failed", "", first).decode()
@@ -10028,10 +9935,7 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     options = Options()
     try:
-        if get_rank():
-            SIGNALS.listen()  # the first process decides what becomes of a signal
-        else:
-            SIGNALS.catch()
+        SIGNALS.catch(is_first=get_rank() == 0)
         options = parse()
         if is_shared or get_rank() == 0:
             recipe(options)
