@@ -2064,8 +2064,7 @@ class Runtime:
     def share_batchnorm(self, backbone: Backbone) -> None:
         """Have the BatchNorm layers of a backbone that is to be trained see whole batches: processes on GPUs share statistics.
 
-        Raises:
-            UserError: GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made.
+        GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made: there UserError refuses it.
         """
         if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
             return
@@ -2087,11 +2086,11 @@ class Runtime:
     def describe(self) -> str:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        exact = ", no TF32" if self.num_gpus else ""
-        exact += ", deterministic" if self.deterministic else ""
-        shown = ", answers in ".join(name_dtype(dtype) for dtype in dict.fromkeys((self.dtype, self.answer_dtype)))
-        exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
-        return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
+        types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.answer_dtype))))
+        notes = ", no TF32" if self.num_gpus else ""
+        notes += ", deterministic" if self.deterministic else ""
+        notes += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
+        return f"{self.num_gpus or 1} x {name}, {types}{notes}"
 
 
 def name_dtype(dtype: torch.dtype) -> str:
@@ -2100,32 +2099,22 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
-    """Choose the device and the precision.
+    """Choose the device and the precision: without `gpus` one GPU if there is one; UserError for what this machine cannot do.
 
-    Args:
-        gpus: number of GPUs; None = one if there is one.
-        precision: auto, fp32, bf16 or fp16.
-        deterministic: let torch choose operations that give the same bits each time.
-
-    Raises:
-        UserError: more GPUs than there are, or a precision that the device cannot do.
+    Where it is `deterministic`, torch chooses operations that give the same bits each time.
     """
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if gpus is None else gpus
+    where = f"--gpus {num_gpus}"
     if dist.is_initialized() and num_gpus > 1:
-        raise UserError(
-            "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
-        )
+        raise UserError("torchrun gives each process one GPU", where, "leave --gpus out, or give 0 for the CPU")
     if num_gpus > available:
-        raise UserError(
-            f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
-        )
+        raise UserError(f"this machine has {available}", where, f"give --gpus {available} or fewer (0 = CPU)")
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    automatic = (
-        "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    )
+    has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
+    automatic = torch.bfloat16 if has_bf16 else torch.float16 if num_gpus else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}
     if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # float32 has 24 bits, in the head and where the backbone is not rounded: torch gives convolutions the 11 of TF32 by default,
@@ -2135,24 +2124,23 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(precision, names[automatic])
+    device = torch.device("cuda" if num_gpus else "cpu")
     if dist.is_initialized() and num_gpus:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= available:
-            problem = f"{os.uname().nodename} has {available} GPUs"
             where = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-            raise UserError(problem, where, "start one process a GPU")
+            raise UserError(f"{os.uname().nodename} has {available} GPUs", where, "start one process a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    return Runtime(device, num_gpus, dtype, deterministic, precision == "auto")
+    return Runtime(device, num_gpus, dtypes[precision], deterministic, precision == "auto")
 
 
 def training_runtime(config: Config) -> Runtime:
     """Return where and how a run is trained."""
     runtime = make_runtime(config.gpus, config.precision, config.deterministic)
+    dtype = runtime.dtype
     if not runtime.is_automatic:
         return runtime
-    dtype = runtime.dtype
     if dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
         dtype = torch.float32
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
@@ -2168,18 +2156,16 @@ def cpu_multiplies_bf16() -> bool:
     Intel's CPUs have that too, and where AMX is switched off, in virtual machines say, it takes 1.6 times as long as fp32 (ViT-S on
     Emerald Rapids). A property of the machine and not a timing, so that a run can be repeated on it.
     """
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    return torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    has_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    return has_avx512 or torch.cpu._is_amx_tile_supported()
 
 
 def read_cpu_vendor() -> str:
     """Return what Linux says of who made the CPU, or ''."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    cpuinfo = ""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    return "".join(re.findall(r"^vendor_id\s*:\s*(.*?)\s*$", cpuinfo, re.MULTILINE)[:1])
 
 
 def keep_freed_memory() -> None:
@@ -2218,9 +2204,8 @@ def seed_torch(*words: int, rank: int = 0) -> None:
         return int(np.random.SeedSequence(words, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
     torch.manual_seed(derive(0))
-    for device in range(
-        1, torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
-    ):
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
+    for device in range(1, num_gpus):
         torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
@@ -2254,13 +2239,7 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
-        form = {
-            "file": PROGRESS_LOG,
-            "bar_format": LINE_FORMAT,
-            "mininterval": 1,
-            "miniters": 1,
-            "delay": SHORT_SECONDS,
-        }
+        form = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
     return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
 
 
