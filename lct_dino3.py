@@ -250,8 +250,6 @@ TOOLS = {
     "demo": "draw a data set of eleven hand tools and run the whole job on it",
 }
 TOOLS_DIR = Path(__file__).resolve().parent / "tools"
-
-
 COMMAND_LINE_ORIGIN = "command line"
 DERIVED_ORIGIN = "--models and --experiment_name"
 
@@ -259,14 +257,10 @@ DERIVED_ORIGIN = "--models and --experiment_name"
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """Declare one option of an `Options` class: a field of a dataclass whose metadata say all that there is to say of it.
 
-    Args:
-        default: what it is when it is not given.
-        text: for the help.
-        group: heading of the help that it stands under.
-        extra: `low`, `high` inclusive bounds; `choices`; `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` =
-            must be given; `fixed` = must not change at resume; `key` = its place among the sections of a config file; `alias` =
-            another flag; `spelled` = other ways to write a value; `once` = for one start only, not for one that repeats it;
-            `in_models` = a path that is looked for below --models too.
+    `text` and `group` are its line in the help and the heading above. `extra` is of `low`, `high` inclusive bounds; `choices`,
+    `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` = must be given; `fixed` = must not change at resume;
+    `key` = its place among the sections of a config file; `alias` = another flag; `spelled` = other ways to write a value;
+    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -312,7 +306,7 @@ class Options:
 class Config(Options):
     """Turn folders of crops, one folder a class, into a recogniser."""
 
-    # A table: what an option is for, then what it may be.
+    # A table: what an option is for, then what it may be; a long text stands last.
     # fmt: off
     config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
         "data", metavar="FILE", alias="config_filename", once=True)
@@ -325,9 +319,8 @@ class Config(Options):
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
-    image_bits: tuple[int, ...] = option((),
-        "bits a channel that images of more than 8 really use, such as 12 (default: what their values show)",
-        "data", metavar="N", nargs="+", low=8, high=16)
+    image_bits: tuple[int, ...] = option((), group="data", metavar="N", nargs="+", low=8, high=16,
+        text="bits a channel that images of more than 8 really use, such as 12 (default: what their values show)")
     near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
 
     val_split: float = option(0.2, "share of the images for validation",
@@ -343,9 +336,8 @@ class Config(Options):
     data_fraction: float = option(1.0, "share of the data to use: whole groups, the same share of every class and split",
         "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
 
-    crop_mode: str = option("bbox",
-        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
-        "masks", choices=("bbox", "mask", "mix"), fixed=True)
+    crop_mode: str = option("bbox", group="masks", choices=("bbox", "mask", "mix"), fixed=True,
+        text="bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways")
     mix_mask_p: float = option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
     mask_fill: str = option("gray",
         "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
@@ -360,9 +352,8 @@ class Config(Options):
 
     backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
         "augmentation", key="directories.backgrounds", metavar="DIR")
-    insert_background_p: float = option(0.0,
-        "share of the training samples that are put on one of them; those with a mask without their background",
-        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
+    insert_background_p: float = option(0.0, group="augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True,
+        text="share of the training samples that are put on one of them; those with a mask without their background")
     background_max_ratio: float = option(2.0, "sides of what then surrounds a crop, at most so many times its own",
         "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
     pre_transforms: tuple[dict, ...] | None = option(None,
@@ -394,9 +385,8 @@ class Config(Options):
     pretrained: bool = option(True, "start from the weights that timm names for the model",
         "model", fixed=True, key="model.pretrained")
     backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
-    load_from: Path | None = option(None,
-        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
-        "model", metavar="PATH", key="model.load_from", in_models=True)
+    load_from: Path | None = option(None, group="model", metavar="PATH", key="model.load_from", in_models=True,
+        text="start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file")
     in_channels: int = option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
     n_classes: int | None = option(None, "number of classes that there must be (default: any)",
@@ -429,9 +419,8 @@ class Config(Options):
         "model", low=0, key="model.unfreeze_blocks", fixed=True)
     lora_rank: int = option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
         "model", low=0, high=1024, key="model.lora_rank", fixed=True)
-    drop_path: float = option(0.0,
-        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
-        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
+    drop_path: float = option(0.0, group="model", low=0.0, high=0.9, key="model.drop_path", fixed=True,
+        text="share of the residual branches that a trained backbone leaves out at random (stochastic depth)")
 
     epochs: int = option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
     val_batch: int | None = option(None, "images a pass where nothing is trained (default: batch)",
@@ -446,9 +435,8 @@ class Config(Options):
         "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
     fc_lr: float | None = option(None, "peak learning rate of the head (default: lr)",
         "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
-    weight_decay: float | None = option(None,
-        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
-        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
+    weight_decay: float | None = option(None, group="optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True,
+        text="weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none")
     layer_decay: float = option(1.0, "factor on the backbone's learning rate from each block to the one before",
         "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
     arc_lr: float | None = option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
@@ -478,9 +466,8 @@ class Config(Options):
         "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
     balanced_per_class: bool = option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
-    cache_views: int | None = option(None,
-        f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)",
-        "training", low=0, high=1000, fixed=True)
+    cache_views: int | None = option(None, group="training", low=0, high=1000, fixed=True,
+        text=f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)")
     best_metric: str = option("acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
         "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
@@ -490,25 +477,20 @@ class Config(Options):
         "prototypes", low=0.5, high=1.0)
     unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
         "prototypes", metavar="DIR")
-    max_refs_per_class: int | None = option(None,
-        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
-        "prototypes", low=1)
+    max_refs_per_class: int | None = option(None, group="prototypes", low=1,
+        text="references a class in prototypes.npz: those nearest to k-means centres (default: all)")
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
-    match_features: bool = option(True,
-        "match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often",
-        "prototypes")
-    prototypes_per_class: str = option("auto",
-        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
-        "prototypes", metavar="auto|N")
+    match_features: bool = option(True, group="prototypes",
+        text="match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often")
+    prototypes_per_class: str = option("auto", group="prototypes", metavar="auto|N",
+        text="prototypes that a class may have; auto = several where val says so, else its centroid alone")
 
     gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
-    workers: int | None = option(None,
-        f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)",
-        "machine", low=0, high=256, key="dataset.data_loaders.workers")
-    cache_crops: float = option(8.0,
-        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
-        "machine", low=0.0, high=100_000.0)
+    workers: int | None = option(None, group="machine", low=0, high=256, key="dataset.data_loaders.workers",
+        text=f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)")
+    cache_crops: float = option(8.0, group="machine", low=0.0, high=100_000.0,
+        text="GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none")
     precision: str = option("auto",
         "auto answers in fp32, trains in bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on CPUs (frozen: bf16 if fast)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
@@ -517,8 +499,7 @@ class Config(Options):
         "machine", fixed=True, key="training.compile")
     fsdp: bool = option(False, "stands in older config files; weights are not shared among processes any more",
         "machine", key="training.fsdp")
-    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time",
-        "machine", fixed=True)
+    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time", "machine", fixed=True)
 
     resume: str | None = option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
         "run", metavar="PATH", nargs="?", const="last", once=True)
@@ -532,8 +513,7 @@ class Config(Options):
         "run", key="training.save_checkpoints")
     save_metrics: bool = option(True, "record the figures of each class for each epoch; off = totals only",
         "run", key="training.save_metrics")
-    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
-        "run", low=0.0, high=1e6)
+    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6)
     preview: bool = option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
     debug: bool = option(False, "show tracebacks", "run", once=True)
 
@@ -554,9 +534,8 @@ class Config(Options):
 def same_option(name: str) -> Any:
     """Return a field like that of `Config`, for another class of options."""
     field = Config.__dataclass_fields__[name]
-    return dataclasses.field(
-        default=field.default, metadata={**field.metadata, "key": None, "fixed": False, "needed": False}
-    )
+    metadata = {**field.metadata, "key": None, "fixed": False, "needed": False}
+    return dataclasses.field(default=field.default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -1014,16 +993,16 @@ def did_you_mean(
 def idle_options(config: Config) -> list[str]:
     """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
     depending = {
-        ("backbone_lr", "layer_decay", "drop_path", "lr_type"): config.trains_backbone,
-        ("pct_start", "div_factor", "final_div_factor", "anneal_strategy"): config.scheduler == "onecycle",
-        ("warmup_epochs",): config.scheduler != "onecycle",
-        ("focal_gamma",): config.criterion == "focal",
-        ("sub_centers",): config.criterion == "subcenter_arcface",
-        ("arc_margin",): config.criterion not in LINEAR_CRITERIA,
-        ("mixing_p", "mixing_alpha"): config.mixing != "none",
-        ("backgrounds", "background_max_ratio"): config.insert_background_p > 0,
+        "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
+        "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
+        "warmup_epochs": config.scheduler != "onecycle",
+        "focal_gamma": config.criterion == "focal",
+        "sub_centers": config.criterion == "subcenter_arcface",
+        "arc_margin": config.criterion not in LINEAR_CRITERIA,
+        "mixing_p mixing_alpha": config.mixing != "none",
+        "backgrounds background_max_ratio": config.insert_background_p > 0,
     }
-    names = [name for names, has_effect in depending.items() if not has_effect for name in names]
+    names = " ".join(names for names, has_effect in depending.items() if not has_effect).split()
     return [name for name in names if getattr(config, name) != getattr(Config, name)]
 
 
@@ -1142,11 +1121,8 @@ def check_predecessor(options: Options) -> None:
         if not isinstance(path, (str, Path)) or path == "last" or is_moved:
             continue
         path = Path(path)
-        folder = path.parent if path.is_file() else path
-        runs = (
-            [path] if name == "data_root" else [folder, *sorted(path.glob("run_[0-9]*"))]
-        )  # classes may hold runs too
-        for run in runs:
+        runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
+        for run in [path] if name == "data_root" else runs:  # a folder of classes may hold runs too
             config: Any = None
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 config = json.loads(read_regular(run / "config.json", MAX_CONFIG_BYTES))
@@ -1398,10 +1374,9 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
     free = ""
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    what = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
     return UserError(
-        f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})",
-        str(path),
-        "what was there before is kept; once it can be written, the same command continues",
+        what, str(path), "what was there before is kept; once it can be written, the same command continues"
     )
 
 
@@ -1574,10 +1549,7 @@ class LineFile:
 
 
 def show(text: str) -> None:
-    """Print a line above the progress bars; the first process does, as all do the same.
-
-    A terminal that has gone, or a closed pipe, ends the printing and not the run.
-    """
+    """Print a line above the progress bars, in the first process; a terminal that has gone ends the printing and not the run."""
     if get_rank():
         return
     try:
@@ -1628,13 +1600,11 @@ class RunDirectory:
     def forget(self, is_outdated: Callable[[dict[str, Any]], bool]) -> None:
         """Drop records of what is done again."""
         records = read_events(self.path, self.events_path.name)
-        remaining = [record for record in records if not is_outdated(record)]
-        if len(remaining) == len(records):
-            return
-        self._events.close()
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
-        write_bytes(self.events_path, lines.encode("utf-8", "backslashreplace"))
-        self._events = LineFile(self.events_path)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if not is_outdated(record)]
+        if len(lines) < len(records):
+            self._events.close()
+            write_bytes(self.events_path, "".join(lines).encode("utf-8", "backslashreplace"))
+            self._events = LineFile(self.events_path)
 
     def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
         return ReadRunDirectory, (self.path,)
@@ -1644,14 +1614,13 @@ class RunDirectory:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         """Record how the run ended, whatever the way."""
-        status = "completed" if error is None else "interrupted" if isinstance(error, Interrupted) else "failed"
         try:
             if isinstance(error, Interrupted):
                 self.event("interrupted", signal=str(error))
             elif error is not None:
-                status = "diverged" if isinstance(error, Diverged) else status
                 self._write_log(f"{type(error).__name__}: {error}")
-            self.event("run_end", status=status)
+            endings = {type(None): "completed", Interrupted: "interrupted", Diverged: "diverged"}
+            self.event("run_end", status=endings.get(type(error), "failed"))
         except UserError as failure:  # the disk is full: what has brought us here is more worth telling
             if error is None:
                 raise
@@ -1671,14 +1640,12 @@ class RunDirectory:
 
     def start_tracker(self, *flags: str) -> None:
         """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
+        form = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
             command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
             with open(self.path / "track.log", "ab") as log:
-                # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
-                self._tracker = subprocess.Popen(
-                    command, **streams, stdout=log, env=tool_environment(), start_new_session=True
-                )
+                self._tracker = subprocess.Popen(command, stdout=log, env=tool_environment(), **form)
         except (UserError, OSError) as error:
             self.log(f"warning: the run is not tracked: {error}")
         else:
@@ -1711,13 +1678,12 @@ class ReadRunDirectory(RunDirectory):
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         record = load_json(line)
         check_form(record, {"event": str})
         check_form(record.get("epoch", 0), int)
-    except (ValueError, RecursionError):
-        return None
-    return record
+        return record
+    return None
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -2051,7 +2017,7 @@ class Runtime:
         return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
-        """Return the backbone as it is to be called: spread over the GPUs of this process, or trained with other processes.
+        """Return the backbone as it is called: spread over the GPUs of this process, or trained with other processes.
 
         All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
