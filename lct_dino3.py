@@ -858,19 +858,21 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
     """Return what YAML says, in plain text or as `_make_yaml_loader` reads it. Raises ValueError with the reason."""
     import yaml
 
-    loader = _make_yaml_loader()(text)
-    if is_plain:
-        loader.yaml_implicit_resolvers = {}
     try:
+        loader = _make_yaml_loader()(text)
+        if is_plain:
+            loader.yaml_implicit_resolvers = {}
         node = loader.get_single_node()
         if node is None:
             return None
         if _count_values(node, {}) > MAX_CONFIG_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{error.reason} in line {line}") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except (TypeError, LookupError, AttributeError) as error:  # of yaml's own constructors
