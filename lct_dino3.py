@@ -1086,18 +1086,16 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
 
 def check_given(options: Options) -> None:
     """Refuse options that lack what the command needs, or a path that cannot be asked for or is of the predecessor."""
-    fields = option_fields(type(options))
-    for field in fields:
-        if field.metadata.get("needed") and getattr(options, field.name) in (None, ()):
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if field.metadata.get("needed") and value in (None, ()):
             remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
             raise UserError("is missing", options.flag(field.name), remedy)
-    for field in fields:
-        path = getattr(options, field.name)
         try:
-            if isinstance(path, Path):
-                path.exists()
+            if isinstance(value, Path):
+                value.exists()
         except OSError as error:  # no permission on a parent, a name that is too long
-            raise UserError(str(error.strerror), f"{options.place(field.name)} {path}", "check the path") from error
+            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
     check_predecessor(options)
 
 
@@ -1136,8 +1134,7 @@ def check_paths(config: Config) -> None:
     """Check everything that can be known of the named files and folders without reading images; writes nothing."""
     check_given(config)
     check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
-    if config.unknown_dir is not None:
-        check_folder(config, "unknown_dir", "give a folder of images of no class")
+    check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
@@ -1147,13 +1144,12 @@ def check_paths(config: Config) -> None:
     if config.insert_background_p:
         _check_backgrounds(config)
     if config.group_regex is not None:
-        what = ""
         try:
             num_groups = re.compile(config.group_regex).groups
-            what = f"has {num_groups} capture groups, not one" if num_groups != 1 else ""
+            what = f"has {num_groups} capture groups, not one"
         except re.error as error:
-            what = f"is no regular expression: {error}"
-        if what:
+            num_groups, what = 0, f"is no regular expression: {error}"
+        if num_groups != 1:
             raise UserError(what, config.said("group_regex"), r"for example '^(shot\d+)_'")
 
 
@@ -1161,10 +1157,9 @@ def check_run_paths(options: RunOptions) -> None:
     """Check the files and folders that a command on a finished run names."""
     check_given(options)
     check_folder(options, "run", "give the out_dir of a finished run")
-    check_files_exist(options, *({"class_map", "backbone_weights"} & vars(options).keys()))
+    check_files_exist(options, "class_map", "backbone_weights")
     for name, remedy in (("data_root", DATA_TREE), ("add", DATA_TREE), ("unknown_dir", "give a folder of images")):
-        if getattr(options, name, None) is not None:
-            check_folder(options, name, remedy)
+        check_folder(options, name, remedy)
     if isinstance(options, PrototypesOptions):
         check_prototypes_per_class(options)
         if sum((options.list, options.add is not None, options.remove is not None)) > 1:
@@ -1174,7 +1169,7 @@ def check_run_paths(options: RunOptions) -> None:
 def check_files_exist(options: Options, *names: str) -> None:
     """Refuse options that name something that is not a file."""
     for name in names:
-        path = getattr(options, name)
+        path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(what, options.said(name), options.moved(name) or "check the path")
@@ -1182,8 +1177,8 @@ def check_files_exist(options: Options, *names: str) -> None:
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
     """Refuse an option that names something that is not a folder."""
-    path = getattr(options, name)
-    if not path.is_dir():
+    path = getattr(options, name, None)
+    if path is not None and not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(what, options.said(name), options.moved(name) or remedy)
 
@@ -1310,10 +1305,9 @@ def get_world_size() -> int:
 
 
 class Signals:
-    """What the terminal and the scheduler ask of this process.
+    """What the terminal and the scheduler ask of this process, which has one of these, `SIGNALS`, as it has one set of handlers.
 
-    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted. There is one of these, `SIGNALS`, as
-    a process has one set of handlers.
+    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted.
     """
 
     def __init__(self) -> None:
@@ -1322,7 +1316,7 @@ class Signals:
         self._asked_at, self._holds, self._put_off = 0.0, 0, False
 
     def catch(self, is_first: bool = True) -> None:
-        """Install the handlers, which only note what is asked of a process beside the first: that one decides what becomes of it.
+        """Install the handlers; a process beside the first only notes what is asked, as that one decides what becomes of it.
 
         What the shell had us ignore, as nohup does with SIGHUP, stays ignored.
         """
@@ -1805,13 +1799,11 @@ class FileMemory:
 
     def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
         """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
-        if not self.path.is_file():
-            return {}
         query = "SELECT path, size, mtime_ns, value, checksum FROM files WHERE kind = ?"
         try:
             with self._open_table("rw") as table:  # not ro: what a killed process has begun to write is taken back
                 rows = table.execute(query, (kind,)).fetchall()
-        except sqlite3.Error as error:
+        except sqlite3.Error as error:  # without the file too
             self._is_damaged = _is_damage(error)
             return {}
         return {
