@@ -882,9 +882,9 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
 def _count_values(node: Any, known: dict[Any, float]) -> float:
     if node not in known:
         known[node] = math.inf  # while it is being counted: one that holds itself
-        parts = node.value if isinstance(node.value, list) else ()
-        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-        known[node] = 1 + sum(_count_values(part, known) for part in nodes)
+        items = node.value if isinstance(node.value, list) else ()
+        nodes = [inner for item in items for inner in (item if isinstance(item, tuple) else (item,))]
+        known[node] = 1 + sum(_count_values(inner, known) for inner in nodes)
     return known[node]
 
 
@@ -1039,7 +1039,7 @@ def check_config(config: Config) -> None:
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    one, all_but_one, four = "give one of them", "leave one of them out", config.in_channels == 4
+    one, all_but_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # Whether something is wrong, which options it concerns, what is wrong, and what to do.
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
@@ -1054,11 +1054,11 @@ def check_config(config: Config) -> None:
         (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
             "are two ways to start, of which load_from does what the other does", one),
         (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", one),
-        (four and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
+        (sees_masks and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
             "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
-        (four and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
+        (sees_masks and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
             "a crop on another picture has no mask any more", all_but_one),
-        (not four and config.mask_fill == "keep", ("mask_fill",),
+        (not sees_masks and config.mask_fill == "keep", ("mask_fill",),
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
             "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
@@ -1936,9 +1936,9 @@ def gather_batch(batch: Batch) -> Batch:
     """Return this process's images of a training batch, labels and failures of the whole batch, and the sizes of all parts."""
     if not dist.is_initialized():
         return batch
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
-    labels, failures, shapes, asked = zip(*parts, strict=True)
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
+    labels, failures, shapes, asked = zip(*gathered, strict=True)
     SIGNALS.receive_any(asked)
     images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
     failures = list(itertools.chain(*failures))
@@ -1955,12 +1955,12 @@ def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return rows
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts[get_rank()] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    gathered[get_rank()] = rows
     if rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * len(sizes))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([of_rank[:size] for of_rank, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_answers(answer: Any) -> list[Any]:
