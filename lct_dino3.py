@@ -821,9 +821,10 @@ def load_json(text: str | bytes) -> Any:
     """Return what JSON says. Raises ValueError for a key that stands there twice, and for NaN and infinity, which JSON lacks."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-            raise ValueError(f"{repeated[0]} stands there twice")
-        return dict(pairs)
+        if len(tree := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+        return tree
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
@@ -1239,8 +1240,7 @@ def check_out_dir(config: Options) -> None:
             "lies inside data_root, where it would be taken for a class", "choose a folder outside the data"),
         (is_moved and Path.cwd().is_relative_to(out_dir),
             "is the current folder, which --overwrite would move aside", "start from another folder"),
-        (data_root.is_relative_to(out_dir),
-            "holds data_root, which --overwrite would move aside with it", "choose another folder"),
+        (data_root.is_relative_to(out_dir), "holds data_root, which --overwrite would move aside with it", "choose another folder"),
         (out_dir.exists() and not out_dir.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
             f"{existing} is not a folder that can be written to", "choose a folder of your own"),
