@@ -919,9 +919,7 @@ def _make_yaml_loader() -> type:
     return Loader
 
 
-def _walk_keys(
-    path: Path, tree: dict, known: dict[str, dataclasses.Field], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], prefix: str = "") -> Iterator[tuple]:
     """Yield each option's key and value; sections are mappings below the first parts of keys."""
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
@@ -933,10 +931,10 @@ def _walk_keys(
         elif key in sections:
             inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
             raise UserError("is a section", place, f"give values of {inside}")
-        elif key in known:
-            raise UserError("belongs on the command line", place, f"type --{name}")
         else:
-            raise UserError("is no known key", place, did_you_mean(key, [*known, *sections]))
+            what = "belongs on the command line" if key in known else "is no known key"
+            remedy = f"type --{name}" if key in known else did_you_mean(key, [*known, *sections])
+            raise UserError(what, place, remedy)
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
