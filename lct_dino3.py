@@ -950,33 +950,30 @@ def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Pat
 
 
 def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    kind, choices, remedy = field_kind(field), field.metadata.get("choices"), "correct the value"
+    kind, choices = field_kind(field), field.metadata.get("choices")
     if type(value) is int and value.bit_length() > 63:
-        raise UserError("is too large a number", where, remedy)
+        raise UserError("is too large a number", where, "correct the value")
     if kind in (str, float) and type(value) is int:  # precision: 16, prototypes_per_class: 3
         value = kind(value)
-    if kind is str and type(value) is str:
-        value = field.metadata.get("spelled", {}).get(value, value)
     if kind is str and type(value) is float:  # 1.10 has become 1.1
-        problem, remedy = f"{value!r} is a number", "put it in quotes"
-    elif type(value) is not (str if kind is Path else kind):
-        problem = f"{reprlib.repr(value)} is not {EXPECTED[kind]}"
-    elif choices and value not in choices:
+        raise UserError(f"{value!r} is a number", where, "put it in quotes")
+    if type(value) is not (str if kind is Path else kind):
+        raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
+    value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
+    if choices and value not in choices:
         words = [str(choice) for choice in choices]
-        problem, remedy = f"{value!r} is none of {', '.join(words)}", did_you_mean(str(value), words)
-    elif kind is not Path:
+        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
+    if kind is not Path:
         return value
-    elif not value:
-        problem, remedy = "is empty", "give a path, or leave the key out"
-    else:
-        try:
-            path = folder / Path(value).expanduser()
-            if not field.metadata.get("in_models"):
-                return path
-            return path.absolute() if path.exists() else Path(value)
-        except RuntimeError:
-            problem, remedy = f"{value!r} names a user that is not known here", "correct the path"
-    raise UserError(problem, where, remedy)
+    if not value:
+        raise UserError("is empty", where, "give a path, or leave the key out")
+    try:
+        path = folder / Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{value!r} names a user that is not known here", where, "correct the path") from error
+    if not field.metadata.get("in_models"):
+        return path
+    return path.absolute() if path.exists() else Path(value)
 
 
 def did_you_mean(
