@@ -202,25 +202,21 @@ EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 # 02  CONFIG & CLI
 # ======================================================================================================================
 # One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
-def _printable_line(text: str) -> str:
-    """Return `printable` text, without its middle where a file has put more into it than anyone reads."""
-    text = printable(text)
-    return text if len(text) <= MAX_ERROR_LINE else f"{text[: MAX_ERROR_LINE // 2]} ... {text[-MAX_ERROR_LINE // 3 :]}"
+def printable(text: str, max_length: int | None = None) -> str:
+    """Return `text` on one line, control characters and undecodable bytes as escapes; without its middle where it is too long."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if max_length is None or len(text) <= max_length:
+        return text
+    return f"{text[: max_length // 2]} ... {text[-max_length // 3 :]}"
 
 
 class UserError(Exception):
     """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
-        what, where, remedy = ("\n".join(map(_printable_line, text.split("\n"))) for text in (what, where, remedy))
+        what, where, remedy = (
+            "\n".join(printable(line, MAX_ERROR_LINE) for line in text.split("\n")) for text in (what, where, remedy)
+        )
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
 
@@ -254,8 +250,6 @@ TOOLS = {
     "demo": "draw a data set of eleven hand tools and run the whole job on it",
 }
 TOOLS_DIR = Path(__file__).resolve().parent / "tools"
-
-
 COMMAND_LINE_ORIGIN = "command line"
 DERIVED_ORIGIN = "--models and --experiment_name"
 
@@ -263,14 +257,10 @@ DERIVED_ORIGIN = "--models and --experiment_name"
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """Declare one option of an `Options` class: a field of a dataclass whose metadata say all that there is to say of it.
 
-    Args:
-        default: what it is when it is not given.
-        text: for the help.
-        group: heading of the help that it stands under.
-        extra: `low`, `high` inclusive bounds; `choices`; `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` =
-            must be given; `fixed` = must not change at resume; `key` = its place among the sections of a config file; `alias` =
-            another flag; `spelled` = other ways to write a value; `once` = for one start only, not for one that repeats it;
-            `in_models` = a path that is looked for below --models too.
+    `text` and `group` are its line in the help and the heading above. `extra` is of `low`, `high` inclusive bounds; `choices`,
+    `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` = must be given; `fixed` = must not change at resume;
+    `key` = its place among the sections of a config file; `alias` = another flag; `spelled` = other ways to write a value;
+    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -289,13 +279,8 @@ class Options:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return [plain(item) for item in value]
-            return str(value.absolute()) if isinstance(value, Path) else value
-
-        return {field.name: plain(getattr(self, field.name)) for field in option_fields(type(self))}
+        values = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
+        return json.loads(json.dumps(values, default=lambda path: str(path.absolute())))
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -321,7 +306,7 @@ class Options:
 class Config(Options):
     """Turn folders of crops, one folder a class, into a recogniser."""
 
-    # A table: what an option is for, then what it may be.
+    # A table: what an option is for, then what it may be; a long text stands last.
     # fmt: off
     config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
         "data", metavar="FILE", alias="config_filename", once=True)
@@ -334,9 +319,8 @@ class Config(Options):
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
-    image_bits: tuple[int, ...] = option((),
-        "bits a channel that images of more than 8 really use, such as 12 (default: what their values show)",
-        "data", metavar="N", nargs="+", low=8, high=16)
+    image_bits: tuple[int, ...] = option((), group="data", metavar="N", nargs="+", low=8, high=16,
+        text="bits a channel that images of more than 8 really use, such as 12 (default: what their values show)")
     near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
 
     val_split: float = option(0.2, "share of the images for validation",
@@ -352,9 +336,8 @@ class Config(Options):
     data_fraction: float = option(1.0, "share of the data to use: whole groups, the same share of every class and split",
         "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
 
-    crop_mode: str = option("bbox",
-        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
-        "masks", choices=("bbox", "mask", "mix"), fixed=True)
+    crop_mode: str = option("bbox", group="masks", choices=("bbox", "mask", "mix"), fixed=True,
+        text="bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways")
     mix_mask_p: float = option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
     mask_fill: str = option("gray",
         "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
@@ -369,9 +352,8 @@ class Config(Options):
 
     backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
         "augmentation", key="directories.backgrounds", metavar="DIR")
-    insert_background_p: float = option(0.0,
-        "share of the training samples that are put on one of them; those with a mask without their background",
-        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
+    insert_background_p: float = option(0.0, group="augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True,
+        text="share of the training samples that are put on one of them; those with a mask without their background")
     background_max_ratio: float = option(2.0, "sides of what then surrounds a crop, at most so many times its own",
         "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
     pre_transforms: tuple[dict, ...] | None = option(None,
@@ -403,9 +385,8 @@ class Config(Options):
     pretrained: bool = option(True, "start from the weights that timm names for the model",
         "model", fixed=True, key="model.pretrained")
     backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
-    load_from: Path | None = option(None,
-        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
-        "model", metavar="PATH", key="model.load_from", in_models=True)
+    load_from: Path | None = option(None, group="model", metavar="PATH", key="model.load_from", in_models=True,
+        text="start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file")
     in_channels: int = option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
     n_classes: int | None = option(None, "number of classes that there must be (default: any)",
@@ -438,9 +419,8 @@ class Config(Options):
         "model", low=0, key="model.unfreeze_blocks", fixed=True)
     lora_rank: int = option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
         "model", low=0, high=1024, key="model.lora_rank", fixed=True)
-    drop_path: float = option(0.0,
-        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
-        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
+    drop_path: float = option(0.0, group="model", low=0.0, high=0.9, key="model.drop_path", fixed=True,
+        text="share of the residual branches that a trained backbone leaves out at random (stochastic depth)")
 
     epochs: int = option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
     val_batch: int | None = option(None, "images a pass where nothing is trained (default: batch)",
@@ -455,9 +435,8 @@ class Config(Options):
         "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
     fc_lr: float | None = option(None, "peak learning rate of the head (default: lr)",
         "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
-    weight_decay: float | None = option(None,
-        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
-        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
+    weight_decay: float | None = option(None, group="optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True,
+        text="weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none")
     layer_decay: float = option(1.0, "factor on the backbone's learning rate from each block to the one before",
         "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
     arc_lr: float | None = option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
@@ -487,9 +466,8 @@ class Config(Options):
         "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
     balanced_per_class: bool = option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
-    cache_views: int | None = option(None,
-        f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)",
-        "training", low=0, high=1000, fixed=True)
+    cache_views: int | None = option(None, group="training", low=0, high=1000, fixed=True,
+        text=f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)")
     best_metric: str = option("acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
         "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
@@ -499,25 +477,20 @@ class Config(Options):
         "prototypes", low=0.5, high=1.0)
     unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
         "prototypes", metavar="DIR")
-    max_refs_per_class: int | None = option(None,
-        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
-        "prototypes", low=1)
+    max_refs_per_class: int | None = option(None, group="prototypes", low=1,
+        text="references a class in prototypes.npz: those nearest to k-means centres (default: all)")
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
-    match_features: bool = option(True,
-        "match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often",
-        "prototypes")
-    prototypes_per_class: str = option("auto",
-        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
-        "prototypes", metavar="auto|N")
+    match_features: bool = option(True, group="prototypes",
+        text="match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often")
+    prototypes_per_class: str = option("auto", group="prototypes", metavar="auto|N",
+        text="prototypes that a class may have; auto = several where val says so, else its centroid alone")
 
     gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
-    workers: int | None = option(None,
-        f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)",
-        "machine", low=0, high=256, key="dataset.data_loaders.workers")
-    cache_crops: float = option(8.0,
-        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
-        "machine", low=0.0, high=100_000.0)
+    workers: int | None = option(None, group="machine", low=0, high=256, key="dataset.data_loaders.workers",
+        text=f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)")
+    cache_crops: float = option(8.0, group="machine", low=0.0, high=100_000.0,
+        text="GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none")
     precision: str = option("auto",
         "auto answers in fp32, trains in bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on CPUs (frozen: bf16 if fast)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
@@ -526,8 +499,7 @@ class Config(Options):
         "machine", fixed=True, key="training.compile")
     fsdp: bool = option(False, "stands in older config files; weights are not shared among processes any more",
         "machine", key="training.fsdp")
-    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time",
-        "machine", fixed=True)
+    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time", "machine", fixed=True)
 
     resume: str | None = option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
         "run", metavar="PATH", nargs="?", const="last", once=True)
@@ -541,8 +513,7 @@ class Config(Options):
         "run", key="training.save_checkpoints")
     save_metrics: bool = option(True, "record the figures of each class for each epoch; off = totals only",
         "run", key="training.save_metrics")
-    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
-        "run", low=0.0, high=1e6)
+    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6)
     preview: bool = option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
     debug: bool = option(False, "show tracebacks", "run", once=True)
 
@@ -563,9 +534,8 @@ class Config(Options):
 def same_option(name: str) -> Any:
     """Return a field like that of `Config`, for another class of options."""
     field = Config.__dataclass_fields__[name]
-    return dataclasses.field(
-        default=field.default, metadata={**field.metadata, "key": None, "fixed": False, "needed": False}
-    )
+    metadata = {**field.metadata, "key": None, "fixed": False, "needed": False}
+    return dataclasses.field(default=field.default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -626,21 +596,20 @@ def format_flags(options: Options, names: Collection[str]) -> list[str]:
     """Return the words of a command line that gives those of the named options that differ from their defaults."""
     words: list[str] = []
     for field in option_fields(type(options)):
-        value = getattr(options, field.name)
+        value, kind = getattr(options, field.name), field_kind(field)
         if value == field.default or field.name not in names:
             continue
-        if field_kind(field) is bool:
+        if kind is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
-        elif field_kind(field) is dict:
-            words += [f"--{field.name}", json.dumps(value)]
         else:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) and kind is not dict else (value,)
+            words += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
     return words
 
 
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`, `dict` for a list of them."""
-    name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
+    name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
     return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
@@ -656,10 +625,7 @@ EXPECTED = {
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line an option: wide columns, and `--[no-]flag` for a pair of booleans."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=150)
+    """One line an option: its first flag, `--[no-]flag` for a pair of booleans."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         action = copy.copy(action)
@@ -692,24 +658,21 @@ def needed_flags(options_class: type[Options]) -> list[str]:
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
     """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
-    is_main = command == "train"
-    program = program_name(command)
-    fields = option_fields(options_class)
-    needed = "".join(f" {example}" for example in needed_flags(options_class))
-    lines = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
+    main_words = ["[COMMAND]"] if command == "train" else []
+    program, fields = program_name(command), option_fields(options_class)
+    commands = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
         allow_abbrev=False,
-        usage=f"{program}{' [COMMAND]' if is_main else ''}{needed} [options]",
+        usage=" ".join([program, *main_words, *needed_flags(options_class), "[options]"]),
         description=(options_class.__doc__ or "").split("\n")[0],
-        epilog=f"commands, each with a --help of its own:\n{lines}" if is_main else None,
-        formatter_class=_HelpFormatter,
+        epilog=f"commands, each with a --help of its own:\n{commands}" if main_words else None,
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=38, width=150),
     )
-    groups = {}
+    titles = dict.fromkeys(field.metadata["group"] for field in fields)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields:
         meta, kind = field.metadata, field_kind(field)
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         settings = {key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -719,7 +682,7 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
                 settings.setdefault("metavar", "N" if kind is int else "X")
         shown = ("on" if field.default else "off") if kind is bool else field.default
         settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
-        names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
+        names = filter(None, (field.name, meta.get("alias"), meta.get("key")))
         flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
@@ -727,20 +690,18 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
 
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
     """Return what a word of the command line means for an option; `none` and `auto` take back what a config file says."""
-    kind, what = field_kind(field), f"{text!r} is not {EXPECTED[field_kind(field)]}"
+    kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
     if kind is Path and not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
-    if kind is not dict:
-        try:
+    try:
+        if kind is not dict:
             return kind(field.metadata.get("spelled", {}).get(text, text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(what) from error
-    try:  # JSON is YAML
-        entries = load_yaml(text)
+        entries = load_yaml(text)  # JSON is YAML
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is no YAML: {error}") from error
+        problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
+        raise argparse.ArgumentTypeError(problem) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
     return entries
@@ -749,22 +710,22 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
 def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
     """Turn the words of a command line into options, each in its range. `--help` prints and exits.
 
-    Where the class has an option `config`, what that file says stands between the defaults and what is typed.
-
-    Raises:
-        UserError: unknown flag, wrong type, or a value out of range.
+    Where the class has an option `config`, what that file says stands between the defaults and what is typed; a run's folder
+    stands for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
     """
     parser = build_parser(options_class, command)
-    typed, unknown = parser.parse_known_args(argv)
-    typed = vars(typed)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        if unknown[0] in COMMANDS or unknown[0] in TOOLS:
+        if unknown[0] in COMMANDS | TOOLS:
             raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
-    file, places = read_config_file(typed["config"], options_class) if "config" in typed else ({}, {})
-    merged = {**file, **typed}
+    typed, of_file, places = vars(namespace), {}, {}
+    if path := typed.get("config"):
+        path = path / "config.json" if path.is_dir() else path
+        of_file, places = convert_options(path, _parse_config_file(path), options_class)
+    merged = {**of_file, **typed}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     origins = {**places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
     options = options_class(command=command, origins=origins, **values)
@@ -773,18 +734,14 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
 
 
 def parse_command_line(argv: Sequence[str]) -> Options:
-    """Turn the words after the script's name into the checked options of one of its own commands.
-
-    Raises:
-        UserError: as `parse_options` does; no such command; or options that contradict each other.
-    """
+    """Turn the words after the script's name into the options of one of its own commands; UserError if they do not go together."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
-    options = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
-    if not isinstance(options, Config):
-        return options
-    config, name = options, options.experiment_name
+    config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
+    if not isinstance(config, Config):
+        return config
+    name = config.experiment_name
     if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
         raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
     if config.out_dir is None and name is not None and config.models is not None:
@@ -805,97 +762,74 @@ def open_streams() -> None:
             setattr(sys, name, open(file, "w" if number else "r"))  # noqa: SIM115  as long as the process lives
 
 
-def start_tool(command: str, argv: Sequence[str]) -> None:
-    """Replace this process by that of a tool.
-
-    Raises:
-        UserError: the tool does not lie beside this script, which may be the copy in a run's folder.
-    """
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(find_tool(command)), *argv])
-
-
 def find_tool(command: str) -> Path:
-    """Return the script of a tool.
-
-    Raises:
-        UserError: it does not lie beside this script.
-    """
+    """Return the script of a tool. Raises UserError if it does not lie beside this script, which may be the copy in a run."""
     path = TOOLS_DIR / f"{command}.py"
     if not path.is_file():
         raise UserError("is not there", str(path), f"put the folder tools/ beside {SCRIPT_NAME}, as the project has it")
     return path
 
 
-def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options in a config file by flag name, and for each the file and key where it stands.
-
-    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
-
-    Raises:
-        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    return convert_options(path, _parse_config_file(path), options_class)
-
-
 def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what `read_config_file` does, of the content of the file; raises as it does."""
-    is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
-    if is_record:
-        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
-        once = {field.name for field in option_fields(options_class) if field.metadata.get("once")}
-        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    """Return the options that a config file says by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only. Raises UserError for an unknown or
+    repeated key, or a value of the wrong type.
+    """
+    fields, where = option_fields(options_class), f"--config {path}"
+    if isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins")):
+        unused = {"command", *(field.name for field in fields if field.metadata.get("once"))}
+        unused |= {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        tree = {key: value for key, value in tree["options"].items() if key not in unused}
     if is_predecessor_config(tree):
-        raise UserError(
-            f"is of {PREDECESSOR}", f"--config {path}", "see configs/lct-dino-3.yaml, and type what differs"
-        )
+        raise UserError(f"is of {PREDECESSOR}", where, "see configs/lct-dino-3.yaml, and type what differs")
     if not isinstance(tree, dict | None):
-        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+        raise UserError("holds no options, which are written as  key: value", where, "see configs/")
     options: dict[str, Any] = {}
     places: dict[str, str] = {}
-    fields = option_fields(options_class)
     known = {field.name: field for field in fields}
     known |= {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
     for key, value in _walk_keys(path, tree or {}, known):
-        field = known[key]
+        field, place = known[key], f"{path}: {key}"
         if field.name in options:
             what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
-            raise UserError(what, f"{path}: {key}", "leave one of them out")
+            raise UserError(what, place, "leave one of them out")
         if value is not None and (value != [] or field.default != ()):  # else the default is meant
-            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
-            places[field.name] = f"{path}: {key}"
+            options[field.name] = _convert_value(field, value, place, path.parent)
+            places[field.name] = place
     return options, places
 
 
 def _parse_config_file(path: Path) -> Any:
     """Return what a YAML, TOML or JSON file holds; a key that stands there twice is an error."""
+    import tomllib
+
     where, suffix = f"--config {path}", path.suffix.lower()
-    if suffix not in (".yaml", ".yml", ".toml", ".json"):
+    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
+    if suffix not in loaders:
         raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
     text = read_text(path, where)
-
-    def unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"{name} stands there twice")
-        return dict(pairs)
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
     try:
-        if suffix == ".toml":
-            import tomllib
-
-            return tomllib.loads(text)
-        if suffix == ".json":
-            return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        return load_yaml(text)
+        return loaders[suffix](text)
     except RecursionError as error:
         raise UserError("is nested too deeply", where, "see configs/") from error
     except ValueError as error:
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return what JSON says. Raises ValueError for a key that stands there twice, and for NaN and infinity, which JSON lacks."""
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if len(tree := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+        return tree
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
 def read_text(path: Path, where: str) -> str:
@@ -925,31 +859,33 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
     """Return what YAML says, in plain text or as `_make_yaml_loader` reads it. Raises ValueError with the reason."""
     import yaml
 
-    loader = _make_yaml_loader()(text)
-    if is_plain:
-        loader.yaml_implicit_resolvers = {}
     try:
+        loader = _make_yaml_loader()(text)
+        if is_plain:
+            loader.yaml_implicit_resolvers = {}
         node = loader.get_single_node()
         if node is None:
             return None
         if _count_values(node, {}) > MAX_CONFIG_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{error.reason} in line {line}") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except (TypeError, KeyError, AttributeError) as error:  # of yaml's own constructors
+    except (TypeError, LookupError, AttributeError) as error:  # of yaml's own constructors
         raise ValueError("a value is not what its tag says") from error
 
 
 def _count_values(node: Any, known: dict[Any, float]) -> float:
     if node not in known:
         known[node] = math.inf  # while it is being counted: one that holds itself
-        parts = node.value if isinstance(node.value, list) else ()
-        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-        known[node] = 1 + sum(_count_values(part, known) for part in nodes)
+        items = node.value if isinstance(node.value, list) else ()
+        nodes = [inner for item in items for inner in (item if isinstance(item, tuple) else (item,))]
+        known[node] = 1 + sum(_count_values(inner, known) for inner in nodes)
     return known[node]
 
 
@@ -960,32 +896,22 @@ def _make_yaml_loader() -> type:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
-            first: [
-                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
-            ]
+            first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float", ":int"))]
             for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        read = functools.partial(loader.construct_object, deep=True)
-        seen_keys: set[Any] = set()
-        for key, _ in node.value:
-            if key.tag.endswith(":merge"):
-                continue
+        names: set[Any] = set()
+        for key in (key for key, _ in node.value if not key.tag.endswith(":merge")):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-            if read(key) in seen_keys:
+            name = loader.construct_object(key)
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen_keys.add(read(key))
-        loader.flatten_mapping(node)  # puts what << names before the node's own keys
-        return {read(key): read(value) for key, value in node.value}
+            names.add(name)
+        return loader.construct_mapping(node, deep=True)  # what << names, then the node's own keys
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-    Loader.add_constructor(
-        "tag:yaml.org,2002:float",
-        lambda loader, node: float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")),
-    )
     # 007 is a name
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
     number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -993,38 +919,31 @@ def _make_yaml_loader() -> type:
     return Loader
 
 
-def _walk_keys(
-    path: Path, tree: dict, known: dict[str, dataclasses.Field], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], prefix: str = "") -> Iterator[tuple]:
     """Yield each option's key and value; sections are mappings below the first parts of keys."""
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
+        key, place = f"{prefix}{name}", f"{path}: {prefix}{name}"
         if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
             yield from _walk_keys(path, value or {}, known, f"{key}.")
         elif key in known and not known[key].metadata.get("once"):
             yield key, value
         elif key in sections:
             inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
-            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+            raise UserError("is a section", place, f"give values of {inside}")
         else:
-            once = key in known
-            what = "belongs on the command line" if once else "is no known key"
-            remedy = f"type --{name}" if once else did_you_mean(key, [*known, *sections])
-            raise UserError(what, f"{path}: {key}", remedy)
+            what = "belongs on the command line" if key in known else "is no known key"
+            remedy = f"type --{name}" if key in known else did_you_mean(key, [*known, *sections])
+            raise UserError(what, place, remedy)
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
-
-    Raises:
-        UserError: it has the wrong type, or is none of the choices.
-    """
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file."""
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
-    values = value if isinstance(value, list) else [value] if count == "+" else None
-    if values is None or (isinstance(count, int) and len(values) != count):
+    values = [value] if count == "+" and not isinstance(value, list) else value
+    if not isinstance(values, list) or (isinstance(count, int) and len(values) != count):
         expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
         raise UserError(f"{reprlib.repr(value)} is not {expected}", where, "correct the value")
     return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
@@ -1034,12 +953,10 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     kind, choices = field_kind(field), field.metadata.get("choices")
     if type(value) is int and value.bit_length() > 63:
         raise UserError("is too large a number", where, "correct the value")
-    if kind is str and type(value) is int:  # precision: 16, prototypes_per_class: 3
-        value = str(value)
+    if kind in (str, float) and type(value) is int:  # precision: 16, prototypes_per_class: 3
+        value = kind(value)
     if kind is str and type(value) is float:  # 1.10 has become 1.1
         raise UserError(f"{value!r} is a number", where, "put it in quotes")
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not (str if kind is Path else kind):
         raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
@@ -1074,16 +991,16 @@ def did_you_mean(
 def idle_options(config: Config) -> list[str]:
     """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
     depending = {
-        ("backbone_lr", "layer_decay", "drop_path", "lr_type"): config.trains_backbone,
-        ("pct_start", "div_factor", "final_div_factor", "anneal_strategy"): config.scheduler == "onecycle",
-        ("warmup_epochs",): config.scheduler != "onecycle",
-        ("focal_gamma",): config.criterion == "focal",
-        ("sub_centers",): config.criterion == "subcenter_arcface",
-        ("arc_margin",): config.criterion not in LINEAR_CRITERIA,
-        ("mixing_p", "mixing_alpha"): config.mixing != "none",
-        ("backgrounds", "background_max_ratio"): config.insert_background_p > 0,
+        "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
+        "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
+        "warmup_epochs": config.scheduler != "onecycle",
+        "focal_gamma": config.criterion == "focal",
+        "sub_centers": config.criterion == "subcenter_arcface",
+        "arc_margin": config.criterion not in LINEAR_CRITERIA,
+        "mixing_p mixing_alpha": config.mixing != "none",
+        "backgrounds background_max_ratio": config.insert_background_p > 0,
     }
-    names = [name for names, has_effect in depending.items() if not has_effect for name in names]
+    names = " ".join(names for names, has_effect in depending.items() if not has_effect).split()
     return [name for name in names if getattr(config, name) != getattr(Config, name)]
 
 
@@ -1098,11 +1015,7 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def check_ranges(options: Options) -> None:
-    """Check each value against the bounds of its option.
-
-    Raises:
-        UserError: naming the flag, its value and what is allowed.
-    """
+    """Refuse a value that is not finite, or out of the bounds of its option."""
     for field in option_fields(type(options)):
         value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
@@ -1114,20 +1027,15 @@ def check_ranges(options: Options) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Check the options of training against each other.
-
-    Raises:
-        UserError: naming those that contradict each other.
-    """
+    """Refuse options of training that contradict each other, by the name of each."""
     for name, words in (("exclude", config.exclude), ("resume", (config.resume,))):
-        for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
+        for word in set(words) & (COMMANDS | TOOLS).keys():
             raise UserError(f"has taken the command {word} for its value", config.place(name), "put the command first")
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    one, all_but_one = "give one of them", "leave one of them out"
-    four = config.in_channels == 4
+    one, all_but_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # Whether something is wrong, which options it concerns, what is wrong, and what to do.
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
@@ -1142,11 +1050,11 @@ def check_config(config: Config) -> None:
         (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
             "are two ways to start, of which load_from does what the other does", one),
         (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", one),
-        (four and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
+        (sees_masks and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
             "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
-        (four and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
+        (sees_masks and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
             "a crop on another picture has no mask any more", all_but_one),
-        (not four and config.mask_fill == "keep", ("mask_fill",),
+        (not sees_masks and config.mask_fill == "keep", ("mask_fill",),
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
             "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
@@ -1173,24 +1081,17 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
 
 
 def check_given(options: Options) -> None:
-    """Check that what the command needs is given, and that every path can be asked for.
-
-    Raises:
-        UserError: an option is missing, or a path cannot be reached.
-    """
-    fields = option_fields(type(options))
-    for field in fields:
-        if field.metadata.get("needed") and getattr(options, field.name) in (None, ()):
+    """Refuse options that lack what the command needs, or a path that cannot be asked for or is of the predecessor."""
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if field.metadata.get("needed") and value in (None, ()):
             remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
             raise UserError("is missing", options.flag(field.name), remedy)
-    for field in fields:
-        path = getattr(options, field.name)
-        if isinstance(path, Path):
-            try:
-                path.exists()
-            except OSError as error:  # no permission on a parent, a name that is too long
-                where = f"{options.place(field.name)} {path}"
-                raise UserError(str(error.strerror), where, "check the path") from error
+        try:
+            if isinstance(value, Path):
+                value.exists()
+        except OSError as error:  # no permission on a parent, a name that is too long
+            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
     check_predecessor(options)
 
 
@@ -1208,45 +1109,28 @@ def is_predecessor_config(tree: Any) -> bool:
     return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
 
 
-def find_predecessor(path: Path) -> Path | None:
-    """Return the run of lct-dino-3.py that a folder is or a file lies in, or else the first one in a folder."""
-    folder = path.parent if path.is_file() else path
-    for config in (folder / "config.json", *sorted(path.glob("run_[0-9]*/config.json"))):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if is_predecessor_config(json.loads(read_regular(config, MAX_CONFIG_BYTES))):
-                return config.parent
-    return None
-
-
 def check_predecessor(options: Options) -> None:
-    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for.
-
-    Raises:
-        UserError: it is that.
-    """
+    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for."""
     for name, remedy in PREDECESSOR_REMEDIES.items():
         path = getattr(options, name, None)
-        if (
-            not isinstance(path, (str, Path))
-            or path == "last"
-            or (name == "out_dir" and getattr(options, "overwrite", False))
-        ):
+        is_moved = name == "out_dir" and getattr(options, "overwrite", False)
+        if not isinstance(path, (str, Path)) or path == "last" or is_moved:
             continue
-        run = find_predecessor(Path(path))
-        if run is not None and (name != "data_root" or run == path):  # a folder of classes may hold runs too
-            raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
+        path = Path(path)
+        runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
+        for run in [path] if name == "data_root" else runs:  # a folder of classes may hold runs too
+            config: Any = None
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                config = json.loads(read_regular(run / "config.json", MAX_CONFIG_BYTES))
+            if is_predecessor_config(config):
+                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
 def check_paths(config: Config) -> None:
-    """Check everything that can be known of the named files and folders without reading images; writes nothing.
-
-    Raises:
-        UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
-    """
+    """Check everything that can be known of the named files and folders without reading images; writes nothing."""
     check_given(config)
     check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
-    if config.unknown_dir is not None:
-        check_folder(config, "unknown_dir", "give a folder of images of no class")
+    check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
@@ -1266,17 +1150,12 @@ def check_paths(config: Config) -> None:
 
 
 def check_run_paths(options: RunOptions) -> None:
-    """Check the files and folders that a command on a finished run names.
-
-    Raises:
-        UserError: missing, or of the wrong kind.
-    """
+    """Check the files and folders that a command on a finished run names."""
     check_given(options)
     check_folder(options, "run", "give the out_dir of a finished run")
-    check_files_exist(options, *({"class_map", "backbone_weights"} & vars(options).keys()))
+    check_files_exist(options, "class_map", "backbone_weights")
     for name, remedy in (("data_root", DATA_TREE), ("add", DATA_TREE), ("unknown_dir", "give a folder of images")):
-        if getattr(options, name, None) is not None:
-            check_folder(options, name, remedy)
+        check_folder(options, name, remedy)
     if isinstance(options, PrototypesOptions):
         check_prototypes_per_class(options)
         if sum((options.list, options.add is not None, options.remove is not None)) > 1:
@@ -1286,7 +1165,7 @@ def check_run_paths(options: RunOptions) -> None:
 def check_files_exist(options: Options, *names: str) -> None:
     """Refuse options that name something that is not a file."""
     for name in names:
-        path = getattr(options, name)
+        path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(what, options.said(name), options.moved(name) or "check the path")
@@ -1294,35 +1173,30 @@ def check_files_exist(options: Options, *names: str) -> None:
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
     """Refuse an option that names something that is not a folder."""
-    path = getattr(options, name)
-    if not path.is_dir():
-        what = "does not exist" if not path.exists() else "is a file, not a folder"
+    path = getattr(options, name, None)
+    if path is not None and not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path, where = config.load_from, config.said("load_from")
+    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last."""
+    path, where, remedy = config.load_from, config.said("load_from"), "give the folder of a run, or a file"
     if path is None:
         return None
-    is_typed = config.origins.get("load_from", COMMAND_LINE_ORIGIN) == COMMAND_LINE_ORIGIN
+    is_typed = config.place("load_from") == config.flag("load_from")
     places = [path] if is_typed or path.is_absolute() else []  # what a file says does not start from the current folder
     places += [config.models / path] if config.models is not None else []
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise UserError("does not exist", where, "check the path")
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError("is neither a file nor a folder", where, "give the folder of a run, or a file")
-    names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
-    if not names:
-        raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
-    return path / names[0]
+    if path.is_dir():
+        path = next((path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()), None)
+        if path is None:
+            raise UserError("holds no checkpoint", where, remedy)
+    elif not path.is_file():
+        raise UserError("is neither a file nor a folder", where, remedy)
+    return path
 
 
 def _check_backgrounds(config: Config) -> None:
@@ -1332,10 +1206,10 @@ def _check_backgrounds(config: Config) -> None:
     check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
-    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
+    if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
         raise UserError(what, where, "choose a folder of other pictures")
-    if pictures in (out_dir, *out_dir.parents):
+    if out_dir.is_relative_to(pictures):
         what = "holds out_dir, whose own pictures would be taken for backgrounds"
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
@@ -1344,16 +1218,10 @@ OUR_MARK = b"lct_dino3"  # what a file holds that a tool writes where a user say
 
 
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
-    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    path = path.resolve()
-    is_run = {
-        folder: (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file() for folder in path.parents
-    }
-    for name, folder in {**folders, "a run": next(filter(is_run.get, is_run), None)}.items():
+    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run."""
+    path, names = path.resolve(), ("metrics.jsonl", "config.json")
+    run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
+    for name, folder in {**folders, "a run": run}.items():
         if folder is not None and path.is_relative_to(folder.resolve()):
             raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
 
@@ -1372,12 +1240,11 @@ def check_out_dir(config: Options) -> None:
     is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not any((out_dir / n).exists() for n in RUN_MARKERS)
     # fmt: off
     refusals = (
-        (out_dir == data_root or data_root in out_dir.parents,
+        (out_dir.is_relative_to(data_root),
             "lies inside data_root, where it would be taken for a class", "choose a folder outside the data"),
-        (is_moved and out_dir in (Path.cwd(), *Path.cwd().parents),
+        (is_moved and Path.cwd().is_relative_to(out_dir),
             "is the current folder, which --overwrite would move aside", "start from another folder"),
-        (out_dir in data_root.parents,
-            "holds data_root, which --overwrite would move aside with it", "choose another folder"),
+        (data_root.is_relative_to(out_dir), "holds data_root, which --overwrite would move aside with it", "choose another folder"),
         (out_dir.exists() and not out_dir.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
             f"{existing} is not a folder that can be written to", "choose a folder of your own"),
@@ -1399,7 +1266,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
-            start_tool(sys.argv[1], sys.argv[2:])
+            os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
         with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
             COMMAND_LINE = parse_command_line(sys.argv[1:])
         # --debug wants a traceback; what the first process names, others need not see.
@@ -1446,10 +1313,9 @@ def get_world_size() -> int:
 
 
 class Signals:
-    """What the terminal and the scheduler ask of this process.
+    """What the terminal and the scheduler ask of this process, which has one of these, `SIGNALS`, as it has one set of handlers.
 
-    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted. There is one of these, `SIGNALS`, as
-    a process has one set of handlers.
+    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted.
     """
 
     def __init__(self) -> None:
@@ -1457,21 +1323,16 @@ class Signals:
         self.wants_save = False
         self._asked_at, self._holds, self._put_off = 0.0, 0, False
 
-    def catch(self) -> None:
-        """Install the handlers; what the shell had us ignore, as nohup does with SIGHUP, stays ignored."""
-        self.__init__()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
-        signal.signal(signal.SIGUSR1, self._save)
+    def catch(self, is_first: bool = True) -> None:
+        """Install the handlers; a process beside the first only notes what is asked, as that one decides what becomes of it.
 
-    def listen(self) -> None:
-        """Only note what is asked: another process decides what becomes of it."""
+        What the shell had us ignore, as nohup does with SIGHUP, stays ignored.
+        """
         self.__init__()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, _: setattr(self, "asked", number))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                signal.signal(number, self._stop if is_first else lambda number, _: setattr(self, "asked", number))
+        signal.signal(signal.SIGUSR1, (lambda *_: setattr(self, "wants_save", True)) if is_first else signal.SIG_IGN)
 
     def receive_any(self, numbers: Iterable[int | None]) -> None:
         """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
@@ -1490,9 +1351,6 @@ class Signals:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
         if not self._holds:
             raise Interrupted(self.asked)
-
-    def _save(self, *_: Any) -> None:
-        self.wants_save = True
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -1520,10 +1378,9 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
     free = ""
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    what = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
     return UserError(
-        f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})",
-        str(path),
-        "what was there before is kept; once it can be written, the same command continues",
+        what, str(path), "what was there before is kept; once it can be written, the same command continues"
     )
 
 
@@ -1531,8 +1388,7 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
-    Raises:
-        UserError: it cannot be written; what was there before is untouched.
+    Raises UserError where it cannot be written; what was there before is untouched.
     """
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -1548,9 +1404,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch says "unexpected pos", whatever happened
+        # torch says "unexpected pos", whatever happened
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise write_error(path, cause, written) from error
@@ -1576,22 +1431,14 @@ def is_torch_zip(path: Path) -> bool:
 def check_zip(path: Path) -> None:
     """Check every member of a zip archive, a checkpoint or .npz, against its CRC-32, which torch's own reader does not do.
 
-    Raises:
-        zipfile.BadZipFile: the file is damaged, cut off, or no zip archive.
-        OSError: it cannot be read.
+    Raises zipfile.BadZipFile where it is damaged, cut off, or no zip archive; OSError where it cannot be read.
     """
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
         raise zipfile.BadZipFile("is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:  # what flipped bits in its directory provoke
+    except (OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:  # flipped bits in its directory
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
@@ -1607,9 +1454,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented UTF-8 JSON, atomically."""
-    write_bytes(
-        path, (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, form: Any) -> Any:
@@ -1623,43 +1469,35 @@ def read_json(path: Path, form: Any) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Check what a file of ours holds, to any depth.
+    """Check what a file of ours holds, to any depth; ValueError names what is missing, or of another type.
 
     A form is a type, or a tuple of them; [form] of each item of a list; {key: form} of a mapping that needs these keys; {str: form}
     of all values of a mapping.
-
-    Raises:
-        ValueError: naming what is missing, or of another type.
     """
     kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
-    parts: Iterable[tuple[str, Any, Any]] = ()
     if isinstance(form, list):
-        parts = ((f"{name}[{index}]", item, form[0]) for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            check_form(item, form[0], f"{name}[{index}]")
     elif isinstance(form, dict):
         forms = dict.fromkeys(value, form[str]) if str in form else form
         if missing := [key for key in forms if key not in value]:
             raise ValueError(f"{name} has no {missing[0]}")
-        prefix = "" if name == "it" else f"{name}."
-        parts = ((f"{prefix}{key}", value[key], of_key) for key, of_key in forms.items())
-    for place, part, of_part in parts:
-        check_form(part, of_part, place)
+        for key, form_of_key in forms.items():
+            check_form(value[key], form_of_key, f"{'' if name == 'it' else f'{name}.'}{key}")
 
 
 def to_json(value: Any) -> Any:
     """Turn numpy and path values into plain JSON ones; NaN and infinity, which JSON lacks, into None."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 
@@ -1667,11 +1505,10 @@ def fingerprint(*parts: Any) -> str:
     """Return 16 hex digits of a SHA-256 over bytes, arrays, and values that JSON can hold; their order and kinds count too."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, bytes):
-            kind, content = "bytes", part
-        elif isinstance(part, np.ndarray):
+        kind, content = "bytes", part
+        if isinstance(part, np.ndarray):
             kind, content = f"{part.dtype} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        else:
+        elif not isinstance(part, bytes):
             kind, content = "json", json.dumps(part, sort_keys=True, default=to_json).encode()
         digest.update(f"{kind} {len(content)}\n".encode())
         digest.update(content)
@@ -1679,11 +1516,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
-    """Create out_dir; that this can fail is only seen by trying, whatever the permission bits say.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create out_dir, or raise UserError: that this can fail is only seen by trying, whatever the permission bits say."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1701,11 +1534,7 @@ class LineFile:
             raise write_error(path, error, 0) from error
 
     def append(self, text: str) -> None:
-        """Write one or more lines.
-
-        Raises:
-            UserError: the disk is full or gone; the file is as it was.
-        """
+        """Write one or more lines. Raises UserError where the disk is full or gone; the file is as it was then."""
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         size, written = os.fstat(self._fd).st_size, 0
         with SIGNALS.hold():
@@ -1724,10 +1553,7 @@ class LineFile:
 
 
 def show(text: str) -> None:
-    """Print a line above the progress bars; the first process does, as all do the same.
-
-    A terminal that has gone, or a closed pipe, ends the printing and not the run.
-    """
+    """Print a line above the progress bars, in the first process; a terminal that has gone ends the printing and not the run."""
     if get_rank():
         return
     try:
@@ -1778,13 +1604,11 @@ class RunDirectory:
     def forget(self, is_outdated: Callable[[dict[str, Any]], bool]) -> None:
         """Drop records of what is done again."""
         records = read_events(self.path, self.events_path.name)
-        remaining = [record for record in records if not is_outdated(record)]
-        if len(remaining) == len(records):
-            return
-        self._events.close()
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
-        write_bytes(self.events_path, lines.encode("utf-8", "backslashreplace"))
-        self._events = LineFile(self.events_path)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if not is_outdated(record)]
+        if len(lines) < len(records):
+            self._events.close()
+            write_bytes(self.events_path, "".join(lines).encode("utf-8", "backslashreplace"))
+            self._events = LineFile(self.events_path)
 
     def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
         return ReadRunDirectory, (self.path,)
@@ -1794,14 +1618,13 @@ class RunDirectory:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         """Record how the run ended, whatever the way."""
-        status = "completed" if error is None else "interrupted" if isinstance(error, Interrupted) else "failed"
         try:
             if isinstance(error, Interrupted):
                 self.event("interrupted", signal=str(error))
             elif error is not None:
-                status = "diverged" if isinstance(error, Diverged) else status
                 self._write_log(f"{type(error).__name__}: {error}")
-            self.event("run_end", status=status)
+            endings = {type(None): "completed", Interrupted: "interrupted", Diverged: "diverged"}
+            self.event("run_end", status=endings.get(type(error), "failed"))
         except UserError as failure:  # the disk is full: what has brought us here is more worth telling
             if error is None:
                 raise
@@ -1821,17 +1644,12 @@ class RunDirectory:
 
     def start_tracker(self, *flags: str) -> None:
         """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
+        # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
+        form = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
             command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
             with open(self.path / "track.log", "ab") as log:
-                self._tracker = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=tool_environment(),
-                    start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
-                )
+                self._tracker = subprocess.Popen(command, stdout=log, env=tool_environment(), **form)
         except (UserError, OSError) as error:
             self.log(f"warning: the run is not tracked: {error}")
         else:
@@ -1856,32 +1674,20 @@ class ReadRunDirectory(RunDirectory):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def log(self, text: str = "") -> None:
+    def log(self, *_: Any, **__: Any) -> None:
         """Leave it to the first process, which does the same."""
 
-    def event(self, name: str, **values: Any) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def forget_epochs_after(self, epoch: int) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def start_tracker(self, *flags: str) -> None:
-        """Leave it to the first process, which does the same."""
+    event = forget_epochs_after = start_tracker = log
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        record = json.loads(line, parse_constant=refuse)
+    with contextlib.suppress(ValueError, RecursionError):
+        record = load_json(line)
         check_form(record, {"event": str})
         check_form(record.get("epoch", 0), int)
-    except (ValueError, RecursionError):
-        return None
-    return record
+        return record
+    return None
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -1898,17 +1704,17 @@ def repair_events(path: Path) -> str:
     """
     data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
-    good = [line for line in (*lines, rest) if parse_record(line) is not None]
-    num_bad = sum(parse_record(line) is None for line in lines)
+    is_good = [parse_record(line) is not None for line in (*lines, rest)]
+    num_bad = is_good[:-1].count(False)
     if not rest and not num_bad:
         return ""
-    said = [f"the last line of {path.name} was cut off"] if rest else []
+    damage = [f"the last line of {path.name} was cut off"] if rest else []
     if num_bad:
         aside = name_aside(path, "damaged")
         write_bytes(aside, data)
-        said.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
-    write_bytes(path, b"".join(line + b"\n" for line in good))
-    return "; ".join(said)
+        damage.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
+    write_bytes(path, b"".join(line + b"\n" for line in itertools.compress((*lines, rest), is_good)))
+    return "; ".join(damage)
 
 
 def name_aside(path: Path, why: str) -> Path:
@@ -1922,10 +1728,7 @@ def name_aside(path: Path, why: str) -> Path:
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
 
-    A probe only wants to know whether another process works there, and leaves no name.
-
-    Raises:
-        UserError: naming the process that holds it.
+    A probe only wants to know whether another process works there, and leaves no name. UserError names the process that does.
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
@@ -1939,9 +1742,8 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
         remedy = "wait for it, stop it, or choose another folder"
         raise UserError(f"is in use by {holder or 'another process'}", where, remedy) from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         remedy = "choose a folder of your own, on a file system that has locks"
-        raise UserError(f"cannot be locked: {reason}", where, remedy) from error
+        raise UserError(f"cannot be locked: {getattr(error, 'strerror', None) or error}", where, remedy) from error
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
         if not is_probe:
             holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
@@ -1949,11 +1751,7 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Say early, without writing anything, that another process works in a folder.
-
-    Raises:
-        UserError: naming the process.
-    """
+    """Say early, without writing anything, that another process works in a folder, and which."""
     if (path / ".lock").exists():
         lock_directory(path, is_probe=True).lock.release()
 
@@ -1981,12 +1779,7 @@ def tool_environment() -> dict[str, str]:
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
-    """Run a tool to its end; what asks this process to stop is passed on to it.
-
-    Raises:
-        ToolFailed: with its exit code.
-        UserError: it does not lie beside this script.
-    """
+    """Run a tool to its end, or raise ToolFailed with its exit code; what asks this process to stop is passed on to it."""
     process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
         code = process.wait()
@@ -2014,13 +1807,11 @@ class FileMemory:
 
     def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
         """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
-        if not self.path.is_file():
-            return {}
         query = "SELECT path, size, mtime_ns, value, checksum FROM files WHERE kind = ?"
         try:
             with self._open_table("rw") as table:  # not ro: what a killed process has begun to write is taken back
                 rows = table.execute(query, (kind,)).fetchall()
-        except sqlite3.Error as error:
+        except sqlite3.Error as error:  # without the file too
             self._is_damaged = _is_damage(error)
             return {}
         return {
@@ -2034,14 +1825,25 @@ class FileMemory:
         self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
-        """Write what has been learned in one transaction; the caller has the folder's lock.
-
-        Raises:
-            UserError: the table cannot be written.
-        """
+        """Write what has been learned in one transaction, or raise UserError; the caller has the folder's lock."""
+        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
+        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
         with SIGNALS.hold():
             rows = self._learned[:]
-            self._write(rows)
+            for is_last_try in (False, True) if rows else ():
+                try:
+                    if self._is_damaged:
+                        self.path.unlink()
+                        self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
+                        self._is_damaged = False
+                    with self._open_table("rwc") as table:
+                        table.execute(create)
+                        table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                    break
+                except (sqlite3.Error, OSError) as error:
+                    self._is_damaged = _is_damage(error)
+                    if is_last_try or not self._is_damaged:
+                        raise write_error(self.path, OSError(str(error)), 0) from error
             del self._learned[: len(rows)]
 
     def save_early(self) -> None:
@@ -2050,24 +1852,6 @@ class FileMemory:
             create_out_dir(self.folder)
             with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
                 self.save()
-
-    def _write(self, rows: list[tuple[Any, ...]]) -> None:
-        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
-        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
-        for is_last_try in (False, True) if rows else ():
-            try:
-                if self._is_damaged:
-                    self.path.unlink()
-                    self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
-                    self._is_damaged = False
-                with self._open_table("rwc") as table:
-                    table.execute(create)
-                    table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
-                return
-            except (sqlite3.Error, OSError) as error:
-                self._is_damaged = _is_damage(error)
-                if is_last_try or not self._is_damaged:
-                    raise write_error(self.path, OSError(str(error)), 0) from error
 
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
@@ -2134,7 +1918,7 @@ def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
     """
     if store is None:
         return code, True
-    SIGNALS.listen()  # torchrun may end us by now, as another process has ended
+    SIGNALS.catch(is_first=False)  # torchrun may end us by now, as another process has ended
     first = f"{get_rank()} {code}"
     with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
         first = store.compare_set("failed", "", first).decode()
@@ -2160,9 +1944,9 @@ def gather_batch(batch: Batch) -> Batch:
     """Return this process's images of a training batch, labels and failures of the whole batch, and the sizes of all parts."""
     if not dist.is_initialized():
         return batch
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
-    labels, failures, shapes, asked = zip(*parts, strict=True)
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
+    labels, failures, shapes, asked = zip(*gathered, strict=True)
     SIGNALS.receive_any(asked)
     images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
     failures = list(itertools.chain(*failures))
@@ -2179,12 +1963,12 @@ def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return rows
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts[get_rank()] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    gathered[get_rank()] = rows
     if rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * len(sizes))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([of_rank[:size] for of_rank, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_answers(answer: Any) -> list[Any]:
@@ -2235,7 +2019,7 @@ class Runtime:
         return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
-        """Return the backbone as it is to be called: spread over the GPUs of this process, or trained with other processes.
+        """Return the backbone as it is called: spread over the GPUs of this process, or trained with other processes.
 
         All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
@@ -2248,8 +2032,7 @@ class Runtime:
     def share_batchnorm(self, backbone: Backbone) -> None:
         """Have the BatchNorm layers of a backbone that is to be trained see whole batches: processes on GPUs share statistics.
 
-        Raises:
-            UserError: GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made.
+        GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made: there UserError refuses it.
         """
         if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
             return
@@ -2271,11 +2054,11 @@ class Runtime:
     def describe(self) -> str:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        exact = ", no TF32" if self.num_gpus else ""
-        exact += ", deterministic" if self.deterministic else ""
-        shown = ", answers in ".join(name_dtype(dtype) for dtype in dict.fromkeys((self.dtype, self.answer_dtype)))
-        exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
-        return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
+        types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.answer_dtype))))
+        notes = ", no TF32" if self.num_gpus else ""
+        notes += ", deterministic" if self.deterministic else ""
+        notes += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
+        return f"{self.num_gpus or 1} x {name}, {types}{notes}"
 
 
 def name_dtype(dtype: torch.dtype) -> str:
@@ -2284,32 +2067,22 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
-    """Choose the device and the precision.
+    """Choose the device and the precision: without `gpus` one GPU if there is one; UserError for what this machine cannot do.
 
-    Args:
-        gpus: number of GPUs; None = one if there is one.
-        precision: auto, fp32, bf16 or fp16.
-        deterministic: let torch choose operations that give the same bits each time.
-
-    Raises:
-        UserError: more GPUs than there are, or a precision that the device cannot do.
+    Where it is `deterministic`, torch chooses operations that give the same bits each time.
     """
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if gpus is None else gpus
+    where = f"--gpus {num_gpus}"
     if dist.is_initialized() and num_gpus > 1:
-        raise UserError(
-            "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
-        )
+        raise UserError("torchrun gives each process one GPU", where, "leave --gpus out, or give 0 for the CPU")
     if num_gpus > available:
-        raise UserError(
-            f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
-        )
+        raise UserError(f"this machine has {available}", where, f"give --gpus {available} or fewer (0 = CPU)")
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    automatic = (
-        "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    )
+    has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
+    automatic = torch.bfloat16 if has_bf16 else torch.float16 if num_gpus else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}
     if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # float32 has 24 bits, in the head and where the backbone is not rounded: torch gives convolutions the 11 of TF32 by default,
@@ -2319,24 +2092,23 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(precision, names[automatic])
+    device = torch.device("cuda" if num_gpus else "cpu")
     if dist.is_initialized() and num_gpus:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= available:
-            problem = f"{os.uname().nodename} has {available} GPUs"
             where = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-            raise UserError(problem, where, "start one process a GPU")
+            raise UserError(f"{os.uname().nodename} has {available} GPUs", where, "start one process a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    return Runtime(device, num_gpus, dtype, deterministic, precision == "auto")
+    return Runtime(device, num_gpus, dtypes[precision], deterministic, precision == "auto")
 
 
 def training_runtime(config: Config) -> Runtime:
     """Return where and how a run is trained."""
     runtime = make_runtime(config.gpus, config.precision, config.deterministic)
+    dtype = runtime.dtype
     if not runtime.is_automatic:
         return runtime
-    dtype = runtime.dtype
     if dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
         dtype = torch.float32
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
@@ -2352,18 +2124,16 @@ def cpu_multiplies_bf16() -> bool:
     Intel's CPUs have that too, and where AMX is switched off, in virtual machines say, it takes 1.6 times as long as fp32 (ViT-S on
     Emerald Rapids). A property of the machine and not a timing, so that a run can be repeated on it.
     """
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    return torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    has_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    return has_avx512 or torch.cpu._is_amx_tile_supported()
 
 
 def read_cpu_vendor() -> str:
     """Return what Linux says of who made the CPU, or ''."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    cpuinfo = ""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    return "".join(re.findall(r"^vendor_id\s*:\s*(.*?)\s*$", cpuinfo, re.MULTILINE)[:1])
 
 
 def keep_freed_memory() -> None:
@@ -2402,9 +2172,8 @@ def seed_torch(*words: int, rank: int = 0) -> None:
         return int(np.random.SeedSequence(words, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
     torch.manual_seed(derive(0))
-    for device in range(
-        1, torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
-    ):
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
+    for device in range(1, num_gpus):
         torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
@@ -2438,13 +2207,7 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
-        form = {
-            "file": PROGRESS_LOG,
-            "bar_format": LINE_FORMAT,
-            "mininterval": 1,
-            "miniters": 1,
-            "delay": SHORT_SECONDS,
-        }
+        form = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
     return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
 
 
@@ -9523,10 +9286,7 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     options = Options()
     try:
-        if get_rank():
-            SIGNALS.listen()  # the first process decides what becomes of a signal
-        else:
-            SIGNALS.catch()
+        SIGNALS.catch(is_first=get_rank() == 0)
         options = parse()
         if is_shared or get_rank() == 0:
             recipe(options)
