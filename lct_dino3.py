@@ -748,7 +748,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
         config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
     if config.load_from and config.models and not config.load_from.exists():
-        config = dataclasses.replace(config, load_from=config.models / config.load_from)
+        config = dataclasses.replace(config, load_from=(config.models / config.load_from).absolute())
     check_config(config)
     return config
 
@@ -1180,14 +1180,18 @@ def check_folder(options: Options, name: str, remedy: str) -> None:
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last."""
-    path, where, remedy = config.load_from, config.said("load_from"), "give the folder of a run, or a file"
+    """Return the file of --load_from, a path as it is given or below --models; of a run's folder the best checkpoint, else the last."""
+    path = config.load_from
+    where = config.said("load_from")  # flag or file and key, with the value: for messages
+    remedy = "give the folder of a run, or a file"
     if path is None:
         return None
     is_typed = config.place("load_from") == config.flag("load_from")
-    places = [path] if is_typed or path.is_absolute() else []  # what a file says does not start from the current folder
-    places += [config.models / path] if config.models is not None else []
-    path = next((place for place in places if place.exists()), None)
+    candidates = (
+        [path] if is_typed or path.is_absolute() else []
+    )  # what a file says does not start from the current folder
+    candidates += [config.models / path] if config.models is not None else []
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise UserError("does not exist", where, "check the path")
     if path.is_dir():
@@ -1438,8 +1442,14 @@ def check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:  # flipped bits in its directory
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zlib.error,
+    ) as error:  # all that zipfile raises on flipped bits
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a flipped offset, from before the file's start
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
     if damaged is not None:
