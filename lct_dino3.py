@@ -1180,7 +1180,7 @@ def check_folder(options: Options, name: str, remedy: str) -> None:
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file of --load_from, a path as it is given or below --models; of a run's folder the best checkpoint, else the last."""
+    """Return the file of --load_from, a path as given or below --models; of a run's folder the best checkpoint, else the last."""
     path = config.load_from
     where = config.said("load_from")  # flag or file and key, with the value: for messages
     remedy = "give the folder of a run, or a file"

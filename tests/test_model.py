@@ -728,9 +728,7 @@ def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path, m
     (tmp_path / "lora").rmdir()
     (here / "runs").symlink_to(sources)
     argv += ["--models", "runs"]
-    assert lct.locate_start(lct.parse_command_line(argv)) == here / "runs" / "lora" / "checkpoint_best.pth", (
-        "typed, relative"
-    )
+    assert lct.locate_start(lct.parse_command_line(argv)).samefile(sources / "lora" / "checkpoint_best.pth")
     (tmp_path / "c.yaml").write_text("directories: {models: here/runs}\nmodel: {load_from: lora}\n", "utf-8")
     assert lct.locate_start(lct.parse_command_line(argv[:2])).samefile(sources / "lora" / "checkpoint_best.pth")
 
