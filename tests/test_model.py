@@ -726,6 +726,7 @@ def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path, m
     (tmp_path / "lora").mkdir()
     assert lct.parse_command_line(argv).load_from == tmp_path / "lora", "what lies beside the file comes first"
     (tmp_path / "lora").rmdir()
+    (here / "lora").rmdir()
     (here / "runs").symlink_to(sources)
     argv += ["--models", "runs"]
     assert lct.locate_start(lct.parse_command_line(argv)).samefile(sources / "lora" / "checkpoint_best.pth")
