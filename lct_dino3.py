@@ -202,25 +202,21 @@ EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 # 02  CONFIG & CLI
 # ======================================================================================================================
 # One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
-def printable(text: str) -> str:
-    """Return `text` on one line, with control characters and undecodable bytes shown as escapes."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
-def _printable_line(text: str) -> str:
-    """Return `printable` text, without its middle where a file has put more into it than anyone reads."""
-    text = printable(text)
-    return text if len(text) <= MAX_ERROR_LINE else f"{text[: MAX_ERROR_LINE // 2]} ... {text[-MAX_ERROR_LINE // 3 :]}"
+def printable(text: str, max_length: int | None = None) -> str:
+    """Return `text` on one line, control characters and undecodable bytes as escapes; without its middle where it is too long."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if max_length is None or len(text) <= max_length:
+        return text
+    return f"{text[: max_length // 2]} ... {text[-max_length // 3 :]}"
 
 
 class UserError(Exception):
     """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
-        what, where, remedy = ("\n".join(map(_printable_line, text.split("\n"))) for text in (what, where, remedy))
+        what, where, remedy = (
+            "\n".join(printable(line, MAX_ERROR_LINE) for line in text.split("\n")) for text in (what, where, remedy)
+        )
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
 
@@ -254,8 +250,6 @@ TOOLS = {
     "demo": "draw a data set of eleven hand tools and run the whole job on it",
 }
 TOOLS_DIR = Path(__file__).resolve().parent / "tools"
-
-
 COMMAND_LINE_ORIGIN = "command line"
 DERIVED_ORIGIN = "--models and --experiment_name"
 
@@ -263,14 +257,10 @@ DERIVED_ORIGIN = "--models and --experiment_name"
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """Declare one option of an `Options` class: a field of a dataclass whose metadata say all that there is to say of it.
 
-    Args:
-        default: what it is when it is not given.
-        text: for the help.
-        group: heading of the help that it stands under.
-        extra: `low`, `high` inclusive bounds; `choices`; `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` =
-            must be given; `fixed` = must not change at resume; `key` = its place among the sections of a config file; `alias` =
-            another flag; `spelled` = other ways to write a value; `once` = for one start only, not for one that repeats it;
-            `in_models` = a path that is looked for below --models too.
+    `text` and `group` are its line in the help and the heading above. `extra` is of `low`, `high` inclusive bounds; `choices`,
+    `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` = must be given; `fixed` = must not change at resume;
+    `key` = its place among the sections of a config file; `alias` = another flag; `spelled` = other ways to write a value;
+    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -289,13 +279,8 @@ class Options:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples lists."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return [plain(item) for item in value]
-            return str(value.absolute()) if isinstance(value, Path) else value
-
-        return {field.name: plain(getattr(self, field.name)) for field in option_fields(type(self))}
+        values = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
+        return json.loads(json.dumps(values, default=lambda path: str(path.absolute())))
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -321,7 +306,7 @@ class Options:
 class Config(Options):
     """Turn folders of crops, one folder a class, into a recogniser."""
 
-    # A table: what an option is for, then what it may be.
+    # A table: what an option is for, then what it may be; a long text stands last.
     # fmt: off
     config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
         "data", metavar="FILE", alias="config_filename", once=True)
@@ -334,9 +319,8 @@ class Config(Options):
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
-    image_bits: tuple[int, ...] = option((),
-        "bits a channel that images of more than 8 really use, such as 12 (default: what their values show)",
-        "data", metavar="N", nargs="+", low=8, high=16)
+    image_bits: tuple[int, ...] = option((), group="data", metavar="N", nargs="+", low=8, high=16,
+        text="bits a channel that images of more than 8 really use, such as 12 (default: what their values show)")
     near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
 
     val_split: float = option(0.2, "share of the images for validation",
@@ -352,9 +336,8 @@ class Config(Options):
     data_fraction: float = option(1.0, "share of the data to use: whole groups, the same share of every class and split",
         "data", key="dataset.data_fraction", low=1e-6, high=1.0, fixed=True)
 
-    crop_mode: str = option("bbox",
-        "bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways",
-        "masks", choices=("bbox", "mask", "mix"), fixed=True)
+    crop_mode: str = option("bbox", group="masks", choices=("bbox", "mask", "mix"), fixed=True,
+        text="bbox = crops as they are, mask = background replaced, mix = replaced at times, judged both ways")
     mix_mask_p: float = option(0.4, "share of the training samples that mix shows masked", "masks", low=0.0, high=1.0, fixed=True)
     mask_fill: str = option("gray",
         "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
@@ -369,9 +352,8 @@ class Config(Options):
 
     backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
         "augmentation", key="directories.backgrounds", metavar="DIR")
-    insert_background_p: float = option(0.0,
-        "share of the training samples that are put on one of them; those with a mask without their background",
-        "augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True)
+    insert_background_p: float = option(0.0, group="augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True,
+        text="share of the training samples that are put on one of them; those with a mask without their background")
     background_max_ratio: float = option(2.0, "sides of what then surrounds a crop, at most so many times its own",
         "augmentation", key="dataset.background_max_ratio", low=1.0, high=10.0, fixed=True)
     pre_transforms: tuple[dict, ...] | None = option(None,
@@ -403,9 +385,8 @@ class Config(Options):
     pretrained: bool = option(True, "start from the weights that timm names for the model",
         "model", fixed=True, key="model.pretrained")
     backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
-    load_from: Path | None = option(None,
-        "start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file",
-        "model", metavar="PATH", key="model.load_from", in_models=True)
+    load_from: Path | None = option(None, group="model", metavar="PATH", key="model.load_from", in_models=True,
+        text="start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file")
     in_channels: int = option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
         "model", choices=(1, 3, 4), key="model.in_channels", fixed=True)
     n_classes: int | None = option(None, "number of classes that there must be (default: any)",
@@ -438,9 +419,8 @@ class Config(Options):
         "model", low=0, key="model.unfreeze_blocks", fixed=True)
     lora_rank: int = option(0, "rank of the updates (LoRA) that a frozen backbone's attention layers learn; 0 = none",
         "model", low=0, high=1024, key="model.lora_rank", fixed=True)
-    drop_path: float = option(0.0,
-        "share of the residual branches that a trained backbone leaves out at random (stochastic depth)",
-        "model", low=0.0, high=0.9, key="model.drop_path", fixed=True)
+    drop_path: float = option(0.0, group="model", low=0.0, high=0.9, key="model.drop_path", fixed=True,
+        text="share of the residual branches that a trained backbone leaves out at random (stochastic depth)")
 
     epochs: int = option(15, "passes over the training images", "training", low=1, high=100_000, key="training.epochs")
     val_batch: int | None = option(None, "images a pass where nothing is trained (default: batch)",
@@ -455,9 +435,8 @@ class Config(Options):
         "optimizer", low=1e-8, high=10.0, key="optimizer.backbone_lr", fixed=True)
     fc_lr: float | None = option(None, "peak learning rate of the head (default: lr)",
         "optimizer", low=1e-8, high=10.0, key="optimizer.fc_lr", fixed=True)
-    weight_decay: float | None = option(None,
-        "weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none",
-        "optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True)
+    weight_decay: float | None = option(None, group="optimizer", low=0.0, high=10.0, key="optimizer.weight_decay", fixed=True,
+        text="weight decay (default: head 1e-4, backbone 0.05); norms, biases and tokens have none")
     layer_decay: float = option(1.0, "factor on the backbone's learning rate from each block to the one before",
         "optimizer", low=0.01, high=1.0, key="optimizer.layer_decay", fixed=True)
     arc_lr: float | None = option(None, "peak learning rate of the class weights (default: 10 fc_lr; linear classifier: fc_lr)",
@@ -487,9 +466,8 @@ class Config(Options):
         "optimizer", fixed=True, choices=("cos", "linear"), key="scheduler.anneal_strategy")
     balanced_per_class: bool = option(False, "show every class equally often", "training", fixed=True)
     samples_per_class: int = option(300, "images a class and epoch with --balanced_per_class", "training", low=1, fixed=True)
-    cache_views: int | None = option(None,
-        f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)",
-        "training", low=0, high=1000, fixed=True)
+    cache_views: int | None = option(None, group="training", low=0, high=1000, fixed=True,
+        text=f"views of an image, embedded once and shown in turn; 0 = fresh (default: {CACHED_VIEWS} if the backbone is frozen)")
     best_metric: str = option("acc",
         "figure on val that chooses the best checkpoint: acc, f1_macro, auc_macro, loss, proto_acc or recall_at_1",
         "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
@@ -499,25 +477,20 @@ class Config(Options):
         "prototypes", low=0.5, high=1.0)
     unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
         "prototypes", metavar="DIR")
-    max_refs_per_class: int | None = option(None,
-        "references a class in prototypes.npz: those nearest to k-means centres (default: all)",
-        "prototypes", low=1)
+    max_refs_per_class: int | None = option(None, group="prototypes", low=1,
+        text="references a class in prototypes.npz: those nearest to k-means centres (default: all)")
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
-    match_features: bool = option(True,
-        "match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often",
-        "prototypes")
-    prototypes_per_class: str = option("auto",
-        "prototypes that a class may have; auto = several where val says so, else its centroid alone",
-        "prototypes", metavar="auto|N")
+    match_features: bool = option(True, group="prototypes",
+        text="match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often")
+    prototypes_per_class: str = option("auto", group="prototypes", metavar="auto|N",
+        text="prototypes that a class may have; auto = several where val says so, else its centroid alone")
 
     gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
-    workers: int | None = option(None,
-        f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)",
-        "machine", low=0, high=256, key="dataset.data_loaders.workers")
-    cache_crops: float = option(8.0,
-        "GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none",
-        "machine", low=0.0, high=100_000.0)
+    workers: int | None = option(None, group="machine", low=0, high=256, key="dataset.data_loaders.workers",
+        text=f"processes that read images, capped at the cores there are (default: one core less, {MAX_WORKERS} at most)")
+    cache_crops: float = option(8.0, group="machine", low=0.0, high=100_000.0,
+        text="GB of disk, while a run lasts, for what is decoded: of each crop once, not every epoch; 0 = none")
     precision: str = option("auto",
         "auto answers in fp32, trains in bf16 or fp16 (DINOv3: fp32) on a GPU, fp32 on CPUs (frozen: bf16 if fast)",
         "machine", choices=("auto", "fp32", "bf16", "fp16"), spelled={"32": "fp32", "16": "fp16"}, fixed=True,
@@ -526,8 +499,7 @@ class Config(Options):
         "machine", fixed=True, key="training.compile")
     fsdp: bool = option(False, "stands in older config files; weights are not shared among processes any more",
         "machine", key="training.fsdp")
-    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time",
-        "machine", fixed=True)
+    deterministic: bool = option(False, "let torch choose only operations that give the same bits each time", "machine", fixed=True)
 
     resume: str | None = option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
         "run", metavar="PATH", nargs="?", const="last", once=True)
@@ -541,8 +513,7 @@ class Config(Options):
         "run", key="training.save_checkpoints")
     save_metrics: bool = option(True, "record the figures of each class for each epoch; off = totals only",
         "run", key="training.save_metrics")
-    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends",
-        "run", low=0.0, high=1e6)
+    save_minutes: float = option(10.0, "minutes between the saves inside an epoch; 0 = only when it ends", "run", low=0.0, high=1e6)
     preview: bool = option(False, "write preview.jpg: 64 images of training as the model sees them", "run")
     debug: bool = option(False, "show tracebacks", "run", once=True)
 
@@ -563,9 +534,8 @@ class Config(Options):
 def same_option(name: str) -> Any:
     """Return a field like that of `Config`, for another class of options."""
     field = Config.__dataclass_fields__[name]
-    return dataclasses.field(
-        default=field.default, metadata={**field.metadata, "key": None, "fixed": False, "needed": False}
-    )
+    metadata = {**field.metadata, "key": None, "fixed": False, "needed": False}
+    return dataclasses.field(default=field.default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -626,21 +596,20 @@ def format_flags(options: Options, names: Collection[str]) -> list[str]:
     """Return the words of a command line that gives those of the named options that differ from their defaults."""
     words: list[str] = []
     for field in option_fields(type(options)):
-        value = getattr(options, field.name)
+        value, kind = getattr(options, field.name), field_kind(field)
         if value == field.default or field.name not in names:
             continue
-        if field_kind(field) is bool:
+        if kind is bool:
             words.append(f"--{'' if value else 'no-'}{field.name}")
-        elif field_kind(field) is dict:
-            words += [f"--{field.name}", json.dumps(value)]
         else:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) and kind is not dict else (value,)
+            words += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
     return words
 
 
 def field_kind(field: dataclasses.Field) -> type:
     """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`, `dict` for a list of them."""
-    name = re.sub(r"^tuple\[", "", field.type).split(" ")[0].strip(",")
+    name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
     return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
 
 
@@ -656,10 +625,7 @@ EXPECTED = {
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line an option: wide columns, and `--[no-]flag` for a pair of booleans."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=150)
+    """One line an option: its first flag, `--[no-]flag` for a pair of booleans."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         action = copy.copy(action)
@@ -692,24 +658,21 @@ def needed_flags(options_class: type[Options]) -> list[str]:
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
     """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
-    is_main = command == "train"
-    program = program_name(command)
-    fields = option_fields(options_class)
-    needed = "".join(f" {example}" for example in needed_flags(options_class))
-    lines = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
+    main_words = ["[COMMAND]"] if command == "train" else []
+    program, fields = program_name(command), option_fields(options_class)
+    commands = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
         allow_abbrev=False,
-        usage=f"{program}{' [COMMAND]' if is_main else ''}{needed} [options]",
+        usage=" ".join([program, *main_words, *needed_flags(options_class), "[options]"]),
         description=(options_class.__doc__ or "").split("\n")[0],
-        epilog=f"commands, each with a --help of its own:\n{lines}" if is_main else None,
-        formatter_class=_HelpFormatter,
+        epilog=f"commands, each with a --help of its own:\n{commands}" if main_words else None,
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=38, width=150),
     )
-    groups = {}
+    titles = dict.fromkeys(field.metadata["group"] for field in fields)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields:
         meta, kind = field.metadata, field_kind(field)
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         settings = {key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -719,7 +682,7 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
                 settings.setdefault("metavar", "N" if kind is int else "X")
         shown = ("on" if field.default else "off") if kind is bool else field.default
         settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
-        names = dict.fromkeys(name for name in (field.name, meta.get("alias"), meta.get("key")) if name)
+        names = filter(None, (field.name, meta.get("alias"), meta.get("key")))
         flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
     return parser
@@ -727,20 +690,18 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
 
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
     """Return what a word of the command line means for an option; `none` and `auto` take back what a config file says."""
-    kind, what = field_kind(field), f"{text!r} is not {EXPECTED[field_kind(field)]}"
+    kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
     if kind is Path and not text:  # an unset variable of the shell; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
-    if kind is not dict:
-        try:
+    try:
+        if kind is not dict:
             return kind(field.metadata.get("spelled", {}).get(text, text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(what) from error
-    try:  # JSON is YAML
-        entries = load_yaml(text)
+        entries = load_yaml(text)  # JSON is YAML
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is no YAML: {error}") from error
+        problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
+        raise argparse.ArgumentTypeError(problem) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
     return entries
@@ -749,22 +710,22 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
 def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
     """Turn the words of a command line into options, each in its range. `--help` prints and exits.
 
-    Where the class has an option `config`, what that file says stands between the defaults and what is typed.
-
-    Raises:
-        UserError: unknown flag, wrong type, or a value out of range.
+    Where the class has an option `config`, what that file says stands between the defaults and what is typed; a run's folder
+    stands for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
     """
     parser = build_parser(options_class, command)
-    typed, unknown = parser.parse_known_args(argv)
-    typed = vars(typed)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        if unknown[0] in COMMANDS or unknown[0] in TOOLS:
+        if unknown[0] in COMMANDS | TOOLS:
             raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
-    file, places = read_config_file(typed["config"], options_class) if "config" in typed else ({}, {})
-    merged = {**file, **typed}
+    typed, of_file, places = vars(namespace), {}, {}
+    if path := typed.get("config"):
+        path = path / "config.json" if path.is_dir() else path
+        of_file, places = convert_options(path, _parse_config_file(path), options_class)
+    merged = {**of_file, **typed}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     origins = {**places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
     options = options_class(command=command, origins=origins, **values)
@@ -773,25 +734,21 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
 
 
 def parse_command_line(argv: Sequence[str]) -> Options:
-    """Turn the words after the script's name into the checked options of one of its own commands.
-
-    Raises:
-        UserError: as `parse_options` does; no such command; or options that contradict each other.
-    """
+    """Turn the words after the script's name into the options of one of its own commands; UserError if they do not go together."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
-    options = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
-    if not isinstance(options, Config):
-        return options
-    config, name = options, options.experiment_name
+    config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
+    if not isinstance(config, Config):
+        return config
+    name = config.experiment_name
     if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
         raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
     if config.out_dir is None and name is not None and config.models is not None:
         origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
         config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
     if config.load_from and config.models and not config.load_from.exists():
-        config = dataclasses.replace(config, load_from=config.models / config.load_from)
+        config = dataclasses.replace(config, load_from=(config.models / config.load_from).absolute())
     check_config(config)
     return config
 
@@ -805,97 +762,74 @@ def open_streams() -> None:
             setattr(sys, name, open(file, "w" if number else "r"))  # noqa: SIM115  as long as the process lives
 
 
-def start_tool(command: str, argv: Sequence[str]) -> None:
-    """Replace this process by that of a tool.
-
-    Raises:
-        UserError: the tool does not lie beside this script, which may be the copy in a run's folder.
-    """
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(find_tool(command)), *argv])
-
-
 def find_tool(command: str) -> Path:
-    """Return the script of a tool.
-
-    Raises:
-        UserError: it does not lie beside this script.
-    """
+    """Return the script of a tool. Raises UserError if it does not lie beside this script, which may be the copy in a run."""
     path = TOOLS_DIR / f"{command}.py"
     if not path.is_file():
         raise UserError("is not there", str(path), f"put the folder tools/ beside {SCRIPT_NAME}, as the project has it")
     return path
 
 
-def read_config_file(path: Path, options_class: type[Options] = Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options in a config file by flag name, and for each the file and key where it stands.
-
-    A run's config.json, or its folder, gives all options of that run, but for those that are for one start only.
-
-    Raises:
-        UserError: no such file, not YAML, TOML or JSON, an unknown or repeated key, or a value of the wrong type.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    return convert_options(path, _parse_config_file(path), options_class)
-
-
 def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what `read_config_file` does, of the content of the file; raises as it does."""
-    is_record = isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins"))
-    if is_record:
-        derived = {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
-        once = {field.name for field in option_fields(options_class) if field.metadata.get("once")}
-        tree = {key: value for key, value in tree["options"].items() if key not in {"command"} | derived | once}
+    """Return the options that a config file says by flag name, and for each the file and key where it stands.
+
+    A run's config.json gives all options of that run, but for those that are for one start only. Raises UserError for an unknown or
+    repeated key, or a value of the wrong type.
+    """
+    fields, where = option_fields(options_class), f"--config {path}"
+    if isinstance(tree, dict) and all(isinstance(tree.get(key), dict) for key in ("options", "origins")):
+        unused = {"command", *(field.name for field in fields if field.metadata.get("once"))}
+        unused |= {name for name, origin in tree["origins"].items() if origin == DERIVED_ORIGIN}
+        tree = {key: value for key, value in tree["options"].items() if key not in unused}
     if is_predecessor_config(tree):
-        raise UserError(
-            f"is of {PREDECESSOR}", f"--config {path}", "see configs/lct-dino-3.yaml, and type what differs"
-        )
+        raise UserError(f"is of {PREDECESSOR}", where, "see configs/lct-dino-3.yaml, and type what differs")
     if not isinstance(tree, dict | None):
-        raise UserError("holds no options, which are written as  key: value", f"--config {path}", "see configs/")
+        raise UserError("holds no options, which are written as  key: value", where, "see configs/")
     options: dict[str, Any] = {}
     places: dict[str, str] = {}
-    fields = option_fields(options_class)
     known = {field.name: field for field in fields}
     known |= {field.metadata["key"]: field for field in fields if field.metadata.get("key")}
     for key, value in _walk_keys(path, tree or {}, known):
-        field = known[key]
+        field, place = known[key], f"{path}: {key}"
         if field.name in options:
             what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
-            raise UserError(what, f"{path}: {key}", "leave one of them out")
+            raise UserError(what, place, "leave one of them out")
         if value is not None and (value != [] or field.default != ()):  # else the default is meant
-            options[field.name] = _convert_value(field, value, f"{path}: {key}", path.parent)
-            places[field.name] = f"{path}: {key}"
+            options[field.name] = _convert_value(field, value, place, path.parent)
+            places[field.name] = place
     return options, places
 
 
 def _parse_config_file(path: Path) -> Any:
     """Return what a YAML, TOML or JSON file holds; a key that stands there twice is an error."""
+    import tomllib
+
     where, suffix = f"--config {path}", path.suffix.lower()
-    if suffix not in (".yaml", ".yml", ".toml", ".json"):
+    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
+    if suffix not in loaders:
         raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
     text = read_text(path, where)
-
-    def unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"{name} stands there twice")
-        return dict(pairs)
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
     try:
-        if suffix == ".toml":
-            import tomllib
-
-            return tomllib.loads(text)
-        if suffix == ".json":
-            return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        return load_yaml(text)
+        return loaders[suffix](text)
     except RecursionError as error:
         raise UserError("is nested too deeply", where, "see configs/") from error
     except ValueError as error:
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return what JSON says. Raises ValueError for a key that stands there twice, and for NaN and infinity, which JSON lacks."""
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if len(tree := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+        return tree
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
 def read_text(path: Path, where: str) -> str:
@@ -925,31 +859,33 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
     """Return what YAML says, in plain text or as `_make_yaml_loader` reads it. Raises ValueError with the reason."""
     import yaml
 
-    loader = _make_yaml_loader()(text)
-    if is_plain:
-        loader.yaml_implicit_resolvers = {}
     try:
+        loader = _make_yaml_loader()(text)
+        if is_plain:
+            loader.yaml_implicit_resolvers = {}
         node = loader.get_single_node()
         if node is None:
             return None
         if _count_values(node, {}) > MAX_CONFIG_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"{getattr(error, 'problem', None) or error} in line {line}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{error.reason} in line {line}") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except (TypeError, KeyError, AttributeError) as error:  # of yaml's own constructors
+    except (TypeError, LookupError, AttributeError) as error:  # of yaml's own constructors
         raise ValueError("a value is not what its tag says") from error
 
 
 def _count_values(node: Any, known: dict[Any, float]) -> float:
     if node not in known:
         known[node] = math.inf  # while it is being counted: one that holds itself
-        parts = node.value if isinstance(node.value, list) else ()
-        nodes = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-        known[node] = 1 + sum(_count_values(part, known) for part in nodes)
+        items = node.value if isinstance(node.value, list) else ()
+        nodes = [inner for item in items for inner in (item if isinstance(item, tuple) else (item,))]
+        known[node] = 1 + sum(_count_values(inner, known) for inner in nodes)
     return known[node]
 
 
@@ -960,32 +896,22 @@ def _make_yaml_loader() -> type:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
-            first: [
-                (tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("timestamp", "float", "int")
-            ]
+            first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float", ":int"))]
             for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        read = functools.partial(loader.construct_object, deep=True)
-        seen_keys: set[Any] = set()
-        for key, _ in node.value:
-            if key.tag.endswith(":merge"):
-                continue
+        names: set[Any] = set()
+        for key in (key for key, _ in node.value if not key.tag.endswith(":merge")):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-            if read(key) in seen_keys:
+            name = loader.construct_object(key)
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen_keys.add(read(key))
-        loader.flatten_mapping(node)  # puts what << names before the node's own keys
-        return {read(key): read(value) for key, value in node.value}
+            names.add(name)
+        return loader.construct_mapping(node, deep=True)  # what << names, then the node's own keys
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-    Loader.add_constructor(
-        "tag:yaml.org,2002:float",
-        lambda loader, node: float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")),
-    )
     # 007 is a name
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
     number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -993,38 +919,31 @@ def _make_yaml_loader() -> type:
     return Loader
 
 
-def _walk_keys(
-    path: Path, tree: dict, known: dict[str, dataclasses.Field], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], prefix: str = "") -> Iterator[tuple]:
     """Yield each option's key and value; sections are mappings below the first parts of keys."""
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
+        key, place = f"{prefix}{name}", f"{path}: {prefix}{name}"
         if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
             yield from _walk_keys(path, value or {}, known, f"{key}.")
         elif key in known and not known[key].metadata.get("once"):
             yield key, value
         elif key in sections:
             inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
-            raise UserError("is a section", f"{path}: {key}", f"give values of {inside}")
+            raise UserError("is a section", place, f"give values of {inside}")
         else:
-            once = key in known
-            what = "belongs on the command line" if once else "is no known key"
-            remedy = f"type --{name}" if once else did_you_mean(key, [*known, *sections])
-            raise UserError(what, f"{path}: {key}", remedy)
+            what = "belongs on the command line" if key in known else "is no known key"
+            remedy = f"type --{name}" if key in known else did_you_mean(key, [*known, *sections])
+            raise UserError(what, place, remedy)
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    """Return a value of a config file as the option has it; a relative path starts from the folder of the file.
-
-    Raises:
-        UserError: it has the wrong type, or is none of the choices.
-    """
+    """Return a value of a config file as the option has it; a relative path starts from the folder of the file."""
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
-    values = value if isinstance(value, list) else [value] if count == "+" else None
-    if values is None or (isinstance(count, int) and len(values) != count):
+    values = [value] if count == "+" and not isinstance(value, list) else value
+    if not isinstance(values, list) or (isinstance(count, int) and len(values) != count):
         expected = f"a list of {count} numbers" if isinstance(count, int) else EXPECTED[field_kind(field)]
         raise UserError(f"{reprlib.repr(value)} is not {expected}", where, "correct the value")
     return tuple(_convert_item(field, item, f"{where}[{index}]", folder) for index, item in enumerate(values))
@@ -1034,12 +953,10 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     kind, choices = field_kind(field), field.metadata.get("choices")
     if type(value) is int and value.bit_length() > 63:
         raise UserError("is too large a number", where, "correct the value")
-    if kind is str and type(value) is int:  # precision: 16, prototypes_per_class: 3
-        value = str(value)
+    if kind in (str, float) and type(value) is int:  # precision: 16, prototypes_per_class: 3
+        value = kind(value)
     if kind is str and type(value) is float:  # 1.10 has become 1.1
         raise UserError(f"{value!r} is a number", where, "put it in quotes")
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not (str if kind is Path else kind):
         raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
@@ -1074,16 +991,16 @@ def did_you_mean(
 def idle_options(config: Config) -> list[str]:
     """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
     depending = {
-        ("backbone_lr", "layer_decay", "drop_path", "lr_type"): config.trains_backbone,
-        ("pct_start", "div_factor", "final_div_factor", "anneal_strategy"): config.scheduler == "onecycle",
-        ("warmup_epochs",): config.scheduler != "onecycle",
-        ("focal_gamma",): config.criterion == "focal",
-        ("sub_centers",): config.criterion == "subcenter_arcface",
-        ("arc_margin",): config.criterion not in LINEAR_CRITERIA,
-        ("mixing_p", "mixing_alpha"): config.mixing != "none",
-        ("backgrounds", "background_max_ratio"): config.insert_background_p > 0,
+        "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
+        "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
+        "warmup_epochs": config.scheduler != "onecycle",
+        "focal_gamma": config.criterion == "focal",
+        "sub_centers": config.criterion == "subcenter_arcface",
+        "arc_margin": config.criterion not in LINEAR_CRITERIA,
+        "mixing_p mixing_alpha": config.mixing != "none",
+        "backgrounds background_max_ratio": config.insert_background_p > 0,
     }
-    names = [name for names, has_effect in depending.items() if not has_effect for name in names]
+    names = " ".join(names for names, has_effect in depending.items() if not has_effect).split()
     return [name for name in names if getattr(config, name) != getattr(Config, name)]
 
 
@@ -1098,11 +1015,7 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def check_ranges(options: Options) -> None:
-    """Check each value against the bounds of its option.
-
-    Raises:
-        UserError: naming the flag, its value and what is allowed.
-    """
+    """Refuse a value that is not finite, or out of the bounds of its option."""
     for field in option_fields(type(options)):
         value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
@@ -1114,20 +1027,15 @@ def check_ranges(options: Options) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Check the options of training against each other.
-
-    Raises:
-        UserError: naming those that contradict each other.
-    """
+    """Refuse options of training that contradict each other, by the name of each."""
     for name, words in (("exclude", config.exclude), ("resume", (config.resume,))):
-        for word in set(words) & (COMMANDS.keys() | TOOLS.keys()):
+        for word in set(words) & (COMMANDS | TOOLS).keys():
             raise UserError(f"has taken the command {word} for its value", config.place(name), "put the command first")
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    one, all_but_one = "give one of them", "leave one of them out"
-    four = config.in_channels == 4
+    one, all_but_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # Whether something is wrong, which options it concerns, what is wrong, and what to do.
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
@@ -1142,11 +1050,11 @@ def check_config(config: Config) -> None:
         (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
             "are two ways to start, of which load_from does what the other does", one),
         (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", one),
-        (four and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
+        (sees_masks and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
             "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
-        (four and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
+        (sees_masks and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
             "a crop on another picture has no mask any more", all_but_one),
-        (not four and config.mask_fill == "keep", ("mask_fill",),
+        (not sees_masks and config.mask_fill == "keep", ("mask_fill",),
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
             "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
@@ -1173,24 +1081,17 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
 
 
 def check_given(options: Options) -> None:
-    """Check that what the command needs is given, and that every path can be asked for.
-
-    Raises:
-        UserError: an option is missing, or a path cannot be reached.
-    """
-    fields = option_fields(type(options))
-    for field in fields:
-        if field.metadata.get("needed") and getattr(options, field.name) in (None, ()):
+    """Refuse options that lack what the command needs, or a path that cannot be asked for or is of the predecessor."""
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if field.metadata.get("needed") and value in (None, ()):
             remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
             raise UserError("is missing", options.flag(field.name), remedy)
-    for field in fields:
-        path = getattr(options, field.name)
-        if isinstance(path, Path):
-            try:
-                path.exists()
-            except OSError as error:  # no permission on a parent, a name that is too long
-                where = f"{options.place(field.name)} {path}"
-                raise UserError(str(error.strerror), where, "check the path") from error
+        try:
+            if isinstance(value, Path):
+                value.exists()
+        except OSError as error:  # no permission on a parent, a name that is too long
+            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
     check_predecessor(options)
 
 
@@ -1208,45 +1109,28 @@ def is_predecessor_config(tree: Any) -> bool:
     return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
 
 
-def find_predecessor(path: Path) -> Path | None:
-    """Return the run of lct-dino-3.py that a folder is or a file lies in, or else the first one in a folder."""
-    folder = path.parent if path.is_file() else path
-    for config in (folder / "config.json", *sorted(path.glob("run_[0-9]*/config.json"))):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if is_predecessor_config(json.loads(read_regular(config, MAX_CONFIG_BYTES))):
-                return config.parent
-    return None
-
-
 def check_predecessor(options: Options) -> None:
-    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for.
-
-    Raises:
-        UserError: it is that.
-    """
+    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for."""
     for name, remedy in PREDECESSOR_REMEDIES.items():
         path = getattr(options, name, None)
-        if (
-            not isinstance(path, (str, Path))
-            or path == "last"
-            or (name == "out_dir" and getattr(options, "overwrite", False))
-        ):
+        is_moved = name == "out_dir" and getattr(options, "overwrite", False)
+        if not isinstance(path, (str, Path)) or path == "last" or is_moved:
             continue
-        run = find_predecessor(Path(path))
-        if run is not None and (name != "data_root" or run == path):  # a folder of classes may hold runs too
-            raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
+        path = Path(path)
+        runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
+        for run in [path] if name == "data_root" else runs:  # a folder of classes may hold runs too
+            config: Any = None
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                config = json.loads(read_regular(run / "config.json", MAX_CONFIG_BYTES))
+            if is_predecessor_config(config):
+                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
 def check_paths(config: Config) -> None:
-    """Check everything that can be known of the named files and folders without reading images; writes nothing.
-
-    Raises:
-        UserError: missing, wrong kind, not writable, out_dir inside data_root, or a regex without its one group.
-    """
+    """Check everything that can be known of the named files and folders without reading images; writes nothing."""
     check_given(config)
     check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
-    if config.unknown_dir is not None:
-        check_folder(config, "unknown_dir", "give a folder of images of no class")
+    check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
@@ -1266,17 +1150,12 @@ def check_paths(config: Config) -> None:
 
 
 def check_run_paths(options: RunOptions) -> None:
-    """Check the files and folders that a command on a finished run names.
-
-    Raises:
-        UserError: missing, or of the wrong kind.
-    """
+    """Check the files and folders that a command on a finished run names."""
     check_given(options)
     check_folder(options, "run", "give the out_dir of a finished run")
-    check_files_exist(options, *({"class_map", "backbone_weights"} & vars(options).keys()))
+    check_files_exist(options, "class_map", "backbone_weights")
     for name, remedy in (("data_root", DATA_TREE), ("add", DATA_TREE), ("unknown_dir", "give a folder of images")):
-        if getattr(options, name, None) is not None:
-            check_folder(options, name, remedy)
+        check_folder(options, name, remedy)
     if isinstance(options, PrototypesOptions):
         check_prototypes_per_class(options)
         if sum((options.list, options.add is not None, options.remove is not None)) > 1:
@@ -1286,7 +1165,7 @@ def check_run_paths(options: RunOptions) -> None:
 def check_files_exist(options: Options, *names: str) -> None:
     """Refuse options that name something that is not a file."""
     for name in names:
-        path = getattr(options, name)
+        path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(what, options.said(name), options.moved(name) or "check the path")
@@ -1294,35 +1173,34 @@ def check_files_exist(options: Options, *names: str) -> None:
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
     """Refuse an option that names something that is not a folder."""
-    path = getattr(options, name)
-    if not path.is_dir():
-        what = "does not exist" if not path.exists() else "is a file, not a folder"
+    path = getattr(options, name, None)
+    if path is not None and not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from means, also below --models; a run's folder stands for its best checkpoint, else its last.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path, where = config.load_from, config.said("load_from")
+    """Return the file of --load_from, a path as given or below --models; of a run's folder the best checkpoint, else the last."""
+    path = config.load_from
+    where = config.said("load_from")  # flag or file and key, with the value: for messages
+    remedy = "give the folder of a run, or a file"
     if path is None:
         return None
-    is_typed = config.origins.get("load_from", COMMAND_LINE_ORIGIN) == COMMAND_LINE_ORIGIN
-    places = [path] if is_typed or path.is_absolute() else []  # what a file says does not start from the current folder
-    places += [config.models / path] if config.models is not None else []
-    path = next((place for place in places if place.exists()), None)
+    is_typed = config.place("load_from") == config.flag("load_from")
+    candidates = (
+        [path] if is_typed or path.is_absolute() else []
+    )  # what a file says does not start from the current folder
+    candidates += [config.models / path] if config.models is not None else []
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise UserError("does not exist", where, "check the path")
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError("is neither a file nor a folder", where, "give the folder of a run, or a file")
-    names = [name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
-    if not names:
-        raise UserError("holds no checkpoint", where, "give the folder of a run, or a file")
-    return path / names[0]
+    if path.is_dir():
+        path = next((path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()), None)
+        if path is None:
+            raise UserError("holds no checkpoint", where, remedy)
+    elif not path.is_file():
+        raise UserError("is neither a file nor a folder", where, remedy)
+    return path
 
 
 def _check_backgrounds(config: Config) -> None:
@@ -1332,10 +1210,10 @@ def _check_backgrounds(config: Config) -> None:
     check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
-    if pictures in (data_root, *data_root.parents) or data_root in pictures.parents:
+    if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
         what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
         raise UserError(what, where, "choose a folder of other pictures")
-    if pictures in (out_dir, *out_dir.parents):
+    if out_dir.is_relative_to(pictures):
         what = "holds out_dir, whose own pictures would be taken for backgrounds"
         raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
@@ -1344,16 +1222,10 @@ OUR_MARK = b"lct_dino3"  # what a file holds that a tool writes where a user say
 
 
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
-    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    path = path.resolve()
-    is_run = {
-        folder: (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file() for folder in path.parents
-    }
-    for name, folder in {**folders, "a run": next(filter(is_run.get, is_run), None)}.items():
+    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run."""
+    path, names = path.resolve(), ("metrics.jsonl", "config.json")
+    run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
+    for name, folder in {**folders, "a run": run}.items():
         if folder is not None and path.is_relative_to(folder.resolve()):
             raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
 
@@ -1372,12 +1244,11 @@ def check_out_dir(config: Options) -> None:
     is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not any((out_dir / n).exists() for n in RUN_MARKERS)
     # fmt: off
     refusals = (
-        (out_dir == data_root or data_root in out_dir.parents,
+        (out_dir.is_relative_to(data_root),
             "lies inside data_root, where it would be taken for a class", "choose a folder outside the data"),
-        (is_moved and out_dir in (Path.cwd(), *Path.cwd().parents),
+        (is_moved and Path.cwd().is_relative_to(out_dir),
             "is the current folder, which --overwrite would move aside", "start from another folder"),
-        (out_dir in data_root.parents,
-            "holds data_root, which --overwrite would move aside with it", "choose another folder"),
+        (data_root.is_relative_to(out_dir), "holds data_root, which --overwrite would move aside with it", "choose another folder"),
         (out_dir.exists() and not out_dir.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
             f"{existing} is not a folder that can be written to", "choose a folder of your own"),
@@ -1399,7 +1270,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
-            start_tool(sys.argv[1], sys.argv[2:])
+            os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
         with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
             COMMAND_LINE = parse_command_line(sys.argv[1:])
         # --debug wants a traceback; what the first process names, others need not see.
@@ -1412,12 +1283,16 @@ if __name__ == "__main__":
 import itertools
 import multiprocessing.queues
 
+import cv2
 import filelock
 import numpy as np
+import scipy.fft
+import scipy.sparse
 import scipy.special
+import simplejpeg
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -1442,10 +1317,9 @@ def get_world_size() -> int:
 
 
 class Signals:
-    """What the terminal and the scheduler ask of this process.
+    """What the terminal and the scheduler ask of this process, which has one of these, `SIGNALS`, as it has one set of handlers.
 
-    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted. There is one of these, `SIGNALS`, as
-    a process has one set of handlers.
+    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted.
     """
 
     def __init__(self) -> None:
@@ -1453,21 +1327,16 @@ class Signals:
         self.wants_save = False
         self._asked_at, self._holds, self._put_off = 0.0, 0, False
 
-    def catch(self) -> None:
-        """Install the handlers; what the shell had us ignore, as nohup does with SIGHUP, stays ignored."""
-        self.__init__()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
-        signal.signal(signal.SIGUSR1, self._save)
+    def catch(self, is_first: bool = True) -> None:
+        """Install the handlers; a process beside the first only notes what is asked, as that one decides what becomes of it.
 
-    def listen(self) -> None:
-        """Only note what is asked: another process decides what becomes of it."""
+        What the shell had us ignore, as nohup does with SIGHUP, stays ignored.
+        """
         self.__init__()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, _: setattr(self, "asked", number))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                signal.signal(number, self._stop if is_first else lambda number, _: setattr(self, "asked", number))
+        signal.signal(signal.SIGUSR1, (lambda *_: setattr(self, "wants_save", True)) if is_first else signal.SIG_IGN)
 
     def receive_any(self, numbers: Iterable[int | None]) -> None:
         """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
@@ -1486,9 +1355,6 @@ class Signals:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
         if not self._holds:
             raise Interrupted(self.asked)
-
-    def _save(self, *_: Any) -> None:
-        self.wants_save = True
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -1516,10 +1382,9 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
     free = ""
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    what = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
     return UserError(
-        f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})",
-        str(path),
-        "what was there before is kept; once it can be written, the same command continues",
+        what, str(path), "what was there before is kept; once it can be written, the same command continues"
     )
 
 
@@ -1527,8 +1392,7 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
-    Raises:
-        UserError: it cannot be written; what was there before is untouched.
+    Raises UserError where it cannot be written; what was there before is untouched.
     """
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -1544,9 +1408,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch says "unexpected pos", whatever happened
+        # torch says "unexpected pos", whatever happened
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise write_error(path, cause, written) from error
@@ -1572,9 +1435,7 @@ def is_torch_zip(path: Path) -> bool:
 def check_zip(path: Path) -> None:
     """Check every member of a zip archive, a checkpoint or .npz, against its CRC-32, which torch's own reader does not do.
 
-    Raises:
-        zipfile.BadZipFile: the file is damaged, cut off, or no zip archive.
-        OSError: it cannot be read.
+    Raises zipfile.BadZipFile where it is damaged, cut off, or no zip archive; OSError where it cannot be read.
     """
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
         raise zipfile.BadZipFile("is no regular file")
@@ -1587,8 +1448,8 @@ def check_zip(path: Path) -> None:
         EOFError,
         ValueError,
         zlib.error,
-    ) as error:  # what flipped bits in its directory provoke
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+    ) as error:  # all that zipfile raises on flipped bits
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a flipped offset, from before the file's start
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
     if damaged is not None:
@@ -1603,9 +1464,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented UTF-8 JSON, atomically."""
-    write_bytes(
-        path, (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, form: Any) -> Any:
@@ -1619,43 +1479,35 @@ def read_json(path: Path, form: Any) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Check what a file of ours holds, to any depth.
+    """Check what a file of ours holds, to any depth; ValueError names what is missing, or of another type.
 
     A form is a type, or a tuple of them; [form] of each item of a list; {key: form} of a mapping that needs these keys; {str: form}
     of all values of a mapping.
-
-    Raises:
-        ValueError: naming what is missing, or of another type.
     """
     kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
-    parts: Iterable[tuple[str, Any, Any]] = ()
     if isinstance(form, list):
-        parts = ((f"{name}[{index}]", item, form[0]) for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            check_form(item, form[0], f"{name}[{index}]")
     elif isinstance(form, dict):
         forms = dict.fromkeys(value, form[str]) if str in form else form
         if missing := [key for key in forms if key not in value]:
             raise ValueError(f"{name} has no {missing[0]}")
-        prefix = "" if name == "it" else f"{name}."
-        parts = ((f"{prefix}{key}", value[key], of_key) for key, of_key in forms.items())
-    for place, part, of_part in parts:
-        check_form(part, of_part, place)
+        for key, form_of_key in forms.items():
+            check_form(value[key], form_of_key, f"{'' if name == 'it' else f'{name}.'}{key}")
 
 
 def to_json(value: Any) -> Any:
     """Turn numpy and path values into plain JSON ones; NaN and infinity, which JSON lacks, into None."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 
@@ -1663,11 +1515,10 @@ def fingerprint(*parts: Any) -> str:
     """Return 16 hex digits of a SHA-256 over bytes, arrays, and values that JSON can hold; their order and kinds count too."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, bytes):
-            kind, content = "bytes", part
-        elif isinstance(part, np.ndarray):
+        kind, content = "bytes", part
+        if isinstance(part, np.ndarray):
             kind, content = f"{part.dtype} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        else:
+        elif not isinstance(part, bytes):
             kind, content = "json", json.dumps(part, sort_keys=True, default=to_json).encode()
         digest.update(f"{kind} {len(content)}\n".encode())
         digest.update(content)
@@ -1675,11 +1526,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
-    """Create out_dir; that this can fail is only seen by trying, whatever the permission bits say.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create out_dir, or raise UserError: that this can fail is only seen by trying, whatever the permission bits say."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1697,11 +1544,7 @@ class LineFile:
             raise write_error(path, error, 0) from error
 
     def append(self, text: str) -> None:
-        """Write one or more lines.
-
-        Raises:
-            UserError: the disk is full or gone; the file is as it was.
-        """
+        """Write one or more lines. Raises UserError where the disk is full or gone; the file is as it was then."""
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         size, written = os.fstat(self._fd).st_size, 0
         with SIGNALS.hold():
@@ -1720,10 +1563,7 @@ class LineFile:
 
 
 def show(text: str) -> None:
-    """Print a line above the progress bars; the first process does, as all do the same.
-
-    A terminal that has gone, or a closed pipe, ends the printing and not the run.
-    """
+    """Print a line above the progress bars, in the first process; a terminal that has gone ends the printing and not the run."""
     if get_rank():
         return
     try:
@@ -1774,13 +1614,11 @@ class RunDirectory:
     def forget(self, is_outdated: Callable[[dict[str, Any]], bool]) -> None:
         """Drop records of what is done again."""
         records = read_events(self.path, self.events_path.name)
-        remaining = [record for record in records if not is_outdated(record)]
-        if len(remaining) == len(records):
-            return
-        self._events.close()
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in remaining)
-        write_bytes(self.events_path, lines.encode("utf-8", "backslashreplace"))
-        self._events = LineFile(self.events_path)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if not is_outdated(record)]
+        if len(lines) < len(records):
+            self._events.close()
+            write_bytes(self.events_path, "".join(lines).encode("utf-8", "backslashreplace"))
+            self._events = LineFile(self.events_path)
 
     def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
         return ReadRunDirectory, (self.path,)
@@ -1790,14 +1628,13 @@ class RunDirectory:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         """Record how the run ended, whatever the way."""
-        status = "completed" if error is None else "interrupted" if isinstance(error, Interrupted) else "failed"
         try:
             if isinstance(error, Interrupted):
                 self.event("interrupted", signal=str(error))
             elif error is not None:
-                status = "diverged" if isinstance(error, Diverged) else status
                 self._write_log(f"{type(error).__name__}: {error}")
-            self.event("run_end", status=status)
+            endings = {type(None): "completed", Interrupted: "interrupted", Diverged: "diverged"}
+            self.event("run_end", status=endings.get(type(error), "failed"))
         except UserError as failure:  # the disk is full: what has brought us here is more worth telling
             if error is None:
                 raise
@@ -1817,17 +1654,12 @@ class RunDirectory:
 
     def start_tracker(self, *flags: str) -> None:
         """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
+        # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
+        form = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
             command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
             with open(self.path / "track.log", "ab") as log:
-                self._tracker = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=tool_environment(),
-                    start_new_session=True,  # neither Ctrl-C nor a scheduler's signal to the job is for it
-                )
+                self._tracker = subprocess.Popen(command, stdout=log, env=tool_environment(), **form)
         except (UserError, OSError) as error:
             self.log(f"warning: the run is not tracked: {error}")
         else:
@@ -1852,32 +1684,20 @@ class ReadRunDirectory(RunDirectory):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def log(self, text: str = "") -> None:
+    def log(self, *_: Any, **__: Any) -> None:
         """Leave it to the first process, which does the same."""
 
-    def event(self, name: str, **values: Any) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def forget_epochs_after(self, epoch: int) -> None:
-        """Leave it to the first process, which does the same."""
-
-    def start_tracker(self, *flags: str) -> None:
-        """Leave it to the first process, which does the same."""
+    event = forget_epochs_after = start_tracker = log
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        record = json.loads(line, parse_constant=refuse)
+    with contextlib.suppress(ValueError, RecursionError):
+        record = load_json(line)
         check_form(record, {"event": str})
         check_form(record.get("epoch", 0), int)
-    except (ValueError, RecursionError):
-        return None
-    return record
+        return record
+    return None
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -1894,17 +1714,17 @@ def repair_events(path: Path) -> str:
     """
     data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
-    good = [line for line in (*lines, rest) if parse_record(line) is not None]
-    num_bad = sum(parse_record(line) is None for line in lines)
+    is_good = [parse_record(line) is not None for line in (*lines, rest)]
+    num_bad = is_good[:-1].count(False)
     if not rest and not num_bad:
         return ""
-    said = [f"the last line of {path.name} was cut off"] if rest else []
+    damage = [f"the last line of {path.name} was cut off"] if rest else []
     if num_bad:
         aside = name_aside(path, "damaged")
         write_bytes(aside, data)
-        said.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
-    write_bytes(path, b"".join(line + b"\n" for line in good))
-    return "; ".join(said)
+        damage.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
+    write_bytes(path, b"".join(line + b"\n" for line in itertools.compress((*lines, rest), is_good)))
+    return "; ".join(damage)
 
 
 def name_aside(path: Path, why: str) -> Path:
@@ -1918,10 +1738,7 @@ def name_aside(path: Path, why: str) -> Path:
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
 
-    A probe only wants to know whether another process works there, and leaves no name.
-
-    Raises:
-        UserError: naming the process that holds it.
+    A probe only wants to know whether another process works there, and leaves no name. UserError names the process that does.
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
@@ -1935,9 +1752,8 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
         remedy = "wait for it, stop it, or choose another folder"
         raise UserError(f"is in use by {holder or 'another process'}", where, remedy) from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         remedy = "choose a folder of your own, on a file system that has locks"
-        raise UserError(f"cannot be locked: {reason}", where, remedy) from error
+        raise UserError(f"cannot be locked: {getattr(error, 'strerror', None) or error}", where, remedy) from error
     with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
         if not is_probe:
             holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
@@ -1945,11 +1761,7 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Say early, without writing anything, that another process works in a folder.
-
-    Raises:
-        UserError: naming the process.
-    """
+    """Say early, without writing anything, that another process works in a folder, and which."""
     if (path / ".lock").exists():
         lock_directory(path, is_probe=True).lock.release()
 
@@ -1977,12 +1789,7 @@ def tool_environment() -> dict[str, str]:
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
-    """Run a tool to its end; what asks this process to stop is passed on to it.
-
-    Raises:
-        ToolFailed: with its exit code.
-        UserError: it does not lie beside this script.
-    """
+    """Run a tool to its end, or raise ToolFailed with its exit code; what asks this process to stop is passed on to it."""
     process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
         code = process.wait()
@@ -2010,13 +1817,11 @@ class FileMemory:
 
     def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
         """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
-        if not self.path.is_file():
-            return {}
         query = "SELECT path, size, mtime_ns, value, checksum FROM files WHERE kind = ?"
         try:
             with self._open_table("rw") as table:  # not ro: what a killed process has begun to write is taken back
                 rows = table.execute(query, (kind,)).fetchall()
-        except sqlite3.Error as error:
+        except sqlite3.Error as error:  # without the file too
             self._is_damaged = _is_damage(error)
             return {}
         return {
@@ -2030,14 +1835,25 @@ class FileMemory:
         self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
-        """Write what has been learned in one transaction; the caller has the folder's lock.
-
-        Raises:
-            UserError: the table cannot be written.
-        """
+        """Write what has been learned in one transaction, or raise UserError; the caller has the folder's lock."""
+        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
+        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
         with SIGNALS.hold():
             rows = self._learned[:]
-            self._write(rows)
+            for is_last_try in (False, True) if rows else ():
+                try:
+                    if self._is_damaged:
+                        self.path.unlink()
+                        self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
+                        self._is_damaged = False
+                    with self._open_table("rwc") as table:
+                        table.execute(create)
+                        table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                    break
+                except (sqlite3.Error, OSError) as error:
+                    self._is_damaged = _is_damage(error)
+                    if is_last_try or not self._is_damaged:
+                        raise write_error(self.path, OSError(str(error)), 0) from error
             del self._learned[: len(rows)]
 
     def save_early(self) -> None:
@@ -2046,24 +1862,6 @@ class FileMemory:
             create_out_dir(self.folder)
             with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
                 self.save()
-
-    def _write(self, rows: list[tuple[Any, ...]]) -> None:
-        columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
-        create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
-        for is_last_try in (False, True) if rows else ():
-            try:
-                if self._is_damaged:
-                    self.path.unlink()
-                    self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
-                    self._is_damaged = False
-                with self._open_table("rwc") as table:
-                    table.execute(create)
-                    table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
-                return
-            except (sqlite3.Error, OSError) as error:
-                self._is_damaged = _is_damage(error)
-                if is_last_try or not self._is_damaged:
-                    raise write_error(self.path, OSError(str(error)), 0) from error
 
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
@@ -2130,7 +1928,7 @@ def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
     """
     if store is None:
         return code, True
-    SIGNALS.listen()  # torchrun may end us by now, as another process has ended
+    SIGNALS.catch(is_first=False)  # torchrun may end us by now, as another process has ended
     first = f"{get_rank()} {code}"
     with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
         first = store.compare_set("failed", "", first).decode()
@@ -2156,9 +1954,9 @@ def gather_batch(batch: Batch) -> Batch:
     """Return this process's images of a training batch, labels and failures of the whole batch, and the sizes of all parts."""
     if not dist.is_initialized():
         return batch
-    parts: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(parts, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
-    labels, failures, shapes, asked = zip(*parts, strict=True)
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
+    labels, failures, shapes, asked = zip(*gathered, strict=True)
     SIGNALS.receive_any(asked)
     images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
     failures = list(itertools.chain(*failures))
@@ -2175,12 +1973,12 @@ def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         return rows
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts[get_rank()] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    gathered[get_rank()] = rows
     if rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * len(sizes))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([of_rank[:size] for of_rank, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_answers(answer: Any) -> list[Any]:
@@ -2231,7 +2029,7 @@ class Runtime:
         return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
-        """Return the backbone as it is to be called: spread over the GPUs of this process, or trained with other processes.
+        """Return the backbone as it is called: spread over the GPUs of this process, or trained with other processes.
 
         All that follows it sees whole batches, those of processes by way of `gather_rows`.
         """
@@ -2244,8 +2042,7 @@ class Runtime:
     def share_batchnorm(self, backbone: Backbone) -> None:
         """Have the BatchNorm layers of a backbone that is to be trained see whole batches: processes on GPUs share statistics.
 
-        Raises:
-            UserError: GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made.
+        GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made: there UserError refuses it.
         """
         if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
             return
@@ -2267,11 +2064,11 @@ class Runtime:
     def describe(self) -> str:
         """Return one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        exact = ", no TF32" if self.num_gpus else ""
-        exact += ", deterministic" if self.deterministic else ""
-        shown = ", answers in ".join(name_dtype(dtype) for dtype in dict.fromkeys((self.dtype, self.answer_dtype)))
-        exact += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
-        return f"{self.num_gpus or 1} x {name}, {shown}{exact}"
+        types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.answer_dtype))))
+        notes = ", no TF32" if self.num_gpus else ""
+        notes += ", deterministic" if self.deterministic else ""
+        notes += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
+        return f"{self.num_gpus or 1} x {name}, {types}{notes}"
 
 
 def name_dtype(dtype: torch.dtype) -> str:
@@ -2280,32 +2077,22 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
-    """Choose the device and the precision.
+    """Choose the device and the precision: without `gpus` one GPU if there is one; UserError for what this machine cannot do.
 
-    Args:
-        gpus: number of GPUs; None = one if there is one.
-        precision: auto, fp32, bf16 or fp16.
-        deterministic: let torch choose operations that give the same bits each time.
-
-    Raises:
-        UserError: more GPUs than there are, or a precision that the device cannot do.
+    Where it is `deterministic`, torch chooses operations that give the same bits each time.
     """
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if gpus is None else gpus
+    where = f"--gpus {num_gpus}"
     if dist.is_initialized() and num_gpus > 1:
-        raise UserError(
-            "torchrun gives each process one GPU", f"--gpus {num_gpus}", "leave --gpus out, or give 0 for the CPU"
-        )
+        raise UserError("torchrun gives each process one GPU", where, "leave --gpus out, or give 0 for the CPU")
     if num_gpus > available:
-        raise UserError(
-            f"this machine has {available}", f"--gpus {num_gpus}", f"give --gpus {available} or fewer (0 = CPU)"
-        )
+        raise UserError(f"this machine has {available}", where, f"give --gpus {available} or fewer (0 = CPU)")
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    automatic = (
-        "fp32" if not num_gpus else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    )
+    has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
+    automatic = torch.bfloat16 if has_bf16 else torch.float16 if num_gpus else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}
     if deterministic:  # cuBLAS reads it when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # float32 has 24 bits, in the head and where the backbone is not rounded: torch gives convolutions the 11 of TF32 by default,
@@ -2315,24 +2102,23 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    device, dtype = torch.device("cuda" if num_gpus else "cpu"), names.get(precision, names[automatic])
+    device = torch.device("cuda" if num_gpus else "cpu")
     if dist.is_initialized() and num_gpus:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= available:
-            problem = f"{os.uname().nodename} has {available} GPUs"
             where = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-            raise UserError(problem, where, "start one process a GPU")
+            raise UserError(f"{os.uname().nodename} has {available} GPUs", where, "start one process a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    return Runtime(device, num_gpus, dtype, deterministic, precision == "auto")
+    return Runtime(device, num_gpus, dtypes[precision], deterministic, precision == "auto")
 
 
 def training_runtime(config: Config) -> Runtime:
     """Return where and how a run is trained."""
     runtime = make_runtime(config.gpus, config.precision, config.deterministic)
+    dtype = runtime.dtype
     if not runtime.is_automatic:
         return runtime
-    dtype = runtime.dtype
     if dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
         dtype = torch.float32
     # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
@@ -2348,18 +2134,16 @@ def cpu_multiplies_bf16() -> bool:
     Intel's CPUs have that too, and where AMX is switched off, in virtual machines say, it takes 1.6 times as long as fp32 (ViT-S on
     Emerald Rapids). A property of the machine and not a timing, so that a run can be repeated on it.
     """
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    return torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    has_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
+    return has_avx512 or torch.cpu._is_amx_tile_supported()
 
 
 def read_cpu_vendor() -> str:
     """Return what Linux says of who made the CPU, or ''."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    cpuinfo = ""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    return "".join(re.findall(r"^vendor_id\s*:\s*(.*?)\s*$", cpuinfo, re.MULTILINE)[:1])
 
 
 def keep_freed_memory() -> None:
@@ -2398,9 +2182,8 @@ def seed_torch(*words: int, rank: int = 0) -> None:
         return int(np.random.SeedSequence(words, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
     torch.manual_seed(derive(0))
-    for device in range(
-        1, torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
-    ):
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
+    for device in range(1, num_gpus):
         torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
@@ -2434,13 +2217,7 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
-        form = {
-            "file": PROGRESS_LOG,
-            "bar_format": LINE_FORMAT,
-            "mininterval": 1,
-            "miniters": 1,
-            "delay": SHORT_SECONDS,
-        }
+        form = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
     return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
 
 
@@ -2471,11 +2248,7 @@ def read_file(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open the bytes of an image file; its pixels are decoded when they are first used.
-
-    Raises:
-        ImageError: with the reason, also for what goes wrong inside the block.
-    """
+    """Open the bytes of an image file, decoded when its pixels are first used. What goes wrong in the block is an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -2491,8 +2264,6 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 def describe_tiff(data: bytes) -> str:
     """Return what kind of TIFF it is that cannot be read, or ''."""
-    from PIL import TiffImagePlugin
-
     if data[:4] not in TiffImagePlugin.PREFIXES:
         return ""
     try:
@@ -2509,22 +2280,17 @@ def describe_tiff(data: bytes) -> str:
 
 
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Decode the bytes of an image file: the upright image, uint8 (H, W, 3); its mode in Pillow, e.g. `CMYK`; the EXIF orientation.
-
-    `bits` are those of `find_image_bits`. Raises ImageError with the reason.
-    """
-    import simplejpeg
-
+    """Return the upright image, uint8 (H, W, 3), its mode in Pillow and its EXIF orientation. Raises ImageError."""
     with opened_image(data) as image:
         values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
                 pixels = simplejpeg.decode_jpeg(data, "RGB")  # Pillow's very pixels, in half of its time
-        remaining = orientation
+        turn = orientation
         if pixels is None:
             image.load()  # a TIFF turns itself upright in that
-            remaining = image.getexif().get(0x0112, 1)
+            turn = image.getexif().get(0x0112, 1)
             if values is not None and values.shape[:2] == (image.height, image.width):
                 factor = 255 / (2 ** fitting_bits(int(values.max()), bits) - 1)
                 pixels = np.empty(values.shape, dtype=np.uint8)
@@ -2532,27 +2298,22 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
                     pixels[row] = np.rint(line * factor).clip(0, 255)
             else:
                 pixels = to_rgb(image, bits)
-        return turn_upright(pixels, remaining), mode, orientation if orientation in range(1, 9) else 1
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels), mode, orientation if orientation in range(1, 9) else 1
 
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other.
-
-    Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
-    """
-    import cv2
-
+    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other."""
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
+    # Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # without EXIF; a TIFF is turned upright
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
-
-
-def highest_value(data: bytes) -> int:
-    """Return the highest value in an image of more than 8 bits a channel, and 0 for all others."""
-    with opened_image(data) as image:
-        values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-    return 0 if values is None else int(values.max())
 
 
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
@@ -2572,17 +2333,6 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
     """Return the least of the numbers of bits that holds a value, 16 where there are none."""
     return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
-
-
-def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation, 1 to 8; other values mean nothing. Unlike Pillow's own function it copies only if it must."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
@@ -2609,8 +2359,7 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     for box in boxes:
         strip = image.crop(box)
         if factor is not None:
-            gray = np.rint(np.asarray(strip, dtype=np.float64) * factor)
-            rgb[box[1] : box[3]] = np.clip(gray, 0, 255).astype(np.uint8)[:, :, None]
+            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
             continue
         if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
             rgba = strip.convert("RGBA")
@@ -2620,13 +2369,12 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
 
 
 class PathTable:
-    """Immutable list of paths in two flat arrays: a list of a million str costs every forked worker 200 MB, this nothing."""
+    """Immutable list of paths in two flat buffers: a list of a million str costs every forked worker 200 MB, this nothing."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [path.encode("utf-8") for path in paths]
-        self.offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(item) for item in encoded], out=self.offsets[1:])
-        self.data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self.data = b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -2634,7 +2382,7 @@ class PathTable:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("utf-8")
+        return self.data[self.offsets[index] : self.offsets[index + 1]].decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -2671,25 +2419,21 @@ class Records:
 class Listing:
     """What the folders hold, before any image is opened."""
 
-    paths: list[str]  # relative to data_root, with '/'
-    folders: list[str]  # class folder of each path, NFC
-    problems: list[tuple[str, str]]  # path, reason
-    all_folders: list[str]  # every class folder, also the empty ones
+    paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
+    folder_of: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # class folder by path, NFC; also of excluded and problems
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
+    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(
         default_factory=Counter
-    )  # by `entry_type`; images beside the class folders too
-
-
-ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
+    )  # by `entry_type`; images beside class folders too
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
-    """List the images of every class folder: those in `cropped/` if it exists, else those in the folder itself.
-
-    Hidden entries are skipped; names that are not UTF-8 and things that are not files are problems.
-    """
-    listing = Listing([], [], [], [])
+    """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
+    listing = Listing()
     folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
@@ -2706,6 +2450,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
+        listing.folder_of[prefix] = class_name
         try:
             entries = visible_entries(data_root / prefix)
         except OSError as error:
@@ -2716,11 +2461,12 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             if kind != ".":
                 if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored[kind] += 1
-            elif problem := entry_problem(entry):
+                continue
+            listing.folder_of[path] = class_name
+            if problem := entry_problem(entry):
                 listing.problems.append((path, problem))
             else:
                 listing.paths.append(path)
-                listing.folders.append(class_name)
     return listing
 
 
@@ -2729,20 +2475,9 @@ def class_folder(path: str, splits: str) -> str:
     return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
 
 
-class ImageTree(NamedTuple):
-    """The image files below a folder."""
-
-    paths: list[str]  # relative, with '/', sorted
-    stamps: np.ndarray  # (N, 2) int64: size in bytes, mtime in ns
-    problems: list[tuple[str, str]]  # path, reason
-    ignored: Counter[str]  # files of other types, by suffix
-
-
-def list_image_tree(root: Path) -> ImageTree:
+def list_image_tree(root: Path) -> Listing:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    images: list[tuple[str, int, int]] = []
-    ignored: Counter[str] = Counter()
-    problems: list[tuple[str, str]] = []
+    tree = Listing()
     waiting, seen = [""], set()
     while waiting:
         prefix = waiting.pop()
@@ -2750,7 +2485,7 @@ def list_image_tree(root: Path) -> ImageTree:
             status = (root / prefix).stat()
             entries = visible_entries(root / prefix)
         except OSError as error:
-            problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+            tree.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
             continue
         if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
             continue
@@ -2758,19 +2493,18 @@ def list_image_tree(root: Path) -> ImageTree:
         for entry in entries:
             path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
             if not is_a_folder and (kind := entry_type(entry)) != ".":
-                ignored[kind] += 1
+                tree.ignored[kind] += 1
                 continue
             problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
             if problem:
-                problems.append((path, problem))
+                tree.problems.append((path, problem))
             elif is_a_folder:
                 waiting.append(f"{path}/")
             else:
-                status = entry.stat()
-                images.append((path, status.st_size, status.st_mtime_ns))
-    images.sort()
-    stamps = np.array([row[1:] for row in images], dtype=np.int64).reshape(-1, 2)
-    return ImageTree([row[0] for row in images], stamps, sorted(problems), ignored)
+                tree.paths.append(path)
+    tree.paths.sort()
+    tree.problems.sort()
+    return tree
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
@@ -2781,10 +2515,9 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
     """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere, as does one where we may not look."""
-    try:
+    with contextlib.suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        return False
+    return False
 
 
 def entry_type(entry: os.DirEntry) -> str:
@@ -2826,39 +2559,17 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     """Return the class name of every folder; None leaves the folder out.
 
     The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; where lines `old name: new name` alone make
-    sense, they are read so.
-
-    Raises:
-        UserError: no such mapping, a folder that does not exist, or one that is named twice.
+    sense, they are read so. Raises UserError for no such mapping, a folder that does not exist, or one that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    where, mapped = f"--class_map {path}", set()
-    entries = _parse_class_map(path) if path is not None else []
-    are_pairs = all(len(old_names) == 1 for _, old_names in entries)
-    if entries and are_pairs and [name for name, _ in entries] == list(map(str, range(len(entries)))):
-        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if are_pairs and all(name in class_of for name, _ in entries) and any(old[0] not in class_of for _, old in entries):
-        entries = [(None if new[0] in NO_CLASS else new[0], [old]) for old, new in entries]
-    for new_name, old_names in entries:
-        for old_name in old_names:
-            if old_name not in class_of:
-                problem = f"names {old_name}, and data_root has no such folder"
-                some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-                raise UserError(problem, where, did_you_mean(old_name, folders, some))
-            if old_name in mapped:
-                raise UserError(f"names {old_name} twice", where, "give each folder to one class")
-            mapped.add(old_name)
-            class_of[old_name] = new_name
-    return class_of
-
-
-def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
+    if path is None:
+        return class_of
     where = f"--class_map {path}"
     try:  # plain: a class may be called no or 010
         tree = load_yaml(read_text(path, where), is_plain=True)
     except ValueError as error:
         raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
-    entries: list[tuple[str | None, list[str]]] = []
+    entries: dict[str | None, list[str]] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
         items = value if isinstance(value, list) else [value] if value else []
         if not all(isinstance(name, str) for name in (key, *items)):
@@ -2867,40 +2578,38 @@ def _parse_class_map(path: Path) -> list[tuple[str | None, list[str]]]:
         if not _is_plain(new_name):
             problem = f"gives a class the name {printable(new_name)}, with control characters"
             raise UserError(problem, where, "rename it")
-        entries.append((None if new_name in NO_CLASS else new_name, old_names))
-    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-    if repeated or not entries:
-        problem = f"has two lists for {repeated[0]}" if repeated else "holds no mapping"
-        raise UserError(problem, where, CLASS_MAP_EXAMPLE)
-    return entries
+        new_name = None if new_name in NO_CLASS else new_name
+        if new_name in entries:
+            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
+        entries[new_name] = old_names
+    if not entries:
+        raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
+    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
+    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
+    if is_one_each and list(entries) == list(map(str, range(len(entries)))):
+        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
+    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    counts = Counter(old for _, old in pairs)
+    if unknown := [name for name in counts if name not in class_of]:
+        problem = f"names {unknown[0]}, and data_root has no such folder"
+        some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+        raise UserError(problem, where, did_you_mean(unknown[0], folders, some))
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
+    return class_of | {old: new for new, old in pairs}
 
 
 # What one look at an image leaves behind; `FileMemory` keeps it for every file.
-IMAGE_DTYPE = np.dtype(
-    [
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("mode", "<U6"),
-        ("orientation", "u1"),
-        ("phash", "<u8"),
-        ("digest", "<u8"),
-        ("thumb", "u1", (THUMB_SIDE * THUMB_SIDE * 3,)),
-        ("broken", "?"),
-        ("highest", "<u4"),
-    ]
-)
+IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
+IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
+IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
+ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
 
 
-def check_image(
-    path: Path, keep: Callable[[np.ndarray], None] | None = None, bits: Sequence[int] = ()
-) -> tuple[np.ndarray, str]:
-    """Decode one image and describe it: an IMAGE_DTYPE scalar, and the reason why it is broken or ''.
-
-    `keep` gets the upright image, uint8 (H, W, 3), but for one of more bits than 8 of which it is not known yet how many count.
-    """
-    from scipy.fft import dctn
-
+def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
+    """Describe one image: an IMAGE_DTYPE scalar, and why it is broken or ''. One of more than 8 bits is not kept without `bits`."""
     health = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
@@ -2908,7 +2617,9 @@ def check_image(
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
             pixels, health["mode"], health["orientation"] = decode_image(data, bits)
-            health["highest"] = highest_value(data)
+            with opened_image(data) as image:
+                values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+            health["highest"] = 0 if values is None else int(values.max())  # 0 where it has 8 bits a channel
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
             if keep is not None and (bits or not health["highest"]):
                 keep(pixels)
@@ -2921,7 +2632,7 @@ def check_image(
     health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
     # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
     # a small picture of its own.)
-    frequencies = dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
+    frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
     is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
     health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
     return health, ""
@@ -2932,7 +2643,7 @@ class FileKind(NamedTuple):
 
     name: str
     dtype: np.dtype
-    # path, what gets the decoded image -> row, and the reason why the file is broken or ''
+    # Path, what gets the image that is decoded or None -> row, and the reason why the file is broken or ''.
     check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
 
 
@@ -2949,56 +2660,53 @@ class FileHealth:
     reasons: dict[str, str]  # path -> why it is broken
 
 
-def check_files(
-    root: Path,
-    paths: Sequence[str],
-    stats: np.ndarray,
-    kind: FileKind,
-    memory: FileMemory,
-    squares: SquareFile | None = None,
-) -> FileHealth:
-    """Look at every file once, in parallel; those that the memory knows with their size and time are not opened again.
+@contextlib.contextmanager
+def keep_memory(memory: FileMemory) -> Iterator[None]:
+    """Write down what a scan has learned, should the block be interrupted."""
+    try:
+        yield
+    except Interrupted:
+        memory.save_early()
+        raise
 
-    Args:
-        root, paths: the files; a path may also be absolute.
-        stats: int64 (N, 2), size in bytes and mtime in ns.
-        memory: learns what is found; an interrupted or a long look saves it.
-        squares: gets the images, fitted.
+
+def check_files(
+    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
+) -> FileHealth:
+    """Look once, in parallel, at every file below root, or absolute, but for those that the memory knows with their size and time.
+
+    The memory learns what is found; an interrupted or a long look saves it. `squares` gets the images, fitted.
     """
-    size = kind.dtype.itemsize
+    size, stats = kind.dtype.itemsize, stat_files(root, paths)
     name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
     known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
     rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    recalled, todo = [], []  # positions
+    todo, recalled = [], {}  # position, and position -> row as bytes
     for index, path in enumerate(paths):
-        entry = known.get(path)
-        if entry is None or entry[:2] != stamps[index] or len(entry[2]) < size:
+        num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
+        if (num_bytes, mtime_ns) != stamps[index] or len(value) < size:
             todo.append(index)
             continue
-        recalled.append(index)
-        if reason := entry[2][size:]:
-            reasons[path] = reason.decode("utf-8")
-    rows[recalled] = np.frombuffer(b"".join(known[paths[index]][2][:size] for index in recalled), dtype=kind.dtype)
+        recalled[index] = value[:size]
+        if len(value) > size:
+            reasons[path] = value[size:].decode("utf-8")
+    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
 
     def look(index: int) -> tuple[np.ndarray, str]:
         keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
-    try:
-        with progress((), len(todo), f"checking {kind.name}s", kind.name) as bar:
-            for index, (row, reason) in map_in_threads(look, todo):
-                with SIGNALS.hold():
-                    rows[index] = row
-                    reasons |= {paths[index]: reason} if reason else {}
-                    memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
-                bar.update()
-                if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
-                    memory.save_early()
-                    saved_at = time.monotonic()
-    except Interrupted:
-        memory.save_early()
-        raise
+    looks = map_in_threads(look, todo)
+    with keep_memory(memory), progress(looks, len(todo), f"checking {kind.name}s", kind.name) as bar:
+        for index, (row, reason) in bar:
+            rows[index] = row
+            if reason:
+                reasons[paths[index]] = reason
+            memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
+                memory.save_early()
+                saved_at = time.monotonic()
     return FileHealth(paths, stats, rows, reasons)
 
 
@@ -3015,13 +2723,10 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 
 
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
-    """Return the pairs (P, 2) of images whose hashes differ in at most `max_bits` bits and whose thumbnails agree.
+    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
 
     By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
     equal slice are compared; images with the same hash and look are compared through the first of them.
-
-    Args:
-        phashes, thumbs: uint64 (N,) and uint8 (N, K).
     """
 
     def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -3056,10 +2761,11 @@ def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int)
 
 def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
     """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
-    from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    edges = coo_matrix((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items))
+    edges = scipy.sparse.coo_matrix(
+        (np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items)
+    )
     return connected_components(edges, directed=False)[1].astype(np.int32)
 
 
@@ -3071,22 +2777,17 @@ def chain_equal(keys: np.ndarray) -> np.ndarray:
 
 
 def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """Return an integer key (N,) a path: files for which the regex captures the same text share it, all others stand alone.
-
-    Raises:
-        UserError: the regex matches no file name at all.
-    """
+    """Return a key (N,) a path, which files share for which the regex captures the same. Raises UserError where it matches none."""
     keys = np.arange(len(paths))
     if pattern is None:
         return keys
-    compiled, first_with = re.compile(pattern), {}
-    for index, path in enumerate(paths):
-        match = compiled.search(path.rsplit("/", 1)[-1])
+    first_with = {}
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    for index, match in enumerate(map(re.compile(pattern).search, names)):
         if match and match.group(1) is not None:
             keys[index] = first_with.setdefault(match.group(1), index)
     if not first_with:
-        example = paths[0].rsplit("/", 1)[-1] if paths else ""
-        problem = f"matches no file name, for instance not {example}"
+        problem = f"matches no file name, for instance not {''.join(names[:1])}"
         raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
 
@@ -3098,7 +2799,7 @@ def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow.
+    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
 
     Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
     the class counts of the splits and their targets; single images then fill what each target lacks, rounded so that the
@@ -3108,15 +2809,10 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         labels, groups: int (N,).
         shares: of train, val and test, summing to one; a share of zero leaves that split empty.
         seed: of the order in which equal groups come.
-
-    Returns:
-        int8 (N,), index into SPLIT_NAMES.
     """
-    from scipy.sparse import csr_matrix
-
     numbers, groups = np.unique(groups, return_inverse=True)
     num_groups, num_classes = len(numbers), int(labels.max()) + 1
-    counts = csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
+    counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
     sizes = np.asarray(counts.sum(axis=1)).ravel()
     targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
     order = np.random.default_rng((seed, 0)).permutation(num_groups)
@@ -3201,8 +2897,8 @@ def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndar
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
     """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
 
-    Each split is then a part of what it is without: no image moves from one to another. A run that is continued has its share in
-    its splits.json, `splits_path`: of data that have changed, another would be drawn.
+    No image moves from one split to another. A run that is continued has its share in its splits.json, `splits_path`: of data that
+    have changed, another would be drawn.
     """
     if fraction == 1:
         return records
@@ -3215,26 +2911,21 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    paths = PathTable([path for path, used in zip(records.paths, is_used, strict=True) if used])
-    rest = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
-    return dataclasses.replace(records, paths=paths, **rest)
+    paths = PathTable(list(itertools.compress(records.paths, is_used)))
+    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
+    return dataclasses.replace(records, paths=paths, **arrays)
 
 
 def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
     """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
     if config.splits == "random":
-        return assign_splits(labels, groups, tuple(split_shares(config).values()), config.seed)
-    of_folder = {folder: SPLIT_NAMES.index(split) for folder, split in SPLIT_FOLDERS.items()}
-    splits = np.array([of_folder[path.split("/", 1)[0].lower()] for path in paths], dtype=np.int8)
+        return assign_splits(labels, groups, split_shares(config), config.seed)
+    names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
+    splits = np.array([SPLIT_NAMES.index(name) for name in names], dtype=np.int8)
     if 1 not in splits and 0 in splits:
         rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
         splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
     return splits
-
-
-def count_leaks(groups: np.ndarray, splits: np.ndarray) -> int:
-    """Return how many val and test images share a group with a training image, by group and split of each image (N,)."""
-    return int(np.isin(groups[splits != 0], groups[splits == 0]).sum())
 
 
 @dataclass(frozen=True)
@@ -3250,22 +2941,8 @@ class Scan:
     mask_health: FileHealth | None = None
 
 
-@contextlib.contextmanager
-def keep_scan(scan: Scan) -> Iterator[None]:
-    """Write down what a scan has learned, should the block be interrupted."""
-    try:
-        yield
-    except Interrupted:
-        scan.memory.save_early()
-        raise
-
-
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
-    """Return the listing without dropped classes and excluded files, the class map, and how many files each --exclude matches.
-
-    Raises:
-        UserError: there is no image to look at.
-    """
+    """Return the listing without what is left out, the class map, and how many files each --exclude matches. Raises UserError."""
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
@@ -3276,16 +2953,13 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
-    is_dropped = dict.fromkeys(listing.folders, True)  # whole, as by `rulers/*`
-    for index, (path, folder) in enumerate(zip(listing.paths, listing.folders, strict=True)):
-        name = path.rsplit("/", 1)[-1]
+    is_dropped = {}  # whole, as by `rulers/*`
+    for path in listing.paths:
+        folder, name = listing.folder_of[path], path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
-        is_dropped[folder] &= any("/" in glob for glob in hits)
-        if not hits and class_of[folder] is not None:
-            used.append(index)
-        else:
-            excluded.append(path)
+        is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
+        (excluded if hits or class_of[folder] is None else used).append(path)
     if excluded and not used:
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
@@ -3294,35 +2968,27 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         question = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
-    paths, folders = ([values[i] for i in used] for values in (listing.paths, listing.folders))
-    return dataclasses.replace(listing, paths=paths, folders=folders, excluded=excluded), class_of, matched
+    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
     """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
 
-    Masks are not looked for: `attach_masks` does that.
-
-    Args:
-        splits_path: of a run that is continued.
-        squares: gets the images that are decoded, if there is room for all of them.
-
-    Raises:
-        UserError: no class folders, no usable images at all, or a class map or group regex that does not fit the data.
+    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued; `squares` gets the images
+    that are decoded, if there is room for all of them. Raises UserError for data of which nothing can be used.
     """
     listing, class_of, excluded = _choose_images(config)
-    stats = stat_files(config.data_root, listing.paths)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
     if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
-    health = check_files(config.data_root, listing.paths, stats, IMAGE_KIND, memory, squares)
+    health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
     deep = np.flatnonzero(health.rows["highest"])
     if len(deep):  # looked at once more, now that it is known how to
         paths = [listing.paths[index] for index in deep]
         look = functools.partial(check_image, bits=image_bits)
         kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=look)
-        health.rows[deep] = check_files(config.data_root, paths, stats[deep], kind, memory, squares).rows
+        health.rows[deep] = check_files(config.data_root, paths, kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
@@ -3330,9 +2996,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
-    order = sorted(usable, key=lambda i: (number[class_of[listing.folders[i]]], listing.paths[i]))
+    label_of = {path: number[class_of[listing.folder_of[path]]] for path in listing.paths}
+    order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
-    labels = np.array([number[class_of[listing.folders[i]]] for i in order], dtype=np.int32)
+    labels = np.array([label_of[path] for path in paths], dtype=np.int32)
     looks = health.rows[order]
     near = find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits)
     duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
@@ -3343,8 +3010,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     is_given, alone = config.splits == "from_folders", np.arange(len(used.paths))
+    # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
     naive = used.splits if is_given else choose_splits(list(used.paths), used.labels, alone, config)
-    leaks = count_leaks(used.groups, naive)
+    leaks = int(np.isin(used.groups[naive != 0], used.groups[naive == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3364,8 +3032,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if len(deep) and image_bits != (16,):
         some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
         report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
-    report["classes"] = count_classes(used, listing, health, class_of, config.splits)
-    report["warnings"] += find_warnings(report["classes"], config)
+    unusable = (*dict(listing.problems), *health.reasons)
+    broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
+    report["classes"], notes = count_classes(used, broken, config)
+    report["warnings"] += notes
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
 
 
@@ -3385,10 +3055,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     broken = [*listing.problems, *health.reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
     sizes = {}
-    for side in ("width", "height"):
-        values = rows[side]
-        sizes |= {f"{side}_min": int(values.min()), f"{side}_median": int(np.median(values))}
-        sizes[f"{side}_max"] = int(values.max())
+    for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
+        sizes[f"{side}_{measure}"] = int(getattr(np, measure)(rows[side]))
     folders, by_case, notes = Counter(listing.all_folders), {}, []
     for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
@@ -3397,9 +3065,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    pairs = zip(listing.paths, listing.folders, strict=True)
-    cut = {folder for path, folder in pairs if path.split("/")[-2] == "cropped"}
-    if cut and (uncut := sorted({*listing.folders} - cut)):
+    cut = {listing.folder_of[path] for path in listing.paths if path.split("/")[-2] == "cropped"}
+    if cut and (uncut := sorted({listing.folder_of[path] for path in listing.paths} - cut)):
         some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
         notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:
@@ -3431,47 +3098,35 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
 
-def split_shares(config: Config) -> dict[str, float]:
-    """Return the share of the images that each split is to get; zero leaves it empty."""
-    shares = (1 - config.val_split - config.test_split, config.val_split, config.test_split)
-    return dict(zip(SPLIT_NAMES, shares, strict=True))
+def split_shares(config: Config) -> tuple[float, float, float]:
+    """Return the shares of the images that train, val and test are to get; zero leaves one empty."""
+    return 1 - config.val_split - config.test_split, config.val_split, config.test_split
 
 
 def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return the splits that are to have images: of given folders, test may be missing."""
     has_test = config.splits == "random" or any(row["test"] for row in classes.values())
-    return [split for split, share in split_shares(config).items() if share > 0 and (has_test or split != "test")]
-
-
-def find_warnings(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
-    """Return one sentence a class that has too few groups for all its splits; `classes` is what `count_classes` returned."""
-    notes = []
-    wanted = wanted_splits(classes, config)
-    for name, row in classes.items():
-        lacking = " and ".join(split for split in wanted if not row[split])
-        if lacking and row["usable"]:
-            groups = "1 group" if row["groups"] == 1 else f"{row['groups']} groups"
-            images = f"{name}: {row['usable']} images in {groups}"
-            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
-    return notes
+    pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
+    return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
 
 
 def count_classes(
-    records: Records, listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str = "random"
-) -> dict[str, dict[str, int]]:
-    """Return per class: usable and quarantined images, groups, and images in each split."""
-    of_folder = dict(zip(listing.paths, listing.folders, strict=True))
-    broken = Counter(class_of[of_folder[path]] for path in health.reasons)
-    folders = (class_folder(path, splits).rpartition("/")[2] for path, _ in listing.problems)
-    broken.update(class_of.get(unicodedata.normalize("NFC", folder)) for folder in folders)
-    table = {}
+    records: Records, broken: Counter[str | None], config: Config
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return usable and `broken` images, groups, and images in each split by class; and a note on each of too few groups."""
+    table, notes = {}, []
     by_class = rows_by_class(records.labels, len(records.class_names))
-    for class_name, rows in zip(records.class_names, by_class, strict=True):
-        counts = {"usable": len(rows), "quarantined": broken[class_name]}
-        counts["groups"] = len(np.unique(records.groups[rows]))
-        by_split = np.bincount(records.splits[rows], minlength=3).tolist()
-        table[class_name] = counts | dict(zip(SPLIT_NAMES, by_split, strict=True))
-    return table
+    for name, rows in zip(records.class_names, by_class, strict=True):
+        num_groups = len(np.unique(records.groups[rows]))
+        by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
+        table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
+    wanted = wanted_splits(table, config)
+    for name, row in table.items():
+        lacking = " and ".join(split for split in wanted if not row[split])
+        if lacking and row["usable"]:
+            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
+            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+    return table, notes
 
 
 def check_trainable(scan: Scan, config: Config) -> None:
@@ -3565,24 +3220,19 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
 
 
 def read_splits(path: Path) -> dict[str, Any]:
-    """Return the content of a splits.json.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return the content of a splits.json. Raises UserError where it cannot be read."""
     try:
         table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
         if strange := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
             raise ValueError(f"{min(strange)} is none of its classes")
-        paths = [path for split in SPLIT_NAMES for items in table[split].values() for path in items]
-        if len(set(paths)) < len(paths):
-            raise ValueError(f"{Counter(paths).most_common(1)[0][0]} stands there twice")
+        counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
+        for item, count in counts.most_common(1):
+            if count > 1:
+                raise ValueError(f"{item} stands there twice")
+        return table
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot be read: {reason}", str(path), "restore it, or start afresh with --overwrite"
-        ) from error
-    return table
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
@@ -3595,10 +3245,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
 
     The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run.
-
-    Raises:
-        UserError: splits.json has other classes.
+    them fails then, and costs that image), and new ones stay out of this run. Raises UserError where the classes are others.
     """
     table = read_splits(path)
     class_names = table["classes"]
@@ -3606,13 +3253,11 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
-    rows = sorted(
-        (class_names.index(name), item, number)
-        for number, split in enumerate(SPLIT_NAMES)
-        for name, items in table[split].items()
-        for item in items
-    )
-    labels, paths, splits = zip(*rows, strict=True) if rows else ((), (), ())
+    rows = []
+    for number, split in enumerate(SPLIT_NAMES):
+        for name, items in table[split].items():
+            rows += [(class_names.index(name), item, number) for item in items]
+    labels, paths, splits = zip(*sorted(rows), strict=True) if rows else ((), (), ())
     scanned = list(records.paths)
     group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
@@ -3648,18 +3293,17 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W).
+    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError.
 
     Where MASK_LEVEL does not tell the object, what is opaque or, of zero and one other value, what is not zero is the object.
-    Raises ImageError.
     """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
         has_alpha = upright.has_transparency_data
         alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
+        if is_alpha and not has_alpha:
+            raise ImageError("has no alpha channel")
         if is_alpha:
-            if alpha is None:
-                raise ImageError("has no alpha channel")
             return alpha
         is_gray = upright.mode in ("1", "L")
         levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in colours
@@ -3702,13 +3346,9 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List what lies in `cutouts/` and the masks folder of each class folder, and in those of --masks_out.
-
-    Returns:
-        The paths of PNG files by `_mask_key`; and why other images there are refused, by path.
-    """
+    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and why others are refused, by path."""
     files, refused = {}, {}
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
         prefix = f"{root}{folder}/{dirname}"
         for entry in visible_entries(config.data_root / prefix) if (config.data_root / prefix).is_dir() else ():
@@ -3735,7 +3375,7 @@ def mask_names(config: Config, path: str) -> list[str]:
     stem = name.rsplit(".", 1)[0]
     inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
     inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", *([f"{config.masks_out.absolute()}/"] if config.masks_out else [])]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
 
 
@@ -3745,10 +3385,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
     files, refused = list_mask_files(config, folders)
     choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
-    for path in (*listing.paths, *listing.excluded, *(path for path, _ in listing.problems)) if files else ():
+    for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
-    for path in set(files.values()).difference(*choices.values()):
-        refused[path] = "has no image"
+    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
     crops = dict(zip(listing.paths, scan.health.rows, strict=True))
     for path in records.paths:
         choices.setdefault(path, [])
@@ -3757,14 +3396,33 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     paths = sorted({mask for path in records.paths for mask in choices[path]})
     look = functools.partial(check_mask, config.masks_dirname)
     kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, look)
-    health = check_files(config.data_root, paths, stat_files(config.data_root, paths), kind, scan.memory)
+    health = check_files(config.data_root, paths, kind, scan.memory)
     row_of, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
         reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
-    report = scan.report | {"masks": describe_masks(scan, masks, refused, config)}
-    report["classes"] = {name: row | report["masks"]["classes"][name] for name, row in report["classes"].items()}
+    log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
+    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
+    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
+        record, counts = log.get(crop), classes[records.class_names[label]]
+        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
+        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
+        counts["masks"] += bool(mask)
+        counts["made"] += bool(mask and record and not record["reason"])
+        if record and record["reason"] and not mask:
+            counts["not_made"] += 1
+            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
+    report = dict(scan.report)
+    report["masks"] = {
+        "usable": len(masks) - kinds["none"],
+        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
+        "made": sum(counts["made"] for counts in classes.values()),
+        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
+        "not_made": not_made,
+        "classes": classes,
+    }
+    report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
     contents = {path: row_of[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(contents) if contents else ""
     records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=masks_hash)
@@ -3780,41 +3438,14 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried.
-
-    A line that a killed process left half-written is passed over.
-    """
+    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried."""
     path, records = out_dir / MASK_LOG_NAME, {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a killed process left half-written
             record = json.loads(line)
             check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
             records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
     return records
-
-
-def describe_masks(scan: Scan, masks: Sequence[str], refused: dict[str, str], config: Config) -> dict[str, Any]:
-    """Return the part of the data report about masks: kinds, those refused, those SAM-2 made or failed to make, counts by class."""
-    records, log = scan.records, read_mask_log(config.out_dir)
-    classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
-    kinds, not_made = Counter(), []
-    for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
-        record, counts = log.get(crop), classes[records.class_names[label]]
-        is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
-        kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
-        counts["masks"] += bool(mask)
-        counts["made"] += bool(mask and record and not record["reason"])
-        if record and record["reason"] and not mask:
-            counts["not_made"] += 1
-            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
-    return {
-        "usable": len(masks) - kinds["none"],
-        **{kind: kinds[kind] for kind in ("cutouts", "masks", "own_alpha", "none")},
-        "made": sum(counts["made"] for counts in classes.values()),
-        "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
-        "not_made": not_made,
-        "classes": classes,
-    }
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -3828,11 +3459,9 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read a crop and, for the masked view, its mask.
+    """Read a crop, uint8 (H, W, 3), and, for the masked view, its mask, uint8 (H, W) with 255 for the object, or None.
 
-    Returns:
-        Image uint8 (H, W, 3); mask uint8 (H, W) with 255 for the object, None where it is not asked for or cannot be had;
-        and the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
+    Third comes the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
     """
     image, mask_path = load_image(records.root / records.paths[row], records.image_bits), records.mask_of(row, view)
     if not mask_path:
@@ -3865,8 +3494,6 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
 
     `seed` is that of the colour that `random` draws in training; None in evaluation.
     """
-    import cv2
-
     if fill.kind == "keep":
         return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
@@ -3913,7 +3540,8 @@ class Transform:
     fill: Fill  # replaces what is outside the mask, padding included (but for blur)
     looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
     is_training: bool = False  # what is random may be so
-    pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; a step is what `build_steps` makes of an entry
+    # Of --pre_transforms; called with image and mask, a step gives both; `set_random_state` comes first.
+    pre_steps: tuple[Any, ...] = ()
     list_steps: tuple[Any, ...] | None = None  # stand for the built-in augmentation; None = it is wanted
     post_steps: tuple[Any, ...] = ()  # of --post_transforms
     shows_mask: bool = False  # as a fourth channel
@@ -3921,15 +3549,9 @@ class Transform:
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
         """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
 
-        Image and mask move together; colours change last, and only those of the object.
-
-        Args:
-            image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object; None for the crop as it is.
-            seed: of the augmentation.
-            augmented: False leaves the augmentation out, but not what stands before and after it.
-
-        Raises:
-            ImageError: a transform of a list cannot be applied to this image.
+        The mask, uint8 (H, W), is above MASK_LEVEL for the object, None for the crop as it is. Both move together; colours change
+        last, and only those of the object. `augmented` False leaves the augmentation out, but not what stands before and after it.
+        Raises ImageError where a transform of a list cannot be applied.
         """
         image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
         if self.list_steps is None:
@@ -3948,8 +3570,6 @@ class Transform:
         """Return the fitted crop, uint8 (img_size, img_size, 3); of a crop with a mask its mask is the fourth channel."""
         if mask is None:
             return fit_square(image, self.img_size)
-        import cv2
-
         # Filled before it moves: interpolation would draw the background into the object's edge.
         filled = fill_background(image, mask, self.fill, seed if self.is_training else None)
         return fit_square(cv2.merge((filled, mask)), self.img_size)
@@ -3960,8 +3580,6 @@ class Transform:
             square = square.copy()  # libraries may write into it
         if not augmented or self.looks is None:
             return self._complete(*self._split(square, seed), seed)
-        import cv2
-
         rng = np.random.default_rng(seed)
         image, mask = self._split(move_square(square, rng), seed)
         # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
@@ -3986,8 +3604,6 @@ class Transform:
         """Return image and mask of what may have moved, with the fill once more where moving has brought in something else."""
         if square.shape[2] == 3:
             return square, None
-        import cv2
-
         image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
         if self.fill.kind != "blur":
             image = fill_background(image, mask, self.fill, seed if self.is_training else None)
@@ -4003,7 +3619,7 @@ class Transform:
             image = fill_background(image, mask, self.fill, words[0] if self.is_training else None)
         rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
         for step in steps:
-            name = step.kind if isinstance(step, Policy) else type(step.transforms[0]).__name__
+            name = getattr(step, "kind", "") or type(step.transforms[0]).__name__
             step.set_random_state(rng, generator)
             try:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
@@ -4027,11 +3643,7 @@ class ListEntry(NamedTuple):
 
 
 def given_lists(config: Config) -> dict[str, list[ListEntry]]:
-    """Return the lists of transforms that are given, by option.
-
-    Raises:
-        UserError: an entry has no type.
-    """
+    """Return the lists of transforms that are given, by option. Raises UserError for an entry without a type."""
     given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
     return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
 
@@ -4068,54 +3680,41 @@ def build_transform(
     lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
-    """Return what makes a crop a square model input; `augment` is for training, `lists` from `given_lists`.
-
-    Raises:
-        UserError: an entry of a list is wrong.
-    """
+    """Return what makes a crop a square model input; `augment` for training, `lists` of `given_lists`. Raises UserError."""
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
     import albumentations as A
-    import cv2
 
     cv2.setNumThreads(0)  # loader workers are the parallelism
+    steps = {}
+    for name, entries in lists.items():
+        entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
+        made = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        steps[name] = tuple(made)
     chosen = "train_augmentations" if augment else "val_augmentations"
-    return Transform(
-        img_size,
-        fill,
-        looks=A.Compose(_looks(A)) if augment and chosen not in lists else None,
-        is_training=augment,
-        pre_steps=build_steps(lists.get("pre_transforms", ())),
-        list_steps=build_steps(lists[chosen]) if chosen in lists else None,
-        post_steps=build_steps(lists.get("post_transforms", ())),
-        shows_mask=shows_mask,
-    )
-
-
-def _looks(A: Any) -> list[Any]:  # noqa: N803
-    """Lights and cameras, compressed pictures, and things that lie in the way."""
-    hole = (0.05, 0.18)
-    return [
-        A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-        A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-        A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-        A.MotionBlur(blur_limit=(3, 7), p=0.05),
-        A.ImageCompression(quality_range=(50, 95), p=0.1),
-        A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
-    ]
+    looks = None
+    if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
+        hole = (0.05, 0.18)
+        looks = A.Compose([
+            A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
+            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
+            A.RandomGamma(gamma_limit=(75, 130), p=0.12),
+            A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
+            A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+            A.MotionBlur(blur_limit=(3, 7), p=0.05),
+            A.ImageCompression(quality_range=(50, 95), p=0.1),
+            A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
+        ])  # fmt: skip
+    pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
+    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image into the middle of a square with a gray border: antialiased bicubic, the same as Pillow's BICUBIC.
+    """Fit an image, uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0, into the middle of a square with a gray border.
 
-    On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as INTER_AREA and better than BILINEAR (paired splits:
-    nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
-
-    Args:
-        image: uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0.
+    Antialiased bicubic, the same as Pillow's BICUBIC. On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as
+    INTER_AREA and better than BILINEAR (nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
@@ -4134,8 +3733,6 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
 def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a square uint8 (S, S, 3 or 4) moved and flipped at random; a fourth channel, the mask, moves along."""
-    import cv2
-
     matrix = draw_move(rng, len(square))
     if matrix is not None:  # all moves in one: each warp would soften the picture once more
         # Three channels take cv2 twice the time of four, and give the same.
@@ -4152,8 +3749,6 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
     3 to 4 points, more than any other choice of the recipe moved.
     """
-    import cv2
-
     centre, moves = np.full(2, side / 2 - 0.5), []
 
     def add(linear: np.ndarray, shift: np.ndarray) -> None:
@@ -4180,78 +3775,46 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
 
 
 # Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
-def build_steps(entries: Iterable[ListEntry]) -> tuple[Any, ...]:
-    """Return one step for each entry of a list of transforms; those that belong to the device, which normalises, have none.
-
-    A step is called with image and mask, and gives both; `set_random_state` comes first.
-
-    Raises:
-        UserError: an entry is wrong.
-    """
-    import albumentations as A
-
-    entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
-    return tuple(
-        _build_policy(entry) if entry.kind in POLICIES else A.Compose([_build_albumentation(entry)])
-        for entry in entries
-    )
-
-
-@functools.cache
-def _albumentations_by_name() -> dict[str, type]:
-    """Return every transform of the library by its name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs."""
+def _build_transform(entry: ListEntry) -> Any:
+    """Return albumentations' transform of an entry; its own `transforms`, as OneOf has, are entries too."""
     import albumentations as A
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
     classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
-    return {value.__name__.lower(): value for value in classes if value not in bases}
-
-
-def _build_albumentation(entry: ListEntry) -> Any:
-    """Return the transform of an entry; its own `transforms`, as OneOf has, are entries too."""
-    from importlib.metadata import version
-
-    known, where = _albumentations_by_name(), entry.where
+    # By name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs.
+    known, where = {value.__name__.lower(): value for value in classes if value not in bases}, entry.where
     if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
         raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
     if entry.kind not in known:
         long_names = [transform.__name__ for transform in known.values()]
         short_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in long_names]
         names = [*short_names, *long_names, *POLICIES, "to_tensor"]
-        problem = f"{entry.type} is no transform of albumentations {version('albumentations')}"
+        problem = f"{entry.type} is no transform of albumentations {A.__version__}"
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
         raise UserError(problem, f"{where}.type", remedy)
-    transform = known[entry.kind]
-    arguments = _translate_arguments(transform, entry.arguments)
-    _check_arguments(where, transform, arguments)
-    if isinstance(arguments.get("transforms"), list):
-        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
-        arguments["transforms"] = [_build_albumentation(item) for item in inner]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
-        return _construct(where, transform, arguments)
-
-
-def _translate_arguments(transform: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as version 2 of albumentations wants them, where that is certain."""
-    import cv2
-
-    known, arguments = inspect.signature(transform).parameters, dict(arguments)
-    for old, new in RENAMED_ARGUMENTS.items():
-        if old in arguments and old not in known and new in known and new not in arguments:
+    transform, arguments = known[entry.kind], dict(entry.arguments)
+    wanted = inspect.signature(transform).parameters
+    for old, new in RENAMED_ARGUMENTS.items():  # into what version 2 wants, where that is certain
+        if old in arguments and old not in wanted and new in wanted and new not in arguments:
             arguments[new] = arguments.pop(old)
     for new, (low, high) in RANGE_ARGUMENTS.items():
-        if high in arguments and high not in known and new in known and new not in arguments:
+        if high in arguments and high not in wanted and new in wanted and new not in arguments:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in known:
+    if isinstance(arguments.get("always_apply"), bool) and "p" in wanted:
         arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
-    return arguments
+    _check_arguments(where, transform, arguments)
+    if isinstance(arguments.get("transforms"), list):
+        inner = _read_entries(f"{where}.transforms", arguments["transforms"])
+        arguments["transforms"] = [_build_transform(item) for item in inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
+        return _construct(where, transform, arguments)
 
 
 def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
@@ -4274,12 +3837,8 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
-    """Return the mean and std that the options ask for, three numbers each, or () and () for those of the model.
-
-    Raises:
-        UserError: an entry `normalize` is not (image / 255 - mean) / std of three channels, or contradicts --mean and --std.
-    """
+def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
+    """Return the mean and std that options ask for, three numbers each, or () and () for those of the model. Raises UserError."""
     asked = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
         if kind != "normalize":
@@ -4308,13 +3867,9 @@ def own_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 
 
 def check_transforms(config: Config) -> None:
-    """Build the lists of transforms and try them on a picture, before anything is loaded.
-
-    Raises:
-        UserError: an entry is wrong, or the lists make something that the device does not take.
-    """
+    """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
     lists = given_lists(config)
-    own_normalization(config)
+    given_normalization(config)
     side = max(512, 2 * config.img_size)
     image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
     for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
@@ -4333,22 +3888,19 @@ def check_transforms(config: Config) -> None:
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
-    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings.
-
-    Raises:
-        UserError: a transform cannot be applied to one of them.
-    """
-    lists, is_random = given_lists(config), False
+    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
+    lists, records = given_lists(config), scan.records
+    is_random = False
     if not lists:
         return []
     index = {path: row for row, path in enumerate(scan.listing.paths)}
-    looks = scan.health.rows[[index[path] for path in scan.records.paths]]
+    looks = scan.health.rows[[index[path] for path in records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for augment, row in itertools.product((True, False), sorted(extremes)):
-        transform, path = build_transform(config.img_size, augment, lists=lists), scan.records.paths[row]
+        transform, path = build_transform(config.img_size, augment, lists=lists), records.paths[row]
         try:
-            image = load_image(scan.records.root / path, scan.records.image_bits)
+            image = load_image(records.root / path, records.image_bits)
         except ImageError:  # gone since the scan
             continue
         try:
@@ -4362,38 +3914,26 @@ def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     return [note] if is_random else []
 
 
-@dataclass
-class Policy:
-    """RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), as torchvision has them, as a step of a list."""
-
-    kind: str  # of POLICIES
-    arguments: dict[str, Any]
-    share: float  # of the samples
-
-    def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
-        """Draw from this generator."""
-        self._rng = rng
-
-    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-        """Return image and mask, which follows the moves."""
-        if self._rng.random() >= self.share:
-            return {"image": image, "mask": mask}
-        policy = _make_policy(self.kind, json.dumps(self.arguments, sort_keys=True))
-        policy.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
-            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
-            moved = policy(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        mask = None if mask is None else policy.mask[0].numpy()
-        return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
-
-
-@functools.cache
-def _make_policy(kind: str, arguments: str) -> Any:
-    """Return torchvision's policy, whose `mask` uint8 (1, H, W) moves with the image."""
+def make_policy(kind: str, arguments: dict[str, Any], share: float) -> Any:
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step for a share of samples."""
     from torchvision.transforms import v2
 
-    class WithMask(getattr(v2, POLICIES[kind])):
-        mask: torch.Tensor | None = None
+    class Policy(getattr(v2, POLICIES[kind])):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return make_policy, (kind, arguments, share)
+
+        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+            self.rng = rng
+
+        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+            if self.rng.random() >= share:
+                return {"image": image, "mask": mask}
+            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
+                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
+                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            mask = None if mask is None else self.mask[0].numpy()
+            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
 
         def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
             apply = super()._apply_image_or_video_transform
@@ -4401,10 +3941,12 @@ def _make_policy(kind: str, arguments: str) -> Any:
                 self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
             return apply(image, transform_id, *args, **kwargs)
 
-    return WithMask(**{"fill": [PADDING_GRAY] * 3, **json.loads(arguments)})
+    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
+    policy.kind = kind
+    return policy
 
 
-def _build_policy(entry: ListEntry) -> Policy:
+def _build_policy(entry: ListEntry) -> Any:
     from torchvision.transforms import v2
 
     policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
@@ -4418,15 +3960,11 @@ def _build_policy(entry: ListEntry) -> Policy:
     if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
         raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, arguments, float(probability))
+    return make_policy(entry.kind, arguments, float(probability))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of the samples that an epoch augments: p(e) = start + (end - start) (e / (E - 1))^exponent.
-
-    Args:
-        epoch: from 0; a run of one epoch has p = start.
-    """
+    """Return the share of the samples that an epoch, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
     progress = min(1.0, epoch / max(1, config.epochs - 1))
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
@@ -4439,7 +3977,7 @@ class Backgrounds:
     health: FileHealth  # of all that lie in the folder
     root: Path
     paths: PathTable  # of those that can be read, relative to root
-    digest: str  # over names and contents of these
+    identity: str  # what must be equal for a run to go on
     share: float  # of the samples that are put on one
     max_ratio: float  # of the sides of the canvas to those of the crop
     max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
@@ -4450,13 +3988,12 @@ class Backgrounds:
         return rng if rng.random() < self.share else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        """Return the crop on a random picture, uint8 (H, W, 3), larger than the crop.
+        """Return the crop at a random place of a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large on either axis.
 
-        Raises:
-            ImageError: the picture cannot be read any more.
+        The canvas is a random part of a random picture, turned by a multiple of 90 degrees and flipped at random. With a mask,
+        above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
+        Raises ImageError where the picture cannot be read any more.
         """
-        import cv2
-
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
             picture = load_image(self.root / path)
@@ -4467,7 +4004,27 @@ class Backgrounds:
             size = [max(1, round(length * factor)) for length in image.shape[1::-1]]
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
-        return insert_background(image, mask, picture, rng, self.max_ratio)
+        height, width = image.shape[:2]
+        size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
+        turned = np.rot90(picture, int(rng.integers(4)))
+        turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+        # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
+        scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
+        sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
+        top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
+        seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+        canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+        top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
+        place = canvas[top : top + height, left : left + width]
+        if mask is None:
+            place[:] = image
+            return canvas
+        solid = (mask > MASK_LEVEL).astype(np.float32)
+        # px; as much of a large crop as of a small one once they are fitted
+        softness = max(1.0, 0.005 * max(height, width))
+        alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
+        place[:] = np.rint(alpha * image + (1 - alpha) * place)
+        return canvas
 
     def describe(self) -> str:
         """Return in words how many pictures there are, and which cannot be used."""
@@ -4477,15 +4034,11 @@ class Backgrounds:
 
 
 def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
-    """Look at all pictures of --backgrounds that the memory does not know; None if none are to be inserted.
-
-    Raises:
-        UserError: not one can be used.
-    """
+    """Look at all pictures of --backgrounds; None if none are to be inserted. Raises UserError where not one can be used."""
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    health = check_files(root, tree.paths, tree.stamps, IMAGE_KIND._replace(name="background"), memory)
+    health = check_files(root, tree.paths, IMAGE_KIND._replace(name="background"), memory)
     health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -4493,54 +4046,10 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = [tree.paths[row] for row in usable.tolist()]
-    digest = fingerprint(paths, health.rows["digest"][usable])
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    return Backgrounds(health, root, PathTable(paths), digest, share, max_ratio, max_side=2 * config.img_size)
-
-
-def identify_backgrounds(backgrounds: Backgrounds | None) -> dict[str, Any]:
-    """Return what must be equal of the backgrounds for a run to go on."""
-    if backgrounds is None:
-        return {"backgrounds": None}
-    pictures = f"{len(backgrounds.paths)} pictures of contents {backgrounds.digest}"
-    return {"backgrounds": f"{pictures}, p {backgrounds.share}, max_ratio {backgrounds.max_ratio}"}
-
-
-def insert_background(
-    image: np.ndarray, mask: np.ndarray | None, picture: np.ndarray, rng: np.random.Generator, max_ratio: float
-) -> np.ndarray:
-    """Return a canvas of the picture, 1 to `max_ratio` times as large as the crop on either axis, with the crop at a random place.
-
-    The canvas is a random part of the picture, turned by a multiple of 90 degrees and flipped at random. With a mask the object
-    alone is pasted, as it is; its edge fades over the first pixels outside it.
-
-    Args:
-        image, mask: uint8 (H, W, 3), and (H, W) above MASK_LEVEL for the object, or None.
-        picture: uint8 (h, w, 3) of any size; covers the canvas.
-    """
-    import cv2
-
-    height, width = image.shape[:2]
-    size = [round(length * rng.uniform(1, max_ratio)) for length in (height, width)]
-    turned = np.rot90(picture, int(rng.integers(4)))
-    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-    # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
-    scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
-    sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
-    top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
-    seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
-    canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
-    top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
-    place = canvas[top : top + height, left : left + width]
-    if mask is None:
-        place[:] = image
-        return canvas
-    solid = (mask > MASK_LEVEL).astype(np.float32)
-    # px; of a large crop as much as of a small one once they are fitted
-    softness = max(1.0, 0.005 * max(height, width))
-    alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
-    place[:] = np.rint(alpha * image + (1 - alpha) * place)
-    return canvas
+    identity = f"{len(paths)} pictures of contents {fingerprint(paths, health.rows['digest'][usable])}"
+    identity += f", p {share}, max_ratio {max_ratio}"
+    return Backgrounds(health, root, PathTable(paths), identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
@@ -4553,14 +4062,10 @@ class Mixing(NamedTuple):
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
-    """Draw how a batch is mixed; None if it is not.
+    """Draw how a batch is mixed, by the seed and `place`, its epoch and number; None if it is not.
 
     MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the box after it is clipped. lambda is folded to a
-    half or more, which for MixUp changes nothing but whose partner is whose.
-
-    Args:
-        place: epoch and batch, which with the seed decide all.
-        images: (b, C, H, W) of this process, of `num_images` in the whole batch.
+    half or more, which for MixUp changes nothing but whose partner is whose. `images`, (b, C, H, W), are those of this process.
     """
     rng = np.random.default_rng((config.seed, 9, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
@@ -4590,9 +4095,7 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-def partner_labels(
-    labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]) -> tuple[torch.Tensor, ...]:
     """Return the labels of the images that were mixed in, and the share of each image itself, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
     partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
@@ -4608,14 +4111,12 @@ def partner_labels(
 class Batch(NamedTuple):
     """What a loader yields."""
 
-    # uint8 (B, 3 or 4, H, W), channels last in memory; or their features, float32 (B, feature_dim)
-    images: torch.Tensor
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W), channels last in memory; or features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
     failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    # Of each process's part, where images are one of them, and labels and failures those of all.
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()  # of each process's part, where images are one, and labels and failures of all
 
 
 class SampleKey(NamedTuple):
@@ -4633,10 +4134,8 @@ class SampleKey(NamedTuple):
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
-# Where a fitted crop lies in `squares.u8`; `FileMemory` keeps it for every crop of a kind `name_squares` returns.
-SQUARE_DTYPE = np.dtype(
-    [("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")]
-)  # first byte, CRC-32, digest of the mask
+# Where a fitted crop lies in `squares.u8`: first byte, CRC-32, digest of the mask. `FileMemory` keeps it for every crop of a kind.
+SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
 
 
 def name_squares(side: int, fill: Any = "") -> str:
@@ -4648,13 +4147,12 @@ class SquareFile:
     """Writes crops as squares, one after the other, into `squares.u8` of a folder; several threads may.
 
     uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
-    only for speed.
+    only for speed. It goes from byte `end` to byte `room`; `prepare` is called before the first square is written.
     """
 
     def __init__(
-        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] | None = None
+        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] = lambda: None
     ) -> None:
-        """Take squares from byte `end` on, up to byte `room`; `prepare` is called before the first is written."""
         self.path = memory.folder / SQUARES_NAME
         self.memory, self.side, self.room, self.end = memory, side, room, end
         self.failure: Exception | None = None
@@ -4666,12 +4164,9 @@ class SquareFile:
         self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Put down a square, have the memory learn its place, and return that; -1 if there is no room.
+        """Put down a square of a kind `name_squares`, have the memory learn its place, and return that; -1 if there is no room.
 
-        Args:
-            kind: what `name_squares` returns.
-            path, stamp: of the crop's file; size in bytes and mtime in ns.
-            square, mask: uint8 (side, side, 3 or 4), and the digest of the mask's file.
+        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask's.
         """
         square = np.ascontiguousarray(square)
         try:
@@ -4680,19 +4175,17 @@ class SquareFile:
                 if place + square.nbytes > self.room:
                     return -1
                 if self._file is None:  # left open: when the run is interrupted, threads may still write
-                    if self._prepare is not None:
-                        self._prepare()
+                    self._prepare()
                     self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
                 self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
                 os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
+            if self.failure is not None:  # another thread has given up, and this square came after it had made room
+                raise self.failure
         except (OSError, UserError) as error:
             self.give_up(error)
-            return -1
-        if self.failure is not None:  # another thread has given up, and this square came after it had made room
-            self.give_up(self.failure)
             return -1
         value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
         self.memory.learn(kind, path, stamp, value.tobytes())
@@ -4724,7 +4217,6 @@ def find_squares(
     """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
 
     Args:
-        memory, kind: of the run's folder, and what `name_squares` returns.
         crops: size in bytes and mtime in ns by path, None for a file that is gone.
         masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
     """
@@ -4780,12 +4272,9 @@ class CropDataset(Dataset):
     """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
 
     def __init__(
-        self,
-        records: Records,
-        transform: Transform,
-        backgrounds: Backgrounds | None = None,
-        store: SquareStore | None = None,
+        self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None, store: Any = None
     ) -> None:
+        """Read crops of these records, from their `SquareStore` where that has them."""
         self.records, self.transform, self.backgrounds = records, transform, backgrounds
         self.store = store if store is not None and store.records is records else None
 
@@ -4852,24 +4341,21 @@ class EpochSampler(Sampler):
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for keys in itertools.islice(self._all_batches(), self.first_batch, None):
-            yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
-
-    def _all_batches(self) -> Iterator[list[SampleKey]]:
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
         share = augmentation_share(self.config, self.epoch)
         gates = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
         seen: Counter[int] = Counter()
-        for start, stop in itertools.pairwise(batch_borders(len(rows), self.batch)):
+        for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
             for row, view, gate in drawn:
                 words, showing = sample_words(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
                 keys.append(SampleKey(row, words, int(view), showing, gate))
                 seen[row] += 1
-            yield keys
+            if number >= self.first_batch:
+                yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
@@ -4924,12 +4410,8 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
 
-    Workers that live and deliver nothing for LOADER_SECONDS are killed.
-
-    `read` starts reading; it gets the number of loaders that have failed and of batches that have been yielded.
-
-    Raises:
-        DeadWorker: that has happened LOADER_RESTARTS times.
+    Workers that deliver nothing for LOADER_SECONDS are killed. `read` starts reading; it gets the number of loaders that have
+    failed and of batches that have been yielded. Raises DeadWorker when that has happened LOADER_RESTARTS times.
     """
     taken = 0
     is_stalled = threading.Event()
@@ -4983,9 +4465,6 @@ def take_turns(
     """Yield the answer to each batch, in order; processes take turns, the first one yields all answers, and the others none.
 
     `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
-
-    Raises:
-        DeadWorker: loader workers are killed again and again.
     """
     batches_of_rank = batches[get_rank() :: get_world_size()]
     read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
@@ -5248,7 +4727,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed."""
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
-    mean, std = own_normalization(config)
+    mean, std = given_normalization(config)
     pooling = getattr(getattr(model, "global_pool", None), "pool_type", None)
     hashes = hash_tensors(model)
     info = BackboneInfo(
@@ -7851,7 +7330,8 @@ class Job:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        return make_identity(self.config, self.records.class_names, self.info) | identify_backgrounds(self.backgrounds)
+        identity = make_identity(self.config, self.records.class_names, self.info)
+        return identity | {"backgrounds": self.backgrounds and self.backgrounds.identity}
 
     def transform(self, augment: bool) -> Transform:
         """Return what makes a crop the model's input."""
@@ -8890,7 +8370,7 @@ def run_scan(config: Config) -> None:
     if (config.out_dir / "metrics.jsonl").exists():
         raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
     scan = scan_dataset(config)
-    with keep_scan(scan):
+    with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
     create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
@@ -9103,7 +8583,7 @@ def prepare_run(
         scan = scan_dataset(config, splits_path, squares)
         # Also for what is asked of the run later.
         config = dataclasses.replace(config, image_bits=scan.records.image_bits)
-        with keep_scan(scan):
+        with keep_memory(scan.memory):
             scan = attach_masks(scan, config)
             plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:
@@ -9153,7 +8633,8 @@ def plan_run(
         if config.cache_views is None:  # as it was decided when the run began
             config = dataclasses.replace(config, cache_views=point.payload["identity"].get("cache_views"))
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
-        identity = make_identity(config, records.class_names, None) | identify_backgrounds(backgrounds)
+        identity = make_identity(config, records.class_names, None)
+        identity["backgrounds"] = backgrounds and backgrounds.identity
         check_identity(point.path, point.payload["identity"], identity)
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
@@ -9246,7 +8727,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
             "masks_hash": records.masks_hash,
             "images": len(records.paths),
             "classes": list(records.class_names),
-            **identify_backgrounds(job.backgrounds),
+            "backgrounds": job.backgrounds and job.backgrounds.identity,
         },
         "device": job.runtime.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -9580,10 +9061,7 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
     warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
     options = Options()
     try:
-        if get_rank():
-            SIGNALS.listen()  # the first process decides what becomes of a signal
-        else:
-            SIGNALS.catch()
+        SIGNALS.catch(is_first=get_rank() == 0)
         options = parse()
         if is_shared or get_rank() == 0:
             recipe(options)

@@ -32,7 +32,7 @@ LAZY = (
 )
 # Calls at which a run can be told to die; the soak draws among all calls of all of them.
 TARGETS = (
-    "highest_value list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
+    "deep_colours list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
     " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.fetch check_finite score_training compute_metrics"
     " score_val RunDirectory.event RunDirectory.log os.write save_checkpoint open torch.serialization._save os.fsync"
     " Path.replace sync_folder Path.unlink copy_checkpoint save_epoch embed build_gallery save_gallery score_classifier"

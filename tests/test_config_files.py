@@ -385,6 +385,7 @@ HOSTILE = [
     ("a.yaml", "seed: " + "[" * 100_000, "nested too deeply"),
     ("a.yaml", "crop_mode: " + "x" * 900_000, "crop_mode"),
     ("a.yaml", "x" * 2_000_000, "larger than 1 MB"),
+    ("a.yaml", "seed: 1\nlr: \0", "special characters are not allowed in line 2"),
     ("a.json", '{"seed": ' + "[" * 200_000, "nested too deeply"),
     ("a.json", '{"lr": ' + "9" * 400 + "}", "lr: is too large a number"),
     ("a.json", '{"seed": [[1, 2], {"a": "' + "b" * 100_000 + '"}]}', "seed: [[1, 2], {'a': '"),

@@ -725,6 +725,13 @@ def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path, m
     assert lct.locate_start(lct.parse_command_line(argv)) == sources / "lora" / "checkpoint_best.pth"
     (tmp_path / "lora").mkdir()
     assert lct.parse_command_line(argv).load_from == tmp_path / "lora", "what lies beside the file comes first"
+    (tmp_path / "lora").rmdir()
+    (here / "lora").rmdir()
+    (here / "runs").symlink_to(sources)
+    argv += ["--models", "runs"]
+    assert lct.locate_start(lct.parse_command_line(argv)).samefile(sources / "lora" / "checkpoint_best.pth")
+    (tmp_path / "c.yaml").write_text("directories: {models: here/runs}\nmodel: {load_from: lora}\n", "utf-8")
+    assert lct.locate_start(lct.parse_command_line(argv[:2])).samefile(sources / "lora" / "checkpoint_best.pth")
 
 
 def test_a_start_that_overwrite_would_move_is_refused(sources: Path, small_data: Path, tmp_path: Path) -> None:

@@ -49,17 +49,15 @@ def masked_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- backgrounds
 
 
-def paste(has_mask: bool, seed: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def paste(root: Path, has_mask: bool, seed: int, max_ratio: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put a crop with noise onto a picture without it; return crop, mask and canvas."""
     rng = np.random.default_rng(1)
     crop, mask = rng.integers(128, 256, (40, 60, 3), dtype=np.uint8), np.zeros((40, 60), np.uint8)
     mask[10:30, 15:45] = 255
-    picture = rng.integers(0, 100, (33, 77, 3), dtype=np.uint8)
-    return (
-        crop,
-        mask,
-        lct.insert_background(crop, mask if has_mask else None, picture, np.random.default_rng(seed), max_ratio),
-    )
+    Image.fromarray(rng.integers(0, 100, (33, 77, 3), dtype=np.uint8)).save(root / "wall.png")
+    paths = lct.PathTable(["wall.png"])
+    backgrounds = lct.Backgrounds(None, root, paths, "", share=1.0, max_ratio=max_ratio, max_side=1000)
+    return crop, mask, backgrounds.insert(crop, mask if has_mask else None, np.random.default_rng(seed))
 
 
 def find(canvas: np.ndarray, part: np.ndarray) -> tuple[int, int]:
@@ -71,10 +69,10 @@ def find(canvas: np.ndarray, part: np.ndarray) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("max_ratio", [1.0, 1.5, 3.0])
-def test_a_crop_lies_whole_on_a_canvas_that_the_picture_covers(max_ratio: float) -> None:
+def test_a_crop_lies_whole_on_a_canvas_that_the_picture_covers(max_ratio: float, tmp_path: Path) -> None:
     places, sizes = set(), set()
     for seed in range(40):
-        crop, _, canvas = paste(False, seed, max_ratio)
+        crop, _, canvas = paste(tmp_path, False, seed, max_ratio)
         height, width = canvas.shape[:2]
         assert 40 <= height <= 40 * max_ratio + 0.5 and 60 <= width <= 60 * max_ratio + 0.5
         top, left = find(canvas, crop)
@@ -86,9 +84,9 @@ def test_a_crop_lies_whole_on_a_canvas_that_the_picture_covers(max_ratio: float)
     assert len(places) > 20 < len(sizes) if max_ratio > 1 else places == {(0, 0)} and sizes == {(40, 60)}
 
 
-def test_with_a_mask_the_object_alone_is_pasted_exactly_and_its_edge_is_soft() -> None:
+def test_with_a_mask_the_object_alone_is_pasted_exactly_and_its_edge_is_soft(tmp_path: Path) -> None:
     for seed in range(20):
-        crop, mask, canvas = paste(True, seed, 2.0)
+        crop, mask, canvas = paste(tmp_path, True, seed, 2.0)
         top, left = find(canvas, crop[10:30, 15:45])  # every pixel of the object as it was
         assert 10 <= top <= canvas.shape[0] - 30 and 15 <= left <= canvas.shape[1] - 45
         around = canvas[top - 10 : top + 30, left - 15 : left + 45].astype(int)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw_image, image_bytes, make_dataset, snapshot
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lct_dino3 as lct
 
@@ -142,7 +142,7 @@ def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
                 os.link(folder / names[0], folder / name)
         listing = lct.list_images(tmp_path)
         assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(10_000)]
-        assert listing.folders == [path.split("/")[0] for path in listing.paths]
+        assert [listing.folder_of[path] for path in listing.paths] == [path.split("/")[0] for path in listing.paths]
         assert lct.stat_files(tmp_path, listing.paths)[:, 0].tolist() == [
             9 - label for label in range(10) for _ in range(10_000)
         ]
@@ -568,7 +568,7 @@ def test_jpegs_load_with_the_very_pixels_of_pillow(tmp_path: Path) -> None:
             exif[0x0112] = orientation
             path.write_bytes(image_bytes(picture.convert(mode), "JPEG", exif=exif, **options))
             with Image.open(path) as opened:
-                upright = lct.turn_upright(np.asarray(opened.convert("RGB")), orientation)
+                upright = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
             assert np.array_equal(lct.load_image(path), upright), (mode, options)
 
 

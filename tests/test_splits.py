@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -166,34 +168,30 @@ def test_the_seed_decides_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_leaks_are_counted_as_by_hand(seed):
-    labels, groups = random_data(seed, num_classes=6, mixed=0.1)
-    groups = np.unique(groups, return_inverse=True)[1]
-    naive = lct.assign_splits(labels, np.arange(len(labels)), SHARES, seed)
-    trained_on = set(groups[naive == 0].tolist())
-    expected = sum(group in trained_on for group in groups[naive != 0].tolist())
-    assert expected > 0 and lct.count_leaks(groups, naive) == expected
-    assert lct.count_leaks(np.arange(len(labels)), naive) == 0
-
-
-def count_classes(records: lct.Records) -> dict[str, dict[str, int]]:
-    nothing = np.zeros((0, 2), np.int64)
-    return lct.count_classes(
-        records, lct.Listing([], [], nothing, [], []), lct.FileHealth([], nothing, nothing, {}), {}
-    )
+def test_leaks_are_counted_as_by_hand(tmp_path, seed):
+    root = make_dataset(tmp_path / "data", {"a": 20, "b": 12}, side=24)
+    for path in sorted(root.rglob("*.png")):  # frames of shots, of which some show both classes
+        path.rename(path.with_name(f"shot{int(path.stem) // 3}_{path.name}"))
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", seed=seed, near_dup_bits=0)
+    alone = lct.scan_dataset(config)
+    grouped = lct.scan_dataset(dataclasses.replace(config, group_regex="^(shot[0-9]+)_"))
+    records, naive = grouped.records, alone.records.splits
+    trained_on = set(records.groups[naive == 0].tolist())
+    expected = sum(group in trained_on for group in records.groups[naive != 0].tolist())
+    assert expected > 0 and grouped.report["leaks_prevented"] == expected
+    assert alone.report["leaks_prevented"] == 0
 
 
 def test_warnings_name_the_class_and_what_it_lacks():
     labels, groups = np.repeat([0, 1, 2], [6, 5, 4]), np.r_[0:6, [6] * 5, [7, 7, 8, 8]]
     records = make_records(labels, groups, lct.assign_splits(labels, groups, SHARES, 0))
-    found = lct.find_warnings(count_classes(records), lct.Config())
+    _, found = lct.count_classes(records, Counter(), lct.Config())
     assert len(found) == 2
     assert found[0].startswith("class 1: 5 images in 1 group, so none in val and test")
     assert found[1].startswith("class 2: 4 images in 2 groups, so none in test")
     no_test = make_records(labels, groups, lct.assign_splits(labels, groups, NO_TEST, 0))
-    assert [text.split(":")[0] for text in lct.find_warnings(count_classes(no_test), lct.Config(test_split=0.0))] == [
-        "class 1"
-    ]
+    _, found = lct.count_classes(no_test, Counter(), lct.Config(test_split=0.0))
+    assert [text.split(":")[0] for text in found] == ["class 1"]
 
 
 # --- grouping by name

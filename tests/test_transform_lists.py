@@ -108,7 +108,7 @@ def test_the_mask_of_a_policy_is_the_mask_of_what_has_moved(kind: str) -> None:
     """A picture of the mask itself: wherever only its place has changed, mask and picture are still the same."""
     mask = np.zeros((60, 80), np.uint8)
     mask[20:50, 10:35], mask[5:15, 50:70] = 255, 255
-    policy, rng, moved = lct.Policy(kind, {"fill": 0}, 1.0), np.random.default_rng(0), 0
+    policy, rng, moved = lct.make_policy(kind, {"fill": 0}, 1.0), np.random.default_rng(0), 0
     policy.set_random_state(rng, lct.random.Random(0))
     for _ in range(60):
         found = policy(image=np.dstack([mask] * 3), mask=mask)
@@ -189,10 +189,10 @@ def test_a_wrong_list_ends_the_command_and_nothing_is_written(
 def test_normalize_sets_what_the_device_subtracts(call_main: Any, small_data: Path, tmp_path: Path) -> None:
     half, lists = [0.5, 0.5, 0.5], "[{type: to_tensor}, {type: normalize, mean: [.5, .5, .5], std: [.5, .5, .5]}]"
     config = lct.parse_command_line(["--post_transforms", lists])
-    assert lct.own_normalization(config) == (tuple(half), tuple(half))
-    assert lct.own_normalization(lct.parse_command_line(["--post_transforms", "[{type: normalize}]"])) == ((), ())
+    assert lct.given_normalization(config) == (tuple(half), tuple(half))
+    assert lct.given_normalization(lct.parse_command_line(["--post_transforms", "[{type: normalize}]"])) == ((), ())
     with pytest.raises(lct.UserError, match=r"(?s)post_transforms\[1\].* give one mean and std"):
-        lct.own_normalization(lct.dataclasses.replace(config, mean=(0.4, 0.4, 0.4), std=(0.5, 0.5, 0.5)))
+        lct.given_normalization(lct.dataclasses.replace(config, mean=(0.4, 0.4, 0.4), std=(0.5, 0.5, 0.5)))
     argv = ("--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN, "--post_transforms", lists)
     assert call_main(*argv, "--pre_transforms", "[{type: median_blur, p: 1}]") == 0
     written = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))

@@ -169,7 +169,7 @@ def read_labelled(options: CropOptions) -> Labelled:
         if other != name:
             what = f"has the classes {other!r} and {name!r}, whose crops would go to one folder {folder}"
             raise lct.UserError(what, options.said("labels"), "rename one of them in the labels")
-    num_bytes = tree.stamps[found.images, 0].tolist()
+    num_bytes = lct.stat_files(options.images, paths)[:, 0].tolist()
     ignored = [(kind, count) for kind, count in tree.ignored.most_common() if kind not in LABEL_SUFFIXES]
     counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:SHOWN])
     notes = [*found.notes, *([lct.printable(f"passed over, as they are no images: {counts}")] if ignored else [])]

@@ -113,7 +113,7 @@ def draw_masks(options: MaskOptions) -> None:
         check_sam2(options)
     runtime = lct.make_runtime(options.gpus, options.precision)
     scan = lct.scan_dataset(options)
-    with lct.keep_scan(scan):
+    with lct.keep_memory(scan.memory):
         scan = lct.attach_masks(scan, options)
     requests = request_masks(scan, options) if options.draw else []
     if requests and not is_checked:

@@ -202,7 +202,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
     return Detections(
         root=options.images,
         paths=lct.PathTable(paths),
-        stamps=tree.stamps[found.images],
+        stamps=lct.stat_files(options.images, paths),
         image_ids=found.image_ids,
         sizes=np.array(found.sizes, dtype=np.int64).reshape(-1, 2),
         objects=lct.PathTable([found.objects[index][1] for index in order.tolist()]),

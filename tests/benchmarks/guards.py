@@ -50,8 +50,8 @@ GUARDS = {
         "tests/test_resume.py -k repaired",
     ),
     "no NaN in metrics.jsonl": (
-        "if math.isfinite(value) else None\n    if isinstance(value, np.integer)",
-        "\n    if isinstance(value, np.integer)",
+        "        return value if math.isfinite(value) else None\n",
+        "        return value\n",
         "tests/test_hostile.py -k logs_stay_lines",
     ),
     "a step is not interrupted": (
@@ -76,8 +76,8 @@ GUARDS = {
     ),
     "swallowed interrupt": ("        SIGNALS.check()\n", "", "tests/test_resume.py -k swallowed"),
     "nohup": (
-        "is not signal.SIG_IGN:\n                signal.signal(number, self._stop)",
-        "is not None:\n                signal.signal(number, self._stop)",
+        "is not signal.SIG_IGN:\n                signal.signal(number, self._stop if",
+        "is not None:\n                signal.signal(number, self._stop if",
         "tests/test_resume.py -k nohup",
     ),
     "weights only": (

@@ -54,9 +54,8 @@ def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
             tree = lct.list_image_tree(source)
             for path, reason in tree.problems:
                 lct.show(f"warning: left out: {source / path}: {reason}")
-            files |= {
-                str((source / p).resolve()): int(size) for p, size in zip(tree.paths, tree.stamps[:, 0], strict=True)
-            }
+            sizes = lct.stat_files(source, tree.paths)[:, 0].tolist()
+            files |= {str((source / path).resolve()): size for path, size in zip(tree.paths, sizes, strict=True)}
         elif source.suffix.lower() in lct.IMAGE_SUFFIXES:
             files[str(source.resolve())] = source.stat().st_size
         else:
@@ -155,7 +154,8 @@ def read_labelled(
     """
     listing = lct.list_images(folder)
     where = f"{options.place('knn_dir')} {folder}"
-    classes = sorted(set(listing.folders))
+    folders = [listing.folder_of[path] for path in listing.paths]
+    classes = sorted(set(folders))
     if names is None and len(classes) < 2:
         raise lct.UserError(f"holds {len(classes)} folders of images, and classes need two", where, "a folder a class")
     if lacking := sorted(set(classes) - set(names or classes)):
@@ -164,7 +164,7 @@ def read_labelled(
     rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES) or 1)
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
     good, squares = check_files(paths, options.image_size)
-    labels = np.array([names.index(listing.folders[rows[number]]) for number in good], dtype=np.int64)
+    labels = np.array([names.index(folders[rows[number]]) for number in good], dtype=np.int64)
     return (
         LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels),
         [paths[number] for number in good],
