@@ -55,7 +55,7 @@ FAULTS = {
         "test_unseen.py -k sees_nothing",
     ),
     "the other strangers fit": Fault(
-        'job.config, unknown.get("fit")', 'job.config, unknown.get("measure")', "test_figures.py -k thresholds"
+        '{"unknown": unknown["fit"]}', '{"unknown": unknown["measure"]}', "test_figures.py -k thresholds"
     ),
     "the other strangers measure": Fault(
         'unknown.get("measure")', 'unknown.get("fit")', "test_figures.py -k not_tuned"
