@@ -6808,8 +6808,8 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "format": PROTOTYPES_FORMAT,
         **meta,
         "temperature": gallery.temperature,
-        "log_odds": gallery.log_odds,
-        "enrolment": gallery.enrolment,
+        "log_odds": gallery.log_odds,  # slope and intercept
+        "enrolment": gallery.enrolment,  # thresholds by number of crops
         "val_thresholds": gallery.val_thresholds,
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
@@ -7094,9 +7094,10 @@ def embed_batches(
     runtime: Runtime,
     note: Callable[[list[tuple[int, str]]], None],
 ) -> Iterator[Embedded]:
-    """Yield the embeddings of each batch; only the first process gets them, and `note` there is told what could not be read.
+    """Yield the embeddings of each batch; only rank 0 gets them, and there `note` is told what could not be read.
 
-    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them.
+    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them. All ranks have to iterate:
+    each result is gathered.
     """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
@@ -7112,12 +7113,12 @@ def embed_batches(
 
 def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None:
     """Return what `embed_batches` yields as one, None beside the first process. Raises UserError if not one image can be read."""
-    embedded = [of_batch for of_batch in batches if len(of_batch.rows)]
+    readable = [embedded for embedded in batches if len(embedded.rows)]
     if get_rank():
         return None
-    if not embedded:
+    if not readable:
         raise UserError("none of the images can be read", where, "check that the files are there and whole")
-    return concatenate_embedded(embedded)
+    return concatenate_embedded(readable)
 
 
 def embed_records(
@@ -7817,38 +7818,41 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    The features of a frozen backbone are those of all batches together, exactly as of one batch of all their images; of one that is
-    trained, the gradients of the batches are added up, each weighed by its images, and BatchNorm sees single batches. Of several
-    processes, each has a part of the images of a batch; features, loss and logits are those of all images together.
+    `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity where batches hold features.
+    `batches` are the micro-batches of the step. Of a frozen backbone their features are concatenated, so that the loss is that of
+    one large batch; a trained one has a backward pass for each, weighed by its images, and BatchNorm sees micro-batches. With
+    several processes `batch.sizes` are the rows of each rank; features, loss and logits are those of all ranks.
     """
     is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
-    numbered = list(enumerate(batches))
-    groups = [[pair] for pair in numbered] if is_trained else [numbered]
+    indexed = list(enumerate(batches))
+    groups = [[pair] for pair in indexed] if is_trained else [indexed]
     num_images = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
-    losses, logits = [], []
+    losses: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     for group in groups:
         labels = [batch.labels for _, batch in group]
         mixings = [
             draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
             for index, batch in group
         ]
-        # Processes exchange the gradients of a step once, with the last of its batches.
-        adds_up = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
-        with network.no_sync() if adds_up else contextlib.nullcontext():
+        # Ranks average the gradients of a step once, in the last backward pass.
+        skips_sync = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
+        with network.no_sync() if skips_sync else contextlib.nullcontext():
             features = []
             for (index, batch), mixing in zip(group, mixings, strict=True):
                 images = send(batch.images, runtime.device)
-                if mixing is not None:  # with images of the whole batch, which the other processes have
+                if mixing is not None:  # with images of the whole batch, which the other ranks have
                     mixed = mix_images(gather_rows(images, batch.sizes), mixing)
                     images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
-                seed_torch(config.seed, 5, state.step, *([index] if index else []), rank=get_rank())  # of dropout
+                seed_torch(config.seed, 5, state.step, index, rank=get_rank())  # of dropout
                 features.append(gather_rows(network(images), batch.sizes))
-            loss, plain = mixed_loss(state.model.criterion, state.model.embed(torch.cat(features)), labels, mixings)
-            share = sum(map(len, labels)) / num_images
-            state.scaler.scale(loss * share).backward()
-        losses.append(loss.detach() * share)
-        logits.append(plain.detach())
+            embeddings = state.model.embed(torch.cat(features))
+            loss, group_logits = mixed_loss(state.model.criterion, embeddings, labels, mixings)
+            weight = sum(map(len, labels)) / num_images
+            state.scaler.scale(loss * weight).backward()
+        losses.append(loss.detach() * weight)
+        logits.append(group_logits.detach())
     state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
         trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -7897,15 +7901,17 @@ def save_state(job: Job, state: TrainState) -> None:
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the record of an epoch and its figures by class. Raises UserError without training images, Diverged for val's loss."""
-    totals, names = state.tally.totals(), job.records.class_names
+    totals = state.tally.totals()
+    names = job.records.class_names
     if not totals:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     labels = totals["labels"].numpy()
-    if "logits" in totals:
+    if "logits" in totals:  # beyond MAX_SCORE_ENTRIES of them the tally keeps classes only, of which there is no AUC
         _, train, train_per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
     else:
         train, train_per_class = compute_metrics(totals["answers"].numpy(), labels, names)
     sizes = totals["sizes"].double()
+    # The mean over images of the loss that was optimised, with its margin.
     train = {"loss": float((totals["losses"].double() * sizes).sum() / sizes.sum()), **train}
     val, val_per_class, val_by_view = score_val(job, state.model, features)
     if not math.isfinite(val["loss"]):
