@@ -146,8 +146,8 @@ GUARDS = {
         "tests/test_resume.py -k 'ends_as_if and update'",
     ),
     "position in the epoch": (
-        "itertools.islice(self._all_batches(), self.first_batch, None)",
-        "itertools.islice(self._all_batches(), 0, None)",
+        "            if number >= self.first_batch:\n",
+        "            if True:\n",
         "tests/test_resume.py -k 'ends_as_if and update'",
     ),
     "records of epochs that are done again": (
@@ -227,8 +227,8 @@ GUARDS = {
         "tests/test_hostile.py -k 1500",
     ),
     "escapes in messages": (
-        "what, printable(where), remedy",
-        "what, where, remedy",
+        '"\\n".join(printable(line, MAX_ERROR_LINE) for line in text.split("\\n")) for text',
+        "text for text",
         "tests/test_hostile.py -k escaped",
     ),
     "a tracker is given 5 s": (
