@@ -84,7 +84,7 @@ DEATHS = {
     "while the squares are opened": kill("find_squares", 1, TERM),
     "while a square is read": kill("SquareStore.get", 150, TERM),
     "last step of an epoch": kill("train_step", 8, INT, when="after"),
-    "train figures": kill("score_training", 2, KILL),
+    "train figures": kill("score_epoch", 2, KILL),
     "validation, killed": kill("score_val", 2, KILL),
     "validation, terminated": kill("score_val", 2, TERM),
     "validation, second time in a row": kill("compute_metrics", 10, INT),
