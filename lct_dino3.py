@@ -183,7 +183,13 @@ MASK_FLAGS = (
 ).split()
 MEMORY_NAME = "memory.sqlite"  # what is known of files
 SQUARES_NAME = "squares.u8"  # fitted crops, while a run lasts
-RUN_MARKERS = ("metrics.jsonl", "data_report.json", MEMORY_NAME, SQUARES_NAME)  # one of them in out_dir: it is ours
+# One of these files in out_dir, with these bytes in it: it is ours.
+RUN_MARKERS = {
+    "metrics.jsonl": b'"event"',
+    "data_report.json": b'"quarantined"',
+    MEMORY_NAME: b"SQLite",
+    SQUARES_NAME: b"",
+}
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
                    0001.jpg
@@ -1133,6 +1139,11 @@ def check_paths(config: Config) -> None:
     check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
+    if config.unknown_dir is not None:
+        unknown_dir, data_root = config.unknown_dir.resolve(), config.data_root.resolve()
+        if unknown_dir.is_relative_to(data_root) or data_root.is_relative_to(unknown_dir):
+            what = "overlaps data_root, whose images have classes"
+            raise UserError(what, config.said("unknown_dir"), "give a folder of other images, of no class")
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
         if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
             what = "would be moved aside by --overwrite before the run has read it"
@@ -1241,7 +1252,13 @@ def check_out_dir(config: Options) -> None:
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
     is_moved = getattr(config, "overwrite", False)
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
-    is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not any((out_dir / n).exists() for n in RUN_MARKERS)
+    is_ours = False
+    for name, mark in RUN_MARKERS.items():
+        if (out_dir / name).is_file():
+            with open(out_dir / name, "rb") as file:
+                beginning = file.read(1_000_000)
+            is_ours = is_ours or not beginning or mark in beginning  # a run that has just begun has written nothing yet
+    is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not is_ours
     # fmt: off
     refusals = (
         (out_dir.is_relative_to(data_root),
@@ -7143,8 +7160,10 @@ def scan_for_run(
     run: TrainedRun, root: Path, config: Config | EvaluateOptions | PrototypesOptions, splits_path: Path | None = None
 ) -> Scan:
     """Scan a folder of class folders with masks, as the run looked at its data, and of these, by splits.json, what it used."""
+    place = "--add" if root == getattr(config, "add", None) else config.origins.get("data_root")
     options = dataclasses.replace(
         run.config,
+        origins=run.config.origins | ({"data_root": place} if place else {}),
         data_root=root,
         out_dir=run.path,
         class_map=config.class_map,
@@ -7271,7 +7290,8 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 def remove_class(gallery: Gallery, name: str) -> Gallery:
     """Return the gallery without a class. Raises UserError where there is no such class, or only one other."""
     if name not in gallery.class_names:
-        raise UserError(f"there is no class {printable(name)}", "--remove", did_you_mean(name, gallery.class_names))
+        remedy = did_you_mean(name, gallery.class_names, f"it has {', '.join(gallery.class_names[:8])}")
+        raise UserError(f"there is no class {printable(name)}", "--remove", remedy)
     if len(gallery.class_names) <= 2:
         raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
     label = gallery.class_names.index(name)
@@ -8513,6 +8533,15 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
         return None, ()
     if len(rows) < len(paths):
         show(f"{len(paths) - len(rows):,} of {len(paths):,} crops are in the gallery and not added again")
+    with contextlib.suppress(OSError, ValueError):  # only a warning needs it
+        splits = read_json(run.path / "splits.json", {"val": {str: [str]}, "test": {str: [str]}})
+        judged = itertools.chain(*splits["val"].values(), *splits["test"].values())
+        num_judged = len(
+            {str((run.config.data_root / path).resolve()) for path in judged}.intersection(paths[i] for i in rows)
+        )
+        if num_judged:
+            problem = f"{num_judged:,} of the crops are val or test images of the run, whose figures on them say nothing any more"
+            show(f"warning: {problem}")
     added = embed_records(run, records, rows, config, run.embed)
     return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
 
@@ -8691,6 +8720,8 @@ def find_damage(out_dir: Path, records: Records) -> list[str]:
                 raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
             check(out_dir / name)
         except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+            if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
+                continue  # nothing says how many rows there should be
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 
@@ -9002,7 +9033,7 @@ def format_measures(figures: dict[str, Any]) -> str:
     thresholds = {f"threshold for {at['target']:.0%} precision on val": at for at in figures["answers"]}
     for name, at in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
         lines.append(
-            f"{name}: answers {format_figure(at['coverage'])} of the test, {format_figure(at['precision'])} of them right"
+            f"{name}: answers {format_figure(at['coverage'])} of the images, {format_figure(at['precision'])} of them right"
         )
     if "unknown_passed" in figures:
         lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")

@@ -153,6 +153,20 @@ def test_a_project_folder_is_no_run_because_it_has_a_config_json(tmp_path, small
         assert "neither empty nor a run" in refuse(small_data, *flags, out=tmp_path / "project")
 
 
+@pytest.mark.parametrize(("command", "name"), [("train", "metrics.jsonl"), ("scan", "data_report.json")])
+def test_a_file_of_such_a_name_alone_makes_no_run(tmp_path, small_data, refuse, command, name):
+    (tmp_path / "mine").mkdir()
+    for other in (name, "report.html", "prototypes.npz"):
+        (tmp_path / "mine" / other).write_text('{"mine": 1}\n')
+    assert "neither empty nor a run" in refuse(small_data, out=tmp_path / "mine", command=command)
+    assert {path.read_text() for path in (tmp_path / "mine").iterdir()} == {'{"mine": 1}\n'}
+
+
+def test_unknown_objects_are_not_among_the_known(tmp_path, small_data, refuse):
+    for folder in (small_data, small_data / "hammer", small_data.parent):
+        assert "overlaps data_root" in refuse(small_data, "--unknown_dir", folder, out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("command", ["train", "scan"])
 def test_data_inside_out_dir_is_never_moved_aside(tmp_path, refuse, command):
     root = make_dataset(tmp_path / "project" / "data", {"a": 3, "b": 3})

@@ -126,6 +126,30 @@ def test_more_crops_of_a_known_class_move_its_centroid_and_no_threshold(
     assert len(gallery.stacks) == len(before.stacks) + 5
 
 
+def test_crops_that_the_run_is_judged_on_are_said_to_be_so(
+    run_dir: Path, trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "axe").symlink_to(trained[0] / "axe")
+    splits = json.loads((run_dir / "splits.json").read_text("utf-8"))
+    num_judged = len(splits["val"]["axe"]) + len(splits["test"]["axe"])
+    assert call_main("prototypes", "--run", run_dir, "--add", tmp_path / "more", *QUIET) == 0
+    assert f"warning: {num_judged} of the crops are val or test images of the run" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_one_class_is_blamed_on_the_flag_that_gave_it(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    folder = new_class(tmp_path / "new", "saw", 4) / "saw"
+    for words in (
+        ("prototypes", "--run", run_dir, "--add", folder),
+        ("evaluate", "--run", run_dir, "--data_root", folder),
+    ):
+        assert call_main(*words, *QUIET) == 2
+        said = capsys.readouterr().err
+        assert "config.json" not in said and f"{words[3]} {folder}" in said
+
+
 def test_a_class_that_collides_is_named_with_its_twin(
     run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:

@@ -677,6 +677,9 @@ def tell_end(
     """
     if counts["crops"] == counts["unknown"]:
         first = f": {problems[0]}" if problems else ""
+        if counts["unknown"]:
+            what = f"has {counts['unknown']:,} crops of no class, and none of a class: all labels are of --unknown"
+            raise lct.UserError(what, options.said("out"), "name fewer classes with --unknown")
         raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
     for problem in problems[:SHOWN]:
         lct.show(lct.printable(f"  {problem}"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import os
 import re
@@ -74,9 +75,10 @@ def write_page(path: Path, page: bytes, *, is_ours: bool) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ReportError(f"{path} cannot be written: {error.strerror}") from error
+        raise ReportError(f"{path} cannot be written: {error.strerror}; give --out FILE elsewhere") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is read-only has none
+            temporary.unlink(missing_ok=True)
 
 
 def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> Path:

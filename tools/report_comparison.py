@@ -147,10 +147,12 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
         scores["Unknown objects, AUROC"] = [item and item["open_set"]["auroc"]["value"] for item in measured]
         scores["Answered above thresholds"] = [item and item["thresholds"]["coverage"]["value"] for item in measured]
         scores["Right among those"] = [item and item["thresholds"]["precision"]["value"] for item in measured]
-    frozen = [run.figures.baseline.get(run.figures.scored, {}) for run in runs]
+    baselines = [run.figures.baseline.get(run.figures.scored, {}) for run in runs]
     scores["Frozen backbone, best baseline"] = [
-        max((item[f"{key}_acc"] for key in BASELINE_NAMES if item.get(f"{key}_acc") is not None), default=None)
-        for item in frozen
+        run.figures.test["baseline"]["acc"]  # of the verdict: the one that is best on val
+        if run.figures.test
+        else max((item[f"{key}_acc"] for key in BASELINE_NAMES if item.get(f"{key}_acc") is not None), default=None)
+        for run, item in zip(runs, baselines, strict=True)
     ]
     rows = []
     for name, values in scores.items():

@@ -142,8 +142,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read the files of a run; all but config.json and metrics.jsonl may be missing."""
-    if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise ReportError(f"{folder} is no folder of a run: it has no config.json and metrics.jsonl")
+    if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
+        raise ReportError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
     config = read_file(folder / "config.json", read_json)
     if "num_devices" in config:
         raise ReportError(f"{folder} is of lct-dino-3.py, whose figures are others; train anew")
@@ -181,7 +181,8 @@ def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
-        raise ReportError(f"{path} cannot be read: {reason}") from error
+        remedy = "the training command, started again, makes what a finished run leaves anew"
+        raise ReportError(f"{path} cannot be read: {reason}; {remedy}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -446,6 +446,8 @@ def main() -> int:
             sinks.append(TensorBoard(options.run))
         except ImportError as error:
             say(f"TensorBoard: {error}; pip install tensorboard")
+        except OSError as error:
+            say(f"TensorBoard: {options.run / 'tensorboard'} cannot be written: {error.strerror}")
     if options.clearml:
         sinks.append(ClearML(options.run, options))
     recording = Recording(options.run, sinks)
