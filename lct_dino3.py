@@ -2459,6 +2459,8 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             folders.append(("", entry))
         elif entry.name.lower() in SPLIT_FOLDERS:
             folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
+        else:
+            listing.problems.append((entry.name, "is a folder beside train, val and test, and passed over"))
     for root, folder in folders:
         prefix = f"{root}{folder.name}"
         if not _is_plain(folder.name):
@@ -3042,6 +3044,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         **describe_duplicates(records, duplicates),
         "leaks_prevented": 0 if is_given else leaks,
     }
+    if is_given and not any(SPLIT_FOLDERS[path.split("/", 1)[0].lower()] == "val" for path in paths):
+        report["warnings"].append("no folder val, valid or validation has images: val is drawn from train")
     if is_given and leaks:
         some = f"{leaks} val and test images, as the folders have them"
         report["warnings"].append(f"{some}, are duplicates of training images or of their group: figures flatter")

@@ -641,8 +641,15 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
     assert any(
         text.startswith("1 val and test images, as the folders have them, are dup") for text in found.report["warnings"]
     )
+    drawn = "no folder val, valid or validation has images: val is drawn from train"
+    assert drawn in found.report["warnings"]
+    put_images(root, "vaild/nut/7.png")
+    (passed_over,) = lct.scan_dataset(config).report["quarantined"]
+    assert passed_over["path"] == "vaild" and "beside train, val and test" in passed_over["reason"]
+    shutil.rmtree(root / "vaild")
     (root / "test").rename(root / "valid")
     found = lct.scan_dataset(config)
+    assert drawn not in found.report["warnings"]
     assert [len(found.records.rows(split)) for split in lct.SPLIT_NAMES] == [10, 10, 0]
     lct.check_trainable(found, config)
     assert not any("none in" in text for text in found.report["warnings"])
