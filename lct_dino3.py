@@ -2104,7 +2104,11 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     if dist.is_initialized() and num_gpus > 1:
         raise UserError("torchrun gives each process one GPU", where, "leave --gpus out, or give 0 for the CPU")
     if num_gpus > available:
-        raise UserError(f"this machine has {available}", where, f"give --gpus {available} or fewer (0 = CPU)")
+        raise UserError(
+            f"this machine has {available}",
+            where,
+            f"give --gpus {available} or fewer" if available else "give --gpus 0, the CPU",
+        )
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
     has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2965,7 +2969,10 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
-        remedy = f"give its parent, --data_root {config.data_root.absolute().parent}, if it is one\n{DATA_TREE}"
+        levels = 1 if config.data_root.name == "cropped" else 0
+        remedy = (
+            f"give its parent, --data_root {config.data_root.absolute().parents[levels]}, if it is one\n{DATA_TREE}"
+        )
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
     if not listing.all_folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"

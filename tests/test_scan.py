@@ -662,8 +662,9 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
 def test_a_folder_that_is_one_class_itself_names_its_parent(inside: str, tmp_path: Path) -> None:
     put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
     (tmp_path / "data/nut/masks").mkdir()
-    with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
-        lct.scan_dataset(lct.Config(data_root=tmp_path / "data/nut", out_dir=tmp_path / "run"))
+    for folder in ("data/nut", f"data/nut/{inside}"):
+        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
+            lct.scan_dataset(lct.Config(data_root=tmp_path / folder, out_dir=tmp_path / "run"))
 
 
 def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path) -> None:

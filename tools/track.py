@@ -461,6 +461,8 @@ def main() -> int:
         timer.daemon = True
         timer.start()
     recording.close()
+    if sinks and options.pid is None:
+        say(f"recorded: {options.run}, {recording.status}")
     # ClearML's threads may wait for a server that does not answer: all that can be sent has been.
     os._exit(0 if sinks else 2)
 

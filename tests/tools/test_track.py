@@ -117,7 +117,8 @@ def test_without_a_server_the_run_is_recorded_offline(run: Path, no_server: dict
 
 def test_tensorboard_shows_every_figure_once_however_often_it_is_recorded(run: Path) -> None:
     for _ in range(2):
-        assert record(run, "--tensorboard") == ""
+        said = record(run, "--tensorboard")
+        assert said.count("\n") == 1 and said.endswith(f"recorded: {run}, completed\n")
     board = read_board(run)
     epochs = [record for record in lct.read_events(run) if record["event"] == "epoch_end"]
     for tag, value in (
