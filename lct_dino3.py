@@ -7287,7 +7287,7 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
         if num_taken[other] or similarity[other] >= max(gallery.thresholds[label], gallery.thresholds[other]):
             sentences.append(
                 f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: similarity of their"
-                f" centroids {similarity[other]:.3f}, {num_taken[other]} of its {counts[label]} crops are nearest to one of it"
+                f" centroids {similarity[other]:.3f}, {num_taken[other]} of its {counts[label]} crops are nearest to that class"
             )
     few = [name for name in itertools.compress(gallery.class_names, 5 * counts < np.median(counts)) if name in names]
     if gallery.matcher == "knn" and few:
@@ -8390,7 +8390,10 @@ def judge_training(
         word = "training helped" if gain["value"] > 0 else "training hurt"
     trained, frozen = pairs.mean(axis=0).tolist()
     verdict = f"{word}: prototype matching {trained:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"
-    verdict += f" ({100 * gain['value']:+.1f} points, {low:+.1f} to {high:+.1f}, on {len(common)} test images)"
+    doubt = ""
+    if p_value >= SIGNIFICANCE and not low <= 0 <= high:
+        doubt = f"; the sign test, which decides, has p = {p_value:.2f}"
+    verdict += f" ({100 * gain['value']:+.1f} points, {low:+.1f} to {high:+.1f}, on {len(common)} test images{doubt})"
     return {"baseline": {"name": name, "acc": frozen}, "gain": gain, "p_value": p_value, "verdict": verdict}
 
 

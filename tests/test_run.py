@@ -464,6 +464,7 @@ def test_verdict_compares_the_answers_to_the_same_images(num_better: int, num_wo
         num_unequal - 1, 0
     )
     assert judged["p_value"] == pytest.approx(min(1.0, expected))
+    assert ("; the sign test, which decides, has p = 0.06)" in judged["verdict"]) == ((num_better, num_worse) == (5, 0))
     assert judged["verdict"].startswith(f"{word}prototype matching {1 - num_worse / 100:.3f}, logistic regression")
     assert (
         f"({100 * judged['gain']['value']:+.1f} points, " in judged["verdict"]
