@@ -4963,7 +4963,9 @@ def read_start(config: Config) -> Start | None:
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
-        problem = f"cannot be read as weights: {printable(str(error))[:200]}"
+        is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix == ".safetensors"
+        reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
+        problem = f"cannot be read as weights: {reason}"
         raise UserError(problem, where, STATE_DICT_WANTED) from error
     tensors, prefix = dict(walk_tensors(state)), "backbone.model."
     if not class_names:
