@@ -151,7 +151,7 @@ GUARDS = {
         "tests/test_resume.py -k 'ends_as_if and update'",
     ),
     "records of epochs that are done again": (
-        "    run.forget_epochs_after(state.epoch)\n",
+        "        run.forget_epochs_after(state.epoch)\n",
         "",
         "tests/test_resume.py -k 'ends_as_if and between'",
     ),
