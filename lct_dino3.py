@@ -1139,11 +1139,6 @@ def check_paths(config: Config) -> None:
     check_folder(config, "unknown_dir", "give a folder of images of no class")
     check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
-    if config.unknown_dir is not None:
-        unknown_dir, data_root = config.unknown_dir.resolve(), config.data_root.resolve()
-        if unknown_dir.is_relative_to(data_root) or data_root.is_relative_to(unknown_dir):
-            what = "overlaps data_root, whose images have classes"
-            raise UserError(what, config.said("unknown_dir"), "give a folder of other images, of no class")
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
         if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
             what = "would be moved aside by --overwrite before the run has read it"
@@ -3167,6 +3162,15 @@ def check_trainable(scan: Scan, config: Config) -> None:
     if config.n_classes not in (None, num_classes):
         problem = f"has {num_classes} classes, and --n_classes says {config.n_classes}"
         raise UserError(problem, where, "correct the number, or see what there is with the command scan")
+    if config.unknown_dir is not None:
+        root, unknown_dir = config.data_root.resolve(), config.unknown_dir.resolve()
+        below = f"{unknown_dir.relative_to(root).as_posix()}/" if unknown_dir.is_relative_to(root) else None
+        prefix = "" if root.is_relative_to(unknown_dir) else below
+        if num_known := 0 if prefix is None else sum(path.startswith(prefix) for path in records.paths):
+            problem = f"holds {num_known:,} of the images to train on, which have classes"
+            raise UserError(
+                problem, config.said("unknown_dir"), "give a folder of other images, or leave these out: --exclude"
+            )
     lines = []
     for name, row in scan.report["classes"].items():
         if row["usable"] < config.min_per_class:

@@ -163,8 +163,14 @@ def test_a_file_of_such_a_name_alone_makes_no_run(tmp_path, small_data, refuse, 
 
 
 def test_unknown_objects_are_not_among_the_known(tmp_path, small_data, refuse):
-    for folder in (small_data, small_data / "hammer", small_data.parent):
-        assert "overlaps data_root" in refuse(small_data, "--unknown_dir", folder, out=tmp_path / "run")
+    for folder, count in ((small_data, 24), (small_data / "hammer", 8), (small_data.parent, 24)):
+        text = refuse(small_data, "--unknown_dir", folder, out=tmp_path / "run")
+        assert f"holds {count} of the images to train on" in text
+
+
+def test_a_class_that_is_left_out_may_be_the_unknown(tmp_path, small_data, call_main, capsys):
+    words = ("scan", "--data_root", small_data, "--out_dir", tmp_path / "scan", "--exclude", "hammer/*")
+    assert call_main(*words, "--unknown_dir", small_data / "hammer") == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "scan"])

@@ -514,7 +514,8 @@ class Planner:
                 is_left = crop.class_name not in (old["class"], *self.labelled.unknown) and drawn.is_file()
                 if old["mask"] or is_left:
                     crop = crop._replace(mask=drawn.read_bytes())
-                    drawn_masks |= set() if old["mask"] else {drawn}
+                if is_left and not old["mask"]:
+                    drawn_masks.add(drawn)
             taken = {Path(item["file"]).stem for item in change.records}
             names = itertools.chain([Path(old["file"]).stem] if old else [], new_names)
             names = itertools.filterfalse(taken.__contains__, names)

@@ -182,14 +182,11 @@ def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
 
     weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
     arguments = {"model_name": lct.split_model_id(run.config.model_id)[0], **lct.probe_model(run.config)[0]}
+    # No places of this machine.
     options = {
         name: value for name, value in run.config.as_plain().items() if not isinstance(getattr(run.config, name), Path)
     }
-    meta = run.meta | {
-        "classes": run.gallery.class_names,
-        "options": options,
-        "timm": arguments,
-    }  # no places of this machine
+    meta = run.meta | {"classes": run.gallery.class_names, "options": options, "timm": arguments}
     data = save(weights, metadata={"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
     again = load(data)
     if again.keys() != weights.keys() or not all(torch.equal(again[key], weights[key]) for key in weights):

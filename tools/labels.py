@@ -295,7 +295,6 @@ def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
     Raises:
         BoxError: the stream is of another size, or cut off.
     """
-    bits = np.unpackbits(np.array(data, dtype=np.uint8))
     position = 0
 
     def take(length: int, count: int = 1) -> np.ndarray:
@@ -305,20 +304,23 @@ def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
         return words @ (1 << np.arange(length)[::-1])
 
     try:
+        bits = np.unpackbits(np.array(data, dtype=np.uint8))
         num_values = int(take(32)[0])
         if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
             raise BoxError("has a brush mask of another size than its image")
         length = int(take(5)[0]) + 1
         count_lengths = (take(4, 4) + 1).tolist()
-        values = np.empty(num_values, np.int64)
+        values = np.empty(num_values, np.min_scalar_type(2**length - 1))
         done = 0
         while done < num_values:
             is_repeated = take(1)[0]
             count = int(take(count_lengths[take(2)[0]])[0]) + 1
             values[done : done + count] = take(length) if is_repeated else take(length, count)
             done += count
-    except ValueError as error:
-        raise error if isinstance(error, BoxError) else BoxError("has a brush mask that is cut off") from error
+    except BoxError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise BoxError("has a brush mask that is cut off, or not of bytes") from error
     return values.reshape(height, width, 4)[..., 3] > 0
 
 

@@ -271,7 +271,14 @@ def test_what_a_brush_has_painted_is_a_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "width", "reason"),
-    [(BRUSH, 8, "another size"), (BRUSH[:9], 9, "cut off"), ([], 9, "cut off"), ([255] * 9, 9, "another size")],
+    [
+        (BRUSH, 8, "another size"),
+        (BRUSH[:9], 9, "cut off"),
+        ([], 9, "cut off"),
+        ([300] * 9, 9, "not of bytes"),
+        ([255] * 9, 9, "another size"),
+        ([300] * 9, 9, "not of bytes"),
+    ],
 )
 def test_a_damaged_brush_costs_itself(data: list[int], width: int, reason: str) -> None:
     with pytest.raises(geometry.BoxError, match=reason):
