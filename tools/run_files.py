@@ -295,7 +295,7 @@ class Pictures:
             is_alpha = Path(mask_path).parent.name != self._masks_dirname  # a cutout, or a crop with a mask of its own
             try:
                 mask = load_mask(self.root / mask_path, is_alpha, image.size)
-            except Exception:
+            except Exception:  # as above
                 self.num_missing += 1
             else:
                 image = Image.composite(image, Image.new("RGB", image.size, (PADDING_GRAY,) * 3), mask)
