@@ -48,7 +48,7 @@ HARD_RUNS = {  # with --patience, so that the best epoch is not the last
 }
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
-TINY_RUN = "--model_id resnet10t --no-pretrained --img_size 32 --epochs 1 --gpus 0 --workers 0".split()
+TINY_RUN = "--model_id test_resnet --no-pretrained --img_size 32 --batch 16 --epochs 1 --save_every 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
 # A script that starts the tests with `&` has them ignore Ctrl-C, and with them all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -276,6 +276,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_dataset(tmp_path_factory.mktemp("data") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
     (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data`, 42 images in three classes of unequal size, and `run`, an epoch on it. Shared by all tests: read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_dataset(folder / "data", {"axe": 16, "bit": 12, "клещи": 14})
+    assert run_main("--data_root", folder / "data", "--out_dir", folder / "run", *TINY_RUN) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -17,28 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, draw_image, make_dataset, run_cli, run_main, snapshot
+from conftest import SCRIPT, TINY_RUN, draw_image, make_dataset, run_cli, snapshot
 from killing import Nursery
 
 import lct_dino3 as lct
 
 Main = Callable[..., int]
 QUIET = ("--gpus", "0", "--workers", "0")
-RECIPE = "--model_id test_resnet --no-pretrained --img_size 32 --epochs 1 --batch 16 --save_every 1 --gpus 0 --workers 0".split()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data` and `run`, trained on it. Read only."""
-    folder = tmp_path_factory.mktemp("remedies")
-    make_dataset(folder / "data", {"axe": 14, "bit": 14, "clamp": 14})
-    assert run_main("--data_root", folder / "data", "--out_dir", folder / "run", *RECIPE) == 0
-    return folder
 
 
 @pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished / "run", tmp_path / "the run")  # in a message, it has to be quoted
+def run_dir(tiny_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_run / "run", tmp_path / "the run")  # in a message, it has to be quoted
     return tmp_path / "the run"
 
 
@@ -64,7 +54,7 @@ def told(call_main: Main, capsys: pytest.CaptureFixture) -> Callable[..., str]:
 
 
 def train_again(run_dir: Path, data: Path) -> tuple[object, ...]:
-    return ("--data_root", data, "--out_dir", run_dir, *RECIPE)
+    return ("--data_root", data, "--out_dir", run_dir, *TINY_RUN)
 
 
 def find_command(text: str) -> list[str]:
@@ -116,10 +106,13 @@ def test_the_command_that_a_damaged_gallery_prints_makes_it_anew(
 
 
 def test_a_finished_run_that_lacks_something_finishes_once_more(
-    run_dir: Path, finished: Path, call_main: Main, capsys: pytest.CaptureFixture
+    run_dir: Path, tiny_run: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
-    again = train_again(run_dir, finished / "data")
-    assert call_main("prototypes", "--run", run_dir, "--add", make_dataset(finished / "more", {"saw": 3}), *QUIET) == 0
+    again = train_again(run_dir, tiny_run / "data")
+    assert (
+        call_main("prototypes", "--run", run_dir, "--add", make_dataset(run_dir.parent / "more", {"saw": 3}), *QUIET)
+        == 0
+    )
     hurts: dict[str, Callable[[Path], object]] = {
         "embeddings.npz": lambda path: hurt("flipped", path),
         "predictions.csv": lambda path: path.write_bytes(path.read_bytes()[:-20]),
@@ -135,7 +128,7 @@ def test_a_finished_run_that_lacks_something_finishes_once_more(
         assert f"warning: {name}: " in text and "what a finished run leaves is made anew" in text
         assert ("have to be added again: saw" in text) == (number == 0), "what was enrolled is kept beside the new file"
         assert call_main(*again) == 0 and "is finished" in capsys.readouterr().out
-    assert (run_dir / "predictions.csv").read_bytes() == (finished / "run" / "predictions.csv").read_bytes()
+    assert (run_dir / "predictions.csv").read_bytes() == (tiny_run / "run" / "predictions.csv").read_bytes()
     assert any("saw" in lct.load_gallery(path)[0].class_names for path in run_dir.glob("prototypes.2*.npz"))
     (run_dir / "report.html").unlink()
     assert call_main(*again) == 0
@@ -153,16 +146,16 @@ def set_options(run_dir: Path, **values: object) -> None:
 
 
 def test_data_that_have_moved_are_named_by_file_and_key_with_the_flag_that_helps(
-    run_dir: Path, finished: Path, tmp_path: Path, told: Callable[..., str], call_main: Main
+    run_dir: Path, tiny_run: Path, tmp_path: Path, told: Callable[..., str], call_main: Main
 ) -> None:
     where = run_dir / "config.json"
     for name, command, help_words in (
-        ("data_root", ("evaluate",), ("--data_root", finished / "data")),
-        ("data_root", ("prototypes",), ("--data_root", finished / "data")),
+        ("data_root", ("evaluate",), ("--data_root", tiny_run / "data")),
+        ("data_root", ("prototypes",), ("--data_root", tiny_run / "data")),
         ("class_map", ("prototypes",), ("--class_map", "none")),
         ("unknown_dir", ("prototypes",), ("--unknown_dir", "none")),
     ):
-        set_options(run_dir, data_root=str(finished / "data"), class_map=None, unknown_dir=None)
+        set_options(run_dir, data_root=str(tiny_run / "data"), class_map=None, unknown_dir=None)
         set_options(run_dir, **{name: str(tmp_path / "gone")})
         words = (*command, "--run", run_dir, *QUIET)
         text = told(*words)
@@ -178,27 +171,27 @@ def test_data_that_have_moved_are_named_by_file_and_key_with_the_flag_that_helps
 
 @pytest.mark.parametrize("name", ["checkpoint_best.pth", "config.json"])
 def test_the_training_command_restores_what_other_commands_miss(
-    name: str, run_dir: Path, finished: Path, told: Callable[..., str], call_main: Main
+    name: str, run_dir: Path, tiny_run: Path, told: Callable[..., str], call_main: Main
 ) -> None:
     evaluate = ("evaluate", "--run", run_dir, *QUIET)
     for kind in ("cut", "missing"):
         hurt(kind, run_dir / name)
         assert "start its training command again" in told(*evaluate)
-        assert call_main(*train_again(run_dir, finished / "data")) == 0
+        assert call_main(*train_again(run_dir, tiny_run / "data")) == 0
         assert call_main(*evaluate) == 0
 
 
 def test_remedies_of_a_split_that_is_empty_or_damaged_work(
-    run_dir: Path, finished: Path, told: Callable[..., str], call_main: Main
+    run_dir: Path, tiny_run: Path, told: Callable[..., str], call_main: Main
 ) -> None:
     splits = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))
     splits["test"] = {}
     (run_dir / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
     evaluate = ("evaluate", "--run", run_dir, *QUIET)
     assert "give --split val, or --data_root DIR" in told(*evaluate)
-    assert call_main(*evaluate, "--split", "val") == 0 and call_main(*evaluate, "--data_root", finished / "data") == 0
+    assert call_main(*evaluate, "--split", "val") == 0 and call_main(*evaluate, "--data_root", tiny_run / "data") == 0
     (run_dir / "splits.json").write_text("{}", encoding="utf-8")
-    again = train_again(run_dir, finished / "data")
+    again = train_again(run_dir, tiny_run / "data")
     assert "start afresh with --overwrite" in told(*again)
     assert call_main(*again, "--overwrite") == 0
 
@@ -215,7 +208,7 @@ def test_a_gallery_of_another_model_is_put_right_by_the_command_it_prints(
 
 
 def test_the_same_files_are_enrolled_once(
-    run_dir: Path, finished: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+    run_dir: Path, tiny_run: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     add = ("prototypes", "--run", run_dir, *QUIET, "--add")
     more = make_dataset(tmp_path / "more", {"saw": 3, "awl": 2})
@@ -229,10 +222,10 @@ def test_the_same_files_are_enrolled_once(
     assert sorted(run_dir.iterdir()) == files
     draw_image(0, 9).save(more / "saw" / "new.png")
     assert call_main(*add, more) == 0 and "5 of 6 crops are in the gallery" in capsys.readouterr().out
-    assert call_main(*add, finished / "data") == 0
+    assert call_main(*add, tiny_run / "data") == 0
     assert "are in the gallery and not added again" in capsys.readouterr().out, "training images count too"
     after = lct.load_gallery(run_dir / "prototypes.npz")[0]
-    num_rest = 42 - len(lct.load_gallery(finished / "run" / "prototypes.npz")[0].stacks)  # of val and test
+    num_rest = 42 - len(lct.load_gallery(tiny_run / "run" / "prototypes.npz")[0].stacks)  # of val and test
     assert len(after.stacks) == len(before.stacks) + 1 + num_rest and len(set(after.stack_paths)) == len(
         after.stack_paths
     )
@@ -283,12 +276,12 @@ ODD_FILES = {
 
 @pytest.mark.parametrize("name", ODD_FILES)
 def test_a_sound_file_of_another_form_is_refused_in_one_sentence(
-    name: str, run_dir: Path, finished: Path, told: Callable[..., str]
+    name: str, run_dir: Path, tiny_run: Path, told: Callable[..., str]
 ) -> None:
     edit, command, said = ODD_FILES[name]
     edit(run_dir)
     if command == TRAIN:
-        text = told(*train_again(run_dir, finished / "data"), "--epochs", 2)
+        text = told(*train_again(run_dir, tiny_run / "data"), "--epochs", 2)
     elif command == REPORT:
         done = subprocess.run(
             [sys.executable, SCRIPT.parent / "tools" / "report.py", run_dir],
@@ -333,10 +326,10 @@ def test_a_stored_option_is_checked_as_one_in_a_config_file(
     ],
 )
 def test_a_checkpoint_of_another_form_costs_itself(
-    values: dict[str, Any], run_dir: Path, finished: Path, call_main: Main, capsys: pytest.CaptureFixture
+    values: dict[str, Any], run_dir: Path, tiny_run: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     edit_checkpoint("checkpoint_last.pth", **values)(run_dir)
-    code = call_main(*train_again(run_dir, finished / "data"), "--epochs", 2)
+    code = call_main(*train_again(run_dir, tiny_run / "data"), "--epochs", 2)
     out, error = capsys.readouterr()
     if "optimizer" in values:  # of this form, and of another model
         assert code == 2 and "cannot be restored" in error
@@ -360,9 +353,9 @@ def test_what_the_memory_of_files_holds_is_looked_at_again_if_it_is_odd(
 
 
 def test_no_output_takes_the_place_of_another_file_or_lies_among_inputs(
-    run_dir: Path, finished: Path, photos: Path, tmp_path: Path, told: Callable[..., str], call_main: Main
+    run_dir: Path, tiny_run: Path, photos: Path, tmp_path: Path, told: Callable[..., str], call_main: Main
 ) -> None:
-    shutil.copytree(finished / "data", tmp_path / "data")
+    shutil.copytree(tiny_run / "data", tmp_path / "data")
     set_options(run_dir, data_root=str(tmp_path / "data"))
     (tmp_path / "mine.txt").write_text("mine")
     before = [snapshot(folder) for folder in (tmp_path / "data", run_dir, photos)]
@@ -412,9 +405,9 @@ def test_a_run_that_cannot_be_written_is_refused_before_any_work(
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_fault_and_nothing_is_printed_into_a_file(
-    closed: str, finished: Path, tmp_path: Path
+    closed: str, tiny_run: Path, tmp_path: Path
 ) -> None:
-    words = [sys.executable, SCRIPT, "scan", "--data_root", finished / "data", "--out_dir", tmp_path / "scan"]
+    words = [sys.executable, SCRIPT, "scan", "--data_root", tiny_run / "data", "--out_dir", tmp_path / "scan"]
     assert subprocess.run(f"{shlex.join(map(str, words))} {closed}", shell=True, check=False).returncode == 0
     json.loads((tmp_path / "scan" / "data_report.json").read_text(encoding="utf-8"))
     refused = subprocess.run(f"{shlex.join(map(str, [*words, '--nonsense']))} {closed}", shell=True, check=False)

@@ -33,8 +33,10 @@ from pycocotools.coco import COCO
 import lct_dino3 as lct
 
 CLASSES = ("hammer", 'гаечный <b>ключ "5"', "pliers & co")
-TRAINED = [*TINY_RUN[:-6], "--epochs", "4", "--gpus", "0", "--workers", "0", "--no-freeze_backbone", "--lr", "0.01"]
-TRAINED += ["--save_every", "0"]
+TRAINED = [
+    *TINY_RUN,
+    *"--model_id resnet10t --no-freeze_backbone --batch 64 --epochs 4 --lr 0.01 --save_every 0".split(),
+]
 FLAGS = ("--gpus", "0", "--workers", "0")
 SIZE = (300, 240)
 
