@@ -451,12 +451,15 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
         UserError: there are none.
     """
     found = []
+    seen = set()  # `modelnet10 chairs` names the chairs twice: one of a pair would be held out, and the other learned
     folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             parts = path.relative_to(folder).parts
-            if path.suffix.lower() not in MESH_SUFFIXES or any(part.startswith(".") for part in parts):
+            is_hidden = any(part.startswith(".") for part in parts)
+            if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
                 continue
+            seen.add(path.resolve())
             # Of ModelNet10/chair/train/chair_0001.off the class is chair; in a folder without others it is that folder's name.
             names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
             found.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
@@ -501,13 +504,12 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
     problems = [(names[row], packed) for row, packed in enumerate(voxels) if isinstance(packed, str)]
     for name, reason in problems[:5]:
         log(f"left out: {name}: {reason}")
-    if len(problems) > 5:
-        log(f"left out: {len(problems) - 5:,} more, see problems.json")
     usable = [row for row, packed in enumerate(voxels) if isinstance(packed, bytes)]
     if len(usable) < 2:
-        what = f"has {len(usable)} meshes that can be used, of {len(found)}"
-        first = f"; {problems[0][0]}: {problems[0][1]}" if problems else ""
-        raise lct.UserError(what + first, f"--dataset {' '.join(options.dataset)}", "give more meshes")
+        what = f"has too few meshes that can be used: {len(usable)} of {len(found)}"
+        raise lct.UserError(what, f"--dataset {' '.join(options.dataset)}", "give two or more")
+    if len(problems) > 5:
+        log(f"left out: {len(problems) - 5:,} more, see problems.json")
     class_names = sorted({found[row][1] for row in usable})
     labels = np.array([class_names.index(found[row][1]) for row in usable])
     held_out = np.array([found[row][2] for row in usable])
