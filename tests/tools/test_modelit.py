@@ -586,6 +586,12 @@ def test_mistakes_cost_one_sentence(
     assert not [*here.glob("rez/run_*")] and not [*here.glob("*.pth")]
 
 
+def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_main("modelit", "--help")
+    assert "[testdataset]\n" in capsys.readouterr().out
+
+
 def test_without_open_clip_it_says_how_to_get_it(
     toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -760,7 +766,7 @@ def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
 
 def test_pictures_of_many_prompts_stay_small_and_captions_have_cyrillic() -> None:
     picture = meshes.draw_matrix(np.eye(500), [f"prompt {number}" for number in range(500)])
-    assert max(picture.size) <= 4000
+    assert max(picture.size) < 4500
     few = meshes.draw_matrix(np.eye(3), ["a", "b", "c"])
     assert few.size == (3 * 46 + 230, 3 * 46 + 10) and few.getpixel((225, 5)) == (38, 84, 124) != few.getpixel((275, 5))
     font = meshes.load_font()
