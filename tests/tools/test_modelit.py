@@ -342,6 +342,22 @@ def test_each_optimizer_moves_its_own_network_alone() -> None:
         assert changed == [position == 0, position == 1]
 
 
+def test_a_gradient_of_one_network_that_overflows_costs_the_other_nothing() -> None:
+    """What half precision does on a GPU, by the scalers of the CPU: each optimizer has its own."""
+    plain, scaled = make_state(), make_state()
+    scaled.scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16) for _ in range(2)]
+    before = scaled.model.empty.clone()
+    voxel_gan.take_step(scaled, 0, scaled.model.empty.sum() * 1e38)
+    for state in (plain, scaled):
+        voxel_gan.take_step(state, 1, state.discriminator(torch.ones(2, 1, 8, 8, 8), torch.ones(2, 32)).sum())
+    assert [scaler.get_scale() for scaler in scaled.scalers] == [2.0**15, 2.0**16]
+    assert torch.equal(scaled.model.empty, before)
+    start = make_state().discriminator.state_dict()
+    for name, value in scaled.discriminator.state_dict().items():
+        torch.testing.assert_close(value, plain.discriminator.state_dict()[name])
+        assert not torch.equal(value, start[name])
+
+
 def test_the_discriminator_sees_probabilities_in_training(
     toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
