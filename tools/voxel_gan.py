@@ -61,7 +61,7 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
     except ImportError as error:
         raise lct.UserError("open_clip is not installed", where, f"pip install open_clip_torch; {offline}") from error
     if os.sep in text["pretrained"] and not Path(text["pretrained"]).is_file():
-        raise lct.UserError("does not exist", where, f"check the path; {offline}")
+        raise lct.UserError("is no file", where, f"check the path; {offline}")
     import huggingface_hub.constants as hub_constants
 
     was_offline = hub_constants.HF_HUB_OFFLINE
@@ -79,9 +79,11 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
     except MemoryError:
         raise
     except Exception as error:  # whatever a hub, a damaged file or a wrong name provokes
-        reason = lct.printable(str(error)).split(". ")[0][:200]
+        what = f"the text encoder has no weights: {lct.printable(str(error)).split('. ')[0][:200]}"
+        if Path(text["pretrained"]).is_file():
+            what = f"the file holds no weights of {CLIP_MODEL}"
         remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
-        raise lct.UserError(f"the text encoder has no weights: {reason}", where, remedy) from error
+        raise lct.UserError(what, where, remedy) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
         logging.disable(logging.NOTSET)

@@ -608,6 +608,14 @@ def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str
     assert "[testdataset]\n" in capsys.readouterr().out
 
 
+def test_files_that_hold_no_weights_of_clip_are_called_that(
+    toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.pt").write_text("hello")
+    assert train(toys, "--text_encoder", "openclip", "--clip_pretrained", "./text.pt") == 2
+    assert "./text.pt: the file holds no weights of ViT-B-32" in capsys.readouterr().err
+
+
 def test_without_open_clip_it_says_how_to_get_it(
     toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
