@@ -687,7 +687,8 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
             if "choices" not in meta:
                 settings.setdefault("metavar", "N" if kind is int else "X")
         shown = ("on" if field.default else "off") if kind is bool else field.default
-        settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, ()) else "")
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+        settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, "") else "")
         names = filter(None, (field.name, meta.get("alias"), meta.get("key")))
         flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)

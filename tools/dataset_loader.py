@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import http.client
 import json
+import lzma
 import multiprocessing
 import os
 import shutil
@@ -194,6 +196,8 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
             problem = error
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise _download_error(url, error) from error
+        except (http.client.HTTPException, ValueError) as error:  # cut off, or no HTTP
+            problem = error
         except OSError as error:  # no route, refused, reset, timed out, cut off
             if (
                 isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == 28
@@ -216,7 +220,7 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
 
 
 def _download_error(url: str, error: Exception | None) -> lct.UserError:
-    reason = str(getattr(error, "reason", "") or error)
+    reason = lct.printable(str(getattr(error, "reason", "") or error or type(error).__name__).partition("\n")[0])
     remedy = "check the network and start again: it goes on where it stopped; or unpack it yourself and give its folder"
     return lct.UserError(f"cannot be fetched: {reason}", url, remedy)
 
@@ -287,12 +291,19 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads no more than file_size says
                     shutil.copyfileobj(source, copy, CHUNK_BYTES)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except (
+        *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError),
+        *(EOFError, NotImplementedError, RuntimeError),
+    ) as error:
         shutil.rmtree(folder, ignore_errors=True)
         archive.unlink(missing_ok=True)
         raise lct.UserError(
             f"is damaged: {error}", str(archive), "it is deleted; start again to fetch it anew"
         ) from error
+    except OSError as error:  # the disk is full, or the archive names what cannot be there: a file below a file
+        shutil.rmtree(folder, ignore_errors=True)
+        what = f"cannot be unpacked: {error.strerror or error}"
+        raise lct.UserError(what, str(archive), "make room, or delete it and start again") from error
     except lct.UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -451,12 +462,15 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
         UserError: there are none.
     """
     found = []
+    seen = set()  # `modelnet10 chairs` names the chairs twice: one of a pair would be held out, and the other learned
     folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             parts = path.relative_to(folder).parts
-            if path.suffix.lower() not in MESH_SUFFIXES or any(part.startswith(".") for part in parts):
+            is_hidden = any(part.startswith(".") for part in parts)
+            if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
                 continue
+            seen.add(path.resolve())
             # Of ModelNet10/chair/train/chair_0001.off the class is chair; in a folder without others it is that folder's name.
             names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
             found.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
@@ -501,13 +515,12 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
     problems = [(names[row], packed) for row, packed in enumerate(voxels) if isinstance(packed, str)]
     for name, reason in problems[:5]:
         log(f"left out: {name}: {reason}")
-    if len(problems) > 5:
-        log(f"left out: {len(problems) - 5:,} more, see problems.json")
     usable = [row for row, packed in enumerate(voxels) if isinstance(packed, bytes)]
     if len(usable) < 2:
-        what = f"has {len(usable)} meshes that can be used, of {len(found)}"
-        first = f"; {problems[0][0]}: {problems[0][1]}" if problems else ""
-        raise lct.UserError(what + first, f"--dataset {' '.join(options.dataset)}", "give more meshes")
+        what = f"has too few meshes that can be used: {len(usable)} of {len(found)}"
+        raise lct.UserError(what, f"--dataset {' '.join(options.dataset)}", "give two or more")
+    if len(problems) > 5:
+        log(f"left out: {len(problems) - 5:,} more, see problems.json")
     class_names = sorted({found[row][1] for row in usable})
     labels = np.array([class_names.index(found[row][1]) for row in usable])
     held_out = np.array([found[row][2] for row in usable])
@@ -558,22 +571,22 @@ def read_answers() -> Iterator[str]:
 
 
 def run_menu(options: LoaderOptions) -> None:
-    """Ask what is to be done, until the answers end; a failure is told, and the last one is the exit code."""
+    """Ask what is to be done, until the answers end; a failure is told, and from a pipe is the exit code."""
     names = list(DATASET_LINKS)
     actions = [*names, "choose a folder", "clear"]
     for number, name in enumerate(actions, start=1):
         text = {"choose a folder": "in a window", "clear": f"delete what was fetched to {options.download_path}"}
         print(f"{number:3}  {name:<16}{text.get(name) or DATASET_LINKS[name].text}")
-    failure = None
+    num_failures = 0
     for answer in read_answers():
         chosen = actions[int(answer) - 1] if answer.isdecimal() and 0 < int(answer) <= len(actions) else answer
         try:
             print(do_action(chosen, options.download_path))
         except lct.UserError as error:
-            failure = error
+            num_failures += 1
             print(f"error: {error}", file=sys.stderr)
-    if failure is not None and not sys.stdin.isatty():
-        raise failure
+    if num_failures and not sys.stdin.isatty():
+        raise lct.UserError(f"answers that failed: {num_failures}", "the menu", "mend what is said above")
 
 
 def do_action(chosen: str, download_path: Path) -> str:

@@ -5,6 +5,8 @@ A mesh is vertices, float64 (V, 3), and faces, int64 (F, 3). The third axis poin
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import itertools
 import re
@@ -23,10 +25,13 @@ MAX_SAMPLES = 2_000_000  # points on a surface at a time: 48 MB
 # Counts of steps along an edge: triangles of similar size are sampled together, each with at most a half more than it needs.
 STEP_COUNTS = np.unique(np.concatenate([2 ** np.arange(14), 3 * 2 ** np.arange(13)]))
 MIN_POINTS = 100  # of a cloud: fewer are no shape
+MAX_COORDINATE = 1e30  # squares and quotients of what is larger leave float64
 EMPTY_PROBABILITY = 0.05  # a grid that nowhere reaches it holds no shape, whatever the level
 LIGHT = np.array([0.35, -0.55, 0.75]) / np.linalg.norm([0.35, -0.55, 0.75])
 CLAY = np.array([196, 138, 92])  # RGB of a drawn mesh
 MADE_BY = "lct_dino3 modelit"  # stands in each file, which alone may be written over
+MATRIX_CELL = 46  # px: its cosine fits in
+MATRIX_SIDE = 4000  # px that a matrix has at most, while it has no more rows
 PAPER = 250  # gray of the background
 INK, GRID = "#374151", "#d7dae0"
 COLOURS = ("#26547c", "#c8553d", "#3a7d44", "#8e5ea2", "#b08900", "#6b7280")
@@ -67,10 +72,10 @@ def read_mesh(path: Path) -> Mesh:
             raise MeshError(f"cannot be read: {str(error)[:200] or type(error).__name__}") from error
     if not len(mesh.faces) and (path.suffix.lower() != ".ply" or len(mesh.vertices) < MIN_POINTS):
         raise MeshError("has no faces")
-    if not np.isfinite(mesh.vertices).all():
-        raise MeshError("has vertices that are no finite numbers")
+    if not (np.abs(mesh.vertices) < MAX_COORDINATE).all():  # nor is NaN
+        raise MeshError("has vertices that are no finite numbers, or far too large")
     corners = mesh.vertices[mesh.faces].reshape(-1, 3) if len(mesh.faces) else mesh.vertices
-    if not np.ptp(corners, axis=0).any():
+    if not np.ptp(corners, axis=0).max() > 1 / MAX_COORDINATE:
         raise MeshError("has no extent")
     return mesh
 
@@ -299,11 +304,21 @@ def encode_mesh(mesh: Any, kind: str, comments: Sequence[str]) -> bytes:
 # --- drawing
 
 
-def draw_mesh(mesh: Mesh, side: int) -> Image.Image:
-    """Draw a mesh as clay under a lamp, seen from the front, the right and above; no display is needed."""
+@functools.cache
+def load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font of 12 px: one of the system's that has Cyrillic and Greek, else Pillow's own, which has not."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    return ImageFont.load_default(12)
+
+
+def draw_mesh(mesh: Any, side: int) -> Image.Image:
+    """Draw a `Mesh`, or one of trimesh's, as clay under a lamp, seen from the front, the right and above; no display is needed."""
     turn, tilt = np.radians(35), np.radians(25)
     around = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     over = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
+    mesh = Mesh(np.asarray(mesh.vertices), np.asarray(mesh.faces))
     used = mesh.vertices[np.unique(mesh.faces)]
     low, high = used.min(axis=0), used.max(axis=0)
     scale = 1.75 * side / np.linalg.norm(high - low)  # drawn at twice the size
@@ -333,9 +348,18 @@ def draw_mesh(mesh: Mesh, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.BOX)
 
 
+def draw_voxels(probabilities: np.ndarray, sigma: float, side: int) -> Image.Image | None:
+    """Draw what marching cubes makes of probabilities (size, size, size); None where that is nothing."""
+    try:
+        mesh, _ = mesh_voxels(probabilities, 0.5, sigma)
+    except MeshError:
+        return None
+    return draw_mesh(mesh, side)
+
+
 def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: int) -> Image.Image:
     """Put pictures with captions into a table; None leaves a cell empty."""
-    font = ImageFont.load_default(12)
+    font = load_font()
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + 18) * len(rows)), (PAPER,) * 3)
     pen = ImageDraw.Draw(sheet)
     for row, cells in enumerate(rows):
@@ -347,10 +371,10 @@ def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: i
     return sheet
 
 
-def draw_curves(panels: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
-    """Draw one chart for each title, side by side: a line for each name, over 1, 2, ... epochs; NaN interrupts it."""
+def draw_curves(panels: dict[str, dict[str, Sequence[float | None]]]) -> Image.Image:
+    """Draw one chart for each title, side by side: a line for each name, over 1, 2, ... epochs; None or NaN interrupts it."""
     width, height, left, top = 420, 300, 60, 40
-    font = ImageFont.load_default(12)
+    font = load_font()
     picture = Image.new("RGB", (len(panels) * (width + left + 20), height + 2 * top), (PAPER,) * 3)
     pen = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
@@ -377,27 +401,29 @@ def draw_curves(panels: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
 
 
 def draw_matrix(values: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """Draw a square matrix of cosines as a heat map with its numbers; 1 is dark."""
-    cell, left = 46, 220
-    font = ImageFont.load_default(12)
-    picture = Image.new("RGB", (left + cell * len(names) + 10, cell * len(names) + 10), (PAPER,) * 3)
+    """Draw a square matrix of cosines as a heat map, 1 is dark; names and numbers stand where there is room for them."""
+    cell, left = max(1, min(MATRIX_CELL, MATRIX_SIDE // len(names))), 220
+    font = load_font()
+    shares = np.clip(values, 0, 1)[:, :, None]
+    colours = PAPER + (np.array([38, 84, 124]) - PAPER) * shares
+    side = cell * len(names)
+    heat = Image.fromarray(colours.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    picture = Image.new("RGB", (left + side + 10, side + 10), (PAPER,) * 3)
+    picture.paste(heat, (left, 0))
     pen = ImageDraw.Draw(picture)
-    for row, name in enumerate(names):
-        pen.text((left - 8, row * cell + cell / 2), f"{name[:32]}  {row + 1}", INK, font, anchor="rm")
-        for column, value in enumerate(values[row].tolist()):
-            corner = (left + column * cell, row * cell)
-            share = min(max(value, 0.0), 1.0)
-            colour = tuple(round(PAPER + (dark - PAPER) * share) for dark in (38, 84, 124))
-            pen.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), colour)
-            ink = "white" if share > 0.6 else INK
-            pen.text((corner[0] + cell / 2 - 1, corner[1] + cell / 2), f"{value:.2f}", ink, font, anchor="mm")
+    for row, name in enumerate(names if cell >= 12 else ()):
+        pen.text((left - 8, (row + 0.5) * cell), f"{name[:32]}  {row + 1}", INK, font, anchor="rm")
+        for column, value in enumerate(values[row].tolist() if cell == MATRIX_CELL else ()):
+            ink = "white" if value > 0.6 else INK
+            middle = (left + (column + 0.5) * cell, (row + 0.5) * cell)
+            pen.text(middle, f"{value:.2f}", ink, font, anchor="mm")
     return picture
 
 
 def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
     """Draw named points (N, 2), both axes at the same scale."""
     side, margin = 640, 90
-    font = ImageFont.load_default(12)
+    font = load_font()
     picture = Image.new("RGB", (side, side), (PAPER,) * 3)
     pen = ImageDraw.Draw(picture)
     span = max(float(np.ptp(points, axis=0).max()), 1e-9)

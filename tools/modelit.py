@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from dataset_loader import Shapes, load_shapes
 from meshes import (
-    Mesh,
     MeshError,
     draw_curves,
     draw_matrix,
     draw_mesh,
     draw_points,
     draw_sheet,
+    draw_voxels,
     encode_mesh,
     encode_png,
     mesh_voxels,
@@ -55,8 +55,10 @@ from voxel_gan import (
     CVAE_Conditional,
     TrainState,
     embed_prompts,
+    fits_architecture,
     intersect_over_union,
     kl_divergence,
+    read_latent,
     restore_state,
     score_means,
     start_state,
@@ -67,8 +69,11 @@ CHECKPOINT_FORM = {
     "epoch": int,
     "run": str,
     "class_names": (list, tuple),
-    **dict.fromkeys(("architecture", "identity", "text"), dict),
+    "architecture": dict.fromkeys(ARCHITECTURE, (int, float)),
+    "identity": dict,
+    "text": {"encoder": str, "pretrained": str},
     "optimizers": [dict],
+    "scalers": [dict],
     "model": {str: torch.Tensor},
     "discriminator": {str: torch.Tensor},
 }
@@ -147,7 +152,7 @@ class ModelitOptions(lct.Options):
     prompt: str | None = lct.option(None, "what to make; left out: any shape", "generate", metavar="TEXT")
     prompts: Path | None = lct.option(None, "file with a prompt a line", "generate", metavar="FILE")
     output: Path = lct.option(Path("model.obj"), "mesh; several get _001 and so on", "generate", metavar="FILE")
-    format: str | None = lct.option(None, "kind of mesh (default: by the name of --output)", "generate",
+    format: str | None = lct.option(None, "kind of mesh, whose ending --output gets (default: by the name of --output)", "generate",
         choices=MESH_KINDS)
     num_samples: int = lct.option(1, "shapes a prompt", "generate", low=1, high=100000)
     latent_seed: int = lct.option(0, "of z: the same for every prompt", "generate", low=0)
@@ -210,8 +215,8 @@ def choose_runtime(options: ModelitOptions) -> lct.Runtime:
 def read_prompts(options: ModelitOptions) -> list[str]:
     """Return the prompts of --prompts or --prompt; none is an empty list."""
     if options.prompts is None:
-        return [] if options.prompt is None else [options.prompt]
-    lines = options.prompts.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [options.prompt] if options.prompt and options.prompt.strip() else []
+    lines = options.prompts.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise lct.UserError("holds no prompt", options.said("prompts"), "write one a line")
@@ -379,47 +384,37 @@ def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
     num_classes = len(job.shapes.class_names)
     train = np.flatnonzero(~job.shapes.held_out)
     train = np.random.default_rng(options.seed).permutation(train)[:JUDGED_REFERENCES]
-    references = torch.from_numpy(job.shapes.grids(train, options.voxel_size)).flatten(1)
-    adherent = []
+    labels = np.arange(max(JUDGED_SAMPLES, num_classes)) % num_classes
+    samples = []
     closed = []
-    nearest_iou = []
-    for number in range(max(JUDGED_SAMPLES, num_classes)):
-        label = number % num_classes
+    for label in labels:
         z = torch.randn(1, options.latent_dim, generator=generator).to(job.runtime.device)
         probabilities = state.model.generate(z, job.prompts[label, :1].to(job.runtime.device)).cpu()
-        filled = (probabilities >= 0.5).float().flatten(1)
-        shared = references @ filled[0]
-        overlaps = shared / (references.sum(dim=1) + filled.sum() - shared)
-        adherent.append(job.shapes.labels[train[overlaps.argmax()]] == label)
-        nearest_iou.append(overlaps.max().item())
+        samples.append((probabilities >= 0.5).flatten())
         try:
             _, warning = mesh_voxels(probabilities[0, 0].numpy(), 0.5, SIGMA)
             closed.append(not warning)  # else nothing of it reaches the level
         except MeshError:
             closed.append(False)
-    means = {"adherence": np.mean(adherent), "closed": np.mean(closed), "nearest_iou": np.mean(nearest_iou)}
-    return {"samples": len(adherent), **{name: float(value) for name, value in means.items()}}
-
-
-def draw_voxels(probabilities: np.ndarray) -> Image.Image | None:
-    """Draw what marching cubes makes of probabilities (size, size, size); None where that is nothing."""
-    try:
-        mesh, _ = mesh_voxels(probabilities, 0.5, SIGMA)
-    except MeshError:
-        return None
-    return draw_mesh(Mesh(mesh.vertices, mesh.faces), SHEET_SIDE)
+    filled = torch.stack(samples).float()
+    overlaps = []
+    for start in range(0, len(train), 64):  # all at once, 2,000 grids of 128^3 would take 16 GB
+        references = torch.from_numpy(job.shapes.grids(train[start : start + 64], options.voxel_size)).flatten(1)
+        shared = references @ filled.T
+        overlaps.append(shared / (references.sum(dim=1, keepdim=True) + filled.sum(dim=1) - shared))
+    nearest = torch.cat(overlaps).max(dim=0)  # over training shapes
+    adherent = job.shapes.labels[train[nearest.indices.numpy()]] == labels
+    means = {"adherence": adherent.mean(), "closed": np.mean(closed), "nearest_iou": nearest.values.mean()}
+    return {"samples": len(labels), **{name: float(value) for name, value in means.items()}}
 
 
 @torch.inference_mode()
 def write_pictures(job: Job, state: TrainState) -> None:
     """Write the curves, and a sheet: of each class a held-out shape, what becomes of it, and samples."""
     records = [event for event in lct.read_events(job.run.path) if event["event"] == "epoch_end"]
-    panels: dict[str, dict[str, list[float]]] = {}
-    for title, names in CURVES.items():
-        lines = {
-            name: [math.nan if (value := event.get(name)) is None else value for event in records] for name in names
-        }
-        panels[title] = lines
+    panels = {
+        title: {name: [event.get(name) for event in records] for name in names} for title, names in CURVES.items()
+    }
     lct.write_bytes(job.run.path / "curves.png", encode_png(draw_curves(panels)))
     device = job.runtime.device
     state.model.eval()
@@ -438,7 +433,8 @@ def write_pictures(job: Job, state: TrainState) -> None:
         samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
         grids = [voxels[0, 0], logits.float().sigmoid().cpu().numpy()[0, 0], *samples[:, 0]]
         captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
-        rows.append([(caption, draw_voxels(grid)) for caption, grid in zip(captions, grids, strict=True)])
+        pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
+        rows.append(list(zip(captions, pictures, strict=True)))
     sheet = encode_png(draw_sheet(rows, SHEET_SIDE))
     lct.write_bytes(job.run.path / f"samples_ep{state.epoch:04}.png", sheet)
 
@@ -451,11 +447,14 @@ def read_state(path: Path, remedy: str) -> dict[str, Any]:
     """
     where = f"--checkpoint {path}"
     if not path.is_file():
-        raise lct.UserError("does not exist", where, remedy)
+        raise lct.UserError("is not a file" if path.exists() else "does not exist", where, remedy)
     try:
-        return lct.load_checkpoint(path, CHECKPOINT_FORM)
+        payload = lct.load_checkpoint(path, CHECKPOINT_FORM)
     except lct.UserError as error:
         raise lct.UserError(error.what, where, remedy) from error
+    if payload["text"]["encoder"] not in ENCODER_NAMES or not fits_architecture(payload):
+        raise lct.UserError("holds other weights than it says, or a text encoder that is not known", where, remedy)
+    return payload
 
 
 def train(options: ModelitOptions) -> None:
@@ -523,7 +522,8 @@ def train_run(job: Job, payload: dict[str, Any] | None) -> None:
     figures = judge_samples(job, state)
     job.run.event("samples_end", epoch=state.epoch, **figures)
     means = f"mean shape {job.baselines['mean_shape']:.3f}, class mean {job.baselines['class_mean']:.3f}"
-    job.run.log(f"held-out IoU without learning: {means}")
+    kind = "held-out" if shapes.held_out.any() else "training (nothing is held out)"
+    job.run.log(f"{kind} IoU without learning: {means}")
     job.run.log(
         f"{figures['samples']} samples from the prior: {figures['adherence']:.0%} are nearest to a shape of their prompt's class"
         f" (IoU {figures['nearest_iou']:.2f}), {figures['closed']:.0%} give a watertight mesh"
@@ -557,42 +557,17 @@ def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_
     """Return the trained generator, and the checkpoint that it comes from.
 
     Raises:
-        UserError: there is no checkpoint, or another text encoder is asked for than it was trained with.
+        UserError: there is no checkpoint, or it was trained with another architecture or text encoder than is asked for.
     """
     payload = read_state(options.checkpoint, "train first: --mode train, or name another --checkpoint")
-    trained = payload["text"]["encoder"]
-    if "text_encoder" in options.origins and options.text_encoder != trained:
-        raise lct.UserError(f"was trained with {trained}", options.said("text_encoder"), "leave it out")
+    for name, trained in (*payload["architecture"].items(), ("text_encoder", payload["text"]["encoder"])):
+        if name in options.origins and getattr(options, name) != trained:
+            raise lct.UserError(f"{options.checkpoint} was trained with {trained}", options.said(name), "leave it out")
     if "clip_pretrained" in options.origins:  # the same weights from another place
         payload["text"]["pretrained"] = options.clip_pretrained
     model = CVAE_Conditional(payload["architecture"])
     model.load_state_dict(payload["model"])
     return model.to(runtime.device).eval(), payload
-
-
-def read_latent(options: ModelitOptions, latent_dim: int) -> torch.Tensor:
-    """Return z (num_samples, latent_dim): drawn from the seed, or read.
-
-    Raises:
-        UserError: the file holds no such array.
-    """
-    if options.z is None:
-        return torch.randn(
-            options.num_samples, latent_dim, generator=torch.Generator().manual_seed(options.latent_seed)
-        )
-    try:
-        values = np.load(options.z, allow_pickle=False)
-        z = torch.from_numpy(np.atleast_2d(values).astype(np.float32))
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        raise lct.UserError(f"cannot be read: {error}", options.said("z"), "write it with numpy.save") from error
-    if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) or not torch.isfinite(z).all():
-        what = f"has the shape {values.shape}, or numbers that are not finite"
-        raise lct.UserError(
-            what, options.said("z"), f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
-        )
-    if "num_samples" in options.origins and options.num_samples != len(z):
-        raise lct.UserError(f"--z has {len(z)} rows", options.said("num_samples"), "leave it out")
-    return z
 
 
 def generate(options: ModelitOptions) -> None:
@@ -601,6 +576,8 @@ def generate(options: ModelitOptions) -> None:
     Raises:
         UserError: the kind of file is unknown, a shape is empty, or no closed surface comes out.
     """
+    if options.preview is not None and options.preview.suffix.lower() != ".png":
+        raise lct.UserError("is no PNG", options.said("preview"), "end it in .png")
     kind = options.format or options.output.suffix.lower().removeprefix(".")
     if kind not in MESH_KINDS:
         raise lct.UserError("is no kind of mesh", options.said("output"), f"end it in .{', .'.join(MESH_KINDS)}")
@@ -615,7 +592,8 @@ def generate(options: ModelitOptions) -> None:
     z = read_latent(options, payload["architecture"]["latent_dim"])
     pairs = list(itertools.product(range(len(vectors)), range(len(z))))
     numbers = [f"_{number:03}" if len(pairs) > 1 else "" for number in range(1, len(pairs) + 1)]
-    paths = [options.output.with_name(f"{options.output.stem}{number}.{kind}") for number in numbers]
+    suffix = options.output.suffix if options.output.suffix.lower() == f".{kind}" else f".{kind}"
+    paths = [options.output.with_name(f"{options.output.stem}{number}{suffix}") for number in numbers]
     for path in paths:
         lct.check_replaceable(path, f"--output {path}")
     if options.preview is not None:
@@ -635,17 +613,13 @@ def generate(options: ModelitOptions) -> None:
             remedy = "train longer, or take another --latent_seed, --prompt or --guidance"
             raise lct.UserError(str(error), f"{said}, sample {sample}", remedy) from error
         seed = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
-        comments = [
-            said,
-            f"{seed}, sample {sample}",
-            f"text encoder: {ENCODER_NAMES[encoder]}",
-            f"by {options.checkpoint}",
-        ]
+        source = f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}"
+        comments = [said, f"{seed}, sample {sample}", source]
         lct.write_bytes(path, encode_mesh(mesh, kind, comments))
         if warning:
             lct.show(f"warning: {path}: {warning}")
         lct.show(f"{path}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces, watertight; {said}")
-        cells.append((prompt or "no prompt", Mesh(mesh.vertices, mesh.faces)))
+        cells.append((prompt or "no prompt", mesh))
     if encoder == "hash" and prompts:
         lct.show(f"text encoder: {ENCODER_NAMES['hash']}")
     if options.preview or options.show:

@@ -61,7 +61,7 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
     except ImportError as error:
         raise lct.UserError("open_clip is not installed", where, f"pip install open_clip_torch; {offline}") from error
     if os.sep in text["pretrained"] and not Path(text["pretrained"]).is_file():
-        raise lct.UserError("does not exist", where, f"check the path; {offline}")
+        raise lct.UserError("is no file", where, f"check the path; {offline}")
     import huggingface_hub.constants as hub_constants
 
     was_offline = hub_constants.HF_HUB_OFFLINE
@@ -79,9 +79,11 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
     except MemoryError:
         raise
     except Exception as error:  # whatever a hub, a damaged file or a wrong name provokes
-        reason = lct.printable(str(error)).split(". ")[0][:200]
+        what = f"the text encoder has no weights: {lct.printable(str(error)).split('. ')[0][:200]}"
+        if Path(text["pretrained"]).is_file():
+            what = f"the file holds no weights of {CLIP_MODEL}"
         remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
-        raise lct.UserError(f"the text encoder has no weights: {reason}", where, remedy) from error
+        raise lct.UserError(what, where, remedy) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
         logging.disable(logging.NOTSET)
@@ -177,6 +179,33 @@ def make_tower(channels: Sequence[int], architecture: dict[str, Any]) -> nn.Sequ
     for before, after in zip((1, *channels[:-1]), channels, strict=True):
         layers += make_block(nn.Conv3d(before, after, 4, stride=2, padding=1), after, architecture)
     return nn.Sequential(*layers, nn.Flatten())
+
+
+def read_latent(options: Any, latent_dim: int) -> torch.Tensor:
+    """Return z (num_samples, latent_dim): drawn from the seed, or read; the options are those of modelit.py.
+
+    Raises:
+        UserError: the file holds no such array.
+    """
+    if options.z is None:
+        return torch.randn(
+            options.num_samples, latent_dim, generator=torch.Generator().manual_seed(options.latent_seed)
+        )
+    try:
+        values = np.load(options.z, allow_pickle=False)
+        with np.errstate(over="ignore"):  # infinity is refused below
+            z = torch.from_numpy(np.atleast_2d(values).astype(np.float32, casting="same_kind"))
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+        reason = str(error).partition(". ")[0]
+        raise lct.UserError(f"cannot be read: {reason}", options.said("z"), "write numbers with numpy.save") from error
+    if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) or not torch.isfinite(z).all():
+        what = f"has the shape {values.shape}, or numbers that are not finite"
+        raise lct.UserError(
+            what, options.said("z"), f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
+        )
+    if "num_samples" in options.origins and options.num_samples != len(z):
+        raise lct.UserError(f"--z has {len(z)} rows", options.said("num_samples"), "leave it out")
+    return z
 
 
 class VoxelEncoder(nn.Module):
@@ -311,6 +340,18 @@ def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
     ]
     # One scaler an optimizer: a step of one that is left out, since a gradient overflowed, says nothing of the other.
     return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
+
+
+def fits_architecture(payload: dict[str, Any]) -> bool:
+    """Return whether the weights of a checkpoint are those of the architecture that it names."""
+    with torch.device("meta"):  # shapes alone
+        networks = {"model": CVAE_Conditional, "discriminator": Discriminator}
+        expected = {name: network(payload["architecture"]).state_dict() for name, network in networks.items()}
+    return all(
+        {key: value.shape for key, value in weights.items()}
+        == {key: value.shape for key, value in payload[name].items()}
+        for name, weights in expected.items()
+    )
 
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -131,6 +132,29 @@ def test_what_cannot_be_fetched_is_one_sentence(
     assert server.url in str(caught.value) and len(server.asked) == requests
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "closed connection"),
+        (b"SSH-2.0\r\n\r\n", "SSH-2.0"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", "many"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", "IncompleteRead"),
+        (b"HTTP/1.1 302 F\r\nLocation: /set.zip\r\nContent-Length: 0\r\n\r\n", "redirect"),
+    ],
+)
+def test_servers_that_end_early_or_speak_no_http_cost_one_sentence(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
+) -> None:
+    def reply(request: BaseHTTPRequestHandler) -> None:
+        request.close_connection = True
+        request.wfile.write(answer)
+
+    monkeypatch.setattr(server, "answer", reply)
+    with pytest.raises(lct.UserError, match="cannot be fetched") as caught:
+        download_file(server.url, tmp_path / "set.zip")
+    assert said in caught.value.what and "\n" not in caught.value.what and not (tmp_path / "set.zip").exists()
+
+
 def test_a_wrong_checksum_deletes_what_came(server: Server, tmp_path: Path) -> None:
     with pytest.raises(lct.UserError, match="SHA-256"):
         download_file(server.url, tmp_path / "set.zip", "0" * 64)
@@ -172,7 +196,14 @@ def test_links_bombs_doubles_and_damage_are_refused(tmp_path: Path) -> None:
         archives["is there twice"] = buffer.getvalue()
     flipped = bytearray(make_zip({"fine.off": CONTENT[:1000]}))
     flipped[100] ^= 1
-    for said, data in [*archives.items(), ("is damaged", bytes(flipped))]:
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("fine.off", os.urandom(1000))
+    packed = bytearray((tmp_path / "lzma.zip").read_bytes())
+    packed[60] ^= 255
+    others = [("is damaged", bytes(flipped)), ("is damaged", bytes(packed))]
+    for members in ({"a": "", "a/b.off": ""}, {"a/b.off": "", "a": ""}, {"a" * 300: ""}, {".": ""}):
+        others.append(("cannot be unpacked", make_zip(members)))
+    for said, data in [*archives.items(), *others]:
         (tmp_path / "set.zip").write_bytes(data)
         with pytest.raises(lct.UserError, match=said):
             extract_archive(tmp_path / "set.zip", tmp_path / "out")
@@ -277,6 +308,7 @@ def test_the_menu_takes_answers_from_a_pipe(tmp_path: Path) -> None:
     assert f"ready: {tmp_path / 'sets' / 'toy'}" in done.stdout and "deleted: toy" in done.stdout
     assert "registered at" in done.stderr and "99" in done.stderr and "Traceback" not in done.stderr
     assert done.returncode == 2, "a script must learn that an answer failed"
+    assert done.stderr.count("99") == 1 and "answers that failed: 2" in done.stderr
     assert not (tmp_path / "sets" / "toy").exists(), "0 ends it, whatever follows"
 
 

@@ -194,12 +194,38 @@ def test_a_broken_mesh_costs_itself_and_is_named(toys: Path, here: Path) -> None
     shutil.copytree(toys, here / "data")
     (here / "data" / "chair" / "chair_0003.off").write_text("OFF\n3 1 0\n0 0 0\n")
     (here / "data" / "chair" / "flat.off").write_text("OFF\n3 1 0\n1 1 1\n1 1 1\n1 1 1\n3 0 1 2\n")
+    for name, value in (
+        ("huge", "1e308"),
+        ("nan", "nan"),
+        ("tiny", "1e-320"),
+    ):  # -1e308 to 1e308 is more than float64 has
+        (here / "data" / "chair" / f"{name}.off").write_text(f"OFF\n3 1 0\n{value} 0 0\n-{value} 0 0\n0 0 0\n3 0 1 2\n")
     shapes, problems = load(here / "data")
     assert len(shapes.labels) == 23
     assert [(Path(path).name, reason.split(":")[0]) for path, reason in problems] == [
         ("chair_0003.off", "line 3"),
         ("flat.off", "has no extent"),
+        ("huge.off", "has vertices that are no finite numbers, or far too large"),
+        ("nan.off", "has vertices that are no finite numbers, or far too large"),
+        ("tiny.off", "has no extent"),
     ]
+
+
+def test_too_few_meshes_name_what_there_is_and_no_file_that_is_not(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "data").mkdir()
+    for number in range(7):
+        (here / "data" / f"{number}.off").write_text("OFF\n3 1 0\n0 0 0\n")
+    assert train(here / "data") == 2
+    output = capsys.readouterr()
+    assert "has too few meshes that can be used: 0 of 7" in output.err
+    assert output.out.count("line 3: ends after 1 lines") == 5 and "problems.json" not in output.out
+
+
+def test_a_mesh_that_two_sources_hold_counts_once(toys: Path, here: Path) -> None:
+    shapes, _ = load(toys, "--dataset", toys / "chair", toys, toys)
+    assert len(shapes.labels) == 24 and shapes.class_names == ["chair", "lamp", "monitor", "table"]
 
 
 def test_voxels_are_computed_once(toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +342,22 @@ def test_each_optimizer_moves_its_own_network_alone() -> None:
         assert changed == [position == 0, position == 1]
 
 
+def test_a_gradient_of_one_network_that_overflows_costs_the_other_nothing() -> None:
+    """What half precision does on a GPU, by the scalers of the CPU: each optimizer has its own."""
+    plain, scaled = make_state(), make_state()
+    scaled.scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16) for _ in range(2)]
+    before = scaled.model.empty.clone()
+    voxel_gan.take_step(scaled, 0, scaled.model.empty.sum() * 1e38)
+    for state in (plain, scaled):
+        voxel_gan.take_step(state, 1, state.discriminator(torch.ones(2, 1, 8, 8, 8), torch.ones(2, 32)).sum())
+    assert [scaler.get_scale() for scaler in scaled.scalers] == [2.0**15, 2.0**16]
+    assert torch.equal(scaled.model.empty, before)
+    start = make_state().discriminator.state_dict()
+    for name, value in scaled.discriminator.state_dict().items():
+        torch.testing.assert_close(value, plain.discriminator.state_dict()[name])
+        assert not torch.equal(value, start[name])
+
+
 def test_the_discriminator_sees_probabilities_in_training(
     toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +385,23 @@ def test_prompts_of_the_hash_are_near_when_they_are_spelled_nearly_alike() -> No
 
 
 # --- training
+
+
+def test_nearest_shapes_are_those_of_all_references(toys: Path, here: Path) -> None:
+    """More references than are compared at a time, and all of one class but the last."""
+    shapes, _ = load(toys)
+    rows = np.array([*np.flatnonzero(shapes.labels == 1)] * 30 + [np.flatnonzero(shapes.labels == 0)[0]])
+    many = shapes._replace(packed=shapes.packed[rows], labels=shapes.labels[rows], held_out=np.zeros(len(rows), bool))
+    words = ["--dataset", str(toys), *TINY]
+    options = lct.parse_options(modelit.ModelitOptions, words, "modelit")
+    runtime = lct.make_runtime(0, "fp32")
+    chair, lamp = (torch.from_numpy(many.grids(rows, 8)) for rows in (np.array([len(rows) - 1]), np.array([0])))
+    answers = iter([chair, lamp, lamp, lamp] * 16)  # to prompts of chair, lamp, monitor and table
+    state = voxel_gan.start_state(options, runtime)
+    state.model.generate = lambda z, prompts: next(answers)
+    job = modelit.Job(options, runtime, many, torch.zeros(4, 1, 32), {}, None, here, {})
+    judged = modelit.judge_samples(job, state)
+    assert judged == {"samples": 64, "adherence": 0.5, "closed": 1.0, "nearest_iou": 1.0}
 
 
 def test_a_run_leaves_what_is_promised(trained: Path) -> None:
@@ -468,6 +527,38 @@ def test_settings_of_another_run_are_refused_and_overwrite_moves_it_aside(
     assert "cannot be read as a checkpoint" in capsys.readouterr().err
 
 
+def test_checkpoints_that_do_not_fit_cost_one_sentence(
+    trained: Path, toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(**changes: object) -> Path:
+        torch.save({**payload, **changes}, here / "spoiled.pth")
+        return here / "spoiled.pth"
+
+    payload = read_checkpoint(trained / "vae_gan_test.pth")
+    less = {name: value for name, value in payload["architecture"].items() if name != "cond_dim"}
+    for changes in (
+        {"architecture": {**payload["architecture"], "latent_dim": 9}},
+        {"architecture": less},
+        {"discriminator": dict(list(payload["discriminator"].items())[1:])},
+        {"text": {"encoder": "letters", "pretrained": ""}},
+    ):
+        path = spoil(**changes)
+        for flags in (("--mode", "generate"), ("--mode", "train", "--dataset", toys, *TINY)):
+            assert run_main("modelit", *flags, "--checkpoint", path) == 2
+            output = capsys.readouterr()
+            assert f"--checkpoint {path}: " in output.err and "Traceback" not in output.err
+    assert train(toys, "--checkpoint", here) == 2
+    assert "is not a file" in capsys.readouterr().err
+
+
+def test_nothing_is_called_held_out_where_nothing_is(
+    toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(toys, "--val_split", 0, "--epochs", 1, "--max_samples", 4) == 0
+    output = capsys.readouterr().out
+    assert "held-out" not in output and output.count("training (nothing is held out) IoU") == 2
+
+
 def test_a_collapsed_posterior_is_said_with_its_knob(
     toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -509,6 +600,20 @@ def test_mistakes_cost_one_sentence(
     output = capsys.readouterr()
     assert said in output.err and "Traceback" not in output.err
     assert not [*here.glob("rez/run_*")] and not [*here.glob("*.pth")]
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_main("modelit", "--help")
+    assert "[testdataset]\n" in capsys.readouterr().out
+
+
+def test_files_that_hold_no_weights_of_clip_are_called_that(
+    toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.pt").write_text("hello")
+    assert train(toys, "--text_encoder", "openclip", "--clip_pretrained", "./text.pt") == 2
+    assert "./text.pt: the file holds no weights of ViT-B-32" in capsys.readouterr().err
 
 
 def test_without_open_clip_it_says_how_to_get_it(
@@ -599,9 +704,36 @@ def test_z_is_a_function_of_the_seed_or_of_a_file(
     assert bytes_of("--z", "z.npy") == first
     np.save("wrong.npy", np.zeros(9))
     np.save("object.npy", np.array([{}], dtype=object))
-    for name in ("wrong.npy", "object.npy"):
+    np.save("complex.npy", np.zeros(8, complex))
+    np.save("huge.npy", np.full(8, 1e300))
+    for name in ("wrong.npy", "object.npy", "complex.npy", "huge.npy"):
         assert generate(trained, "--z", name) == 2
         assert f"--z {name}" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_blank_prompts_are_none_and_byte_order_marks_are_no_letters(trained: Path, here: Path) -> None:
+    assert generate(trained, "--prompt", " ", "--output", "blank.OBJ") == 0
+    assert (here / "blank.OBJ").read_text().startswith("# no prompt"), "the name is kept as it was typed"
+    (here / "prompts.txt").write_text("a chair\n", encoding="utf-8-sig")
+    assert generate(trained, "--prompts", "prompts.txt", "--output", "chair.obj") == 0
+    assert (here / "chair.obj").read_text().startswith("# prompt: a chair\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--voxel_size", 16), "--voxel_size 16: vae_gan_test.pth was trained with 8"),
+        (("--text_encoder", "openclip"), "--text_encoder openclip: vae_gan_test.pth was trained with hash"),
+        (("--preview", "shape.obj", "--output", "shape.obj"), "--preview shape.obj: is no PNG"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_or_itself(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    assert run_main("modelit", "--mode", "generate", *flags) == 2
+    assert said in capsys.readouterr().err and not [*trained.glob("*.obj")]
 
 
 def test_guidance_goes_beyond_the_shape_without_prompt() -> None:
@@ -654,6 +786,17 @@ def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
         with Image.open(here / "rez" / "analysis" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
     assert run_main(*command) == 0, "without prompts, the classes"
+
+
+def test_pictures_of_many_prompts_stay_small_and_captions_have_cyrillic() -> None:
+    picture = meshes.draw_matrix(np.eye(500), [f"prompt {number}" for number in range(500)])
+    assert max(picture.size) < 4500
+    few = meshes.draw_matrix(np.eye(3), ["a", "b", "c"])
+    assert few.size == (3 * 46 + 230, 3 * 46 + 10) and few.getpixel((225, 5)) == (38, 84, 124) != few.getpixel((275, 5))
+    font = meshes.load_font()
+    if "DejaVu" not in font.getname()[0]:
+        pytest.skip("there is no font of the system")
+    assert font.getmask("л").getbbox() and bytes(font.getmask("л")) != bytes(font.getmask("п"))
 
 
 def test_real_meshes_are_read(shared_data: Path) -> None:
