@@ -2332,6 +2332,12 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
 
 
+def highest_value(image: Image.Image, data: bytes) -> int:
+    """Return the highest value in an opened image of more than 8 bits a channel, 0 in any other."""
+    values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+    return 0 if values is None else int(values.max())
+
+
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     """Return how many bits images of more than 8 a channel really use, by the highest value in each (n,), 0 where it has 8.
 
@@ -2636,8 +2642,7 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
             pixels, health["mode"], health["orientation"] = decode_image(data, bits)
             with opened_image(data) as image:
-                values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-            health["highest"] = 0 if values is None else int(values.max())  # 0 where it has 8 bits a channel
+                health["highest"] = highest_value(image, data)
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
             if keep is not None and (bits or not health["highest"]):
                 keep(pixels)

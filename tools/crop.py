@@ -9,6 +9,7 @@ command continues where it was interrupted, and what a person has put there, edi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import geometry
-import labels as label_files
+from label_objects import LabelError, Problem, find_class_name
+from labels import read_labels
+from photos import find_photo_bits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,7 +68,7 @@ class CropOptions(lct.Options):
         needed=True)
     box_pad: float = lct.option(0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0)
     image_bits: tuple[int, ...] = lct.option((),
-        "bits a channel that photos of more than 8 really use, such as 12; the run that labels photos needs the same",
+        "bits a channel that photos of more than 8 really use, such as 12 (default: what their values show)",
         "cropping", metavar="N", nargs="+", low=8, high=16)
     unknown: tuple[str, ...] = lct.option((), "classes that are none: their crops go beside --out, for --unknown_dir",
         "cropping", metavar="NAME", nargs="+", action="extend")
@@ -129,7 +132,7 @@ class Labelled:
     objects: list[list[tuple[str, str]]]  # of each photo: JSON, class
     folders: dict[str, str]  # class -> name of its folder
     unknown: set[str]  # classes that are none
-    problems: list[label_files.Problem]
+    problems: list[Problem]
     notes: list[str]
 
 
@@ -143,20 +146,20 @@ def read_labelled(options: CropOptions) -> Labelled:
     if not tree.paths:
         raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
-        found = label_files.read_labels(options.labels, tree.paths)
-    except label_files.LabelError as error:
+        found = read_labels(options.labels, tree.paths)
+    except LabelError as error:
         raise lct.UserError(error.what, f"--labels {error.where}", error.remedy) from error
     paths = [tree.paths[number] for number in found.images]
-    problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    problems = [Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     objects: list[list[tuple[str, str]]] = [[] for _ in paths]
     for number, text in found.objects:
         detection = json.loads(text)
         try:
             if detection.get("iscrowd") == 1:
                 raise geometry.BoxError("is a crowd of objects, not one")
-            name = label_files.find_class_name(found.class_names, detection.get("category_id"))
+            name = find_class_name(found.class_names, detection.get("category_id"))
         except geometry.BoxError as error:
-            problems.append(label_files.Problem(paths[number], detection.get("id"), str(error)))
+            problems.append(Problem(paths[number], detection.get("id"), str(error)))
             continue
         objects[number].append((text, unicodedata.normalize("NFC", name)))
     folders = {name: name_folder(name) for name in dict.fromkeys(name for items in objects for _, name in items)}
@@ -310,7 +313,7 @@ class CutPhoto:
     crops: list[NewCrop] | None  # None = what is there stays
     # Each earlier crop, and whether it is `sound`, `edited` by a person, or `gone`.
     states: list[tuple[dict[str, Any], str]]
-    problems: list[label_files.Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 class Cutter:
@@ -359,10 +362,10 @@ class Cutter:
             size = image.shape[1::-1]
             objects = (geometry.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
             doubt = geometry.check_size(size, photo.claimed, objects)
-            cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
+            cut.problems += [Problem(photo.path, None, doubt)] if doubt else []
         except (lct.ImageError, geometry.BoxError) as error:
             reason = f"cannot be read: {error}" if isinstance(error, lct.ImageError) else str(error)
-            cut.problems.append(label_files.Problem(photo.path, None, reason))
+            cut.problems.append(Problem(photo.path, None, reason))
             return
         cut.crops = []
         for text, class_name in photo.objects:
@@ -371,11 +374,11 @@ class Cutter:
                 cutting = geometry.cut_object(image, detection, self.box_pad, with_mask=True)
                 jpeg = encode_jpeg(cutting.pixels)
             except (geometry.BoxError, ValueError) as error:
-                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), str(error)))
+                cut.problems.append(Problem(photo.path, detection.get("id"), str(error)))
                 continue
             if cutting.problem:
                 reason = f"{cutting.problem}; it is cut without a mask"
-                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), reason))
+                cut.problems.append(Problem(photo.path, detection.get("id"), reason))
             mask = cutting.mask
             mask = mask if mask is None else b"" if mask.all() else encode_png(mask)
             cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
@@ -437,7 +440,7 @@ class Change:
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
-    problems: list[label_files.Problem] = field(default_factory=list)  # then crops that a person has changed
+    problems: list[Problem] = field(default_factory=list)  # then crops that a person has changed
 
     def carry_out(self) -> None:
         """Write what is new, then remove what it replaces.
@@ -523,7 +526,7 @@ class Planner:
             change.records.append({**record, "key": key})
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
-                change.problems.append(label_files.Problem(cut.photo.path, crop.id, reason))
+                change.problems.append(Problem(cut.photo.path, crop.id, reason))
             paths = [self.roots[record["unknown"]] / name for name, _ in list_files(record)]
             change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
@@ -564,13 +567,13 @@ class Planner:
         }
 
 
-def tell_by_hand(record: dict[str, Any], state: str, now: str) -> label_files.Problem:
+def tell_by_hand(record: dict[str, Any], state: str, now: str) -> Problem:
     """Return what to tell of a crop that a person has changed; `now` is what the labels say of it."""
     done = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
-    return label_files.Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
+    return Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
 
 
-def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[label_files.Problem]:
+def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[Problem]:
     """Make the crops be those of the labels, photo by photo; return what is to be told of them.
 
     The records of a photo are on disk before its files are touched: whatever a kill leaves is known to be ours.
@@ -579,7 +582,7 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
     planner = Planner(labelled, cutter, records)
     progress_log = lct.LineFile(options.out / PROGRESS_NAME)
     bar = lct.progress((), len(labelled.paths), "cropping", unit="photo")
-    problems: list[label_files.Problem] = []
+    problems: list[Problem] = []
     photos = plan_photos(options, labelled, records)
     with contextlib.closing(progress_log), contextlib.closing(bar):
         while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
@@ -655,6 +658,9 @@ def crop_photos(options: CropOptions) -> None:
                     leftover.unlink()
         for note in labelled.notes:
             lct.show(note)
+        if not options.image_bits:
+            with_objects = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
+            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, with_objects))
         num_objects = sum(map(len, labelled.objects))
         lct.show(f"{num_objects:,} objects in {len(labelled.paths):,} photos, classes: {len(labelled.folders):,}")
         problems = labelled.problems + cut_photos(options, labelled, records)
@@ -665,11 +671,7 @@ def crop_photos(options: CropOptions) -> None:
 
 
 def tell_end(
-    options: CropOptions,
-    labelled: Labelled,
-    counts: Counter[str],
-    problems: Sequence[label_files.Problem],
-    num_others: int,
+    options: CropOptions, labelled: Labelled, counts: Counter[str], problems: Sequence[Problem], num_others: int
 ) -> None:
     """Print what there is, what has changed, what is wrong, and how to go on.
 
@@ -701,6 +703,9 @@ def tell_end(
     )
     words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
     words += ["--group_regex", GROUP_REGEX]
+    words += (
+        ["--image_bits", *options.image_bits] if options.image_bits else []
+    )  # for the photos that its run will label
     words += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, words)))
 

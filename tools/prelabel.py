@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import heapq
@@ -26,7 +27,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import geometry
 import label_writers
-import labels as label_files
+from label_objects import LabelError, Problem
+from labels import read_objects
+from photos import find_photo_bits, read_image_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -170,8 +173,13 @@ class Detections:
     sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
     objects: lct.PathTable  # (N,) JSON as `geometry.to_pixels` reads it: flat in memory, whatever polygons it holds
     borders: np.ndarray  # (M + 1,) int64
-    problems: list[label_files.Problem]  # known so far
+    problems: list[Problem]  # known so far
     notes: list[str]  # worth a line in the log
+    image_bits: tuple[int, ...] = ()  # of `find_photo_bits`, or those of the run
+
+    def list_with_objects(self) -> list[str]:
+        """Return the paths of the images that have objects."""
+        return [path for path, count in zip(self.paths, np.diff(self.borders), strict=True) if count]
 
 
 def read_detections(options: PrelabelOptions) -> Detections:
@@ -186,15 +194,15 @@ def read_detections(options: PrelabelOptions) -> Detections:
         instead = f", only {lct.describe_ignored(tree.ignored)}" if tree.ignored else ""
         raise lct.UserError(f"holds no images{instead}", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
-        found = label_files.read_objects(source, tree.paths)
-    except label_files.LabelError as error:
+        found = read_objects(source, tree.paths)
+    except LabelError as error:
         raise lct.UserError(error.what, f"--detections {error.where}", error.remedy) from error
     if not found.objects:
         why = f": {found.problems[0]}" if found.problems else ""
         remedy = "give a file with boxes of these images, or leave --detections out: then each image is one object"
         raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", remedy)
     paths = [tree.paths[number] for number in found.images]
-    problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    problems = [Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     for name in dict.fromkeys(options.formats.split(",")):
         problems.extend(label_writers.WRITERS[name].find_problems(paths))
     image_numbers = np.array([number for number, _ in found.objects], dtype=np.int64)
@@ -278,7 +286,7 @@ class DetectionDataset(Dataset):
         self.box_pad = box_pad
         self.uses_masks = run.config.crop_mode != "bbox"
         self.side = run.config.img_size
-        self.image_bits = run.config.image_bits
+        self.image_bits = detections.image_bits
 
     def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], Cut]:
         path = self.detections.root / self.detections.paths[unit.image]
@@ -318,16 +326,6 @@ class DetectionDataset(Dataset):
         crops = [crop for crops_of_unit, _ in samples for crop in crops_of_unit]
         stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
         return CutBatch(torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples])
-
-
-def read_image_size(path: Path) -> tuple[int, int]:
-    """Return width and height of an image once it is upright, without decoding it.
-
-    Raises:
-        ImageError: with the reason.
-    """
-    with lct.opened_image(lct.read_file(path)) as image:
-        return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
 
 
 # --- answers
@@ -460,7 +458,7 @@ class Prelabels:
             objects = [Prelabel(first + offset, *fields) for offset, *fields in rows]
             yield AnsweredImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
 
-    def problems(self) -> Iterator[label_files.Problem]:
+    def problems(self) -> Iterator[Problem]:
         """Yield what got no answer or a worse one, and why."""
         yield from self.detections.problems
         for unit in self.units:
@@ -468,7 +466,7 @@ class Prelabels:
             first = int(self.detections.borders[unit.image])
             for source, reason in self.answers.read(unit.digest)["problems"]:
                 detection_id = None if source < 0 else self.detection(first + source).get("id")
-                yield label_files.Problem(path, detection_id, reason)
+                yield Problem(path, detection_id, reason)
 
     def detection(self, source: int) -> dict[str, Any]:
         """Return an object as it was in the detections."""
@@ -548,7 +546,7 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
         str(run.model.backbone.dtype),
         run.runtime.device.type,
     ]
-    key = hashlib.sha256(json.dumps([*settings, options.box_pad]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([*settings, options.box_pad, *detections.image_bits]).encode()).hexdigest()[:24]
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
     waiting = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
@@ -736,18 +734,18 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
         "runner_up": gallery.class_names[item.runner_up] if has_second else None,
         "figures": figures,
         "reason": reason,
-        "crop": _make_picture(prelabels.detections.root / image.path, edges),
-        "reference": _make_picture(data_root / reference_path),
-        "rival": _make_picture(data_root / rival_path) if has_second else None,
+        "crop": _make_picture(prelabels.detections.root / image.path, edges, prelabels.detections.image_bits),
+        "reference": _make_picture(data_root / reference_path, bits=prelabels.detections.image_bits),
+        "rival": _make_picture(data_root / rival_path, bits=prelabels.detections.image_bits) if has_second else None,
         "reference_path": reference_path,
         "rival_path": rival_path,
     }
 
 
-def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None) -> str | None:
+def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None, bits: Sequence[int] = ()) -> str | None:
     """Return a small picture, or the part of it between left, top, right, bottom; None if it was deleted or damaged meanwhile."""
     try:
-        picture = Image.fromarray(lct.load_image(path)).crop(edges)
+        picture = Image.fromarray(lct.load_image(path, bits)).crop(edges)
     except lct.ImageError:
         return None
     picture.thumbnail((REVIEW_THUMB_PX, REVIEW_THUMB_PX))
@@ -763,6 +761,8 @@ def label_photos(options: PrelabelOptions) -> None:
     runtime = lct.make_runtime(options.gpus, options.precision)
     detections = lct.from_first(read_detections, options)
     run = lct.load_run(options.run, runtime, options.backbone_weights)
+    bits = run.config.image_bits or lct.from_first(find_photo_bits, options.images, detections.list_with_objects())
+    detections = dataclasses.replace(detections, image_bits=bits)
     if lct.get_rank():  # the first process records what all answer
         deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
         return

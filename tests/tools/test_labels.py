@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import geometry
 import label_writers
+import label_yolo
 import labels
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
 )
 def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
     with pytest.raises(geometry.BoxError, match=reason):
-        labels.parse_yolo_line(line)
+        label_yolo.parse_yolo_line(line)
 
 
 def test_hostile_segmentations_raise_nothing_else() -> None:
@@ -598,7 +599,7 @@ def test_a_text_goes_to_the_image_that_it_lies_beside(tmp_path: Path) -> None:
 
 def test_names_of_files_are_never_those_of_others() -> None:
     paths = ["a/b", "a%2Fb", "a%252Fb", "a%b", "b", "д" * 120, "д" * 119 + "/", "д" * 121]
-    names = [labels.flat_name(path) for path in paths]
+    names = [label_yolo.flat_name(path) for path in paths]
     assert len(set(names)) == len(paths) and all("/" not in name and len(name.encode()) < 240 for name in names)
 
 

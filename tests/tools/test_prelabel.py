@@ -380,15 +380,17 @@ def test_files_that_are_no_images_are_counted(
     assert "passed over: 2 files of other types (" in said and ".gif" in said and ".txt" in said
 
 
+@pytest.mark.parametrize("run_bits", [[12], []])
 def test_photos_of_12_bits_get_the_answers_of_8(
-    finished_run: Path, scene: Scene, labelled: Path, tmp_path: Path, call_main: Callable[..., int]
+    run_bits: list[int], finished_run: Path, scene: Scene, labelled: Path, tmp_path: Path, call_main: Callable[..., int]
 ) -> None:
+    """Also where the run has seen none, as one that was trained on crops of them: 8 bits."""
     import cv2
 
     run, images = tmp_path / "run", tmp_path / "images"
     shutil.copytree(finished_run, run)
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    config["options"]["image_bits"] = [12]
+    config["options"]["image_bits"] = run_bits
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in scene.boxes:
         pixels = np.rint(lct.load_image(scene.folder / name)[:, :, ::-1] * (4095 / 255)).astype(np.uint16)
