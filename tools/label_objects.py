@@ -212,10 +212,10 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
         else:
             found.objects.append((number, item.text))
     if missed:
-        found.notes.append(f"{missed.total():,} objects are in {len(missed):,} images that are not in --images")
+        found.notes.append(f"objects in images that are not in --images: {missed.total():,}, images: {len(missed):,}")
     if not found.images:
         first = f": {found.problems[0]}" if images else ""
-        reason = f"none of its {len(images):,} images is there{first}"
+        reason = f"none of its images ({len(images):,}) is there{first}"
         raise LabelError(reason, str(path), "give --images the folder that the file names start from")
     return found
 

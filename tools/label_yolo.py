@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     """
     found = list_images(image_paths)
     found.class_names = read_yolo_names(folder)
+    num_keypoint_values = read_keypoint_values(folder)
     without = 0
     image_of: dict[Path, str] = {}
     lines: list[tuple[int, str]] = []  # position of the image; number of the line, class and what follows, as JSON
@@ -59,10 +61,11 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
             except BoxError as error:
                 found.problems.append(Problem(name, f"line {index}", str(error)))
                 continue
-            num_lines.update(read_yolo_numbers(numbers).keys())
+            num_lines.update(read_yolo_numbers(numbers, num_keypoint_values).keys())
             lines.append((number, json.dumps([index, category_id, numbers], separators=(",", ":"))))
     most = max(num_lines.values(), default=0)
-    _interpret_lines(lines, {key for key, count in num_lines.items() if count == most}, image_paths, found)
+    usual = {key for key, count in num_lines.items() if count == most}
+    _interpret_lines(lines, usual, num_keypoint_values, image_paths, found)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
         is_other = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES) or name.startswith(
@@ -71,7 +74,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
         if path not in image_of and not is_other:
             found.problems.append(Problem(name, None, "has no image of its name in --images"))
     if without:
-        found.notes.append(f"{without:,} of {len(image_paths):,} images have no objects")
+        found.notes.append(f"images without objects: {without:,} of {len(image_paths):,}")
     if not image_of:
         others = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv"))
         if others:
@@ -125,14 +128,22 @@ def parse_yolo_line(line: str) -> tuple[int, list[float]]:
     return int(kind), numbers
 
 
-def read_yolo_numbers(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+def read_yolo_numbers(
+    numbers: Sequence[float], num_keypoint_values: int = 0
+) -> dict[tuple[Any, ...], tuple[int, float | None]]:
     """Return all that the numbers after a class may be, as programs write them.
+
+    Args:
+        numbers: all of a line but its class.
+        num_keypoint_values: those of `read_keypoint_values`.
 
     Returns:
         what they may be -> how many of them are the shape (4 = a box, more = corners), and the score. A shape may be followed by a
         confidence ("confidence"), a track id ("track id") or both; a box also by keypoints x, y, visibility.
     """
     size = len(numbers)
+    if num_keypoint_values and 0 <= size - 4 - num_keypoint_values <= 2:  # a confidence, a track id or both may follow
+        return {("keypoints", size): (4, None)}
     last = numbers[-1]
     is_id = last >= 0 and last == int(last)
     tails: list[tuple[str, int, float | None]] = []  # how many numbers follow the shape, and the score among them
@@ -178,13 +189,17 @@ def _are_keypoints(numbers: Sequence[float], num_keypoints: int) -> bool:
 
 
 def _interpret_lines(
-    lines: Sequence[tuple[int, str]], usual: set[tuple[Any, ...]], image_paths: Sequence[str], found: FoundObjects
+    lines: Sequence[tuple[int, str]],
+    usual: set[tuple[Any, ...]],
+    num_keypoint_values: int,
+    image_paths: Sequence[str],
+    found: FoundObjects,
 ) -> None:
     """Enter the objects of lines, each read as most lines can be; of several such readings counts what is common to them."""
     num_unused = 0
     for number, text in lines:
         index, category_id, numbers = json.loads(text)
-        readings = read_yolo_numbers(numbers)
+        readings = read_yolo_numbers(numbers, num_keypoint_values)
         likely = [reading for key, reading in readings.items() if key in usual]
         if not likely and all(size == 4 for size, _ in readings.values()):  # a box, whatever the other lines are
             likely = list(readings.values())
@@ -205,33 +220,41 @@ def _interpret_lines(
         found.objects.append((number, json.dumps(detection, separators=(",", ":"))))
     if num_unused:
         reason = "a track id, keypoints, or what may be a confidence or an id"
-        found.notes.append(f"{num_unused:,} lines have numbers after box or corners that are not used: {reason}")
+        found.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
 
 
 def read_yolo_names(folder: Path) -> dict[str, str]:
     """Return the class names of a folder of YOLO labels: of a .yaml with names or a list of lines, in it or up to two above."""
+    for content in _read_descriptions(folder):
+        names = content if isinstance(content, list) else content.get("names")
+        if names and isinstance(names, (dict, list)):
+            items = names.items() if isinstance(names, dict) else enumerate(names)
+            return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
+    return {}
+
+
+def read_keypoint_values(folder: Path) -> int:
+    """Return how many numbers of keypoints follow a box by `kpt_shape` of a .yaml: keypoints times 2 or 3; 0 = none says so."""
+    for content in _read_descriptions(folder):
+        shape = content.get("kpt_shape") if isinstance(content, dict) else None
+        if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
+            return int(shape[0]) * int(shape[1])
+    return 0
+
+
+def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
+    """Yield what the files say that may tell of labels: a dict of YAML, or the lines of a list of names; the nearest first."""
+    import yaml
+
     folder = folder.absolute()
     for place in (folder, *folder.parents[:2]):
         for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
             try:
                 text = read_file(path)[:MAX_NAMES_BYTES].decode("utf-8-sig")
-            except (OSError, ValueError):
+                is_list = path.name in YOLO_NAMES_FILES
+                # BaseLoader makes text, lists and dicts alone, every word as it is written: a class may be called `no`.
+                content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
+            except (OSError, yaml.YAMLError, RecursionError, ValueError):
                 continue
-            is_list = path.name in YOLO_NAMES_FILES
-            names = text.rstrip().splitlines() if is_list else _read_yaml_names(text)
-            if names:
-                items = names.items() if isinstance(names, dict) else enumerate(names)
-                return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
-    return {}
-
-
-def _read_yaml_names(text: str) -> Any:
-    """Return what stands below `names` in a YAML file, with every word as it is written: a class may be called `no`."""
-    import yaml
-
-    try:
-        content = yaml.load(text, yaml.BaseLoader)  # which makes text, lists and dicts alone
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return None
-    names = content.get("names") if isinstance(content, dict) else None
-    return names if isinstance(names, (dict, list)) else None
+            if is_list or isinstance(content, dict):
+                yield content

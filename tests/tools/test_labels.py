@@ -119,7 +119,7 @@ def test_names_are_compared_composed_and_objects_elsewhere_are_counted(tmp_path:
     assert [(number, json.loads(text)) for number, text in found.objects] == [
         (0, {"category_id": 7, "bbox": [1, 2, 3, 4]})
     ]
-    assert found.notes == ["2 objects are in 1 images that are not in --images"]
+    assert found.notes == ["objects in images that are not in --images: 2, images: 1"]
     assert found.problems == [labels.Problem("no.png", None, "is not in --images")]
 
 
@@ -186,13 +186,13 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
         (
             "a.xml",
             CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""),
-            "none of its 1 images is there: b.jpg is not in",
+            "none of its images (1) is there: b.jpg is not in",
         ),
         ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
         ("a.csv", "", "it has no column image"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
-        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images is there: b.jpg is not in"),
-        ("a.json", '[{"data": {"image": 3}}]', "none of its 1 images"),
+        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its images (1) is there: b.jpg is not in"),
+        ("a.json", '[{"data": {"image": 3}}]', "none of its images (1)"),
         ("a.json", '[{"data": 3}]', "is a list, but none of tasks"),
         ("a.json", "[]", "is a list of results"),
     ],
@@ -565,6 +565,28 @@ def test_a_line_that_may_be_two_things_is_none(tmp_path: Path, line: str, reason
     assert [(p.image, p.detection) for p in found.problems] == [("b.jpg", "line 1")] and reason in found.problems[
         0
     ].reason
+
+
+@pytest.mark.parametrize(
+    ("kpt_shape", "tail"),
+    [
+        ("[1, 3]", " 0.2 0.2 2"),
+        ("[17, 3]", " 0.2 0.2 0.9" * 17),
+        ("[1, 2]", " 0.2 0.2"),  # or three corners
+        ("[2, 2]", " 0.2 0.2 0.4 0.4"),  # or four corners
+        ("[2, 3]", " 0.2 0.2 0.9 0.4 0.4 0.1 0.87 11"),  # as results are saved with confidence and track id
+    ],
+)
+def test_where_data_yaml_has_keypoints_a_line_is_a_box(tmp_path: Path, kpt_shape: str, tail: str) -> None:
+    (tmp_path / "data.yaml").write_text(f"kpt_shape: {kpt_shape}\nnames: [hammer]\n")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/classes.txt").write_text("hammer\n")
+    (tmp_path / "labels/b.txt").write_text(f"0 {BOX}{tail}\n0 {BOX}\n")
+    found = read(tmp_path / "labels", ["b.jpg"])
+    assert boxes_of(found, ["b.jpg"]) == {"b.jpg": [[30, 30, 200, 145]] * 2} and not found.problems
+    assert found.notes == [
+        "lines whose numbers after box or corners are not used: 1; a track id, keypoints, or what may be a confidence or an id"
+    ]
 
 
 def test_one_odd_line_costs_itself(tmp_path: Path) -> None:

@@ -652,7 +652,7 @@ def test_detections_that_cannot_be_used_cost_one_sentence(
         "is a list of results": [{"image_id": 1000, "category_id": 41, "bbox": [0, 0, 5, 5], "score": 1}],
         "it has no list images": {"annotations": []},
         "two images of id 1000": twice,
-        "none of its 1 images is there: elsewhere/x.png is not in": {
+        "none of its images (1) is there: elsewhere/x.png is not in": {
             "images": [{"id": 1, "file_name": "elsewhere/x.png"}], "annotations": []
         },
         "without file_name": {"images": [{"id": 1}], "annotations": []},
