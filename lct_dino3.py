@@ -1174,7 +1174,13 @@ def check_files_exist(options: Options, *names: str) -> None:
         path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(what, options.said(name), options.moved(name) or "check the path")
+            candidates = [
+                *path.glob("*.index.json"),
+                *path.glob("model*.safetensors"),
+                *path.glob("pytorch_model*.bin"),
+            ]
+            remedy = f"give {candidates[0]}" if name == "backbone_weights" and candidates else "check the path"
+            raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
@@ -4945,34 +4951,25 @@ class Start:
 
 def read_start(config: Config) -> Start | None:
     """Read what --load_from or --backbone_weights names, never executing anything in it; None without either."""
-    from safetensors import safe_open
-
     path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
-    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
+    if part := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        index = path.with_name(f"{part[1]}{part[2]}.index.json")
+        raise UserError("is one of several parts of a model", where, f"give {index}, with all of them beside it")
+    identity = {}  # of a checkpoint of this script
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-                class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
-        else:
-            is_zip, others = is_torch_zip(path), ()
-            if is_zip:
-                check_zip(path)
-                others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        state, class_names = read_weights(path)
         if isinstance(state, dict) and "identity" in state and "format" in state:
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
             class_names = identity["class_names"]
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
-        is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix == ".safetensors"
+        is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
         reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
         problem = f"cannot be read as weights: {reason}"
         raise UserError(problem, where, STATE_DICT_WANTED) from error
@@ -4984,6 +4981,31 @@ def read_start(config: Config) -> Start | None:
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     return Start(where, path, backbone, head, tuple(class_names), identity)
+
+
+def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
+    """Return what a file of weights holds, and the class names in one that this script has written.
+
+    An index, as the hub has it for a model in several parts, stands for all of them. Whatever is wrong raises anything.
+    """
+    from safetensors import safe_open
+
+    if path.suffix == ".json":
+        names = set(read_json(path, {"weight_map": {str: str}})["weight_map"].values())
+        if strays := [name for name in names if Path(name).name != name or name.endswith(".json")]:
+            raise ValueError(f"it names {printable(strays[0])[:80]}, which is no file of weights beside it")
+        parts = [read_weights(path.with_name(name))[0] for name in sorted(names)]
+        return {key: value for part in parts for key, value in part.items()}, ()
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+            return state, json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
+    is_zip, others = is_torch_zip(path), ()
+    if is_zip:
+        check_zip(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), ()
 
 
 def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -5003,14 +5025,19 @@ def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
 
 def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights of DINOv2 and DINOv3 that are named as in transformers under their authors' names, which timm reads."""
-    token = "embeddings.cls_token"
-    base = next((key.removesuffix(token) for key in tensors if key.endswith(token)), None)
+    marks = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
+    base = next((key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(mark)), None)
     if base is None:
         return tensors
     inside = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
     registers = "register_tokens" if "embeddings.position_embeddings" in inside else "storage_tokens"
     up, down = ("w2", "w3") if any(".gate_proj." in key for key in inside) else ("fc1", "fc2")
     names = (
+        (r"^stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.layers\.", r"stages.\1."),
+        (r"\.depthwise_conv\.", ".dwconv."),
+        (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+        (r"(^|\.)layer_norm\.", r"\1norm."),
         (r"^(encoder|model)\.", ""),
         (r"^layers?\.", "blocks."),
         (r"^embeddings\.position_embeddings", "pos_embed"),

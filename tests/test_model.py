@@ -586,6 +586,53 @@ def test_dino_as_the_hub_has_it_gives_the_features_of_timm(
             save_and_build(hub, tmp_path / "model.safetensors", model_id=name, img_size=size)
 
 
+def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_of_timm(tmp_path: Path) -> None:
+    """Names as in transformers' DINOv3ConvNextModel, the second time below the name that a model with a classifier has."""
+    name = "convnext_tiny.dinov3_lvd1689m"
+    donor = vary_weights(timm.create_model(name, num_classes=0)).eval()
+    names = (
+        (r"^stem\.", "stages.0.downsample_layers."),
+        (r"^(stages\.\d+)\.downsample\.", r"\1.downsample_layers."),
+        (r"\.blocks\.", ".layers."),
+        (r"\.conv_dw\.", ".depthwise_conv."),
+        (r"\.mlp\.fc(\d)\.", r".pointwise_conv\1."),
+        (r"^(stages\.\d+\.layers\.\d+)\.norm\.", r"\1.layer_norm."),
+        (r"^head\.norm\.", "layer_norm."),
+    )
+    hub = donor.state_dict()
+    for pattern, word in names:
+        hub = {re.sub(pattern, word, key): value for key, value in hub.items()}
+    assert {
+        "stages.0.downsample_layers.1.bias",
+        "stages.3.layers.1.pointwise_conv2.weight",
+        "layer_norm.bias",
+    } <= hub.keys()
+    weight_map, folder = {}, tmp_path / "snapshot"
+    folder.mkdir()
+    for index, keys in enumerate((sorted(hub)[::2], sorted(hub)[1::2]), 1):
+        part = f"model-{index:05}-of-00002.safetensors"
+        safetensors.torch.save_file({key: hub[key].contiguous() for key in keys}, folder / part)
+        weight_map |= dict.fromkeys(keys, part)
+    index_path = folder / "model.safetensors.index.json"
+    index_path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    prefixed = {f"dinov3_convnext.{key}": value.contiguous() for key, value in hub.items()}
+    safetensors.torch.save_file(prefixed, tmp_path / "model.safetensors")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for path in (index_path, tmp_path / "model.safetensors"):
+        model, _ = build(model_id=name, img_size=64, backbone_weights=path)
+        with torch.inference_mode():
+            torch.testing.assert_close(model.model.eval()(images), donor(images), rtol=1e-4, atol=1e-5)
+    for wrong in (folder, folder / part):
+        config = make_config(model_id=name, backbone_weights=wrong)
+        with pytest.raises(lct.UserError) as caught:
+            lct.check_files_exist(config, "backbone_weights")
+            lct.read_start(config)
+        assert f"give {index_path}" in caught.value.remedy
+    (folder / part).unlink()
+    with pytest.raises(lct.UserError, match=f"No such file.*{part}"):
+        build(model_id=name, img_size=64, backbone_weights=index_path)
+
+
 # --- input channels
 
 
