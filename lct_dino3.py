@@ -296,7 +296,9 @@ class Options:
     def place(self, name: str) -> str:
         """Return where an option stands, for a message about it: its flag, or file and key."""
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
-        return self.flag(name) if origin == COMMAND_LINE_ORIGIN else origin
+        if origin != COMMAND_LINE_ORIGIN:
+            return origin
+        return self.flag(f"no-{name}" if getattr(self, name, None) is False else name)
 
     def said(self, name: str) -> str:
         """Return where an option stands, and its value."""
@@ -994,8 +996,8 @@ def did_you_mean(
     return f"did you mean {' or '.join(close)}?" if close else others
 
 
-def idle_options(config: Config) -> list[str]:
-    """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
+def ineffective_options(config: Config) -> list[str]:
+    """Return the options that have no effect, whatever their values, since another one would have to go with them."""
     depending = {
         "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
         "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
@@ -1005,9 +1007,11 @@ def idle_options(config: Config) -> list[str]:
         "arc_margin": config.criterion not in LINEAR_CRITERIA,
         "mixing_p mixing_alpha": config.mixing != "none",
         "backgrounds background_max_ratio": config.insert_background_p > 0,
+        "samples_per_class": config.balanced_per_class,
+        "mix_mask_p": config.crop_mode == "mix",
+        "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
     }
-    names = " ".join(names for names, has_effect in depending.items() if not has_effect).split()
-    return [name for name in names if getattr(config, name) != getattr(Config, name)]
+    return " ".join(names for names, has_effect in depending.items() if not has_effect).split()
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -2235,6 +2239,11 @@ PROGRESS_LOG = ProgressLog()
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go, {rate_fmt}"
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a number and what is counted: 1 image, 2,000 images, 3 classes."""
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
@@ -2356,6 +2365,12 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     dark = highest[highest < 2 ** (bits - 2)]
     is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
     return (8, bits) if is_mixed else (bits,)
+
+
+def describe_image_bits(count: int, bits: Sequence[int]) -> str:
+    """Return what to tell of images of more than 8 bits a channel."""
+    some = "1 image has" if count == 1 else f"{count:,} images have"
+    return f"{some} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
 
 
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
@@ -3064,8 +3079,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         report["warnings"].append(f"{some}, are duplicates of training images or of their group: figures flatter")
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
-        some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
-        report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
+        report["warnings"].append(describe_image_bits(len(deep), image_bits) + " (--image_bits)")
     unusable = (*dict(listing.problems), *health.reasons)
     broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
@@ -3077,9 +3091,9 @@ def describe_ignored(ignored: Counter[str]) -> str:
     """Return in words what a listing passed over: other types of files, and folders inside a class."""
     kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
     files = ignored.total() - ignored["/"] - ignored["."]
-    phrases = [f"{files} files of other types ({kinds})"] if files else []
-    phrases += [f"{ignored['/']} folders inside class folders"] if ignored["/"] else []
-    phrases += [f"{ignored['.']} images beside the class folders"] if ignored["."] else []
+    phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
+    phrases += [f"{count_of(ignored['/'], 'folder')} inside class folders"] if ignored["/"] else []
+    phrases += [f"{count_of(ignored['.'], 'image')} beside the class folders"] if ignored["."] else []
     return " and ".join(phrases)
 
 
@@ -3106,7 +3120,7 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
-        notes.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
+        notes.append(f"images with a side shorter than {TINY_SIDE} px: {tiny}")
     return {
         "quarantined": sorted(quarantined, key=lambda item: item["path"]),
         "sizes": sizes,
@@ -3158,7 +3172,7 @@ def count_classes(
     for name, row in table.items():
         lacking = " and ".join(split for split in wanted if not row[split])
         if lacking and row["usable"]:
-            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
+            images = f"{name}: {count_of(row['usable'], 'image')} in {count_of(row['groups'], 'group')}"
             notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
     return table, notes
 
@@ -3236,7 +3250,9 @@ def format_findings(report: dict[str, Any]) -> str:
     if masks["not_made"]:
         path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
         lines.append(f"SAM-2 drew no acceptable mask for {len(masks['not_made']):,} crops, e.g. {path}: {reason}")
-    lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
+    lines += [
+        f"--exclude {glob} left out {count_of(count, 'file')}" for glob, count in report["excluded"].items() if count
+    ]
     if report["class_map"]:
         changes = (f"{old} -> {new or '(left out)'}" for old, new in report["class_map"].items())
         lines.append(f"classes of folders: {', '.join(changes)}")
@@ -3306,9 +3322,9 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
     known, notes = set(paths), []
     if gone := [item for item in paths if item not in group_of]:
-        notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
+        notes.append(f"{count_of(len(gone), 'image')} of this run's split gone or broken now, e.g. {gone[0]}")
     if new := [item for item in scanned if item not in known]:
-        notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
+        notes.append(f"{count_of(len(new), 'image')} new since this run was started, and out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
     groups = [group_of.get(item, len(group_of) + index) for index, item in enumerate(paths)]
@@ -6047,9 +6063,10 @@ def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
     return payload.get("average", payload["model"])
 
 
-def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other classes, model, shapes or options, listing each; only what `current` has is compared."""
-    changed = {key: (saved.get(key), new) for key, new in current.items() if saved.get(key) != new}
+def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], ineffective: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint of other classes, model, shapes or options, listing each; compared is what `current` has to effect."""
+    compared = current.keys() - ineffective
+    changed = {key: (saved.get(key), current[key]) for key in compared if saved.get(key) != current[key]}
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
     if "class_names" in changed:
         lines.append(f"classes: {describe_change(*changed['class_names'])}")
@@ -7143,7 +7160,7 @@ def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str,
     records = {}
     for name, paths in halves.items():
         if not paths:
-            problem = f"holds {sum(map(len, halves.values()))} images, which leaves one half empty"
+            problem = f"holds {count_of(sum(map(len, halves.values())), 'image')}, which leaves one half empty"
             raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
         zeros = np.zeros(len(paths), np.int32)
         groups = np.arange(len(paths), dtype=np.int32)
@@ -7296,7 +7313,7 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
                 f"with which classes that heads of the training did not know had {figures['precision']:.0%} of"
                 f" {figures['answers']} answers right, where {figures['target_precision']:.0%} were asked"
             )
-        named = f"{gallery.class_names[label]}, {len(crops)} crops"
+        named = f"{gallery.class_names[label]}, {count_of(len(crops), 'crop')}"
         sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {sure}")
     return sentences
 
@@ -8506,12 +8523,15 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     names = run.gallery.class_names
     foreign = [name for name in records.class_names if name not in names]
     num_known = len(records.class_names) - len(foreign)
+    given = {"class_map": run.config.class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
+    words = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]
+    hint = f"for folders that are named as those of the run, give its {' '.join(words)} too" if words else ""
     if not num_known:
-        problem = f"has no class of the gallery, only {', '.join(foreign[:5])}"
-        raise UserError(problem, config.said("data_root"), f"it knows {', '.join(names[:8])}")
-    show(f"{len(records.paths):,} images of {config.data_root}, {num_known} known classes")
+        problem = f"has no class of the gallery, only {', '.join(map(repr, foreign[:5]))}"
+        raise UserError(problem, config.said("data_root"), hint or f"it knows {', '.join(map(repr, names[:8]))}")
+    show(f"{count_of(len(records.paths), 'image')} of {config.data_root}, {count_of(num_known, 'known class')}")
     if foreign:
-        show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
+        show(f"not in the gallery, and so unknown objects: {', '.join(map(repr, foreign))}{hint and '; '}{hint}")
     return records, np.arange(len(records.paths))
 
 
@@ -8722,7 +8742,7 @@ def plan_run(
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
         identity = make_identity(config, records.class_names, None)
         identity["backgrounds"] = backgrounds and backgrounds.identity
-        check_identity(point.path, point.payload["identity"], identity)
+        check_identity(point.path, point.payload["identity"], identity, ineffective_options(config))
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
         damage = find_damage(config.out_dir, records) if is_completed else []
@@ -8742,7 +8762,7 @@ def plan_run(
         config = dataclasses.replace(config, cache_views=CACHED_VIEWS if has_room else 0)
     job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
-        check_identity(point.path, point.payload["identity"], job.identity)
+        check_identity(point.path, point.payload["identity"], job.identity, ineffective_options(job.config))
     return job, backbone, notes
 
 
@@ -8835,7 +8855,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
-    if idle := idle_options(config):
+    if idle := [name for name in ineffective_options(config) if getattr(config, name) != getattr(Config, name)]:
         run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
         run.log(job.backgrounds.describe())

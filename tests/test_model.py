@@ -418,7 +418,7 @@ def test_parts_that_a_model_has_not_are_refused_before_the_scan(options: dict, c
 def test_options_that_contradict_each_other_are_refused(flags: str) -> None:
     with pytest.raises(lct.UserError) as caught:
         lct.parse_command_line(flags.split())
-    assert all(word.replace("no-", "") in str(caught.value) for word in flags.split() if word.startswith("--"))
+    assert all(word in str(caught.value) for word in flags.split() if word.startswith("--"))
 
 
 @pytest.mark.parametrize("options", [{"freeze_backbone": False}, {"unfreeze_blocks": 6}, {"lora_rank": 2}])

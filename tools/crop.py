@@ -662,7 +662,8 @@ def crop_photos(options: CropOptions) -> None:
             with_objects = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
             options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, with_objects))
         num_objects = sum(map(len, labelled.objects))
-        lct.show(f"{num_objects:,} objects in {len(labelled.paths):,} photos, classes: {len(labelled.folders):,}")
+        counts = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
+        lct.show(f"{' in '.join(counts)}, {lct.count_of(len(labelled.folders), 'class')}")
         problems = labelled.problems + cut_photos(options, labelled, records)
         lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
         counts = write_records(options, records)
@@ -689,17 +690,18 @@ def tell_end(
     if len(problems) > SHOWN:
         lct.show(f"  and {len(problems) - SHOWN:,} more")
     if num_others:
-        lct.show(f"{num_others:,} crops are of photos that these labels do not name: they stay")
+        lct.show(f"crops of photos that these labels do not name, which stay: {num_others:,}")
     idle = sorted(labelled.unknown - labelled.folders.keys())
     if idle:
-        lct.show(f"warning: --unknown {' '.join(idle)}: no object is of such a class")
+        lct.show(f"warning: --unknown {shlex.join(idle)}: no object is of such a class")
     strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in labelled.unknown]
     if strays:
-        lct.show(f"warning: {' '.join(strays)} will be trained as a class; --unknown {' '.join(strays)} sets it apart")
+        names = ", ".join(map(repr, strays))
+        lct.show(f"warning: {names} will be trained as a class; --unknown {shlex.join(strays)} sets it apart")
     changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
     lct.show(
-        f"{counts['crops']:,} crops, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
-        f" {len(problems):,} problems (problems.json)\nwritten: {options.out}; train with"
+        f"{lct.count_of(counts['crops'], 'crop')}, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
+        f" {lct.count_of(len(problems), 'problem')} (problems.json)\nwritten: {options.out}; train with"
     )
     words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
     words += ["--group_regex", GROUP_REGEX]

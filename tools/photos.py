@@ -23,10 +23,7 @@ def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
         highest = np.array([value for _, value in bar], dtype=np.int64)
     bits = lct.find_image_bits(highest)
     if bits and bits != (16,):
-        count = np.count_nonzero(highest)
-        some = "1 photo has" if count == 1 else f"{count:,} photos have"
-        used = " or ".join(map(str, bits))
-        lct.show(f"warning: {some} more than 8 bits a channel, of which {used} are used: they are scaled by that")
+        lct.show(f"warning: {lct.describe_image_bits(np.count_nonzero(highest), bits)}")
     return bits
 
 

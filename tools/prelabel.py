@@ -782,14 +782,16 @@ def label_photos(options: PrelabelOptions) -> None:
         for note in detections.notes:
             lct.show(note)
         lct.show(
-            f"{len(detections.objects):,} objects in {len(detections.paths):,} images, on {run.runtime.describe()}"
+            f"{lct.count_of(len(detections.objects), 'object')} in {lct.count_of(len(detections.paths), 'image')},"
+            f" on {run.runtime.describe()}"
         )
         prelabels = answer_objects(run, detections, options)
         with contextlib.closing(prelabels.answers):
             summary = write_prelabels(prelabels, run, options)
-    counts = f"{summary['objects']:,} objects in {summary['images']:,} images: {summary['unknown']:,} unknown"
+    counts = f"{lct.count_of(summary['objects'], 'object')} in {lct.count_of(summary['images'], 'image')}"
     lct.show(
-        f"{counts}, {summary['problems']:,} problems (problems.json)\nwritten: {options.out}; begin with review.html"
+        f"{counts}: {summary['unknown']:,} unknown, {lct.count_of(summary['problems'], 'problem')} (problems.json)\n"
+        f"written: {options.out}; begin with review.html"
     )
     for name in label_writers.WRITERS:
         explanation = label_writers.WRITERS[name].explain(options.images, options.out)

@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from run_files import parse_options
+
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 60.0  # without an answer of ClearML: whatever it waits for, it waits in vain
 CLOSE_SECONDS = 300.0  # in which files can be uploaded at the end
@@ -431,7 +433,7 @@ def main() -> int:
     parser.add_argument("--task", metavar="NAME", help="in ClearML [that of the run, or the name of its folder]")
     parser.add_argument("--offline", action="store_true", help="ClearML: ask no server")
     parser.add_argument("--pid", type=int, metavar="N", help="number of the run's process: end with it")
-    options = parser.parse_args()
+    options = parse_options(parser, None)
     if not (options.clearml or options.tensorboard):
         parser.error("give --clearml, --tensorboard or both")
     if not (options.run / "metrics.jsonl").exists():

@@ -774,7 +774,7 @@ def test_photos_that_the_labels_do_not_name_keep_their_crops(
     capsys.readouterr()
     assert call_main(*command(photos, tmp_path / "labels.json", out)) == 0
     text = capsys.readouterr().out
-    assert "3 crops are of photos that these labels do not name: they stay" in text and "0 removed" in text
+    assert "crops of photos that these labels do not name, which stay: 3" in text and "0 removed" in text
     assert len(read_records(out)) == 5
 
 
@@ -807,7 +807,7 @@ def test_photos_of_12_bits_are_scaled_by_them(tmp_path: Path, call_main: Any, ca
         difference = shades - lct.load_image(path)
         assert abs(difference.max() - error) < 5
     said = "".join(capsys.readouterr())
-    assert "1 photo has more than 8 bits a channel, of which 12 are used" in said
+    assert "1 image has more than 8 bits a channel, of which 12 are used" in said
     assert "--image_bits 12" in said.splitlines()[-1]  # training hands it on to prelabel, which sees photos again
 
 
