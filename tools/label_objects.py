@@ -74,6 +74,7 @@ def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
     if category in (None, ""):
         raise BoxError("has no class")
     name = category if class_names is None else class_names.get(category_key(category))
+    name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not name.strip():
         raise BoxError(f"has a class {printable(str(category))[:40]} without a name")
     return name
@@ -175,17 +176,12 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
         LabelError: an image without name, one that is listed twice, or none that is there.
     """
     found = FoundObjects()
-    for item in images:
-        for key, kinds in (("file_name", str), ("id", (int, float, str))):
-            if not isinstance(item, dict) or not isinstance(item.get(key), kinds):
-                raise LabelError(f"has an image without {key}", str(path), "mend the file")
+    images = _check_images(path, images)
     names = [unicodedata.normalize("NFC", item["file_name"]) for item in images]
     number_of: dict[Any, int | None] = {}  # image id -> position in `found.images`, None for one that is not there
     taken: set[int] = set()
     for item, name, number in zip(images, names, _find_names(names, image_paths), strict=True):
         image_id = plain_id(item["id"])
-        if image_id in number_of:
-            raise LabelError(f"has two images of id {image_id}", str(path), "mend the file")
         if not isinstance(number, int) or number in taken:
             reason = number if isinstance(number, str) else "is listed twice; the second time is left out"
             found.problems.append(Problem(os.path.normpath(name), None, reason))
@@ -220,11 +216,24 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
     return found
 
 
+def _check_images(path: Path, images: list[Any]) -> list[dict[str, Any]]:
+    """Return the images that a file lists, each once, as files that were put together list some again."""
+    by_id: dict[Any, dict[str, Any]] = {}
+    for item in images:
+        for key, kinds in (("file_name", str), ("id", (int, float, str))):
+            if not isinstance(item, dict) or not isinstance(item.get(key), kinds):
+                raise LabelError(f"has an image without {key}", str(path), "mend the file")
+        image_id = plain_id(item["id"])
+        if by_id.setdefault(image_id, item)["file_name"] != item["file_name"]:
+            raise LabelError(f"has two images of id {image_id}", str(path), "mend the file")
+    return list(by_id.values())
+
+
 def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
     """Yield the position of the image that each name of a file means, or why there is none.
 
-    A name that is none as it stands may be of Windows, and an absolute one of another machine: it starts from the folder below
-    which most names are images. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
+    A name that is none as it stands may be of Windows, and one of another machine or a server starts from the folder below which
+    most names are images. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
     """
     # Names are compared composed: a file system of a Mac gives them decomposed.
     position = {unicodedata.normalize("NFC", name): number for number, name in enumerate(image_paths)}
@@ -252,11 +261,16 @@ def _find_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[in
 def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
     """Return the images that a name may mean, by the folder that it would start from; None = as it stands."""
     ends: dict[str | None, int] = {}
-    for spelled in (name, name.replace("\\", "/")):
+    plain = name.replace("\\", "/")
+    for spelled in (
+        name,
+        plain,
+        re.sub(r"^(?:.*/)?[0-9a-f]{8}-([^/]+)$", r"/\1", plain),
+    ):  # as Label Studio names uploads
         path = os.path.normpath(spelled)
         if path in position:
             return {None: position[path]}
-        folders = path.strip("/").split("/") if re.match(r"/|[A-Za-z]:/", spelled) else []
+        folders = path.strip("/").split("/") if re.match(r"/|\.\./|[A-Za-z][\w+.-]*:/", spelled) else []
         for depth in range(len(folders)):
             end = "/".join(folders[depth:])
             if end in position:

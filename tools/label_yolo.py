@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from geometry import BoxError
 from label_objects import READ_REMEDY, FoundObjects, LabelError, Problem, category_key, list_images, read_file
 
 MAX_NAMES_BYTES = 1_000_000  # of a file with class names
+MAX_KEYPOINTS = 200  # of a box; more points are an outline
 YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
 YOLO_LIST_FILES = ("train.txt", "val.txt", "test.txt", "images.txt", "README.dataset.txt", "README.roboflow.txt")
 
@@ -144,6 +146,23 @@ def read_yolo_numbers(
     size = len(numbers)
     if num_keypoint_values and 0 <= size - 4 - num_keypoint_values <= 2:  # a confidence, a track id or both may follow
         return {("keypoints", size): (4, None)}
+    shapes = _read_shapes(numbers)
+    triples = _read_keypoints(numbers, 3)
+    for reading in triples:
+        num_keypoints = reading[2]
+        if num_keypoints > 1 and all(value in (0, 1, 2) for value in numbers[6 : 4 + 3 * num_keypoints : 3]):
+            return {reading: triples[reading]}  # no polygon has every third number at an edge
+    pairs = _read_keypoints(numbers, 2)
+    if pairs and _is_outline(numbers):
+        pairs = {}
+    elif pairs and size > 9:  # as corners they cross: those of most lines of a data set of outlines do not
+        shapes = {("crossing", *key): value for key, value in shapes.items()}
+    return shapes | triples | pairs
+
+
+def _read_shapes(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+    """Return how a box or corners, and what programs write after them, may make up the numbers."""
+    size = len(numbers)
     last = numbers[-1]
     is_id = last >= 0 and last == int(last)
     tails: list[tuple[str, int, float | None]] = []  # how many numbers follow the shape, and the score among them
@@ -159,33 +178,45 @@ def read_yolo_numbers(
     readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
     for tail, num_after, score in tails:
         shape = numbers[: size - num_after]
-        if len(shape) == 4 or all(-0.1 <= value <= 1.1 for value in shape):
+        if all(-0.1 <= value <= 1.1 for value in shape):
             readings[("shape", tail)] = (len(shape), score)
-    for num_after in range(3):
-        num_keypoints, rest = divmod(size - 4 - num_after, 3)
-        if rest or num_keypoints < 1 or not _are_keypoints(numbers, num_keypoints):
-            continue
-        keypoints = {("keypoints", num_keypoints, num_after): (4, None)}
-        flags = numbers[6 : 4 + 3 * num_keypoints : 3]
-        if num_keypoints > 1 and all(value in (0, 1, 2) for value in flags):
-            return keypoints  # no polygon has every third number at an edge
-        readings.update(keypoints)
     return readings
 
 
-def _are_keypoints(numbers: Sequence[float], num_keypoints: int) -> bool:
-    """Say whether a box in the image can be followed by keypoints in it; one that is not seen is at 0, 0."""
+def _read_keypoints(numbers: Sequence[float], num_values: int) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+    """Return how a box in the image, keypoints in it and what follows them may make up the numbers.
+
+    A keypoint has 2 values, x and y, both 0 if it is not seen, or 3: then it has visibility or confidence too.
+    """
     x, y, w, h = numbers[:4]
     is_box = w > 0 and h > 0 and min(x - w / 2, y - h / 2) > -0.02 and max(x + w / 2, y + h / 2) < 1.02
-    end = 4 + 3 * num_keypoints
-    flags = numbers[6:end:3]
-    points = zip(numbers[4:end:3], numbers[5:end:3], strict=True)
-    are_flags = all(value in (0, 1, 2) for value in flags) or (num_keypoints > 1 and all(0 <= v <= 1 for v in flags))
-    return (
-        is_box
-        and are_flags
-        and all((abs(px - x) <= 0.6 * w and abs(py - y) <= 0.6 * h) or (px == 0 and py == 0) for px, py in points)
-    )
+    readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
+    for num_after in range(3):
+        num_keypoints, rest = divmod(len(numbers) - 4 - num_after, num_values)
+        if not is_box or rest or not 0 < num_keypoints <= MAX_KEYPOINTS:
+            continue
+        points = np.reshape(numbers[4 : len(numbers) - num_after], (-1, num_values))
+        is_inside = (np.abs(points[:, :2] - (x, y)) <= (0.6 * w, 0.6 * h)).all(axis=1)
+        is_unseen = (points[:, :2] == 0).all(axis=1)
+        flags = points[:, 2:]
+        are_flags = np.isin(flags, (0, 1, 2)).all() or (num_keypoints > 1 and ((flags >= 0) & (flags <= 1)).all())
+        if are_flags and (is_inside | is_unseen).all():
+            readings[("keypoints", num_values, num_keypoints, num_after)] = (4, None)
+    return readings
+
+
+def _is_outline(numbers: Sequence[float]) -> bool:
+    """Say whether numbers are more likely corners than a box and keypoints: of a turned box, or of an outline without crossings."""
+    corners = np.reshape(numbers[: len(numbers) // 2 * 2], (-1, 2))
+    if len(corners) < 5:
+        return len(corners) == 4 and np.abs(corners[0] + corners[2] - corners[1] - corners[3]).max() < 0.004
+    corners = corners[:-1] if (corners[0] == corners[-1]).all() else corners
+    edges = np.roll(corners, -1, axis=0) - corners
+    offsets = corners[None] - corners[:, None]  # from the start of edge i to corner j
+    sides = np.sign(edges[:, None, 0] * offsets[..., 1] - edges[:, None, 1] * offsets[..., 0])
+    # The ends of edge j lie on both sides of edge i, and the other way round.
+    is_between = sides * np.roll(sides, -1, axis=1) < 0
+    return len(np.unique(corners, axis=0)) == len(corners) and not (is_between & is_between.T).any()
 
 
 def _interpret_lines(
@@ -208,7 +239,9 @@ def _interpret_lines(
             if readings:
                 reason = "not what those of the other lines are"
             if likely:
-                reason = "perhaps corners, perhaps a box and what follows it"
+                reason = (
+                    "perhaps corners, perhaps a box and what follows it (kpt_shape in a data.yaml tells of keypoints)"
+                )
             reason = f"has {len(numbers)} numbers after its class, which are {reason}"
             found.problems.append(Problem(image_paths[number], f"line {index}", reason))
             continue

@@ -111,7 +111,15 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     found = match_images(path, content["images"], content["annotations"], image_paths)
     categories = content.get("categories")
     named = [item for item in (categories if isinstance(categories, list) else ()) if isinstance(item, dict)]
-    found.class_names = {category_key(item["id"]): item["name"] for item in named if {"id", "name"} <= item.keys()}
+    found.class_names = {}
+    for item in named:
+        if {"id", "name"} <= item.keys():
+            key = category_key(item["id"])
+            if found.class_names.setdefault(key, item["name"]) != item["name"]:
+                found.class_names[key] = None
+                found.notes.append(
+                    f"several categories have the id {printable(key)[:40]}: what its objects are is not certain"
+                )
     return found
 
 

@@ -580,7 +580,7 @@ def test_unknown_classes_lie_beside_the_data(photos: Path, tmp_path: Path, call_
     source, out = write_coco(tmp_path, "rle"), tmp_path / "data"
     assert call_main(*command(photos, source, out, "--unknown", "pliers", "no such")) == 0
     text = capsys.readouterr().out
-    assert "warning: --unknown no such: no object is of such a class" in text
+    assert "warning: --unknown 'no such': no object is of such a class" in text
     assert text.strip().endswith(f"--unknown_dir {tmp_path / 'data_unknown'}")
     assert set(lct.list_images(out).all_folders) == {"hammer", "ключ"}
     assert lct.list_image_tree(tmp_path / "data_unknown").paths == ["pliers/bench__b 12_2.jpg"]

@@ -551,6 +551,10 @@ def test_what_follows_box_or_corners_is_neither_corner_nor_score(tmp_path: Path,
         (f"0 {BOX} 0.87 1", "perhaps"),  # or three corners
         (f"0 {BOX} 0.2 0.2 2", "perhaps"),  # a keypoint, or three corners and a track id
         (f"0 {BOX}{' 0.2 0.2 0.9' * 17}", "perhaps"),  # predicted keypoints, or 27 corners and a confidence
+        (f"0 {BOX} 0.2 0.2 0.3 0.4 0.1 0.2", "perhaps"),  # three keypoints x, y, or five corners
+        (f"0 {BOX} 0.2 0.2 0.3 0.4 0.1 0.2 0.87", "perhaps"),
+        (f"0 {BOX} 0.2 0.2", "perhaps"),
+        ("0 120 30 200 31", "neither"),
         (f"0 {CORNERS} 0.87 1", "perhaps"),  # or five corners
         ("0 120 30 200 31 190 80", "neither"),  # px
         (f"0 {BOX} 87.5", "neither"),
@@ -587,6 +591,16 @@ def test_where_data_yaml_has_keypoints_a_line_is_a_box(tmp_path: Path, kpt_shape
     assert found.notes == [
         "lines whose numbers after box or corners are not used: 1; a track id, keypoints, or what may be a confidence or an id"
     ]
+
+
+def test_small_outlines_and_turned_boxes_are_no_keypoints(tmp_path: Path) -> None:
+    """All their corners lie in the box that the first two of them would be."""
+    turned, outline = "0.5 0.4 0.55 0.45 0.5 0.5 0.45 0.45", "0.5 0.4 0.55 0.45 0.55 0.5 0.5 0.55 0.45 0.45"
+    quadrangle = "0.5 0.4 0.55 0.45 0.51 0.5 0.44 0.45"
+    (tmp_path / "a.txt").write_text(f"0 {turned}\n0 {outline}\n0 {outline} 0.5 0.4\n0 {quadrangle}\n0 {CORNERS}\n")
+    found = read(tmp_path, ["a.jpg"])
+    assert len(found.objects) == 5 and not found.problems
+    assert all("yolo_polygon" in json.loads(text) for _, text in found.objects)
 
 
 def test_one_odd_line_costs_itself(tmp_path: Path) -> None:
