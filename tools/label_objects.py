@@ -108,6 +108,11 @@ def refuse_file(path: Path, error: Exception, kind: str) -> LabelError:
     return LabelError(f"cannot be read as {kind}: {reason}", str(path), READ_REMEDY)
 
 
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Return the text of a file: Notepad writes a byte order mark, and UTF-16 where it is asked for "Unicode", as Excel does."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
+
+
 class Annotation(NamedTuple):
     """One object of a file; `text` is the JSON of what is needed of it."""
 

@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 from geometry import BoxError
-from label_objects import READ_REMEDY, FoundObjects, LabelError, Problem, category_key, list_images, read_file
+from label_objects import (
+    READ_REMEDY,
+    FoundObjects,
+    LabelError,
+    Problem,
+    category_key,
+    decode_text,
+    list_images,
+    read_file,
+)
 
 MAX_NAMES_BYTES = 1_000_000  # of a file with class names
 MAX_KEYPOINTS = 200  # of a box; more points are an outline
@@ -87,9 +96,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
 
 def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text that are not blank, and their numbers."""
-    # Notepad writes a byte order mark, and UTF-16 where it is asked for "Unicode".
-    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-    return ((index, line) for index, line in enumerate(text.splitlines(), 1) if line.strip())
+    return ((index, line) for index, line in enumerate(decode_text(data, "replace").splitlines(), 1) if line.strip())
 
 
 def _find_yolo_files(name: str) -> Iterator[str]:

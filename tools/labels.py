@@ -31,6 +31,7 @@ from label_objects import (
     Problem,
     Rows,
     category_key,
+    decode_text,
     list_images,
     make_annotation,
     match_images,
@@ -39,6 +40,7 @@ from label_objects import (
 )
 from label_yolo import read_yolo
 
+LABELSTUDIO_SHAPES = ("rectangle", "polygon", "ellipse", "brush")
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet computes, or what was that before it was quoted
 
@@ -53,6 +55,8 @@ def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObject
     Raises:
         LabelError: it cannot be read, is not of its format, or names none of the images.
     """
+    if source is not None and source.is_file() and source.suffix.lower() == ".txt":
+        raise LabelError("is one file of a folder of YOLO", str(source), f"give the folder, {source.parent}")
     if source is None:
         found = list_images(image_paths)
         found.objects = [(number, '{"yolo":[0.5,0.5,1,1]}') for number in found.images]
@@ -96,9 +100,9 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         content = json.loads(data, object_hook=_shrink)
     except (OSError, ValueError, RecursionError) as error:
         raise refuse_file(path, error, "JSON") from error
-    is_list = isinstance(content, list) and bool(content)
-    if is_list and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in content):
-        return _read_labelstudio(path, content, image_paths)
+    tasks = content if isinstance(content, list) else [content]  # Label Studio's storages get a file a task
+    if tasks and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
+        return _read_labelstudio(path, tasks, image_paths)
     if isinstance(content, dict) and isinstance(content.get("shapes"), list):
         return _read_labelme(path, [(path.name, content)], image_paths)
     if (photos := _list_via_photos(path, content)) is not None:
@@ -150,10 +154,15 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
         drafts = [draft for drafts in reversed(lists) for draft in drafts if isinstance(draft, dict)]
         chosen = [draft for draft in drafts if not draft.get("was_cancelled")]
         regions = chosen[-1].get("result") if chosen else None
-        for region in regions if isinstance(regions, list) else ():
-            value = region.get("value") if isinstance(region, dict) else None
-            if isinstance(value, dict) and str(region.get("type", "")).endswith("labels"):
-                names = value.get(region["type"])
+        regions = [region for region in regions if isinstance(region, dict)] if isinstance(regions, list) else []
+        # A shape may have its class in a region of its own, of the same id and place.
+        labelled = {str(region.get("id")) for region in regions if str(region.get("type")).endswith("labels")}
+        for region in regions:
+            kind = str(region.get("type"))
+            value = region.get("value")
+            names = value.get(kind) if isinstance(value, dict) and kind.endswith("labels") else None
+            is_bare = kind in LABELSTUDIO_SHAPES and str(region.get("id")) not in labelled
+            if is_bare or kind.endswith("labels"):
                 name = str(names[0]) if isinstance(names, list) and names else ""
                 rows.add_object(region.get("id"), name, _read_region, region)
     return rows.match(path, image_paths)
@@ -201,13 +210,24 @@ def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
 def _read_region(region: dict[str, Any]) -> dict[str, Any]:
     """Return a region, which has percent of the image's sides and turns about its first corner, in shares of them."""
     value = region["value"]
+    names = value.get(region["type"])
+    if isinstance(names, list) and len(names) > 1:
+        raise BoxError(f"has {len(names)} classes")
+    if region.get("image_rotation"):
+        raise BoxError("is drawn on its image turned, which says not surely where it lies on the upright one")
     if value.get("format") == "rle":
         sides = [int(region[key]) for key in ("original_width", "original_height")]
         return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
     if "points" in value:
         return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
-    if "width" not in value:
-        raise BoxError("is neither a rectangle nor a polygon")
+    if "radiusX" in value:
+        sides = [float(region[key]) for key in ("original_width", "original_height")] * 2
+        numbers = [
+            float(value[key]) / 100 * side for key, side in zip(("x", "y", "radiusX", "radiusY"), sides, strict=True)
+        ]
+        return _ellipse_box(*numbers, float(value.get("rotation") or 0))
+    if not {"x", "y", "width", "height"} <= value.keys():
+        raise BoxError("is neither a rectangle, a polygon nor an ellipse")
     x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
     if degrees := float(value.get("rotation") or 0):
         sides = [float(region[key]) for key in ("original_width", "original_height")]
@@ -256,8 +276,10 @@ def _read_cvat_shape(shape: ElementTree.Element, sides: dict[str, int]) -> dict[
         return {"segmentation": [[float(number) for number in shape.get("points").replace(";", ",").split(",")]]}
     if shape.tag == "mask":
         return {"segmentation": _read_cvat_mask(shape, sides)}
+    if shape.tag == "ellipse":
+        return _ellipse_box(*(float(shape.get(key, "0")) for key in ("cx", "cy", "rx", "ry", "rotation")))
     if shape.tag != "box":
-        raise BoxError(f"is a {printable(shape.tag)[:40]}, neither a box nor a polygon")
+        raise _refuse_shape(shape.tag)
     left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
     bbox = [left, top, right - left, bottom - top]
     if degrees := float(shape.get("rotation", "0")):
@@ -271,6 +293,11 @@ def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[s
     _check_mask(left, top, width, height, sides)
     mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # rows for columns
     return encode_rle(mask, left, top, sides["width"], sides["height"])
+
+
+def _refuse_shape(kind: str, num_points: int = 0) -> BoxError:
+    points = f" of {num_points} points" if num_points else ""
+    return BoxError(f"has the shape {printable(kind)[:40]}{points}, neither a box nor a polygon")
 
 
 def _check_mask(left: int, top: int, width: int, height: int, sides: dict[str, int]) -> None:
@@ -288,8 +315,12 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     rows = Rows()
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     try:
-        lines = csv.DictReader(io.StringIO(read_file(path).decode("utf-8-sig"), newline=""))
-        missing = [name for name in CSV_COLUMNS if name not in (lines.fieldnames or ())]
+        text = decode_text(read_file(path))
+        # Excel separates by what its country does, and writes decimals with a comma where that is not ",".
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
+        missing = [name for name in CSV_COLUMNS if name not in lines.fieldnames]
         if missing:
             raise ValueError(f"it has no column {missing[0]}")
         for line in lines:
@@ -309,7 +340,7 @@ def unquote_formula(text: str) -> str:
 
 
 def _read_csv_box(line: dict[str, str]) -> dict[str, Any]:
-    return {"bbox": [float(line[key]) for key in CSV_COLUMNS[1:5]]}
+    return {"bbox": [float(line[key].replace(",", ".")) for key in CSV_COLUMNS[1:5]]}
 
 
 def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -371,10 +402,15 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
 def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[str, Any]:
     kind = shape.get("shape_type") or "polygon"
     points = [[float(number) for number in point] for point in shape["points"]]
-    if kind == "polygon":
+    if kind in ("polygon", "rotation", "oriented_rectangle"):  # the second of X-AnyLabeling
         return {"segmentation": [[number for point in points for number in point]]}
+    if kind == "rectangle" and len(points) == 4:  # of X-AnyLabeling
+        points = [
+            [min(values) for values in zip(*points, strict=True)],
+            [max(values) for values in zip(*points, strict=True)],
+        ]
     if kind not in ("rectangle", "circle", "mask") or len(points) != 2:
-        raise BoxError(f"is a {printable(str(kind))[:40]} of {len(points)} points, neither a box nor a polygon")
+        raise _refuse_shape(str(kind), len(points))
     (x0, y0), (x1, y1) = points
     if kind == "circle":  # its centre, and a point on it
         radius = math.dist(points[0], points[1])
@@ -398,8 +434,11 @@ def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) ->
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
-def _ellipse_box(x: float, y: float, radius_x: float, radius_y: float) -> dict[str, Any]:
-    return {"bbox": [x - radius_x, y - radius_y, 2 * radius_x, 2 * radius_y]}
+def _ellipse_box(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> dict[str, Any]:
+    """Return the box around an ellipse that is turned about its centre."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    width, height = math.hypot(radius_x * cos, radius_y * sin), math.hypot(radius_x * sin, radius_y * cos)
+    return {"bbox": [x - width, y - height, 2 * width, 2 * height]}
 
 
 def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
@@ -453,9 +492,10 @@ def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
         return {"segmentation": [[float(number) for point in points for number in point]]}
     if kind == "circle":
         return _ellipse_box(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
-    if kind == "ellipse" and not float(shape.get("theta", 0)):
-        return _ellipse_box(*(float(shape[key]) for key in ("cx", "cy", "rx", "ry")))
-    raise BoxError(f"is a {printable(str(kind))[:40]}, neither a box nor a polygon")
+    if kind == "ellipse":
+        numbers = [float(shape[key]) for key in ("cx", "cy", "rx", "ry")]
+        return _ellipse_box(*numbers, math.degrees(float(shape.get("theta", 0))))
+    raise _refuse_shape(str(kind))
 
 
 # What can be read: a folder, or a file by its suffix; a file of any other suffix is taken for COCO.

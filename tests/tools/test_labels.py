@@ -151,7 +151,7 @@ def task(*regions: dict, **more: object) -> str:
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="x" ybr="4"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="3"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<polygon label="b"/>'), "not of numbers"),
-        ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "is a points"),
+        ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "has the shape points"),
         ("a.csv", CSV + "a.jpg,1,2,,4,b,m\n", "not of numbers"),
         ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
         (
@@ -165,7 +165,14 @@ def task(*regions: dict, **more: object) -> str:
             "of numbers",
         ),
         ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], 3]}}), "not of numbers"),
-        ("a.json", task({"type": "brushlabels", "value": {"rle": [1, 2]}}), "neither a rectangle nor a polygon"),
+        ("a.json", task({"type": "keypointlabels", "value": {"x": 1, "y": 2, "width": 3}}), "neither a rectangle"),
+        ("a.json", task({"type": "rectanglelabels", "value": {"rectanglelabels": ["b", "c"]}}), "has 2 classes"),
+        ("a.json", task({"type": "rectanglelabels", "image_rotation": 90, "value": {}}), "its image turned"),
+        (
+            "a.json",
+            task({"type": "brushlabels", "value": {"rle": [1, 2]}}),
+            "neither a rectangle, a polygon nor an ellipse",
+        ),
     ],
 )
 def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
@@ -220,6 +227,73 @@ def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path)
         assert np.allclose(*in_order, atol=0.011)
         low, high = np.min(corners, axis=0), np.max(corners, axis=0)
         assert geometry.find_box(detection, 20, 10) == pytest.approx([*low, *(high - low)], abs=0.01)
+
+
+LABELME = {"imagePath": "a.jpg", "imageWidth": 20, "imageHeight": 10}
+FOUR = [[2, 1], [10, 1], [10, 7], [2, 7]]
+LABELSTUDIO_BOX = {"x": 10, "y": 10, "width": 40, "height": 60, "rectanglelabels": ["b"]}
+LABELSTUDIO_ELLIPSE = {
+    "x": 30,
+    "y": 40,
+    "radiusX": 15,
+    "radiusY": 40,
+    "rotation": 90,
+    "ellipselabels": ["b"],
+}  # in percent
+VIA_ELLIPSE = {"name": "ellipse", "cx": 6, "cy": 4, "rx": 3, "ry": 4, "theta": 1.5707963267948966}
+SAME_BOX = {
+    "ellipse of CVAT": ("a.xml", CVAT.format(height=10, shapes='<ellipse label="b" cx="6" cy="4" rx="4" ry="3"/>')),
+    "turned ellipse of CVAT": (
+        "a.xml",
+        CVAT.format(height=10, shapes='<ellipse label="b" cx="6" cy="4" rx="3" ry="4" rotation="90"/>'),
+    ),
+    "turned ellipse of Label Studio": (
+        "a.json",
+        task({"type": "ellipselabels", "original_width": 20, "original_height": 10, "value": LABELSTUDIO_ELLIPSE}),
+    ),
+    "turned ellipse of VIA": (
+        "a.json",
+        {"a": {"filename": "a.jpg", "regions": [{"shape_attributes": VIA_ELLIPSE, "region_attributes": {"class": "b"}}]}},
+    ),
+    "rectangle of X-AnyLabeling": (
+        "a.json", {**LABELME, "shapes": [{"label": "b", "shape_type": "rectangle", "points": FOUR}]},
+    ),
+    "turned box of X-AnyLabeling": (
+        "a.json", {**LABELME, "shapes": [{"label": "b", "shape_type": "rotation", "points": FOUR}]},
+    ),
+    "one task of Label Studio": (
+        "a.json",
+        json.loads(task({"type": "rectanglelabels", "value": LABELSTUDIO_BOX}))[0],
+    ),
+    "shape of Label Studio without class": (
+        "a.json", task({"type": "rectangle", "value": {**LABELSTUDIO_BOX, "rectanglelabels": []}}),
+    ),
+    "table of a country with decimal commas": ("a.csv", "\ufeffImage;x;Y;width;height;class\r\na.jpg;2,0;1,0;8,0;6,0;b\r\n"),
+    "table of Excel's Unicode text": (
+        "a.csv", "image\tx\ty\twidth\theight\tclass\r\na.jpg\t2\t1\t8\t6\tb\r\n".encode("utf-16"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME_BOX)
+def test_shapes_and_files_of_every_kind_have_the_same_box(tmp_path: Path, kind: str) -> None:
+    name, content = SAME_BOX[kind]
+    content = json.dumps(content) if isinstance(content, dict) else content
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read(tmp_path / name)
+    [(_, text)] = found.objects
+    box = geometry.find_box(geometry.to_pixels(json.loads(text), 20, 10), 20, 10)
+    assert box == pytest.approx((2, 1, 8, 6)) and not found.problems
+
+
+def test_categories_of_one_id_leave_it_open(tmp_path: Path) -> None:
+    content = make_coco(nothing, nothing)
+    content["categories"] = [{"id": 1, "name": "hammer"}, {"id": "1", "name": "pliers"}]
+    content["images"].append(content["images"][0])  # as where files were put together
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
+    assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES and not found.problems
+    assert found.class_names == {"1": None} and "several categories have the id 1" in found.notes[0]
 
 
 # 9 x 6 px as label_studio_sdk packs them (converter.brush.encode_rle): rows 1 to 3 of columns 2 to 6, and one pixel below.
@@ -435,6 +509,11 @@ COCO_KINDS = {
     "names of Windows": (lambda i: i.update(file_name=f".\\{i['file_name']}"), nothing, {}),
     "absolute names": (lambda i: i.update(file_name=f"/home/x/images/{i['file_name']}"), nothing, {}),
     "absolute names of Windows": (lambda i: i.update(file_name=f"C:\\x y\\images\\{i['file_name']}"), nothing, {}),
+    "names of a server": (lambda i: i.update(file_name=f"https://host/x/{i['file_name']}"), nothing, {}),
+    "names of a bucket": (lambda i: i.update(file_name=f"s3://x/{i['file_name']}"), nothing, {}),
+    "names from another folder": (lambda i: i.update(file_name=f"../../images/{i['file_name']}"), nothing, {}),
+    "names of uploads": (lambda i: i.update(file_name=f"images/1/1a2b3c4d-{i['file_name']}"), nothing, {}),
+    "names of categories that are numbers": (nothing, nothing, {"categories": [{"id": 1, "name": 5}]}),
     "names of a share": (lambda i: i.update(file_name=f"\\\\server\\{i['file_name']}"), nothing, {}),
 }  # fmt: skip
 
