@@ -5006,6 +5006,12 @@ def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
     """
     from safetensors import safe_open
 
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise OSError("is a pointer that git lfs pull replaces by the file itself")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("the file is cut off")
     if path.suffix == ".json":
         names = set(read_json(path, {"weight_map": {str: str}})["weight_map"].values())
         if strays := [name for name in names if Path(name).name != name or name.endswith(".json")]:
@@ -5106,8 +5112,11 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
     scores = {}
     for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
         with contextlib.suppress(Exception), torch.device("meta"):  # some cannot be built so
-            expected = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+            expected = model.state_dict()
             chosen, _ = choose_weights(tensors, expected)
+            if not chosen.keys() & expected.keys() and (convert := find_filter(model)):  # by their authors' names
+                chosen = convert(chosen, model)
             same = sum(key in chosen and chosen[key].shape == value.shape for key, value in expected.items())
             scores[name] = same / max(len(expected), len(chosen))
     best = max(scores, key=scores.__getitem__, default=architecture)
@@ -5116,6 +5125,11 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
     if best == architecture:
         return f"the rest of it does fit {architecture}: give a file with the whole state dict"
     return f"its tensors are those of --model_id {best}"
+
+
+def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
+    """Return what timm has to bring weights by their authors' names to those of a model."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
@@ -5162,9 +5176,9 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
             raise UserError(problem, start.where, f"give --model_id {architecture}_qkvb")
-    filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = find_filter(model)
     try:
-        weights = filter_function(weights, model) if filter_function else weights
+        weights = convert(weights, model) if convert else weights
     except Exception as error:  # key and shape errors of the models' own code
         problem = f"cannot be read as weights of {architecture}: {printable(str(error))[:200]}"
         raise UserError(problem, start.where, name_fitting_model(named, architecture)) from error

@@ -89,7 +89,8 @@ def test_weights_from_a_file_without_and_with_classifier(tmp_path: Path, suffix:
     assert info.weights == str(path) and info.weights_hash != build()[1].weights_hash
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda: [TINY])  # of all of them it builds forty to find one that fits
     state = timm.create_model(TINY, num_classes=0).state_dict()
     lost = next(iter(state))
     state["invented.weight"] = state.pop(lost)
@@ -102,6 +103,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "shape.pth")
     with pytest.raises(lct.UserError, match=r"conv1.0.weight.*\[1, 2, 3\]"):
         build(backbone_weights=tmp_path / "shape.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "reason"), [("a.safetensors", None, "a pointer that git lfs pull"), ("a.pth", 5000, "is cut off")]
+)
+def test_weights_that_did_not_come_whole_are_called_that(
+    tmp_path: Path, name: str, keep: int | None, reason: str
+) -> None:
+    torch.save({"weight": torch.zeros(5000)}, tmp_path / name)
+    data = (
+        (tmp_path / name).read_bytes()[:keep] if keep else b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    )
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(lct.UserError, match=reason):
+        build(backbone_weights=tmp_path / name)
 
 
 def test_weights_are_never_executed(tmp_path: Path) -> None:
@@ -509,7 +525,12 @@ def test_heads_in_the_file_are_named_and_left(prefix: str, vit_state: dict, tmp_
 @pytest.mark.parametrize(
     "key", ["norm_pre.weight", "reg_token", "blocks.9.norm1.weight", "blocks.0.attn.q_norm.weight"]
 )
-def test_what_would_change_features_is_not_left(key: str, vit_state: dict, tmp_path: Path) -> None:
+def test_what_would_change_features_is_not_left(
+    key: str, vit_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        timm, "list_models", lambda: ["test_vit"]
+    )  # of all of them it builds forty to find one that fits
     with pytest.raises(lct.UserError, match=rf"does not fit test_vit.*{re.escape(key)}"):
         save_and_build(vit_state | {key: torch.ones(64)}, tmp_path / "a.pth", model_id="test_vit", img_size=32)
 
@@ -586,7 +607,9 @@ def test_dino_as_the_hub_has_it_gives_the_features_of_timm(
             save_and_build(hub, tmp_path / "model.safetensors", model_id=name, img_size=size)
 
 
-def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_of_timm(tmp_path: Path) -> None:
+def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_of_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Names as in transformers' DINOv3ConvNextModel, the second time below the name that a model with a classifier has."""
     name = "convnext_tiny.dinov3_lvd1689m"
     donor = vary_weights(timm.create_model(name, num_classes=0)).eval()
@@ -622,6 +645,8 @@ def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_
         model, _ = build(model_id=name, img_size=64, backbone_weights=path)
         with torch.inference_mode():
             torch.testing.assert_close(model.model.eval()(images), donor(images), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(timm, "list_models", lambda: ["convnext_small", "convnext_tiny"])
+    assert lct.name_fitting_model(lct.rename_hub_weights(hub), "convnext_small").endswith(" --model_id convnext_tiny")
     for wrong in (folder, folder / part):
         config = make_config(model_id=name, backbone_weights=wrong)
         with pytest.raises(lct.UserError) as caught:

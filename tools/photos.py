@@ -16,10 +16,8 @@ import numpy as np
 
 def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
     """Return how many bits photos of more than 8 a channel really use, as the scan finds them over a data set; () without such."""
-    # No other files of IMAGE_SUFFIXES can have them.
-    candidates = [root / path for path in paths if path.lower().endswith((".png", ".tif", ".tiff"))]
-    looks = lct.map_in_threads(read_highest, candidates)
-    with lct.progress(looks, len(candidates), "looking at PNG and TIFF", unit="photo") as bar:
+    looks = lct.map_in_threads(read_highest, [root / path for path in paths])
+    with lct.progress(looks, len(paths), "looking for more than 8 bits", unit="photo") as bar:
         highest = np.array([value for _, value in bar], dtype=np.int64)
     bits = lct.find_image_bits(highest)
     if bits and bits != (16,):
@@ -30,10 +28,13 @@ def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
 def read_highest(path: Path) -> int:
     """Return the highest value in a photo, 0 in one of 8 bits a channel or one that cannot be read."""
     try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\xff\xd8":  # JPEG: most photos need not be read twice
+                return 0
         data = lct.read_file(path)
         with lct.opened_image(data) as image:
             return lct.highest_value(image, data)
-    except lct.ImageError:
+    except (OSError, lct.ImageError):
         return 0  # whoever cuts it says why
 
 
