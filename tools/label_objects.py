@@ -275,7 +275,7 @@ def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
         path = os.path.normpath(spelled)
         if path in position:
             return {None: position[path]}
-        folders = path.strip("/").split("/") if re.match(r"/|\.\./|[A-Za-z][\w+.-]*:/", spelled) else []
+        folders = path.strip("/").split("/") if re.match(r"/|[A-Za-z][\w+.-]*:/", spelled) else []
         for depth in range(len(folders)):
             end = "/".join(folders[depth:])
             if end in position:

@@ -87,10 +87,10 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     if without:
         found.notes.append(f"images without objects: {without:,} of {len(image_paths):,}")
     if not image_of:
-        others = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv"))
-        if others:
-            suffix, count = others.most_common(1)[0]
-            raise LabelError(f"has no .txt of these images, but {count:,} {suffix}", str(folder), READ_REMEDY)
+        others = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv", ".TXT"))
+        instead = "".join(f", but {count:,} {suffix}" for suffix, count in others.most_common(1))
+        first = f": {found.problems[0]}" if found.problems else ""
+        raise LabelError(f"has no .txt of these images{instead}{first}", str(folder), READ_REMEDY)
     return found
 
 

@@ -700,7 +700,7 @@ MISTAKES = [
         "attributes p, q",
     ),
     (write_text('{"shapes": [], "imagePath": "a.jpg"}'), "holds no object of a class"),
-    (lambda folder: (folder / "empty").mkdir() or folder / "empty", "holds no object of a class"),
+    (lambda folder: (folder / "empty").mkdir() or folder / "empty", "has no .txt of these images"),
 ]
 
 

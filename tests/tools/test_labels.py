@@ -511,8 +511,7 @@ COCO_KINDS = {
     "absolute names of Windows": (lambda i: i.update(file_name=f"C:\\x y\\images\\{i['file_name']}"), nothing, {}),
     "names of a server": (lambda i: i.update(file_name=f"https://host/x/{i['file_name']}"), nothing, {}),
     "names of a bucket": (lambda i: i.update(file_name=f"s3://x/{i['file_name']}"), nothing, {}),
-    "names from another folder": (lambda i: i.update(file_name=f"../../images/{i['file_name']}"), nothing, {}),
-    "names of uploads": (lambda i: i.update(file_name=f"images/1/1a2b3c4d-{i['file_name']}"), nothing, {}),
+    "names of uploads": (lambda i: i.update(file_name=f"../../media/upload/1/1a2b3c4d-{i['file_name']}"), nothing, {}),
     "names of categories that are numbers": (nothing, nothing, {"categories": [{"id": 1, "name": 5}]}),
     "names of a share": (lambda i: i.update(file_name=f"\\\\server\\{i['file_name']}"), nothing, {}),
 }  # fmt: skip

@@ -624,7 +624,7 @@ def test_odd_yolo_folders_are_explained(
     assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", tmp_path / "yolo")) == 0
     problems = json.loads((tmp_path / "out" / "problems.json").read_text())
     told = {(item["image"], item["detection"]): item["reason"] for item in problems}
-    assert "not a line of numbers" in told["1.jpg", "line 3"] and "outside" in told["1.jpg", 4]
+    assert "not a line of numbers" in told["1.jpg", "line 3"] and "neither shares" in told["1.jpg", "line 4"]
     assert "no image of its name" in told["orphan.txt", None]
     assert any("same .txt" in item["reason"] for item in problems if item["image"] == "1.png")
     assert len(read_rows(tmp_path / "out")) == 1
@@ -668,7 +668,7 @@ def test_detections_that_cannot_be_used_cost_one_sentence(
         )
     (tmp_path / "nothing").mkdir()
     for words, images, detections in (
-        ("holds no objects", scene.folder, tmp_path / "nothing"),
+        ("has no .txt of these images", scene.folder, tmp_path / "nothing"),
         ("holds no images", tmp_path / "nothing", None),
         ("does not exist", scene.folder, tmp_path / "no.json"),
         ("does not exist", tmp_path / "no", None),
