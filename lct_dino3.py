@@ -298,7 +298,8 @@ class Options:
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
         if origin != COMMAND_LINE_ORIGIN:
             return origin
-        return self.flag(f"no-{name}" if getattr(self, name, None) is False else name)
+        is_typed_no = name in self.origins and getattr(self, name) is False
+        return self.flag(f"no-{name}" if is_typed_no else name)
 
     def said(self, name: str) -> str:
         """Return where an option stands, and its value."""

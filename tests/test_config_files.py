@@ -94,7 +94,8 @@ def test_command_line_beats_file_beats_default_for_every_option(tmp_path, field)
         assert config.origins[field.name] == f"{tmp_path / 'run.yaml'}: {key}" == config.place(field.name)
         both = resolve(tmp_path, yaml.safe_dump(tree), *flag_words(field, typed))
         assert getattr(both, field.name) == typed
-        assert both.origins[field.name] == "command line" and both.place(field.name) == f"--{field.name}"
+        flag = f"--no-{field.name}" if typed is False else f"--{field.name}"
+        assert both.origins[field.name] == "command line" and both.place(field.name) == flag
         inner[last] = None
         if not beside:
             config = resolve(tmp_path, yaml.safe_dump(tree))
