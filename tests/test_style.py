@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_comparison": {"report_page", "run_files"},
     "report_page": {"run_files"},
     "run_files": set(),
-    "track": {"run_files"},
+    "track": set(),
     "demo": {"drawn_scenes", "drawn_tools"},  # it starts the others
     "drawn_scenes": {"drawn_tools"},
     "drawn_tools": set(),
