@@ -296,7 +296,10 @@ class Options:
     def place(self, name: str) -> str:
         """Return where an option stands, for a message about it: its flag, or file and key."""
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
-        return self.flag(name) if origin == COMMAND_LINE_ORIGIN else origin
+        if origin != COMMAND_LINE_ORIGIN:
+            return origin
+        is_typed_no = name in self.origins and getattr(self, name) is False
+        return self.flag(f"no-{name}" if is_typed_no else name)
 
     def said(self, name: str) -> str:
         """Return where an option stands, and its value."""
@@ -995,8 +998,8 @@ def did_you_mean(
     return f"did you mean {' or '.join(close)}?" if close else others
 
 
-def idle_options(config: Config) -> list[str]:
-    """Return the options that differ from their defaults and have no effect, since another one would have to go with them."""
+def ineffective_options(config: Config) -> list[str]:
+    """Return the options that have no effect, whatever their values, since another one would have to go with them."""
     depending = {
         "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
         "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
@@ -1006,9 +1009,11 @@ def idle_options(config: Config) -> list[str]:
         "arc_margin": config.criterion not in LINEAR_CRITERIA,
         "mixing_p mixing_alpha": config.mixing != "none",
         "backgrounds background_max_ratio": config.insert_background_p > 0,
+        "samples_per_class": config.balanced_per_class,
+        "mix_mask_p": config.crop_mode == "mix",
+        "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
     }
-    names = " ".join(names for names, has_effect in depending.items() if not has_effect).split()
-    return [name for name in names if getattr(config, name) != getattr(Config, name)]
+    return " ".join(names for names, has_effect in depending.items() if not has_effect).split()
 
 
 def name_training(options: dict[str, Any]) -> str:
@@ -1175,7 +1180,13 @@ def check_files_exist(options: Options, *names: str) -> None:
         path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(what, options.said(name), options.moved(name) or "check the path")
+            candidates = [
+                *path.glob("*.index.json"),
+                *path.glob("model*.safetensors"),
+                *path.glob("pytorch_model*.bin"),
+            ]
+            remedy = f"give {candidates[0]}" if name == "backbone_weights" and candidates else "check the path"
+            raise UserError(what, options.said(name), options.moved(name) or remedy)
 
 
 def check_folder(options: Options, name: str, remedy: str) -> None:
@@ -2230,6 +2241,11 @@ PROGRESS_LOG = ProgressLog()
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go, {rate_fmt}"
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a number and what is counted: 1 image, 2,000 images, 3 classes."""
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
     """Return a progress bar, or where stderr is no terminal one that writes lines."""
     form: dict[str, Any] = {"dynamic_ncols": True}
@@ -2333,6 +2349,12 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
 
 
+def highest_value(image: Image.Image, data: bytes) -> int:
+    """Return the highest value in an opened image of more than 8 bits a channel, 0 in any other."""
+    values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+    return 0 if values is None else int(values.max())
+
+
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     """Return how many bits images of more than 8 a channel really use, by the highest value in each (n,), 0 where it has 8.
 
@@ -2345,6 +2367,12 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
     dark = highest[highest < 2 ** (bits - 2)]
     is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
     return (8, bits) if is_mixed else (bits,)
+
+
+def describe_image_bits(count: int, bits: Sequence[int]) -> str:
+    """Return what to tell of images of more than 8 bits a channel."""
+    some = "1 image has" if count == 1 else f"{count:,} images have"
+    return f"{some} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
 
 
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
@@ -2637,8 +2665,7 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
         with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
             pixels, health["mode"], health["orientation"] = decode_image(data, bits)
             with opened_image(data) as image:
-                values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-            health["highest"] = 0 if values is None else int(values.max())  # 0 where it has 8 bits a channel
+                health["highest"] = highest_value(image, data)
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
             if keep is not None and (bits or not health["highest"]):
                 keep(pixels)
@@ -3054,8 +3081,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         report["warnings"].append(f"{some}, are duplicates of training images or of their group: figures flatter")
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
-        some = f"{len(deep)} images have more than 8 bits a channel, of which {' or '.join(map(str, image_bits))}"
-        report["warnings"].append(f"{some} are used: they are scaled by that (--image_bits)")
+        report["warnings"].append(describe_image_bits(len(deep), image_bits) + " (--image_bits)")
     unusable = (*dict(listing.problems), *health.reasons)
     broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
@@ -3067,9 +3093,9 @@ def describe_ignored(ignored: Counter[str]) -> str:
     """Return in words what a listing passed over: other types of files, and folders inside a class."""
     kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
     files = ignored.total() - ignored["/"] - ignored["."]
-    phrases = [f"{files} files of other types ({kinds})"] if files else []
-    phrases += [f"{ignored['/']} folders inside class folders"] if ignored["/"] else []
-    phrases += [f"{ignored['.']} images beside the class folders"] if ignored["."] else []
+    phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
+    phrases += [f"{count_of(ignored['/'], 'folder')} inside class folders"] if ignored["/"] else []
+    phrases += [f"{count_of(ignored['.'], 'image')} beside the class folders"] if ignored["."] else []
     return " and ".join(phrases)
 
 
@@ -3096,7 +3122,7 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
-        notes.append(f"{tiny} images have a side shorter than {TINY_SIDE} px")
+        notes.append(f"images with a side shorter than {TINY_SIDE} px: {tiny}")
     return {
         "quarantined": sorted(quarantined, key=lambda item: item["path"]),
         "sizes": sizes,
@@ -3148,7 +3174,7 @@ def count_classes(
     for name, row in table.items():
         lacking = " and ".join(split for split in wanted if not row[split])
         if lacking and row["usable"]:
-            images = f"{name}: {row['usable']} images in {row['groups']} group{'s' if row['groups'] > 1 else ''}"
+            images = f"{name}: {count_of(row['usable'], 'image')} in {count_of(row['groups'], 'group')}"
             notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
     return table, notes
 
@@ -3226,7 +3252,9 @@ def format_findings(report: dict[str, Any]) -> str:
     if masks["not_made"]:
         path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
         lines.append(f"SAM-2 drew no acceptable mask for {len(masks['not_made']):,} crops, e.g. {path}: {reason}")
-    lines += [f"--exclude {glob} left out {count:,} files" for glob, count in report["excluded"].items() if count]
+    lines += [
+        f"--exclude {glob} left out {count_of(count, 'file')}" for glob, count in report["excluded"].items() if count
+    ]
     if report["class_map"]:
         changes = (f"{old} -> {new or '(left out)'}" for old, new in report["class_map"].items())
         lines.append(f"classes of folders: {', '.join(changes)}")
@@ -3296,9 +3324,9 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
     known, notes = set(paths), []
     if gone := [item for item in paths if item not in group_of]:
-        notes.append(f"{len(gone)} images of this run's split are gone or broken now, e.g. {gone[0]}")
+        notes.append(f"{count_of(len(gone), 'image')} of this run's split gone or broken now, e.g. {gone[0]}")
     if new := [item for item in scanned if item not in known]:
-        notes.append(f"{len(new)} images are new since this run was started and stay out of it, e.g. {new[0]}")
+        notes.append(f"{count_of(len(new), 'image')} new since this run was started, and out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
     groups = [group_of.get(item, len(group_of) + index) for index, item in enumerate(paths)]
@@ -4941,34 +4969,25 @@ class Start:
 
 def read_start(config: Config) -> Start | None:
     """Read what --load_from or --backbone_weights names, never executing anything in it; None without either."""
-    from safetensors import safe_open
-
     path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
-    class_names, identity = (), {}  # where this script wrote the file; identity of checkpoints only
+    if part := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        index = path.with_name(f"{part[1]}{part[2]}.index.json")
+        raise UserError("is one of several parts of a model", where, f"give {index}, with all of them beside it")
+    identity = {}  # of a checkpoint of this script
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-                class_names = json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
-        else:
-            is_zip, others = is_torch_zip(path), ()
-            if is_zip:
-                check_zip(path)
-                others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_Inert, name) for name in others]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        state, class_names = read_weights(path)
         if isinstance(state, dict) and "identity" in state and "format" in state:
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
             class_names = identity["class_names"]
     except MemoryError:
         raise
     except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
-        is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix == ".safetensors"
+        is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
         reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
         problem = f"cannot be read as weights: {reason}"
         raise UserError(problem, where, STATE_DICT_WANTED) from error
@@ -4980,6 +4999,37 @@ def read_start(config: Config) -> Start | None:
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     return Start(where, path, backbone, head, tuple(class_names), identity)
+
+
+def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
+    """Return what a file of weights holds, and the class names in one that this script has written.
+
+    An index, as the hub has it for a model in several parts, stands for all of them. Whatever is wrong raises anything.
+    """
+    from safetensors import safe_open
+
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise OSError("is a pointer that git lfs pull replaces by the file itself")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("the file is cut off")
+    if path.suffix == ".json":
+        names = set(read_json(path, {"weight_map": {str: str}})["weight_map"].values())
+        if strays := [name for name in names if Path(name).name != name or name.endswith(".json")]:
+            raise ValueError(f"it names {printable(strays[0])[:80]}, which is no file of weights beside it")
+        parts = [read_weights(path.with_name(name))[0] for name in sorted(names)]
+        return {key: value for part in parts for key, value in part.items()}, ()
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+            return state, json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
+    is_zip, others = is_torch_zip(path), ()
+    if is_zip:
+        check_zip(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), ()
 
 
 def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -4999,14 +5049,19 @@ def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
 
 def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights of DINOv2 and DINOv3 that are named as in transformers under their authors' names, which timm reads."""
-    token = "embeddings.cls_token"
-    base = next((key.removesuffix(token) for key in tensors if key.endswith(token)), None)
+    marks = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
+    base = next((key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(mark)), None)
     if base is None:
         return tensors
     inside = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
     registers = "register_tokens" if "embeddings.position_embeddings" in inside else "storage_tokens"
     up, down = ("w2", "w3") if any(".gate_proj." in key for key in inside) else ("fc1", "fc2")
     names = (
+        (r"^stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.layers\.", r"stages.\1."),
+        (r"\.depthwise_conv\.", ".dwconv."),
+        (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+        (r"(^|\.)layer_norm\.", r"\1norm."),
         (r"^(encoder|model)\.", ""),
         (r"^layers?\.", "blocks."),
         (r"^embeddings\.position_embeddings", "pos_embed"),
@@ -5059,8 +5114,11 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
     scores = {}
     for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
         with contextlib.suppress(Exception), torch.device("meta"):  # some cannot be built so
-            expected = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+            expected = model.state_dict()
             chosen, _ = choose_weights(tensors, expected)
+            if not chosen.keys() & expected.keys() and (convert := find_filter(model)):  # by their authors' names
+                chosen = convert(chosen, model)
             same = sum(key in chosen and chosen[key].shape == value.shape for key, value in expected.items())
             scores[name] = same / max(len(expected), len(chosen))
     best = max(scores, key=scores.__getitem__, default=architecture)
@@ -5069,6 +5127,11 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
     if best == architecture:
         return f"the rest of it does fit {architecture}: give a file with the whole state dict"
     return f"its tensors are those of --model_id {best}"
+
+
+def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
+    """Return what timm has to bring weights by their authors' names to those of a model."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
@@ -5115,9 +5178,9 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
             raise UserError(problem, start.where, f"give --model_id {architecture}_qkvb")
-    filter_function = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = find_filter(model)
     try:
-        weights = filter_function(weights, model) if filter_function else weights
+        weights = convert(weights, model) if convert else weights
     except Exception as error:  # key and shape errors of the models' own code
         problem = f"cannot be read as weights of {architecture}: {printable(str(error))[:200]}"
         raise UserError(problem, start.where, name_fitting_model(named, architecture)) from error
@@ -6016,9 +6079,10 @@ def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
     return payload.get("average", payload["model"])
 
 
-def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other classes, model, shapes or options, listing each; only what `current` has is compared."""
-    changed = {key: (saved.get(key), new) for key, new in current.items() if saved.get(key) != new}
+def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], ineffective: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint of other classes, model, shapes or options, listing each; compared is what `current` has to effect."""
+    compared = current.keys() - ineffective
+    changed = {key: (saved.get(key), current[key]) for key in compared if saved.get(key) != current[key]}
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
     if "class_names" in changed:
         lines.append(f"classes: {describe_change(*changed['class_names'])}")
@@ -7112,7 +7176,7 @@ def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str,
     records = {}
     for name, paths in halves.items():
         if not paths:
-            problem = f"holds {sum(map(len, halves.values()))} images, which leaves one half empty"
+            problem = f"holds {count_of(sum(map(len, halves.values())), 'image')}, which leaves one half empty"
             raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
         zeros = np.zeros(len(paths), np.int32)
         groups = np.arange(len(paths), dtype=np.int32)
@@ -7265,7 +7329,7 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
                 f"with which classes that heads of the training did not know had {figures['precision']:.0%} of"
                 f" {figures['answers']} answers right, where {figures['target_precision']:.0%} were asked"
             )
-        named = f"{gallery.class_names[label]}, {len(crops)} crops"
+        named = f"{gallery.class_names[label]}, {count_of(len(crops), 'crop')}"
         sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {sure}")
     return sentences
 
@@ -8475,12 +8539,15 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     names = run.gallery.class_names
     foreign = [name for name in records.class_names if name not in names]
     num_known = len(records.class_names) - len(foreign)
+    given = {"class_map": run.config.class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
+    words = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]
+    hint = f"for folders that are named as those of the run, give its {' '.join(words)} too" if words else ""
     if not num_known:
-        problem = f"has no class of the gallery, only {', '.join(foreign[:5])}"
-        raise UserError(problem, config.said("data_root"), f"it knows {', '.join(names[:8])}")
-    show(f"{len(records.paths):,} images of {config.data_root}, {num_known} known classes")
+        problem = f"has no class of the gallery, only {', '.join(map(repr, foreign[:5]))}"
+        raise UserError(problem, config.said("data_root"), hint or f"it knows {', '.join(map(repr, names[:8]))}")
+    show(f"{count_of(len(records.paths), 'image')} of {config.data_root}, {count_of(num_known, 'known class')}")
     if foreign:
-        show(f"not in the gallery, and so unknown objects: {', '.join(foreign)}")
+        show(f"not in the gallery, and so unknown objects: {', '.join(map(repr, foreign))}{hint and '; '}{hint}")
     return records, np.arange(len(records.paths))
 
 
@@ -8691,7 +8758,7 @@ def plan_run(
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
         identity = make_identity(config, records.class_names, None)
         identity["backgrounds"] = backgrounds and backgrounds.identity
-        check_identity(point.path, point.payload["identity"], identity)
+        check_identity(point.path, point.payload["identity"], identity, ineffective_options(config))
         epoch, events = point.payload["epoch"], read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
         damage = find_damage(config.out_dir, records) if is_completed else []
@@ -8711,7 +8778,7 @@ def plan_run(
         config = dataclasses.replace(config, cache_views=CACHED_VIEWS if has_room else 0)
     job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
     if point:
-        check_identity(point.path, point.payload["identity"], job.identity)
+        check_identity(point.path, point.payload["identity"], job.identity, ineffective_options(job.config))
     return job, backbone, notes
 
 
@@ -8804,7 +8871,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
-    if idle := idle_options(config):
+    if idle := [name for name in ineffective_options(config) if getattr(config, name) != getattr(Config, name)]:
         run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
     if job.backgrounds is not None:
         run.log(job.backgrounds.describe())

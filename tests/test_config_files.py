@@ -95,7 +95,8 @@ def test_command_line_beats_file_beats_default_for_every_option(tmp_path, field)
         assert config.origins[field.name] == f"{tmp_path / 'run.yaml'}: {key}" == config.place(field.name)
         both = resolve(tmp_path, yaml.safe_dump(tree), *flag_words(field, typed))
         assert getattr(both, field.name) == typed
-        assert both.origins[field.name] == "command line" and both.place(field.name) == f"--{field.name}"
+        flag = f"--no-{field.name}" if typed is False else f"--{field.name}"
+        assert both.origins[field.name] == "command line" and both.place(field.name) == flag
         inner[last] = None
         if not beside:
             config = resolve(tmp_path, yaml.safe_dump(tree))
@@ -243,18 +244,16 @@ def test_none_on_the_command_line_takes_back_what_a_file_says(tmp_path):
         lct.parse_command_line(["--epochs", "none"])
 
 
-def test_options_without_effect_are_named():
+def test_options_without_effect_are_known():
     given = {
-        "drop_path": 0.1, "pct_start": 0.2, "focal_gamma": 1.0, "sub_centers": 2, "mixing_p": 0.1, "background_max_ratio": 3.0,
+        "drop_path", "pct_start", "focal_gamma", "sub_centers", "mixing_p", "background_max_ratio", "samples_per_class",
+        "mix_mask_p", "masks_out",
     }  # fmt: skip
-    assert set(lct.idle_options(lct.Config(**given))) == given.keys()
+    assert given <= set(lct.ineffective_options(lct.Config()))
     needed = {"freeze_backbone": False, "scheduler": "onecycle", "mixing": "mixup", "insert_background_p": 0.5}
-    assert lct.idle_options(lct.Config(**given, **needed, criterion="focal")) == ["sub_centers"]
-    assert lct.idle_options(lct.Config(**needed, warmup_epochs=2.0, criterion="focal", arc_margin=0.1)) == [
-        "warmup_epochs",
-        "arc_margin",
-    ]
-    assert lct.idle_options(lct.Config()) == []
+    needed |= {"balanced_per_class": True, "crop_mode": "mix", "criterion": "focal"}
+    assert lct.ineffective_options(lct.Config(**needed)) == ["warmup_epochs", "sub_centers", "arc_margin"]
+    assert "masks_out" not in lct.ineffective_options(lct.Config(auto_generate_masks=True))
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -869,7 +869,7 @@ def test_an_enrolled_class_has_the_threshold_that_heads_without_some_classes_pro
     expected = least_threshold(scores, is_right, run.options["target_precision"])
     assert_threshold(thresholds[5], scores, expected)
     said = capsys.readouterr().out
-    assert "threshold of tongs, 1 crops: " in said and "where 85% were asked" in said
+    assert "threshold of tongs, 1 crop: " in said and "where 85% were asked" in said
     assert call_main(*command, "--target_precision", "0.6") == 2
     remedy = capsys.readouterr().err.partition("first: python lct_dino3.py ")[2].split()
     assert call_main(*remedy, *same) == 0

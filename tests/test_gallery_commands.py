@@ -61,17 +61,19 @@ def test_evaluate_repeats_the_figures_of_the_run(run_dir: Path, call_main: Main)
 
 
 def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
-    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+    trained: tuple[Path, Path], run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     other = make_dataset(tmp_path / "other", {"axe": 4, "bit": 4}, seed=5)
     new_class(other, "stranger", 9, 6)
     assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
     figures = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     assert figures["images"] == 8 and figures["open_set"]["unknowns"] == 6
-    assert "unknown objects: stranger" in capsys.readouterr().out
+    hint = f"for folders that are named as those of the run, give its --class_map {trained[0].parent / 'map.yaml'} too"
+    assert f"unknown objects: 'stranger'; {hint}" in capsys.readouterr().out
     only_foreign = new_class(tmp_path / "foreign", "stranger", 9)
     assert call_main("evaluate", "--run", run_dir, "--data_root", only_foreign, *QUIET) == 2
-    assert "no class of the gallery" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no class of the gallery" in error and hint in error
 
 
 def test_a_new_class_is_enrolled_from_five_crops_and_recognised(

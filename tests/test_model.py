@@ -89,7 +89,8 @@ def test_weights_from_a_file_without_and_with_classifier(tmp_path: Path, suffix:
     assert info.weights == str(path) and info.weights_hash != build()[1].weights_hash
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda: [TINY])  # of all of them it builds forty to find one that fits
     state = timm.create_model(TINY, num_classes=0).state_dict()
     lost = next(iter(state))
     state["invented.weight"] = state.pop(lost)
@@ -102,6 +103,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "shape.pth")
     with pytest.raises(lct.UserError, match=r"conv1.0.weight.*\[1, 2, 3\]"):
         build(backbone_weights=tmp_path / "shape.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "reason"), [("a.safetensors", None, "a pointer that git lfs pull"), ("a.pth", 5000, "is cut off")]
+)
+def test_weights_that_did_not_come_whole_are_called_that(
+    tmp_path: Path, name: str, keep: int | None, reason: str
+) -> None:
+    torch.save({"weight": torch.zeros(5000)}, tmp_path / name)
+    data = (
+        (tmp_path / name).read_bytes()[:keep] if keep else b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    )
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(lct.UserError, match=reason):
+        build(backbone_weights=tmp_path / name)
 
 
 def test_weights_are_never_executed(tmp_path: Path) -> None:
@@ -418,7 +434,7 @@ def test_parts_that_a_model_has_not_are_refused_before_the_scan(options: dict, c
 def test_options_that_contradict_each_other_are_refused(flags: str) -> None:
     with pytest.raises(lct.UserError) as caught:
         lct.parse_command_line(flags.split())
-    assert all(word.replace("no-", "") in str(caught.value) for word in flags.split() if word.startswith("--"))
+    assert all(word in str(caught.value) for word in flags.split() if word.startswith("--"))
 
 
 @pytest.mark.parametrize("options", [{"freeze_backbone": False}, {"unfreeze_blocks": 6}, {"lora_rank": 2}])
@@ -509,7 +525,12 @@ def test_heads_in_the_file_are_named_and_left(prefix: str, vit_state: dict, tmp_
 @pytest.mark.parametrize(
     "key", ["norm_pre.weight", "reg_token", "blocks.9.norm1.weight", "blocks.0.attn.q_norm.weight"]
 )
-def test_what_would_change_features_is_not_left(key: str, vit_state: dict, tmp_path: Path) -> None:
+def test_what_would_change_features_is_not_left(
+    key: str, vit_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        timm, "list_models", lambda: ["test_vit"]
+    )  # of all of them it builds forty to find one that fits
     with pytest.raises(lct.UserError, match=rf"does not fit test_vit.*{re.escape(key)}"):
         save_and_build(vit_state | {key: torch.ones(64)}, tmp_path / "a.pth", model_id="test_vit", img_size=32)
 
@@ -584,6 +605,57 @@ def test_dino_as_the_hub_has_it_gives_the_features_of_timm(
         hub[f"{prefix}{layers}2.attention.v_proj.bias"] += 0.1
         with pytest.raises(lct.UserError, match=rf"biases.*not zero(.|\n)*--model_id {name}_qkvb"):
             save_and_build(hub, tmp_path / "model.safetensors", model_id=name, img_size=size)
+
+
+def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_of_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names as in transformers' DINOv3ConvNextModel, the second time below the name that a model with a classifier has."""
+    name = "convnext_tiny.dinov3_lvd1689m"
+    donor = vary_weights(timm.create_model(name, num_classes=0)).eval()
+    names = (
+        (r"^stem\.", "stages.0.downsample_layers."),
+        (r"^(stages\.\d+)\.downsample\.", r"\1.downsample_layers."),
+        (r"\.blocks\.", ".layers."),
+        (r"\.conv_dw\.", ".depthwise_conv."),
+        (r"\.mlp\.fc(\d)\.", r".pointwise_conv\1."),
+        (r"^(stages\.\d+\.layers\.\d+)\.norm\.", r"\1.layer_norm."),
+        (r"^head\.norm\.", "layer_norm."),
+    )
+    hub = donor.state_dict()
+    for pattern, word in names:
+        hub = {re.sub(pattern, word, key): value for key, value in hub.items()}
+    assert {
+        "stages.0.downsample_layers.1.bias",
+        "stages.3.layers.1.pointwise_conv2.weight",
+        "layer_norm.bias",
+    } <= hub.keys()
+    weight_map, folder = {}, tmp_path / "snapshot"
+    folder.mkdir()
+    for index, keys in enumerate((sorted(hub)[::2], sorted(hub)[1::2]), 1):
+        part = f"model-{index:05}-of-00002.safetensors"
+        safetensors.torch.save_file({key: hub[key].contiguous() for key in keys}, folder / part)
+        weight_map |= dict.fromkeys(keys, part)
+    index_path = folder / "model.safetensors.index.json"
+    index_path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    prefixed = {f"dinov3_convnext.{key}": value.contiguous() for key, value in hub.items()}
+    safetensors.torch.save_file(prefixed, tmp_path / "model.safetensors")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for path in (index_path, tmp_path / "model.safetensors"):
+        model, _ = build(model_id=name, img_size=64, backbone_weights=path)
+        with torch.inference_mode():
+            torch.testing.assert_close(model.model.eval()(images), donor(images), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(timm, "list_models", lambda: ["convnext_small", "convnext_tiny"])
+    assert lct.name_fitting_model(lct.rename_hub_weights(hub), "convnext_small").endswith(" --model_id convnext_tiny")
+    for wrong in (folder, folder / part):
+        config = make_config(model_id=name, backbone_weights=wrong)
+        with pytest.raises(lct.UserError) as caught:
+            lct.check_files_exist(config, "backbone_weights")
+            lct.read_start(config)
+        assert f"give {index_path}" in caught.value.remedy
+    (folder / part).unlink()
+    with pytest.raises(lct.UserError, match=f"No such file.*{part}"):
+        build(model_id=name, img_size=64, backbone_weights=index_path)
 
 
 # --- input channels

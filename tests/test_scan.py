@@ -317,7 +317,9 @@ def test_the_report_tells_sizes_modes_and_orientation(tmp_path):
         "width_min": 8, "width_median": 40, "width_max": 40, "height_min": 8, "height_median": 40, "height_max": 90,
     }  # fmt: skip
     assert report["modes"] == {"RGB": 7, "L": 1} and report["exif_rotated"] == 1
-    assert any(text.startswith("1 images have a side shorter than") for text in report["warnings"])
+    assert any(
+        text.startswith("images with a side shorter than") and text.endswith("px: 1") for text in report["warnings"]
+    )
 
 
 # --- what is known from the last look
@@ -620,7 +622,7 @@ def test_train_valid_test_folders_are_the_splits(val: str, tmp_path: Path) -> No
     config = lct.Config(data_root=root, out_dir=tmp_path / "run", splits="from_folders")
     found = lct.attach_masks(lct.scan_dataset(config), config)
     assert found.records.class_names == ("nut", "saw") and found.report["warnings"] == [
-        "passed over: 1 files of other types (.txt)"
+        "passed over: 1 file of other types (.txt)"
     ]
     assert all(
         lct.SPLIT_FOLDERS[path.split("/")[0].lower()] == split
@@ -674,7 +676,7 @@ def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path)
     (root / "b/2.gif").write_bytes(b"GIF89a")
     warnings = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).report["warnings"]
     assert any("2 classes have cropped/, and b, d not" in text for text in warnings)
-    assert any("(.gif)" in text and "1 images beside the class folders" in text for text in warnings)
+    assert any("(.gif)" in text and "1 image beside the class folders" in text for text in warnings)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_vanished_files_keep_their_place_and_new_ones_stay_out(written):
     again, notes = lct.reuse_splits(path, lct.scan_dataset(config).records)
     assert list(again.paths) == list(records.paths)
     assert np.array_equal(again.splits, records.splits) and np.array_equal(again.labels, records.labels)
-    assert len(notes) == 2 and f"1 images of this run's split are gone or broken now, e.g. {gone}" in notes[0]
+    assert len(notes) == 2 and f"1 image of this run's split gone or broken now, e.g. {gone}" in notes[0]
     assert "a b/0002b.png" in notes[1]
     assert len(again.groups) == 16 and len(np.unique(again.groups)) == 16
 

@@ -19,8 +19,10 @@ SOURCES = {
 MAY_IMPORT: dict[str, set[str]] = {
     "lct_dino3": set(),  # it starts tools
     "geometry": set(),
-    "labels": {"geometry"},
-    "label_writers": {"geometry", "labels"},
+    "label_objects": {"geometry"},
+    "label_yolo": {"geometry", "label_objects"},
+    "labels": {"geometry", "label_objects", "label_yolo"},
+    "label_writers": {"geometry", "label_objects", "label_yolo", "labels"},
     "report": {"report_comparison", "report_page", "run_files"},
     "report_comparison": {"report_page", "run_files"},
     "report_page": {"run_files"},
@@ -29,8 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"drawn_scenes", "drawn_tools"},  # it starts the others
     "drawn_scenes": {"drawn_tools"},
     "drawn_tools": set(),
-    "crop": {"geometry", "labels", "lct_dino3"},
-    "prelabel": {"geometry", "label_writers", "labels", "lct_dino3"},
+    "crop": {"crop_records", "geometry", "label_objects", "labels", "lct_dino3", "photos"},
+    "prelabel": {"answers", "geometry", "label_objects", "label_writers", "labels", "lct_dino3", "photos"},
+    "photos": {"lct_dino3"},
+    "crop_records": {"lct_dino3"},
+    "answers": {"geometry", "label_objects", "label_writers", "lct_dino3"},
     "masks": {"lct_dino3"},
     "export": {"lct_dino3"},
     "pretrain_dino_face": {"lct_dino3", "pretrain_utils"},
@@ -49,8 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # In tools/, and imported by tools alone; as what lies in folders there.
 LIBRARIES = (
-    *("drawn_scenes", "drawn_tools", "geometry", "label_writers", "labels", "meshes", "pretrain_utils"),
-    *("report_comparison", "report_page", "run_files", "voxel_gan"),
+    *("answers", "crop_records", "drawn_scenes", "drawn_tools", "geometry", "label_objects", "label_writers"),
+    *("label_yolo", "labels", "meshes", "photos", "pretrain_utils", "report_comparison", "report_page", "run_files"),
+    "voxel_gan",
 )
 BANNER = re.compile(r"^# =+\n# (\d\d)  ([A-Z& ]+)\n# =+$", re.MULTILINE)
 

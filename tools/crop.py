@@ -9,6 +9,7 @@ command continues where it was interrupted, and what a person has put there, edi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -25,7 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import geometry
-import labels as label_files
+from crop_records import PROGRESS_NAME, RECORDS_NAME, Records, list_files, parse_number, read_lines, to_line
+from label_objects import LabelError, Problem, find_class_name
+from labels import read_labels
+from photos import find_photo_bits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,14 +39,6 @@ import lct_dino3 as lct
 import numpy as np
 from PIL import Image
 
-RECORDS_NAME = "crops.jsonl"  # a line a crop; a folder that holds it is ours
-# A line a photo, which is on disk before its crops are written: whatever a kill leaves is known to be ours.
-PROGRESS_NAME = ".crops.progress.jsonl"
-RECORD_FORM = {
-    **dict.fromkeys("file class photo sha256 key".split(), str),
-    **dict.fromkeys(("mask", "mask_sha256"), (str, type(None))),
-    **{"box": [(int, float)], "id": object, "unknown": bool, "photo_bytes": int},
-}
 VERSION = 1  # of how crops are cut and written; another one cuts all of them anew
 JPEG_QUALITY = 95
 MAX_NAME_BYTES = 160  # of the photo in a file's name of at most 255, in which number, suffix and process stand too
@@ -65,7 +61,7 @@ class CropOptions(lct.Options):
         needed=True)
     box_pad: float = lct.option(0.0, "share of a box's side added on each side, as prelabel has it", "cropping", low=0.0, high=5.0)
     image_bits: tuple[int, ...] = lct.option((),
-        "bits a channel that photos of more than 8 really use, such as 12; the run that labels photos needs the same",
+        "bits a channel that photos of more than 8 really use, such as 12 (default: what their values show)",
         "cropping", metavar="N", nargs="+", low=8, high=16)
     unknown: tuple[str, ...] = lct.option((), "classes that are none: their crops go beside --out, for --unknown_dir",
         "cropping", metavar="NAME", nargs="+", action="extend")
@@ -129,7 +125,7 @@ class Labelled:
     objects: list[list[tuple[str, str]]]  # of each photo: JSON, class
     folders: dict[str, str]  # class -> name of its folder
     unknown: set[str]  # classes that are none
-    problems: list[label_files.Problem]
+    problems: list[Problem]
     notes: list[str]
 
 
@@ -143,20 +139,20 @@ def read_labelled(options: CropOptions) -> Labelled:
     if not tree.paths:
         raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
-        found = label_files.read_labels(options.labels, tree.paths)
-    except label_files.LabelError as error:
+        found = read_labels(options.labels, tree.paths)
+    except LabelError as error:
         raise lct.UserError(error.what, f"--labels {error.where}", error.remedy) from error
     paths = [tree.paths[number] for number in found.images]
-    problems = [label_files.Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    problems = [Problem(path, None, reason) for path, reason in tree.problems] + found.problems
     objects: list[list[tuple[str, str]]] = [[] for _ in paths]
     for number, text in found.objects:
         detection = json.loads(text)
         try:
             if detection.get("iscrowd") == 1:
                 raise geometry.BoxError("is a crowd of objects, not one")
-            name = label_files.find_class_name(found.class_names, detection.get("category_id"))
+            name = find_class_name(found.class_names, detection.get("category_id"))
         except geometry.BoxError as error:
-            problems.append(label_files.Problem(paths[number], detection.get("id"), str(error)))
+            problems.append(Problem(paths[number], detection.get("id"), str(error)))
             continue
         objects[number].append((text, unicodedata.normalize("NFC", name)))
     folders = {name: name_folder(name) for name in dict.fromkeys(name for items in objects for _, name in items)}
@@ -191,93 +187,6 @@ def name_folder(class_name: str) -> str:
     return name
 
 
-# --- what is there
-
-
-class Records:
-    """What `crops.jsonl` and an interrupted job say of the crops in --out, a JSON text a crop by photo."""
-
-    def __init__(self, out: Path) -> None:
-        self.crops: dict[str, list[str]] = {}
-        self.stale: dict[str, list[str]] = {}  # of each photo whose files may not have been written
-        self.photo_bytes: dict[str, int] = {}
-        for record in read_lines(out / RECORDS_NAME):
-            self.crops.setdefault(record["photo"], []).append(to_line(record))
-            self.photo_bytes[record["photo"]] = record["photo_bytes"]
-        for entry in read_lines(out / PROGRESS_NAME):
-            photo = entry["photo"]
-            self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
-            self.crops[photo] = [to_line(record) for record in entry["crops"]]
-
-    def check_photos(self, options: CropOptions, labelled: Labelled) -> None:
-        """Refuse photos that have the names of others, as cameras give them, whose crops would be taken for theirs.
-
-        Raises:
-            UserError: naming the first.
-        """
-        for path, num_bytes in zip(labelled.paths, labelled.num_bytes, strict=True):
-            before = self.photo_bytes.get(path, num_bytes)
-            if before != num_bytes:
-                what = f"is not the photo that was cut before: it has {num_bytes:,} bytes, that one had {before:,}"
-                remedy = "choose another --out, or give the folder above both sets of photos as --images"
-                raise lct.UserError(what, str(options.images / path), remedy)
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file of ours; half a line at its end, which a kill leaves, is cut off.
-
-    Raises:
-        UserError: a line is not what this tool writes.
-    """
-    is_progress = path.name == PROGRESS_NAME
-    start = 0
-    with open(path, "rb") if path.exists() else io.BytesIO() as file:
-        for number, line in enumerate(file, 1):
-            if is_progress and not line.endswith(b"\n"):
-                os.truncate(path, start)
-                return
-            try:
-                entry = json.loads(line)
-                if is_progress and not isinstance(entry["photo"], str):
-                    raise ValueError("names no photo")
-                for record in entry["crops"] if is_progress else [entry]:
-                    check_record(record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"line {number} is damaged: {error}"
-                raise lct.UserError(what, str(path), "restore the file, or choose a new --out") from error
-            yield entry
-            start += len(line)
-
-
-def check_record(record: dict[str, Any]) -> None:
-    """Refuse a record that this tool cannot have written: it says which files are removed.
-
-    Raises:
-        ValueError: it lacks something, or its files lie elsewhere.
-    """
-    lct.check_form(record, RECORD_FORM)
-    is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in list_files(record))
-    is_number = parse_number(record["file"]).isdecimal()
-    if not is_below or not is_number or len(record["box"]) != 4:
-        raise ValueError("names a file that is none of ours")
-
-
-def list_files(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the names of a crop and, if it has one, of its mask, each with the hash of what was written."""
-    pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
-    return [(name, digest) for name, digest in pairs if name]
-
-
-def parse_number(file: str) -> str:
-    """Return the number that the name of a crop ends in."""
-    return Path(file).stem.rpartition("_")[2]
-
-
-def to_line(value: Any) -> str:
-    """Return a value as one line of JSON, in ASCII."""
-    return json.dumps(value, separators=(",", ":"))
-
-
 def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> Iterator[Photo]:
     """Yield the photos that the labels name, with what they say now and what was cut before."""
     rows = zip(labelled.paths, labelled.num_bytes, labelled.claimed, labelled.objects, strict=True)
@@ -310,7 +219,7 @@ class CutPhoto:
     crops: list[NewCrop] | None  # None = what is there stays
     # Each earlier crop, and whether it is `sound`, `edited` by a person, or `gone`.
     states: list[tuple[dict[str, Any], str]]
-    problems: list[label_files.Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 class Cutter:
@@ -359,10 +268,10 @@ class Cutter:
             size = image.shape[1::-1]
             objects = (geometry.to_pixels(json.loads(text), *size) for text, _ in photo.objects)
             doubt = geometry.check_size(size, photo.claimed, objects)
-            cut.problems += [label_files.Problem(photo.path, None, doubt)] if doubt else []
+            cut.problems += [Problem(photo.path, None, doubt)] if doubt else []
         except (lct.ImageError, geometry.BoxError) as error:
             reason = f"cannot be read: {error}" if isinstance(error, lct.ImageError) else str(error)
-            cut.problems.append(label_files.Problem(photo.path, None, reason))
+            cut.problems.append(Problem(photo.path, None, reason))
             return
         cut.crops = []
         for text, class_name in photo.objects:
@@ -371,11 +280,11 @@ class Cutter:
                 cutting = geometry.cut_object(image, detection, self.box_pad, with_mask=True)
                 jpeg = encode_jpeg(cutting.pixels)
             except (geometry.BoxError, ValueError) as error:
-                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), str(error)))
+                cut.problems.append(Problem(photo.path, detection.get("id"), str(error)))
                 continue
             if cutting.problem:
                 reason = f"{cutting.problem}; it is cut without a mask"
-                cut.problems.append(label_files.Problem(photo.path, detection.get("id"), reason))
+                cut.problems.append(Problem(photo.path, detection.get("id"), reason))
             mask = cutting.mask
             mask = mask if mask is None else b"" if mask.all() else encode_png(mask)
             cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
@@ -437,7 +346,7 @@ class Change:
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
-    problems: list[label_files.Problem] = field(default_factory=list)  # then crops that a person has changed
+    problems: list[Problem] = field(default_factory=list)  # then crops that a person has changed
 
     def carry_out(self) -> None:
         """Write what is new, then remove what it replaces.
@@ -523,7 +432,7 @@ class Planner:
             change.records.append({**record, "key": key})
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
-                change.problems.append(label_files.Problem(cut.photo.path, crop.id, reason))
+                change.problems.append(Problem(cut.photo.path, crop.id, reason))
             paths = [self.roots[record["unknown"]] / name for name, _ in list_files(record)]
             change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
@@ -564,13 +473,13 @@ class Planner:
         }
 
 
-def tell_by_hand(record: dict[str, Any], state: str, now: str) -> label_files.Problem:
+def tell_by_hand(record: dict[str, Any], state: str, now: str) -> Problem:
     """Return what to tell of a crop that a person has changed; `now` is what the labels say of it."""
     done = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
-    return label_files.Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
+    return Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
 
 
-def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[label_files.Problem]:
+def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[Problem]:
     """Make the crops be those of the labels, photo by photo; return what is to be told of them.
 
     The records of a photo are on disk before its files are touched: whatever a kill leaves is known to be ours.
@@ -579,7 +488,7 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
     planner = Planner(labelled, cutter, records)
     progress_log = lct.LineFile(options.out / PROGRESS_NAME)
     bar = lct.progress((), len(labelled.paths), "cropping", unit="photo")
-    problems: list[label_files.Problem] = []
+    problems: list[Problem] = []
     photos = plan_photos(options, labelled, records)
     with contextlib.closing(progress_log), contextlib.closing(bar):
         while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
@@ -648,15 +557,19 @@ def crop_photos(options: CropOptions) -> None:
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         records = Records(options.out)
-        records.check_photos(options, labelled)
+        records.check_photos(options.images, labelled.paths, labelled.num_bytes)
         for root in (options.out, unknown_folder(options.out)):
             for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # of a job that was killed while it wrote
                 for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
                     leftover.unlink()
         for note in labelled.notes:
             lct.show(note)
+        if not options.image_bits:
+            with_objects = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
+            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, with_objects))
         num_objects = sum(map(len, labelled.objects))
-        lct.show(f"{num_objects:,} objects in {len(labelled.paths):,} photos, classes: {len(labelled.folders):,}")
+        counts = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
+        lct.show(f"{' in '.join(counts)}, {lct.count_of(len(labelled.folders), 'class')}")
         problems = labelled.problems + cut_photos(options, labelled, records)
         lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
         counts = write_records(options, records)
@@ -665,11 +578,7 @@ def crop_photos(options: CropOptions) -> None:
 
 
 def tell_end(
-    options: CropOptions,
-    labelled: Labelled,
-    counts: Counter[str],
-    problems: Sequence[label_files.Problem],
-    num_others: int,
+    options: CropOptions, labelled: Labelled, counts: Counter[str], problems: Sequence[Problem], num_others: int
 ) -> None:
     """Print what there is, what has changed, what is wrong, and how to go on.
 
@@ -687,20 +596,24 @@ def tell_end(
     if len(problems) > SHOWN:
         lct.show(f"  and {len(problems) - SHOWN:,} more")
     if num_others:
-        lct.show(f"{num_others:,} crops are of photos that these labels do not name: they stay")
+        lct.show(f"crops of photos that these labels do not name, which stay: {num_others:,}")
     idle = sorted(labelled.unknown - labelled.folders.keys())
     if idle:
-        lct.show(f"warning: --unknown {' '.join(idle)}: no object is of such a class")
+        lct.show(f"warning: --unknown {shlex.join(idle)}: no object is of such a class")
     strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in labelled.unknown]
     if strays:
-        lct.show(f"warning: {' '.join(strays)} will be trained as a class; --unknown {' '.join(strays)} sets it apart")
+        names = ", ".join(map(repr, strays))
+        lct.show(f"warning: {names} will be trained as a class; --unknown {shlex.join(strays)} sets it apart")
     changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
     lct.show(
-        f"{counts['crops']:,} crops, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
-        f" {len(problems):,} problems (problems.json)\nwritten: {options.out}; train with"
+        f"{lct.count_of(counts['crops'], 'crop')}, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
+        f" {lct.count_of(len(problems), 'problem')} (problems.json)\nwritten: {options.out}; train with"
     )
     words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
     words += ["--group_regex", GROUP_REGEX]
+    words += (
+        ["--image_bits", *options.image_bits] if options.image_bits else []
+    )  # for the photos that its run will label
     words += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, words)))
 

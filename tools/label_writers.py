@@ -19,7 +19,9 @@ from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 from geometry import printable
-from labels import CSV_COLUMNS, FORMULA, Problem, flat_name
+from label_objects import CSV_COLUMNS, Problem
+from label_yolo import flat_name
+from labels import FORMULA
 
 CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
 

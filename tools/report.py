@@ -26,7 +26,7 @@ from typing import Any
 
 from report_comparison import describe_comparison
 from report_page import describe_run
-from run_files import Pictures, ReportError, Shot, format_gain, format_number, read_run
+from run_files import Pictures, ReportError, Shot, format_gain, format_number, parse_options, read_run
 
 MARK = (
     b'<meta name="generator" content="lct_dino3 report">'  # a file that holds it near its beginning may be overwritten
@@ -99,9 +99,15 @@ def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> 
         data_root = Path(run.config["options"]["data_root"])
         if path.resolve().is_relative_to(data_root.resolve()):
             raise ReportError(f"--out {path} lies inside data_root {data_root}: give another --out")
+    for source in pictures if path.exists() else ():
+        if not source.root.is_dir():
+            what = f"{source.root} is gone, and {path} with its pictures stays as it is"
+            raise ReportError(f"{what}: --data_root DIR says where they are now, --out FILE makes a page without")
     write_page(path, page, is_ours=out is None and len(runs) == 1)
     if missing := sum(source.num_missing for source in pictures):
-        print(f"note: {missing:,} pictures cannot be read; --data_root DIR says where they are now", file=sys.stderr)
+        print(
+            f"note: pictures that cannot be read: {missing:,}; --data_root DIR says where they are now", file=sys.stderr
+        )
     return path
 
 
@@ -117,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data_root", type=Path, metavar="DIR", help="where the pictures are now (default: as in the run)"
     )
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     try:
         path = make_page(options.runs, options.out, options.data_root)
     except ReportError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import difflib
 import json
 import os
 import signal
@@ -417,6 +418,16 @@ class Recording:
             sink.close(self.status, self._when)
 
 
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return what the command line says; of an option that there is not, the one that is spelled nearly like it is named."""
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else ""))
+    return options
+
+
 def main() -> int:
     """Read the command line, record the run, and return the exit code."""
     parser = argparse.ArgumentParser(
@@ -431,7 +442,7 @@ def main() -> int:
     parser.add_argument("--task", metavar="NAME", help="in ClearML [that of the run, or the name of its folder]")
     parser.add_argument("--offline", action="store_true", help="ClearML: ask no server")
     parser.add_argument("--pid", type=int, metavar="N", help="number of the run's process: end with it")
-    options = parser.parse_args()
+    options = parse_options(parser)
     if not (options.clearml or options.tensorboard):
         parser.error("give --clearml, --tensorboard or both")
     if not (options.run / "metrics.jsonl").exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import geometry
 import label_writers
+import label_yolo
 import labels
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_run_lengths_and_polygons_are_those_of_pycocotools() -> None:
 )
 def test_a_bad_yolo_line_says_what_is_wrong(line: str, reason: str) -> None:
     with pytest.raises(geometry.BoxError, match=reason):
-        labels.parse_yolo_line(line)
+        label_yolo.parse_yolo_line(line)
 
 
 def test_hostile_segmentations_raise_nothing_else() -> None:
@@ -118,7 +119,7 @@ def test_names_are_compared_composed_and_objects_elsewhere_are_counted(tmp_path:
     assert [(number, json.loads(text)) for number, text in found.objects] == [
         (0, {"category_id": 7, "bbox": [1, 2, 3, 4]})
     ]
-    assert found.notes == ["2 objects are in 1 images that are not in --images"]
+    assert found.notes == ["objects in images that are not in --images: 2, images: 1"]
     assert found.problems == [labels.Problem("no.png", None, "is not in --images")]
 
 
@@ -150,7 +151,7 @@ def task(*regions: dict, **more: object) -> str:
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="x" ybr="4"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="3"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<polygon label="b"/>'), "not of numbers"),
-        ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "is a points"),
+        ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "has the shape points"),
         ("a.csv", CSV + "a.jpg,1,2,,4,b,m\n", "not of numbers"),
         ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
         (
@@ -164,7 +165,14 @@ def task(*regions: dict, **more: object) -> str:
             "of numbers",
         ),
         ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], 3]}}), "not of numbers"),
-        ("a.json", task({"type": "brushlabels", "value": {"rle": [1, 2]}}), "neither a rectangle nor a polygon"),
+        ("a.json", task({"type": "keypointlabels", "value": {"x": 1, "y": 2, "width": 3}}), "neither a rectangle"),
+        ("a.json", task({"type": "rectanglelabels", "value": {"rectanglelabels": ["b", "c"]}}), "has 2 classes"),
+        ("a.json", task({"type": "rectanglelabels", "image_rotation": 90, "value": {}}), "its image turned"),
+        (
+            "a.json",
+            task({"type": "brushlabels", "value": {"rle": [1, 2]}}),
+            "neither a rectangle, a polygon nor an ellipse",
+        ),
     ],
 )
 def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
@@ -185,13 +193,13 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
         (
             "a.xml",
             CVAT.replace("a.jpg", "b.jpg").format(height=10, shapes=""),
-            "none of its 1 images is there: b.jpg is not in",
+            "none of its images (1) is there: b.jpg is not in",
         ),
         ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
         ("a.csv", "", "it has no column image"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
-        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its 1 images is there: b.jpg is not in"),
-        ("a.json", '[{"data": {"image": 3}}]', "none of its 1 images"),
+        ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its images (1) is there: b.jpg is not in"),
+        ("a.json", '[{"data": {"image": 3}}]', "none of its images (1)"),
         ("a.json", '[{"data": 3}]', "is a list, but none of tasks"),
         ("a.json", "[]", "is a list of results"),
     ],
@@ -219,6 +227,73 @@ def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path)
         assert np.allclose(*in_order, atol=0.011)
         low, high = np.min(corners, axis=0), np.max(corners, axis=0)
         assert geometry.find_box(detection, 20, 10) == pytest.approx([*low, *(high - low)], abs=0.01)
+
+
+LABELME = {"imagePath": "a.jpg", "imageWidth": 20, "imageHeight": 10}
+FOUR = [[2, 1], [10, 1], [10, 7], [2, 7]]
+LABELSTUDIO_BOX = {"x": 10, "y": 10, "width": 40, "height": 60, "rectanglelabels": ["b"]}
+LABELSTUDIO_ELLIPSE = {
+    "x": 30,
+    "y": 40,
+    "radiusX": 15,
+    "radiusY": 40,
+    "rotation": 90,
+    "ellipselabels": ["b"],
+}  # in percent
+VIA_ELLIPSE = {"name": "ellipse", "cx": 6, "cy": 4, "rx": 3, "ry": 4, "theta": 1.5707963267948966}
+SAME_BOX = {
+    "ellipse of CVAT": ("a.xml", CVAT.format(height=10, shapes='<ellipse label="b" cx="6" cy="4" rx="4" ry="3"/>')),
+    "turned ellipse of CVAT": (
+        "a.xml",
+        CVAT.format(height=10, shapes='<ellipse label="b" cx="6" cy="4" rx="3" ry="4" rotation="90"/>'),
+    ),
+    "turned ellipse of Label Studio": (
+        "a.json",
+        task({"type": "ellipselabels", "original_width": 20, "original_height": 10, "value": LABELSTUDIO_ELLIPSE}),
+    ),
+    "turned ellipse of VIA": (
+        "a.json",
+        {"a": {"filename": "a.jpg", "regions": [{"shape_attributes": VIA_ELLIPSE, "region_attributes": {"class": "b"}}]}},
+    ),
+    "rectangle of X-AnyLabeling": (
+        "a.json", {**LABELME, "shapes": [{"label": "b", "shape_type": "rectangle", "points": FOUR}]},
+    ),
+    "turned box of X-AnyLabeling": (
+        "a.json", {**LABELME, "shapes": [{"label": "b", "shape_type": "rotation", "points": FOUR}]},
+    ),
+    "one task of Label Studio": (
+        "a.json",
+        json.loads(task({"type": "rectanglelabels", "value": LABELSTUDIO_BOX}))[0],
+    ),
+    "shape of Label Studio without class": (
+        "a.json", task({"type": "rectangle", "value": {**LABELSTUDIO_BOX, "rectanglelabels": []}}),
+    ),
+    "table of a country with decimal commas": ("a.csv", "\ufeffImage;x;Y;width;height;class\r\na.jpg;2,0;1,0;8,0;6,0;b\r\n"),
+    "table of Excel's Unicode text": (
+        "a.csv", "image\tx\ty\twidth\theight\tclass\r\na.jpg\t2\t1\t8\t6\tb\r\n".encode("utf-16"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME_BOX)
+def test_shapes_and_files_of_every_kind_have_the_same_box(tmp_path: Path, kind: str) -> None:
+    name, content = SAME_BOX[kind]
+    content = json.dumps(content) if isinstance(content, dict) else content
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read(tmp_path / name)
+    [(_, text)] = found.objects
+    box = geometry.find_box(geometry.to_pixels(json.loads(text), 20, 10), 20, 10)
+    assert box == pytest.approx((2, 1, 8, 6)) and not found.problems
+
+
+def test_categories_of_one_id_leave_it_open(tmp_path: Path) -> None:
+    content = make_coco(nothing, nothing)
+    content["categories"] = [{"id": 1, "name": "hammer"}, {"id": "1", "name": "pliers"}]
+    content["images"].append(content["images"][0])  # as where files were put together
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
+    assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES and not found.problems
+    assert found.class_names == {"1": None} and "several categories have the id 1" in found.notes[0]
 
 
 # 9 x 6 px as label_studio_sdk packs them (converter.brush.encode_rle): rows 1 to 3 of columns 2 to 6, and one pixel below.
@@ -434,6 +509,10 @@ COCO_KINDS = {
     "names of Windows": (lambda i: i.update(file_name=f".\\{i['file_name']}"), nothing, {}),
     "absolute names": (lambda i: i.update(file_name=f"/home/x/images/{i['file_name']}"), nothing, {}),
     "absolute names of Windows": (lambda i: i.update(file_name=f"C:\\x y\\images\\{i['file_name']}"), nothing, {}),
+    "names of a server": (lambda i: i.update(file_name=f"https://host/x/{i['file_name']}"), nothing, {}),
+    "names of a bucket": (lambda i: i.update(file_name=f"s3://x/{i['file_name']}"), nothing, {}),
+    "names of uploads": (lambda i: i.update(file_name=f"../../media/upload/1/1a2b3c4d-{i['file_name']}"), nothing, {}),
+    "names of categories that are numbers": (nothing, nothing, {"categories": [{"id": 1, "name": 5}]}),
     "names of a share": (lambda i: i.update(file_name=f"\\\\server\\{i['file_name']}"), nothing, {}),
 }  # fmt: skip
 
@@ -550,6 +629,10 @@ def test_what_follows_box_or_corners_is_neither_corner_nor_score(tmp_path: Path,
         (f"0 {BOX} 0.87 1", "perhaps"),  # or three corners
         (f"0 {BOX} 0.2 0.2 2", "perhaps"),  # a keypoint, or three corners and a track id
         (f"0 {BOX}{' 0.2 0.2 0.9' * 17}", "perhaps"),  # predicted keypoints, or 27 corners and a confidence
+        (f"0 {BOX} 0.2 0.2 0.3 0.4 0.1 0.2", "perhaps"),  # three keypoints x, y, or five corners
+        (f"0 {BOX} 0.2 0.2 0.3 0.4 0.1 0.2 0.87", "perhaps"),
+        (f"0 {BOX} 0.2 0.2", "perhaps"),
+        ("0 120 30 200 31", "neither"),
         (f"0 {CORNERS} 0.87 1", "perhaps"),  # or five corners
         ("0 120 30 200 31 190 80", "neither"),  # px
         (f"0 {BOX} 87.5", "neither"),
@@ -564,6 +647,38 @@ def test_a_line_that_may_be_two_things_is_none(tmp_path: Path, line: str, reason
     assert [(p.image, p.detection) for p in found.problems] == [("b.jpg", "line 1")] and reason in found.problems[
         0
     ].reason
+
+
+@pytest.mark.parametrize(
+    ("kpt_shape", "tail"),
+    [
+        ("[1, 3]", " 0.2 0.2 2"),
+        ("[17, 3]", " 0.2 0.2 0.9" * 17),
+        ("[1, 2]", " 0.2 0.2"),  # or three corners
+        ("[2, 2]", " 0.2 0.2 0.4 0.4"),  # or four corners
+        ("[2, 3]", " 0.2 0.2 0.9 0.4 0.4 0.1 0.87 11"),  # as results are saved with confidence and track id
+    ],
+)
+def test_where_data_yaml_has_keypoints_a_line_is_a_box(tmp_path: Path, kpt_shape: str, tail: str) -> None:
+    (tmp_path / "data.yaml").write_text(f"kpt_shape: {kpt_shape}\nnames: [hammer]\n")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/classes.txt").write_text("hammer\n")
+    (tmp_path / "labels/b.txt").write_text(f"0 {BOX}{tail}\n0 {BOX}\n")
+    found = read(tmp_path / "labels", ["b.jpg"])
+    assert boxes_of(found, ["b.jpg"]) == {"b.jpg": [[30, 30, 200, 145]] * 2} and not found.problems
+    assert found.notes == [
+        "lines whose numbers after box or corners are not used: 1; a track id, keypoints, or what may be a confidence or an id"
+    ]
+
+
+def test_small_outlines_and_turned_boxes_are_no_keypoints(tmp_path: Path) -> None:
+    """All their corners lie in the box that the first two of them would be."""
+    turned, outline = "0.5 0.4 0.55 0.45 0.5 0.5 0.45 0.45", "0.5 0.4 0.55 0.45 0.55 0.5 0.5 0.55 0.45 0.45"
+    quadrangle = "0.5 0.4 0.55 0.45 0.51 0.5 0.44 0.45"
+    (tmp_path / "a.txt").write_text(f"0 {turned}\n0 {outline}\n0 {outline} 0.5 0.4\n0 {quadrangle}\n0 {CORNERS}\n")
+    found = read(tmp_path, ["a.jpg"])
+    assert len(found.objects) == 5 and not found.problems
+    assert all("yolo_polygon" in json.loads(text) for _, text in found.objects)
 
 
 def test_one_odd_line_costs_itself(tmp_path: Path) -> None:
@@ -598,7 +713,7 @@ def test_a_text_goes_to_the_image_that_it_lies_beside(tmp_path: Path) -> None:
 
 def test_names_of_files_are_never_those_of_others() -> None:
     paths = ["a/b", "a%2Fb", "a%252Fb", "a%b", "b", "д" * 120, "д" * 119 + "/", "д" * 121]
-    names = [labels.flat_name(path) for path in paths]
+    names = [label_yolo.flat_name(path) for path in paths]
     assert len(set(names)) == len(paths) and all("/" not in name and len(name.encode()) < 240 for name in names)
 
 

@@ -382,15 +382,17 @@ def test_files_that_are_no_images_are_counted(
     assert "passed over: 2 files of other types (" in said and ".gif" in said and ".txt" in said
 
 
+@pytest.mark.parametrize("run_bits", [[12], []])
 def test_photos_of_12_bits_get_the_answers_of_8(
-    finished_run: Path, scene: Scene, labelled: Path, tmp_path: Path, call_main: Callable[..., int]
+    run_bits: list[int], finished_run: Path, scene: Scene, labelled: Path, tmp_path: Path, call_main: Callable[..., int]
 ) -> None:
+    """Also where the run has seen none, as one that was trained on crops of them: 8 bits."""
     import cv2
 
     run, images = tmp_path / "run", tmp_path / "images"
     shutil.copytree(finished_run, run)
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    config["options"]["image_bits"] = [12]
+    config["options"]["image_bits"] = run_bits
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in scene.boxes:
         pixels = np.rint(lct.load_image(scene.folder / name)[:, :, ::-1] * (4095 / 255)).astype(np.uint16)
@@ -624,7 +626,7 @@ def test_odd_yolo_folders_are_explained(
     assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "out", tmp_path / "yolo")) == 0
     problems = json.loads((tmp_path / "out" / "problems.json").read_text())
     told = {(item["image"], item["detection"]): item["reason"] for item in problems}
-    assert "not a line of numbers" in told["1.jpg", "line 3"] and "outside" in told["1.jpg", 4]
+    assert "not a line of numbers" in told["1.jpg", "line 3"] and "neither shares" in told["1.jpg", "line 4"]
     assert "no image of its name" in told["orphan.txt", None]
     assert any("same .txt" in item["reason"] for item in problems if item["image"] == "1.png")
     assert len(read_rows(tmp_path / "out")) == 1
@@ -652,7 +654,7 @@ def test_detections_that_cannot_be_used_cost_one_sentence(
         "is a list of results": [{"image_id": 1000, "category_id": 41, "bbox": [0, 0, 5, 5], "score": 1}],
         "it has no list images": {"annotations": []},
         "two images of id 1000": twice,
-        "none of its 1 images is there: elsewhere/x.png is not in": {
+        "none of its images (1) is there: elsewhere/x.png is not in": {
             "images": [{"id": 1, "file_name": "elsewhere/x.png"}], "annotations": []
         },
         "without file_name": {"images": [{"id": 1}], "annotations": []},
@@ -668,7 +670,7 @@ def test_detections_that_cannot_be_used_cost_one_sentence(
         )
     (tmp_path / "nothing").mkdir()
     for words, images, detections in (
-        ("holds no objects", scene.folder, tmp_path / "nothing"),
+        ("has no .txt of these images", scene.folder, tmp_path / "nothing"),
         ("holds no images", tmp_path / "nothing", None),
         ("does not exist", scene.folder, tmp_path / "no.json"),
         ("does not exist", tmp_path / "no", None),

@@ -216,7 +216,7 @@ def test_it_runs_as_a_program_without_torch_or_anything_of_ours(tmp_path: Path) 
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, TOOL, run], capture_output=True, text=True, env=env, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, f"written: {run / 'report.html'}\n"), done.stderr
-    assert "11 pictures cannot be read" in done.stderr and (run / "report.html").is_file()
+    assert "pictures that cannot be read: 11" in done.stderr and (run / "report.html").is_file()
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
@@ -395,6 +395,16 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path: Path, name: str, caps
     assert not (run / "report.html").exists()
 
 
+def test_a_mistyped_option_names_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word, remedy in (
+        ("--data-root=x", "; did you mean --data_root?\n"),
+        ("--zzz", "unrecognized arguments: --zzz\n"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            report.main([str(tmp_path), word])
+        assert caught.value.code == 2 and capsys.readouterr().err.endswith(remedy)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no folder of a run" in refuse(capsys, tmp_path)
     run = MadeRun(tmp_path)
@@ -415,12 +425,17 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-def test_unreadable_and_missing_pictures_become_placeholders(tmp_path: Path) -> None:
+def test_unreadable_and_missing_pictures_become_placeholders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = MadeRun(tmp_path)
     errors = section(make_page(run.write()), "errors")
     assert errors.count('class="card"') == 3 and "no image" in errors and "data:image/jpeg" in errors
+    page = (run.path / "report.html").read_bytes()
     run.data.rename(tmp_path / "moved")
-    assert "data:image" not in section(make_page(run.path), "errors")
+    assert "with its pictures stays as it is: --data_root DIR says" in refuse(capsys, run.path)
+    assert (run.path / "report.html").read_bytes() == page
+    assert "data:image" not in section(make_page(run.path, out=tmp_path / "bare.html"), "errors")
     assert report.main([str(run.path), "--data_root", str(tmp_path / "moved")]) == 0
     assert section((run.path / "report.html").read_text("utf-8"), "errors") == errors
 

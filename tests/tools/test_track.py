@@ -261,9 +261,10 @@ def test_it_ends_with_the_process_of_the_run_and_takes_its_last_line(run: Path) 
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for words in ([str(tmp_path), "--clearml"], [str(tmp_path)]):
+    for words in ([str(tmp_path), "--clearml"], [str(tmp_path)], [str(tmp_path), "--tensorbord"]):
         done = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "error:" in done.stderr and list(tmp_path.iterdir()) == []
+    assert "did you mean --tensorboard?" in done.stderr
 
 
 # --- beside training --------------------------------------------------------------------------------------------------

@@ -1,0 +1,290 @@
+"""What `prelabel` is to answer, and its answers, which are on disk and are read image by image. No program."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import operator
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import geometry
+import label_writers
+from label_objects import Problem
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct
+
+# isort: split
+import numpy as np
+
+ANSWER_FORM = {"unit": str, "size": [int], "objects": [list], "problems": [list]}
+UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The images and the objects found in them: image i has objects `borders[i]` to `borders[i + 1]`."""
+
+    root: Path
+    paths: lct.PathTable  # (M,) relative to root
+    stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
+    image_ids: list[Any]  # (M,) those of the COCO file, else from 1 on
+    sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
+    objects: lct.PathTable  # (N,) JSON as `geometry.to_pixels` reads it: flat in memory, whatever polygons it holds
+    borders: np.ndarray  # (M + 1,) int64
+    problems: list[Problem]  # known so far
+    notes: list[str]  # worth a line in the log
+    image_bits: tuple[int, ...] = ()  # of `find_photo_bits`, or those of the run
+
+    def list_with_objects(self) -> list[str]:
+        """Return the paths of the images that have objects."""
+        return [path for path, count in zip(self.paths, np.diff(self.borders), strict=True) if count]
+
+
+class Unit(NamedTuple):
+    """Some objects of one image, answered together."""
+
+    image: int
+    first: int
+    last: int  # exclusive
+    digest: str  # of the image's path, size and time, and of the objects: the name of the answers on disk
+
+
+def plan_units(detections: Detections) -> list[Unit]:
+    """Return what is to be answered: an image each, in parts if it has many objects; one without objects is a unit too."""
+    units = []
+    for image in range(len(detections.paths)):
+        low, high = detections.borders[image : image + 2].tolist()
+        head = f"{detections.paths[image]}\n{detections.stamps[image].tolist()}{detections.sizes[image].tolist()}"
+        for first in range(low, max(high, low + 1), UNIT_OBJECTS):
+            last = min(first + UNIT_OBJECTS, high)
+            digest = hashlib.blake2b(f"{head}\n{first - low}".encode(), digest_size=12)
+            for source in range(first, last):
+                digest.update(detections.objects[source].encode() + b"\n")
+            units.append(Unit(image, first, last, digest.hexdigest()))
+    return units
+
+
+def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
+    """Return the units in groups of about `batch` crops; they do not depend on what is answered already."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if room <= 0:
+            groups.append([])
+            room = batch
+        groups[-1].append(unit)
+        room -= max(1, unit.last - unit.first)
+    return groups
+
+
+class Prelabel(NamedTuple):
+    """An object and its answer."""
+
+    source: int  # number of the object in the detections
+    box: Sequence[float]  # x, y, width, height in px of the upright image, clipped
+    has_mask: bool  # it was judged by
+    label: int  # most similar class
+    is_known: bool  # the similarity reaches the threshold of that class; else the answer is `unknown`
+    cosine: float  # similarity to that class, by the gallery's matcher
+    probability: float  # that this answer is right, and the object of a known class at all
+    runner_up: int  # second class, -1 if there is but one
+    margin: float  # cosine less that of the runner-up; 2 if there is none
+    reference: int  # nearest reference of that class, a position in the stacks
+    rival: int  # nearest reference of the runner-up, -1 if there is none
+
+
+class AnsweredImage(NamedTuple):
+    """An image and the answers for its objects."""
+
+    image: int
+    path: str
+    size: tuple[int, int]  # width, height
+    objects: list[Prelabel]
+
+
+def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
+    """Return the fields of `Prelabel` from `label` on, for embeddings (N, D)."""
+    if not len(embeddings):
+        return []
+    scores = gallery.scores(embeddings)
+    rows = np.arange(len(scores))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    labels = order[:, 0]
+    best = scores[rows, labels]
+    is_known = best >= gallery.thresholds[labels]
+    probabilities = gallery.probability(best)
+    has_second = scores.shape[1] > 1
+    seconds = order[:, 1] if has_second else np.full(len(rows), -1)
+    margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)
+    rivals = lct.nearest_references(gallery, embeddings, seconds) if has_second else seconds
+    best, probabilities, margins = np.round(np.stack([best, probabilities, margins]).astype(np.float64), 6)
+    nearest = lct.nearest_references(gallery, embeddings, labels)
+    columns = (labels, is_known, best, probabilities, seconds, margins, nearest, rivals)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class AnswerFile:
+    """Answers on disk, a line a unit, in the order in which they came; in memory is only where each starts.
+
+    The first line says what they are a function of besides images and objects. With another one the file starts afresh; half a
+    line at its end, which a kill leaves, is cut off.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._starts: dict[str, int] = {}  # digest of a unit -> where its line starts
+        header = (json.dumps({"key": key}) + "\n").encode()
+        if not self._read_starts(path, header):
+            lct.write_bytes(path, header)
+        self._end = path.stat().st_size
+        self._log = lct.LineFile(path)
+        self._file = open(path, "rb")  # noqa: SIM115  closed below
+
+    def _read_starts(self, path: Path, header: bytes) -> bool:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            if file.readline() != header:
+                return False
+            start = file.tell()
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.truncate(path, start)
+                    break
+                with contextlib.suppress(ValueError, RecursionError):  # a damaged line is answered again
+                    record = json.loads(line)
+                    lct.check_form(record, ANSWER_FORM)
+                    self._starts[record["unit"]] = start
+                start += len(line)
+        return True
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._starts
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the answers of some units, all or none.
+
+        Raises:
+            UserError: the disk is full; what was there before stays.
+        """
+        lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
+        self._log.append("".join(lines))
+        for record, line in zip(records, lines, strict=True):
+            self._starts[record["unit"]] = self._end
+            self._end += len(line)  # ASCII
+
+    def read(self, digest: str) -> dict[str, Any]:
+        """Return the answers of a unit."""
+        self._file.seek(self._starts[digest])
+        return json.loads(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._log.close()
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Prelabels:
+    """All answers; iterating reads them from disk, image by image in the order of the detections."""
+
+    detections: Detections
+    units: list[Unit]
+    answers: AnswerFile
+    gallery: lct.Gallery
+    meta: dict[str, Any]  # of the gallery
+    box_pad: float
+
+    def __iter__(self) -> Iterator[AnsweredImage]:
+        for image, units in itertools.groupby(self.units, key=operator.attrgetter("image")):
+            records = [self.answers.read(unit.digest) for unit in units]
+            if 0 in records[0]["size"]:  # it cannot be used; `problems` tells why
+                continue
+            first = int(self.detections.borders[image])
+            rows = itertools.chain.from_iterable(record["objects"] for record in records)
+            objects = [Prelabel(first + offset, *fields) for offset, *fields in rows]
+            yield AnsweredImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what got no answer or a worse one, and why."""
+        yield from self.detections.problems
+        for unit in self.units:
+            path = self.detections.paths[unit.image]
+            first = int(self.detections.borders[unit.image])
+            for source, reason in self.answers.read(unit.digest)["problems"]:
+                detection_id = None if source < 0 else self.detection(first + source).get("id")
+                yield Problem(path, detection_id, reason)
+
+    def detection(self, source: int) -> dict[str, Any]:
+        """Return an object as it was in the detections."""
+        return json.loads(self.detections.objects[source])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the labels: all classes, and last the one of an object that is none of them."""
+        unknown = "unknown"
+        while unknown in self.gallery.class_names:
+            unknown += "_"
+        return (*self.gallery.class_names, unknown)
+
+    def number(self, prelabel: Prelabel) -> int:
+        """Return the position of an object's label in `names`."""
+        return prelabel.label if prelabel.is_known else len(self.names) - 1
+
+    def doubt(self, prelabel: Prelabel) -> float:
+        """Return how little the similarities would have to change for another answer, in cosine."""
+        distance = abs(prelabel.cosine - float(self.gallery.thresholds[prelabel.label]))
+        return min(distance, prelabel.margin) if prelabel.is_known else distance
+
+    @property
+    def model(self) -> str:
+        """Return what annotation tools are told of the model."""
+        return f"{self.meta['model_id']} {self.meta['weights_hash']}"
+
+    def label_set(self) -> label_writers.LabelSet:
+        """Return the answers as labels.py writes them."""
+        description = f"pre-labels by {lct.SCRIPT_NAME}"
+        return label_writers.LabelSet(self.detections.root, self.names, self.model, description, self._labelled_images)
+
+    def _labelled_images(self) -> Iterator[label_writers.LabelledImage]:
+        gallery = self.gallery
+        for image in self:
+            objects = []
+            for item in image.objects:
+                detection = geometry.to_pixels(self.detection(item.source), *image.size)
+                has_second = item.runner_up >= 0
+                details = {
+                    "best_class": gallery.class_names[item.label],
+                    "cosine": item.cosine,
+                    "threshold": round(float(gallery.thresholds[item.label]), 6),
+                    "probability": item.probability,
+                    "runner_up": gallery.class_names[item.runner_up] if has_second else None,
+                    "margin": item.margin if has_second else None,
+                    "nearest_reference": gallery.stack_paths[item.reference],
+                    "judged_by_mask": item.has_mask,
+                    "detection_id": detection.get("id"),
+                    "detection_category": detection.get("category_id"),
+                    "detection_score": detection.get("score"),
+                }
+                objects.append(
+                    label_writers.LabelledObject(
+                        number=item.source,
+                        box=item.box,
+                        label=self.number(item),
+                        score=item.probability,
+                        details=details,
+                        segmentation=detection.get("segmentation"),
+                        is_crowd=detection.get("iscrowd") == 1,
+                    )
+                )
+            image_id = self.detections.image_ids[image.image]
+            yield label_writers.LabelledImage(image.image, image_id, image.path, image.size, objects)

@@ -1,0 +1,300 @@
+"""Labels of YOLO, read: a folder with a .txt for each image, and where the names of its classes stand. No program.
+
+The format says neither what follows a box or its corners, nor where the files lie: all lines together tell the one, and the places
+that programs use are tried for the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from geometry import BoxError
+from label_objects import (
+    READ_REMEDY,
+    FoundObjects,
+    LabelError,
+    Problem,
+    category_key,
+    decode_text,
+    list_images,
+    read_file,
+)
+
+MAX_NAMES_BYTES = 1_000_000  # of a file with class names
+MAX_KEYPOINTS = 200  # of a box; more points are an outline
+YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
+YOLO_LIST_FILES = ("train.txt", "val.txt", "test.txt", "images.txt", "README.dataset.txt", "README.roboflow.txt")
+
+
+def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Return the objects of a folder with a .txt for each image that has any.
+
+    Files are read twice: what the numbers after a box or its corners are, no line tells, but all of them together.
+    """
+    found = list_images(image_paths)
+    found.class_names = read_yolo_names(folder)
+    num_keypoint_values = read_keypoint_values(folder)
+    without = 0
+    image_of: dict[Path, str] = {}
+    lines: list[tuple[int, str]] = []  # position of the image; number of the line, class and what follows, as JSON
+    num_lines: Counter[tuple[Any, ...]] = Counter()  # by what they may be
+    direct = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}
+    for number, name in enumerate(image_paths):
+        first, *others = _find_yolo_files(name)
+        places = (folder / place for place in (first, *(place for place in others if place not in direct)))
+        path = next(filter(Path.exists, places), None)
+        if path is None:
+            without += 1
+            continue
+        if path in image_of:
+            reason = f"has the same .txt as {image_of[path]}, to which its objects went"
+            found.problems.append(Problem(name, None, reason))
+            continue
+        image_of[path] = name
+        try:
+            data = read_file(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            found.problems.append(Problem(name, None, f"has a .txt that cannot be read: {reason}"))
+            continue
+        without += not data
+        for index, line in _number_lines(data):
+            try:
+                category_id, numbers = parse_yolo_line(line)
+            except BoxError as error:
+                found.problems.append(Problem(name, f"line {index}", str(error)))
+                continue
+            num_lines.update(read_yolo_numbers(numbers, num_keypoint_values).keys())
+            lines.append((number, json.dumps([index, category_id, numbers], separators=(",", ":"))))
+    most = max(num_lines.values(), default=0)
+    usual = {key for key, count in num_lines.items() if count == most}
+    _interpret_lines(lines, usual, num_keypoint_values, image_paths, found)
+    for path in sorted(folder.rglob("*.txt")):
+        name = path.relative_to(folder).as_posix()
+        is_other = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES) or name.startswith(
+            "confidences/"
+        )  # of `write_yolo`
+        if path not in image_of and not is_other:
+            found.problems.append(Problem(name, None, "has no image of its name in --images"))
+    if without:
+        found.notes.append(f"images without objects: {without:,} of {len(image_paths):,}")
+    if not image_of:
+        others = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv", ".TXT"))
+        instead = "".join(f", but {count:,} {suffix}" for suffix, count in others.most_common(1))
+        first = f": {found.problems[0]}" if found.problems else ""
+        raise LabelError(f"has no .txt of these images{instead}{first}", str(folder), READ_REMEDY)
+    return found
+
+
+def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text that are not blank, and their numbers."""
+    return ((index, line) for index, line in enumerate(decode_text(data, "replace").splitlines(), 1) if line.strip())
+
+
+def _find_yolo_files(name: str) -> Iterator[str]:
+    """Yield where the .txt of an image may lie: beside or below; images/ and labels/ side by side; as `write_yolo` names it."""
+    stem = name.rpartition(".")[0]
+    yield f"{stem}.txt"
+    before, images, after = f"/{stem}".rpartition("/images/")
+    if images:
+        yield f"{before}/labels/{after}.txt".lstrip("/")
+        yield f"{before}/{after}.txt".lstrip("/")
+    yield f"labels/{stem}.txt"
+    yield f"{flat_name(stem)}.txt"
+    yield f"labels/{flat_name(stem)}.txt"
+
+
+def flat_name(path: str) -> str:
+    """Return a path as the name of a file, another one for each path: %2F is its '/', as in URLs."""
+    name = path.replace("%", "%25").replace("/", "%2F")
+    if len(name.encode("utf-8", "backslashreplace")) < 240:  # a name may have 255 bytes
+        return name
+    return f"{name[:50]}-{hashlib.blake2b(path.encode('utf-8', 'surrogatepass'), digest_size=12).hexdigest()}"
+
+
+def parse_yolo_line(line: str) -> tuple[int, list[float]]:
+    """Return the class of a line, and the numbers after it.
+
+    Raises:
+        BoxError: it is no line of numbers, or has too few.
+    """
+    try:
+        kind, *numbers = map(float, line.replace(",", " ").split())
+    except ValueError:
+        raise BoxError("is not a line of numbers") from None
+    if not all(map(math.isfinite, (kind, *numbers))) or kind < 0 or kind != int(kind):
+        raise BoxError("does not start with a class number, or has numbers that are not finite")
+    if len(numbers) < 4:
+        raise BoxError(f"has {len(numbers) + 1} numbers; a box has 5 or 6")
+    return int(kind), numbers
+
+
+def read_yolo_numbers(
+    numbers: Sequence[float], num_keypoint_values: int = 0
+) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+    """Return all that the numbers after a class may be, as programs write them.
+
+    Args:
+        numbers: all of a line but its class.
+        num_keypoint_values: those of `read_keypoint_values`.
+
+    Returns:
+        what they may be -> how many of them are the shape (4 = a box, more = corners), and the score. A shape may be followed by a
+        confidence ("confidence"), a track id ("track id") or both; a box also by keypoints x, y, visibility.
+    """
+    size = len(numbers)
+    if num_keypoint_values and 0 <= size - 4 - num_keypoint_values <= 2:  # a confidence, a track id or both may follow
+        return {("keypoints", size): (4, None)}
+    shapes = _read_shapes(numbers)
+    triples = _read_keypoints(numbers, 3)
+    for reading in triples:
+        num_keypoints = reading[2]
+        if num_keypoints > 1 and all(value in (0, 1, 2) for value in numbers[6 : 4 + 3 * num_keypoints : 3]):
+            return {reading: triples[reading]}  # no polygon has every third number at an edge
+    pairs = _read_keypoints(numbers, 2)
+    if pairs and _is_outline(numbers):
+        pairs = {}
+    elif pairs and size > 9:  # as corners they cross: those of most lines of a data set of outlines do not
+        shapes = {("crossing", *key): value for key, value in shapes.items()}
+    return shapes | triples | pairs
+
+
+def _read_shapes(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+    """Return how a box or corners, and what programs write after them, may make up the numbers."""
+    size = len(numbers)
+    last = numbers[-1]
+    is_id = last >= 0 and last == int(last)
+    tails: list[tuple[str, int, float | None]] = []  # how many numbers follow the shape, and the score among them
+    if size % 2 == 0:
+        tails += [("confidence", 0, None), ("track id", 0, None)]
+        if size > 5 and is_id and last > 0 and 0 < numbers[-2] <= 1:
+            tails.append(("both", 2, numbers[-2]))
+    else:
+        if 0 <= last <= 1:
+            tails += [("confidence", 1, last), ("both", 1, last)]
+        if is_id:
+            tails.append(("track id", 1, None))
+    readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
+    for tail, num_after, score in tails:
+        shape = numbers[: size - num_after]
+        if all(-0.1 <= value <= 1.1 for value in shape):
+            readings[("shape", tail)] = (len(shape), score)
+    return readings
+
+
+def _read_keypoints(numbers: Sequence[float], num_values: int) -> dict[tuple[Any, ...], tuple[int, float | None]]:
+    """Return how a box in the image, keypoints in it and what follows them may make up the numbers.
+
+    A keypoint has 2 values, x and y, both 0 if it is not seen, or 3: then it has visibility or confidence too.
+    """
+    x, y, w, h = numbers[:4]
+    is_box = w > 0 and h > 0 and min(x - w / 2, y - h / 2) > -0.02 and max(x + w / 2, y + h / 2) < 1.02
+    readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
+    for num_after in range(3):
+        num_keypoints, rest = divmod(len(numbers) - 4 - num_after, num_values)
+        if not is_box or rest or not 0 < num_keypoints <= MAX_KEYPOINTS:
+            continue
+        points = np.reshape(numbers[4 : len(numbers) - num_after], (-1, num_values))
+        is_inside = (np.abs(points[:, :2] - (x, y)) <= (0.6 * w, 0.6 * h)).all(axis=1)
+        is_unseen = (points[:, :2] == 0).all(axis=1)
+        flags = points[:, 2:]
+        are_flags = np.isin(flags, (0, 1, 2)).all() or (num_keypoints > 1 and ((flags >= 0) & (flags <= 1)).all())
+        if are_flags and (is_inside | is_unseen).all():
+            readings[("keypoints", num_values, num_keypoints, num_after)] = (4, None)
+    return readings
+
+
+def _is_outline(numbers: Sequence[float]) -> bool:
+    """Say whether numbers are more likely corners than a box and keypoints: of a turned box, or of an outline without crossings."""
+    corners = np.reshape(numbers[: len(numbers) // 2 * 2], (-1, 2))
+    if len(corners) < 5:
+        return len(corners) == 4 and np.abs(corners[0] + corners[2] - corners[1] - corners[3]).max() < 0.004
+    corners = corners[:-1] if (corners[0] == corners[-1]).all() else corners
+    edges = np.roll(corners, -1, axis=0) - corners
+    offsets = corners[None] - corners[:, None]  # from the start of edge i to corner j
+    sides = np.sign(edges[:, None, 0] * offsets[..., 1] - edges[:, None, 1] * offsets[..., 0])
+    # The ends of edge j lie on both sides of edge i, and the other way round.
+    is_between = sides * np.roll(sides, -1, axis=1) < 0
+    return len(np.unique(corners, axis=0)) == len(corners) and not (is_between & is_between.T).any()
+
+
+def _interpret_lines(
+    lines: Sequence[tuple[int, str]],
+    usual: set[tuple[Any, ...]],
+    num_keypoint_values: int,
+    image_paths: Sequence[str],
+    found: FoundObjects,
+) -> None:
+    """Enter the objects of lines, each read as most lines can be; of several such readings counts what is common to them."""
+    num_unused = 0
+    for number, text in lines:
+        index, category_id, numbers = json.loads(text)
+        readings = read_yolo_numbers(numbers, num_keypoint_values)
+        likely = [reading for key, reading in readings.items() if key in usual]
+        if not likely and all(size == 4 for size, _ in readings.values()):  # a box, whatever the other lines are
+            likely = list(readings.values())
+        if len({size for size, _ in likely}) != 1:
+            reason = "neither shares of the image's sides nor what may follow them: a confidence, a track id, keypoints"
+            if readings:
+                reason = "not what those of the other lines are"
+            if likely:
+                reason = (
+                    "perhaps corners, perhaps a box and what follows it (kpt_shape in a data.yaml tells of keypoints)"
+                )
+            reason = f"has {len(numbers)} numbers after its class, which are {reason}"
+            found.problems.append(Problem(image_paths[number], f"line {index}", reason))
+            continue
+        size, score = likely[0]
+        score = score if all(other == score for _, other in likely) else None
+        num_unused += len(numbers) - size - (score is not None) > 0
+        shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
+        detection = {"id": index, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
+        found.objects.append((number, json.dumps(detection, separators=(",", ":"))))
+    if num_unused:
+        reason = "a track id, keypoints, or what may be a confidence or an id"
+        found.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
+
+
+def read_yolo_names(folder: Path) -> dict[str, str]:
+    """Return the class names of a folder of YOLO labels: of a .yaml with names or a list of lines, in it or up to two above."""
+    for content in _read_descriptions(folder):
+        names = content if isinstance(content, list) else content.get("names")
+        if names and isinstance(names, (dict, list)):
+            items = names.items() if isinstance(names, dict) else enumerate(names)
+            return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
+    return {}
+
+
+def read_keypoint_values(folder: Path) -> int:
+    """Return how many numbers of keypoints follow a box by `kpt_shape` of a .yaml: keypoints times 2 or 3; 0 = none says so."""
+    for content in _read_descriptions(folder):
+        shape = content.get("kpt_shape") if isinstance(content, dict) else None
+        if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
+            return int(shape[0]) * int(shape[1])
+    return 0
+
+
+def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
+    """Yield what the files say that may tell of labels: a dict of YAML, or the lines of a list of names; the nearest first."""
+    import yaml
+
+    folder = folder.absolute()
+    for place in (folder, *folder.parents[:2]):
+        for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
+            try:
+                text = read_file(path)[:MAX_NAMES_BYTES].decode("utf-8-sig")
+                is_list = path.name in YOLO_NAMES_FILES
+                # BaseLoader makes text, lists and dicts alone, every word as it is written: a class may be called `no`.
+                content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
+            except (OSError, yaml.YAMLError, RecursionError, ValueError):
+                continue
+            if is_list or isinstance(content, dict):
+                yield content
