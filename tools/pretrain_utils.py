@@ -291,6 +291,7 @@ def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
 
     Raises:
         Diverged: a loss or gradient is not finite.
+        UserError: an image cannot be read any more.
     """
     options = job.options
     job.batches.epoch = state.epoch + 1
@@ -305,6 +306,8 @@ def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
     batches = lct.outlive_workers(read, job.run.log)
     bar = lct.progress(batches, job.batches.per_epoch - first, f"epoch {state.epoch + 1}")
     for batch in bar:
+        if isinstance(batch, lct.UserError):
+            raise batch
         with lct.SIGNALS.hold():  # a step happens wholly
             figures = train_step(job, state, batch)
             state.tally += figures

@@ -611,6 +611,15 @@ def test_neither_workers_nor_the_death_of_one_change_anything(crops: Path, nurse
     assert read_run(tmp_path / "none") == read_run(tmp_path / "two")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_that_vanish_end_the_run_with_one_sentence(num_workers: int, nursery: Nursery, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", {"one": 24})
+    places = ("pretrain_dino_face", "--train-dir", folder, "--output-dir", tmp_path / "run", *TINY, "--source-size", 0)
+    plans = [do("pretrain_utils.evaluate", 1, shell=f"rm -r '{folder}'")]
+    code, text = nursery.run(*places, "--num-workers", num_workers, plans=plans)
+    assert code == 2 and "cannot be read any more" in text and "Traceback" not in text, text
+
+
 def test_interrupted_with_ctrl_c_it_leaves_a_checkpoint_of_the_step(
     crops: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
