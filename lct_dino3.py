@@ -4981,7 +4981,7 @@ def read_start(config: Config) -> Start | None:
     identity = {}  # of a checkpoint of this script
     try:
         state, class_names = read_weights(path)
-        if isinstance(state, dict) and "identity" in state and "format" in state:
+        if isinstance(state, dict) and {"identity", "format", "model"} <= state.keys():
             identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
             class_names = identity["class_names"]
     except MemoryError:
@@ -4991,6 +4991,9 @@ def read_start(config: Config) -> Start | None:
         reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
         problem = f"cannot be read as weights: {reason}"
         raise UserError(problem, where, STATE_DICT_WANTED) from error
+    if isinstance(state, dict) and {"student", "teacher", "format"} <= state.keys():
+        remedy = "give the file that --export-backbone of the same pre-training command writes"
+        raise UserError("is a checkpoint of pre-training", where, remedy)
     tensors, prefix = dict(walk_tensors(state)), "backbone.model."
     if not class_names:
         metadata = state.get("metadata") if isinstance(state, dict) else None
@@ -9221,7 +9224,11 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Diverged):
         return EXIT_DIVERGED, f"error: {failure}"
     if isinstance(failure, Interrupted):
-        again = "the same command" + (" without --overwrite" if getattr(options, "overwrite", False) else "")
+        starts = {"overwrite": (False,), "resume": (None, "last")}  # any other value begins elsewhere
+        spent = [
+            f" without --{name}" for name, values in starts.items() if getattr(options, name, values[0]) not in values
+        ]
+        again = f"the same command{''.join(spent)}"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
     if isinstance(failure, ToolFailed):
         return failure.code, f"error: {failure}"

@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ EVAL_BATCH = 256
 MIN_INFORMATION = 0.3  # share of ln(out_dim) below which the teacher's answers say too little of the image
 TALLY = ("loss", "loss_class", "loss_patch", "koleo", "grad_norm")
 SHEET_IMAGES = 12  # of --dry-run
+ANEW = "with --overwrite or in another --output-dir"  # how other settings are tried
 
 
 # --- networks
@@ -290,6 +291,7 @@ def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
 
     Raises:
         Diverged: a loss or gradient is not finite.
+        UserError: an image cannot be read any more.
     """
     options = job.options
     job.batches.epoch = state.epoch + 1
@@ -304,17 +306,17 @@ def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
     batches = lct.outlive_workers(read, job.run.log)
     bar = lct.progress(batches, job.batches.per_epoch - first, f"epoch {state.epoch + 1}")
     for batch in bar:
+        if isinstance(batch, lct.UserError):
+            raise batch
         with lct.SIGNALS.hold():  # a step happens wholly
             figures = train_step(job, state, batch)
             state.tally += figures
             if state.step % options.log_interval == 0 or state.batches == job.batches.per_epoch:
                 check_finite(job, state)
-                rates = {
-                    "lr": job.schedule.learning_rate(state.step - 1),
-                    "momentum": job.schedule.momentum(state.step - 1),
-                }
                 values = dict(zip(TALLY, figures.tolist(), strict=True))
-                job.run.event("iteration", epoch=state.epoch + 1, step=state.step, **values, **rates)
+                values["lr"] = job.schedule.learning_rate(state.step - 1)
+                values["momentum"] = job.schedule.momentum(state.step - 1)
+                job.run.event("iteration", epoch=state.epoch + 1, step=state.step, **values)
         lct.SIGNALS.check()
 
 
@@ -328,7 +330,7 @@ def check_finite(job: Job, state: State) -> None:
         return
     last = job.options.output_dir / job.options.checkpoint_last_name
     sound = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-    advice = "lower --learning-rate or --clip-grad-norm"
+    advice = f"lower --learning-rate or set --clip-grad-norm 1, {ANEW}"
     raise lct.Diverged(f"the loss is not finite at step {state.step} (epoch {state.epoch + 1}); {sound}; {advice}")
 
 
@@ -354,28 +356,30 @@ def evaluate(job: Job, state: State) -> dict[str, float]:
         "retrieval": measures.two_view_retrieval(first, second),
         "information": losses.mutual_information(answers),
     }
-    gallery, queries = job.data.gallery, job.data.queries
-    if gallery is not None:
-        of_gallery = embed(job, state.teacher, gallery.pixels)
-        of_queries = (None, None) if queries is None else embed(job, state.teacher, queries.pixels)
-        labels = None if queries is None else queries.labels
-        for name, mine, others in zip(("class", "patch"), of_gallery, of_queries, strict=True):
-            others = None if others is None else others.numpy()
-            figures[f"knn_{name}"] = measures.knn_accuracy(mine.numpy(), gallery.labels, others, labels)
-    return figures
+
+    def describe(images: torch.Tensor) -> dict[str, np.ndarray]:
+        class_tokens, mean_patches = embed(job, state.teacher, images)
+        return {"class": class_tokens.numpy(), "patch": mean_patches.numpy()}
+
+    return figures | score_neighbours(job.data, describe)
 
 
-def compare_pixels(data: Data) -> dict[str, float]:
-    """Return the k-NN accuracy of small pictures as they are, and of colour histograms: what needs no network at all."""
-    figures = {}
+def score_neighbours(data: Data, describe: Callable[[torch.Tensor], dict[str, np.ndarray]]) -> dict[str, float]:
+    """Return the k-NN accuracy with each kind of features (N, D) of images uint8 (N, 3, S, S); none without labelled crops."""
     if data.gallery is None:
-        return figures
-    for name, describe in (("pixels", measures.pixel_features), ("colours", measures.colour_features)):
-        others = None if data.queries is None else describe(data.queries.pixels)
-        labels = None if data.queries is None else data.queries.labels
-        mine = describe(data.gallery.pixels)
-        figures[f"knn_{name}"] = measures.knn_accuracy(mine, data.gallery.labels, others, labels)
-    return figures
+        return {}
+    of_gallery = describe(data.gallery.pixels)
+    of_queries = {} if data.queries is None else describe(data.queries.pixels)
+    query_labels = None if data.queries is None else data.queries.labels
+    return {
+        f"knn_{name}": measures.knn_accuracy(features, data.gallery.labels, of_queries.get(name), query_labels)
+        for name, features in of_gallery.items()
+    }
+
+
+def describe_pixels(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return small pictures as they are, and colour histograms: features that need no network at all."""
+    return {"pixels": measures.pixel_features(images), "colours": measures.colour_features(images)}
 
 
 def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
@@ -393,8 +397,8 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
         )
     if figures["information"] < limit:
         signs.append(f"the teacher's answers hold {figures['information']:.2f} nats, less than {limit:.2f}")
-    knobs = "try --use-sinkhorn, --koleo-weight 0.1, a lower --teacher-temp, weaker --aug-*, larger --global-crop-scale"
-    return f"collapsing: {' and '.join(signs)}; {knobs}" if signs else ""
+    knobs = "--use-sinkhorn, --koleo-weight 0.1, a lower --teacher-temp, weaker --aug-*, larger --global-crop-scale"
+    return f"collapsing: {' and '.join(signs)}; try {knobs}, {ANEW}" if signs else ""
 
 
 def fit(job: Job, state: State) -> None:
@@ -425,15 +429,18 @@ def fit(job: Job, state: State) -> None:
 
 def finish_epoch(job: Job, state: State, figures: dict[str, float], collapse: str) -> None:
     """Record an epoch, and save it; never the lowest loss makes a checkpoint the best, which a collapsed run has as well."""
-    run, options = job.run, job.options
     metric = job.identity["chosen_by"]
-    run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
-    is_best = not state.best or figures[metric] > state.best["value"]
-    if is_best:
-        state.best = {"metric": metric, "value": figures[metric], "epoch": state.epoch, "step": state.step}
-        run.event("best", **state.best)
-        lct.write_checkpoint(options.output_dir / options.checkpoint_best_name, state.pack(job.identity))
+    job.run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
+    if not state.best or figures[metric] > state.best["value"]:
+        save_best(job, state, figures[metric])
     save_last(job, state)
+
+
+def save_best(job: Job, state: State, value: float) -> None:
+    """Write the best checkpoint so far, whose figure that decides has a value."""
+    state.best = {"metric": job.identity["chosen_by"], "value": value, "epoch": state.epoch, "step": state.step}
+    job.run.event("best", **state.best)
+    lct.write_checkpoint(job.options.output_dir / job.options.checkpoint_best_name, state.pack(job.identity))
 
 
 def save_last(job: Job, state: State) -> None:
@@ -459,54 +466,41 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
 # --- files
 
 
-def describe_artifact(path: Path, kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return what artifacts.json says of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "kind": kind,
-        "path": str(path.resolve()),
-        "sha256": digest,
-        "size": path.stat().st_size,
-        "metadata": metadata,
-    }
-
-
 def write_artifacts(job: Job, state: State, export: dict[str, Any] | None = None) -> None:
-    """Write artifacts.json: checkpoints and exports with path, SHA-256, size in bytes and metadata."""
-    options = job.options
+    """Write artifacts.json: checkpoints and exports, earlier ones too, with path, SHA-256, size in bytes and metadata."""
+    options, folder = job.options, job.options.output_dir
     position = {"epoch": state.epoch, "step": state.step, "batches": state.batches}
-    described = (
-        ("checkpoint_last", options.checkpoint_last_name, position),
-        ("checkpoint_best", options.checkpoint_best_name, state.best),
-    )
-    entries = [
-        describe_artifact(options.output_dir / name, kind, metadata)
-        for kind, name, metadata in described
-        if (options.output_dir / name).is_file()
+    described = [
+        ("checkpoint_last", folder / options.checkpoint_last_name, position),
+        ("checkpoint_best", folder / options.checkpoint_best_name, state.best),
     ]
     if export is not None:
-        entries.append(describe_artifact(options.export_backbone, "backbone", export))
-    lct.write_json(options.output_dir / "artifacts.json", {"artifacts": entries})
+        described.append(("backbone", options.export_backbone, export))
+    entries = {}
+    for kind, path, metadata in described:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name, size = str(path.resolve()), path.stat().st_size
+            entries[name] = {"kind": kind, "path": name, "sha256": digest, "size": size, "metadata": metadata}
+    with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
+        for entry in lct.read_json(folder / "artifacts.json", {"artifacts": [{"kind": str, "path": str}]})["artifacts"]:
+            if entry["kind"] == "backbone":
+                entries.setdefault(entry["path"], entry)
+    lct.write_json(folder / "artifacts.json", {"artifacts": list(entries.values())})
 
 
 def describe_run(job: Job, networks: Networks) -> dict[str, Any]:
     """Return what params.json holds."""
     options = job.options
-    counts = {
-        name: sum(p.numel() for p in part.parameters())
-        for name, part in (("backbone", networks.backbone), ("student", networks))
-    }
+    modules = {"backbone": networks.backbone, "student": networks}
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     plain = options.as_plain()
-    augmentation = {
-        name: value for name, value in plain.items() if name.startswith(("aug_", "global_", "local_", "num_local"))
-    }
-    paths = {
-        name: plain[name] for name in ("train_dir", "knn_dir", "output_dir", "export_backbone", "init_from", "config")
-    }
-    training = {
-        k: v for k, v in plain.items() if k not in {*augmentation, *paths} and not k.startswith(("experiment_", "vit_"))
-    }
+    of_views, elsewhere = ("aug_", "global_", "local_", "num_local"), ("experiment_", "vit_")
+    augmentation = {k: v for k, v in plain.items() if k.startswith(of_views)}
+    names = ("train_dir", "knn_dir", "output_dir", "export_backbone", "init_from", "config")
+    paths = {name: plain[name] for name in names}
+    training = {k: v for k, v in plain.items() if not k.startswith((*of_views, *elsewhere)) and k not in paths}
     return {
         "model": {"architecture": ARCHITECTURE, "geometry": options.geometry, "parameters": counts},
         "augmentation": augmentation,
@@ -562,11 +556,8 @@ def draw_sheet(dataset: ViewDataset) -> Image.Image:
     for index in range(min(SHEET_IMAGES, len(dataset.images))):
         global_views, local_views, _ = dataset[ViewKey(1, index)]
         pictures = [resize(dataset.images.read(index), side), *global_views, *local_views]
-        rows.append(
-            np.concatenate(
-                [cv2.resize(picture, (side, side), interpolation=cv2.INTER_NEAREST) for picture in pictures], 1
-            )
-        )
+        enlarged = [cv2.resize(picture, (side, side), interpolation=cv2.INTER_NEAREST) for picture in pictures]
+        rows.append(np.concatenate(enlarged, axis=1))
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -574,22 +565,24 @@ def draw_sheet(dataset: ViewDataset) -> Image.Image:
 
 
 def choose_start(options: PretrainOptions) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from; None for a fresh start.
+    """Return the checkpoint to go on from; None for a fresh start, which a run that has a checkpoint never makes by itself.
 
     Raises:
-        UserError: there is none where one is named, or it is damaged or foreign.
+        UserError: there is none where one should be, or it is damaged or foreign.
     """
-    last = options.output_dir / options.checkpoint_last_name
+    last, best = (options.output_dir / name for name in (options.checkpoint_last_name, options.checkpoint_best_name))
     path = last if options.resume in (None, "last") else Path(options.resume)
-    if path == last and not path.exists():
-        if options.resume is not None:
-            raise lct.UserError(f"there is no {last}", "--resume", "leave --resume out to start afresh")
+    path = path / options.checkpoint_last_name if path.is_dir() else path
+    others = [other for other in (last, best) if other.exists() and other != path]
+    if options.overwrite or (options.resume is None and not path.exists() and not others):
         return None
     try:
-        return lct.load_checkpoint(path / options.checkpoint_last_name if path.is_dir() else path, CHECKPOINT_FORM)
+        return lct.load_checkpoint(path, CHECKPOINT_FORM)
     except lct.UserError as error:
-        remedy = f"give --resume {options.output_dir / options.checkpoint_best_name}, or start afresh with --overwrite"
-        raise lct.UserError(error.what, error.where, remedy) from error
+        remedy = f"give --resume {others[0]}, or " if others else ""
+        raise lct.UserError(
+            error.what, error.where, f"{remedy}start afresh with --overwrite, without --resume"
+        ) from error
 
 
 def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
@@ -609,17 +602,6 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], options: Pret
     except lct.UserError as error:
         remedy = "use the settings of that run, choose a new --output-dir, or start afresh with --overwrite"
         raise lct.UserError(error.what, error.where, remedy) from error
-
-
-@contextlib.contextmanager
-def keep_last(job: Job, state: State) -> Iterator[None]:
-    """Save the state when the block is interrupted: also in the middle of an epoch."""
-    try:
-        yield
-    except lct.Interrupted:
-        if state.step and state.tally.isfinite().all():
-            save_last(job, state)
-        raise
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -662,11 +644,16 @@ def pretrain(options: PretrainOptions) -> None:
             return
         lct.write_json(options.output_dir / "params.json", description)
         start_or_resume(job, state, payload)
-        with keep_last(job, state):
+        try:
             fit(job, state)
             if options.export_backbone is not None:
                 export_best(job, state)
-        run.log(describe_end(state))
+        except lct.Interrupted:  # also in the middle of an epoch
+            if state.step and state.tally.isfinite().all():
+                save_last(job, state)
+            raise
+        best = f"best: epoch {state.best['epoch']}, {state.best['metric']} {state.best['value']:.3f}"
+        run.log(f"{best}; {describe_start(state.start)}")  # beside what needs no training
 
 
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:
@@ -679,10 +666,14 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
     run.forget(lambda r: r["event"] in kinds and (r["step"] > step or r["epoch"] > epoch + (r["event"] == "iteration")))
     if payload is not None:
         run.event("resumed", epoch=state.epoch, step=state.step)
+        best_path = job.options.output_dir / job.options.checkpoint_best_name
+        if state.best and not best_path.exists():  # it is in another folder, or gone
+            save_best(job, state, evaluate(job, state)[state.best["metric"]])
+        save_last(job, state)  # a kill may have left the old artifacts.json
         run.log(f"resumed at {lct.describe_position(state.epoch, state.batches)}")
         return
     run.forget(lambda record: record["event"] == "start_end")
-    state.start = evaluate(job, state) | compare_pixels(job.data)
+    state.start = evaluate(job, state) | score_neighbours(job.data, describe_pixels)
     run.event("run_start", epoch=0, step=0, algorithm=job.options.algorithm, chosen_by=job.identity["chosen_by"])
     run.event("start_end", epoch=0, step=0, **state.start)
     run.log(describe_start(state.start))
@@ -693,13 +684,6 @@ def describe_start(start: dict[str, float]) -> str:
     text = f"random weights: retrieval {start['retrieval']:.3f}"
     if "knn_pixels" in start:
         text += f", k-NN class token {start['knn_class']:.3f}, mean patch {start['knn_patch']:.3f}"
-        text += (
-            f"; {measures.PIXEL_SIDE}-px pixels {start['knn_pixels']:.3f}, colour histograms {start['knn_colours']:.3f}"
-        )
+        text += f"; {measures.PIXEL_SIDE}-px pixels {start['knn_pixels']:.3f}"
+        text += f", colour histograms {start['knn_colours']:.3f}"
     return text
-
-
-def describe_end(state: State) -> str:
-    """Return what came out, beside what needs no training."""
-    best = state.best
-    return f"best: epoch {best['epoch']}, {best['metric']} {best['value']:.3f}; {describe_start(state.start)}"

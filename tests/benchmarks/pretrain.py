@@ -4,7 +4,7 @@
     python tests/benchmarks/pretrain.py table [SEEDS]        dino and ibot, `--preset small`, against random weights
     python tests/benchmarks/pretrain.py curves FILE          a picture of a run that learns and of two that collapse
     python tests/benchmarks/pretrain.py five [SEEDS]         lct_dino3.py with five labelled crops a class of grocery40
-    python tests/benchmarks/pretrain.py speed                loader and step, against torchvision and lightly's DINO
+    python tests/benchmarks/pretrain.py speed                loader and step, against torchvision and DINO of `pip install lightly`
 
 Unlabelled are grocery40 without its `test_*` files and every second photo of tools17 (shared/data beside the repository); queries
 are the rest of both. The figures are those of the last epoch: none is chosen by what it is measured on.

@@ -470,13 +470,27 @@ def test_the_export_is_the_best_teacher_with_its_geometry(finished: Path, tmp_pa
         ("file::{}/backbone.pt:dinov2_vits14", "dinov2_vits14 is no model"),
         ("file::{}/lacking.pt:slt_vitsmall_patch16", "cls_token none instead of"),
         ("file::{}/pickle.pt:slt_vitsmall_patch16", "cannot be read"),
-        ("file::{}/run/checkpoint_last.pt:slt_vitsmall_patch16", "is no exported backbone"),
+        ("file::{}/run/checkpoint_last.pt:slt_vitsmall_patch16", "is no exported backbone: it has no model"),
+        ("file::{}/text.pt:slt_vitsmall_patch16", "metadata.geometry.depth is of type str, not int"),
+        ("file::{}/heads.pt:slt_vitsmall_patch16", "its geometry makes no model: integer modulo by zero"),
+        ("file::{}/number.pt:slt_vitsmall_patch16", "model.cls_token is of type int, not Tensor"),
+        ("file::{}/nan.pt:slt_vitsmall_patch16", "holds values that are not finite, in norm.bias"),
     ],
 )
 def test_other_backbones_are_refused_by_name(finished: Path, spec: str, said: str) -> None:
-    payload = torch.load(finished / "backbone.pt", weights_only=True)
-    del payload["model"]["cls_token"]
-    torch.save(payload, finished / "lacking.pt")
+    changes = {
+        "lacking": ("model", {"cls_token": None}),
+        "text": ("geometry", {"depth": "1"}),
+        "heads": ("geometry", {"num_heads": 0}),
+        "number": ("model", {"cls_token": 1}),
+        "nan": ("model", {"norm.bias": torch.full((16,), math.nan)}),
+    }
+    for name, (part, values) in changes.items():
+        payload = torch.load(finished / "backbone.pt", weights_only=True)
+        place = payload["model"] if part == "model" else payload["metadata"]["geometry"]
+        place |= values
+        payload["model"] = {key: value for key, value in payload["model"].items() if value is not None}
+        torch.save(payload, finished / f"{name}.pt")
     (finished / "pickle.pt").write_bytes(pickle.dumps(Hostile(finished / "executed")))
     with pytest.raises(lct.UserError) as caught:
         models.load_dinov2_backbone(spec.format(finished))
@@ -597,6 +611,15 @@ def test_neither_workers_nor_the_death_of_one_change_anything(crops: Path, nurse
     assert read_run(tmp_path / "none") == read_run(tmp_path / "two")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_that_vanish_end_the_run_with_one_sentence(num_workers: int, nursery: Nursery, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", {"one": 24})
+    places = ("pretrain_dino_face", "--train-dir", folder, "--output-dir", tmp_path / "run", *TINY, "--source-size", 0)
+    plans = [do("pretrain_utils.evaluate", 1, shell=f"rm -r '{folder}'")]
+    code, text = nursery.run(*places, "--num-workers", num_workers, plans=plans)
+    assert code == 2 and "cannot be read any more" in text and "Traceback" not in text, text
+
+
 def test_interrupted_with_ctrl_c_it_leaves_a_checkpoint_of_the_step(
     crops: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
@@ -607,6 +630,26 @@ def test_interrupted_with_ctrl_c_it_leaves_a_checkpoint_of_the_step(
     assert (payload["epoch"], payload["batches"], payload["step"]) == (1, 1, 3)  # the step is finished
     events = [record["event"] for record in lct.read_events(tmp_path / "run")]
     assert events.count("interrupted") == 1
+
+
+def test_artifacts_are_described_as_they_are_after_a_kill_and_a_second_export(
+    finished: Path, crops: Path, nursery: Nursery, tmp_path: Path
+) -> None:
+    """Killed between the last checkpoint and its description; then exported twice; then continued in another folder."""
+    places = ("pretrain_dino_face", "--train-dir", crops, *TINY, "--epochs", 1, "--output-dir", tmp_path / "run")
+    exports = [("--export-backbone", tmp_path / name) for name in ("one.pt", "two.pt")]
+    assert nursery.run(*places, *exports[0], plans=[kill("pretrain_utils.write_artifacts", 1)])[0] == -9
+    names = ["checkpoint_last.pt", "checkpoint_best.pt"]
+    moved = ("--output-dir", tmp_path / "moved", "--resume", tmp_path / "run")
+    calls = [((), names), (exports[0], [*names, "one.pt"]), (exports[1], [*names, "two.pt", "one.pt"])]
+    for flags, expected in [*calls, ((), [*names, "two.pt", "one.pt"]), ((*moved, *exports[1]), [*names, "two.pt"])]:
+        assert run_main(*places, *flags) == 0
+        entries = json.loads(
+            (tmp_path / ("moved" if moved[1] in flags else "run") / "artifacts.json").read_text("utf-8")
+        )
+        assert [Path(entry["path"]).name for entry in entries["artifacts"]] == expected
+        for entry in entries["artifacts"]:
+            assert hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest() == entry["sha256"]
 
 
 def test_the_best_is_chosen_by_retrieval_and_never_by_the_loss(
@@ -641,6 +684,7 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3 and all("collapsing: the teacher's answers hold 0.69 nats" in line for line in warnings)
     assert all("--use-sinkhorn" in line and "retrieval" not in line for line in warnings)
+    assert all(line.endswith(", with --overwrite or in another --output-dir") for line in warnings)
     assert start(crops, tmp_path / "stops", "--stop-on-collapse", "--warmup-epochs", 0) == 3
     records = lct.read_events(tmp_path / "stops")
     assert [r["epoch"] for r in records if r["event"] == "epoch_end"] == [1] and records[-1]["status"] == "diverged"
@@ -673,7 +717,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
 
     patch_used(pretrain_utils, "compute_losses", spoil)
     assert start(crops, tmp_path / "run") == 3
-    assert "the loss is not finite at step 4" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the loss is not finite at step 4" in error and "with --overwrite or in another --output-dir" in error
     payload = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
     assert payload["step"] == 2 and all(value.isfinite().all() for value in payload["student"].values())
 
@@ -775,24 +820,34 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--local-crop-size 12", "12 px is not a multiple of patches of 8 px"),
         ("--vit-embed-dim 15", "15 dimensions are not a multiple of 2 heads"),
         ("--global-crop-scale 0.9 0.5", "begins above its end"),
-        ("--warmup-epochs 5", "last longer than the training"),
+        ("--warmup-epochs 5", "last longer than the training\n  lower --warmup-epochs"),
+        ("--learning-rate 1e-7", "1e-06 is the higher one\n  lower --min-lr"),
+        pytest.param(
+            "--device cuda", "give --device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
+        ),
         ("--checkpoint-best-name a/b.pt", "is not the name of a visible file"),
         ("--checkpoint-best-name checkpoint_last.pt", "name the same file"),
+        ("--checkpoint-best-name views.png", "or one that every run has"),
         ("--output-dir {crops}", "lies inside the images"),
         ("--output-dir {one}", "is neither empty nor a run"),
         ("--knn-dir {one}", "classes need two"),
-        ("--resume", "leave --resume out to start afresh"),
+        ("--knn-dir {spoiled}", "spoiled: 2 of 4 images cannot be read"),
+        ("--resume", "there is no such checkpoint\n  start afresh with --overwrite, without --resume"),
+        ("--resume {text}", "cannot be read as a checkpoint: File is not a zip file\n  start afresh with --overwrite"),
         ("--epochs many", "'many' is not a whole number"),
         ("--epoch 3", "did you mean --epochs"),
         ("--init-from {export}", "has another geometry: embed_dim: 16 -> 8"),
         ("--export-backbone {text}", "is no such file of this tool, and is not overwritten"),
         ("--export-backbone {described}", "described.json, beside --export-backbone: is no such file"),
+        ("--export-backbone {text}/backbone.pt", "text.txt is not a folder that can be written to"),
+        ("--export-backbone {run}", "is a file of the run itself"),
+        ("--export-backbone {run}/metrics.jsonl", "is a file of the run itself"),
     ],
 )
 def test_bad_input_costs_one_sentence(
     flags: str, said: str, crops: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    places = {name: tmp_path / name for name in ("empty", "one", "none", "broken")}
+    places = {name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled")}
     for folder in ("empty", "one", "broken"):
         places[folder].mkdir()
     places |= {"text": tmp_path / "text.txt", "crops": crops / "left", "export": finished / "backbone.pt"}
@@ -804,6 +859,9 @@ def test_bad_input_costs_one_sentence(
         draw_image(0, number).save(places["broken"] / f"{number:02}.png")
         if number >= 8:
             (places["broken"] / f"{number:02}.png").write_bytes(b"\x89PNG cut off")
+    make_dataset(places["spoiled"], {"a": 2, "b": 2})
+    for name in "ab":
+        (places["spoiled"] / name / "0000.png").write_bytes(b"\x89PNG cut off")
     words = flags.format(**places).split()
     base = {"--train-dir": crops, "--output-dir": tmp_path / "run"}
     given = [word for flag, value in base.items() if flag not in words for word in (flag, value)]
@@ -839,6 +897,11 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     assert start(crops, out, "--epochs", 1, "--resume", out / "checkpoint_best.pt") == 0
     assert start(crops, out, "--epochs", 1, "--overwrite") == 0
     assert len(list(tmp_path.glob("run.old-*"))) == 1
+    (out / "checkpoint_last.pt").unlink()  # what has been trained is never begun again unasked
+    assert start(crops, out, "--epochs", 1) == 2
+    assert f"give --resume {out / 'checkpoint_best.pt'}" in capsys.readouterr().err
+    assert start(crops, out, "--epochs", 1, "--vit-depth", 2, "--overwrite", "--dry-run") == 0
+    assert (out / "checkpoint_best.pt").exists()
 
 
 # --- together with the rest
@@ -867,6 +930,25 @@ def test_the_script_trains_on_what_was_pretrained(finished: Path, small_data: Pa
         pixels = (images.float() - trained.model.backbone.mean) / trained.model.backbone.std
         with torch.inference_mode():
             torch.testing.assert_close(trained.model.backbone(images), ours.encode(pixels)[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_in_place_of_an_export_is_named(
+    finished: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    weights = finished / "run" / "checkpoint_best.pt"
+    assert run_main("--data_root", small_data, "--out_dir", tmp_path, "--backbone_weights", weights, "--gpus", 0) == 2
+    error = capsys.readouterr().err
+    assert f"{weights}: is a checkpoint of pre-training\n  give the file that --export-backbone" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("", "command continues"), ("--resume", "command continues"), ("--resume x.pt", "command without --resume continues"),
+     ("--overwrite", "command without --overwrite continues")],
+)  # fmt: skip
+def test_what_continues_an_interrupted_run_is_not_what_began_it_elsewhere(flags: str, said: str) -> None:
+    options = lct.parse_options(pretrain_dino_face.FaceOptions, flags.split(), "x")
+    assert f"the same {said}" in lct.explain_end(lct.Interrupted(signal.SIGINT), options)[1]
 
 
 @pytest.mark.parametrize(

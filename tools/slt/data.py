@@ -69,8 +69,10 @@ def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
     return sorted(files.items())
 
 
-def check_files(paths: Sequence[str], side: int) -> tuple[list[int], np.ndarray | None]:
+def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int], np.ndarray | None]:
     """Decode every image once; return the numbers of those that can be used and, if a side is given, their squares.
+
+    `where` says in a message what has named them.
 
     Raises:
         UserError: too many cannot be read.
@@ -95,7 +97,7 @@ def check_files(paths: Sequence[str], side: int) -> tuple[list[int], np.ndarray 
             squares.append(result)
     if len(bad) > MAX_UNREADABLE * len(paths):
         problem = f"{len(bad)} of {len(paths)} images cannot be read, such as {bad[0]}"
-        raise lct.UserError(problem, "--train-dir", "mend or remove them; a few are left out")
+        raise lct.UserError(problem, where, "mend or remove them; a few are left out")
     return good, np.stack(squares) if side else None
 
 
@@ -107,7 +109,7 @@ def read_data(options: PretrainOptions) -> Data:
     """
     files = list_files(options)
     paths = [path for path, _ in files]
-    good, squares = check_files(paths, options.source_size)
+    good, squares = check_files(paths, options.source_size, options.place("train_dir"))
     gallery = queries = None
     labelled_paths: list[str] = []
     if options.knn_dir:
@@ -123,7 +125,8 @@ def read_data(options: PretrainOptions) -> Data:
 
     if labelled_paths:
         picked = labelled_paths[:: -(-len(labelled_paths) // HELD_OUT_IMAGES)]
-        held_out_images = Images(*read_pictures(picked, options.source_size))
+        readable, held_out_squares = check_files(picked, options.source_size, options.place("knn_dir"))
+        held_out_images = Images([picked[number] for number in readable], held_out_squares)
     else:
         held_out_images = take(held_out)
     if len(chosen) < options.batch_size:
@@ -131,12 +134,6 @@ def read_data(options: PretrainOptions) -> Data:
         raise lct.UserError(f"is more than the {len(chosen)} crops to train on", where, "lower it, or give more crops")
     fingerprint = lct.fingerprint([[Path(path).name, size] for path, size in files], [int(row) for row in chosen])
     return Data(take(chosen), held_out_images, fingerprint, gallery, queries)
-
-
-def read_pictures(paths: Sequence[str], side: int) -> tuple[list[str], np.ndarray | None]:
-    """Return the paths of the images that can be read and, if a side is given, their squares."""
-    good, squares = check_files(paths, side)
-    return [paths[number] for number in good], squares
 
 
 def read_labelled(
@@ -163,7 +160,7 @@ def read_labelled(
     names = names or classes
     rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES) or 1)
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
-    good, squares = check_files(paths, options.image_size)
+    good, squares = check_files(paths, options.image_size, where)
     labels = np.array([names.index(folders[rows[number]]) for number in good], dtype=np.int64)
     return (
         LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels),

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 ARCHITECTURE = "slt_vitsmall_patch16"  # name of the model in exported files, whatever its geometry
 GEOMETRY = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+EXPORT_WANTED = "give a file that --export-backbone has written"
 TOKEN_STD = 0.02  # of class, mask and position tokens at the start, as timm has it
 
 
@@ -117,9 +118,8 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
     Raises:
         UserError: it is missing, damaged, or no export.
     """
-    remedy = "give a file that --export-backbone has written"
     if not path.is_file():
-        raise lct.UserError("there is no such file", where, remedy)
+        raise lct.UserError("there is no such file", where, EXPORT_WANTED)
     try:
         lct.check_zip(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,14 +127,14 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
         raise
     except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
         problem = f"cannot be read as an exported backbone: {str(error).split('. ')[0][:200]}"
-        raise lct.UserError(problem, where, remedy) from error
-    metadata = payload.get("metadata") if isinstance(payload, dict) else None
-    if not isinstance(metadata, dict) or not isinstance(payload.get("model"), dict):
-        raise lct.UserError("is no exported backbone: it has no model and metadata", where, remedy)
-    geometry = metadata.get("geometry")
-    if not isinstance(geometry, dict) or set(GEOMETRY) - geometry.keys():
-        raise lct.UserError(f"does not say its geometry ({', '.join(GEOMETRY)})", where, remedy)
-    return payload["model"], metadata
+        raise lct.UserError(problem, where, EXPORT_WANTED) from error
+    geometry = {name: (int, float) if name == "mlp_ratio" else int for name in GEOMETRY}
+    try:
+        lct.check_form(payload, {"model": {str: torch.Tensor}, "metadata": {"geometry": geometry}})
+    except ValueError as error:
+        raise lct.UserError(f"is no exported backbone: {error}", where, EXPORT_WANTED) from error
+    lct.check_weights_finite(payload["model"], where)
+    return payload["model"], payload["metadata"]
 
 
 def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -150,7 +150,7 @@ def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str
         named = ", ".join(
             f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]
         )
-        raise lct.UserError(f"{len(unfit)} of its tensors do not fit the model: {named}", where, "give another file")
+        raise lct.UserError(f"{len(unfit)} of its tensors do not fit the model: {named}", where, EXPORT_WANTED)
     model.load_state_dict(weights)
 
 
@@ -177,7 +177,7 @@ def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # whatever stands there for numbers
         problem = str(error)
     if problem:
-        raise lct.UserError(f"its geometry makes no model: {problem}", path, remedy)
+        raise lct.UserError(f"its geometry makes no model: {problem}", path, EXPORT_WANTED)
     fill_model(model, weights, path)
     return model.eval()
 

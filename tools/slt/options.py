@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+
+# isort: split
+import torch
 from slt.models import check_geometry
 from slt.views import Augmentation
 
-import lct_dino3 as lct
-
 OWN_FILES = ("params.json", "metrics.jsonl", "views.png")  # one of them in output_dir: it is ours
+FIXED_NAMES = {"params.json", "artifacts.json", "train.log", "views.png"}  # of files in output_dir
 # For some thousand crops and one CPU core: found by a study, and measured in tools/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -201,15 +204,18 @@ def check_options(options: PretrainOptions) -> None:
             "give the lower share first"),
         (options.local_crop_scale[0] > options.local_crop_scale[1], ("local_crop_scale",), "begins above its end",
             "give the lower share first"),
-        (options.min_lr > options.learning_rate, ("min_lr", "learning_rate"), "is the higher one", "lower it"),
-        (options.warmup_epochs > options.epochs, ("warmup_epochs", "epochs"), "last longer than the training", "lower them"),
+        (options.min_lr > options.learning_rate, ("min_lr", "learning_rate"), f"{options.min_lr:g} is the higher one",
+            "lower --min-lr"),
+        (options.warmup_epochs > options.epochs, ("warmup_epochs", "epochs"), "last longer than the training",
+            "lower --warmup-epochs"),
         (bool(odd_names), ("checkpoint_best_name", "checkpoint_last_name", "checkpoint_history_file"),
             f"{odd_names[0] if odd_names else ''!r} is not the name of a visible file", "give plain names"),
-        (len({*names, "params.json", "artifacts.json"}) < 5, ("checkpoint_best_name", "checkpoint_last_name",
-            "checkpoint_history_file"), "name the same file", "give different names"),
+        (len({*names, *FIXED_NAMES}) < 3 + len(FIXED_NAMES), ("checkpoint_best_name", "checkpoint_last_name",
+            "checkpoint_history_file"), "name the same file, or one that every run has", "give different names"),
         (len(options.knn_dir) > 2, ("knn_dir",), "has more than two folders", "give one, or gallery and queries"),
         (options.overwrite and options.resume is not None, ("resume", "overwrite"), "contradict each other",
             "give one of them"),
+        (options.device == "cuda" and not torch.cuda.is_available(), ("device",), "torch finds no GPU here", "give --device cpu"),
     )
     # fmt: on
     for is_wrong, flags, what, remedy in refusals:
@@ -249,14 +255,19 @@ def check_output(options: PretrainOptions) -> None:
     export = options.export_backbone
     if export is None:
         return
-    kept = {output / name for name in (options.checkpoint_best_name, options.checkpoint_last_name)}
-    written = {export.resolve(), export.resolve().with_suffix(".json")}
+    kept = {*FIXED_NAMES, options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file}
+    where, path = options.said("export_backbone"), export.resolve()
     if (
         export.is_dir()
-        or export.suffix == ".json"
-        or written & {*kept, output / "params.json", output / "artifacts.json"}
+        or path.suffix == ".json"
+        or {path, path.with_suffix(".json")} & {output / name for name in ("", *kept)}
     ):
         problem = "is a folder, is named .json, or is a file of the run itself"
-        raise lct.UserError(problem, options.said("export_backbone"), "give a name such as backbone.pt")
-    lct.check_replaceable(export, options.said("export_backbone"))
+        raise lct.UserError(problem, where, "give a name such as backbone.pt")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise lct.UserError(
+            f"{folder} is not a folder that can be written to", where, "give a place in a folder of your own"
+        )
+    lct.check_replaceable(export, where)
     lct.check_replaceable(export.with_suffix(".json"), f"{export.with_suffix('.json')}, beside --export-backbone")

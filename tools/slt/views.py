@@ -207,9 +207,20 @@ class ViewDataset(Dataset):
         local = np.stack(local_views) if local_views else np.zeros(local_shape, np.uint8)
         return np.stack(global_views), local, masks
 
+    def __getitems__(self, keys: Sequence[ViewKey]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | lct.UserError:
+        """Return the samples of a batch, or what is wrong: of what a worker raises, torch passes on the traceback alone."""
+        try:
+            return [self[key] for key in keys]
+        except lct.UserError as error:
+            return error
+
     @staticmethod
-    def collate(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> ViewBatch:
-        """Stack the views of a batch."""
+    def collate(
+        samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]] | lct.UserError,
+    ) -> ViewBatch | lct.UserError:
+        """Stack the views of a batch; an error is passed on."""
+        if isinstance(samples, lct.UserError):
+            return samples
         global_views, local_views, masks = (
             torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*samples, strict=True)
         )
