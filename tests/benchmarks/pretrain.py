@@ -1,6 +1,6 @@
 """What pre-training of crops without labels is worth, and how fast it is, on one CPU thread.
 
-    python tests/benchmarks/pretrain.py quick                one dino of 376 steps: fails if it gains too little (three minutes)
+    python tests/benchmarks/pretrain.py quick                one dino of 376 steps: fails if it gains too little (a minute)
     python tests/benchmarks/pretrain.py table [SEEDS]        dino and ibot, `--preset small`, against random weights
     python tests/benchmarks/pretrain.py curves FILE          a picture of a run that learns and of two that collapse
     python tests/benchmarks/pretrain.py five [SEEDS]         lct_dino3.py with five labelled crops a class of grocery40
