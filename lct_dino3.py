@@ -1180,11 +1180,8 @@ def check_files_exist(options: Options, *names: str) -> None:
         path = getattr(options, name, None)
         if path is not None and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            candidates = [
-                *path.glob("*.index.json"),
-                *path.glob("model*.safetensors"),
-                *path.glob("pytorch_model*.bin"),
-            ]
+            patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")
+            candidates = [file for pattern in patterns for file in path.glob(pattern)]
             remedy = f"give {candidates[0]}" if name == "backbone_weights" and candidates else "check the path"
             raise UserError(what, options.said(name), options.moved(name) or remedy)
 
@@ -3163,7 +3160,7 @@ def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[st
 def count_classes(
     records: Records, broken: Counter[str | None], config: Config
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Return usable and `broken` images, groups, and images in each split by class; and a note on each of too few groups."""
+    """Return usable and `broken` images, groups, and images in each split by class; and a note on each that looks wrong."""
     table, notes = {}, []
     by_class = rows_by_class(records.labels, len(records.class_names))
     for name, rows in zip(records.class_names, by_class, strict=True):
@@ -3176,6 +3173,11 @@ def count_classes(
         if lacking and row["usable"]:
             images = f"{name}: {count_of(row['usable'], 'image')} in {count_of(row['groups'], 'group')}"
             notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+        if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
+            remedy = "if its images are of no class, move it out of data_root and give it as --unknown_dir"
+            notes.append(f"a class is named {name}: {remedy}")
+        if name in (config.masks_dirname, CUTOUTS_DIRNAME):
+            notes.append(f"a class is named {name}: masks lie inside the class folder of their images")
     return table, notes
 
 
@@ -8866,10 +8868,6 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         write_splits(run.path / "splits.json", records, config.seed)
         write_json(run.path / "data_report.json", scan.report)
     run.log(f"data: {config.data_root}, {len(records.class_names)} classes")
-    for name in records.class_names:
-        if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
-            remedy = "if its images are of no class, move it out of data_root and give it as --unknown_dir"
-            run.log(f"warning: a class is named {name}: {remedy}")
     run.log(format_class_table(scan.report) if is_fresh else "the split is that of splits.json")
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
@@ -8922,12 +8920,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
             check_weights(model, weights, point.path)
         try:
             restore_state(state, point.payload)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:  # of torch, about an optimizer of other groups
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of torch: an optimizer of other groups
             raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
         state.best = from_first(settle_checkpoints, job, state, point)
         run.forget_epochs_after(state.epoch)

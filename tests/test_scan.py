@@ -679,6 +679,16 @@ def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path)
     assert any("(.gif)" in text and "1 image beside the class folders" in text for text in warnings)
 
 
+def test_classes_named_like_no_class_or_like_masks_are_asked_about(tmp_path: Path) -> None:
+    root = put_images(tmp_path / "data", "nut/1.png", "Others/1.png", "masks/1.png", "bolt/1.png")
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run")
+    warnings = lct.scan_dataset(config).report["warnings"]
+    asked = [text.partition(":")[0] for text in warnings if text.startswith("a class is named ")]
+    assert asked == ["a class is named Others", "a class is named masks"]
+    with_strangers = dataclasses.replace(config, unknown_dir=tmp_path)
+    assert not any("named Others" in text for text in lct.scan_dataset(with_strangers).report["warnings"])
+
+
 @pytest.mark.parametrize(
     "text, classes",
     [
