@@ -138,7 +138,7 @@ def parse_yolo_line(line: str) -> tuple[int, list[float]]:
 
 
 def read_yolo_numbers(
-    numbers: Sequence[float], num_keypoint_values: int = 0
+    numbers: Sequence[float], num_keypoint_values: int | None = None
 ) -> dict[tuple[Any, ...], tuple[int, float | None]]:
     """Return all that the numbers after a class may be, as programs write them.
 
@@ -160,7 +160,7 @@ def read_yolo_numbers(
         if num_keypoints > 1 and all(value in (0, 1, 2) for value in numbers[6 : 4 + 3 * num_keypoints : 3]):
             return {reading: triples[reading]}  # no polygon has every third number at an edge
     pairs = _read_keypoints(numbers, 2)
-    if pairs and _is_outline(numbers):
+    if num_keypoint_values == 0 or _is_outline(numbers):
         pairs = {}
     elif pairs and size > 9:  # as corners they cross: those of most lines of a data set of outlines do not
         shapes = {("crossing", *key): value for key, value in shapes.items()}
@@ -229,7 +229,7 @@ def _is_outline(numbers: Sequence[float]) -> bool:
 def _interpret_lines(
     lines: Sequence[tuple[int, str]],
     usual: set[tuple[Any, ...]],
-    num_keypoint_values: int,
+    num_keypoint_values: int | None,
     image_paths: Sequence[str],
     found: FoundObjects,
 ) -> None:
@@ -246,9 +246,7 @@ def _interpret_lines(
             if readings:
                 reason = "not what those of the other lines are"
             if likely:
-                reason = (
-                    "perhaps corners, perhaps a box and what follows it (kpt_shape in a data.yaml tells of keypoints)"
-                )
+                reason = "perhaps corners, perhaps a box and keypoints: a data.yaml with names tells, by kpt_shape or without it"
             reason = f"has {len(numbers)} numbers after its class, which are {reason}"
             found.problems.append(Problem(image_paths[number], f"line {index}", reason))
             continue
@@ -273,13 +271,17 @@ def read_yolo_names(folder: Path) -> dict[str, str]:
     return {}
 
 
-def read_keypoint_values(folder: Path) -> int:
-    """Return how many numbers of keypoints follow a box by `kpt_shape` of a .yaml: keypoints times 2 or 3; 0 = none says so."""
-    for content in _read_descriptions(folder):
-        shape = content.get("kpt_shape") if isinstance(content, dict) else None
+def read_keypoint_values(folder: Path) -> int | None:
+    """Return how many numbers of keypoints follow a box by `kpt_shape` of a .yaml: keypoints times 2 or 3.
+
+    0 = a .yaml with names has none, None = there is no such file.
+    """
+    descriptions = [content for content in _read_descriptions(folder) if isinstance(content, dict)]
+    for content in descriptions:
+        shape = content.get("kpt_shape")
         if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
             return int(shape[0]) * int(shape[1])
-    return 0
+    return 0 if any("names" in content for content in descriptions) else None
 
 
 def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:

@@ -681,6 +681,18 @@ def test_small_outlines_and_turned_boxes_are_no_keypoints(tmp_path: Path) -> Non
     assert all("yolo_polygon" in json.loads(text) for _, text in found.objects)
 
 
+def test_a_data_yaml_without_keypoints_makes_lines_that_may_be_both_corners(tmp_path: Path) -> None:
+    quadrangles = "0 0.4 0.4 0.6 0.42 0.62 0.63 0.41 0.58\n" * 2
+    (tmp_path / "a.txt").write_text(quadrangles)
+    found = read(tmp_path, ["a.jpg"])
+    assert not found.objects and all("a data.yaml with names tells" in problem.reason for problem in found.problems)
+    (tmp_path / "data.yaml").write_text("names: [hammer]\n")
+    found = read(tmp_path, ["a.jpg"])
+    assert not found.problems and all("yolo_polygon" in json.loads(text) for _, text in found.objects)
+    (tmp_path / "data.yaml").write_text("names: [hammer]\nkpt_shape: [2, 2]\n")
+    assert all("yolo" in json.loads(text) for _, text in read(tmp_path, ["a.jpg"]).objects)
+
+
 def test_one_odd_line_costs_itself(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(f"0 {BOX} 0.5 3\n0 {BOX} 0.5 4\n0 0.1 0.1 0.5 0.5 0.1 0.7\n")
     found = read(tmp_path)
