@@ -2462,15 +2462,15 @@ class Listing:
     """What the folders hold, before any image is opened."""
 
     paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    folder_of: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # class folder by path, NFC; also of excluded and problems
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # class folder, NFC, by the folder of images
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
     all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also the empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    ignored: Counter[str] = dataclasses.field(
-        default_factory=Counter
-    )  # by `entry_type`; images beside class folders too
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`; also beside class folders
+
+    def class_of(self, path: str) -> str:
+        """Return the class folder of an image, also of an excluded or problematic one, or of a folder of images; '' for none."""
+        return self.classes.get(path.rpartition("/")[0]) or self.classes.get(path, "")
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
@@ -2494,7 +2494,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
-        listing.folder_of[prefix] = class_name
+        listing.classes[prefix] = class_name
         try:
             entries = visible_entries(data_root / prefix)
         except OSError as error:
@@ -2506,7 +2506,6 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
                 if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
                     listing.ignored[kind] += 1
                 continue
-            listing.folder_of[path] = class_name
             if problem := entry_problem(entry):
                 listing.problems.append((path, problem))
             else:
@@ -2573,12 +2572,12 @@ def entry_type(entry: os.DirEntry) -> str:
 
 def _is_plain(name: str) -> bool:
     """Say whether a name has neither undecodable bytes nor control characters; odd spaces and emoji are fine."""
-    return name.isprintable() or not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
+    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
 
 
 def entry_problem(entry: os.DirEntry) -> str:
     """Return why a folder's entry cannot be used as a file, or ''."""
-    if not _is_plain(entry.name):
+    if not entry.name.isprintable() and not _is_plain(entry.name):
         return "the file's name is not UTF-8, or has control characters"
     try:
         return "" if entry.is_file() else "is not a regular file"
@@ -3001,7 +3000,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
     is_dropped = {}  # whole, as by `rulers/*`
     for path in listing.paths:
-        folder, name = listing.folder_of[path], path.rsplit("/", 1)[-1]
+        folder, name = listing.class_of(path), path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
         is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
@@ -3042,7 +3041,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     number = {name: index for index, name in enumerate(names)}
-    label_of = {path: number[class_of[listing.folder_of[path]]] for path in listing.paths}
+    label_of = {path: number[class_of[listing.class_of(path)]] for path in listing.paths}
     order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
     labels = np.array([label_of[path] for path in paths], dtype=np.int32)
@@ -3080,7 +3079,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if len(deep) and image_bits != (16,):
         report["warnings"].append(describe_image_bits(len(deep), image_bits) + " (--image_bits)")
     unusable = (*dict(listing.problems), *health.reasons)
-    broken = Counter(class_of.get(listing.folder_of.get(path)) for path in unusable)
+    broken = Counter(class_of.get(listing.class_of(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
     report["warnings"] += notes
     return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
@@ -3112,8 +3111,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    cut = {listing.folder_of[path] for path in listing.paths if path.split("/")[-2] == "cropped"}
-    if cut and (uncut := sorted({listing.folder_of[path] for path in listing.paths} - cut)):
+    cut = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
+    if cut and (uncut := sorted({listing.class_of(path) for path in listing.paths} - cut)):
         some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
         notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
     if listing.ignored:

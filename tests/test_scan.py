@@ -142,7 +142,7 @@ def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
                 os.link(folder / names[0], folder / name)
         listing = lct.list_images(tmp_path)
         assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(10_000)]
-        assert [listing.folder_of[path] for path in listing.paths] == [path.split("/")[0] for path in listing.paths]
+        assert [listing.class_of(path) for path in listing.paths] == [path.split("/")[0] for path in listing.paths]
         assert lct.stat_files(tmp_path, listing.paths)[:, 0].tolist() == [
             9 - label for label in range(10) for _ in range(10_000)
         ]

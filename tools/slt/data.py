@@ -151,7 +151,7 @@ def read_labelled(
     """
     listing = lct.list_images(folder)
     where = f"{options.place('knn_dir')} {folder}"
-    folders = [listing.folder_of[path] for path in listing.paths]
+    folders = [listing.class_of(path) for path in listing.paths]
     classes = sorted(set(folders))
     if names is None and len(classes) < 2:
         raise lct.UserError(f"holds {len(classes)} folders of images, and classes need two", where, "a folder a class")
