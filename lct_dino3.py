@@ -1202,9 +1202,8 @@ def locate_start(config: Config) -> Path | None:
     if path is None:
         return None
     is_typed = config.place("load_from") == config.flag("load_from")
-    candidates = (
-        [path] if is_typed or path.is_absolute() else []
-    )  # what a file says does not start from the current folder
+    # What a file says does not start from the current folder.
+    candidates = [path] if is_typed or path.is_absolute() else []
     candidates += [config.models / path] if config.models is not None else []
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:

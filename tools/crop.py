@@ -611,9 +611,8 @@ def tell_end(
     )
     words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
     words += ["--group_regex", GROUP_REGEX]
-    words += (
-        ["--image_bits", *options.image_bits] if options.image_bits else []
-    )  # for the photos that its run will label
+    # For the photos that its run will label.
+    words += ["--image_bits", *options.image_bits] if options.image_bits else []
     words += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, words)))
 

@@ -79,10 +79,9 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     _interpret_lines(lines, usual, num_keypoint_values, image_paths, found)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
-        is_other = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES) or name.startswith(
-            "confidences/"
-        )  # of `write_yolo`
-        if path not in image_of and not is_other:
+        is_list = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES)
+        is_score = name.startswith("confidences/")  # of `write_yolo`
+        if path not in image_of and not is_list and not is_score:
             found.problems.append(Problem(name, None, "has no image of its name in --images"))
     if without:
         found.notes.append(f"images without objects: {without:,} of {len(image_paths):,}")

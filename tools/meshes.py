@@ -185,9 +185,8 @@ def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.n
         Points (P, M, 3), the P triangles that they are of, their corners (P, 3) in the order of the barycentric coordinates, and
         these (M, 3), which all have in common.
     """
-    lengths = np.linalg.norm(
-        triangles - np.roll(triangles, -1, axis=1), axis=2
-    )  # of the edges from each corner to the next
+    edges = triangles - np.roll(triangles, -1, axis=1)  # from each corner to the next
+    lengths = np.linalg.norm(edges, axis=2)
     turn = (lengths.argmin(axis=1)[:, None] + np.arange(3)) % 3
     # The shortest edge is cut into few steps, and from each a line runs to the corner opposite: a sliver costs as little as it is.
     wanted = np.stack([lengths.min(axis=1), lengths.max(axis=1)], axis=1) / spacing

@@ -515,9 +515,8 @@ def label_photos(options: PrelabelOptions) -> None:
         lct.show(f"the old labels are moved to {old}")
         lct.create_out_dir(options.out, "--out")
         with contextlib.suppress(FileNotFoundError):
-            (old / ANSWERS_NAME).rename(
-                options.out / ANSWERS_NAME
-            )  # answers are no labels: they need not be found again
+            # Answers are no labels: they need not be found again.
+            (old / ANSWERS_NAME).rename(options.out / ANSWERS_NAME)
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote

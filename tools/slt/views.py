@@ -20,11 +20,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-ORDER, VIEWS, MASKS = (
-    1,
-    2,
-    3,
-)  # first words of the seeds, so that no two uses of (seed, epoch, index) share their numbers
+# First words of the seeds, so that no two uses of (seed, epoch, index) share their numbers.
+ORDER, VIEWS, MASKS = 1, 2, 3
 ASPECT = (3 / 4, 4 / 3)  # of crops, as in torchvision's RandomResizedCrop
 BLUR_SIGMA = (0.1, 2.0)  # px in a view of 224 px, as in DINO
 SOLARIZE_FROM = 128
