@@ -10,6 +10,7 @@ archive is unpacked. Folders that this file has made carry a marker; only these 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import http.client
@@ -199,9 +200,8 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
         except (http.client.HTTPException, ValueError) as error:  # cut off, or no HTTP
             problem = error
         except OSError as error:  # no route, refused, reset, timed out, cut off
-            if (
-                isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == 28
-            ):  # the disk's, not the net's
+            is_of_disk = isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == errno.ENOSPC
+            if is_of_disk:
                 raise lct.write_error(part, error, 0) from error
             problem = error
     else:

@@ -267,11 +267,8 @@ def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
     """Return the images that a name may mean, by the folder that it would start from; None = as it stands."""
     ends: dict[str | None, int] = {}
     plain = name.replace("\\", "/")
-    for spelled in (
-        name,
-        plain,
-        re.sub(r"^(?:.*/)?[0-9a-f]{8}-([^/]+)$", r"/\1", plain),
-    ):  # as Label Studio names uploads
+    uploaded = re.sub(r"^(?:.*/)?[0-9a-f]{8}-([^/]+)$", r"/\1", plain)  # as Label Studio names uploads
+    for spelled in (name, plain, uploaded):
         path = os.path.normpath(spelled)
         if path in position:
             return {None: position[path]}

@@ -104,9 +104,8 @@ def draw_masks(options: MaskOptions) -> None:
     lct.check_folder(options, "data_root", lct.DATA_TREE)
     lct.check_out_dir(options)
     out_dir = options.out_dir
-    if (
-        options.gpus == 0
-    ):  # sam2 fills its tables on any GPU that it sees, while it is imported and built for the CPU too
+    if options.gpus == 0:
+        # sam2 fills its tables on any GPU that it sees, while it is imported and built for the CPU too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     is_checked = options.draw and options.sam2_ckpt is not None
     if is_checked:
