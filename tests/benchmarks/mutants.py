@@ -172,7 +172,7 @@ FAULTS = {
         "return min(distance, prelabel.margin) if prelabel.is_known else distance",
         "return min(distance, prelabel.margin)",
         "test_figures.py -k review",
-        "tools/prelabel.py",
+        "tools/answers.py",
     ),
 }
 
