@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -772,6 +773,43 @@ def test_hangups_that_nohup_has_switched_off_stay_off(start: Any, straight: Path
         signal.signal(HUP, previous)
         for number in (INT, TERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler if number == INT else signal.SIG_DFL)
+
+
+def test_a_ctrl_c_inside_torchs_writer_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch would make an error of its own of it."""
+    atomic_file = lct.atomic_file
+
+    class Pressed:
+        """A file in whose third write somebody presses Ctrl-C."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.num_writes = file, 0
+
+        def write(self, data: Any) -> int:
+            self.num_writes += 1
+            if self.num_writes == 3:
+                os.kill(os.getpid(), INT)
+            return self.file.write(data)
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def press(path: Path) -> Iterator[Pressed]:
+        with atomic_file(path) as file:
+            yield Pressed(file)
+
+    monkeypatch.setattr(lct, "atomic_file", press)
+    handlers = {number: signal.getsignal(number) for number in (INT, TERM, HUP, signal.SIGUSR1, signal.SIGCHLD)}
+    try:
+        lct.SIGNALS.catch()
+        with pytest.raises(lct.Interrupted):
+            lct.write_checkpoint(tmp_path / "one.pth", {"weights": {"a": torch.arange(9.0)}, "step": 4})
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        lct.SIGNALS.asked = None
+    assert torch.load(tmp_path / "one.pth", weights_only=True)["step"] == 4, "it is whole"
 
 
 # --- the order of a write

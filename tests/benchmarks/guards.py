@@ -62,7 +62,7 @@ GUARDS = {
     "torch.save is not interrupted": (
         "    with SIGNALS.hold(), atomic_file(path) as file:  # torch's",
         "    with atomic_file(path) as file:  # torch's",
-        "tests/test_resume.py -k 'ends_as_if and write and Ctrl'",
+        "tests/test_resume.py -k inside_torchs_writer",
     ),
     "echo of a Ctrl-C": (
         "time.monotonic() - self._asked_at > SECOND_PRESS_SECONDS",
