@@ -277,7 +277,8 @@ def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
         path = os.path.normpath(spelled)
         if path in position:
             return {None: position[path]}
-        is_elsewhere = re.match(r"/|\.\./|[A-Za-z][\w+.-]*:/", spelled)
+        # Label Studio names the photos of a storage from its own folder: ../../photos/a.jpg. But ../a.jpg is in no folder.
+        is_elsewhere = re.match(r"/|(?:\.\./)+(?!\.\./)[^/]+/|[A-Za-z][\w+.-]*:/", spelled)
         folders = path.strip("/").split("/") if is_elsewhere else []
         for depth in range(len(folders)):
             end = "/".join(folders[depth:])
