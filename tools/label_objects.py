@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from geometry import BoxError, plain_id, printable
 
@@ -21,6 +22,9 @@ READ_REMEDY = (
     "give a COCO .json with images and annotations, a folder of YOLO .txt or LabelMe .json, or labels of CVAT (.xml),"
     f" Label Studio or VIA (.json) or a .csv with {','.join(CSV_COLUMNS)}"
 )
+
+# The name of a photo that Label Studio has taken or given out; it spells an uploaded one as URLs do where it does not find it.
+UPLOADED = re.compile(r"[0-9a-f]{8}(?:-|__)(.+)", re.DOTALL)
 
 
 class LabelError(ValueError):
@@ -267,12 +271,15 @@ def _find_ends(name: str, position: dict[str, int]) -> dict[str | None, int]:
     """Return the images that a name may mean, by the folder that it would start from; None = as it stands."""
     ends: dict[str | None, int] = {}
     plain = name.replace("\\", "/")
-    uploaded = re.sub(r"^(?:.*/)?[0-9a-f]{8}-([^/]+)$", r"/\1", plain)  # as Label Studio names uploads
-    for spelled in (name, plain, uploaded):
+    upload = UPLOADED.fullmatch(plain.rpartition("/")[2])
+    uploaded = [f"/{upload[1]}", f"/{unquote(upload[1])}"] if upload else []
+    for spelled in (name, plain, *uploaded):
         path = os.path.normpath(spelled)
         if path in position:
             return {None: position[path]}
-        folders = path.strip("/").split("/") if re.match(r"/|[A-Za-z][\w+.-]*:/", spelled) else []
+        # Label Studio names the photos of a storage from its own folder: ../../photos/a.jpg. But ../a.jpg is in no folder.
+        is_elsewhere = re.match(r"/|(?:\.\./)+(?!\.\./)[^/]+/|[A-Za-z][\w+.-]*:/", spelled)
+        folders = path.strip("/").split("/") if is_elsewhere else []
         for depth in range(len(folders)):
             end = "/".join(folders[depth:])
             if end in position:

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from geometry import BoxError
 from label_objects import (
     READ_REMEDY,
+    UPLOADED,
     FoundObjects,
     LabelError,
     Problem,
@@ -46,11 +48,12 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     image_of: dict[Path, str] = {}
     lines: list[tuple[int, str]] = []  # position of the image; number of the line, class and what follows, as JSON
     num_lines: Counter[tuple[Any, ...]] = Counter()  # by what they may be
+    uploads = find_uploads(folder, image_paths)
     direct = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}
     for number, name in enumerate(image_paths):
         first, *others = _find_yolo_files(name)
         places = (folder / place for place in (first, *(place for place in others if place not in direct)))
-        path = next(filter(Path.exists, places), None)
+        path = next(filter(Path.exists, places), uploads.get(name.rpartition(".")[0]))
         if path is None:
             without += 1
             continue
@@ -91,6 +94,16 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
         first = f": {found.problems[0]}" if found.problems else ""
         raise LabelError(f"has no .txt of these images{instead}{first}", str(folder), READ_REMEDY)
     return found
+
+
+def find_uploads(folder: Path, image_paths: Sequence[str]) -> dict[str, Path]:
+    """Return the .txt that Label Studio exports of uploaded photos, by the name without suffix that each had before."""
+    stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
+    uploads: dict[str, list[Path]] = {}
+    for path in folder.rglob("*.txt"):
+        if path.stem not in stems and (upload := UPLOADED.fullmatch(path.stem)):
+            uploads.setdefault(unquote(upload[1]), []).append(path)
+    return {stem: paths[0] for stem, paths in uploads.items() if len(paths) == 1}
 
 
 def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:

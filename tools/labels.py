@@ -38,7 +38,7 @@ from label_objects import (
     read_file,
     refuse_file,
 )
-from label_yolo import read_yolo
+from label_yolo import find_uploads, read_yolo
 
 LABELSTUDIO_SHAPES = ("rectangle", "polygon", "ellipse", "brush")
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
@@ -322,7 +322,8 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
         missing = [name for name in CSV_COLUMNS if name not in lines.fieldnames]
         if missing:
-            raise ValueError(f"it has no column {missing[0]}")
+            is_labelstudio = "annotation_id" in lines.fieldnames
+            raise ValueError("it is Label Studio's CSV" if is_labelstudio else f"it has no column {missing[0]}")
         for line in lines:
             images.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
@@ -346,9 +347,13 @@ def _read_csv_box(line: dict[str, str]) -> dict[str, Any]:
 def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     """Return the objects of a folder: of YOLO if it holds a .txt of an image's name, else of LabelMe if it holds any .json."""
     stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
-    if any(path.stem in stems for path in folder.rglob("*.txt")):
+    names = {path.stem for path in folder.rglob("*.txt")}
+    if not stems.isdisjoint(names | find_uploads(folder, image_paths).keys()):
         return read_yolo(folder, image_paths)
-    paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    passed_over = {"notes.json"} if names else set()  # which Label Studio adds to its labels of YOLO
+    paths = sorted(
+        path for path in folder.rglob("*.json") if not path.name.startswith(".") and path.name not in passed_over
+    )
     if len(paths) == 1:
         return read_json(paths[0], image_paths)
     return _read_labelme_folder(folder, paths, image_paths) if paths else read_yolo(folder, image_paths)

@@ -197,6 +197,7 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
         ),
         ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
         ("a.csv", "", "it has no column image"),
+        ("a.csv", "annotation_id,annotator,id,image,label\n", "it is Label Studio's CSV"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
         ("a.csv", CSV + "b.jpg,1,2,3,4,b,m\n", "none of its images (1) is there: b.jpg is not in"),
         ("a.json", '[{"data": {"image": 3}}]', "none of its images (1)"),
@@ -512,6 +513,9 @@ COCO_KINDS = {
     "names of a server": (lambda i: i.update(file_name=f"https://host/x/{i['file_name']}"), nothing, {}),
     "names of a bucket": (lambda i: i.update(file_name=f"s3://x/{i['file_name']}"), nothing, {}),
     "names of uploads": (lambda i: i.update(file_name=f"../../media/upload/1/1a2b3c4d-{i['file_name']}"), nothing, {}),
+    "names that are given out": (lambda i: i.update(file_name=f"images/1a2b3c4d__{i['file_name']}"), nothing, {}),
+    "names of uploads as URLs": (lambda i: i.update(file_name=f"/up/1a2b3c4d-{i['file_name'].replace('.', '%2E')}"), nothing, {}),
+    "names from the server's folder": (lambda i: i.update(file_name=f"../../home/x/images/{i['file_name']}"), nothing, {}),
     "names of categories that are numbers": (nothing, nothing, {"categories": [{"id": 1, "name": 5}]}),
     "names of a share": (lambda i: i.update(file_name=f"\\\\server\\{i['file_name']}"), nothing, {}),
 }  # fmt: skip
@@ -524,6 +528,21 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, kind: str) -> None
     found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
     assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES and not found.problems
     assert all(type(number) is not float for number in found.image_ids)
+
+
+def test_label_studio_exports_yolo_of_uploaded_photos_by_names_of_its_own(tmp_path: Path) -> None:
+    """As its server 1.23 writes them; photos of the same name there are not told apart, and named."""
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "notes.json").write_text('{"categories": [], "info": {}}')
+    (tmp_path / "classes.txt").write_text("nut\nbolt\n")
+    for name in ("1a2b3c4d-a_b", "0badc0de-%D0%B3", "1a2b3c4e__c", "1a2b3c4f-twice", "1a2b3c5f-twice", "1a2b3c4d-own"):
+        (tmp_path / "labels" / f"{name}.txt").write_text("1 0.5 0.5 0.2 0.2\n")
+    photos = ["a_b.jpg", "г.jpg", "c.png", "twice.jpg", "own.jpg", "1a2b3c4d-own.jpg"]
+    found = labels.read_objects(tmp_path, photos)
+    assert [photos[number] for number, _ in found.objects] == ["a_b.jpg", "г.jpg", "c.png", "1a2b3c4d-own.jpg"]
+    assert [problem.image for problem in found.problems] == ["labels/1a2b3c4f-twice.txt", "labels/1a2b3c5f-twice.txt"]
+    with pytest.raises(labels.LabelError, match=r"has no \.txt of these images"):
+        labels.read_objects(tmp_path, ["x.jpg"])
 
 
 def test_ids_that_differ_in_type_alone_stay_apart_where_both_are_there(tmp_path: Path) -> None:

@@ -306,6 +306,11 @@ def test_no_page_is_wider_than_its_window_and_no_picture_than_its_frame(tmp_path
     make_page(*(run.path for run in runs), out=tmp_path / "compare.html")
     assert probe(runs[0].path / "report.html", FITS, width) == "true,true"
     assert probe(tmp_path / "compare.html", FITS, width) == "true,true"
+    # On a phone too the figures of two runs stand side by side.
+    is_whole = (
+        '[...document.querySelectorAll(".side")].every(side => side.offsetWidth <= side.parentElement.clientWidth)'
+    )
+    assert probe(tmp_path / "compare.html", is_whole, width) == "true"
 
 
 def test_a_long_class_name_breaks_between_its_words(tmp_path: Path) -> None:
@@ -615,6 +620,26 @@ def test_views_are_compared_on_the_crops_they_disagree_about(tmp_path: Path) -> 
     recall = text[text.index("recall differs most") :]
     assert re.findall(r"<tr><td>.*?>(\w+)</span></td><td class=\"n\">(\d)<", recall) == [("hammer", "2")]
     assert re.findall(r'class="score"><span>(.*?)<', recall) == ["1.000", "0.500"]
+
+
+def test_the_tables_of_every_section_are_whole_on_a_small_screen(tmp_path: Path) -> None:
+    figures = measure_drawn(tmp_path)
+    run = MadeRun(tmp_path)
+    views = dict.fromkeys(("acc", "f1_macro", "auc_macro", "recall_at_1"), 0.5)
+    share = {"value": 0.123, "interval": [0.1, 0.15]}
+    unseen = {"classes": ["a"], "images": 3, "unknown_passed": share, "known_acc": 0.5, "reliability": [], "ece": 0.1}
+    unseen["open_set"] = {"source": "x", "trained_on_them": False, "others": {}, "auroc": share, "fpr95": share}
+    unseen["enrolment"] = [dict.fromkeys(("crops", "new", "old", "before", "recall", "precision", "answers"), 1)]
+    run.events += [
+        {"event": "measured", **figures},
+        {"event": "test_views", "images": 6, "disagree": 0, "bbox": views, "mask": views},
+        {"event": "unseen_classes", **unseen},
+    ]
+    write_rows(run.write() / "predictions_by_view.csv", [*run.rows, *(row | {"view": "mask"} for row in run.rows)])
+    page = make_page(run.path)
+    assert section(page, "views") and "New classes from a few crops" in section(page, "trust")
+    is_whole = '[...document.querySelectorAll(".scroll")].every(box => box.scrollWidth <= box.clientWidth)'
+    assert probe(run.path / "report.html", is_whole, 1000) == "true"
 
 
 def load_picture(run: MadeRun, path: str, view: str, size: int = 50) -> np.ndarray | None:
