@@ -4975,8 +4975,8 @@ def read_start(config: Config) -> Start | None:
     where = config.said("backbone_weights" if config.load_from is None else "load_from")
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
-    if part := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
-        index = path.with_name(f"{part[1]}{part[2]}.index.json")
+    if shard := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        index = path.with_name(f"{shard[1]}{shard[2]}.index.json")
         raise UserError("is one of several parts of a model", where, f"give {index}, with all of them beside it")
     identity = {}  # of a checkpoint of this script
     try:
@@ -5021,8 +5021,8 @@ def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
         names = set(read_json(path, {"weight_map": {str: str}})["weight_map"].values())
         if strays := [name for name in names if Path(name).name != name or name.endswith(".json")]:
             raise ValueError(f"it names {printable(strays[0])[:80]}, which is no file of weights beside it")
-        parts = [read_weights(path.with_name(name))[0] for name in sorted(names)]
-        return {key: value for part in parts for key, value in part.items()}, ()
+        shards = [read_weights(path.with_name(name))[0] for name in sorted(names)]
+        return {key: value for shard in shards for key, value in shard.items()}, ()
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
