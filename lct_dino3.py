@@ -119,6 +119,8 @@ STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # kept of them, for threshold
 UNSEEN_STEPS = 1500  # of all such heads together
 UNSEEN_REFS_PER_CLASS = 50  # in their galleries
 ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3
+OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # of enrolled classes; see `enrolment_offsets`
+LEAD_WEIGHT = 0.5  # in the score of an enrolled class, of its lead over the classes of the training
 LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
 LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
@@ -6199,6 +6201,7 @@ class Matcher(nn.Module):
         `num_nearest` int (C,) vectors make the score of a class. One with fewer uses all, one with none has -1.
         """
         super().__init__()
+        self.has_enrolled = False
         sizes = np.bincount(labels, minlength=len(num_nearest))
         starts = sizes.cumsum() - sizes
         self.register_buffer("vectors", torch.from_numpy(vectors))
@@ -6217,10 +6220,28 @@ class Matcher(nn.Module):
         self.num_tables = len(groups)
         self.register_buffer("order", torch.from_numpy(np.argsort(np.concatenate(groups))))
 
+    def treat_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
+        """Add `offsets` float32 (C,) to the scores of enrolled classes, and what they lead those of the training by; return self.
+
+        An enrolled class is confused with classes of the training most of all: its lead tells right answers from wrong ones better
+        than its cosine does. That changes no answer, only how sure it is.
+        """
+        self.has_enrolled = bool(is_enrolled.any() and not is_enrolled.all())
+        self.register_buffer("is_enrolled", torch.from_numpy(is_enrolled.astype(np.float32)))
+        self.register_buffer("offsets", torch.from_numpy(offsets))
+        return self
+
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the similarity (N, C) of unit embeddings (N, D) to each class."""
-        if self.has_one_each:
-            return embeddings @ self.vectors.T
+        """Return the score (N, C) of unit embeddings (N, D) for each class; the similarity of one that was not enrolled."""
+        scores = embeddings @ self.vectors.T if self.has_one_each else self.mean_of_nearest(embeddings)
+        if not self.has_enrolled:
+            return scores
+        scores = scores + self.offsets
+        best_of_training = (scores - 9 * self.is_enrolled).amax(dim=1, keepdim=True)
+        return scores + LEAD_WEIGHT * self.is_enrolled * (scores - best_of_training)
+
+    def mean_of_nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the mean cosine (N, C) of unit embeddings (N, D) to the nearest vectors of each class."""
         cosine = F.pad(self.vectors @ embeddings.T, (0, 0, 0, 1), value=-1.0)  # (P + 1, N): rows are gathered faster
         scores = []
         for index in range(self.num_tables):
@@ -6235,7 +6256,7 @@ class Matcher(nn.Module):
 
     def score(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity float32 (Q, C) of unit queries (Q, D) to each class, in bounded memory."""
-        if self.has_one_each:  # the scores are all that is made
+        if self.has_one_each and not self.has_enrolled:  # the scores are all that is made
             return queries @ self.vectors.numpy().T
         with torch.inference_mode():
             blocks = torch.from_numpy(queries).split(max(1, MATCHER_CHUNK // len(self.vectors)))
@@ -6315,6 +6336,9 @@ class Gallery:
     knn_counts: np.ndarray  # (C,) int64, references that make the score of a class with knn; see `count_nearest`
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
+    is_enrolled: np.ndarray  # (C,) bool, no training knew the class
+    offsets: np.ndarray  # (C,) float32, of the scores of enrolled classes, 0 for others; see `enrolment_offsets`
+    spreads: tuple[float, float] = (0.0, 0.0)  # mean of `class_spreads` of the references, and of val; 0 = not known
     val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
     log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept, over the score of an answer, of its being right
     # By number of crops of a class that is enrolled: its threshold, and `measure_enrolment` at that.
@@ -6330,11 +6354,14 @@ class Gallery:
     def module(self) -> Matcher:
         """The matcher as a torch module."""
         ones = np.ones(len(self.class_names), np.int64)
-        if self.matcher == "centroid":
-            return Matcher(self.centroids, np.arange(len(ones)), ones)
-        if self.matcher == "prototypes":
-            return Matcher(self.prototypes, self.prototype_labels, ones)
-        return Matcher(self.stacks, self.stack_labels, self.knn_counts)
+        matcher = Matcher(
+            *{
+                "centroid": (self.centroids, np.arange(len(ones)), ones),
+                "prototypes": (self.prototypes, self.prototype_labels, ones),
+                "knn": (self.stacks, self.stack_labels, self.knn_counts),
+            }[self.matcher]
+        )
+        return matcher.treat_enrolled(self.is_enrolled, self.offsets)
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's matcher."""
@@ -6380,12 +6407,24 @@ def match_nearest(references: Embedded, num_classes: int) -> Matcher:
 
 def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
+    sums = sum_by_class(embeddings, labels, num_classes)
+    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def sum_by_class(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the sum of the embeddings (N, D) of each class, float64 (C, D); 30 times as fast as np.add.at."""
     from scipy.sparse import csr_matrix
 
     rows = np.arange(len(labels))
     members = csr_matrix((np.ones(len(rows)), (labels, rows)), shape=(num_classes, len(rows)))
-    sums = members @ embeddings  # in float64, and 30 times as fast as np.add.at
-    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return members @ embeddings
+
+
+def class_spreads(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return one minus the mean cosine among the embeddings (N, D) of each class, float64 (C,); NaN where there are no two."""
+    counts = np.bincount(labels, minlength=num_classes)
+    of_pairs = (sum_by_class(embeddings, labels, num_classes) ** 2).sum(axis=1) - counts
+    return 1 - np.divide(of_pairs, counts * (counts - 1), out=np.full(num_classes, np.nan), where=counts > 1)
 
 
 def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
@@ -6526,6 +6565,8 @@ def build_gallery(
         knn_counts=np.ones(num_classes, np.int64),
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
+        is_enrolled=np.zeros(num_classes, bool),
+        offsets=np.zeros(num_classes, np.float32),
     )
     if config.prototypes_per_class not in ("auto", "1"):
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
@@ -6634,6 +6675,8 @@ def calibrate(
         threshold = precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
         is_asked = at["figures"]["target_precision"] == precision
         enrolment[num_crops] = {"threshold": threshold, "figures": at["figures"] if is_asked else None}
+    vectors = ((gallery.stacks, gallery.stack_labels), (val.values, val.labels))
+    of_references, of_val = (mean_of_defined(class_spreads(*several, num_classes)) for several in vectors)
     return dataclasses.replace(
         gallery,
         temperature=temperature,
@@ -6642,6 +6685,7 @@ def calibrate(
         val_thresholds=tuple(precision_threshold(best, is_right, target, dtype=dtype) for target in PRECISION_TARGETS),
         log_odds=fit_log_odds(best[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
         enrolment=enrolment,
+        spreads=(0.0, 0.0) if math.isnan(of_references + of_val) else (of_references, of_val),
     )
 
 
@@ -6890,6 +6934,8 @@ GALLERY_ARRAYS = {
     "id2cls": ("class_names", "U0", "C"),
     "centroids": ("centroids", "f4", "CD"),
     "thresholds": ("thresholds", "f4", "C"),
+    "is_enrolled": ("is_enrolled", "b1", "C"),
+    "offsets": ("offsets", "f4", "C"),  # of the scores of enrolled classes
     "knn_counts": ("knn_counts", "i8", "C"),
     "prototypes": ("prototypes", "f4", "PD"),
     "prototype_labels": ("prototype_labels", "i8", "P"),
@@ -6912,6 +6958,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "temperature": gallery.temperature,
         "log_odds": gallery.log_odds,  # slope and intercept
         "enrolment": gallery.enrolment,  # thresholds by number of crops
+        "spreads": gallery.spreads,
         "val_thresholds": gallery.val_thresholds,
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
@@ -6970,7 +7017,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
     missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    needed = ("format", "temperature", "log_odds", "enrolment", "val_thresholds", "pooled_thresholds")
+    needed = ("format", "temperature", "log_odds", "enrolment", "spreads", "val_thresholds", "pooled_thresholds")
     missing += [f"{key} in its meta" for key in needed if key not in meta]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
@@ -6998,6 +7045,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
     slope, intercept = map(float, meta["log_odds"])
     enrolment = meta["enrolment"].items()
+    of_references, of_val = map(float, meta["spreads"])
     gallery = Gallery(
         **fields,
         temperature=float(meta["temperature"]),
@@ -7006,6 +7054,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
         log_odds=(slope, intercept),
         enrolment={str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in enrolment},
         fusion=Fusion(mean, projection, float(weight)),
+        spreads=(of_references, of_val),
     )
     return gallery, meta
 
@@ -7289,6 +7338,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     for label in changed.tolist():  # as many as before
         values = stacks.values[rows_of[label]]
         prototypes[label] = mean_of_clusters(values, gallery.most_prototypes, centroids[label])
+    is_enrolled = np.append(gallery.is_enrolled, np.ones(num_new, bool))
+    offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
     thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
     for label in range(num_old, num_classes):
         if at := measured_enrolment(gallery, len(np.unique(added.rows[added.labels == label]))):
@@ -7302,9 +7353,28 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         stack_paths=tuple(stack_paths[row] for row in stacks.rows.tolist()),
         stack_views=stacks.views,
         thresholds=np.append(gallery.thresholds, thresholds),
+        is_enrolled=is_enrolled,
+        offsets=offsets,
         knn_counts=np.append(gallery.knn_counts, new_counts),
         is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
     )
+
+
+def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
+    """Return what the scores of each class get if it is enrolled, float32 (C,).
+
+    Training has drawn pictures of its classes together, those of others lie wider apart and further from their centroid, and an
+    object that is as typical of its class scores less. To the square of a distance between unit vectors the class's spread adds
+    half of itself; OFFSET_WEIGHT of what it is more than the `spreads` of the references makes up for it. The spread of few
+    crops is a guess: as many more as OFFSET_PRIOR_CROPS are thought of, with that of val.
+    """
+    of_references, of_val = spreads
+    if not of_references:  # nothing is known of them
+        return np.zeros(num_classes, np.float32)
+    num_more = np.bincount(stacks.labels, minlength=num_classes) - 1  # than the first
+    spread = np.nan_to_num(class_spreads(stacks.values, stacks.labels, num_classes))
+    spread = (num_more * spread + OFFSET_PRIOR_CROPS * of_val) / (num_more + OFFSET_PRIOR_CROPS)
+    return (OFFSET_WEIGHT * (spread - of_references)).astype(np.float32)
 
 
 def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
@@ -7358,7 +7428,7 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
         other = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
-        if num_taken[other] or similarity[other] >= max(gallery.thresholds[label], gallery.thresholds[other]):
+        if num_taken[other] or similarity[other] >= gallery.thresholds[other]:
             sentences.append(
                 f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: similarity of their"
                 f" centroids {similarity[other]:.3f}, {num_taken[other]} of its {counts[label]} crops are nearest to that class"

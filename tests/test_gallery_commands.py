@@ -90,6 +90,11 @@ def test_a_new_class_is_enrolled_from_five_crops_and_recognised(
     assert (gallery.stack_labels == 4).sum() == 5 and (np.diff(gallery.stack_labels) >= 0).all()
     mean = gallery.stacks[gallery.stack_labels == 4].mean(axis=0)
     np.testing.assert_allclose(gallery.centroids[4], mean / np.linalg.norm(mean), atol=1e-6)
+    assert gallery.is_enrolled.tolist() == [False] * 4 + [True] and (gallery.offsets[:4] == 0).all()
+    crops = gallery.stacks[gallery.stack_labels == 4]
+    spread = 1 - (crops @ crops.T)[np.triu_indices(5, 1)].mean()
+    of_references, of_val = gallery.spreads
+    assert gallery.offsets[4] == pytest.approx(((4 * spread + 2 * of_val) / 6 - of_references) / 4, abs=1e-6)
     (old,) = run_dir.glob("prototypes.2*.npz")
     assert lct.load_gallery(old)[0].class_names == before.class_names
     query = new_class(tmp_path / "query", "эскиз", 9, 12)
@@ -199,7 +204,7 @@ def test_a_gallery_is_made_anew_as_the_run_made_it(
         # Other batches than in training: sums differ in their last bits.
         same = np.allclose(own, other, atol=1e-5) if own.dtype.kind == "f" else np.array_equal(own, other)
         assert same, name
-    fitted = dict.fromkeys(("date", "temperature", "val_thresholds"))
+    fitted = dict.fromkeys(("date", "temperature", "val_thresholds", "spreads"))
     assert new_meta | fitted == meta | fitted
     assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "saw", 6), *QUIET) == 0
     capsys.readouterr()
@@ -260,7 +265,7 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
         prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
         stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
         thresholds=np.full(3, 2.0, np.float32), matcher="centroid", knn_counts=np.ones(3, np.int64), temperature=0.1,
-        is_pooled=np.zeros(3, bool),
+        is_pooled=np.zeros(3, bool), is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32),
     )  # fmt: skip
     cosine = values @ values.T
     np.fill_diagonal(cosine, -np.inf)

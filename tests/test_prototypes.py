@@ -85,6 +85,47 @@ def test_the_matcher_of_one_vector_a_class_is_a_plain_product() -> None:
     np.testing.assert_allclose(scores, queries @ values.T, atol=1e-6)
 
 
+@pytest.mark.parametrize("per_class", [1, 4])
+def test_an_enrolled_class_gets_its_offset_and_half_its_lead_over_those_of_the_training(per_class: int) -> None:
+    values, labels = draw_embeddings(per_class, 5, spread=3.0)
+    queries, _ = draw_embeddings(40, 1, seed=1, spread=3.0)
+    counts = np.full(5, min(per_class, 2))
+    plain = lct.Matcher(values, labels, counts).score(queries)
+    is_enrolled, offsets = np.array([0, 1, 0, 0, 1], bool), np.float32([0, 0.1, 0, 0, -0.05])
+    treated = lct.Matcher(values, labels, counts).treat_enrolled(is_enrolled, offsets).score(queries)
+    for before, after in zip(plain, treated, strict=True):
+        np.testing.assert_allclose(after[~is_enrolled], before[~is_enrolled], atol=1e-6)
+        moved = before + offsets
+        lead = moved[is_enrolled] - before[~is_enrolled].max()
+        np.testing.assert_allclose(after[is_enrolled], moved[is_enrolled] + lead / 2, atol=1e-6)
+        assert after.argmax() == moved.argmax(), "the lead changes no answer"
+    for everyone in (np.zeros(5, bool), np.ones(5, bool)):  # nobody to lead
+        scores = lct.Matcher(values, labels, counts).treat_enrolled(everyone, offsets).score(queries)
+        assert np.array_equal(scores, plain)
+
+
+def test_the_spread_of_a_class_is_one_minus_the_mean_cosine_of_its_pairs() -> None:
+    values, labels = draw_embeddings(6, 4, spread=2.0)
+    values, labels = values[:20], np.where(labels[:20] == 3, 4, labels[:20])  # two of class 4, none of 3
+    spreads = lct.class_spreads(np.concatenate([values, values[:1]]), np.append(labels, 5), 6)
+    for label in (0, 1, 2, 4):
+        of_class = values[labels == label]
+        pairs = (of_class @ of_class.T)[np.triu_indices(len(of_class), 1)]
+        assert spreads[label] == pytest.approx(1 - pairs.mean(), abs=1e-6)
+    assert np.isnan(spreads[[3, 5]]).all(), "no class, and no pair"
+
+
+def test_the_offset_of_few_crops_leans_on_the_spread_of_val() -> None:
+    """One crop has no spread, many have their own; galleries that know of none give no offset."""
+    vectors, _ = draw_embeddings(30, 1, spread=3.0)
+    for count in (1, 5, 30):
+        stacks = lct.Embedded(np.arange(count), np.zeros(count), np.zeros(count, int), vectors[:count])
+        spread = lct.class_spreads(stacks.values, stacks.labels, 1)[0] if count > 1 else 0.0
+        expected = ((count - 1) * spread + 2 * 0.5) / (count + 1)
+        assert lct.enrolment_offsets((0.3, 0.5), stacks, 1)[0] == pytest.approx((expected - 0.3) / 4, abs=1e-6)
+        assert lct.enrolment_offsets((0.0, 0.0), stacks, 1).tolist() == [0]
+
+
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
     rng = np.random.default_rng(0)
     views = np.eye(8)[:3].repeat(20, axis=0) + 0.05 * rng.normal(size=(60, 8))
@@ -303,6 +344,8 @@ def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
         "id2cls",
         "cls2id",
         "thresholds",
+        "is_enrolled",
+        "offsets",
         "knn_counts",
         "matcher",
         "meta",

@@ -200,15 +200,21 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
     stacks = rng.normal(size=(18, 8)) + 2 * np.eye(3, 8)[labels]
     stacks = (stacks / np.linalg.norm(stacks, axis=1, keepdims=True)).astype(np.float32)
     centroids, thresholds = lct.class_centroids(stacks, labels, 3), np.float32([0.5, 0.6, 0.7])
+    galleries = []
     for matcher in ("centroid", "prototypes", "knn"):
         gallery = lct.Gallery(
             class_names=("a", "b", "c"), centroids=centroids, prototypes=centroids, prototype_labels=np.arange(3),
             stacks=stacks, stack_labels=labels, stack_paths=("p",) * 18, stack_views=np.zeros(18, np.uint8),
             thresholds=thresholds, matcher=matcher, knn_counts=np.array([3, 1, 2]), temperature=0.1, is_pooled=np.zeros(3, bool),
+            is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32),
         )  # fmt: skip
         if matcher == "prototypes":
             gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), 2)
             assert len(gallery.prototypes) > 3
+        for is_enrolled in ([False] * 3, [False, True, False]):
+            offsets = 0.2 * np.float32(is_enrolled)
+            galleries.append(lct.dataclasses.replace(gallery, is_enrolled=np.array(is_enrolled), offsets=offsets))
+    for gallery in galleries:
         with tempfile.TemporaryDirectory() as folder:
             lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})
             for query in np.concatenate([stacks, -stacks[:3]]):

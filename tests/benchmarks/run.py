@@ -542,6 +542,8 @@ def make_gallery(num_classes: int, sizes: int | np.ndarray, matcher: str) -> lct
         knn_counts=np.full(num_classes, 5),
         temperature=1.0,
         is_pooled=np.ones(num_classes, bool),
+        is_enrolled=np.zeros(num_classes, bool),
+        offsets=np.zeros(num_classes, np.float32),
     )
 
 

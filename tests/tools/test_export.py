@@ -43,6 +43,10 @@ def onnx_file(run_dir: Path) -> Path:
     return run_dir / "model.onnx"
 
 
+# The last of three classes, as if it had been enrolled.
+ENROLLED = {"is_enrolled": np.array([False, False, True]), "offsets": np.float32([0, 0, 0.1])}
+
+
 @pytest.fixture(scope="module")
 def trained(run_dir: Path) -> lct.TrainedRun:
     return lct.load_run(run_dir, lct.Runtime(torch.device("cpu"), 0, torch.float32))
@@ -57,7 +61,7 @@ def read_checks(path: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(("matcher", "k"), [("centroid", 1), ("prototypes", 1), ("knn", 1), ("knn", 10)])
 def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, matcher: str, k: int) -> None:
-    gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_counts=np.array([k, 1, k]))
+    gallery = lct.dataclasses.replace(trained.gallery, matcher=matcher, knn_counts=np.array([k, 1, k]), **ENROLLED)
     if matcher == "prototypes":
         stacks = [gallery.stacks[gallery.stack_labels == label] for label in range(3)]
         gallery = lct.take_prototypes(gallery, [stacks[0][:3], stacks[1][:1], stacks[2][:2]])
@@ -130,9 +134,9 @@ def test_a_model_that_sees_the_mask_as_a_channel_goes_all_the_way(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def knn_file(trained: lct.TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[lct.TrainedRun, Path]:
-    """A run whose classes are matched by 3, 1 and 2 of their nearest references, and its ONNX file."""
+    """A run whose classes, one enrolled, are matched by 3, 1 and 2 of their nearest references, and its ONNX file."""
     pytest.importorskip("onnxruntime")
-    gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]))
+    gallery = lct.dataclasses.replace(trained.gallery, matcher="knn", knn_counts=np.array([3, 1, 2]), **ENROLLED)
     run, path = lct.dataclasses.replace(trained, gallery=gallery), tmp_path_factory.mktemp("knn") / "model.onnx"
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
