@@ -6221,10 +6221,10 @@ class Matcher(nn.Module):
         self.register_buffer("order", torch.from_numpy(np.argsort(np.concatenate(groups))))
 
     def treat_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
-        """Add `offsets` float32 (C,) to the scores of enrolled classes, and what they lead those of the training by; return self.
+        """Have enrolled classes (C,) get their `offsets` float32 (C,), and LEAD_WEIGHT of their lead, in their scores; return self.
 
-        An enrolled class is confused with classes of the training most of all: its lead tells right answers from wrong ones better
-        than its cosine does. That changes no answer, only how sure it is.
+        The lead is that over the best class of the training, with which enrolled ones are confused most of all: it tells right
+        answers from wrong ones better than a cosine does. It changes no answer, only how sure it is.
         """
         self.has_enrolled = bool(is_enrolled.any() and not is_enrolled.all())
         self.register_buffer("is_enrolled", torch.from_numpy(is_enrolled.astype(np.float32)))
@@ -6354,14 +6354,12 @@ class Gallery:
     def module(self) -> Matcher:
         """The matcher as a torch module."""
         ones = np.ones(len(self.class_names), np.int64)
-        matcher = Matcher(
-            *{
-                "centroid": (self.centroids, np.arange(len(ones)), ones),
-                "prototypes": (self.prototypes, self.prototype_labels, ones),
-                "knn": (self.stacks, self.stack_labels, self.knn_counts),
-            }[self.matcher]
-        )
-        return matcher.treat_enrolled(self.is_enrolled, self.offsets)
+        parts = {
+            "centroid": (self.centroids, np.arange(len(ones)), ones),
+            "prototypes": (self.prototypes, self.prototype_labels, ones),
+            "knn": (self.stacks, self.stack_labels, self.knn_counts),
+        }
+        return Matcher(*parts[self.matcher]).treat_enrolled(self.is_enrolled, self.offsets)
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's matcher."""
@@ -7363,13 +7361,12 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
 def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
     """Return what the scores of each class get if it is enrolled, float32 (C,).
 
-    Training has drawn pictures of its classes together, those of others lie wider apart and further from their centroid, and an
-    object that is as typical of its class scores less. To the square of a distance between unit vectors the class's spread adds
-    half of itself; OFFSET_WEIGHT of what it is more than the `spreads` of the references makes up for it. The spread of few
-    crops is a guess: as many more as OFFSET_PRIOR_CROPS are thought of, with that of val.
+    Training draws the pictures of its classes together; those of others lie wider apart, and one that is as typical of its class
+    has a smaller cosine. OFFSET_WEIGHT of what their spread is more than that of the training's references, the first of `spreads`,
+    makes up for it. The spread of few crops is a guess: it is averaged with that of val, which counts as OFFSET_PRIOR_CROPS more.
     """
     of_references, of_val = spreads
-    if not of_references:  # nothing is known of them
+    if not of_references:  # not known
         return np.zeros(num_classes, np.float32)
     num_more = np.bincount(stacks.labels, minlength=num_classes) - 1  # than the first
     spread = np.nan_to_num(class_spreads(stacks.values, stacks.labels, num_classes))
