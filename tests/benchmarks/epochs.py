@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import sklearn.metrics  # noqa: F401  what figures need is imported once in a run, not once an epoch
 import timm
 import torch
 from PIL import Image
@@ -275,7 +276,7 @@ def our_epoch(precision: str) -> Costs:
     )
     trained = time.process_time()
     lct.score_classifier(
-        job, state.model, lct.embed(job, state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
+        job, state.model, lct.embed(state.model, lct.FeatureBank(job, state.model.backbone).get("val"))
     )
     return Costs((trained - started, time.process_time() - trained))
 

@@ -311,7 +311,8 @@ def stored_case(settings: Settings, augment: bool) -> Case:
 
     def own() -> None:
         for _ in range(10):
-            dataset.collate([dataset[lct.SampleKey(row, (row,), 0)] for row in range(len(photos))])
+            keys = [lct.SampleKey(row, lct.sample_words(0, 0, row) if augment else (), 0) for row in range(len(photos))]
+            dataset.collate([dataset[key] for key in keys])
 
     def usual() -> None:
         for _ in range(10):
@@ -326,7 +327,7 @@ def train_item_again(settings: Settings) -> Case:
     return stored_case(settings, True)
 
 
-@row("val item, kept by the scan", 0.4)
+@row("val item, kept by the scan", 0.9)
 def val_item_again(settings: Settings) -> Case:
     """Fetch an evaluation image that is decoded already, as a fine-tuned run does every epoch; exact, and microseconds."""
     return stored_case(settings, False)
@@ -409,7 +410,7 @@ def make_files(folder: Path, count: int, num_classes: int = 50) -> Path:
     return folder
 
 
-@row("scan of 100k files", 0.9)
+@row("scan of 100k files", 0.8)
 def scan(settings: Settings) -> Case:
     """List what is there to train on."""
     root = make_files(settings.scratch / "files", 100_000)
@@ -567,13 +568,12 @@ def matching_centroid(_: Settings) -> Case:
     )
 
 
-@row("matching 256 x 1,000, knn", 0.3)
+@row("matching 256 x 1,000, knn", 1.0)
 def matching_knn(_: Settings) -> Case:
     """Mean cosine of the five nearest of 5 to 35 references of each class.
 
     The usual script sorts the cosines of one class after the other; the strongest makes them in one product, and has numpy pick
-    out the five. Ours is a torch module, for it is exported as well: on one core torch picks at half of numpy's speed or less, on
-    several it uses all of them, as numpy does not.
+    out the five, class after class; ours does so for all classes of one size at once.
     """
     gallery = make_gallery(1000, np.random.default_rng(1).integers(5, 36, 1000), "knn")
     queries = make_gallery(256, 1, "knn").stacks
@@ -625,15 +625,15 @@ def count_cached_run(costs: tuple[float, ...]) -> float:
 
 
 EPOCH_ROWS: dict[str, tuple[float, Side, Side, Side]] = {  # target, usual, strongest, ours
-    "epoch, plain loop": (0.9, Side("plain"), Side("strongest"), Side("ours")),
-    "epoch, open-metric-learning": (0.9, Side("oml"), Side("strongest"), Side("ours")),
-    "epoch, pytorch-metric-learning": (0.9, Side("pml"), Side("strongest"), Side("ours")),
+    "epoch, plain loop": (0.8, Side("plain"), Side("strongest"), Side("ours")),
+    "epoch, open-metric-learning": (0.8, Side("oml"), Side("strongest"), Side("ours")),
+    "epoch, pytorch-metric-learning": (0.8, Side("pml"), Side("strongest"), Side("ours")),
     "epoch in fp32, plain loop": (0.9, Side("plain"), Side("strongest, fp32"), Side("ours, fp32")),
     "15 epochs, fresh views": (
-        0.9, Side("plain", count_plain_run), Side("strongest", count_run), Side("ours", count_run),
+        0.85, Side("plain", count_plain_run), Side("strongest", count_run), Side("ours", count_run),
     ),
     "15 epochs, --cache_views 4": (
-        0.9, Side("plain", count_plain_run), Side("strongest, cached", count_cached_run), Side("ours, cached", count_cached_run),
+        0.75, Side("plain", count_plain_run), Side("strongest, cached", count_cached_run), Side("ours, cached", count_cached_run),
     ),
 }  # fmt: skip
 
