@@ -268,7 +268,8 @@ def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     `text` and `group` are its line in the help and the heading above. `extra` is of `low`, `high` inclusive bounds; `choices`,
     `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` = must be given; `fixed` = must not change at resume;
     `key` = its place among the sections of a config file; `alias` = another flag; `spelled` = other ways to write a value;
-    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too.
+    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too;
+    `file`, `folder` = it is the path of one that must be there, and what helps where it is not.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -322,11 +323,11 @@ class Config(Options):
     config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
         "data", metavar="FILE", alias="config_filename", once=True)
     data_root: Path | None = option(None, "folder with one folder of crops a class",
-        "data", metavar="DIR", key="directories.images", needed=True)
+        "data", metavar="DIR", key="directories.images", needed=True, folder=DATA_TREE)
     out_dir: Path | None = option(None, "where the run is written; an unfinished run in it is continued",
         "data", metavar="DIR", needed=True)
     class_map: Path | None = option(None, "YAML that merges, renames, drops classes {new: [old, ...], null: [...]}",
-        "data", metavar="FILE")
+        "data", metavar="FILE", file=True)
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
@@ -359,10 +360,10 @@ class Config(Options):
     auto_generate_masks: bool = option(False, "draw the masks that are missing with SAM-2", "masks")
     sam2_cfg: str = option("configs/sam2.1/sam2.1_hiera_l.yaml", "Hydra name of a config in the sam2 package",
         "masks", metavar="NAME")
-    sam2_ckpt: Path | None = option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
+    sam2_ckpt: Path | None = option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE", file=True)
 
     backgrounds: Path | None = option(None, "folder of pictures to put crops on in training",
-        "augmentation", key="directories.backgrounds", metavar="DIR")
+        "augmentation", key="directories.backgrounds", metavar="DIR", folder=True)
     insert_background_p: float = option(0.0, group="augmentation", key="dataset.insert_background_p", low=0.0, high=1.0, fixed=True,
         text="share of the training samples that are put on one of them; those with a mask without their background")
     background_max_ratio: float = option(2.0, "sides of what then surrounds a crop, at most so many times its own",
@@ -395,7 +396,7 @@ class Config(Options):
         "model", metavar="NAME", fixed=True, key="model.backbone_name")
     pretrained: bool = option(True, "start from the weights that timm names for the model",
         "model", fixed=True, key="model.pretrained")
-    backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE")
+    backbone_weights: Path | None = option(None, "start from this .pth or .safetensors instead", "model", metavar="FILE", file=True)
     load_from: Path | None = option(None, group="model", metavar="PATH", key="model.load_from", in_models=True,
         text="start from these weights: a run or checkpoint of ours with its head, or a timm or safetensors file")
     in_channels: int = option(3, "channels that the model sees: 1 = gray, 3 = RGB, 4 = RGB and mask",
@@ -487,7 +488,7 @@ class Config(Options):
     target_precision: float = option(0.95, "share of right answers on val that the thresholds for `unknown` are set to",
         "prototypes", low=0.5, high=1.0)
     unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
-        "prototypes", metavar="DIR")
+        "prototypes", metavar="DIR", folder=True)
     max_refs_per_class: int | None = option(None, group="prototypes", low=1,
         text="references a class in prototypes.npz: those nearest to k-means centres (default: all)")
     matcher: str = option("auto", "how a class is matched; auto = what is best on val",
@@ -553,9 +554,9 @@ def same_option(name: str) -> Any:
 class RunOptions(Options):
     """Options of the commands that work with a finished run."""
 
-    run: Path | None = option(None, "out_dir of the finished run", "run", metavar="DIR", needed=True)
+    run: Path | None = option(None, "out_dir of the finished run", "run", metavar="DIR", needed=True, folder=True)
     backbone_weights: Path | None = option(
-        None, "weights of its frozen backbone, where they are no longer where the run found them", "run", metavar="FILE"
+        None, "weights of its frozen backbone, if the run does not find them any more", "run", metavar="FILE", file=True
     )
     batch: int = option(64, "images a pass, over all GPUs together", "machine", low=1, high=65_536)
     gpus: int | None = same_option("gpus")
@@ -570,7 +571,7 @@ class EvaluateOptions(RunOptions):
 
     data_root: Path | None = same_option("data_root")
     split: str = option("test", "images of the run to judge", "run", choices=("test", "val"))
-    unknown_dir: Path | None = option(None, "images of no class, to measure with", "data", metavar="DIR")
+    unknown_dir: Path | None = option(None, "images of no class, to measure with", "data", metavar="DIR", folder=True)
     class_map: Path | None = same_option("class_map")
     exclude: tuple[str, ...] = same_option("exclude")
     masks_out: Path | None = same_option("masks_out")
@@ -580,7 +581,9 @@ class EvaluateOptions(RunOptions):
 class PrototypesOptions(RunOptions):
     """Make the gallery of a finished run anew, show it, enrol classes from a few crops, or take one out."""
 
-    add: Path | None = option(None, "folder with one folder of crops a class, to enrol", "run", metavar="DIR")
+    add: Path | None = option(
+        None, "folder with one folder of crops a class, to enrol", "run", metavar="DIR", folder=DATA_TREE
+    )
     remove: str | None = option(None, "class to take out", "run", metavar="CLASS")
     list: bool = option(False, "show what is in the gallery", "run")
     data_root: Path | None = same_option("data_root")
@@ -759,8 +762,11 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     if config.out_dir is None and name is not None and config.models is not None:
         origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
         config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
-    if config.load_from and config.models and not config.load_from.exists():
-        config = dataclasses.replace(config, load_from=(config.models / config.load_from).absolute())
+    is_typed = config.place("load_from") == config.flag("load_from")
+    if config.load_from and not (is_typed and config.load_from.exists()):
+        # What a file says does not start from the current folder.
+        folder = config.models or (Path() if is_typed else config.config.parent)
+        config = dataclasses.replace(config, load_from=(folder / config.load_from).absolute())
     check_config(config)
     return config
 
@@ -823,14 +829,12 @@ def _parse_config_file(path: Path) -> Any:
     text = read_text(path, where)
     try:
         return loaders[suffix](text)
-    except RecursionError as error:
-        raise UserError("is nested too deeply", where, "see configs/") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # of TOML the latter
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
 def load_json(text: str | bytes) -> Any:
-    """Return what JSON says. Raises ValueError for a key that stands there twice, and for NaN and infinity, which JSON lacks."""
+    """Return what JSON says. Raises ValueError, also for a key that stands there twice, and for NaN and infinity."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         if len(tree := dict(pairs)) < len(pairs):
@@ -841,7 +845,10 @@ def load_json(text: str | bytes) -> Any:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no number")
 
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_text(path: Path, where: str) -> str:
@@ -1014,6 +1021,7 @@ def ineffective_options(config: Config) -> list[str]:
         "samples_per_class": config.balanced_per_class,
         "mix_mask_p": config.crop_mode == "mix",
         "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
+        "sam2_cfg sam2_ckpt": config.auto_generate_masks,
     }
     return " ".join(names for names, has_effect in depending.items() if not has_effect).split()
 
@@ -1095,7 +1103,7 @@ def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
 
 
 def check_given(options: Options) -> None:
-    """Refuse options that lack what the command needs, or a path that cannot be asked for or is of the predecessor."""
+    """Refuse options that lack what the command needs, or name a path that is of the predecessor, or not what is needed there."""
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
         if field.metadata.get("needed") and value in (None, ()):
@@ -1107,6 +1115,7 @@ def check_given(options: Options) -> None:
         except OSError as error:  # no permission on a parent, a name that is too long
             raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
     check_predecessor(options)
+    check_existing(options)
 
 
 PREDECESSOR = "lct-dino-3.py, which this script replaces"
@@ -1134,8 +1143,8 @@ def check_predecessor(options: Options) -> None:
         runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
         for run in [path] if name == "data_root" else runs:  # a folder of classes may hold runs too
             config: Any = None
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                config = json.loads(read_regular(run / "config.json", MAX_CONFIG_BYTES))
+            with contextlib.suppress(OSError, ValueError):
+                config = load_json(read_regular(run / "config.json", MAX_CONFIG_BYTES))
             if is_predecessor_config(config):
                 raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
@@ -1143,9 +1152,6 @@ def check_predecessor(options: Options) -> None:
 def check_paths(config: Config) -> None:
     """Check everything that can be known of the named files and folders without reading images; writes nothing."""
     check_given(config)
-    check_files_exist(config, "class_map", "backbone_weights", *(["sam2_ckpt"] if config.auto_generate_masks else []))
-    check_folder(config, "unknown_dir", "give a folder of images of no class")
-    check_folder(config, "data_root", DATA_TREE)
     check_out_dir(config)
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
         if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
@@ -1166,64 +1172,45 @@ def check_paths(config: Config) -> None:
 def check_run_paths(options: RunOptions) -> None:
     """Check the files and folders that a command on a finished run names."""
     check_given(options)
-    check_folder(options, "run", "give the out_dir of a finished run")
-    check_files_exist(options, "class_map", "backbone_weights")
-    for name, remedy in (("data_root", DATA_TREE), ("add", DATA_TREE), ("unknown_dir", "give a folder of images")):
-        check_folder(options, name, remedy)
     if isinstance(options, PrototypesOptions):
         check_prototypes_per_class(options)
         if sum((options.list, options.add is not None, options.remove is not None)) > 1:
             raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
-def check_files_exist(options: Options, *names: str) -> None:
-    """Refuse options that name something that is not a file."""
-    for name in names:
-        path = getattr(options, name, None)
-        if path is not None and not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")
-            candidates = [file for pattern in patterns for file in path.glob(pattern)]
-            remedy = f"give {candidates[0]}" if name == "backbone_weights" and candidates else "check the path"
-            raise UserError(what, options.said(name), options.moved(name) or remedy)
-
-
-def check_folder(options: Options, name: str, remedy: str) -> None:
-    """Refuse an option that names something that is not a folder."""
-    path = getattr(options, name, None)
-    if path is not None and not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(what, options.said(name), options.moved(name) or remedy)
+def check_existing(options: Options, *names: str) -> None:
+    """Refuse options that have an effect, all or those of these names, where they name no `file` or `folder` as they should."""
+    idle = ineffective_options(options) if isinstance(options, Config) else ()
+    for field in option_fields(type(options)):
+        name, path = field.name, getattr(options, field.name)
+        kind = next((kind for kind in ("file", "folder") if field.metadata.get(kind)), None)
+        if kind is None or path is None or name in idle or (names and name not in names):
+            continue
+        if not (path.is_file() if kind == "file" else path.is_dir()):
+            what = f"is not a {kind}" if path.exists() else "does not exist"
+            patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")  # of a folder of the hub
+            remedies = [f"give {file}" for pattern in patterns for file in path.glob(pattern)]
+            remedies.append("check the path" if field.metadata[kind] is True else field.metadata[kind])
+            raise UserError(what, options.said(name), options.moved(name) or remedies[0])
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file of --load_from, a path as given or below --models; of a run's folder the best checkpoint, else the last."""
+    """Return the file that --load_from stands for: of a run's folder the best checkpoint, else the last. Raises UserError."""
     path = config.load_from
-    where = config.said("load_from")  # flag or file and key, with the value: for messages
-    remedy = "give the folder of a run, or a file"
-    if path is None:
-        return None
-    is_typed = config.place("load_from") == config.flag("load_from")
-    # What a file says does not start from the current folder.
-    candidates = [path] if is_typed or path.is_absolute() else []
-    candidates += [config.models / path] if config.models is not None else []
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
-    if path is None:
-        raise UserError("does not exist", where, "check the path")
-    if path.is_dir():
-        path = next((path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()), None)
-        if path is None:
-            raise UserError("holds no checkpoint", where, remedy)
-    elif not path.is_file():
-        raise UserError("is neither a file nor a folder", where, remedy)
-    return path
+    if path is None or path.is_file():
+        return path
+    checkpoints = [path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
+    if not checkpoints:
+        what = "holds no checkpoint" if path.is_dir() else "is neither a file nor a folder"
+        what = what if path.exists() else "does not exist"
+        raise UserError(what, config.said("load_from"), "give the folder of a run, or a file")
+    return checkpoints[0]
 
 
 def _check_backgrounds(config: Config) -> None:
     if config.backgrounds is None:
         remedy = "give their folder with --backgrounds DIR"
         raise UserError("needs pictures", config.place("insert_background_p"), remedy)
-    check_folder(config, "backgrounds", "give a folder of pictures")
     pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
     data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
     if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
@@ -1461,16 +1448,11 @@ def check_zip(path: Path) -> None:
     """
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
         raise zipfile.BadZipFile("is no regular file")
+    raised = (OSError, RuntimeError, EOFError, ValueError, zlib.error)  # all that zipfile raises on flipped bits
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:  # all that zipfile raises on flipped bits
+    except raised as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a flipped offset, from before the file's start
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
@@ -1492,10 +1474,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, form: Any) -> Any:
     """Return what a JSON file of ours holds. Raises OSError and ValueError, with the reason, where it is not of that form."""
-    try:
-        value = json.loads(read_regular(path, MAX_FILE_BYTES))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    value = load_json(read_regular(path, MAX_FILE_BYTES))
     check_form(value, form)
     return value
 
@@ -1594,6 +1573,9 @@ def show(text: str) -> None:
     except OSError:
         with contextlib.suppress(OSError):  # else what is still buffered would raise again when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+EVENT_FORM = {"event": str}  # of a line of metrics.jsonl
 
 
 class RunDirectory:
@@ -1712,21 +1694,25 @@ class ReadRunDirectory(RunDirectory):
     event = forget_epochs_after = start_tracker = log
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the event that a line of metrics.jsonl holds; None if it is no such thing."""
-    with contextlib.suppress(ValueError, RecursionError):
+def parse_record(line: bytes, form: Any) -> dict[str, Any] | None:
+    """Return the record that a line of JSON holds; None if it is none of that form, or its epoch no number."""
+    with contextlib.suppress(ValueError):
         record = load_json(line)
-        check_form(record, {"event": str})
+        check_form(record, form)
         check_form(record.get("epoch", 0), int)
         return record
     return None
 
 
+def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
+    """Return the records of that form in a file of JSON lines; damaged ones, as a killed process leaves them, are left out."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [record for line in lines if (record := parse_record(line, form)) is not None]
+
+
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl; damaged lines, which the next start repairs and names, are left out."""
-    path = out_dir / name
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [record for record in map(parse_record, lines) if record is not None]
+    return read_records(out_dir / name, EVENT_FORM)
 
 
 def repair_events(path: Path) -> str:
@@ -1736,7 +1722,7 @@ def repair_events(path: Path) -> str:
     """
     data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
-    is_good = [parse_record(line) is not None for line in (*lines, rest)]
+    is_good = [parse_record(line, EVENT_FORM) is not None for line in (*lines, rest)]
     num_bad = is_good[:-1].count(False)
     if not rest and not num_bad:
         return ""
@@ -3502,13 +3488,8 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
     """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried."""
-    path, records = out_dir / MASK_LOG_NAME, {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):  # a line that a killed process left half-written
-            record = json.loads(line)
-            check_form(record, {"path": str, **dict.fromkeys(MASK_RECORD_KEYS, object)})
-            records[record["path"]] = {key: record[key] for key in MASK_RECORD_KEYS}
-    return records
+    records = read_records(out_dir / MASK_LOG_NAME, {**dict.fromkeys(MASK_RECORD_KEYS, object), "path": str})
+    return {record["path"]: {key: record[key] for key in MASK_RECORD_KEYS} for record in records}
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
@@ -8622,8 +8603,7 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
 
 def scan_own_data(run: TrainedRun, options: Config) -> Records:
     """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
-    check_folder(options, "data_root", DATA_TREE)
-    check_files_exist(options, "class_map")
+    check_existing(options, "data_root", "class_map")
     splits_path = run.path / "splits.json"
     records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
     for note in notes:
@@ -8713,7 +8693,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
     if options.unknown_dir is not None:
-        check_folder(options, "unknown_dir", "give a folder of images of no class")
+        check_existing(options, "unknown_dir")
         strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
         features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)

@@ -37,7 +37,7 @@ def test_a_data_root_that_is_missing_or_no_folder_shows_the_expected_tree(tmp_pa
     (tmp_path / "file").write_text("x")
     assert "does not exist" in refuse(tmp_path / "nowhere", command=command)
     text = refuse(tmp_path / "file", command=command)
-    assert "is a file, not a folder" in text and str(tmp_path / "file") in text
+    assert "is not a folder" in text and str(tmp_path / "file") in text
     assert "hammer/" in text and "cropped/" in text
 
 

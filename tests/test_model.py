@@ -650,7 +650,7 @@ def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_
     for wrong in (folder, folder / part):
         config = make_config(model_id=name, backbone_weights=wrong)
         with pytest.raises(lct.UserError) as caught:
-            lct.check_files_exist(config, "backbone_weights")
+            lct.check_existing(config, "backbone_weights")
             lct.read_start(config)
         assert f"give {index_path}" in caught.value.remedy
     (folder / part).unlink()

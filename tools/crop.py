@@ -53,7 +53,8 @@ class CropOptions(lct.Options):
     """Cut labelled photos into one folder of crops a class, to train on."""
 
     # fmt: off
-    images: Path | None = lct.option(None, "folder of the photos, subfolders included", "cropping", metavar="DIR", needed=True)
+    images: Path | None = lct.option(None, "folder of the photos, subfolders included", "cropping", metavar="DIR",
+        needed=True, folder=True)
     labels: Path | None = lct.option(None,
         "COCO, Label Studio, VIA or LabelMe .json, folder of YOLO .txt or LabelMe .json, CVAT .xml, .csv",
         "cropping", metavar="PATH", needed=True)
@@ -82,7 +83,6 @@ def check_options(options: CropOptions) -> None:
         UserError: a file or folder that is missing, of the wrong kind, or holds something else.
     """
     lct.check_given(options)
-    lct.check_folder(options, "images", "give the folder that the labels' file names start from")
     if not options.labels.exists():
         raise lct.UserError("does not exist", options.said("labels"), "check the path")
     where = options.said("out")

@@ -37,7 +37,9 @@ NAMES = ["embeddings", "scores", "probability", "labels"]  # of what an ONNX fil
 class ExportOptions(lct.Options):
     """Write a finished run for other programs, once it is known to answer as PyTorch does."""
 
-    run: Path | None = lct.option(None, "out_dir of the finished run", "export", metavar="DIR", needed=True)
+    run: Path | None = lct.option(
+        None, "out_dir of the finished run", "export", metavar="DIR", needed=True, folder=True
+    )
     format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors", "predecessor"))
     out: Path | None = lct.option(
         None,
@@ -45,15 +47,12 @@ class ExportOptions(lct.Options):
         "export",
         metavar="PATH",
     )
-    data_root: Path | None = lct.option(
-        None, "where the run's crops are now: an ONNX file is checked on some of them", "export", metavar="DIR"
-    )
-    backbone_weights: Path | None = lct.option(
-        None,
-        "weights of its frozen backbone, where they are no longer where the run found them",
-        "export",
-        metavar="FILE",
-    )
+    # fmt: off
+    data_root: Path | None = lct.option(None, "where the run's crops are now: an ONNX file is checked on some of them",
+        "export", metavar="DIR", folder=lct.DATA_TREE)
+    backbone_weights: Path | None = lct.option(None, "weights of its frozen backbone, if the run does not find them any more",
+        "export", metavar="FILE", file=True)
+    # fmt: on
     debug: bool = lct.same_option("debug")
 
 

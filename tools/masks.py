@@ -67,7 +67,8 @@ class MaskOptions(lct.Options):
 
     # fmt: off
     config: Path | None = lct.same_option("config")
-    data_root: Path | None = lct.option(None, "folder with one folder of crops a class", "data", metavar="DIR", needed=True)
+    data_root: Path | None = lct.option(None, "folder with one folder of crops a class", "data", metavar="DIR",
+        needed=True, folder=lct.DATA_TREE)
     out_dir: Path | None = lct.option(None, "where masks.jsonl, masks_preview.png and data_report.json go", "data", metavar="DIR",
         needed=True)
     # What decides which crops are looked at, as in training.
@@ -85,7 +86,7 @@ class MaskOptions(lct.Options):
     masks_out: Path | None = lct.same_option("masks_out")
     draw: bool = lct.option(True, "draw what is missing; --no-draw only shows what there is", "masks")
     sam2_cfg: str = lct.same_option("sam2_cfg")
-    sam2_ckpt: Path | None = lct.same_option("sam2_ckpt")
+    sam2_ckpt: Path | None = lct.option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
     # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
     # mask is shown as it is, while a wrong mask hides the object.
     mask_min_score: float = lct.option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
@@ -100,8 +101,6 @@ class MaskOptions(lct.Options):
 def draw_masks(options: MaskOptions) -> None:
     """Draw a mask for every crop that has none, show them in masks_preview.png, and say in data_report.json what there is."""
     lct.check_given(options)
-    lct.check_files_exist(options, "class_map")
-    lct.check_folder(options, "data_root", lct.DATA_TREE)
     lct.check_out_dir(options)
     out_dir = options.out_dir
     if options.gpus == 0:

@@ -150,13 +150,14 @@ class ModelitOptions(lct.Options):
     seed: int = lct.same_option("seed")
 
     prompt: str | None = lct.option(None, "what to make; left out: any shape", "generate", metavar="TEXT")
-    prompts: Path | None = lct.option(None, "file with a prompt a line", "generate", metavar="FILE")
+    prompts: Path | None = lct.option(None, "file with a prompt a line", "generate", metavar="FILE", file=True)
     output: Path = lct.option(Path("model.obj"), "mesh; several get _001 and so on", "generate", metavar="FILE")
     format: str | None = lct.option(None, "kind of mesh, whose ending --output gets (default: by the name of --output)", "generate",
         choices=MESH_KINDS)
     num_samples: int = lct.option(1, "shapes a prompt", "generate", low=1, high=100000)
     latent_seed: int = lct.option(0, "of z: the same for every prompt", "generate", low=0)
-    z: Path | None = lct.option(None, "z from a .npy file, (latent_dim,) or (num_samples, latent_dim)", "generate", metavar="FILE")
+    z: Path | None = lct.option(None, "z from a .npy file, (latent_dim,) or (num_samples, latent_dim)",
+        "generate", metavar="FILE", file=True)
     level: float = lct.option(0.5, "probability at which the surface lies", "generate", low=0.0, high=1.0)
     sigma: float = lct.option(SIGMA, "gaussian filter, in voxels; 0 = none", "generate", low=0.0, high=10.0)
     guidance: float = lct.option(1.0, "how far beyond the shape without prompt; 1 = as learned", "generate", low=0.0, high=100.0)
@@ -182,7 +183,6 @@ def check_options(options: ModelitOptions) -> None:
         UserError: the layers cannot divide the grid, options contradict each other, or a file is missing.
     """
     lct.check_given(options)
-    lct.check_files_exist(options, "prompts", "z")
     if options.prompt is not None and options.prompts is not None:
         raise lct.UserError("contradict each other", "--prompt, --prompts", "give one of them")
     if options.resume and options.overwrite:

@@ -62,7 +62,7 @@ class PrelabelOptions(lct.RunOptions):
     """Give every detected object a class of a finished run, or `unknown`, for annotation tools."""
 
     images: Path | None = lct.option(
-        None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR", needed=True
+        None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR", needed=True, folder=True
     )
     detections: Path | None = lct.option(
         None,
@@ -103,7 +103,6 @@ def check_options(options: PrelabelOptions) -> None:
             reason = f"{word or 'an empty name'} is no format of labels"
             raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
     lct.check_run_paths(options)
-    lct.check_folder(options, "images", "give the folder that the detections' file names start from")
     if options.detections is not None and not options.detections.exists():
         raise lct.UserError("does not exist", options.said("detections"), "check the path")
     out = options.out.resolve()

@@ -78,7 +78,8 @@ class PretrainOptions(lct.Options):
     freeze_last_layer_epochs: float = lct.option(0.0, "epochs in which the last layer of the heads stays",
         "training", low=0.0)
     amp: bool = lct.option(False, "compute in bf16", "training")
-    init_from: Path | None = lct.option(None, "exported backbone to start from", "training", metavar="FILE")
+    init_from: Path | None = lct.option(None, "exported backbone to start from",
+        "training", metavar="FILE", file=True)
     seed: int = lct.option(42, "of weights, order, views and masks", "training", low=0, high=2**32 - 1)
 
     image_size: int = lct.option(224, "px of a global view", "model", low=8, high=1024)
@@ -189,7 +190,6 @@ def check_options(options: PretrainOptions) -> None:
         UserError: options that contradict each other, or paths that are missing, of the wrong kind, or somebody else's.
     """
     lct.check_given(options)
-    lct.check_files_exist(options, "init_from")
     names = [options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file]
     odd_names = [name for name in names if not name or name[0] == "." or "/" in name]
     local_rest = options.local_crop_size % options.patch_size
