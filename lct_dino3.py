@@ -2459,6 +2459,26 @@ class Listing:
         """Return the class folder of an image, also of an excluded or problematic one, or of a folder of images; '' for none."""
         return self.classes.get(path.rpartition("/")[0]) or self.classes.get(path, "")
 
+    def add_folder(self, root: Path, prefix: str) -> list[str]:
+        """Take in what is in a folder below root, '' or with '/' at its end, but for its folders: return the names of these."""
+        folders = []
+        try:
+            entries = visible_entries(root / prefix)
+        except OSError as error:
+            self.problems.append((prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"))
+            return folders
+        for entry in entries:
+            path, kind = f"{prefix}{entry.name}", entry_type(entry)
+            if kind == "/":
+                folders.append(entry.name)
+            elif kind != ".":
+                self.ignored[kind] += 1
+            elif problem := entry_problem(entry):
+                self.problems.append((path, problem))
+            else:
+                self.paths.append(path)
+        return folders
+
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
     """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
@@ -2476,27 +2496,14 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
     for root, folder in folders:
         prefix = f"{root}{folder.name}"
         if not _is_plain(folder.name):
-            listing.problems.append((prefix, ODD_FOLDER_NAME))
+            listing.problems.append((prefix, ODD_NAME))
             continue
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
         listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
         listing.classes[prefix] = class_name
-        try:
-            entries = visible_entries(data_root / prefix)
-        except OSError as error:
-            listing.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
-            continue
-        for entry in entries:
-            path, kind = f"{prefix}/{entry.name}", entry_type(entry)
-            if kind != ".":
-                if entry.name not in (masks_dirname, CUTOUTS_DIRNAME):
-                    listing.ignored[kind] += 1
-                continue
-            if problem := entry_problem(entry):
-                listing.problems.append((path, problem))
-            else:
-                listing.paths.append(path)
+        if others := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
+            listing.ignored["/"] += len(others)
     return listing
 
 
@@ -2507,31 +2514,17 @@ def class_folder(path: str, splits: str) -> str:
 
 def list_image_tree(root: Path) -> Listing:
     """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    tree = Listing()
-    waiting, seen = [""], set()
+    tree, waiting, seen = Listing(), [""], set()
     while waiting:
         prefix = waiting.pop()
-        try:
-            status = (root / prefix).stat()
-            entries = visible_entries(root / prefix)
-        except OSError as error:
-            tree.problems.append((prefix, f"the folder cannot be read: {error.strerror}"))
+        if (place := (root / prefix).resolve()) in seen:  # a link back to where we have been
             continue
-        if (status.st_dev, status.st_ino) in seen:  # a link back to where we have been
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            path, is_a_folder = f"{prefix}{entry.name}", is_folder(entry)
-            if not is_a_folder and (kind := entry_type(entry)) != ".":
-                tree.ignored[kind] += 1
-                continue
-            problem = ("" if _is_plain(entry.name) else ODD_FOLDER_NAME) if is_a_folder else entry_problem(entry)
-            if problem:
-                tree.problems.append((path, problem))
-            elif is_a_folder:
-                waiting.append(f"{path}/")
+        seen.add(place)
+        for name in tree.add_folder(root, prefix):
+            if _is_plain(name):
+                waiting.append(f"{prefix}{name}/")
             else:
-                tree.paths.append(path)
+                tree.problems.append((f"{prefix}{name}", ODD_NAME))
     tree.paths.sort()
     tree.problems.sort()
     return tree
@@ -2565,7 +2558,7 @@ def _is_plain(name: str) -> bool:
 def entry_problem(entry: os.DirEntry) -> str:
     """Return why a folder's entry cannot be used as a file, or ''."""
     if not entry.name.isprintable() and not _is_plain(entry.name):
-        return "the file's name is not UTF-8, or has control characters"
+        return ODD_NAME
     try:
         return "" if entry.is_file() else "is not a regular file"
     except OSError as error:
@@ -2635,7 +2628,7 @@ IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest"
 IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
 IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
 BIG_IMAGE_TURN = threading.Lock()
-ODD_FOLDER_NAME = "the folder's name is not UTF-8, or has control characters"
+ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
 def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
@@ -3396,19 +3389,14 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and why others are refused, by path."""
-    files, refused = {}, {}
+    listing = Listing()
     roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
-        prefix = f"{root}{folder}/{dirname}"
-        for entry in visible_entries(config.data_root / prefix) if (config.data_root / prefix).is_dir() else ():
-            path, suffix = f"{prefix}/{entry.name}", Path(entry.name).suffix.lower()
-            if suffix not in IMAGE_SUFFIXES:
-                continue
-            if problem := entry_problem(entry) or ("" if suffix == ".png" else "is no PNG"):
-                refused[path] = problem
-            else:
-                files[_mask_key(path)] = path
-    return files, refused
+        if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
+            listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
+    others = [path for path in listing.paths if not path.lower().endswith(".png")]
+    refused = dict(listing.problems) | dict.fromkeys(others, "is no PNG")
+    return {_mask_key(path): path for path in listing.paths if path not in refused}, refused
 
 
 def _mask_key(path: str) -> str:
