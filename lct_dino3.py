@@ -308,11 +308,6 @@ class Options:
         """Return where an option stands, and its value."""
         return f"{self.place(name)} {getattr(self, name)}"
 
-    def moved(self, name: str) -> str:
-        """Return what helps where a path that a file gives is no longer there; '' for one that was typed."""
-        is_typed = self.place(name) == self.flag(name)
-        return "" if is_typed else f"give {self.flag(name)} PATH, where it is now"
-
 
 @dataclass(frozen=True)
 class Config(Options):
@@ -495,7 +490,7 @@ class Config(Options):
         "prototypes", choices=("auto", "centroid", "knn"))
     match_features: bool = option(True, group="prototypes",
         text="match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often")
-    prototypes_per_class: str = option("auto", group="prototypes", metavar="auto|N",
+    prototypes_per_class: str = option("auto", group="prototypes", metavar="auto|N", choices=("auto", *map(str, range(1, 31))),
         text="prototypes that a class may have; auto = several where val says so, else its centroid alone")
 
     gpus: int | None = option(None, "number of GPUs, 0 = CPU (default: one if there is one)", "machine", low=0, high=64)
@@ -1091,15 +1086,6 @@ def check_config(config: Config) -> None:
     for is_wrong, names, what, remedy in refusals:
         if is_wrong:
             raise UserError(what, ", ".join(map(config.place, names)), remedy)
-    check_prototypes_per_class(config)
-
-
-def check_prototypes_per_class(options: Config | PrototypesOptions) -> None:
-    """Refuse a --prototypes_per_class that is neither auto nor a number."""
-    number = options.prototypes_per_class
-    if number != "auto" and not (number.isdecimal() and 1 <= int(number) <= 100):
-        where = options.said("prototypes_per_class")
-        raise UserError("is neither auto nor a number from 1 to 100", where, "give one of them")
 
 
 def check_given(options: Options) -> None:
@@ -1158,7 +1144,17 @@ def check_paths(config: Config) -> None:
             what = "would be moved aside by --overwrite before the run has read it"
             raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
     if config.insert_background_p:
-        _check_backgrounds(config)
+        if config.backgrounds is None:
+            remedy = "give their folder with --backgrounds DIR"
+            raise UserError("needs pictures", config.place("insert_background_p"), remedy)
+        pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
+        data_root, remedy = config.data_root.resolve(), "choose a folder of other pictures"
+        if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
+            what = "and data_root lie one inside the other: crops would be put on crops, also of val and test"
+            raise UserError(what, where, remedy)
+        if config.out_dir.resolve().is_relative_to(pictures):
+            what = "holds out_dir, whose own pictures would be taken for backgrounds"
+            raise UserError(what, where, f"{remedy}, or another --out_dir")
     if config.group_regex is not None:
         try:
             num_groups = re.compile(config.group_regex).groups
@@ -1167,15 +1163,6 @@ def check_paths(config: Config) -> None:
             num_groups, what = 0, f"is no regular expression: {error}"
         if num_groups != 1:
             raise UserError(what, config.said("group_regex"), r"for example '^(shot\d+)_'")
-
-
-def check_run_paths(options: RunOptions) -> None:
-    """Check the files and folders that a command on a finished run names."""
-    check_given(options)
-    if isinstance(options, PrototypesOptions):
-        check_prototypes_per_class(options)
-        if sum((options.list, options.add is not None, options.remove is not None)) > 1:
-            raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
 
 
 def check_existing(options: Options, *names: str) -> None:
@@ -1191,7 +1178,9 @@ def check_existing(options: Options, *names: str) -> None:
             patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")  # of a folder of the hub
             remedies = [f"give {file}" for pattern in patterns for file in path.glob(pattern)]
             remedies.append("check the path" if field.metadata[kind] is True else field.metadata[kind])
-            raise UserError(what, options.said(name), options.moved(name) or remedies[0])
+            if options.place(name) != options.flag(name):  # a file says so
+                remedies = [f"give {options.flag(name)} PATH, where it is now"]
+            raise UserError(what, options.said(name), remedies[0])
 
 
 def locate_start(config: Config) -> Path | None:
@@ -1205,20 +1194,6 @@ def locate_start(config: Config) -> Path | None:
         what = what if path.exists() else "does not exist"
         raise UserError(what, config.said("load_from"), "give the folder of a run, or a file")
     return checkpoints[0]
-
-
-def _check_backgrounds(config: Config) -> None:
-    if config.backgrounds is None:
-        remedy = "give their folder with --backgrounds DIR"
-        raise UserError("needs pictures", config.place("insert_background_p"), remedy)
-    pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
-    data_root, out_dir = config.data_root.resolve(), config.out_dir.resolve()
-    if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
-        what = "and data_root lie one inside the other: crops would be put on crops, those of val and test among them"
-        raise UserError(what, where, "choose a folder of other pictures")
-    if out_dir.is_relative_to(pictures):
-        what = "holds out_dir, whose own pictures would be taken for backgrounds"
-        raise UserError(what, where, "choose a folder of other pictures, or another --out_dir")
 
 
 OUR_MARK = b"lct_dino3"  # what a file holds that a tool writes where a user says
@@ -1284,7 +1259,7 @@ if __name__ == "__main__":
             COMMAND_LINE = parse_command_line(sys.argv[1:])
         # --debug wants a traceback; what the first process names, others need not see.
         if not COMMAND_LINE.debug and not IS_HELPER:
-            (check_paths if isinstance(COMMAND_LINE, Config) else check_run_paths)(COMMAND_LINE)
+            (check_paths if isinstance(COMMAND_LINE, Config) else check_given)(COMMAND_LINE)
     except UserError as _error:
         if not IS_HELPER:
             sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
@@ -1392,9 +1367,8 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
     what = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
-    return UserError(
-        what, str(path), "what was there before is kept; once it can be written, the same command continues"
-    )
+    remedy = "what was there before is kept; once it can be written, the same command continues"
+    return UserError(what, str(path), remedy)
 
 
 @contextlib.contextmanager
@@ -2095,11 +2069,7 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     if dist.is_initialized() and num_gpus > 1:
         raise UserError("torchrun gives each process one GPU", where, "leave --gpus out, or give 0 for the CPU")
     if num_gpus > available:
-        raise UserError(
-            f"this machine has {available}",
-            where,
-            f"give --gpus {available} or fewer" if available else "give --gpus 0, the CPU",
-        )
+        raise UserError(f"this machine has {available}", where, "give fewer; --gpus 0 is the CPU")
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
     has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2785,9 +2755,7 @@ def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
     """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
     from scipy.sparse.csgraph import connected_components
 
-    edges = scipy.sparse.coo_matrix(
-        (np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_items, num_items)
-    )
+    edges = scipy.sparse.coo_matrix((np.ones(len(pairs), dtype=np.int8), pairs.T), shape=(num_items, num_items))
     return connected_components(edges, directed=False)[1].astype(np.int32)
 
 
@@ -2968,10 +2936,8 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
-        levels = 1 if config.data_root.name == "cropped" else 0
-        remedy = (
-            f"give its parent, --data_root {config.data_root.absolute().parents[levels]}, if it is one\n{DATA_TREE}"
-        )
+        parent = config.data_root.absolute().parents[1 if config.data_root.name == "cropped" else 0]
+        remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
     if not listing.all_folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
@@ -3172,13 +3138,10 @@ def check_trainable(scan: Scan, config: Config) -> None:
         raise UserError(problem, where, "correct the number, or see what there is with the command scan")
     if config.unknown_dir is not None:
         root, unknown_dir = config.data_root.resolve(), config.unknown_dir.resolve()
-        below = f"{unknown_dir.relative_to(root).as_posix()}/" if unknown_dir.is_relative_to(root) else None
-        prefix = "" if root.is_relative_to(unknown_dir) else below
-        if num_known := 0 if prefix is None else sum(path.startswith(prefix) for path in records.paths):
+        if num_known := sum(f"{root}/{path}".startswith(f"{unknown_dir}/") for path in records.paths):
             problem = f"holds {num_known:,} of the images to train on, which have classes"
-            raise UserError(
-                problem, config.said("unknown_dir"), "give a folder of other images, or leave these out: --exclude"
-            )
+            remedy = "give a folder of other images, or leave these out: --exclude"
+            raise UserError(problem, config.said("unknown_dir"), remedy)
     lines = []
     for name, row in scan.report["classes"].items():
         if row["usable"] < config.min_per_class:
@@ -3902,48 +3865,45 @@ def check_transforms(config: Config) -> None:
     """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
     lists = given_lists(config)
     given_normalization(config)
-    side = max(512, 2 * config.img_size)
-    image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
-    for chosen, augment in (("train_augmentations", True), ("val_augmentations", False)) if lists else ():
-        transform, normalize = build_transform(config.img_size, augment, lists=lists), ""
+    for chosen in ("train_augmentations", "val_augmentations"):
+        normalize = ""
         for entry in itertools.chain(*(lists.get(name, ()) for name in ("pre_transforms", chosen, "post_transforms"))):
             if normalize and entry.kind not in DEVICE_TRANSFORMS:
                 problem = f"comes after {normalize} (normalize), which is done last, on the device"
                 raise UserError(problem, entry.where, "put it before")
             normalize = entry.where if entry.kind == "normalize" else normalize
-        try:
-            transform(image, None, 0)
-            transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
-        except ImageError as error:
-            where, remedy = ", ".join(map(config.place, lists)), "change that transform, or leave it out"
-            raise UserError(f"fail on a picture of {side} px: {error}", where, remedy) from error
+    side = max(512, 2 * config.img_size)
+    image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
+    try_transforms(config, lists, image, "a picture")
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
-    lists, records = given_lists(config), scan.records
-    is_random = False
-    if not lists:
-        return []
+    lists, records, is_random = given_lists(config), scan.records, False
     index = {path: row for row, path in enumerate(scan.listing.paths)}
     looks = scan.health.rows[[index[path] for path in records.paths]]
     width, height = looks["width"].astype(float), looks["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
-    for augment, row in itertools.product((True, False), sorted(extremes)):
-        transform, path = build_transform(config.img_size, augment, lists=lists), records.paths[row]
-        try:
-            image = load_image(records.root / path, records.image_bits)
-        except ImageError:  # gone since the scan
-            continue
-        try:
-            views = {transform(image, None, seed).tobytes() for seed in range(8)}
-        except ImageError as error:
-            problem = f"{error} (a crop of {image.shape[1]} x {image.shape[0]} px: {path})"
-            remedy = "put longest_max_size and pad_if_needed before it, change it, or leave it out"
-            raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
-        is_random |= not augment and len(views) > 1
+    for path in (records.paths[row] for row in sorted(extremes)) if lists else ():
+        with contextlib.suppress(ImageError):  # gone since the scan
+            is_random |= try_transforms(config, lists, load_image(records.root / path, records.image_bits), path)
     note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
     return [note] if is_random else []
+
+
+def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.ndarray, name: str) -> bool:
+    """Say whether what lists make of an image in evaluation is random. Raises UserError where they fail, in training too."""
+    views: set[bytes] = set()
+    for augment in (True, False) if lists else ():
+        transform = build_transform(config.img_size, augment, lists=lists)
+        try:
+            views = {transform(image, None, seed).tobytes() for seed in range(8)}
+            transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
+        except ImageError as error:
+            problem = f"fail on {name} of {image.shape[1]} x {image.shape[0]} px: {error}"
+            remedy = "put longest_max_size and pad_if_needed before that, change it, or leave it out"
+            raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
+    return len(views) > 1
 
 
 def make_policy(kind: str, arguments: dict[str, Any], share: float) -> Any:
@@ -8536,7 +8496,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
 
     Images of another folder whose class the gallery does not know are unknown objects, as those of --unknown_dir are.
     """
-    check_run_paths(config)
+    check_given(config)
     keep_freed_memory()
     read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
@@ -8601,7 +8561,9 @@ def scan_own_data(run: TrainedRun, options: Config) -> Records:
 
 def run_prototypes(config: PrototypesOptions) -> None:
     """Make a run's gallery anew, show it, enrol classes from a few crops, or take one out; the old file is kept beside the new."""
-    check_run_paths(config)
+    check_given(config)
+    if sum((config.list, config.add is not None, config.remove is not None)) > 1:
+        raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
     keep_freed_memory()
     path = config.run / "prototypes.npz"
     if get_rank() and (config.list or config.remove is not None):

@@ -225,7 +225,7 @@ def test_a_list_that_does_not_fit_the_smallest_crop_is_refused_before_training(
     assert call_main(*argv, "[{type: RandomCrop, height: 48, width: 48}]") == 2
     error = capsys.readouterr().err
     assert f"--{name}" in error and "RandomCrop cannot be applied" in error and not (tmp_path / "run").exists()
-    assert "a crop of 50 x 40 px: pliers/0003.png" in error and "pad_if_needed" in error
+    assert "fail on pliers/0003.png of 50 x 40 px" in error and "pad_if_needed" in error
 
 
 def test_a_random_evaluation_is_warned_of(small_data: Path) -> None:

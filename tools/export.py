@@ -313,7 +313,7 @@ def check_place(options: ExportOptions) -> Path:
 
 def export_run(options: ExportOptions) -> None:
     """Write a finished run for other programs, once it is known to answer as PyTorch does."""
-    lct.check_run_paths(options)
+    lct.check_given(options)
     path = check_place(options)
     run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
     lct.merge_lora(run.model.backbone.model)

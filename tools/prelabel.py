@@ -102,7 +102,7 @@ def check_options(options: PrelabelOptions) -> None:
         if word not in label_writers.WRITERS:
             reason = f"{word or 'an empty name'} is no format of labels"
             raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
-    lct.check_run_paths(options)
+    lct.check_given(options)
     if options.detections is not None and not options.detections.exists():
         raise lct.UserError("does not exist", options.said("detections"), "check the path")
     out = options.out.resolve()
