@@ -1515,6 +1515,8 @@ class LineFile:
         self.path = path
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if not (data := path.read_bytes()).endswith(b"\n"):  # a killed process leaves half a line
+                os.ftruncate(self._fd, data.rfind(b"\n") + 1)
         except OSError as error:
             raise write_error(path, error, 0) from error
 
@@ -1549,9 +1551,6 @@ def show(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-EVENT_FORM = {"event": str}  # of a line of metrics.jsonl
-
-
 class RunDirectory:
     """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the process that follows that."""
 
@@ -1565,10 +1564,7 @@ class RunDirectory:
         for leftover in path.glob(".*.[0-9]*.tmp"):
             leftover.unlink()
         self._log = LineFile(path / "train.log")
-        damage = repair_events(self.events_path)
         self._events = LineFile(self.events_path)
-        if damage:
-            self.log(f"warning: {damage}")
 
     def log(self, text: str = "") -> None:
         """Print a line, and append it with the time to train.log."""
@@ -1668,45 +1664,21 @@ class ReadRunDirectory(RunDirectory):
     event = forget_epochs_after = start_tracker = log
 
 
-def parse_record(line: bytes, form: Any) -> dict[str, Any] | None:
-    """Return the record that a line of JSON holds; None if it is none of that form, or its epoch no number."""
-    with contextlib.suppress(ValueError):
-        record = load_json(line)
-        check_form(record, form)
-        check_form(record.get("epoch", 0), int)
-        return record
-    return None
-
-
 def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
-    """Return the records of that form in a file of JSON lines; damaged ones, as a killed process leaves them, are left out."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [record for line in lines if (record := parse_record(line, form)) is not None]
+    """Return the records of that form in a file of JSON lines; damaged lines are left out, as are epochs that are no number."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = load_json(line)
+            check_form(record, form)
+            check_form(record.get("epoch", 0), int)
+            records.append(record)
+    return records
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl; damaged lines, which the next start repairs and names, are left out."""
-    return read_records(out_dir / name, EVENT_FORM)
-
-
-def repair_events(path: Path) -> str:
-    """Make metrics.jsonl whole lines of JSON again; return what was wrong with it, or ''.
-
-    The half line that a kill leaves is cut off. Lines that are damaged in another way go too, but then the file is kept as it was.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    *lines, rest = data.split(b"\n")
-    is_good = [parse_record(line, EVENT_FORM) is not None for line in (*lines, rest)]
-    num_bad = is_good[:-1].count(False)
-    if not rest and not num_bad:
-        return ""
-    damage = [f"the last line of {path.name} was cut off"] if rest else []
-    if num_bad:
-        aside = name_aside(path, "damaged")
-        write_bytes(aside, data)
-        damage.append(f"{num_bad} lines of {path.name} are damaged and left out; as it was, it is {aside.name}")
-    write_bytes(path, b"".join(line + b"\n" for line in itertools.compress((*lines, rest), is_good)))
-    return "; ".join(damage)
+    """Return the records of a run's metrics.jsonl; damaged lines are left out."""
+    return read_records(out_dir / name, {"event": str})
 
 
 def name_aside(path: Path, why: str) -> Path:

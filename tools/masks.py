@@ -444,7 +444,7 @@ def generate_masks(
     sam2 = Sam2(options, runtime)
     read = functools.partial(_read_crop, side=sam2.side)
     with (
-        contextlib.closing(_open_mask_log(options.out_dir / lct.MASK_LOG_NAME)) as log,
+        contextlib.closing(lct.LineFile(options.out_dir / lct.MASK_LOG_NAME)) as log,
         contextlib.closing(_read_ahead(jobs, read, max(1, lct.count_workers(options.workers)))) as crops,
         lct.progress((), len(jobs), "masks", "crop") as bar,
     ):
@@ -541,14 +541,6 @@ def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
         return error
     square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
     return _Crop(np.asarray(square), image.shape[0], image.shape[1])
-
-
-def _open_mask_log(path: Path) -> lct.LineFile:
-    """Open masks.jsonl to append to it, on a line of its own if a killed run left half a line."""
-    log = lct.LineFile(path)
-    if path.read_bytes()[-1:] not in (b"", b"\n"):
-        log.append("\n")
-    return log
 
 
 def _write_mask(target: Path, mask: np.ndarray) -> None:

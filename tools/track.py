@@ -81,7 +81,7 @@ def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
             if line in known:
                 continue
             known.add(line)
-            with contextlib.suppress(ValueError):  # a damaged line, which the next start of the run repairs
+            with contextlib.suppress(ValueError):  # a damaged line
                 record = json.loads(line)
                 if isinstance(record, dict) and "event" in record:
                     last = record["event"]

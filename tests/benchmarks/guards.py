@@ -44,10 +44,10 @@ GUARDS = {
     ),
     "half a line is taken back": ("os.ftruncate(self._fd, size)", "pass", "tests/test_resume.py -k taken_back"),
     "fsync of log lines": ("                os.fsync(self._fd)\n", "", "tests/test_resume.py -k reaches_the_disk"),
-    "repair of metrics.jsonl": (
-        "    if not rest and not num_bad:\n",
-        "    if True:\n",
-        "tests/test_resume.py -k repaired",
+    "half lines of logs": (
+        'os.ftruncate(self._fd, data.rfind(b"\\n") + 1)',
+        "pass",
+        "tests/test_resume.py -k half_lines",
     ),
     "no NaN in metrics.jsonl": (
         "        return value if math.isfinite(value) else None\n",

@@ -416,8 +416,7 @@ def test_a_half_written_line_is_passed_over(config: masks.MaskOptions, asked: li
     generate(config)
     assert len(asked) == 2 and list(lct.read_mask_log(config.out_dir)) == sorted(CROPS)
     lines = log.read_bytes().split(b"\n")
-    assert lines[1] == whole[:cut].split(b"\n")[1], "append-only"
-    assert [json.loads(line)["path"] for line in lines[2:4]] == [requests[1].path, requests[2].path]
+    assert [json.loads(line)["path"] for line in lines[1:3]] == [requests[1].path, requests[2].path]
 
 
 @pytest.mark.parametrize("line", ["[]", "7", '{"path": "hammer/0000.png"}', '"', "null"])
