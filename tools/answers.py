@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import operator
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,8 +135,7 @@ def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
 class AnswerFile:
     """Answers on disk, a line a unit, in the order in which they came; in memory is only where each starts.
 
-    The first line says what they are a function of besides images and objects. With another one the file starts afresh; half a
-    line at its end, which a kill leaves, is cut off.
+    The first line says what they are a function of besides images and objects. With another one the file starts afresh.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -145,8 +143,8 @@ class AnswerFile:
         header = (json.dumps({"key": key}) + "\n").encode()
         if not self._read_starts(path, header):
             lct.write_bytes(path, header)
-        self._end = path.stat().st_size
         self._log = lct.LineFile(path)
+        self._end = path.stat().st_size
         self._file = open(path, "rb")  # noqa: SIM115  closed below
 
     def _read_starts(self, path: Path, header: bytes) -> bool:
@@ -157,8 +155,7 @@ class AnswerFile:
                 return False
             start = file.tell()
             for line in file:
-                if not line.endswith(b"\n"):
-                    os.truncate(path, start)
+                if not line.endswith(b"\n"):  # `LineFile` cuts it off
                     break
                 with contextlib.suppress(ValueError, RecursionError):  # a damaged line is answered again
                     record = json.loads(line)

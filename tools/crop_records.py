@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,17 +58,15 @@ class Records:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file of ours; half a line at its end, which a kill leaves, is cut off.
+    """Yield the lines of a file of ours; half a line at its end, which a kill leaves, is passed over.
 
     Raises:
         UserError: a line is not what this tool writes.
     """
     is_progress = path.name == PROGRESS_NAME
-    start = 0
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
         for number, line in enumerate(file, 1):
             if is_progress and not line.endswith(b"\n"):
-                os.truncate(path, start)
                 return
             try:
                 entry = json.loads(line)
@@ -81,7 +78,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 what = f"line {number} is damaged: {error}"
                 raise lct.UserError(what, str(path), "restore the file, or choose a new --out") from error
             yield entry
-            start += len(line)
 
 
 def check_record(record: dict[str, Any]) -> None:
