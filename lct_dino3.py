@@ -146,7 +146,6 @@ PRIOR_ANSWERS = 10
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
-CACHE_NOTE_SECONDS = 10  # embedding views is interrupted at the loss of no more
 FP16_MAX = 65504.0
 # Models that pass it inside: DINOv3 has no fp16, its authors say (facebookresearch/dinov3, issue 181); EVA's blocks are alike.
 FP16_OVERFLOWS = ("dinov3", "eva")
@@ -5269,10 +5268,6 @@ class Recognizer(nn.Module):
         """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
         return normalize_heads(self.head(features), self.criterion.num_heads)
 
-    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin (B, H, C) and without (B, C), of features (B, feature_dim) of the backbone."""
-        return self.criterion(self.embed(features), labels)
-
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the state dict without what is frozen of the backbone, which its identity stands for."""
         trained = self.backbone.trained_keys
@@ -5783,54 +5778,32 @@ RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with -
 
 
 class Tally:
-    """What the train figures of an epoch are made of: its steps so far, from `totals` on. Those not yet fetched wait on the device.
+    """What the train figures of an epoch are made of: its steps so far, from `totals` on. The last ones wait on the device."""
 
-    Of more than MAX_SCORE_ENTRIES logits only the answers are kept, on the device already: 1.2 million images of 1,000 classes
-    would have 5 GB, in each checkpoint too.
-    """
+    def __init__(self, totals: dict[str, torch.Tensor] | None = None) -> None:
+        self.fetched = [totals] if totals else []  # of several steps each, as `totals` returns them
+        self.pending: list[tuple[torch.Tensor, ...]] = []  # of one step each, as `add` takes them
 
-    def __init__(self, totals: Mapping[str, torch.Tensor] | None = None) -> None:
-        totals = totals or {}
-        self.losses = [totals["losses"]] if totals else []  # float32 (steps,); () of a pending step
-        self.scores = [totals[key] for key in ("logits", "answers") if key in totals]  # float32 (b, C), or int64 (b,)
-        self.labels = [totals["labels"]] if totals else []  # int64 (b,)
-        self.sizes = totals["sizes"].tolist() if totals else []  # images of each step
-        self.num_pending = 0  # last losses and scores, which are on the device
-        self.num_scores = MAX_SCORE_ENTRIES if "answers" in totals else sum(map(torch.numel, self.scores))
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Note a step, without waiting for the device."""
-        self.losses.append(loss)
-        self.scores.append(logits)
-        self.labels.append(labels)
-        self.sizes.append(len(labels))
-        self.num_pending += 1
-        self.num_scores += logits.numel()
-        if self.num_scores > MAX_SCORE_ENTRIES:
-            self.scores = [scores if scores.ndim == 1 else scores.argmax(dim=1) for scores in self.scores]
+    def add(self, loss: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> None:
+        """Note loss (), logits (b, C) or answers (b,), and labels (b,) of a step, without waiting for the device."""
+        self.pending.append((loss, scores, labels))
 
     def fetch(self) -> int | None:
         """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
-        if not self.num_pending:
+        if not self.pending:
             return None
-        values = torch.stack(self.losses[-self.num_pending :]).cpu()
-        self.losses[-self.num_pending :] = [values]
-        self.scores[-self.num_pending :] = [torch.cat(self.scores[-self.num_pending :]).cpu()]
-        self.num_pending = 0
-        wrong = (~torch.isfinite(values)).nonzero()
-        return len(values) - int(wrong[0]) if len(wrong) else None
+        losses, scores, labels = zip(*self.pending, strict=True)
+        self.pending = []
+        part = {"losses": torch.stack(losses).cpu(), "sizes": torch.tensor(list(map(len, labels)))}
+        part["answers" if scores[0].ndim == 1 else "logits"] = torch.cat(scores).cpu()
+        self.fetched.append({**part, "labels": torch.cat(labels)})
+        wrong = (~torch.isfinite(part["losses"])).nonzero()
+        return len(losses) - int(wrong[0]) if len(wrong) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,), all fetched; {} before a step."""
-        if not self.losses:
-            return {}
-        scores = torch.cat(self.scores)
-        return {
-            "losses": torch.cat(self.losses),
-            "sizes": torch.tensor(self.sizes),
-            "logits" if scores.ndim == 2 else "answers": scores,
-            "labels": torch.cat(self.labels),
-        }
+        names = self.fetched[0] if self.fetched else ()
+        return {name: torch.cat([part[name] for part in self.fetched]) for name in names}
 
 
 @dataclass
@@ -5853,7 +5826,6 @@ class TrainState:
     frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # scores of `measure_unseen`, for `calibrate`
     sessions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see `find_sessions`
-    saved_step: int | None = None  # what checkpoint_last.pth holds; of this process only
 
 
 def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
@@ -7576,9 +7548,9 @@ class FeatureBank:
 class ViewCache:
     """Trains on features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
 
-    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
-    are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
-    All processes embed; the first one alone trains the head, which takes no images any more.
+    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says of which
+    run, data and libraries they are. An interrupted run goes on with its own; anything else is embedded anew. All
+    processes embed; the first one alone trains the head, which takes no images any more.
     """
 
     def __init__(self, job: Job, backbone: Backbone, clean: Embedded | None) -> None:
@@ -7642,7 +7614,6 @@ class ViewCache:
     def _fill(self) -> None:
         """Embed what is not there yet."""
         num_views, num_images, feature_dim = self._shape
-        note_path = self._path.with_suffix(".json")
         maker = {  # all that the features are a function of
             "format": CHECKPOINT_FORMAT,
             "identity": self._job.identity,
@@ -7651,7 +7622,7 @@ class ViewCache:
             "versions": list_versions(),
             "shape": list(self._shape),
         }
-        done = from_first(self._count_done, note_path, maker)
+        done = from_first(self._count_done, maker)
         if done == num_views * num_images:
             return
         there = f", {done:,} are there" if done else ""
@@ -7662,32 +7633,25 @@ class ViewCache:
         with open(self._path, "r+b" if done else "wb") as file:
             file.seek(done * 2 * feature_dim)
             file.truncate()
+            if not done:  # from here on, what the file has is of this maker
+                write_json(self._path.with_suffix(".json"), {"maker": maker})
+            for features in self._embed(done):
+                file.write(features.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
-            def write_note() -> None:
-                file.flush()
-                os.fsync(file.fileno())
-                write_json(note_path, {"done": done, "maker": maker})
-
-            noted_at = time.monotonic()
-            try:
-                for features in self._embed(done):
-                    file.write(features.tobytes())
-                    done += len(features)
-                    if time.monotonic() - noted_at > CACHE_NOTE_SECONDS:
-                        write_note()
-                        noted_at = time.monotonic()
-            finally:
-                write_note()
-
-    def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
+    def _count_done(self, maker: dict[str, Any]) -> int:
         """Return how many features of this maker are in the file. Raises UserError where there is no room for all others."""
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
         with contextlib.suppress(OSError, ValueError):  # no note, or not one of ours
-            note = read_json(note_path, {"maker": dict, "done": int})
-            if note["maker"] == to_json(maker):
-                done = min(note["done"], self._path.stat().st_size // row_bytes)
+            if read_json(self._path.with_suffix(".json"), {"maker": dict})["maker"] == to_json(maker):
+                done = min(self._path.stat().st_size // row_bytes, num_views * num_images)
+        batch = -(-self._job.config.batch // get_world_size())
+        done -= (
+            done % num_images % batch
+        )  # half a batch would be embedded with others than in a run without interruption
         missing = (num_views * num_images - done) * row_bytes
         folder = self._path.parent
         if missing and (free := free_disk(folder)) < missing:
@@ -7771,10 +7735,9 @@ class Clock:
     device: torch.device
     seconds_before: float = 0.0  # spent on the epoch before an interruption
     images: int = 0
-    waited: float = 0.0  # seconds in which the device had no batch to work on
     started: float = dataclasses.field(default_factory=time.monotonic)
-    # When a batch was asked for and when it came, as `_mark` gives it, of the waits that are not counted yet.
-    waits: deque[tuple[Any, Any]] = dataclasses.field(default_factory=deque)
+    # When a batch was asked for and when it came, as `_mark` gives it.
+    waits: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
     def seconds(self) -> float:
         """Return the time spent on the epoch so far."""
@@ -7785,7 +7748,6 @@ class Clock:
         asked = self._mark()
         for batch in batches:
             self.waits.append((asked, self._mark()))
-            self._count_waits()
             self.images += len(batch.labels)
             yield batch
             asked = self._mark()
@@ -7798,18 +7760,12 @@ class Clock:
         event.record()
         return event
 
-    def _count_waits(self) -> None:
-        """Count the waits whose end is known."""
-        is_cuda = self.device.type == "cuda"
-        while self.waits and (not is_cuda or self.waits[0][1].query()):
-            asked, came = self.waits.popleft()
-            self.waited += asked.elapsed_time(came) / 1000 if is_cuda else came - asked
-
     def pace(self) -> dict[str, float]:
         """Return images/s of this process, and the share of the time that was waited for data; the device must have finished."""
-        self._count_waits()
+        is_cuda = self.device.type == "cuda"
+        waited = sum(asked.elapsed_time(came) / 1000 if is_cuda else came - asked for asked, came in self.waits)
         seconds = max(time.monotonic() - self.started, 1e-9)
-        return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(self.waited / seconds, 3)}
+        return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(waited / seconds, 3)}
 
 
 def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
@@ -7837,8 +7793,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
         try:
             train_epoch(job, state, feed, clock)
         except Interrupted:  # between two steps
-            if state.saved_step != state.step:
-                save_state(job, state)
+            save_state(job, state)
             raise
         pace = clock.pace()
         with state.average.applied() if state.average else contextlib.nullcontext():
@@ -7861,6 +7816,10 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
     saved = time.monotonic()
     state.model.train()
     total_steps = math.ceil(feed.num_batches / job.config.accumulate_grad_batches) * job.config.epochs
+    # Of more logits the answers are kept, on the device already: 1.2 million images of 1,000 classes would have 5 GB, in each
+    # checkpoint too. An epoch goes on as it began.
+    num_scores = feed.num_batches * job.config.batch * len(job.records.class_names)
+    keeps_logits = "logits" in state.tally.fetched[0] if state.tally.fetched else num_scores <= MAX_SCORE_ENTRIES
     stream = clock.watch(feed.batches(state))
     while batches := list(itertools.islice(stream, job.config.accumulate_grad_batches)):  # the last step may have fewer
         for batch in batches:
@@ -7870,10 +7829,11 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
             if readable:
                 set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
                 loss, logits = train_step(job.config, job.runtime, feed.network, state, readable)
-                state.tally.add(loss, logits, torch.cat([batch.labels for batch in readable]))
+                scores = logits if keeps_logits else logits.argmax(dim=1)
+                state.tally.add(loss, scores, torch.cat([batch.labels for batch in readable]))
             state.batches += len(batches)
             state.seconds = clock.seconds()
-        if state.tally.num_pending >= FINITE_CHECK_STEPS:
+        if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(job, state)
         if SIGNALS.wants_save or time.monotonic() - saved >= save_seconds:
             save_state(job, state)
@@ -7968,7 +7928,6 @@ def save_state(job: Job, state: TrainState) -> None:
     """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
     check_finite(job, state)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
-    state.saved_step = state.step
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -8755,15 +8714,6 @@ def plan_run(
 
 def find_damage(out_dir: Path, records: Records) -> list[str]:
     """Return a sentence for each file of a finished run that is missing or damaged; finishing once more makes them anew."""
-
-    def check_predictions(path: Path) -> None:
-        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
-            num_rows = int((content["splits"] == "test").sum())
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [None not in row.values() for row in csv.DictReader(file, strict=True)]
-        if len(rows) != num_rows or not all(rows):
-            raise ValueError(f"has {sum(rows)} whole rows of {num_rows}")
-
     checks: dict[str, Callable[[Path], Any]] = {
         "config.json": lambda path: read_run_config(path.parent),
         BEST_NAME: load_checkpoint,
@@ -8771,16 +8721,14 @@ def find_damage(out_dir: Path, records: Records) -> list[str]:
         "embeddings.npz": check_zip,
     }
     if len(records.rows("test")):
-        checks["predictions.csv"] = check_predictions
+        checks["predictions.csv"] = Path.stat  # it holds no checksum
     damage = []
     for name, check in checks.items():
         try:
             if not (out_dir / name).is_file():
                 raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
             check(out_dir / name)
-        except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
-            if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
-                continue  # nothing says how many rows there should be
+        except (UserError, OSError, zipfile.BadZipFile) as error:
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 

@@ -302,7 +302,8 @@ def train_a_little(model: lct.Recognizer, config: lct.Config) -> None:
     optimizer = lct.build_optimizer(lct.parameter_groups(model, config), config)
     model.train()
     for _ in range(2):
-        logits, _ = model(model.backbone(draw_images(4, 3, config.img_size, config.img_size)), torch.arange(4) % 3)
+        features = model.backbone(draw_images(4, 3, config.img_size, config.img_size))
+        logits, _ = model.criterion(model.embed(features), torch.arange(4) % 3)
         optimizer.zero_grad()
         model.criterion.losses(logits, torch.arange(4) % 3).mean().backward()
         optimizer.step()
