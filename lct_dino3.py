@@ -8654,10 +8654,7 @@ def prepare_run(
         old = move_aside(config.out_dir)
         show(f"the old run is moved to {old}")
         create_out_dir(config.out_dir)
-        for path in (old / name for name in (MASK_LOG_NAME, "masks_preview.png") if config.auto_generate_masks):
-            if path.exists():
-                shutil.copyfile(path, config.out_dir / path.name)
-        for name in (MEMORY_NAME, SQUARES_NAME):  # of the same images
+        for name in (MEMORY_NAME, SQUARES_NAME, MASK_LOG_NAME, "masks_preview.png"):  # of the same images
             with contextlib.suppress(FileNotFoundError):
                 (old / name).rename(config.out_dir / name)
     job = dataclasses.replace(job, run=stack.enter_context(RunDirectory(config.out_dir)))
