@@ -7721,11 +7721,9 @@ class TrainFeed:
             self._sampler.start_at(state.epoch, first + taken)
             return self._loader
 
-        with contextlib.closing(progress((), self.num_batches, f"epoch {state.epoch + 1}/{job.config.epochs}")) as bar:
-            bar.update(first)
-            for batch in outlive_workers(read, job.run.log):
-                yield gather_batch(batch)
-                bar.update()
+        label = f"epoch {state.epoch + 1}/{job.config.epochs}"
+        bar = progress(outlive_workers(read, job.run.log), self.num_batches - first, label)
+        yield from map(gather_batch, bar)
 
 
 @dataclass
