@@ -7549,8 +7549,8 @@ class ViewCache:
     """Trains on features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
 
     They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says of which
-    run, data and libraries they are. An interrupted run goes on with its own; anything else is embedded anew. All
-    processes embed; the first one alone trains the head, which takes no images any more.
+    run, data and libraries they are. An interrupted run goes on with its own; anything else is embedded anew. All processes
+    embed; the first one alone trains the head, which takes no images any more.
     """
 
     def __init__(self, job: Job, backbone: Backbone, clean: Embedded | None) -> None:
@@ -7649,9 +7649,7 @@ class ViewCache:
             if read_json(self._path.with_suffix(".json"), {"maker": dict})["maker"] == to_json(maker):
                 done = min(self._path.stat().st_size // row_bytes, num_views * num_images)
         batch = -(-self._job.config.batch // get_world_size())
-        done -= (
-            done % num_images % batch
-        )  # half a batch would be embedded with others than in a run without interruption
+        done -= done % num_images % batch  # whole batches, as a run without interruption embeds them
         missing = (num_views * num_images - done) * row_bytes
         folder = self._path.parent
         if missing and (free := free_disk(folder)) < missing:
