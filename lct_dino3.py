@@ -8628,6 +8628,7 @@ def prepare_run(
     check_optimizer(config)
     if config.unknown_dir is not None:
         unknown_records(config.unknown_dir)
+    has_old_run = config.overwrite and config.out_dir.exists()
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
         # Also for what is asked of the run later.
@@ -8646,7 +8647,7 @@ def prepare_run(
         check_masks_usable(scan, config)
         records = reuse_splits(splits_path, scan.records)[0] if point else scan.records
         job = dataclasses.replace(job, records=records)
-    if config.overwrite and config.out_dir.exists():
+    if has_old_run:
         old = move_aside(config.out_dir)
         show(f"the old run is moved to {old}")
         create_out_dir(config.out_dir)

@@ -338,7 +338,8 @@ def test_more_epochs_continue_a_finished_run(data: Path, tmp_path: Path, call_ma
 
 
 def test_overwrite_moves_the_old_run_aside(data: Path, tmp_path: Path, call_main: Main) -> None:
-    assert train(call_main, data, tmp_path / "run", "--epochs", 1) == 0
+    """Where there is one."""
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--overwrite") == 0
     before = (tmp_path / "run" / "checkpoint_last.pth").read_bytes()
     assert train(call_main, data, tmp_path / "run", "--epochs", 2, "--overwrite", "--seed", 1) == 0
     (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.old-"))
