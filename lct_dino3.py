@@ -146,6 +146,7 @@ PRIOR_ANSWERS = 10
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # a check waits for the device
 MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
+CACHE_NOTE_SECONDS = 10  # embedding views is interrupted at the loss of no more
 FP16_MAX = 65504.0
 # Models that pass it inside: DINOv3 has no fp16, its authors say (facebookresearch/dinov3, issue 181); EVA's blocks are alike.
 FP16_OVERFLOWS = ("dinov3", "eva")
@@ -7548,9 +7549,9 @@ class FeatureBank:
 class ViewCache:
     """Trains on features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
 
-    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says of which
-    run, data and libraries they are. An interrupted run goes on with its own; anything else is embedded anew. All processes
-    embed; the first one alone trains the head, which takes no images any more.
+    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
+    are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
+    All processes embed; the first one alone trains the head, which takes no images any more.
     """
 
     def __init__(self, job: Job, backbone: Backbone, clean: Embedded | None) -> None:
@@ -7614,6 +7615,7 @@ class ViewCache:
     def _fill(self) -> None:
         """Embed what is not there yet."""
         num_views, num_images, feature_dim = self._shape
+        note_path = self._path.with_suffix(".json")
         maker = {  # all that the features are a function of
             "format": CHECKPOINT_FORMAT,
             "identity": self._job.identity,
@@ -7622,7 +7624,7 @@ class ViewCache:
             "versions": list_versions(),
             "shape": list(self._shape),
         }
-        done = from_first(self._count_done, maker)
+        done = from_first(self._count_done, note_path, maker)
         if done == num_views * num_images:
             return
         there = f", {done:,} are there" if done else ""
@@ -7633,23 +7635,32 @@ class ViewCache:
         with open(self._path, "r+b" if done else "wb") as file:
             file.seek(done * 2 * feature_dim)
             file.truncate()
-            if not done:  # from here on, what the file has is of this maker
-                write_json(self._path.with_suffix(".json"), {"maker": maker})
-            for features in self._embed(done):
-                file.write(features.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
 
-    def _count_done(self, maker: dict[str, Any]) -> int:
+            def write_note() -> None:
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(note_path, {"done": done, "maker": maker})
+
+            noted_at = time.monotonic()
+            try:
+                for features in self._embed(done):
+                    file.write(features.tobytes())
+                    done += len(features)
+                    if time.monotonic() - noted_at > CACHE_NOTE_SECONDS:
+                        write_note()
+                        noted_at = time.monotonic()
+            finally:
+                write_note()
+
+    def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
         """Return how many features of this maker are in the file. Raises UserError where there is no room for all others."""
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
         with contextlib.suppress(OSError, ValueError):  # no note, or not one of ours
-            if read_json(self._path.with_suffix(".json"), {"maker": dict})["maker"] == to_json(maker):
-                done = min(self._path.stat().st_size // row_bytes, num_views * num_images)
-        batch = -(-self._job.config.batch // get_world_size())
-        done -= done % num_images % batch  # whole batches, as a run without interruption embeds them
+            note = read_json(note_path, {"maker": dict, "done": int})
+            if note["maker"] == to_json(maker):
+                done = min(note["done"], self._path.stat().st_size // row_bytes)
         missing = (num_views * num_images - done) * row_bytes
         folder = self._path.parent
         if missing and (free := free_disk(folder)) < missing:
@@ -8708,6 +8719,15 @@ def plan_run(
 
 def find_damage(out_dir: Path, records: Records) -> list[str]:
     """Return a sentence for each file of a finished run that is missing or damaged; finishing once more makes them anew."""
+
+    def check_predictions(path: Path) -> None:
+        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
+            num_rows = int((content["splits"] == "test").sum())
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [None not in row.values() for row in csv.DictReader(file, strict=True)]
+        if len(rows) != num_rows or not all(rows):
+            raise ValueError(f"has {sum(rows)} whole rows of {num_rows}")
+
     checks: dict[str, Callable[[Path], Any]] = {
         "config.json": lambda path: read_run_config(path.parent),
         BEST_NAME: load_checkpoint,
@@ -8715,14 +8735,16 @@ def find_damage(out_dir: Path, records: Records) -> list[str]:
         "embeddings.npz": check_zip,
     }
     if len(records.rows("test")):
-        checks["predictions.csv"] = Path.stat  # it holds no checksum
+        checks["predictions.csv"] = check_predictions
     damage = []
     for name, check in checks.items():
         try:
             if not (out_dir / name).is_file():
                 raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
             check(out_dir / name)
-        except (UserError, OSError, zipfile.BadZipFile) as error:
+        except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+            if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
+                continue  # nothing says how many rows there should be
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 

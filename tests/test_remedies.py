@@ -115,7 +115,7 @@ def test_a_finished_run_that_lacks_something_finishes_once_more(
     )
     hurts: dict[str, Callable[[Path], object]] = {
         "embeddings.npz": lambda path: hurt("flipped", path),
-        "predictions.csv": Path.unlink,
+        "predictions.csv": lambda path: path.write_bytes(path.read_bytes()[:-20]),
         "checkpoint_best.pth": lambda path: hurt("cut", path),
         "config.json": lambda path: path.write_text("{}"),
         "prototypes.npz": lambda path: hurt("empty", path),

@@ -104,11 +104,12 @@ def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode:
 def test_an_interrupted_cache_is_continued_and_one_of_other_settings_is_not(data: Path) -> None:
     path = data.parent / "run" / "cached_views.f16"
     images = len(open_cache(data)[1].records.rows("train"))
-    whole = path.read_bytes()
+    whole, noted = path.read_bytes(), json.loads(path.with_suffix(".json").read_text("utf-8"))
     row_bytes = len(whole) // (2 * images)
+    assert noted["done"] == 2 * images
     mark = np.full(row_bytes // 2, 7, np.float16).tobytes()
-    # Two batches of 8, and a part of the third, which is made anew.
-    path.write_bytes(mark + whole[row_bytes : 16 * row_bytes] + mark + mark[:5])
+    path.write_bytes(mark + whole[row_bytes : 19 * row_bytes])  # three rows were written and not noted
+    path.with_suffix(".json").write_text(json.dumps(noted | {"done": 16}), "utf-8")
     open_cache(data, workers=2)
     assert path.read_bytes() == mark + whole[row_bytes:]
     open_cache(data, seed=43)
