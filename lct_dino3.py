@@ -6536,7 +6536,7 @@ def calibrate(
         stranger_scores = score_without_class(gallery.scores, val)
     thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, num_classes, dtype)
     enrolment = {}
-    for num_crops, at in unseen.get("enrolment", {}).items():
+    for num_crops, at in unseen.get("enrolled", {}).items():
         scores = (middle + spread * np.array(at["scores"])).astype(np.float32)
         threshold = precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
         is_asked = at["figures"]["target_precision"] == precision
@@ -8196,7 +8196,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         fpr95 of telling them from the others, and `others` by other ways; ece and `reliability` on test of probabilities that
         are fitted on val, with the strangers of the other heads; enrolment: see `measure_enrolment`.
 
-        And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolment, by number of crops: scores on it
+        And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolled, by number of crops: scores on it
         and is_right of `answers_of_enrolled`, and the figures at the target_precision.
     """
     names, train = job.records.class_names, features["train"]
@@ -8238,7 +8238,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "enrolment": enrolment,
     }, {
         "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, STRANGER_QUANTILES)).tolist(),
-        "enrolment": {
+        "enrolled": {
             str(at["crops"]): {"scores": scores.tolist(), "is_right": is_right.tolist(), "figures": at}
             for at, (scores, is_right) in zip(enrolment, evidence, strict=True)
         },

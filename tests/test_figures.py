@@ -584,7 +584,7 @@ def test_probabilities_are_fitted_on_val_and_on_strangers_that_the_embedder_has_
         unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]
         middle, low = np.quantile(best, [0.5, 0.1])
         strange = middle + (middle - low) * np.array(unseen["strangers"])
-        assert {"1", "5", "20"} == set(unseen["enrolment"]) == set(run.meta["enrolment"])
+        assert {"1", "5", "20"} == set(unseen["enrolled"]) == set(run.meta["enrolment"])
     assert len(strange) > 10
     every, weights = (
         np.append(best, strange),
@@ -863,7 +863,7 @@ def test_an_enrolled_class_has_the_threshold_that_heads_without_some_classes_pro
     np.testing.assert_array_equal(thresholds[:5], run.gallery["thresholds"])
     best = run.scores(run.vectors(run.best, "val")).max(axis=1)
     middle, low = np.quantile(best, [0.5, 0.1])
-    unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]["enrolment"]["1"]
+    unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]["enrolled"]["1"]
     scores = (middle + (middle - low) * np.array(unseen["scores"])).astype(np.float32)
     is_right = np.array(unseen["is_right"])
     expected = least_threshold(scores, is_right, run.options["target_precision"])

@@ -73,7 +73,7 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) 
         assert abs(np.mean(aurocs) - 0.5) < 0.15 and figures["enrolment"][2]["new"] < 0.5
         assert all(at["recall"] < 0.1 for at in figures["enrolment"]), "no threshold makes guesses right"
     assert len(scores["strangers"]) == 201 and scores["strangers"] == sorted(scores["strangers"])
-    for at, kept in zip(figures["enrolment"], scores["enrolment"].values(), strict=True):
+    for at, kept in zip(figures["enrolment"], scores["enrolled"].values(), strict=True):
         assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
     low, high = figures["unknown_passed"]["interval"]
     assert 0 <= low <= figures["unknown_passed"]["value"] <= high <= 1
