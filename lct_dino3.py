@@ -137,7 +137,7 @@ FEATURE_REFERENCES = 20_000  # that their covariance is estimated on
 PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes a class that --prototypes_per_class auto tries
 MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a mislabelled picture
 MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
-SIGNIFICANCE = 0.05  # of the sign tests: of training's gain, and of other matchers against centroids
+SIGNIFICANCE = 0.05  # of the sign tests: of training's gain, and of several prototypes a class against one
 MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
 # Of the bound on errors that thresholds are set by: at 0.5 precision falls short, at 0.7 coverage.
 PROMISE_CONFIDENCE = 0.6
@@ -486,7 +486,7 @@ class Config(Options):
         "prototypes", metavar="DIR", folder=True)
     max_refs_per_class: int | None = option(None, group="prototypes", low=1,
         text="references a class in prototypes.npz: those nearest to k-means centres (default: all)")
-    matcher: str = option("auto", "how a class is matched; auto = by its centroid, unless val shows better",
+    matcher: str = option("auto", "how a class is matched; auto = what is best on val",
         "prototypes", choices=("auto", "centroid", "knn"))
     match_features: bool = option(True, group="prototypes",
         text="match by features of the backbone too, where val hardly loses by it: enrolled classes are found more often")
@@ -5636,15 +5636,14 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
     }
 
 
-def shares_below(known: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """Return for each score of a known object (N,) which share of unknown ones (U,) scores less, float64 (N,).
+def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
+    """Return the chance that a known object (N,) is answered right, and with a higher score than an unknown one (U,).
 
-    Of right answers, and 0 for wrong ones, its mean is the area under Dhamija's curve of correct classification against false
-    positives (arXiv:1811.04110).
+    It is the area under Dhamija's curve of correct classification against false positives (arXiv:1811.04110).
     """
     ranked = np.sort(unknown)
     won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # twice: a tie is half a point
-    return won / 2 / len(unknown)
+    return float((is_right * won / 2).mean() / len(unknown))
 
 
 def reliability(
@@ -6372,7 +6371,7 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
-    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_rates` on val."""
+    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val."""
     mean, projection = project_features(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
@@ -6383,18 +6382,17 @@ def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], 
         train, val, *unknown = (fusion.fuse(features[name], embedded[name]) for name in names)
         centroids = class_centroids(train.values, train.labels, num_classes)
         strangers = unknown[0].values if unknown else None
-        rates = match_rates(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers)
-        qualities.append(rates.mean())
+        qualities.append(match_quality(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers))
     return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
 
 
-def match_rates(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> np.ndarray:
-    """Return for each of val whether it gets its class, float64 (N,); with vectors of `strangers` (U, D), a right one its share of
-    them that score less.
-    """
+def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
+    """Return the share of val that gets its class; with vectors of `strangers` (U, D): and with more than most of them score."""
     answers, best = best_answers(score, val.values)
-    is_right = (answers == val.labels).astype(float)
-    return is_right if strangers is None else is_right * shares_below(best, best_answers(score, strangers)[1])
+    is_right = answers == val.labels
+    if strangers is None:
+        return float(is_right.mean())
+    return open_set_rate(best, is_right, best_answers(score, strangers)[1])
 
 
 def embed(model: Recognizer, features: Embedded) -> Embedded:
@@ -6412,14 +6410,10 @@ def build_gallery(
 ) -> Gallery:
     """Build centroids from all references, keep the stacks, and choose the matcher on val; `calibrate` has yet to follow.
 
-    It is the centroid, by which classes that are enrolled from few crops are found most often, unless the best of the others, the
-    nearest of KNN_CHOICES references or several prototypes, is measurably better by `match_rates`. Measurably: among the val
-    images that go better or worse with it, so many more go better that a fair coin would do it in less than SIGNIFICANCE of all
-    cases. Strangers (U, D) are vectors of objects of no class: on classes held out the embedder is too good for those to stand
-    in here, it was trained to tell them.
+    It, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with vectors of strangers (U, D),
+    those that are right and surer than of them. On classes held out the embedder is too good for those to stand in here: it was
+    trained to tell them.
     """
-    from scipy.stats import binomtest
-
     num_classes = len(records.class_names)
     references = references.by_class()
     centroids = class_centroids(references.values, references.labels, num_classes)
@@ -6449,25 +6443,15 @@ def build_gallery(
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
     sizes = np.bincount(stacks.labels, minlength=num_classes)
     counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
-    rivals = [dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts]
-    rates = [match_rates(rival.scores, val, strangers) for rival in rivals]
-    knn = rivals[int(np.argmax([of_rival.mean() for of_rival in rates]))]
-    if config.matcher == "knn":
-        return knn
+    candidates = [dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts]
+    *qualities, simple = [match_quality(one.scores, val, strangers) for one in (*candidates, gallery)]
+    knn = candidates[int(np.argmax(qualities))]
+    if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple):
+        gallery = knn
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
-    if config.matcher == "centroid":
-        return gallery
-    if config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
-        rivals += [split_classes(gallery, references, count) for count in PROTOTYPE_CHOICES]
-        rates += [match_rates(rival.scores, val, strangers) for rival in rivals[len(rates) :]]
-    best = int(np.argmax([of_rival.mean() for of_rival in rates]))
-    gain = rates[best] - match_rates(gallery.scores, val, strangers)
-    gain = np.bincount(val.rows, weights=gain)  # by image: mix judges a crop twice
-    wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-    is_luck = gain.sum() <= 0 or binomtest(wins, wins + losses, alternative="greater").pvalue >= SIGNIFICANCE / len(
-        rivals
-    )
-    return gallery if is_luck else rivals[best]
+    if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
+        gallery = try_several_prototypes(gallery, references, val)
+    return gallery
 
 
 def export_gallery(
@@ -6508,6 +6492,27 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
     clusters = cluster(embeddings, count, 4).labels_
     means = class_centroids(embeddings, clusters, count)[np.bincount(clusters, minlength=count) >= MIN_CLUSTER]
     return means if len(means) > 1 else centroid[None]
+
+
+def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
+    """Return the gallery with the number of prototypes a class that is measurably better on val than its matcher, if one is.
+
+    Measurably: among the val images that only one of the two gets right, so many more are the new one's that a fair coin would
+    do it in less than SIGNIFICANCE of all cases.
+    """
+    from scipy.stats import binomtest
+
+    def is_right(candidate: Gallery) -> np.ndarray:
+        return (candidate.answer(val.values)[0] == val.labels).astype(float)
+
+    rivals = [split_classes(gallery, references, count) for count in PROTOTYPE_CHOICES]
+    best = max(rivals, key=lambda rival: is_right(rival).sum())
+    gain = np.bincount(val.rows, weights=is_right(best) - is_right(gallery))  # by image: mix judges a crop twice
+    wins = int((gain > 0).sum())
+    losses = int((gain < 0).sum())
+    if wins and binomtest(wins, wins + losses, alternative="greater").pvalue < SIGNIFICANCE / len(rivals):
+        return best
+    return gallery
 
 
 def calibrate(

@@ -155,28 +155,21 @@ def test_gallery_takes_its_references_by_class_and_its_centroids_from_all() -> N
         np.testing.assert_array_equal(references.values[row], value)
 
 
-def draw_ring_and_pole(num: int, seed: int) -> lct.Embedded:
-    """Class 0 all around the equator, so that its mean is nowhere; class 1 near the pole."""
-    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, num)
-    ring = np.stack([np.cos(angle), np.sin(angle), np.zeros(num)], axis=1)
-    values = np.concatenate([ring, np.tile([[0.3, 0.0, 0.95]], (num, 1))])
-    values /= np.linalg.norm(values, axis=1, keepdims=True)
-    return lct.Embedded(
-        np.arange(2 * num), np.zeros(2 * num, np.uint8), np.repeat([0, 1], num), values.astype(np.float32)
+def test_the_matcher_that_wins_on_val_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    ring = lambda n: np.stack([np.cos(a := rng.uniform(0, 2 * np.pi, n)), np.sin(a), np.zeros(n)], 1)  # noqa: E731
+
+    def part(n: int) -> lct.Embedded:  # class 0 all around the equator: its mean is nowhere; class 1 at the pole
+        values = np.concatenate([ring(n), np.tile([[0.3, 0.0, 0.95]], (n, 1))]).astype(np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        return lct.Embedded(np.arange(2 * n), np.zeros(2 * n, np.uint8), np.repeat([0, 1], n), values)
+
+    gallery = lct.build_gallery(make_records(80, 2), part(40), part(40), lct.Config())
+    assert gallery.matcher == "knn"
+    easy = lct.build_gallery(
+        make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), lct.Config()
     )
-
-
-@pytest.mark.parametrize(("num_wins", "matcher"), [(7, "centroid"), (8, "knn")])
-def test_another_matcher_is_taken_only_if_it_is_no_accident_that_it_is_better(num_wins: int, matcher: str) -> None:
-    """With seven rivals 8 images better and none worse are no accident: .5^8 < .05 / 7 < .5^7."""
-    records, references, val = make_records(80, 2), draw_ring_and_pole(40, 0), draw_ring_and_pole(40, 1)
-    centroid = lct.build_gallery(records, references, val, lct.Config(matcher="centroid"))
-    is_wrong = centroid.answer(val.values)[0] != val.labels
-    assert is_wrong.sum() > 8, "the nearest reference is right there"
-    chosen = val.take(np.concatenate([np.flatnonzero(is_wrong)[:num_wins], np.flatnonzero(~is_wrong)]))
-    assert lct.build_gallery(records, references, chosen, lct.Config()).matcher == matcher
-    views = lct.Embedded(*(np.repeat(column, 2, axis=0) for column in chosen))  # mix: two of each image are one
-    assert lct.build_gallery(records, references, views, lct.Config()).matcher == matcher
+    assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
 def test_what_is_answered_stands_beside_the_truth(patch_used: Callable) -> None:
@@ -235,6 +228,17 @@ def test_several_prototypes_a_class_are_taken_where_val_says_so() -> None:
     assert one.matcher in ("centroid", "knn")
     auto = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config())
     np.testing.assert_array_equal(auto.prototypes, auto.centroids)  # classes in one piece
+
+
+def test_auto_splits_classes_only_if_that_is_no_accident() -> None:
+    references, val = draw_two_sides(20, 1), draw_two_sides(20, 2)
+    plain = lct.build_gallery(make_records(160), references, val, lct.Config(prototypes_per_class="1"))
+    plain = dataclasses.replace(plain, matcher="centroid")
+    rng = np.random.default_rng(0)
+    plain = dataclasses.replace(plain, centroids=np.roll(plain.centroids, 1, axis=0))  # always wrong
+    assert lct.try_several_prototypes(plain, references, val).matcher == "prototypes"
+    few = val.take(rng.permutation(len(val.rows))[:4])  # four wins of four do not prove it
+    assert lct.try_several_prototypes(plain, references, few).matcher == "centroid"
 
 
 def test_a_single_picture_that_is_far_off_gets_no_prototype() -> None:
