@@ -6216,6 +6216,7 @@ class Gallery:
     log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept, over the score of an answer, of its being right
     # By number of crops of a class that is enrolled: its threshold, and `measure_enrolment` at that.
     enrolment: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    by_centroid: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `match_by_centroid`
     fusion: Fusion = NO_FUSION
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -6466,8 +6467,26 @@ def export_gallery(
     vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
     strangers = vectors.pop("unknown").values if "unknown" in vectors else None
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
-    gallery = calibrate(gallery, vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
-    return dataclasses.replace(gallery, fusion=fusion), vectors
+    evidence = (vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
+    by_centroid = {}
+    if gallery.matcher == "knn" and config.matcher == "auto":
+        plain = calibrate(dataclasses.replace(gallery, matcher="centroid"), *evidence)
+        by_centroid = {name: getattr(plain, name) for name in CALIBRATED}
+    return dataclasses.replace(calibrate(gallery, *evidence), fusion=fusion, by_centroid=by_centroid), vectors
+
+
+def match_by_centroid(gallery: Gallery) -> Gallery:
+    """Return the gallery as it answers with classes that are enrolled, which the nearest of a few references hardly finds.
+
+    `by_centroid` has what `calibrate` has found for that: the fields CALIBRATED, as they are or as JSON has them; {} = nothing.
+    """
+    if not gallery.by_centroid:
+        return gallery
+    fields = gallery.by_centroid | {
+        "thresholds": np.array(gallery.by_centroid["thresholds"], np.float32),
+        "is_pooled": np.array(gallery.by_centroid["is_pooled"], bool),
+    }
+    return dataclasses.replace(gallery, matcher="centroid", by_centroid={}, **fields)
 
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
@@ -6800,6 +6819,14 @@ def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]
         )
 
 
+CALIBRATED = (
+    "thresholds",
+    "is_pooled",
+    "temperature",
+    "val_thresholds",
+    "log_odds",
+    "enrolment",
+)  # fields of `Gallery`
 # Arrays of prototypes.npz: the field of `Gallery`, kind and bytes of an item (0 = any), the axes of the shape by letters.
 GALLERY_ARRAYS = {
     "id2cls": ("class_names", "U0", "C"),
@@ -6830,6 +6857,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "log_odds": gallery.log_odds,  # slope and intercept
         "enrolment": gallery.enrolment,  # thresholds by number of crops
         "spreads": gallery.spreads,
+        "by_centroid": gallery.by_centroid,
         "val_thresholds": gallery.val_thresholds,
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
     }
@@ -6888,8 +6916,17 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
     missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    needed = ("format", "temperature", "log_odds", "enrolment", "spreads", "val_thresholds", "pooled_thresholds")
-    missing += [f"{key} in its meta" for key in needed if key not in meta]
+    needed = {
+        "format",
+        "temperature",
+        "log_odds",
+        "enrolment",
+        "spreads",
+        "by_centroid",
+        "val_thresholds",
+        "pooled_thresholds",
+    }
+    missing += [f"{key} in its meta" for key in sorted(needed - meta.keys())]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     fields: dict[str, Any] = {}
@@ -6926,7 +6963,10 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
         enrolment={str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in enrolment},
         fusion=Fusion(mean, projection, float(weight)),
         spreads=(of_references, of_val),
+        by_centroid=meta["by_centroid"],
     )
+    if len(match_by_centroid(gallery).thresholds) != lengths["C"]:
+        raise ValueError(f"its by_centroid is not of {lengths['C']} classes")
     return gallery, meta
 
 
@@ -7193,6 +7233,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     num_classes = len(class_names)
     num_old = len(gallery.class_names)
     num_new = num_classes - num_old
+    if num_new:
+        gallery = match_by_centroid(gallery)
     label_of = np.array([class_names.index(name) for name in names], dtype=np.int64)
     num_stacks = len(gallery.stacks)
     stacks = Embedded(np.arange(num_stacks), gallery.stack_views, gallery.stack_labels, gallery.stacks)
@@ -7326,6 +7368,9 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
         "N": gallery.stack_labels != label,
     }
     fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[others["C"]]}
+    if gallery.by_centroid:
+        kept = {name: np.array(gallery.by_centroid[name])[others["C"]] for name in ("thresholds", "is_pooled")}
+        fields["by_centroid"] = gallery.by_centroid | kept
     for field, kind, axes in GALLERY_ARRAYS.values():
         if axes[:1] in others:
             values = np.array(getattr(gallery, field))[others[axes[0]]]
@@ -8281,6 +8326,7 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
     references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
     answers, best = gallery.answer(answered.values)
     middle, spread = score_scale(best[is_val])
+    middle_then, spread_then = score_scale(match_by_centroid(gallery).answer(answered.values)[1][is_val])
     enrolled = {}
     for num_crops in ENROLMENT_CROPS:
         draws = []
@@ -8291,7 +8337,7 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
             added = added._replace(rows=np.arange(len(added.rows)), labels=added.labels - len(seen))
             grown = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
             new_answers, new_best = grown.answer(answered.values)
-            draws.append(((new_best - middle) / spread, new_answers >= len(seen), new_answers == labels))
+            draws.append(((new_best - middle_then) / spread_then, new_answers >= len(seen), new_answers == labels))
         enrolled[num_crops] = tuple(map(np.stack, zip(*draws, strict=True)))
     logits = score_by_regression(job, train.take(of_seen))(queries.values).max(axis=1)
     has_passed = best >= gallery.thresholds[answers]
@@ -8527,6 +8573,8 @@ def run_prototypes(config: PrototypesOptions) -> None:
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
     new_names = [name for name in added_names if name not in run.gallery.class_names]
+    if new_names and gallery.matcher != run.gallery.matcher:
+        show("classes are matched by their centroids now: nearest references hardly find those that have few")
     for sentence in describe_enrolled(gallery, new_names):
         show(sentence)
     for sentence in find_collisions(gallery, added_names):

@@ -172,6 +172,33 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
     assert easy.matcher == "centroid", "a tie goes to the simpler"
 
 
+def test_a_gallery_with_enrolled_classes_answers_by_centroids_as_they_were_calibrated(tmp_path: Path) -> None:
+    references, val = make_embedded(20, 0, spread=2.0), make_embedded(10, 1, spread=2.0)
+    knn = lct.build_gallery(make_records(80), references, val, lct.Config(matcher="knn"))
+    evidence = (val, 0.8, None, {}, torch.float32)
+    plain = lct.calibrate(dataclasses.replace(knn, matcher="centroid"), *evidence)
+    by_centroid = {name: getattr(plain, name) for name in lct.CALIBRATED}
+    lct.save_gallery(
+        tmp_path / "prototypes.npz", dataclasses.replace(lct.calibrate(knn, *evidence), by_centroid=by_centroid), {}
+    )
+    gallery, _ = lct.load_gallery(tmp_path / "prototypes.npz")
+    assert gallery.matcher == "knn" and not np.array_equal(gallery.thresholds, plain.thresholds)
+    added = make_embedded(5, 2).take(np.arange(5))._replace(rows=np.arange(5), labels=np.zeros(5, int))
+    more = lct.enrol(gallery, added, [gallery.class_names[0]], ["x"] * 5)
+    assert more.matcher == "knn" and more.by_centroid == gallery.by_centroid, "no new class"
+    names = gallery.class_names[1:]
+    for known, place in ((gallery, slice(None)), (lct.remove_class(gallery, gallery.class_names[0]), slice(1, None))):
+        grown = lct.enrol(known, added, ["new"], ["x"] * 5)
+        assert grown.matcher == "centroid" and grown.by_centroid == {} and set(names) < set(grown.class_names)
+        expected = plain.thresholds[place]
+        np.testing.assert_array_equal(grown.thresholds, np.append(expected, expected.max()))
+        assert np.array_equal(grown.is_pooled, np.append(plain.is_pooled[place], True))
+        for name in ("temperature", "val_thresholds", "log_odds"):
+            assert getattr(grown, name) == pytest.approx(getattr(plain, name))
+        lct.save_gallery(tmp_path / "grown.npz", grown, {})
+        assert lct.load_gallery(tmp_path / "grown.npz")[0].matcher == "centroid"
+
+
 def test_what_is_answered_stands_beside_the_truth(patch_used: Callable) -> None:
     """However many scores are made at a time."""
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())

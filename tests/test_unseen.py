@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,25 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) 
         assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
     low, high = figures["unknown_passed"]["interval"]
     assert 0 <= low <= figures["unknown_passed"]["value"] <= high <= 1
+
+
+def test_galleries_that_choose_nearest_references_know_how_centroids_answer() -> None:
+    job = make_job()
+    matchers = set()
+    for spread in (0.5, 1.5, 2.0):
+        features = draw_features(job, spread)
+        model = lct.train_without(job, features["train"], np.arange(NUM_CLASSES))
+        gallery, _ = lct.export_gallery(model, job.records, features, job.config, {})
+        matchers.add(gallery.matcher)
+        assert bool(gallery.by_centroid) == (gallery.matcher == "knn")
+        asked = dataclasses.replace(job.config, matcher="centroid")
+        by_centroid, _ = lct.export_gallery(model, job.records, features, asked, {})
+        for name in (*lct.CALIBRATED, "matcher"):
+            own, other = (getattr(one, name) for one in (lct.match_by_centroid(gallery), by_centroid))
+            assert np.array_equal(own, other) or gallery.matcher == "prototypes", name
+        asked = dataclasses.replace(job.config, matcher="knn")
+        assert lct.export_gallery(model, job.records, features, asked, {})[0].by_centroid == {}, "as it was asked for"
+    assert {"centroid", "knn"} <= matchers
 
 
 def test_shots_of_one_session_are_found_across_the_split() -> None:
