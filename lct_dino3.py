@@ -6128,7 +6128,7 @@ class Matcher(nn.Module):
         return scores[self.places].T  # turned once: OpenVINO forgets to turn those of one class
 
     def score(self, queries: np.ndarray) -> np.ndarray:
-        """Return the similarity float32 (Q, C) of unit queries (Q, D) to each class, in bounded memory."""
+        """Return the score float32 (Q, C) of unit queries (Q, D) for each class, in bounded memory."""
         if self.has_one_each and not self.has_enrolled:  # the scores are all that is made
             return queries @ self.vectors.numpy().T
         with torch.inference_mode():
@@ -7227,7 +7227,8 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new one
     gets that which `measure_unseen` found for so many crops, or the highest of the others. What its own crops score among each
     other says too little: they are few, and crops of other classes that might be taken for it are those of the training, which are
-    told too well. Labels of the crops are into `names`, rows into `paths`.
+    told too well. With a new class, nearest references give way to centroids. Labels of the crops are into `names`, rows into
+    `paths`.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
