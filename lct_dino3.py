@@ -2183,19 +2183,19 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
 # ======================================================================================================================
 # 05  DATASET SCAN
 # ======================================================================================================================
-# Finds, decodes and checks the images, merges classes, groups what belongs together, and splits. data_root is only read.
-# Raises UserError for data that cannot be trained on; a bad image is quarantined by name and reason.
+# Lists, decodes and checks the images, merges classes, groups related images and assigns splits. data_root is only read.
+# Raises UserError for data that cannot be trained on; a bad image is quarantined, with its path and the reason.
 class ImageError(ValueError):
-    """An image that cannot be used; the text is the reason."""
+    """An image cannot be used; the message is the reason."""
 
 
 def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
-    """Read an image file as upright RGB, uint8 (H, W, 3), scaled by `bits` of `find_image_bits`. Raises ImageError."""
+    """Read an image file as upright RGB, uint8 (H, W, 3); `bits` as for `to_rgb`. Raises ImageError."""
     return decode_image(read_file(path), bits)[0]
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the bytes of an image file. Raises ImageError where it is unreadable, empty or larger than MAX_FILE_BYTES."""
+    """Read the bytes of an image file. Raises ImageError if it is unreadable, empty or larger than MAX_FILE_BYTES."""
     try:
         data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
@@ -2207,7 +2207,7 @@ def read_file(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open the bytes of an image file, decoded when its pixels are first used. What goes wrong in the block is an ImageError."""
+    """Open an image from the bytes of its file; pixels are decoded at first use. Any error in the block becomes an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -2222,38 +2222,38 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def describe_tiff(data: bytes) -> str:
-    """Return what kind of TIFF it is that cannot be read, or ''."""
+    """Describe the TIFF that Pillow cannot read; '' for another file type."""
     if data[:4] not in TiffImagePlugin.PREFIXES:
         return ""
     try:
         file = io.BytesIO(data)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43 is that of a BigTIFF
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43: BigTIFF
         file.seek(tags.next)
         tags.load(file)
-        bands, bits, kind = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
-        packing = ", packed as JPEG 2000" if tags.get(259, 1) in JPEG2000_TAGS else ""
-    except Exception as error:  # as an image's decoders raise it
+        bands, bits, sample_format = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
+        compression = ", packed as JPEG 2000" if tags.get(259, 1) in JPEG2000_TAGS else ""
+    except Exception as error:  # anything, like the decoders
         return f"is a damaged TIFF ({type(error).__name__})"
-    values = {2: "signed ", 3: "floating-point "}.get(kind, "")
-    return f"is a TIFF of {bands} bands of {bits}-bit {values}values{packing}: save it as RGB of 8 or 16 bits"
+    number_type = {2: "signed ", 3: "floating-point "}.get(sample_format, "")
+    return f"is a TIFF of {bands} bands of {bits}-bit {number_type}values{compression}: save it as RGB of 8 or 16 bits"
 
 
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Return the upright image, uint8 (H, W, 3), its mode in Pillow and its EXIF orientation. Raises ImageError."""
+    """Decode an image file: return its upright pixels, uint8 (H, W, 3), Pillow mode and EXIF orientation. Raises ImageError."""
     with opened_image(data) as image:
-        values = deep_colours(image, data) if bits else None  # first: asking a PNG for its EXIF decodes it
+        deep_values = deep_colours(image, data) if bits else None  # before getexif, which decodes a PNG
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
-            with contextlib.suppress(ValueError):  # Pillow reads it all the same, or says what is wrong
-                pixels = simplejpeg.decode_jpeg(data, "RGB")  # Pillow's very pixels, in half of its time
-        turn = orientation
+            with contextlib.suppress(ValueError):  # then Pillow decodes it below, or reports the error
+                pixels = simplejpeg.decode_jpeg(data, "RGB")  # the same pixels as Pillow's, in half the time
+        turn = orientation  # still to be applied
         if pixels is None:
-            image.load()  # a TIFF turns itself upright in that
+            image.load()  # turns a TIFF upright and drops its orientation
             turn = image.getexif().get(0x0112, 1)
-            if values is not None and values.shape[:2] == (image.height, image.width):
-                factor = 255 / (2 ** fitting_bits(int(values.max()), bits) - 1)
-                pixels = np.empty(values.shape, dtype=np.uint8)
-                for row, line in enumerate(values):  # all at once would take eight times the memory
+            if deep_values is not None and deep_values.shape[:2] == (image.height, image.width):
+                factor = 255 / (2 ** fitting_bits(int(deep_values.max()), bits) - 1)
+                pixels = np.empty(deep_values.shape, dtype=np.uint8)
+                for row, line in enumerate(deep_values):  # the whole image in float64 would take eight times the memory
                     pixels[row] = np.rint(line * factor).clip(0, 255)
             else:
                 pixels = to_rgb(image, bits)
@@ -2267,24 +2267,25 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
 
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return the values of an opened, not yet decoded image of 16-bit colours, uint16 (H, W, 3); None of any other."""
+    """Return the values of an opened, not yet decoded image with 16-bit colours, uint16 (H, W, 3); None for any other image."""
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
-    # Pillow drops the lower 8 bits, in which images of 10 and 12 have most of theirs.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # without EXIF; a TIFF is turned upright
+    # Pillow drops the lower 8 bits, which hold most of a 10- or 12-bit value.
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # ignores EXIF, but turns a TIFF upright
     return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
 
 
 def highest_value(image: Image.Image, data: bytes) -> int:
-    """Return the highest value in an opened image of more than 8 bits a channel, 0 in any other."""
+    """Return the highest value of an opened deep image (more than 8 bits a channel), 0 for any other image."""
     values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
     return 0 if values is None else int(values.max())
 
 
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
-    """Return how many bits images of more than 8 a channel really use, by the highest value in each (n,), 0 where it has 8.
+    """Return how many bits deep images (more than 8 a channel) really use: (bits,), or () if there are none.
 
-    One number; or 8 too, where some of those images hold values of 8 bits and no other is as dark. () without such images.
+    `highest` (n,) is the highest value of each image, 0 for an 8-bit image. The result is (8, bits) if some deep images hold only
+    8-bit values and no other is as dark.
     """
     highest = highest[highest > 0]
     if not len(highest):
@@ -2296,27 +2297,27 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
 
 
 def describe_image_bits(count: int, bits: Sequence[int]) -> str:
-    """Return what to tell of images of more than 8 bits a channel."""
-    some = "1 image has" if count == 1 else f"{count:,} images have"
-    return f"{some} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
+    """Return the note on images of more than 8 bits a channel."""
+    subject = "1 image has" if count == 1 else f"{count:,} images have"
+    return f"{subject} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
 
 
 def fitting_bits(highest: float, bits: Sequence[int]) -> int:
-    """Return the least of the numbers of bits that holds a value, 16 where there are none."""
+    """Return the smallest of `bits` that holds a value, or the largest if none does; 16 without `bits`."""
     return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
 
 
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
-    """Return an opened image of any mode as uint8 (H, W, 3); gray shows through what is transparent.
+    """Convert an opened image of any mode to uint8 (H, W, 3), with gray behind transparent pixels.
 
-    `bits` are those of `find_image_bits`. In strips: converted at once, 100 megapixels would take 3 GB on the way.
+    `bits` from `find_image_bits` scale a deep image. Works in strips: 100 megapixels at once would need 3 GB in between.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
     rows = max(1, STRIP_PIXELS // max(1, image.width))
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     factor = None
-    if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's own conversion clips to white
+    if image.mode.startswith(("I", "F")):  # 16-bit or float gray, which Pillow's conversion clips to white
         highest = 0.0
         for box in boxes:
             values = np.asarray(image.crop(box))
@@ -2340,7 +2341,7 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
 
 
 class PathTable:
-    """Immutable list of paths in two flat buffers: a list of a million str costs every forked worker 200 MB, this nothing."""
+    """Immutable list of paths in two flat buffers: a list of a million str costs each forked worker 200 MB, the buffers nothing."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [path.encode("utf-8") for path in paths]
@@ -2367,42 +2368,42 @@ class Records:
     groups: np.ndarray  # (N,) int32: images of one group never straddle splits
     splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
     masks_dirname: str = "masks"
-    image_bits: tuple[int, ...] = ()  # of `find_image_bits`
-    # Mask or cutout of each, or the crop itself if its alpha is the mask; relative to root or absolute; '' where there is none.
+    image_bits: tuple[int, ...] = ()  # from `find_image_bits`
+    # Mask or cutout of each record, or the crop itself if its alpha is the mask; relative to root or absolute; '' without a mask.
     masks: PathTable | None = None  # None = not looked for
-    masks_hash: str = ""  # over names and contents of all masks; '' when there are none
+    masks_hash: str = ""  # over names and contents of all masks; '' without masks
 
     @property
     def has_mask(self) -> np.ndarray:
-        """Say of each record whether it has a usable mask, bool (N,)."""
+        """Whether each record has a usable mask, bool (N,)."""
         return np.zeros(len(self.paths), dtype=bool) if self.masks is None else np.diff(self.masks.offsets) > 0
 
     def mask_of(self, row: int, view: int) -> str:
-        """Return the path of the mask that a view of a record shows, or ''."""
+        """Return the mask path of a record for a view, an index into VIEW_NAMES; '' for the bbox view or without a mask."""
         return self.masks[row] if view and self.masks is not None else ""
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the ascending record numbers of a split, int64 (n,)."""
+        """Return the record numbers of a split, ascending, int64 (n,)."""
         return np.flatnonzero(self.splits == SPLIT_NAMES.index(split))
 
 
 @dataclass
 class Listing:
-    """What the folders hold, before any image is opened."""
+    """The files of the class folders, before any image is opened."""
 
     paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # class folder, NFC, by the folder of images
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of images -> class folder, NFC
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
-    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also the empty ones
+    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`; also beside class folders
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
 
     def class_of(self, path: str) -> str:
-        """Return the class folder of an image, also of an excluded or problematic one, or of a folder of images; '' for none."""
+        """Return the class folder of an image (also an excluded or problematic one) or of a folder of images; '' if it has none."""
         return self.classes.get(path.rpartition("/")[0]) or self.classes.get(path, "")
 
     def add_folder(self, root: Path, prefix: str) -> list[str]:
-        """Take in what is in a folder below root, '' or with '/' at its end, but for its folders: return the names of these."""
+        """Add the files of a folder below root and return the names of its subfolders; `prefix` is '' or ends with '/'."""
         folders = []
         try:
             entries = visible_entries(root / prefix)
@@ -2423,9 +2424,9 @@ class Listing:
 
 
 def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
-    """List the images of every class folder or of its `cropped/`; odd names, and things that are no files, are problems."""
+    """List the images of every class folder or of its `cropped/`; odd names and entries that are no files become problems."""
     listing = Listing()
-    folders: list[tuple[str, os.DirEntry]] = []  # the split's folder with '/', or '', and a class folder
+    folders: list[tuple[str, os.DirEntry]] = []  # prefix ('' or a split's folder with '/'), class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
             listing.ignored[entry_type(entry)] += 1
@@ -2435,36 +2436,36 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
         else:
             listing.problems.append((entry.name, "is a folder beside train, val and test, and passed over"))
-    for root, folder in folders:
-        prefix = f"{root}{folder.name}"
+    for split_prefix, folder in folders:
+        prefix = f"{split_prefix}{folder.name}"
         if not _is_plain(folder.name):
             listing.problems.append((prefix, ODD_NAME))
             continue
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
-        listing.all_folders += [] if root and class_name in listing.all_folders else [class_name]
+        listing.all_folders += [] if split_prefix and class_name in listing.all_folders else [class_name]
         listing.classes[prefix] = class_name
-        if others := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
-            listing.ignored["/"] += len(others)
+        if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
+            listing.ignored["/"] += len(subfolders)
     return listing
 
 
 def class_folder(path: str, splits: str) -> str:
-    """Return the class folder in which an image lies, relative to data_root."""
+    """Return the class folder of an image, relative to data_root."""
     return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
 
 
 def list_image_tree(root: Path) -> Listing:
-    """List the images below a folder, links to folders followed; what is hidden is passed over. Nothing is opened."""
-    tree, waiting, seen = Listing(), [""], set()
-    while waiting:
-        prefix = waiting.pop()
-        if (place := (root / prefix).resolve()) in seen:  # a link back to where we have been
+    """List the images below a folder without opening them; follows links to folders and passes over hidden entries."""
+    tree, pending, seen = Listing(), [""], set()
+    while pending:
+        prefix = pending.pop()
+        if (resolved := (root / prefix).resolve()) in seen:  # a link back to a folder already listed
             continue
-        seen.add(place)
+        seen.add(resolved)
         for name in tree.add_folder(root, prefix):
             if _is_plain(name):
-                waiting.append(f"{prefix}{name}/")
+                pending.append(f"{prefix}{name}/")
             else:
                 tree.problems.append((f"{prefix}{name}", ODD_NAME))
     tree.paths.sort()
@@ -2473,32 +2474,32 @@ def list_image_tree(root: Path) -> Listing:
 
 
 def visible_entries(folder: Path) -> list[os.DirEntry]:
-    """Return what lies in a folder by name, but for hidden entries."""
+    """Return the entries of a folder, sorted by name, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if entry.name[0] != "."), key=operator.attrgetter("name"))
 
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
-    """Say whether an entry is a folder or leads to one; a link in a circle leads nowhere, as does one where we may not look."""
+    """Whether an entry is a folder or a link to one; False for a circular link and for one into a folder without permission."""
     with contextlib.suppress(OSError):
         return entry.is_dir()
     return False
 
 
 def entry_type(entry: os.DirEntry) -> str:
-    """Return '.' for an image by its name, '/' for another folder, else the suffix, or the name of what has none."""
+    """Return '.' for a name with an image suffix, '/' for any other folder, else the suffix, or the name if it has no suffix."""
     if entry.name.lower().endswith(IMAGE_SUFFIXES):
         return "."
     return "/" if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
 
 
 def _is_plain(name: str) -> bool:
-    """Say whether a name has neither undecodable bytes nor control characters; odd spaces and emoji are fine."""
+    """Whether a name is free of undecodable bytes and control characters; odd spaces and emoji are fine."""
     return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
 
 
 def entry_problem(entry: os.DirEntry) -> str:
-    """Return why a folder's entry cannot be used as a file, or ''."""
+    """Return why an entry of a folder cannot be used as a file, or ''."""
     if not entry.name.isprintable() and not _is_plain(entry.name):
         return ODD_NAME
     try:
@@ -2508,11 +2509,11 @@ def entry_problem(entry: os.DirEntry) -> str:
 
 
 def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Return size in bytes and mtime in ns of files, int64 (N, 2); zeros for one that is gone, as opening it will say."""
-    stats: list[int] = []  # flat: a tuple a file would keep the garbage collector busy
+    """Return size in bytes and mtime in ns of each file, int64 (N, 2); zeros for a missing one, which opening will report."""
+    stats: list[int] = []  # flat: one tuple per file would keep the garbage collector busy
     for path in paths:
         try:
-            status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path takes longer
+            status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path is slower
         except OSError:
             stats += (0, 0)
         else:
@@ -2523,14 +2524,14 @@ def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
 def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
     """Return the class name of every folder; None leaves the folder out.
 
-    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; where lines `old name: new name` alone make
-    sense, they are read so. Raises UserError for no such mapping, a folder that does not exist, or one that is named twice.
+    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; lines are read as `old name: new name` if
+    only that makes sense. Raises UserError for another structure, an unknown folder, or a folder that is named twice.
     """
     class_of: dict[str, str | None] = {folder: folder for folder in folders}
     if path is None:
         return class_of
     where = f"--class_map {path}"
-    try:  # plain: a class may be called no or 010
+    try:  # plain strings: a class may be called no or 010
         tree = load_yaml(read_text(path, where), is_plain=True)
     except ValueError as error:
         raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
@@ -2550,22 +2551,22 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
     if not entries:
         raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
     pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
-    is_one_each = all(len(old_names) == 1 for old_names in entries.values())
-    if is_one_each and list(entries) == list(map(str, range(len(entries)))):
+    is_one_to_one = all(len(old_names) == 1 for old_names in entries.values())
+    if is_one_to_one and list(entries) == list(map(str, range(len(entries)))):
         raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if is_one_each and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+    if is_one_to_one and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
         pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
     counts = Counter(old for _, old in pairs)
     if unknown := [name for name in counts if name not in class_of]:
         problem = f"names {unknown[0]}, and data_root has no such folder"
-        some = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-        raise UserError(problem, where, did_you_mean(unknown[0], folders, some))
+        existing = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+        raise UserError(problem, where, did_you_mean(unknown[0], folders, existing))
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
     return class_of | {old: new for new, old in pairs}
 
 
-# What one look at an image leaves behind; `FileMemory` keeps it for every file.
+# Results of checking one image; `FileMemory` keeps them for every file.
 IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
 IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
 IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
@@ -2574,40 +2575,39 @@ ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
 def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Describe one image: an IMAGE_DTYPE scalar, and why it is broken or ''. One of more than 8 bits is not kept without `bits`."""
-    health = np.zeros((), dtype=IMAGE_DTYPE)
+    """Return an IMAGE_DTYPE scalar for an image and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
+    row = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
-        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # one takes up to 1 GB, and there are many threads
-            pixels, health["mode"], health["orientation"] = decode_image(data, bits)
+        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
+            pixels, row["mode"], row["orientation"] = decode_image(data, bits)
             with opened_image(data) as image:
-                health["highest"] = highest_value(image, data)
+                row["highest"] = highest_value(image, data)
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
-            if keep is not None and (bits or not health["highest"]):
+            if keep is not None and (bits or not row["highest"]):
                 keep(pixels)
     except ImageError as error:
-        health["broken"] = True
-        return health, str(error)
-    health["height"], health["width"] = pixels.shape[:2]
-    health["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        row["broken"] = True
+        return row, str(error)
+    row["height"], row["width"] = pixels.shape[:2]
+    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
-    health["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
-    # The 64-bit pHash: signs of the lowest frequencies about their median. (imagehash's takes five times as long, for it makes
-    # a small picture of its own.)
+    row["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
+    # 64-bit pHash: which of the lowest frequencies exceed their median. imagehash takes five times as long: it resizes again.
     frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
-    is_high = frequencies > np.median(frequencies[1:])  # the first coefficient is the brightness
-    health["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
-    return health, ""
+    is_high = frequencies > np.median(frequencies[1:])  # the first is the brightness
+    row["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
+    return row, ""
 
 
 class FileKind(NamedTuple):
-    """A kind of files that the scan looks at."""
+    """A kind of file that the scan checks."""
 
     name: str
     dtype: np.dtype
-    # Path, what gets the image that is decoded or None -> row, and the reason why the file is broken or ''.
+    # (path, callback for the decoded image or None) -> (row, why the file is broken or '').
     check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
 
 
@@ -2616,17 +2616,17 @@ IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
 
 @dataclass(frozen=True)
 class FileHealth:
-    """What one look at each of many files left behind."""
+    """The results of checking many files."""
 
     paths: Sequence[str]
     stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
-    rows: np.ndarray  # (N,) structured, of the kind's dtype
+    rows: np.ndarray  # (N,) structured, `FileKind.dtype`
     reasons: dict[str, str]  # path -> why it is broken
 
 
 @contextlib.contextmanager
 def keep_memory(memory: FileMemory) -> Iterator[None]:
-    """Write down what a scan has learned, should the block be interrupted."""
+    """Save the memory if the block is interrupted."""
     try:
         yield
     except Interrupted:
@@ -2637,37 +2637,38 @@ def keep_memory(memory: FileMemory) -> Iterator[None]:
 def check_files(
     root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
 ) -> FileHealth:
-    """Look once, in parallel, at every file below root, or absolute, but for those that the memory knows with their size and time.
+    """Check every file, in parallel, unless the memory knows it with the same size and mtime.
 
-    The memory learns what is found; an interrupted or a long look saves it. `squares` gets the images, fitted.
+    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or takes long saves it.
+    `squares` gets the decoded images.
     """
-    size, stats = kind.dtype.itemsize, stat_files(root, paths)
-    name = f"{kind.name}/{size} {printable(str(root.resolve()))}"
-    known, stamps = memory.recall(name), list(map(tuple, stats.tolist()))
+    row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
+    memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
+    known, stamps = memory.recall(memory_kind), list(map(tuple, stats.tolist()))
     rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    todo, recalled = [], {}  # position, and position -> row as bytes
+    todo, recalled = [], {}  # indices, and index -> row as bytes
     for index, path in enumerate(paths):
         num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
-        if (num_bytes, mtime_ns) != stamps[index] or len(value) < size:
+        if (num_bytes, mtime_ns) != stamps[index] or len(value) < row_size:
             todo.append(index)
             continue
-        recalled[index] = value[:size]
-        if len(value) > size:
-            reasons[path] = value[size:].decode("utf-8")
+        recalled[index] = value[:row_size]
+        if len(value) > row_size:
+            reasons[path] = value[row_size:].decode("utf-8")
     rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
 
-    def look(index: int) -> tuple[np.ndarray, str]:
+    def check(index: int) -> tuple[np.ndarray, str]:
         keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
-    looks = map_in_threads(look, todo)
-    with keep_memory(memory), progress(looks, len(todo), f"checking {kind.name}s", kind.name) as bar:
+    results = map_in_threads(check, todo)
+    with keep_memory(memory), progress(results, len(todo), f"checking {kind.name}s", kind.name) as bar:
         for index, (row, reason) in bar:
             rows[index] = row
             if reason:
                 reasons[paths[index]] = reason
-            memory.learn(name, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
             if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
                 memory.save_early()
                 saved_at = time.monotonic()
@@ -2675,13 +2676,13 @@ def check_files(
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, result) in order; the threads never hold more than they do in a moment, for Ctrl-C waits for that."""
-    portion = 32 * count_cores()
+    """Yield (item, result) in order. Items are submitted in small chunks, because Ctrl-C waits for those that have started."""
+    chunk_size = 32 * count_cores()
     pool = ThreadPoolExecutor(count_cores())
     try:
-        for start in range(0, len(items), portion):
-            part = items[start : start + portion]
-            yield from zip(part, pool.map(function, part), strict=True)
+        for start in range(0, len(items), chunk_size):
+            chunk = items[start : start + chunk_size]
+            yield from zip(chunk, pool.map(function, chunk), strict=True)
     finally:
         pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
 
