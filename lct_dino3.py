@@ -2575,7 +2575,7 @@ ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
 def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Return an IMAGE_DTYPE scalar for an image and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
+    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
     row = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
@@ -2639,8 +2639,8 @@ def check_files(
 ) -> FileHealth:
     """Check every file, in parallel, unless the memory knows it with the same size and mtime.
 
-    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or takes long saves it.
-    `squares` gets the decoded images.
+    `paths` are absolute or relative to `root`; `squares` gets the decoded images. The memory learns the results, and is saved early
+    if the check is interrupted or takes long.
     """
     row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
     memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
@@ -2690,42 +2690,42 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
     """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
 
-    By the pigeonhole principle two such hashes are equal in one of `max_bits + 1` slices of their bits, so only images with an
-    equal slice are compared; images with the same hash and look are compared through the first of them.
+    By the pigeonhole principle two such hashes agree in one of `max_bits + 1` slices of their bits, so only images with an equal
+    slice are compared. The first of the images with the same hash and similar thumbs stands for all of them.
     """
 
-    def differ(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def thumb_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.abs(thumbs[first].astype(np.int16) - thumbs[second]).mean(axis=1)
 
     pairs, representatives = [], [np.zeros(0, np.int64)]
-    rest = np.argsort(phashes, kind="stable")
-    while len(rest):  # of each hash, the first image left stands for all that look like it
-        starts = np.flatnonzero(np.r_[True, phashes[rest][1:] != phashes[rest][:-1]])
-        first = np.repeat(rest[starts], np.diff(np.r_[starts, len(rest)]))
-        is_alike = differ(rest, first) <= THUMB_TOLERANCE
-        pairs.append(np.stack([first, rest], axis=1)[is_alike & (first != rest)])
-        representatives.append(rest[starts])
-        rest = rest[~is_alike]
+    remaining = np.argsort(phashes, kind="stable")
+    while len(remaining):  # the first remaining image of each hash stands for those with a similar thumb
+        starts = np.flatnonzero(np.r_[True, phashes[remaining][1:] != phashes[remaining][:-1]])
+        first = np.repeat(remaining[starts], np.diff(np.r_[starts, len(remaining)]))
+        is_alike = thumb_distance(remaining, first) <= THUMB_TOLERANCE
+        pairs.append(np.stack([first, remaining], axis=1)[is_alike & (first != remaining)])
+        representatives.append(remaining[starts])
+        remaining = remaining[~is_alike]
     first = np.concatenate(representatives)
     hashes = phashes[first]
     for low, high in itertools.pairwise(np.linspace(0, 64, max_bits + 2).astype(int)):
         slices = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(slices, kind="stable")
-        rest = np.arange(max(0, len(order) - 1))
-        step = 1
-        while len(rest):  # compare each image with the next, the second next ... as long as both have that slice
-            rest = rest[rest + step < len(order)]
-            rest = rest[slices[order[rest]] == slices[order[rest + step]]]
-            distance = np.bitwise_count(hashes[order[rest]] ^ hashes[order[rest + step]])
-            close = rest[(distance <= max_bits) & (distance > 0)]  # of one hash: known to be unlike
-            pairs.append(first[np.stack([order[close], order[close + step]], axis=1)])
-            step += 1
+        remaining = np.arange(max(0, len(order) - 1))
+        offset = 1
+        while len(remaining):  # compare each image with the next, the second next ... while both have the same slice
+            remaining = remaining[remaining + offset < len(order)]
+            remaining = remaining[slices[order[remaining]] == slices[order[remaining + offset]]]
+            distance = np.bitwise_count(hashes[order[remaining]] ^ hashes[order[remaining + offset]])
+            close = remaining[(distance <= max_bits) & (distance > 0)]  # 0: compared above
+            pairs.append(first[np.stack([order[close], order[close + offset]], axis=1)])
+            offset += 1
     candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
-    return candidates[differ(candidates[:, 0], candidates[:, 1]) <= THUMB_TOLERANCE]
+    return candidates[thumb_distance(candidates[:, 0], candidates[:, 1]) <= THUMB_TOLERANCE]
 
 
 def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
-    """Return the number of the connected component of each item, int32 (num_items,), for edges (P, 2)."""
+    """Return the index of each item's connected component, int32 (num_items,), for edges (P, 2)."""
     from scipy.sparse.csgraph import connected_components
 
     edges = scipy.sparse.coo_matrix((np.ones(len(pairs), dtype=np.int8), pairs.T), shape=(num_items, num_items))
@@ -2733,14 +2733,14 @@ def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def chain_equal(keys: np.ndarray) -> np.ndarray:
-    """Return edges (P, 2) that link the items with equal keys, each to the next."""
+    """Return edges (P, 2) that link each item to the next one with an equal key."""
     order = np.argsort(keys, kind="stable")
     equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     return np.stack([order[equal], order[equal + 1]], axis=1)
 
 
 def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """Return a key (N,) a path, which files share for which the regex captures the same. Raises UserError where it matches none."""
+    """Return a key per path, (N,), equal where `pattern` captures the same in the file name. Raises UserError if none matches."""
     keys = np.arange(len(paths))
     if pattern is None:
         return keys
@@ -2756,120 +2756,118 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
 
 
 def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Return the ascending positions of each class in labels (N,), found in one sort: a search a class is quadratic in the end."""
+    """Return the ascending positions of each class in labels (N,). One sort finds all: a search per class would be quadratic."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups so that every class is distributed as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
+    """Split whole groups, each class as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
 
-    Groups of several images are placed first, the largest first, each where it least increases the chi-square distance between
-    the class counts of the splits and their targets; single images then fill what each target lacks, rounded so that the
-    shares also hold over all classes. At last, classes that have enough groups but none in some split get one moved there.
+    `labels` and `groups` are int (N,). `shares`, of train, val and test, sum to one; a share of zero leaves its split empty. `seed`
+    decides the order of groups of equal size.
 
-    Args:
-        labels, groups: int (N,).
-        shares: of train, val and test, summing to one; a share of zero leaves that split empty.
-        seed: of the order in which equal groups come.
+    Groups of several images are placed first, largest first, each in the split where it adds least to the chi-square distance
+    between class counts and targets. Single images then fill what each target lacks, rounded so that `shares` also hold over all
+    classes. Finally, a class that has enough groups but an empty split gets one moved there.
     """
-    numbers, groups = np.unique(groups, return_inverse=True)
-    num_groups, num_classes = len(numbers), int(labels.max()) + 1
+    group_ids, groups = np.unique(groups, return_inverse=True)
+    num_groups, num_classes = len(group_ids), int(labels.max()) + 1
     counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
     sizes = np.asarray(counts.sum(axis=1)).ravel()
     targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
     order = np.random.default_rng((seed, 0)).permutation(num_groups)
-    several = order[sizes[order] > 1]
-    place = np.full(num_groups, -1, dtype=np.int8)
-    have = np.zeros_like(targets)
-    for group in several[np.argsort(-sizes[several], kind="stable")]:
+    multiples = order[sizes[order] > 1]
+    split_of = np.full(num_groups, -1, dtype=np.int8)
+    assigned = np.zeros_like(targets)
+    for group in multiples[np.argsort(-sizes[multiples], kind="stable")]:
         classes, added = _group_counts(counts, group)
-        # The growth of sum (have - target)^2 / target in each split; infinite where nothing is wanted.
+        # Growth of sum (assigned - target)^2 / target in each split; infinite where the target is zero.
         target, change = targets[classes], added[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            growth = (change**2 - 2 * change * (target - have[classes])) / target
-        place[group] = np.argmin(np.where(target > 0, growth, np.inf).sum(axis=0))
-        have[classes, place[group]] += added
+            growth = (change**2 - 2 * change * (target - assigned[classes])) / target
+        split_of[group] = np.argmin(np.where(target > 0, growth, np.inf).sum(axis=0))
+        assigned[classes, split_of[group]] += added
     singles = order[sizes[order] == 1]
     single_labels = counts.indices[counts.indptr[singles]]
-    # What rounding has taken from each split so far, or given it: who is rounded up depends on it. Otherwise 40 classes of 35
-    # images at 10 % would all round 3.5 the same way, and their test be 8.6 % or 11.4 % of the data.
-    owed = np.zeros(3)
+    # Rounding error of each split so far; it decides which splits are rounded up. Otherwise 40 classes of 35 images at 10 % would
+    # all round 3.5 the same way, and test would get 8.6 % or 11.4 % of the data.
+    carry = np.zeros(3)
     for label, positions in enumerate(rows_by_class(single_labels, num_classes)):
         if not len(positions):
             continue
-        need = np.maximum(targets[label] - have[label], 0)
-        weights = need if need.sum() > 0 else targets[label]
+        missing = np.maximum(targets[label] - assigned[label], 0)
+        weights = missing if missing.sum() > 0 else targets[label]
         quota = weights / weights.sum() * len(positions)
-        portions = np.floor(quota).astype(int)
-        claims = np.where(weights > 0, quota - portions + owed, -np.inf)
-        portions[np.argsort(-claims, kind="stable")[: len(positions) - portions.sum()]] += 1
-        owed = owed + quota - portions
-        place[singles[positions]] = np.repeat(np.arange(3), portions)
-    _give_every_class_its_splits(counts, place, np.asarray(shares) > 0)
-    return place[groups]
+        rounded = np.floor(quota).astype(int)
+        priority = np.where(weights > 0, quota - rounded + carry, -np.inf)
+        rounded[np.argsort(-priority, kind="stable")[: len(positions) - rounded.sum()]] += 1
+        carry = carry + quota - rounded
+        split_of[singles[positions]] = np.repeat(np.arange(3), rounded)
+    _give_every_class_its_splits(counts, split_of, np.asarray(shares) > 0)
+    return split_of[groups]
 
 
 def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes of a group and the number of its images in each."""
     span = slice(counts.indptr[group], counts.indptr[group + 1])
     return counts.indices[span], counts.data[span]
 
 
-def _give_every_class_its_splits(counts: Any, place: np.ndarray, active: np.ndarray) -> None:
-    """Move groups, in place, until each class has a group in train, then val, then test, as far as its groups go."""
+def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, active: np.ndarray) -> None:
+    """Move groups, in place, so that each class has one in train, then val, then test, as far as its groups suffice."""
     by_class = counts.tocsc()
-    # Groups by class and split.
-    present = np.stack([counts[place == split].getnnz(axis=0) for split in range(3)], axis=1)
+    present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)  # counts groups
     wanted = np.flatnonzero(active)
 
     def cost(group: int) -> tuple[int, float, int]:
-        """Take nothing from a class that has only this group there, then from the larger split, then the smallest group."""
+        """Prefer a group that is no class's only one in its split, then one in train, then a small one."""
         classes, added = _group_counts(counts, group)
-        return int((present[classes, place[group]] <= 1).sum()), float(place[group] != 0), int(added.sum())
+        return int((present[classes, split_of[group]] <= 1).sum()), float(split_of[group] != 0), int(added.sum())
 
-    for _ in range(3):  # a move may take from another class what it needs; the next round mends that
+    for _ in range(3):  # a move may take the only group of another class; the next round repairs that
         for label, split in np.argwhere(present == 0):
             members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
-            donors = [g for g in members if present[label, place[g]] > 1 or place[g] > split]  # few groups: train first
+            donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]  # train comes first
             if split not in wanted[: len(members)] or present[label, split] or not donors:
                 continue
             group = min(donors, key=cost)
             classes, _ = _group_counts(counts, group)
-            present[classes, place[group]] -= 1
+            present[classes, split_of[group]] -= 1
             present[classes, split] += 1
-            place[group] = split
-    # A random walk for the rare case that single moves get stuck: classes that share their few groups. A move that leaves more
-    # of the group's classes without a split than before is taken one time in ten only.
+            split_of[group] = split
+    # Random walk for the rare case that single moves get stuck, because classes share their few groups. A move that leaves the
+    # group's classes with more empty splits than before is made one time in ten only.
     rng = np.random.default_rng(0)
-    able = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
+    splittable = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
     for _ in range(2000):
-        lacking = [(label, split) for label in able for split in wanted if not present[label, split]]
-        if not lacking:
+        empty = [(label, split) for label in splittable for split in wanted if not present[label, split]]
+        if not empty:
             return
-        label, split = lacking[rng.integers(len(lacking))]
+        label, split = empty[rng.integers(len(empty))]
         group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
         classes, _ = _group_counts(counts, group)
         moved = present.copy()
-        moved[classes, place[group]] -= 1
+        moved[classes, split_of[group]] -= 1
         moved[classes, split] += 1
-        affected = np.ix_(np.intersect1d(classes, able), wanted)
+        affected = np.ix_(np.intersect1d(classes, splittable), wanted)
         if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
-            present[:], place[group] = moved, split
+            present[:], split_of[group] = moved, split
 
 
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
-    """Return the records of a share of each class in each split, as closely as whole groups allow, and of one group at least.
+    """Return a fraction of the records of each class in each split, as closely as whole groups allow, at least one group.
 
-    No image moves from one split to another. A run that is continued has its share in its splits.json, `splits_path`: of data that
-    have changed, another would be drawn.
+    No image changes its split. A continued run reads its images from its splits.json, `splits_path`: another draw from changed
+    data would differ.
     """
     if fraction == 1:
         return records
     is_used = np.zeros(len(records.labels), dtype=bool)
     if splits_path is None:
         for rows in filter(len, map(records.rows, SPLIT_NAMES)):
-            halves = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
-            is_used[rows] = halves == 0
+            selection = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
+            is_used[rows] = selection == 0
     else:
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
@@ -2880,7 +2878,7 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
 
 
 def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
-    """Return the split of each image, int8 (N,): drawn, or that of its first folder; a val that is missing is drawn from train."""
+    """Return the split of each image, int8 (N,): drawn, or given by its top folder; a missing val is drawn from train."""
     if config.splits == "random":
         return assign_splits(labels, groups, split_shares(config), config.seed)
     names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
@@ -2893,19 +2891,19 @@ def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a scan found: the records to train on, the text of data_report.json, and what is known of each file."""
+    """The result of a scan: the records to train on, the content of data_report.json, and the health of each file."""
 
     records: Records
     report: dict[str, Any]
     fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
-    health: FileHealth  # of the listing
-    memory: FileMemory  # of out_dir; `save` writes what the scan has learned
+    health: FileHealth  # of the files of `listing`
+    memory: FileMemory  # of out_dir; `save` writes the results of the scan
     mask_health: FileHealth | None = None
 
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
-    """Return the listing without what is left out, the class map, and how many files each --exclude matches. Raises UserError."""
+    """Return the listing without excluded images, the class map, and the number of files per --exclude glob. Raises UserError."""
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
@@ -2917,7 +2915,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
     used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
-    is_dropped = {}  # whole, as by `rulers/*`
+    is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
     for path in listing.paths:
         folder, name = listing.class_of(path), path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
@@ -2927,19 +2925,19 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     if excluded and not used:
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
     if not used:
-        instead = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
+        ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
-        question = "are train, val and test folders of class folders? give --splits from_folders"
-        raise UserError(f"holds no images{instead}", where, question if are_splits else DATA_TREE)
+        hint = "are train, val and test folders of class folders? give --splits from_folders"
+        raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
     return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
-    """List, check, merge, group and split the data; read data_root and the memory of out_dir, write nothing but squares.
+    """List, check, merge, group and split the data. Reads data_root and the memory of out_dir, writes only to `squares`.
 
-    Masks are not looked for: `attach_masks` does that. `splits_path` is that of a run that is continued; `squares` gets the images
-    that are decoded, if there is room for all of them. Raises UserError for data of which nothing can be used.
+    Masks are left to `attach_masks`. `splits_path` is the splits.json of a continued run; `squares` gets the decoded images if it
+    has room for all of them. Raises UserError if no image can be used.
     """
     listing, class_of, excluded = _choose_images(config)
     memory = squares.memory if squares is not None else FileMemory(config.out_dir)
@@ -2948,10 +2946,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
     deep = np.flatnonzero(health.rows["highest"])
-    if len(deep):  # looked at once more, now that it is known how to
+    if len(deep):  # checked again, now that the bit depth is known
         paths = [listing.paths[index] for index in deep]
-        look = functools.partial(check_image, bits=image_bits)
-        kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=look)
+        check = functools.partial(check_image, bits=image_bits)
+        kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=check)
         health.rows[deep] = check_files(config.data_root, paths, kind, memory, squares).rows
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
@@ -2959,24 +2957,24 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
         raise UserError(problem, config.said("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
-    number = {name: index for index, name in enumerate(names)}
-    label_of = {path: number[class_of[listing.class_of(path)]] for path in listing.paths}
+    label_of_class = {name: index for index, name in enumerate(names)}
+    label_of = {path: label_of_class[class_of[listing.class_of(path)]] for path in listing.paths}
     order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
     labels = np.array([label_of[path] for path in paths], dtype=np.int32)
-    looks = health.rows[order]
-    near = find_near_duplicates(looks["phash"], looks["thumb"], config.near_dup_bits)
-    duplicates = {"exact": chain_equal(looks["digest"]), "near": near}  # exact: the same bytes
+    rows = health.rows[order]
+    near_pairs = find_near_duplicates(rows["phash"], rows["thumb"], config.near_dup_bits)
+    duplicates = {"exact": chain_equal(rows["digest"]), "near": near_pairs}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = connect(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
     table = PathTable(paths)
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
-    is_given, alone = config.splits == "from_folders", np.arange(len(used.paths))
+    is_given, singles = config.splits == "from_folders", np.arange(len(used.paths))
     # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
-    naive = used.splits if is_given else choose_splits(list(used.paths), used.labels, alone, config)
-    leaks = int(np.isin(used.groups[naive != 0], used.groups[naive == 0]).sum())
+    naive_splits = used.splits if is_given else choose_splits(list(used.paths), used.labels, singles, config)
+    leaks = int(np.isin(used.groups[naive_splits != 0], used.groups[naive_splits == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + len(listing.problems),
@@ -3001,11 +2999,11 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     broken = Counter(class_of.get(listing.class_of(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
     report["warnings"] += notes
-    return Scan(used, report, fingerprint(list(paths), looks["digest"]), listing, health, memory)
+    return Scan(used, report, fingerprint(list(paths), rows["digest"]), listing, health, memory)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
-    """Return in words what a listing passed over: other types of files, and folders inside a class."""
+    """Describe the entries that a listing passed over: files of other types, folders inside classes, images beside them."""
     kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
     files = ignored.total() - ignored["/"] - ignored["."]
     phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
@@ -3015,7 +3013,7 @@ def describe_ignored(ignored: Counter[str]) -> str:
 
 
 def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
-    """Return the parts of the data report that speak of single images: quarantine, sizes, modes, orientation."""
+    """Return the entries of the data report on single images and folders: quarantine, sizes, modes, orientation, warnings."""
     rows = health.rows[~health.rows["broken"]]
     broken = [*listing.problems, *health.reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
@@ -3032,8 +3030,8 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
     cut = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
     if cut and (uncut := sorted({listing.class_of(path) for path in listing.paths} - cut)):
-        some = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
-        notes.append(f"{len(cut)} classes have cropped/, and {some} not: images of these are used as they lie there")
+        listed = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
+        notes.append(f"{len(cut)} classes have cropped/, and {listed} not: images of these are used as they lie there")
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
@@ -3048,7 +3046,7 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
 
 
 def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the sets of duplicates by path, and those whose images lie in different classes."""
+    """Return the sets of duplicates as lists of paths, and those sets whose images lie in different classes."""
 
     def sets_of(pairs: np.ndarray) -> list[np.ndarray]:
         components = connect(len(records.labels), pairs)
@@ -3057,19 +3055,19 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     def name_paths(sets: Iterable[np.ndarray]) -> list[list[str]]:
         return [[records.paths[row] for row in rows.tolist()] for rows in sets]
 
-    every = sets_of(np.concatenate(list(duplicates.values())))
-    conflicts = [rows for rows in every if len(np.unique(records.labels[rows])) > 1]
+    all_sets = sets_of(np.concatenate(list(duplicates.values())))
+    conflicts = [rows for rows in all_sets if len(np.unique(records.labels[rows])) > 1]
     named = {kind: name_paths(sets_of(pairs)) for kind, pairs in duplicates.items()}
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
 
 
 def split_shares(config: Config) -> tuple[float, float, float]:
-    """Return the shares of the images that train, val and test are to get; zero leaves one empty."""
+    """Return the shares of train, val and test; a share of zero leaves the split empty."""
     return 1 - config.val_split - config.test_split, config.val_split, config.test_split
 
 
 def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
-    """Return the splits that are to have images: of given folders, test may be missing."""
+    """Return the splits that need images; test may be missing with --splits from_folders."""
     has_test = config.splits == "random" or any(row["test"] for row in classes.values())
     pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
     return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
@@ -3078,7 +3076,7 @@ def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[st
 def count_classes(
     records: Records, broken: Counter[str | None], config: Config
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Return usable and `broken` images, groups, and images in each split by class; and a note on each that looks wrong."""
+    """Return for each class its usable and `broken` images, groups and images per split; and a note on each suspicious class."""
     table, notes = {}, []
     by_class = rows_by_class(records.labels, len(records.class_names))
     for name, rows in zip(records.class_names, by_class, strict=True):
@@ -3087,10 +3085,10 @@ def count_classes(
         table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
     wanted = wanted_splits(table, config)
     for name, row in table.items():
-        lacking = " and ".join(split for split in wanted if not row[split])
-        if lacking and row["usable"]:
+        empty = " and ".join(split for split in wanted if not row[split])
+        if empty and row["usable"]:
             images = f"{name}: {count_of(row['usable'], 'image')} in {count_of(row['groups'], 'group')}"
-            notes.append(f"{images}, so none in {lacking} (its figures there are missing)")
+            notes.append(f"{images}, so none in {empty} (its figures there are missing)")
         if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
             remedy = "if its images are of no class, move it out of data_root and give it as --unknown_dir"
             notes.append(f"a class is named {name}: {remedy}")
@@ -3100,7 +3098,7 @@ def count_classes(
 
 
 def check_trainable(scan: Scan, config: Config) -> None:
-    """Refuse fewer than two classes, another number than was asked for, classes below --min_per_class, and an empty split."""
+    """Raise UserError for one class, a wrong --n_classes, known images in --unknown_dir, small classes or an empty split."""
     where, records = config.said("data_root"), scan.records
     num_classes = len(records.class_names)
     if num_classes < 2:
@@ -3133,24 +3131,24 @@ def check_trainable(scan: Scan, config: Config) -> None:
 
 
 def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int) -> str:
-    """Return a table of counts by class as aligned text, with their sums in its last line; `width` is that of a column."""
-    first = max(5, *map(len, rows))
+    """Return counts by class as an aligned text table with a last line of sums; `width` is the width of a column."""
+    name_width = max(5, *map(len, rows))
     sums = [sum(column) for column in zip(*rows.values(), strict=True)]
-    lines = [f"{'class':<{first}}" + "".join(f"{head:>{width}}" for head in heads)]
+    lines = [f"{'class':<{name_width}}" + "".join(f"{head:>{width}}" for head in heads)]
     for name, values in [*rows.items(), ("all", sums)]:
-        lines.append(f"{name:<{first}}" + "".join(f"{value:>{width},}" for value in values))
+        lines.append(f"{name:<{name_width}}" + "".join(f"{value:>{width},}" for value in values))
     return "\n".join(lines)
 
 
 def format_class_table(report: dict[str, Any]) -> str:
-    """Return the per-class table of a data report."""
+    """Return the per-class table of a data report as text."""
     shows_masks = report["masks"]["usable"] or report["masks"]["refused"]
     columns = ("usable", "quarantined", *(["masks"] if shows_masks else []), "groups", *SPLIT_NAMES)
     return format_table(columns, {name: [row[key] for key in columns] for name, row in report["classes"].items()}, 13)
 
 
 def format_findings(report: dict[str, Any]) -> str:
-    """Return what a scan found wrong, a line each; long lists are cut, data_report.json has them whole."""
+    """Return the findings of a scan, one a line; long lists are cut here and complete in data_report.json."""
 
     def list_some(kind: str, items: list[dict[str, str]]) -> list[str]:
         shown = [f"  {kind}: {item['path']}: {item['reason']}" for item in items[:10]]
@@ -3163,8 +3161,8 @@ def format_findings(report: dict[str, Any]) -> str:
     lines += list_some("quarantined", report["quarantined"])
     masks = report["masks"]
     if masks["usable"] or masks["refused"]:
-        made = f", {masks['made']:,} of them drawn by SAM-2" if masks["made"] else ""
-        lines.append(f"masks: {masks['usable']:,} of {report['num_used']:,} crops have one that can be used{made}")
+        drawn = f", {masks['made']:,} of them drawn by SAM-2" if masks["made"] else ""
+        lines.append(f"masks: {masks['usable']:,} of {report['num_used']:,} crops have one that can be used{drawn}")
     lines += list_some("refused", masks["refused"])
     if masks["not_made"]:
         path, reason = masks["not_made"][0]["path"], masks["not_made"][0]["reason"]
@@ -3188,7 +3186,7 @@ def format_findings(report: dict[str, Any]) -> str:
 
 
 def write_splits(path: Path, records: Records, seed: int) -> None:
-    """Write splits.json: for train, val and test the paths of each class, relative to data_root."""
+    """Write splits.json: the paths of each class in train, val and test, relative to data_root."""
     table: dict[str, Any] = {"seed": seed, "classes": list(records.class_names), "masks_hash": records.masks_hash}
     for split in SPLIT_NAMES:
         table[split] = {name: [] for name in records.class_names}
@@ -3198,11 +3196,11 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
 
 
 def read_splits(path: Path) -> dict[str, Any]:
-    """Return the content of a splits.json. Raises UserError where it cannot be read."""
+    """Read and check a splits.json. Raises UserError."""
     try:
         table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
-        if strange := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
-            raise ValueError(f"{min(strange)} is none of its classes")
+        if unknown := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
+            raise ValueError(f"{min(unknown)} is none of its classes")
         counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
         for item, count in counts.most_common(1):
             if count > 1:
@@ -3214,16 +3212,16 @@ def read_splits(path: Path) -> dict[str, Any]:
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
-    """Return in words which class names are gone and which have come."""
-    gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-    return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(come) or 'none'}"
+    """Describe which class names are gone and which are new."""
+    gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(added) or 'none'}"
 
 
 def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
-    """Return the records as a run's splits.json has them, whatever happened to the data since, and a warning for each change.
+    """Return the records of a run's splits.json, whatever happened to the data since, and a warning for each change.
 
-    The order of the records decides about augmentation and batches, so files that have vanished keep their place (reading
-    them fails then, and costs that image), and new ones stay out of this run. Raises UserError where the classes are others.
+    Augmentation and batches depend on the order of the records, so missing files keep their place (reading one fails and costs
+    that image) and new ones stay out of the run. Raises UserError if the classes differ.
     """
     table = read_splits(path)
     class_names = table["classes"]
@@ -3232,17 +3230,17 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
     rows = []
-    for number, split in enumerate(SPLIT_NAMES):
+    for split_index, split in enumerate(SPLIT_NAMES):
         for name, items in table[split].items():
-            rows += [(class_names.index(name), item, number) for item in items]
+            rows += [(class_names.index(name), item, split_index) for item in items]
     labels, paths, splits = zip(*sorted(rows), strict=True) if rows else ((), (), ())
     scanned = list(records.paths)
     group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
     mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
-    known, notes = set(paths), []
+    listed, notes = set(paths), []
     if gone := [item for item in paths if item not in group_of]:
         notes.append(f"{count_of(len(gone), 'image')} of this run's split gone or broken now, e.g. {gone[0]}")
-    if new := [item for item in scanned if item not in known]:
+    if new := [item for item in scanned if item not in listed]:
         notes.append(f"{count_of(len(new), 'image')} new since this run was started, and out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
         notes.append("the masks are not those that this run was started with")
