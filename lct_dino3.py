@@ -2184,7 +2184,7 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
 # 05  DATASET SCAN
 # ======================================================================================================================
 # Lists, decodes and checks the images, merges classes, groups related images and assigns splits. data_root is only read.
-# Raises UserError for data that cannot be trained on; a bad image is quarantined, with its path and the reason.
+# Raises UserError for unusable data; a bad image is quarantined with path and reason. Deep images have more than 8 bits a channel.
 class ImageError(ValueError):
     """An image cannot be used; the message is the reason."""
 
@@ -2222,7 +2222,7 @@ def opened_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def describe_tiff(data: bytes) -> str:
-    """Describe the TIFF that Pillow cannot read; '' for another file type."""
+    """Return the reason why Pillow cannot read a TIFF; '' for another file type."""
     if data[:4] not in TiffImagePlugin.PREFIXES:
         return ""
     try:
@@ -2276,16 +2276,15 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 
 def highest_value(image: Image.Image, data: bytes) -> int:
-    """Return the highest value of an opened deep image (more than 8 bits a channel), 0 for any other image."""
+    """Return the highest value of an opened deep image, 0 for any other image."""
     values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
     return 0 if values is None else int(values.max())
 
 
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
-    """Return how many bits deep images (more than 8 a channel) really use: (bits,), or () if there are none.
+    """Return how many bits a channel the deep images really use: (bits,), or () if there are none.
 
-    `highest` (n,) is the highest value of each image, 0 for an 8-bit image. The result is (8, bits) if some deep images hold only
-    8-bit values and no other is as dark.
+    `highest` (n,): highest value of each image, 0 if not deep. (8, bits): some deep images hold 8-bit values, no other is as dark.
     """
     highest = highest[highest > 0]
     if not len(highest):
@@ -2297,7 +2296,7 @@ def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
 
 
 def describe_image_bits(count: int, bits: Sequence[int]) -> str:
-    """Return the note on images of more than 8 bits a channel."""
+    """Return the note on `count` deep images."""
     subject = "1 image has" if count == 1 else f"{count:,} images have"
     return f"{subject} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
 
@@ -2514,10 +2513,9 @@ def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
     for path in paths:
         try:
             status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path is slower
+            stats += (status.st_size, status.st_mtime_ns)
         except OSError:
             stats += (0, 0)
-        else:
-            stats += (status.st_size, status.st_mtime_ns)
     return np.array(stats, dtype=np.int64).reshape(-1, 2)
 
 
@@ -2616,7 +2614,7 @@ IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
 
 @dataclass(frozen=True)
 class FileHealth:
-    """The results of checking many files."""
+    """The results of checking files, one row per file."""
 
     paths: Sequence[str]
     stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
@@ -2637,10 +2635,9 @@ def keep_memory(memory: FileMemory) -> Iterator[None]:
 def check_files(
     root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
 ) -> FileHealth:
-    """Check every file, in parallel, unless the memory knows it with the same size and mtime.
+    """Check every file in parallel, unless the memory knows it with the same size and mtime. `squares` gets the decoded images.
 
-    `paths` are absolute or relative to `root`; `squares` gets the decoded images. The memory learns the results, and is saved early
-    if the check is interrupted or takes long.
+    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or long also saves it.
     """
     row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
     memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
@@ -2676,7 +2673,7 @@ def check_files(
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, result) in order. Items are submitted in small chunks, because Ctrl-C waits for those that have started."""
+    """Yield (item, result) in order. Items are submitted in small chunks, so that Ctrl-C has little to wait for."""
     chunk_size = 32 * count_cores()
     pool = ThreadPoolExecutor(count_cores())
     try:
@@ -2764,8 +2761,7 @@ def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """Split whole groups, each class as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
 
-    `labels` and `groups` are int (N,). `shares`, of train, val and test, sum to one; a share of zero leaves its split empty. `seed`
-    decides the order of groups of equal size.
+    `labels`, `groups`: int (N,). `shares` of train, val, test: sum to one, 0 leaves a split empty. `seed` orders equal groups.
 
     Groups of several images are placed first, largest first, each in the split where it adds least to the chi-square distance
     between class counts and targets. Single images then fill what each target lacks, rounded so that `shares` also hold over all
@@ -2804,7 +2800,7 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
         rounded[np.argsort(-priority, kind="stable")[: len(positions) - rounded.sum()]] += 1
         carry = carry + quota - rounded
         split_of[singles[positions]] = np.repeat(np.arange(3), rounded)
-    _give_every_class_its_splits(counts, split_of, np.asarray(shares) > 0)
+    _give_every_class_its_splits(counts, split_of, np.flatnonzero(np.asarray(shares) > 0))
     return split_of[groups]
 
 
@@ -2814,11 +2810,11 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
     return counts.indices[span], counts.data[span]
 
 
-def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, active: np.ndarray) -> None:
-    """Move groups, in place, so that each class has one in train, then val, then test, as far as its groups suffice."""
+def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.ndarray) -> None:
+    """Move groups, in place, so that each class has one in every wanted split, train first, as far as its groups suffice."""
     by_class = counts.tocsc()
-    present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)  # counts groups
-    wanted = np.flatnonzero(active)
+    # Number of groups, (num_classes, 3).
+    present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)
 
     def cost(group: int) -> tuple[int, float, int]:
         """Prefer a group that is no class's only one in its split, then one in train, then a small one."""
@@ -2856,10 +2852,9 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, active: np.n
 
 
 def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
-    """Return a fraction of the records of each class in each split, as closely as whole groups allow, at least one group.
+    """Return `fraction` of the records of each class in each split, in whole groups and at least one; no split changes.
 
-    No image changes its split. A continued run reads its images from its splits.json, `splits_path`: another draw from changed
-    data would differ.
+    A continued run takes its records from its splits.json, `splits_path`, because changed data would give another draw.
     """
     if fraction == 1:
         return records
