@@ -4460,17 +4460,17 @@ def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
 # ======================================================================================================================
 # 09  MODEL
 # ======================================================================================================================
-# Backbone with normalisation, head, and where the weights come from. Raises UserError for models and weights that do not fit.
-HEAD_WIDTHS = (512, 192)  # hidden units of the embedding head, and of each of several side by side
-PRETRAINED_VIT = "vit_small_patch16_224"  # timm's model that tools/slt/models.py is, but for its sizes
-# What trainers put before a backbone's names, where these themselves say nothing.
+# Backbone with normalisation, embedding head, and the loading of weights. Raises UserError for a model or weights that do not fit.
+HEAD_WIDTHS = (512, 192)  # hidden units of a single embedding head, and of each of several parallel heads
+PRETRAINED_VIT = "vit_small_patch16_224"  # timm's name for the model of tools/slt/models.py; only the sizes differ
+# Prefixes that training scripts put before parameter names; the fallback for names that are not the model's.
 WEIGHT_WRAPPERS = re.compile(
     r"((state_dict_ema|model_ema|state_dict|model_state_dict|teacher|model|net|module|_orig_mod|backbone|encoder)\.)*"
 )
-# A tensor without module, or one of a layer that changes features; what else a model does not have is a head.
+# Matches keys of a backbone: top-level tensors, and layers that change features. Other keys that a model lacks belong to a head.
 BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage|bn\d|patch|rope)|^[^.]*$")
-HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids that are not timm's
-MIN_HEAD_DIM = 16  # of an embedding; in one dimension all unit vectors are +-1, and nothing learns
+HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids outside timm's registry
+MIN_HEAD_DIM = 16  # embedding dimensions a head; in one dimension every unit vector is +-1, and nothing can be learned
 WEIGHTS_WAYS_OUT = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
@@ -4481,21 +4481,21 @@ STATE_DICT_WANTED = "give a state dict saved by torch.save or safetensors"
 class Backbone(nn.Module):
     """A timm model without classifier that takes uint8 images and normalises them on the device.
 
-    A model of one channel gets them in gray, normalised by the mean of the three means and deviations; one of four gets the mask
-    as the last, from -1 (background) to 1 (object).
+    A one-channel model gets gray images, normalised by the average of the three means and that of the three deviations; a
+    four-channel model gets the mask as its last channel, from -1 (background) to 1 (object).
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], in_channels: int = 3) -> None:
         super().__init__()
         self.model = model
-        self.frozen = False  # no weight of the model is trained
+        self.frozen = False  # no parameter of the model is trained
         self.dtype = torch.float32  # of the autocast region
-        self.is_rounded = False  # the weights themselves are of that type, and there is no autocast
-        self.hashes: dict[str, str] = {}  # `hash_tensors` of the model as it was built
+        self.is_rounded = False  # the weights themselves have this dtype, and there is no autocast
+        self.hashes: dict[str, str] = {}  # `hash_tensors` of the newly built model
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
-        self._trained_modules: list[nn.Module] = []  # of a model that is trained in part
-        self.keeps_statistics = False  # those of BatchNorm are not moved by training
-        self.replicas: list[Backbone] = []  # of a frozen one, on the GPUs of this process
+        self._trained_modules: list[nn.Module] = []  # of a partly frozen model
+        self.keeps_statistics = False  # training leaves the running statistics of BatchNorm unchanged
+        self.replicas: list[Backbone] = []  # copies of a frozen backbone on the GPUs of this process
         for name, values in (("mean", mean), ("std", std)):
             value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
             self.register_buffer(name, value.mean(1, keepdim=True) if in_channels == 1 else value, persistent=False)
@@ -4503,7 +4503,7 @@ class Backbone(nn.Module):
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
-        """Keep the model in eval mode and out of autograd from now on, but for its modules and weights whose names are chosen."""
+        """Put the model in eval mode and out of autograd for good, except modules and parameters whose name passes `is_trained`."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name))
         self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
@@ -4512,7 +4512,7 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, which frozen modules ignore, and BatchNorm too where it keeps its statistics."""
+        """Set training mode; frozen modules stay in eval mode, and so does BatchNorm under `keeps_statistics`."""
         super().train(mode and self.trained_keys is None)
         for module in self._trained_modules:
             module.training = mode
@@ -4523,11 +4523,11 @@ class Backbone(nn.Module):
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the weights are in bf16, without autocast: it would round them in each pass; on a CPU it costs 3 to 18 %."""
+        """Whether bf16 weights replace autocast, which would round them in each pass; a CPU keeps it, though 3 to 18 % slower."""
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
     def computing_in(self, dtype: torch.dtype) -> Backbone:
-        """Return a backbone of the same weights, shared or rounded once, that computes in another type; BatchNorm keeps its own."""
+        """Return a backbone with the same weights, shared or rounded once, that computes in `dtype`; BatchNorm stays in float32."""
         if dtype == self.dtype:
             return self
         backbone = copy.copy(self)
@@ -4536,35 +4536,35 @@ class Backbone(nn.Module):
         backbone.dtype = dtype
         if backbone.rounds_weights:
             backbone.model = copy.deepcopy(self.model).to(torch.bfloat16)
-            for module, exact in zip(backbone.model.modules(), self.model.modules(), strict=True):
-                if is_batchnorm(exact):
-                    module.float().load_state_dict(exact.state_dict())
+            for module, original in zip(backbone.model.modules(), self.model.modules(), strict=True):
+                if is_batchnorm(original):
+                    module.float().load_state_dict(original.state_dict())
             backbone.is_rounded = True
         return backbone
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return features float32 (B, feature_dim) of images uint8 (B, 3 or 4, H, W)."""
         if get_world_size() > 1 and not len(images) and not any(map(is_batchnorm, self.modules())):
-            # A process without images of the batch; timm's ViTs stumble over none.
+            # This rank has no images of the batch, and timm's ViTs fail on an empty one.
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
-        # Autocast stands here because it is a property of the thread: DataParallel's replicas would not see an outer one.
-        rounds = contextlib.nullcontext()
+        # Autocast is entered here because it belongs to a thread: DataParallel's replicas would not see an outer one.
+        autocast = contextlib.nullcontext()
         if self.dtype != torch.float32 and not self.is_rounded:
-            rounds = torch.autocast(images.device.type, dtype=self.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), rounds:
+            autocast = torch.autocast(images.device.type, dtype=self.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), autocast:
             inputs = images.float() if self.luma is None else (images * self.luma).sum(1, keepdim=True)
             inputs = (inputs - self.mean) / self.std
             return self.model(inputs.to(self.dtype) if self.is_rounded else inputs).float()
 
 
 def block_depths(model: nn.Module) -> dict[str, int]:
-    """Return how deep each module, parameter and buffer of a timm model stands: 0 before the first block, i in block i or after it.
+    """Return the depth of each module, parameter and buffer of a timm model: 0 before the first block, i in block i or after it.
 
-    `timm.optim.param_groups_layer_decay` has the same but for ConvNeXt, EVA-02 (the last norm is one more block), CoaT and CaiT.
+    `timm.optim.param_groups_layer_decay` agrees except for ConvNeXt, EVA-02 (its last norm is one more block), CoaT and CaiT.
     """
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     patterns = []
-    for group, spec in groups.items() if isinstance(groups, dict) else ():  # cait's function tells blocks from nothing
+    for group, spec in groups.items() if isinstance(groups, dict) else ():  # CaiT's function marks no blocks
         if group != "stem":
             pairs = [(spec, None)] if isinstance(spec, str) else spec or ()
             patterns += [re.compile(pattern) for pattern, suffix in pairs if suffix is None]
@@ -4579,17 +4579,17 @@ def block_depths(model: nn.Module) -> dict[str, int]:
 
 
 class LoraUpdate(nn.Module):
-    """A trained update U D of low rank to a frozen weight. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
+    """A trained low-rank update U D of a frozen weight. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
 
-    As a parametrization it changes the weight itself: Eva (DINOv3) computes with the weight of a layer and not with its forward, so
-    that peft's update would silently have no part in it (and peft brings transformers and accelerate with it).
+    As a parametrization, it changes the weight itself: Eva (DINOv3) uses a layer's weight and never calls its forward, so peft's
+    update would silently have no effect (and peft depends on transformers and accelerate).
     """
 
     def __init__(self, out_features: int, in_features: int, rank: int) -> None:
         super().__init__()
         self.lora_down = nn.Parameter(torch.empty(rank, in_features))  # D
-        self.lora_up = nn.Parameter(torch.zeros(out_features, rank))  # U: training starts from the weight as it is
-        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))  # as nn.Linear itself
+        self.lora_up = nn.Parameter(torch.zeros(out_features, rank))  # U: training starts from the frozen weight
+        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))  # as in nn.Linear
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the updated weight (out_features, in_features)."""
@@ -4597,20 +4597,20 @@ class LoraUpdate(nn.Module):
 
 
 def attention_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers of a model's attention: those that make queries, keys, values, and the projection."""
+    """Return the linear layers of a model's attention blocks: queries, keys, values and output projection."""
     pattern = re.compile(r"(.*\.)?attn\.(qkv|q|k|v|kv|q_proj|k_proj|v_proj|proj)")
     named = model.named_modules()
     return [module for name, module in named if isinstance(module, nn.Linear) and pattern.fullmatch(name)]
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Give every attention layer an update of this rank, random from torch's generator and without effect at first."""
+    """Add a LoRA update to every attention layer; D is drawn from torch's generator, U = 0 makes the update zero at first."""
     for layer in attention_layers(model):
         parametrize.register_parametrization(layer, "weight", LoraUpdate(*layer.weight.shape, rank))
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Make the updates of all layers part of their weights, rounded once, so that all machines agree on them."""
+    """Merge the LoRA updates into the weights, in float64 and rounded once, so that all machines get the same weights."""
     for layer in attention_layers(model):
         if parametrize.is_parametrized(layer):
             layer.double()
@@ -4619,45 +4619,45 @@ def merge_lora(model: nn.Module) -> None:
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm, ReLU and, for each of some independent heads, Linear: features (B, feature_dim) -> (B, emb_dim)."""
+    """Linear, BatchNorm, ReLU, then one Linear for each of `num_heads` independent heads: (B, feature_dim) -> (B, emb_dim)."""
 
     def __init__(self, feature_dim: int, emb_dim: int, num_heads: int) -> None:
         super().__init__()
         width = num_heads * HEAD_WIDTHS[num_heads > 1]
         self.hidden = nn.Linear(feature_dim, width)
         self.norm = nn.BatchNorm1d(width)
-        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=num_heads)  # weights of a Linear for each head
+        self.output = nn.Conv1d(width, emb_dim, kernel_size=1, groups=num_heads)  # one Linear for each head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the raw embedding."""
+        """Return the embeddings before normalisation."""
         hidden = self.hidden(features)
         norm = self.norm
-        if self.training and len(hidden) == 1:  # others of the batch may have become unreadable: no statistics in one
+        if self.training and len(hidden) == 1:  # the other images may be unreadable; one sample has no variance
             hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         else:
             hidden = norm(hidden)
-        # Products of matrices, as a convolution has ways of its own to round on a GPU.
-        of_heads = F.relu(hidden).unflatten(1, (self.output.groups, -1))
+        # A matrix product, because a convolution rounds differently on a GPU.
+        hidden_by_head = F.relu(hidden).unflatten(1, (self.output.groups, -1))
         weights = self.output.weight[:, :, 0].unflatten(0, (self.output.groups, -1))
-        return torch.einsum("bhw,hdw->bhd", of_heads, weights).flatten(1) + self.output.bias
+        return torch.einsum("bhw,hdw->bhd", hidden_by_head, weights).flatten(1) + self.output.bias
 
 
 def count_heads(config: Config) -> int:
-    """Return how many heads share an embedding equally: --heads, fewer where they do not divide it, one where it is short."""
+    """Return how many heads split an embedding into equal parts: --heads, fewer if they do not divide it, one if it is short."""
     return math.gcd(config.emb_dim, config.heads) if config.emb_dim >= config.heads * MIN_HEAD_DIM else 1
 
 
 def normalize_heads(vectors: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return vectors (N, D) of unit length, equally long in each head's dimensions: dot products are mean cosines of the heads."""
+    """Scale vectors (N, D) to unit norm, and all heads' parts to equal norms: a dot product is the mean of the heads' cosines."""
     return F.normalize(vectors.unflatten(1, (num_heads, -1)), dim=2).flatten(1) / math.sqrt(num_heads)
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What makes a backbone the one it is; stored with checkpoints and prototypes."""
+    """Identity of a backbone, stored with checkpoints and prototypes."""
 
     model_id: str
-    weights: str  # where they come from, in words
+    weights: str  # their source, in words
     weights_hash: str  # `fingerprint` of `hash_tensors`
     feature_dim: int
     img_size: int
@@ -4670,7 +4670,7 @@ class BackboneInfo:
 def check_features(
     features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
 ) -> None:
-    """Raise Diverged where features (B, feature_dim), or their lengths, are not finite; `name_of` gives the name of an image."""
+    """Raise Diverged if any of the features (B, feature_dim), or their norms, are not finite; `name_of(i)` names image i."""
     is_finite = features.norm(dim=1).isfinite().cpu()
     if is_finite.all():
         return
@@ -4682,7 +4682,7 @@ def check_features(
 
 
 def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
-    """Build the timm model and fill it with weights from the hub, from a file, or with random ones from the seed."""
+    """Build the timm model with weights from the hub or a file, or with random weights drawn from the seed. Raises UserError."""
     settings, feature_dim = probe_model(config)
     model, source = load_timm_model(config, settings, log)
     mean, std = given_normalization(config)
@@ -4700,7 +4700,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     )
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     backbone.hashes = hashes
-    # Those of a data set that is large belong to the weights; a few hundred augmented batches do not replace them.
+    # Statistics of the large pre-training set belong to the weights; those of a few hundred augmented batches are no substitute.
     backbone.keeps_statistics = source is not None
     return backbone, info
 
@@ -4708,13 +4708,13 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
 def load_timm_model(
     config: Config, settings: dict[str, Any], log: Callable[[str], None]
 ) -> tuple[nn.Module, str | None]:
-    """Return the timm model with its weights, and in words where they come from: None = random ones of the seed."""
+    """Return the timm model with its weights, and their source in words; None = random weights drawn from the seed."""
     import huggingface_hub.constants as hub_constants
     import timm
 
     seed_torch(config.seed, 0)
     start = read_start(config)
-    name, _ = split_model_id(config.model_id)  # `settings` hold the sizes
+    name, _ = split_model_id(config.model_id)  # `settings` contain the sizes
     if start is not None:
         with _Unfilled():
             model = timm.create_model(name, **settings)
@@ -4729,7 +4729,7 @@ def load_timm_model(
     def fetch() -> nn.Module:
         with _Unfilled():
             model = timm.create_model(config.model_id, pretrained=True, **settings)
-        # _Unfilled leaves NaN where timm would draw random numbers: what is not finite was not in the weights.
+        # _Unfilled leaves NaN where timm would draw random numbers: a tensor that is not finite was not in the weights.
         tensors = (*model.named_parameters(), *model.named_buffers())
         missing = [key for key, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
         if missing:
@@ -4739,14 +4739,14 @@ def load_timm_model(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     was_offline = hub_constants.HF_HUB_OFFLINE
     try:
-        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+        try:  # cached weights need no network; without a network, asking the hub first costs a minute of retries
             hub_constants.HF_HUB_OFFLINE = True
             return fetch(), "timm"
-        except (OSError, ValueError):  # not in the cache, or incomplete there: ask the hub
+        except (OSError, ValueError):  # missing or incomplete in the cache: ask the hub
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
             return fetch(), "timm"
-    except MemoryError:  # `explain_failure` says what to lower
+    except MemoryError:  # `explain_failure` says which option to lower
         raise
     except Exception as error:  # hub, network and file errors of several libraries
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
@@ -4756,7 +4756,7 @@ def load_timm_model(
 
 
 def adopt_geometry(config: Config) -> Config:
-    """Return the options with model, size and normalisation of a backbone that was pre-trained here, where they are not given."""
+    """Return the config with model, size and normalisation from an export of tools/pretrain_dino_*.py, unless options give them."""
     if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
         return config
     metadata = read_start(config).metadata
@@ -4772,20 +4772,20 @@ def adopt_geometry(config: Config) -> Config:
 
 
 def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
-    """Return timm's name of a model, and the sizes that follow it, as in `vit_small_patch16_224:embed_dim=96,depth=3`."""
+    """Split a model id like `vit_small_patch16_224:embed_dim=96,depth=3` into timm's name and the sizes. Raises UserError."""
     if model_id.startswith(HUB_PREFIXES) or ":" not in model_id:
         return model_id, {}
-    name, _, words = model_id.partition(":")
+    name, _, sizes = model_id.partition(":")
     try:
-        pairs = [word.split("=") for word in words.split(",")]
+        pairs = [size.split("=") for size in sizes.split(",")]
         return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
     except ValueError as error:
         remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
-        raise UserError(f"{words} is no list of sizes", f"--model_id {model_id}", remedy) from error
+        raise UserError(f"{sizes} is no list of sizes", f"--model_id {model_id}", remedy) from error
 
 
 class _Unfilled(TorchDispatchMode):
-    """Writes NaN instead of random numbers, 4 of the 6 seconds in which a ViT-L is built, where weights will take their place."""
+    """Writes NaN instead of random numbers that loaded weights will replace; drawing them takes 4 of the 6 s to build a ViT-L."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
@@ -4794,10 +4794,10 @@ class _Unfilled(TorchDispatchMode):
 
 
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model, and its feature_dim, as the meta device shows them: no weights, no memory."""
+    """Return timm's keyword arguments for the model and its feature_dim, from a build on the meta device. Raises UserError."""
     import timm
 
-    where, img_size = f"--model_id {config.model_id}", config.img_size
+    where = f"--model_id {config.model_id}"
     name, sizes = split_model_id(config.model_id)
     base = name.split(".")[0]
     if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
@@ -4809,22 +4809,22 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         with torch.device("meta"), torch.no_grad():
             model = timm.create_model(name, **settings)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
-                settings["img_size"] = img_size
-            # The size is always the same: DINOv3 need not make its table of positions anew for each batch, on the CPU.
+                settings["img_size"] = config.img_size
+            # All images have one size, so DINOv3 need not rebuild its position table on the CPU for each batch.
             if getattr(model, "dynamic_img_size", False):
                 settings["dynamic_img_size"] = False
             if config.pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = config.pool or "token"
             model = timm.create_model(name, **settings).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
-            is_patchwork = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
-            if is_patchwork and img_size % stem.stride[0]:  # timm would silently leave out the rest at the border
-                raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, settings.get("in_chans", 3), img_size, img_size)).shape
+            has_patches = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
+            if has_patches and config.img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
+                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
+            shape = model(torch.empty(1, settings.get("in_chans", 3), config.img_size, config.img_size)).shape
             if len(shape) != 2:
                 raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        where += f" --img_size {img_size}" + (f" --pool {config.pool}" if config.pool else "")
+        where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
         options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
         problem = f"timm cannot build it: {printable(str(error))[:300]}"
         raise UserError(problem, where, f"try another size or pooling{options_text}") from error
@@ -4842,7 +4842,7 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
 
 
 class _Inert:
-    """Stands for what a file holds beside tensors and plain values: a trainer's options, numpy's scalars."""
+    """Placeholder for objects in a file other than tensors and plain values: a trainer's options, numpy scalars."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
@@ -4853,19 +4853,19 @@ class _Inert:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that a run starts from: one of our own checkpoints or exports, or what timm or others have saved."""
+    """Weights that a run starts from: a checkpoint or export of this script, or a file saved by timm or others."""
 
-    where: str  # the flag that names it and its value, for messages
+    where: str  # the flag that names the file and its value, for messages
     path: Path
-    backbone: dict[str, torch.Tensor]  # of one of our checkpoints: what was trained of it
-    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all else, as Recognizer names it
-    class_names: tuple[str, ...] = ()  # of the class directions
+    backbone: dict[str, torch.Tensor]  # from a checkpoint of this script: the trained part only
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all other tensors, by Recognizer's names
+    class_names: tuple[str, ...] = ()  # of the class vectors
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of what tools/pretrain_dino_*.py export
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of an export of tools/pretrain_dino_*.py
 
 
 def read_start(config: Config) -> Start | None:
-    """Read what --load_from or --backbone_weights names, never executing anything in it; None without either."""
+    """Read the file that --load_from or --backbone_weights names, running no code in it; None without either. Raises UserError."""
     path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
@@ -4879,40 +4879,40 @@ def read_start(config: Config) -> Start | None:
     try:
         state, class_names = read_weights(path)
         if isinstance(state, dict) and {"identity", "format", "model"} <= state.keys():
-            identity, state = state["identity"], state.get("average", state["model"])  # those that were judged
+            identity, state = state["identity"], state.get("average", state["model"])  # the weights that val judged
             class_names = identity["class_names"]
     except MemoryError:
         raise
-    except Exception as error:  # pickle, zip, safetensors, key and I/O errors: whatever a wrong file provokes
+    except Exception as error:  # a wrong file raises pickle, zip, safetensors, key or I/O errors
         is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
         reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
-        problem = f"cannot be read as weights: {reason}"
-        raise UserError(problem, where, STATE_DICT_WANTED) from error
+        raise UserError(f"cannot be read as weights: {reason}", where, STATE_DICT_WANTED) from error
     if isinstance(state, dict) and {"student", "teacher", "format"} <= state.keys():
         remedy = "give the file that --export-backbone of the same pre-training command writes"
         raise UserError("is a checkpoint of pre-training", where, remedy)
-    tensors, prefix = dict(walk_tensors(state)), "backbone.model."
+    tensors = dict(walk_tensors(state))
     if not class_names:
         metadata = state.get("metadata") if isinstance(state, dict) else None
         return Start(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
     check_weights_finite(tensors, where)
+    prefix = "backbone.model."
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     return Start(where, path, backbone, head, tuple(class_names), identity)
 
 
 def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
-    """Return what a file of weights holds, and the class names in one that this script has written.
+    """Return the content of a file of weights, and the class names if it is an export of this script.
 
-    An index, as the hub has it for a model in several parts, stands for all of them. Whatever is wrong raises anything.
+    A hub's .json index stands for all shards that it names. A wrong file raises exceptions of any type.
     """
     from safetensors import safe_open
 
     with open(path, "rb") as file:
-        head = file.read(40)
-    if head.startswith(b"version https://git-lfs"):
+        magic = file.read(40)
+    if magic.startswith(b"version https://git-lfs"):
         raise OSError("is a pointer that git lfs pull replaces by the file itself")
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+    if magic.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile("the file is cut off")
     if path.suffix == ".json":
         names = set(read_json(path, {"weight_map": {str: str}})["weight_map"].values())
@@ -4922,18 +4922,18 @@ def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
         return {key: value for shard in shards for key, value in shard.items()}, ()
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
             return state, json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
-    is_zip, others = is_torch_zip(path), ()
+    is_zip = is_torch_zip(path)
     if is_zip:
         check_zip(path)
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+    unsafe_globals = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
+    with torch.serialization.safe_globals([(_Inert, name) for name in unsafe_globals]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), ()
 
 
 def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors in nested dictionaries under their names, joined by dots."""
+    """Yield each tensor in nested dictionaries with its keys joined by dots."""
     if isinstance(tree, torch.Tensor):
         yield prefix[:-1], tree
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
@@ -4941,22 +4941,22 @@ def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
 
 
 def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
-    """Refuse weights that are not finite, by their names."""
+    """Raise UserError if weights are not finite, with the names of up to four."""
     if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
         raise UserError(problem, where, "give weights of a training that went well")
 
 
 def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights of DINOv2 and DINOv3 that are named as in transformers under their authors' names, which timm reads."""
-    marks = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
-    base = next((key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(mark)), None)
+    """Rename weights of DINOv2 and DINOv3 from transformers' names to their authors', which timm reads; leave others unchanged."""
+    markers = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
+    base = next((key.removesuffix(marker) for key in tensors for marker in markers if key.endswith(marker)), None)
     if base is None:
         return tensors
-    inside = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
-    registers = "register_tokens" if "embeddings.position_embeddings" in inside else "storage_tokens"
-    up, down = ("w2", "w3") if any(".gate_proj." in key for key in inside) else ("fc1", "fc2")
-    names = (
+    weights = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
+    registers = "register_tokens" if "embeddings.position_embeddings" in weights else "storage_tokens"
+    up, down = ("w2", "w3") if any(".gate_proj." in key for key in weights) else ("fc1", "fc2")
+    replacements = (
         (r"^stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
         (r"^stages\.(\d+)\.layers\.", r"stages.\1."),
         (r"\.depthwise_conv\.", ".dwconv."),
@@ -4979,48 +4979,45 @@ def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         (r"\.down_proj\.", f".{down}."),
     )
     renamed = {}
-    for key, value in inside.items():
-        for pattern, name in names:
-            key = re.sub(pattern, name, key)
+    for key, value in weights.items():
+        for pattern, replacement in replacements:
+            key = re.sub(pattern, replacement, key)
         renamed[key] = value
     for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
         query = renamed.pop(key)
-        no_bias = torch.zeros_like(query)  # of DINOv3's keys
-        rest = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
-        renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *rest])
+        no_bias = torch.zeros_like(query)  # DINOv3's keys have none
+        key_and_value = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
+        renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *key_and_value])
     return renamed
 
 
 def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[dict, str]:
-    """Return those tensors of a file that stand where most of the model's do, by the model's names, and what stood before these.
-
-    Of two such places an averaged model or a teacher is taken, else the first.
-    """
+    """Return the tensors below the key prefix that fits `expected` best, and this prefix; ties go to an EMA or teacher, if any."""
     votes: Counter[str] = Counter()
     for key, value in tensors.items():
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
             votes[key[:start]] += key[start:] in expected and expected[key[start:]].shape == value.shape
     prefix = max(votes, key=lambda name: (votes[name], bool(re.search("ema|teacher", name))), default="")
-    if 2 * votes[prefix] < len(expected):  # names that timm has yet to convert, or another model's
+    if 2 * votes[prefix] < len(expected):  # names that timm has yet to convert, or those of another model
         wrappers = Counter(WEIGHT_WRAPPERS.match(key).group() for key in tensors)
         prefix = max(wrappers, key=lambda name: (bool(name), wrappers[name]), default="")
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, prefix
 
 
 def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> str:
-    """Return what to do with tensors that do not fit a timm model: name the model of a like name that they do fit, if any."""
+    """Return a remedy for tensors that do not fit a timm model; it names a similarly named model that they fit, if any."""
     import timm
 
     scores = {}
     for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
-        with contextlib.suppress(Exception), torch.device("meta"):  # some cannot be built so
+        with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built this way
             model = timm.create_model(name, pretrained=False, num_classes=0)
             expected = model.state_dict()
-            chosen, _ = choose_weights(tensors, expected)
-            if not chosen.keys() & expected.keys() and (convert := find_filter(model)):  # by their authors' names
-                chosen = convert(chosen, model)
-            same = sum(key in chosen and chosen[key].shape == value.shape for key, value in expected.items())
-            scores[name] = same / max(len(expected), len(chosen))
+            weights, _ = choose_weights(tensors, expected)
+            if not weights.keys() & expected.keys() and (convert := find_filter(model)):  # names are their authors'
+                weights = convert(weights, model)
+            num_fitting = sum(key in weights and weights[key].shape == value.shape for key, value in expected.items())
+            scores[name] = num_fitting / max(len(expected), len(weights))
     best = max(scores, key=scores.__getitem__, default=architecture)
     if scores.get(best, 0) < 0.9:
         return f"its tensors are those of no model like {architecture}: give the --model_id that they were saved from"
@@ -5030,21 +5027,20 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
 
 
 def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
-    """Return what timm has to bring weights by their authors' names to those of a model."""
+    """Return timm's function that converts weights with their authors' names to the model's names, or None."""
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """Return all weights of the backbone: what a checkpoint does not hold of it is built as the run of the checkpoint did."""
+    """Return all weights of the backbone; frozen ones, which a checkpoint lacks, are built as in its run. Raises UserError."""
     identity = start.identity
     if not identity.get("freeze_backbone"):
         return start.backbone
     files: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # no config.json: weights of timm, or random ones
-        names = ("load_from", "backbone_weights")
-        form = {"options": dict.fromkeys(names, (str, type(None)))}
+    with contextlib.suppress(OSError, ValueError):  # without a config.json, the weights are timm's or random
+        form = {"options": dict.fromkeys(("load_from", "backbone_weights"), (str, type(None)))}
         options = read_json(start.path.with_name("config.json"), form)["options"]
-        files = {name: Path(options[name]) for name in names if options[name]}
+        files = {name: Path(options[name]) for name in form["options"] if options[name]}
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
     config = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = load_timm_model(config, probe_model(config)[0], log)
@@ -5061,11 +5057,12 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
 
 
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
-    """Fill a timm model from a file; a classifier and other heads in it are left and named, input channels follow timm's rule."""
+    """Load a file into a timm model: skips and logs its classifier and heads, adapts input channels as timm. Raises UserError."""
     from timm.models._manipulate import adapt_input_conv
 
     architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
-    tensors, expected = complete_backbone(start, log), model.state_dict()
+    tensors = complete_backbone(start, log)
+    expected = model.state_dict()
     if not tensors:
         problem = "cannot be read as weights: it holds no tensors by name, as a model saved whole does not"
         raise UserError(problem, start.where, STATE_DICT_WANTED)
@@ -5081,7 +5078,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     convert = find_filter(model)
     try:
         weights = convert(weights, model) if convert else weights
-    except Exception as error:  # key and shape errors of the models' own code
+    except Exception as error:  # key and shape errors in timm's code for the model
         problem = f"cannot be read as weights of {architecture}: {printable(str(error))[:200]}"
         raise UserError(problem, start.where, name_fitting_model(named, architecture)) from error
 
@@ -5104,14 +5101,14 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
             weights[key] = adapt_input_conv(expected[key].shape[1], weights[key])
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # a line each for keys that are missing, foreign keys, and every wrong shape
+    except RuntimeError as error:  # one line for missing keys, one for unexpected keys, one for each wrong shape
         problems = [line.strip()[:200] for line in str(error).splitlines()[1:5]]
         remedy = name_fitting_model(named, architecture)
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
 def hash_tensors(module: nn.Module) -> dict[str, str]:
-    """Return 16 hex digits over type, shape and bytes of each tensor of a module's state dict."""
+    """Return a hash, 16 hex digits, of dtype, shape and bytes of each tensor in a module's state dict."""
     hashes = {}
     for key, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()
@@ -5122,9 +5119,9 @@ def hash_tensors(module: nn.Module) -> dict[str, str]:
 # ======================================================================================================================
 # 10  CRITERION
 # ======================================================================================================================
-# What training makes of embeddings: class vectors, logits with a margin, loss; all in float32. Touches nothing.
+# From embeddings to the loss: class vectors, logits with a margin, all in float32. Touches no files.
 class Criterion(nn.Module):
-    """What the criteria have in common: each head learns by itself from its equal part of the embedding."""
+    """Base class of all criteria: each head learns independently, from its equal part of the embedding."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -5133,31 +5130,32 @@ class Criterion(nn.Module):
         self.num_heads = count_heads(config)
 
     def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of each head (B, H, D / H), of unit norm, of embeddings (B, D) from `normalize_heads`."""
+        """Split embeddings (B, D) from `normalize_heads` into those of each head (B, H, D / H), of unit norm."""
         return math.sqrt(self.num_heads) * embeddings.unflatten(1, (self.num_heads, -1))
 
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return what each head says without margin (B, H, C): cosines, or logits over the scale."""
+        """Return the scores of each head (B, H, C) without margin: cosines, or logits divided by the scale."""
         raise NotImplementedError
 
     def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        """Return the scores (N, C) with that of the true class, labels (N,), made smaller."""
+        """Apply the margin to the scores (N, C) of the true classes, labels (N,); here there is none."""
         return scores
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, C) of embeddings (B, D) without margin, which evaluation uses."""
+        """Return logits (B, C) of embeddings (B, D) without margin, for evaluation."""
         return self.scale * self.score_heads(embeddings).mean(dim=1)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits with margin (B, H, C), to be learned head by head, and those without (B, C)."""
+        """Return the heads' logits with margin (B, H, C), for the loss, and their mean logits without margin (B, C)."""
         scores = self.score_heads(embeddings)
         shifted = self.add_margin(scores.flatten(0, 1), labels.repeat_interleave(self.num_heads))
         return self.scale * shifted.view_as(scores), self.scale * scores.mean(dim=1)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the losses (B, H) of logits (B, H, C): cross-entropy."""
-        smoothing, repeated = self.config.label_smoothing, labels.repeat_interleave(self.num_heads)
-        losses = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=smoothing, reduction="none")
+        """Return the cross-entropy (B, H) of logits (B, H, C)."""
+        smoothing = self.config.label_smoothing
+        targets = labels.repeat_interleave(self.num_heads)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=smoothing, reduction="none")
         return losses.unflatten(0, (-1, self.num_heads))
 
 
@@ -5175,18 +5173,18 @@ class ArcFace(Criterion):
         return torch.einsum("bhd,chd->bhc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the same as for any criterion, in one product: the cosine of whole vectors is the mean of the heads'."""
+        """Compute the same logits in one product: the cosine of whole embeddings is the mean of the heads' cosines."""
         return self.scale * F.linear(embeddings, normalize_heads(self.weight, self.num_heads)).clamp(-1.0, 1.0)
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Replace cos(theta) of the true classes in cosines (N, C) by cos(theta + m), finite in value and gradient at +-1.
 
         The margin m is in radians, 0 <= m < pi / 2; where theta + m would pass pi, cos(theta) - m sin(m) keeps the logit falling.
-        d sin / d cos = -cos / sin has a pole at +-1, where float32 unit vectors do land: there sin is 0 and takes no gradient.
+        d sin / d cos = -cos / sin has a pole at +-1, which float32 unit vectors do reach: sin is set to 0 there, without gradient.
         """
         target = scores.gather(1, labels[:, None])
         sine_squared = 1.0 - target * target
-        is_regular = sine_squared > 1e-7  # the first float32 cosine below 1 has 1.2e-7
+        is_regular = sine_squared > 1e-7  # the largest float32 cosine below 1 gives 1.2e-7
         sine = torch.where(is_regular, sine_squared, torch.ones_like(sine_squared)).sqrt() * is_regular
         shifted = target * math.cos(self.margin) - sine * math.sin(self.margin)
         past_pi = target < math.cos(math.pi - self.margin)
@@ -5195,15 +5193,15 @@ class ArcFace(Criterion):
 
 
 class CosFace(ArcFace):
-    """The margin is subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
+    """ArcFace with the margin subtracted from the cosine. Wang et al., "CosFace", arXiv:1801.09414, eq. 4."""
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (N, C), those of the true classes less the margin."""
+        """Subtract the margin from the cosines (N, C) of the true classes."""
         return scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
 
 
 class SubCenterArcFace(ArcFace):
-    """Several directions a class, of which the nearest counts. Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2."""
+    """Several directions per class, of which the nearest counts. Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes * config.sub_centers)
@@ -5212,32 +5210,32 @@ class SubCenterArcFace(ArcFace):
         """Return the cosines (B, H, C) to the nearest direction of each class."""
         return super().score_heads(embeddings).unflatten(2, (-1, self.config.sub_centers)).amax(3)
 
-    plain_logits = Criterion.plain_logits  # each head has a nearest direction of its own
+    plain_logits = Criterion.plain_logits  # each head picks its nearest direction independently
 
 
 class LinearClassifier(Criterion):
-    """A linear layer on the scaled embeddings of each head: cross-entropy as of old, with embeddings that cosines can compare."""
+    """A linear layer on each head's scaled embeddings: plain cross-entropy, with embeddings that can be compared by cosine."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config)
-        bound = math.sqrt(self.num_heads / config.emb_dim)  # as torch.nn.Linear draws them
+        bound = math.sqrt(self.num_heads / config.emb_dim)  # as in torch.nn.Linear
         self.weight = nn.Parameter(torch.empty(num_classes, config.emb_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(num_classes, self.num_heads))
 
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, H, C) of the heads, over the scale."""
+        """Return the logits (B, H, C) of the heads, divided by the scale."""
         weight = self.weight.unflatten(1, (self.num_heads, -1))
         return torch.einsum("bhd,chd->bhc", self.cut(embeddings), weight) + self.bias.T / self.scale
 
 
 class FocalClassifier(LinearClassifier):
-    """Each answer is weighed by (1 - p)^gamma, p being the probability of its class. Lin et al., arXiv:1708.02002, eq. 4."""
+    """Cross-entropy weighted by (1 - p)^gamma, p being the true class's probability. Lin et al., arXiv:1708.02002, eq. 4."""
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the focal losses (B, H) of logits (B, H, C)."""
         classes = labels[:, None, None].expand(-1, self.num_heads, 1)
         probability = F.log_softmax(logits, dim=2).gather(2, classes)[:, :, 0].exp()
-        # Where the class is certain, the slope of the power stays finite.
+        # The clamp keeps the gradient of the power finite at p = 1.
         return (1 - probability).clamp(min=1e-6) ** self.config.focal_gamma * super().losses(logits, labels)
 
 
@@ -5251,7 +5249,7 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 class Recognizer(nn.Module):
-    """Backbone, head and criterion. The backbone may see a batch in pieces, on several devices; what follows sees all of it."""
+    """Backbone, head and criterion. The backbone may see a batch in pieces, on several devices; the others see the whole batch."""
 
     def __init__(self, backbone: Backbone, head: Head, criterion: Criterion) -> None:
         super().__init__()
@@ -5260,11 +5258,11 @@ class Recognizer(nn.Module):
         self.criterion = criterion
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
-        """Return unit embeddings (B, emb_dim) of features (B, feature_dim)."""
+        """Return embeddings (B, emb_dim), of unit norm, of features (B, feature_dim)."""
         return normalize_heads(self.head(features), self.criterion.num_heads)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Return the state dict without what is frozen of the backbone, which its identity stands for."""
+        """Return the state dict without the frozen part of the backbone, which the hash of the backbone stands for."""
         trained = self.backbone.trained_keys
         prefix = "backbone.model."
         return {
@@ -5275,7 +5273,7 @@ class Recognizer(nn.Module):
 
 
 def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info: BackboneInfo) -> Recognizer:
-    """Put a new head and class vectors, random from the seed, on a backbone."""
+    """Put a new head and class vectors, drawn from the seed, on a backbone, and freeze the part of it that is not trained."""
     seed_torch(config.seed, 1)
     head = Head(info.feature_dim, config.emb_dim, count_heads(config))
     model = Recognizer(backbone, head, CRITERIA[config.criterion](config, num_classes))
@@ -5285,23 +5283,23 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
     elif config.freeze_backbone:
         depths = block_depths(backbone.model)
         first = max(depths.values()) - config.unfreeze_blocks + 1
-        backbone.freeze(lambda name: depths.get(name, 0) >= first)  # a layer that blocks share has one name there
+        backbone.freeze(lambda name: depths.get(name, 0) >= first)  # depths has only one name of a shared layer
     return model
 
 
 def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
-    """Take head and class vectors from one of our files where they fit: layers of equal shape, classes of equal name."""
+    """Load what fits from a checkpoint or export, and log it: head layers of equal shape, vectors of equally named classes."""
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    common = [key for key in state if key in start.head]
-    layers = [key for key in common if key.startswith("head.") and start.head[key].shape == state[key].shape]
-    if "head.hidden.weight" not in layers:  # what follows a random layer would be no better than that
+    common_keys = [key for key in state if key in start.head]
+    layers = [key for key in common_keys if key.startswith("head.") and start.head[key].shape == state[key].shape]
+    if "head.hidden.weight" not in layers:  # trained layers after a random one would be no better than random
         layers = []
     loaded = {key: start.head[key] for key in layers}
-    shared = [name for name in class_names if name in start.class_names]
-    rows = [class_names.index(name) for name in shared]
-    old_rows = [start.class_names.index(name) for name in shared]
-    for key in common:
-        if shared and key.startswith("criterion."):  # one row a class, or several
+    common_classes = [name for name in class_names if name in start.class_names]
+    rows = [class_names.index(name) for name in common_classes]
+    old_rows = [start.class_names.index(name) for name in common_classes]
+    for key in common_keys:
+        if common_classes and key.startswith("criterion."):  # one or several rows a class
             old = start.head[key]
             new = state[key].clone()
             per_class = len(new) // len(class_names)
@@ -5309,9 +5307,9 @@ def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: 
                 new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
                 loaded[key] = new
     model.load_state_dict(loaded, strict=False)
-    num_shared = len(shared) if len(loaded) > len(layers) else 0
+    num_classes = len(common_classes) if len(loaded) > len(layers) else 0
     text = (
-        f"{start.where}: backbone, {len(layers)} tensors of the head and the vectors of {num_shared} of"
+        f"{start.where}: backbone, {len(layers)} tensors of the head and the vectors of {num_classes} of"
         f" {len(class_names)} classes are taken"
     )
     random_keys = [key for key in state if key not in loaded]
@@ -5321,16 +5319,16 @@ def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: 
 # ======================================================================================================================
 # 11  OPTIMIZER & SCHEDULE
 # ======================================================================================================================
-# Parameter groups; the learning rate as a function of the step: nothing to save, nothing to drift; the running mean of weights.
+# Parameter groups; the learning rate, a pure function of the step: nothing to save, nothing to drift; the average of the weights.
 BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 
 
 def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
-    """Return the peak learning rate `lr` and the `weight_decay` of head, class vectors, and the last block of the backbone."""
+    """Return the peak `lr` and the `weight_decay` of head, class vectors, and the last block of the backbone."""
     head_lr = config.lr if config.fc_lr is None else config.fc_lr
     class_lr = config.arc_lr
-    if class_lr is None:  # as directions, class vectors move little by little with the lr of a layer
+    if class_lr is None:  # class vectors that are directions would move too slowly at the lr of a layer
         class_lr = (1 if config.criterion in LINEAR_CRITERIA else 10) * head_lr
     backbone_lr = max(0.2 * config.lr, 5e-5) if config.backbone_lr is None else config.backbone_lr
     if config.lr_type == "one_lr":
@@ -5345,47 +5343,47 @@ def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
 
 
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
-    """Return head, class vectors and what is trained of the backbone, each group with its peak lr and its weight decay."""
+    """Return groups of head, class vectors and the backbone's trained parameters, each with its peak lr and weight decay."""
     backbone = model.backbone.model
     depths = block_depths(backbone)
     deepest = max(depths.values())
     exempt = getattr(backbone, "no_weight_decay", set)()
     modules = {"head": model.head, "class_vectors": model.criterion, "backbone": backbone}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
-    for part, settings in optimizer_settings(config).items():
-        for name, parameter in modules[part].named_parameters():
+    for module_name, settings in optimizer_settings(config).items():
+        for name, parameter in modules[module_name].named_parameters():
             if not parameter.requires_grad:
                 continue
             peak_lr = settings["lr"]
             decays = parameter.ndim > 1 and not name.endswith("bias")
-            if part == "backbone":
+            if module_name == "backbone":
                 peak_lr = config.layer_decay ** (deepest - depths[name]) * peak_lr
                 decays = decays and "." in name and name not in exempt  # tokens and position embeddings have no dot
             weight_decay = settings["weight_decay"] * decays
-            empty = {"params": [], "peak_lr": peak_lr, "weight_decay": weight_decay}
-            groups.setdefault((part, peak_lr, weight_decay), empty)["params"].append(parameter)
+            new_group = {"params": [], "peak_lr": peak_lr, "weight_decay": weight_decay}
+            groups.setdefault((module_name, peak_lr, weight_decay), new_group)["params"].append(parameter)
     return list(groups.values())
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer that --optimizer names over parameter groups."""
-    given = {name: value for name, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
+    """Build the optimizer that --optimizer names over parameter groups."""
+    options = {key: value for key, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **given)
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **given)
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **options)
 
 
 def check_optimizer(config: Config) -> None:
-    """Refuse an optimizer that timm lacks, that needs more than a gradient a step, or that has not the settings given for it."""
+    """Raise UserError for an optimizer that timm lacks, that this loop cannot drive, or that lacks a setting given for it."""
     from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
     where = config.said("optimizer")
     if config.optimizer not in names:
-        others = "give one of timm.optim.list_optimizers(), such as adamw, lamb, lion or sgd"
-        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, names, others))
+        fallback = "give one of timm.optim.list_optimizers(), such as adamw, lamb, lion or sgd"
+        raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, names, fallback))
     remedy = "choose another, such as adamw"
     if get_optimizer_info(config.optimizer).second_order or "schedulefree" in config.optimizer:
         raise UserError("needs another training loop", where, remedy)
@@ -5393,30 +5391,30 @@ def check_optimizer(config: Config) -> None:
         raise UserError("draws random numbers that no checkpoint has, so that no run could be continued", where, remedy)
     try:
         group = build_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
-    except TypeError:  # of a setting that it has not
+    except TypeError:  # the optimizer lacks a setting
         group = {}
-    except (AssertionError, ImportError, RuntimeError) as error:  # those of apex and bitsandbytes
+    except (AssertionError, ImportError, RuntimeError) as error:  # raised by apex and bitsandbytes
         raise UserError(f"cannot be had here: {printable(str(error))[:200]}", where, remedy) from error
-    for name, value in (("betas", config.betas or None), ("eps", config.eps)):  # timm drops some in silence
+    for name, value in (("betas", config.betas or None), ("eps", config.eps)):  # timm silently drops some
         if value is not None and group.get(name) != value:
             raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return the share of the peak learning rate at a step.
+    """Return the learning rate at a step, counted from 0, as a fraction of its peak.
 
-    cosine: linear warm-up, then half a cosine towards 0, which the step after the last would reach. onecycle: torch's OneCycleLR
-    over its max_lr, from 1 / div_factor up to 1, then down to 1 / (div_factor * final_div_factor).
+    cosine: linear warm-up, then half a cosine that would reach 0 one step after the last. onecycle: torch's OneCycleLR divided by
+    its max_lr, from 1 / div_factor up to 1, then down to 1 / (div_factor * final_div_factor).
     """
     last_step = total_steps - 1
-    step = min(step, last_step)  # images may have gone while the run was interrupted, and steps with them
+    step = min(step, last_step)  # a resumed run may have fewer images than before, and thus fewer steps
     if config.scheduler == "cosine":
         warmup_fraction = 0.05 if config.warmup_epochs is None else min(config.warmup_epochs / config.epochs, 1.0)
         warmup_steps = max(1, int(total_steps * warmup_fraction + 1e-9))  # 0.29 * 100 is 28.999...
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-    peak_step = config.pct_start * total_steps - 1  # as torch counts
+    peak_step = config.pct_start * total_steps - 1  # as in torch
     first_factor = 1 / config.div_factor
     if step <= peak_step:
         start = first_factor
@@ -5438,15 +5436,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 class WeightAverage:
-    """Running mean of what is trained (EMA), float tensors only; the rest, counters, is as it is."""
+    """Exponential moving average (EMA) of the model's trained state; tensors that are not float, such as counters, are copied."""
 
     def __init__(self, model: Recognizer, decay: float) -> None:
-        self._live = model.trained_state()  # views of the model's own tensors
+        self._live = model.trained_state()  # shares memory with the model
         self._decay = decay
         self.values = {key: value.clone() for key, value in self._live.items()}
 
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1; early steps count for more, as there is nothing to average yet."""
+        """Update the average after `step`, counted from 1; the first steps weigh more, because there is little to average yet."""
         decay = min(self._decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
         floats = [key for key, value in self._live.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.values[key] for key in floats], [self._live[key] for key in floats], 1 - decay)
@@ -5465,7 +5463,7 @@ class WeightAverage:
 
 
 def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
-    """Copy the values of tensors into those of the same key."""
+    """Copy tensors of `source` into those of `target` with the same keys, in place."""
     for key, value in target.items():
         value.copy_(source[key])
 
@@ -5474,15 +5472,15 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
-Scorer = Callable[[np.ndarray], np.ndarray]  # makes scores (n, C) of queries (n, D)
+Scorer = Callable[[np.ndarray], np.ndarray]  # maps queries (n, D) to scores (n, C)
 
 
 def reduce_scores(
     score: Scorer, queries: np.ndarray, reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]]
 ) -> tuple[np.ndarray, ...]:
-    """Return what `reduce` makes of the scores of all queries, a block at a time: those of 100,000 classes exceed the memory.
+    """Reduce the scores of all queries, block by block, because those of 100,000 classes exceed the memory.
 
-    `reduce` makes arrays (n, ...) of scores and their place in the queries.
+    `reduce(scores, block)` returns arrays (n, ...) for the n queries in the slice `block`; they are concatenated over blocks.
     """
     step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
     blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
@@ -5493,35 +5491,34 @@ def reduce_scores(
 def classify(
     score: Scorer, queries: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> tuple[float, dict[str, float], dict[str, dict]]:
-    """Return cross-entropy, figures and figures by class of a classifier whose logits (n, C) `score` makes of queries (n, D)."""
+    """Return mean cross-entropy, figures and figures by class of the logits (n, C) that `score` computes from queries (n, D)."""
     has_auc = len(queries) * len(class_names) <= MAX_SCORE_ENTRIES
 
     def reduce(logits: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
         log_probabilities = log_softmax(logits)
-        of_truth = log_probabilities[np.arange(len(logits)), labels[block]]
+        log_likelihoods = log_probabilities[np.arange(len(logits)), labels[block]]
         scores = log_probabilities.astype(np.float32) if has_auc else np.zeros((len(logits), 0), np.float32)
-        return log_probabilities.argmax(axis=1), of_truth, scores
+        return log_probabilities.argmax(axis=1), log_likelihoods, scores
 
-    answers, of_truth, scores = reduce_scores(score, queries, reduce)
+    answers, log_likelihoods, scores = reduce_scores(score, queries, reduce)
     figures, per_class = compute_metrics(answers, labels, class_names, scores if has_auc else None)
-    return float(-of_truth.mean()), figures, per_class
+    return float(-log_likelihoods.mean()), figures, per_class
 
 
 def compute_metrics(
     answers: np.ndarray, labels: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
 ) -> tuple[dict[str, float], dict[str, dict]]:
-    """Return acc, f1_macro, auc_macro, and by class precision, recall, f1, auc, support, of classes answered and true, int (N,).
+    """Return acc, f1_macro, auc_macro, and by class precision, recall, f1, auc, support, from answers and labels, int (N,).
 
-    The AUC (one against the rest), None without, needs scores (N, C) whose columns are comparable over rows (log-probabilities). A
-    class without images in `labels` has None for what is undefined, and is left out of the means; its images never are.
+    AUC (one class against the rest) needs scores (N, C) with columns that are comparable over rows (log-probabilities); without
+    scores it is None. A class without images has None for undefined figures and no part in the means; every image counts.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    numbers = np.arange(len(class_names))
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels, answers, labels=numbers, zero_division=np.nan
+        labels, answers, labels=np.arange(len(class_names)), zero_division=np.nan
     )
-    precision[np.isnan(precision) & (support > 0)] = 0.0  # a class that has images and is never answered
+    precision[np.isnan(precision) & (support > 0)] = 0.0  # the class has images but is never answered
     f1[support == 0] = np.nan
     auc = np.full(len(class_names), np.nan) if scores is None else one_vs_rest_auc(scores, labels)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
@@ -5540,8 +5537,8 @@ def compute_metrics(
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    It is the share of (positive, negative) pairs in the right order, a tie counting as a half. Sorting a column of float32 is
-    vectorised: 2.4 s for 50,000 images of 1,000 classes, twice an epoch, where `roc_auc_score` takes 22 s and `rankdata` 11 s.
+    It is the fraction of (positive, negative) pairs in the right order; a tie counts half. Sorting a float32 column is vectorised:
+    50,000 images of 1,000 classes, twice an epoch, take 2.4 s, where `roc_auc_score` takes 22 s and `rankdata` 11 s.
     """
     num_samples, num_classes = scores.shape
     num_positives = np.bincount(labels, minlength=num_classes)
@@ -5552,20 +5549,20 @@ def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         for label, column in zip(block.tolist(), columns, strict=True):
             ranked = np.sort(column)
             positives = np.sort(column[labels == label])
-            # Twice the pairs that the positives win, over all samples: over each other they win one each, and lose it.
+            # Twice the pairs that positives win against all samples; the pairs of two positives contribute count**2.
             won = ranked.searchsorted(positives, "left").sum() + ranked.searchsorted(positives, "right").sum()
-            num = len(positives)
-            areas[label] = (won - num**2) / 2 / num / (num_samples - num)
+            count = len(positives)
+            areas[label] = (won - count**2) / 2 / count / (num_samples - count)
     return areas
 
 
 def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float:
-    """Return the mean F1 of the classes that occur in the labels (N,): in 10 us for 300 images, `f1_score` takes 1.6 ms."""
+    """Return the mean F1 of the classes that occur in the labels (N,), in 10 us for 300 images; `f1_score` takes 1.6 ms."""
     support = np.bincount(labels, minlength=num_classes)
-    given = np.bincount(answers, minlength=num_classes)
+    num_answers = np.bincount(answers, minlength=num_classes)
     hits = np.bincount(labels[labels == answers], minlength=num_classes)
     occurs = support > 0
-    return mean_of_defined(2 * hits[occurs] / (support + given)[occurs])
+    return mean_of_defined(2 * hits[occurs] / (support + num_answers)[occurs])
 
 
 def none_if_nan(value: float) -> float | None:
@@ -5574,23 +5571,23 @@ def none_if_nan(value: float) -> float | None:
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN, NaN if there is none."""
+    """Return the mean of the values that are not NaN, or NaN without any."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log-probabilities (N, C) in float64."""
+    """Return the log-probabilities of logits (N, C), in float64."""
     return scipy.special.log_softmax(logits.astype(np.float64), axis=1)
 
 
 def retrieval_scores(
     queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return recall_at_1, recall_at_5, map_at_r (Q,) of a search for references (N, D) of each query's class; NaN if it has none.
+    """Return recall_at_1, recall_at_5, map_at_r (Q,) of retrieving references (N, D) of a query's class; NaN if there are none.
 
-    MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): the precision at each rank among the first R
-    that holds a right reference, summed and divided by R, where R is the number of references of the query's class.
+    MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): R is the number of references of the query's
+    class; the precisions at those of the first R ranks that hold a reference of this class are summed and divided by R.
     """
     counts = np.bincount(stack_labels, minlength=int(labels.max(initial=0)) + 1)
     num_right = counts[labels]
@@ -5611,51 +5608,49 @@ def retrieval_scores(
 
 
 def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
-    """Return auroc, the chance that a known object scores above an unknown one, and fpr95, the unknown ones' share that passes
-    when the threshold lets 95 % of the known ones pass; NaN where there are none of either.
+    """Return auroc, the probability that a known object scores above an unknown one, and fpr95; both NaN if either group is empty.
 
-    Of known (N,) and unknown (U,) come the ranks of their scores among all, from 0 for the lowest; equal scores have one rank.
-    Counting ranks takes 16 us for 300 objects, `roc_auc_score` and `roc_curve` 2.3 ms: 500 draws of ten folds feel it.
+    fpr95 is the fraction of unknown objects that pass the threshold which 95 % of the known ones pass. `known` (N,) and `unknown`
+    (U,) are ranks of scores among all, from 0 for the lowest; equal scores share a rank. Counting ranks of 300 objects takes 16 us,
+    `roc_auc_score` and `roc_curve` take 2.3 ms, which adds up over 500 draws of ten folds.
     """
     if not len(known) or not len(unknown):
         return {"auroc": math.nan, "fpr95": math.nan}
     num_ranks = 1 + max(known.max(), unknown.max())
-    known_at = np.bincount(known, minlength=num_ranks)
-    unknown_at = np.bincount(unknown, minlength=num_ranks)
-    won = (known_at * (unknown_at.cumsum() - unknown_at / 2)).sum()  # half a point for a tie
-    threshold = (known_at.cumsum() > math.floor(0.05 * len(known))).argmax()  # at least 95 % of the known are not below
-    return {
-        "auroc": float(won / len(known) / len(unknown)),
-        "fpr95": float(unknown_at[threshold:].sum() / len(unknown)),
-    }
+    known_counts = np.bincount(known, minlength=num_ranks)
+    unknown_counts = np.bincount(unknown, minlength=num_ranks)
+    won = (known_counts * (unknown_counts.cumsum() - unknown_counts / 2)).sum()  # a tie counts half
+    threshold = (known_counts.cumsum() > math.floor(0.05 * len(known))).argmax()  # at least 95 % of the known reach it
+    fpr95 = unknown_counts[threshold:].sum() / len(unknown)
+    return {"auroc": float(won / len(known) / len(unknown)), "fpr95": float(fpr95)}
 
 
 def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
-    """Return the chance that a known object (N,) is answered right, and with a higher score than an unknown one (U,).
+    """Return the probability that a known object (N,) is answered right and scores higher than an unknown one (U,).
 
     It is the area under Dhamija's curve of correct classification against false positives (arXiv:1811.04110).
     """
     ranked = np.sort(unknown)
-    won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # twice: a tie is half a point
+    won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # doubled: a tie counts half
     return float((is_right * won / 2).mean() / len(unknown))
 
 
 def reliability(
     probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
 ) -> list[dict[str, float]]:
-    """Return the reliability diagram of probabilities (N,): of each of equal bins its weight, mean probability and accuracy.
+    """Return the reliability diagram of probabilities (N,): weight, mean probability and accuracy of each of `num_bins` equal bins.
 
-    Unknown objects count as UNKNOWN_SHARE of all.
+    Unknown objects get UNKNOWN_SHARE of the total weight.
     """
     counts = np.where(is_known, is_known.sum(), (~is_known).sum())
     weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
-    weights /= max(1e-12, weights.sum())  # 1 in all, also where there are only known or only unknown objects
+    weights /= max(1e-12, weights.sum())  # their sum is 1 even with only known or only unknown objects
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
-    shares = np.bincount(bins, weights, num_bins)
-    mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(shares, 1e-12)
-    accuracies = np.bincount(bins, weights * is_right, num_bins) / np.maximum(shares, 1e-12)
-    columns = (shares.tolist(), mean_probabilities.tolist(), accuracies.tolist())
-    return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in zip(*columns, strict=True)]
+    bin_weights = np.bincount(bins, weights, num_bins)
+    mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(bin_weights, 1e-12)
+    accuracies = np.bincount(bins, weights * is_right, num_bins) / np.maximum(bin_weights, 1e-12)
+    rows = np.stack((bin_weights, mean_probabilities, accuracies), axis=1).tolist()
+    return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in rows]
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float:
@@ -5663,10 +5658,10 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
     return sum(row["share"] * abs(row["probability"] - row["right"]) for row in bins)
 
 
-# How far a cosine moves when the same picture is embedded in another batch or on another device, by what the backbone computes in.
-# Measured on 840 crops against the gallery in float32: in bf16, 99 of 100 move by less than 0.011 with tf_efficientnet_lite0, 87 of
-# 100 with mobilenetv2_035; in fp16, 99 of 100 by 0.0022; in batches of another size on a CPU by 3e-7. Harmless, as half the way to
-# the next score is the most.
+# How far a cosine moves when the same image is embedded in another batch or on another device, by the backbone's dtype. Measured
+# with 840 crops against a float32 gallery: in bf16, 99 of 100 move by less than 0.011 with tf_efficientnet_lite0, 87 of 100 with
+# mobilenetv2_035; in fp16, 99 of 100 by 0.0022; in other batch sizes on a CPU by 3e-7. Harmless, because thresholds are lowered by
+# at most half the way to the next score.
 SCORE_ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -5677,16 +5672,16 @@ def precision_threshold(
     prior: np.ndarray | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Return the least threshold above which that share of further answers can be expected to be right; above all if there is none.
+    """Return the lowest threshold above which new answers can be expected to have this precision, or one above all scores if none.
 
-    It lies below the last score (N,) that passes, by SCORE_ROUNDING of the backbone's `dtype` or half the way to the next one: the
-    same picture, embedded in another batch, must pass as well. Answers of one score come or go together. The `prior` (N,), the
-    precision expected at each score, counts as PRIOR_ANSWERS further answers: one error among few is no proof.
+    It lies below the lowest passing score (N,), by SCORE_ROUNDING of the backbone's `dtype` but at most half the way to the next
+    one, so that the same image passes in another batch too. Answers of equal score pass or fail together. `prior` (N,), the
+    precision expected at each score, counts as PRIOR_ANSWERS further answers: one error among few answers proves little.
 
-    The share of right answers above the lowest threshold at which it holds flatters, as luck has chosen that. So the upper bound
-    of their error rate counts, of Clopper and Pearson (1934) at PROMISE_CONFIDENCE, or with a prior the quantile of the posterior.
-    18 right answers without an error are the least that promise 95 %. Of val sets of 150 to 800 answers redrawn from 451 of hand
-    tools and 420 of groceries, .945 to .955 of all answers were right, and .929 to .948 by the plain share; of 70, .900 and .953.
+    The plain fraction of right answers above a threshold flatters, because chance helped to choose it. So the error rate is the
+    upper bound of Clopper and Pearson (1934) at PROMISE_CONFIDENCE, or with a prior that quantile of the posterior. 95 % takes at
+    least 18 answers, all right. With val sets of 150 to 800 answers redrawn from 451 of hand tools and 420 of groceries, .945 to
+    .955 of all answers were right, .929 to .948 by the plain fraction; with sets of 70, .900 and .953.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -5698,27 +5693,27 @@ def precision_threshold(
     is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     num_wrong = num_answers - num_right + (1 if prior is None else 1e-9)
     error_rate = scipy.special.betaincinv(num_wrong, np.maximum(num_right, 1e-9), PROMISE_CONFIDENCE)
-    is_enough = error_rate <= 1 - precision if precision < 1 else num_right == num_answers  # nothing can promise all
-    enough = np.flatnonzero(is_enough & is_last_of_score)
-    if not len(enough):
+    is_precise = error_rate <= 1 - precision if precision < 1 else num_right == num_answers  # no bound promises 100 %
+    passing = np.flatnonzero(is_precise & is_last_of_score)
+    if not len(passing):
         return float(np.float32(scores.max(initial=-1.0) + SCORE_ROUNDING[dtype]))
-    last, below = (float(score) for score in np.append(ranked, -np.inf)[enough[-1] : enough[-1] + 2])
+    last, below = (float(score) for score in np.append(ranked, -np.inf)[passing[-1] : passing[-1] + 2])
     threshold = np.float32(max(last - SCORE_ROUNDING[dtype], (last + below) / 2))
     return float(max(threshold, np.nextafter(np.float32(below), np.float32(np.inf))))
 
 
 def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return figures as {name: {value, interval}}, the 95 % percentile interval over images drawn with replacement.
+    """Return figures as {name: {value, interval}}, with 95 % percentile bootstrap intervals over images.
 
-    `compute` makes figures of positions (n,) of samples, an array for each group; NaN = undefined, None in the result. A group, int
-    (N,), has the image of each sample: two views of one come and go together.
+    A group, int (N,), holds the image of each sample; views of one image are drawn together. `compute` maps one array of positions
+    (n,) of samples for each group to figures; NaN = undefined, None in the result.
     """
     draws = min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, *map(len, groups)))
     samples = zip(*(draw_samples(images, draws) for images in groups), strict=True)
-    of_all, *drawn = [compute(*positions) for positions in samples]
+    estimates, *drawn = [compute(*positions) for positions in samples]
     figures = {}
-    for name, value in of_all.items():
-        values = np.array([of_draw[name] for of_draw in drawn])
+    for name, value in estimates.items():
+        values = np.array([draw[name] for draw in drawn])
         defined = values[~np.isnan(values)]
         interval = np.quantile(defined, (0.025, 0.975)).tolist() if len(defined) else None
         figures[name] = {"value": none_if_nan(value), "interval": interval}
@@ -5726,9 +5721,9 @@ def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray
 
 
 def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the means of the scores (N,) that are not NaN, with their intervals; see `with_intervals`.
+    """Return the means of the scores (N,) that are not NaN, with intervals as in `with_intervals`.
 
-    Where all images have 0, or all 1, every draw says the same, and the interval is that of Wilson (1927) for a share.
+    If all images have 0, or all have 1, all draws agree, and the interval is Wilson's (1927) for a proportion.
     """
     figures = with_intervals(
         lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
@@ -5742,14 +5737,14 @@ def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[s
 
 
 def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
-    """Yield the positions (N,) of all samples, then `draws` times those (n,) of images (N,) drawn with replacement."""
+    """Yield the positions (N,) of all samples, then `draws` times the positions (n,) of images (N,) drawn with replacement."""
     unique, inverse = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(0)
     positions = np.arange(len(images))
     yield positions
     for _ in range(draws):
-        times = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
-        yield np.repeat(positions, times[inverse])
+        counts = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
+        yield np.repeat(positions, counts[inverse])
 
 
 # ======================================================================================================================
