@@ -4503,7 +4503,7 @@ class Backbone(nn.Module):
         self.register_buffer("luma", luma, persistent=False)
 
     def freeze(self, is_trained: Callable[[str], bool] = lambda name: False) -> None:
-        """Put the model in eval mode and out of autograd for good, except modules and parameters whose name passes `is_trained`."""
+        """Keep the model in eval mode and out of autograd from now on, except modules and parameters that `is_trained` selects."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name))
         self.trained_keys = frozenset(filter(is_trained, self.model.state_dict()))
@@ -5057,7 +5057,7 @@ def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, tor
 
 
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
-    """Load a file into a timm model: skips and logs its classifier and heads, adapts input channels as timm. Raises UserError."""
+    """Load a file into a timm model: skips and logs its classifier and heads, adapts input channels like timm. Raises UserError."""
     from timm.models._manipulate import adapt_input_conv
 
     architecture = model.pretrained_cfg.get("architecture") or type(model).__name__
@@ -5138,7 +5138,7 @@ class Criterion(nn.Module):
         raise NotImplementedError
 
     def add_margin(self, scores: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        """Apply the margin to the scores (N, C) of the true classes, labels (N,); here there is none."""
+        """Apply the margin to the scores (N, C) of the true classes, labels (N,); the base class has none."""
         return scores
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -5582,24 +5582,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def retrieval_scores(
-    queries: np.ndarray, labels: np.ndarray, stacks: np.ndarray, stack_labels: np.ndarray
+    queries: np.ndarray, labels: np.ndarray, references: np.ndarray, reference_labels: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return recall_at_1, recall_at_5, map_at_r (Q,) of retrieving references (N, D) of a query's class; NaN if there are none.
 
     MAP@R (Musgrave et al., "A Metric Learning Reality Check", arXiv:2003.08505): R is the number of references of the query's
     class; the precisions at those of the first R ranks that hold a reference of this class are summed and divided by R.
     """
-    counts = np.bincount(stack_labels, minlength=int(labels.max(initial=0)) + 1)
+    counts = np.bincount(reference_labels, minlength=int(labels.max(initial=0)) + 1)
     num_right = counts[labels]
-    top = min(len(stacks), max(5, int(counts.max(initial=0))))
+    top = min(len(references), max(5, int(counts.max(initial=0))))
     ranks = np.arange(1, top + 1)
     scores = {name: np.full(len(labels), np.nan) for name in RETRIEVAL_NAMES}
     defined = np.flatnonzero(num_right > 0)
-    for block in np.array_split(defined, max(1, -(-len(defined) * len(stacks) // RETRIEVAL_CHUNK))):
-        cosine = queries[block] @ stacks.T
+    for block in np.array_split(defined, max(1, -(-len(defined) * len(references) // RETRIEVAL_CHUNK))):
+        cosine = queries[block] @ references.T
         nearest = np.argpartition(-cosine, top - 1, axis=1)[:, :top]
         order = np.argsort(-np.take_along_axis(cosine, nearest, axis=1), axis=1, kind="stable")
-        is_right = stack_labels[np.take_along_axis(nearest, order, axis=1)] == labels[block][:, None]
+        is_right = reference_labels[np.take_along_axis(nearest, order, axis=1)] == labels[block][:, None]
         precision = np.cumsum(is_right, axis=1) / ranks * is_right * (ranks <= num_right[block][:, None])
         scores["recall_at_1"][block] = is_right[:, 0]
         scores["recall_at_5"][block] = is_right[:, :5].any(axis=1)
@@ -5731,8 +5731,8 @@ def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[s
     for name, values in scores.items():
         is_defined = ~np.isnan(values)
         if figures[name]["value"] in (0.0, 1.0) and len(np.unique(values[is_defined])) == 1:
-            missed = 1.96**2 / (len(np.unique(images[is_defined])) + 1.96**2)
-            figures[name]["interval"] = [1 - missed, 1.0] if figures[name]["value"] else [0.0, missed]
+            width = 1.96**2 / (len(np.unique(images[is_defined])) + 1.96**2)
+            figures[name]["interval"] = [1 - width, 1.0] if figures[name]["value"] else [0.0, width]
     return figures
 
 
