@@ -6705,17 +6705,18 @@ def best_score(scores: np.ndarray) -> np.ndarray:
 
 
 def highest_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the probability of the best class, (N,), of logits (N, C)."""
+    """Return the softmax probability of the best class, (N,), from logits (N, C)."""
     return np.exp(log_softmax(logits)).max(axis=1)
 
 
 def open_set_figures(
     score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
 ) -> dict[str, Any]:
-    """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` makes of the scores of queries (n, C).
+    """Return auroc and fpr95, as {value, interval}, of telling unknown queries by a confidence.
 
-    `unknown` (U, D) are the queries of no class. If it is None, each fold of the classes in turn is taken out of the gallery, its
-    queries count as unknown, and figures are means over the folds. The embedder has seen those classes: strangers are harder.
+    `confide` maps the scores of queries (n, C) to confidences (n,). `unknown` (U, D) holds queries of no class. If it is None, each
+    fold of the classes in turn leaves the gallery, its queries count as unknown, and the figures are means over the folds. The
+    embedder was trained on those classes, so real unknown objects are harder.
     """
 
     def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
@@ -6724,14 +6725,14 @@ def open_set_figures(
 
     if unknown is not None:
         queries = (known.values, unknown)
-        of_both = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
+        confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
         is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
         images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
-        figures = tell_unknown(images, [(np.concatenate(of_both), ~is_unknown, is_unknown)])
+        figures = tell_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
         return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
     is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
-    of_folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
-    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in of_folds])
+    folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
+    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
     source = "classes held out in turn, on which it was trained"
     return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
 
@@ -6739,13 +6740,13 @@ def open_set_figures(
 def tell_unknown(
     images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> dict[str, dict[str, Any]]:
-    """Return auroc and fpr95, means over folds as {value, interval}, of telling known objects from unknown ones by confidence.
+    """Return auroc and fpr95, means over folds as {value, interval}, of telling known from unknown objects by confidence.
 
-    Of each fold these are the confidences of all queries (n,), and which of them are known, and which unknown: bool (n,) both.
-    `images` (n,) says which queries are views of one image.
+    Each fold holds the confidences of all queries (n,), and the masks of the known and of the unknown ones, bool (n,) both.
+    `images` (n,) is the image of each query: views of one image are drawn together.
     """
-    # Only their order counts, and integers compare faster in each draw.
-    folds = [(np.unique(confidences, return_inverse=True)[1], *which) for confidences, *which in folds]
+    # Only the order of the confidences counts, and integer ranks compare faster in each bootstrap draw.
+    folds = [(np.unique(confidences, return_inverse=True)[1], *masks) for confidences, *masks in folds]
 
     def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
         per_fold = [
@@ -6758,14 +6759,14 @@ def tell_unknown(
 
 
 def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: Embedded) -> None:
-    """Write what the gallery answers to crops of known classes as a CSV file, a row for each view of a crop.
+    """Write the gallery's answers to crops of known classes as a CSV file, one row for each view of a crop.
 
-    `answer` is the nearest class, even where `is_unknown` says that it lies below its threshold. A cosine is the similarity that
-    the gallery's matcher gives. `nearest_reference` is of the answered class, `nearest_of_class` of the true one.
+    `answer` is the nearest class, even where `is_unknown` says that its score lies below the threshold. A cosine is the similarity
+    that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one.
     """
     labels, scores = gallery.judge(embedded.values, embedded.labels)
     names, view_names = np.array(gallery.class_names, object), np.array(VIEW_NAMES)
-    cosines = scores.astype(np.str_)  # the shortest text that is the same float32 again
+    cosines = scores.astype(np.str_)  # the shortest text that reads back as the same float32
     has_runner_up = labels[:, 2] != labels[:, 0]
     rows = embedded.rows.tolist()
     columns = {
@@ -6780,8 +6781,8 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
         "runner_up_cosine": np.where(has_runner_up, cosines[:, 2], ""),
         "class_cosine": cosines[:, 1],
     }
-    for name, asked in (("nearest_reference", labels[:, 0]), ("nearest_of_class", labels[:, 1])):
-        nearest = nearest_references(gallery, embedded.values, asked)
+    for name, class_labels in (("nearest_reference", labels[:, 0]), ("nearest_of_class", labels[:, 1])):
+        nearest = nearest_references(gallery, embedded.values, class_labels)
         columns[name] = [gallery.stack_paths[position] for position in nearest]
         columns[f"{name}_view"] = view_names[gallery.stack_views[nearest]]
     columns["mask"] = [records.mask_of(row, 1) for row in rows]
@@ -6793,36 +6794,30 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
 
 
 def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
-    """Write the embeddings behind the figures, by split, with what they are of; readable with `allow_pickle=False`."""
-    of_all = concatenate_embedded(embedded.values())
+    """Write the embeddings of all splits with their labels, paths and views; readable with `allow_pickle=False`."""
+    combined = concatenate_embedded(embedded.values())
     with atomic_file(path) as file:
         np.savez(
             file,
-            embeddings=of_all.values,
-            labels=of_all.labels,
-            paths=np.array([records.paths[row] for row in of_all.rows.tolist()], dtype=np.str_),
-            views=of_all.views,
-            splits=np.repeat(list(embedded), [len(of_split.rows) for of_split in embedded.values()]),
-            masks=np.array([records.mask_of(row, 1) for row in of_all.rows.tolist()], dtype=np.str_),
+            embeddings=combined.values,
+            labels=combined.labels,
+            paths=np.array([records.paths[row] for row in combined.rows.tolist()], dtype=np.str_),
+            views=combined.views,
+            splits=np.repeat(list(embedded), [len(part.rows) for part in embedded.values()]),
+            masks=np.array([records.mask_of(row, 1) for row in combined.rows.tolist()], dtype=np.str_),
             class_names=np.array(records.class_names, dtype=np.str_),
         )
 
 
-CALIBRATED = (
-    "thresholds",
-    "is_pooled",
-    "temperature",
-    "val_thresholds",
-    "log_odds",
-    "enrolment",
-)  # fields of `Gallery`
-# Arrays of prototypes.npz: the field of `Gallery`, kind and bytes of an item (0 = any), the axes of the shape by letters.
+# Fields of `Gallery` that `calibrate` sets.
+CALIBRATED = ("thresholds", "is_pooled", "temperature", "val_thresholds", "log_odds", "enrolment")
+# Arrays of prototypes.npz: field of `Gallery`, dtype kind and item size in bytes (0 = any), one letter for each axis of the shape.
 GALLERY_ARRAYS = {
     "id2cls": ("class_names", "U0", "C"),
     "centroids": ("centroids", "f4", "CD"),
     "thresholds": ("thresholds", "f4", "C"),
     "is_enrolled": ("is_enrolled", "b1", "C"),
-    "offsets": ("offsets", "f4", "C"),  # of the scores of enrolled classes
+    "offsets": ("offsets", "f4", "C"),  # added to the scores of enrolled classes
     "knn_counts": ("knn_counts", "i8", "C"),
     "prototypes": ("prototypes", "f4", "PD"),
     "prototype_labels": ("prototype_labels", "i8", "P"),
@@ -6831,9 +6826,9 @@ GALLERY_ARRAYS = {
     "stack_paths": ("stack_paths", "U0", "N"),
     "stack_views": ("stack_views", "u1", "N"),
     "matcher": ("matcher", "U0", ""),
-    "feature_mean": ("fusion.mean", "f4", "F"),  # taken off the backbone's features
-    "feature_projection": ("fusion.projection", "f4", "FK"),  # they are multiplied by it; K = 0: the embedding alone
-    "feature_weight": ("fusion.weight", "f4", ""),  # of what that makes, in a cosine
+    "feature_mean": ("fusion.mean", "f4", "F"),  # subtracted from the backbone's features
+    "feature_projection": ("fusion.projection", "f4", "FK"),  # then applied to them; K = 0: only the embedding counts
+    "feature_weight": ("fusion.weight", "f4", ""),  # of the projected features in a cosine
 }
 
 
@@ -6860,7 +6855,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
 
 
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
-    """Return prototypes.npz and its meta, bytes checked and none executed. Raises UserError if it is damaged or not one of ours."""
+    """Read prototypes.npz and its meta, checked and never unpickled. Raises UserError if it is damaged or of another format."""
     if not os.path.lexists(path):
         raise UserError(f"has no {path.name}", str(path.parent), rebuilding_remedy(path.parent))
     try:
@@ -6876,46 +6871,36 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
 
 
 def rebuilding_remedy(run_dir: Path) -> str:
-    """Return how a run gets a gallery of its own."""
-    command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))}"
-    return f"{command} makes them anew from the best checkpoint"
+    """Return the remedy for a missing or damaged gallery: the command that rebuilds it."""
+    return f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))} makes them anew from the best checkpoint"
 
 
 def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
-    """Keep the gallery that is about to be replaced beside the new one, which has these classes; a damaged one is set aside."""
+    """Keep a copy of the gallery that is about to be replaced by one with `class_names`; set it aside if it is damaged."""
     if not os.path.lexists(path):
         return
     try:
-        lost = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
+        missing = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
     except UserError as error:
         set_aside(path, error.what, say)
         return
-    old = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
-    while old.exists():
-        old = old.with_name(f"{old.stem}_.npz")
-    copy_checkpoint(path, old)
-    say(f"{path.name} as it was is now {old.name}")
-    if lost:
-        say(f"warning: enrolled classes have to be added again: {', '.join(lost)}")
+    backup = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
+    while backup.exists():
+        backup = backup.with_name(f"{backup.stem}_.npz")
+    copy_checkpoint(path, backup)
+    say(f"{path.name} as it was is now {backup.name}")
+    if missing:
+        say(f"warning: enrolled classes have to be added again: {', '.join(missing)}")
 
 
 def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, Any]]:
-    """Return what the arrays of prototypes.npz hold, and its meta. Raises ValueError that names one which does not fit."""
+    """Build the gallery from the arrays of prototypes.npz; return it and the meta. Raises ValueError naming what does not fit."""
     meta = json.loads(str(arrays.get("meta", "{}")))
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
     missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    needed = {
-        "format",
-        "temperature",
-        "log_odds",
-        "enrolment",
-        "spreads",
-        "by_centroid",
-        "val_thresholds",
-        "pooled_thresholds",
-    }
-    missing += [f"{key} in its meta" for key in sorted(needed - meta.keys())]
+    keys = "by_centroid enrolment format log_odds pooled_thresholds spreads temperature val_thresholds".split()
+    missing += [f"{key} in its meta" for key in keys if key not in meta]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     fields: dict[str, Any] = {}
@@ -6937,21 +6922,21 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
             raise ValueError(f"its {name} are not numbers of its {lengths['C']} classes in ascending order")
     if fields["matcher"] not in MATCHER_NAMES:
         raise ValueError(f"its matcher is {fields['matcher']}, none of {', '.join(MATCHER_NAMES)}")
-    mean, projection, weight = (fields.pop(f"fusion.{part}") for part in ("mean", "projection", "weight"))
+    mean, projection, weight = (fields.pop(f"fusion.{key}") for key in ("mean", "projection", "weight"))
     if not 0 <= weight < 1 or lengths["K"] > lengths["D"]:
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
     slope, intercept = map(float, meta["log_odds"])
     enrolment = meta["enrolment"].items()
-    of_references, of_val = map(float, meta["spreads"])
+    reference_spread, val_spread = map(float, meta["spreads"])
     gallery = Gallery(
         **fields,
         temperature=float(meta["temperature"]),
         is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
         val_thresholds=tuple(map(float, meta["val_thresholds"])),
         log_odds=(slope, intercept),
-        enrolment={str(int(crops)): {**at, "threshold": float(at["threshold"])} for crops, at in enrolment},
+        enrolment={str(int(crops)): {**entry, "threshold": float(entry["threshold"])} for crops, entry in enrolment},
         fusion=Fusion(mean, projection, float(weight)),
-        spreads=(of_references, of_val),
+        spreads=(reference_spread, val_spread),
         by_centroid=meta["by_centroid"],
     )
     if len(match_by_centroid(gallery).thresholds) != lengths["C"]:
@@ -6962,18 +6947,18 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
 def describe_gallery(
     config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
 ) -> dict[str, Any]:
-    """Return the meta of prototypes.npz: what a query must have in common with the gallery, date, and hash of the options."""
+    """Return the meta of prototypes.npz: how its embeddings are made, target precision, dtype, date, and a hash of the options."""
     return {
         **describe_embedding(config, info, model),
         "target_precision": config.target_precision,
         "precision": name_dtype(model.backbone.dtype),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "config_hash": fingerprint(make_identity(config, class_names, None)),  # no path, no backbone
+        "config_hash": fingerprint(make_identity(config, class_names, None)),  # covers neither paths nor the backbone
     }
 
 
 def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
-    """Return all that an embedding is a function of, besides the crop."""
+    """Return everything that determines an embedding, besides the crop."""
     transforms = production_transforms(config)
     backbone = model.backbone
     backbone_hashes = backbone.hashes if backbone.frozen and backbone.hashes else hash_tensors(backbone.model)
@@ -6997,9 +6982,9 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
 
 
 def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> Callable[..., np.ndarray]:
-    """Return what makes features float32 (N, F) of images uint8 (N, 3 or 4, H, W), by a backbone that is not trained meanwhile.
+    """Return a function that maps images uint8 (N, 3 or 4, H, W) to features float32 (N, F); the backbone must not train meanwhile.
 
-    It sees `batch` of them at a time; `name_of` gives their names. It raises Diverged where the features of one are not finite.
+    The function runs `batch` images at a time. It raises Diverged, with the image's name by `name_of`, if features are not finite.
     """
     network = runtime.wrap(backbone.eval())
 
@@ -7015,20 +7000,20 @@ def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run, loaded to answer: a model, and the gallery that was made with it."""
+    """A finished run, loaded for inference: the model, and the gallery that was made with it."""
 
     path: Path
-    config: Config  # of its training
+    config: Config  # of the training
     info: BackboneInfo
     model: Recognizer  # in eval mode
     runtime: Runtime
-    extract: Callable[..., np.ndarray]  # makes features of images
-    gallery: Gallery | None = None  # None as long as it is made anew
+    extract: Callable[..., np.ndarray]  # images to features; see `make_extractor`
+    gallery: Gallery | None = None  # None while it is being rebuilt
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
 
     def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
-        """Return the unit vectors float32 (N, D) that the gallery matches, of images as `extract` takes them; raises as it does."""
+        """Return the unit vectors float32 (N, D) that the gallery matches; arguments and Raises as for `extract`."""
         features = torch.from_numpy(self.extract(images, name_of, batch))
         with torch.inference_mode():
             blocks = features.split(batch or len(features))
@@ -7036,12 +7021,12 @@ class TrainedRun:
             return self.gallery.fusion(features, embeddings).numpy()
 
     def transform(self) -> Transform:
-        """Return what makes a crop the model's input."""
+        """Return the transform of a crop into the model's input."""
         return make_transform(self.config, self.info.mean)
 
 
 def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a finished run and its gallery. Raises UserError as `load_model` does, and where they do not match."""
+    """Load the best model and the gallery of a finished run. Raises UserError like `load_model`, or if the two do not match."""
     config = read_run_config(path)
     gallery_path = path / "prototypes.npz"
     gallery, meta = load_gallery(gallery_path)
@@ -7058,24 +7043,29 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run; `backbone_weights` where those have moved. Raises UserError where either cannot be had."""
+    """Load the best model of a run. Raises UserError if the checkpoint or the backbone's weights cannot be used.
+
+    `backbone_weights` is the file of the backbone's weights, where it has moved since the training.
+    """
     place = f"--run {path}"
-    again = "start its training command again, which takes it from the other checkpoints"
+    restart = "start its training command again, which takes it from the other checkpoints"
     if not (path / BEST_NAME).is_file():
-        raise UserError(f"has no {BEST_NAME}", place, f"give the out_dir of a run that has finished, or {again}")
+        raise UserError(f"has no {BEST_NAME}", place, f"give the out_dir of a run that has finished, or {restart}")
     try:
         payload = load_checkpoint(path / BEST_NAME)
     except UserError as error:
-        remedy = f"{again}; if the run is of another version, {_other_version_remedy(path)}"
+        remedy = f"{restart}; if the run is of another version, {_other_version_remedy(path)}"
         raise UserError(error.what, str(path / BEST_NAME), remedy) from error
-    start = config.load_from or config.backbone_weights
+    weights_path = config.load_from or config.backbone_weights
     source: dict[str, Any] = {}
-    if not config.freeze_backbone:  # its weights are in the checkpoint
+    if not config.freeze_backbone:  # the checkpoint holds the backbone's weights
         source = {"pretrained": False, "backbone_weights": None, "load_from": None}
     elif backbone_weights is not None:
         source = {"backbone_weights": backbone_weights, "load_from": None}
-    elif start is not None and not start.exists():
-        raise UserError(f"its backbone's weights are no longer at {start}", place, "give --backbone_weights FILE")
+    elif weights_path is not None and not weights_path.exists():
+        raise UserError(
+            f"its backbone's weights are no longer at {weights_path}", place, "give --backbone_weights FILE"
+        )
     backbone, info = build_backbone(dataclasses.replace(config, **source), show)
     expected = payload["identity"]["backbone_hash"]
     if config.freeze_backbone and info.weights_hash != expected:
@@ -7097,13 +7087,16 @@ def _other_version_remedy(path: Path) -> str:
 
 
 def read_run_config(path: Path) -> Config:
-    """Return the options of a run. Raises UserError where config.json is damaged, of another version, or out of range."""
-    file, where, remedy = path / "config.json", f"--run {path}", "give the out_dir of a finished run"
-    remedy += ", or start its training command again, which writes config.json anew"
+    """Read the options of a run from its config.json. Raises UserError if it is damaged, of another version, or out of range."""
+    config_path = path / "config.json"
+    where = f"--run {path}"
     try:
-        record = read_json(file, {"options": dict, "origins": dict})
+        record = read_json(config_path, {"options": dict, "origins": dict})
     except (OSError, ValueError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))[:200]
+        remedy = (
+            "give the out_dir of a finished run, or start its training command again, which writes config.json anew"
+        )
         raise UserError(f"has no config.json that can be read: {reason}", where, remedy) from error
     known = {field.name: field for field in option_fields()}
     foreign = sorted(record["options"].keys() - known.keys() - {"command"})
@@ -7112,7 +7105,7 @@ def read_run_config(path: Path) -> Config:
         names = ", ".join((*foreign, *missing)[:8])
         problem = f"was made by another version of this script, with other options: {names}"
         raise UserError(problem, where, _other_version_remedy(path))
-    options, places = convert_options(file, record, Config)
+    options, places = convert_options(config_path, record, Config)
     config = Config(origins=places, **options)
     check_ranges(config)
     check_config(config)
@@ -7120,7 +7113,7 @@ def read_run_config(path: Path) -> Config:
 
 
 def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str, Records]:
-    """Return the images of a folder in halves to `fit` and `measure`, by their names alone. Raises UserError where one is empty."""
+    """Split the images of a folder by a hash of their paths into `fit` and `measure`. Raises UserError if one half is empty."""
     halves: dict[str, list[str]] = {"measure": [], "fit": []}
     for path in list_image_tree(folder).paths:
         is_odd = hashlib.sha256(os.fsencode(path)).digest()[0] % 2
@@ -7145,10 +7138,10 @@ def embed_batches(
     runtime: Runtime,
     note: Callable[[list[tuple[int, str]]], None],
 ) -> Iterator[Embedded]:
-    """Yield the embeddings of each batch; only rank 0 gets them, and there `note` is told what could not be read.
+    """Yield the embeddings of each batch, on rank 0 only, where `note` receives the images that could not be read.
 
-    `make_values` gives those of images uint8 (B, 3 or 4, H, W), and gets what names an image of them. All ranks have to iterate:
-    each result is gathered.
+    `make_values` maps images uint8 (B, 3 or 4, H, W), and a function that returns the name of image i, to embeddings (B, D). All
+    ranks have to iterate, because each result is gathered.
     """
 
     def answer(batch: Batch) -> tuple[list[tuple[int, str]], Embedded]:
@@ -7157,13 +7150,13 @@ def embed_batches(
             values = make_values(batch.images, lambda index: dataset.records.paths[int(batch.rows[index])])
         return batch.failures, Embedded(batch.rows.numpy(), batch.views.numpy(), batch.labels.numpy(), values)
 
-    for failures, embedded in take_turns(lambda part: make_loader(dataset, part, config, runtime), batches, answer):
+    for failures, embedded in take_turns(lambda chunk: make_loader(dataset, chunk, config, runtime), batches, answer):
         note(failures)
         yield embedded
 
 
 def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None:
-    """Return what `embed_batches` yields as one, None beside the first process. Raises UserError if not one image can be read."""
+    """Concatenate the batches of `embed_batches`; None on ranks other than 0. Raises UserError if no image can be read."""
     readable = [embedded for embedded in batches if len(embedded.rows)]
     if get_rank():
         return None
@@ -7175,9 +7168,9 @@ def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None
 def embed_records(
     run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions, make_values: Callable[..., np.ndarray]
 ) -> Embedded | None:
-    """Return what run.embed or run.extract makes of some records, in the views that the run was trained with.
+    """Embed some records with run.embed or run.extract, in the views that the run was trained with.
 
-    --batch, --workers are those of `config`. The processes beside the first, which have embedded a part of them, get None.
+    --batch and --workers come from `config`. Every rank embeds a part of the records; ranks other than 0 get None.
     """
 
     def note(failures: list[tuple[int, str]]) -> None:
@@ -7193,7 +7186,7 @@ def embed_records(
 def scan_for_run(
     run: TrainedRun, root: Path, config: Config | EvaluateOptions | PrototypesOptions, splits_path: Path | None = None
 ) -> Scan:
-    """Scan a folder of class folders with masks, as the run looked at its data, and of these, by splits.json, what it used."""
+    """Scan a folder and its masks with the run's options; with the run's splits.json, keep only the images that the run used."""
     place = "--add" if root == getattr(config, "add", None) else config.origins.get("data_root")
     options = dataclasses.replace(
         run.config,
@@ -7205,7 +7198,7 @@ def scan_for_run(
         group_regex=None,
         masks_out=config.masks_out,
         data_fraction=run.config.data_fraction if splits_path else 1.0,
-        splits=run.config.splits if splits_path else "random",  # another folder holds class folders
+        splits=run.config.splits if splits_path else "random",  # any other folder holds class folders
     )
     return attach_masks(scan_dataset(options, splits_path), options)
 
@@ -7213,11 +7206,11 @@ def scan_for_run(
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str]) -> Gallery:
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
-    Centroids of the classes concerned are the mean of all their references. Thresholds of classes that were there stay; a new one
-    gets that which `measure_unseen` found for so many crops, or the highest of the others. What its own crops score among each
-    other says too little: they are few, and crops of other classes that might be taken for it are those of the training, which are
-    told too well. With a new class, nearest references give way to centroids. Labels of the crops are into `names`, rows into
-    `paths`.
+    Labels of the added crops index `names`, rows index `paths`. The centroid of a class that gets crops is the mean of all its
+    references. Classes of the gallery keep their thresholds; a new class gets the one that `measure_unseen` measured for as many
+    crops, or the highest of the other classes. The scores of its crops among each other say too little: they are few, and the
+    crops that might be taken for it are of training classes, which the model separates too well. With a new class, the gallery
+    matches by centroids instead of nearest references.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7234,19 +7227,19 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     changed = np.unique(added.labels)
     centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.values.shape[1]), np.float32)])
     centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
-    usual = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
-    new_counts = count_nearest(np.bincount(stacks.labels)[num_old:], usual, gallery.knn_k)
+    median_count = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
+    new_counts = count_nearest(np.bincount(stacks.labels)[num_old:], median_count, gallery.knn_k)
     prototypes = [gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, num_classes)]
-    rows_of = rows_by_class(stacks.labels, num_classes)
-    for label in changed.tolist():  # as many as before
-        values = stacks.values[rows_of[label]]
+    class_rows = rows_by_class(stacks.labels, num_classes)
+    for label in changed.tolist():  # as many prototypes a class as before
+        values = stacks.values[class_rows[label]]
         prototypes[label] = mean_of_clusters(values, gallery.most_prototypes, centroids[label])
     is_enrolled = np.append(gallery.is_enrolled, np.ones(num_new, bool))
     offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
     thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
     for label in range(num_old, num_classes):
-        if at := measured_enrolment(gallery, len(np.unique(added.rows[added.labels == label]))):
-            thresholds[label - num_old] = at["threshold"]
+        if measured := measured_enrolment(gallery, len(np.unique(added.rows[added.labels == label]))):
+            thresholds[label - num_old] = measured["threshold"]
     return dataclasses.replace(
         take_prototypes(gallery, prototypes),
         class_names=class_names,
@@ -7264,63 +7257,64 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
 
 
 def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
-    """Return what the scores of each class get if it is enrolled, float32 (C,).
+    """Return the number to add to the scores of each class if it is enrolled, float32 (C,).
 
-    Training draws the pictures of its classes together; those of others lie wider apart, and one that is as typical of its class
-    has a smaller cosine. OFFSET_WEIGHT of what their spread is more than that of the training's references, the first of `spreads`,
-    makes up for it. The spread of few crops is a guess: it is averaged with that of val, which counts as OFFSET_PRIOR_CROPS more.
+    Training pulls the images of its classes together; those of other classes lie wider apart, so that an equally typical one has a
+    smaller cosine. The offset makes up for it: OFFSET_WEIGHT times the spread of the class in excess of the training references'.
+    `spreads` holds those of the references and of val. The spread of few crops is a guess: it is averaged with that of val, which
+    counts as OFFSET_PRIOR_CROPS more crops.
     """
-    of_references, of_val = spreads
-    if not of_references:  # not known
+    reference_spread, val_spread = spreads
+    if not reference_spread:  # not known
         return np.zeros(num_classes, np.float32)
-    num_more = np.bincount(stacks.labels, minlength=num_classes) - 1  # than the first
+    num_more = np.bincount(stacks.labels, minlength=num_classes) - 1  # crops after the first
     spread = np.nan_to_num(class_spreads(stacks.values, stacks.labels, num_classes))
-    spread = (num_more * spread + OFFSET_PRIOR_CROPS * of_val) / (num_more + OFFSET_PRIOR_CROPS)
-    return (OFFSET_WEIGHT * (spread - of_references)).astype(np.float32)
+    spread = (num_more * spread + OFFSET_PRIOR_CROPS * val_spread) / (num_more + OFFSET_PRIOR_CROPS)
+    return (OFFSET_WEIGHT * (spread - reference_spread)).astype(np.float32)
 
 
 def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
-    """Return what was measured of classes enrolled from so many crops, or the next smaller number that was; None = nothing."""
-    measured = sorted(map(int, gallery.enrolment))
-    fitting = [count for count in measured if count <= num_crops] or measured[:1]
+    """Return what was measured with the most crops up to `num_crops`, else with the fewest; None if nothing was measured."""
+    counts = sorted(map(int, gallery.enrolment))
+    fitting = [count for count in counts if count <= num_crops] or counts[:1]
     return gallery.enrolment[str(fitting[-1])] if fitting else None
 
 
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
-    """Return a sentence for each newly enrolled class: its threshold, and what such a threshold was worth on test images."""
+    """Return one sentence for each newly enrolled class: its threshold, and the precision of such thresholds on test images."""
     sentences = []
     for label in map(gallery.class_names.index, names):
         crops = set(itertools.compress(gallery.stack_paths, gallery.stack_labels == label))
-        at = measured_enrolment(gallery, len(crops))
-        figures = at and at["figures"]
-        if at is None:
-            sure = "the highest of the other classes, as nothing was measured"
+        measured = measured_enrolment(gallery, len(crops))
+        figures = measured and measured["figures"]
+        if measured is None:
+            basis = "the highest of the other classes, as nothing was measured"
         elif figures is None:
-            sure = "set for another precision than in training, and not tested"
+            basis = "set for another precision than in training, and not tested"
         elif not figures["answers"]:
-            sure = f"with which classes that heads of the training did not know got no answer at {figures['target_precision']:.0%}"
+            basis = f"with which classes that heads of the training did not know got no answer at {figures['target_precision']:.0%}"
         else:
-            sure = (
+            basis = (
                 f"with which classes that heads of the training did not know had {figures['precision']:.0%} of"
                 f" {figures['answers']} answers right, where {figures['target_precision']:.0%} were asked"
             )
         named = f"{gallery.class_names[label]}, {count_of(len(crops), 'crop')}"
-        sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {sure}")
+        sentences.append(f"threshold of {named}: {gallery.thresholds[label]:.3f}, {basis}")
     return sentences
 
 
 def nearest_others(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which other one of the vectors (N, D) is nearest to each of some rows (n,) of them, and its cosine, (n,) both."""
+    """Return for each of the rows (n,) of vectors (N, D) the position of the nearest other vector, and its cosine, (n,) both."""
 
     def reduce(cosine: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
-        cosine[np.arange(len(cosine)), rows[block]] = -1.0  # to itself
+        cosine[np.arange(len(cosine)), rows[block]] = -1.0  # of a vector with itself
         return cosine.argmax(axis=1), cosine.max(axis=1)
 
     return reduce_scores(lambda block: block @ vectors.T, vectors[rows], reduce)
 
 
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
-    """Return a sentence for each of the named classes that is hard to tell from another, and one if few references face many."""
+    """Return one sentence for each named class that is hard to tell from another, and one if few references face many."""
     counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
     sentences = []
     for label in map(gallery.class_names.index, names):
@@ -7345,25 +7339,25 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 
 
 def remove_class(gallery: Gallery, name: str) -> Gallery:
-    """Return the gallery without a class. Raises UserError where there is no such class, or only one other."""
+    """Return the gallery without one class. Raises UserError if it has no such class, or if only one class would remain."""
     if name not in gallery.class_names:
         remedy = did_you_mean(name, gallery.class_names, f"it has {', '.join(gallery.class_names[:8])}")
         raise UserError(f"there is no class {printable(name)}", "--remove", remedy)
     if len(gallery.class_names) <= 2:
         raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
     label = gallery.class_names.index(name)
-    others = {  # by the first axis of an array
+    keep_masks = {  # by the letter of an array's first axis
         "C": np.arange(len(gallery.class_names)) != label,
         "P": gallery.prototype_labels != label,
         "N": gallery.stack_labels != label,
     }
-    fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[others["C"]]}
+    fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[keep_masks["C"]]}
     if gallery.by_centroid:
-        kept = {name: np.array(gallery.by_centroid[name])[others["C"]] for name in ("thresholds", "is_pooled")}
-        fields["by_centroid"] = gallery.by_centroid | kept
+        by_class = {name: np.array(gallery.by_centroid[name])[keep_masks["C"]] for name in ("thresholds", "is_pooled")}
+        fields["by_centroid"] = gallery.by_centroid | by_class
     for field, kind, axes in GALLERY_ARRAYS.values():
-        if axes[:1] in others:
-            values = np.array(getattr(gallery, field))[others[axes[0]]]
+        if axes[:1] in keep_masks:
+            values = np.array(getattr(gallery, field))[keep_masks[axes[0]]]
             if field in ("prototype_labels", "stack_labels"):
                 values -= values > label
             fields[field] = tuple(values.tolist()) if kind == "U0" else values
@@ -7371,7 +7365,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
 
 
 def format_gallery(gallery: Gallery) -> str:
-    """Return per class how many references it has, its threshold, and the class nearest to it, as an aligned table."""
+    """Return an aligned table with the references, prototypes, threshold and nearest class of each class."""
     num_classes = len(gallery.class_names)
     nearest, similarity = nearest_others(gallery.centroids, np.arange(num_classes))
     references = np.bincount(gallery.stack_labels, minlength=num_classes)
@@ -7379,9 +7373,9 @@ def format_gallery(gallery: Gallery) -> str:
     width = max(5, *map(len, gallery.class_names))
     lines = [f"{'class':<{width}}{'references':>12}{'prototypes':>12}{'threshold':>11}  nearest class"]
     for label, name in enumerate(gallery.class_names):
-        pooled = "*" if gallery.is_pooled[label] else " "
+        mark = "*" if gallery.is_pooled[label] else " "
         lines.append(
-            f"{name:<{width}}{references[label]:>12,}{prototypes[label]:>12}{gallery.thresholds[label]:>10.3f}{pooled}"
+            f"{name:<{width}}{references[label]:>12,}{prototypes[label]:>12}{gallery.thresholds[label]:>10.3f}{mark}"
             f"  {gallery.class_names[nearest[label]]} ({similarity[label]:.3f})"
         )
     if gallery.is_pooled.any():
