@@ -6705,18 +6705,17 @@ def best_score(scores: np.ndarray) -> np.ndarray:
 
 
 def highest_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax probability of the best class, (N,), from logits (N, C)."""
+    """Return the softmax probability (N,) of the best class from logits (N, C)."""
     return np.exp(log_softmax(logits)).max(axis=1)
 
 
 def open_set_figures(
     score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
 ) -> dict[str, Any]:
-    """Return auroc and fpr95, as {value, interval}, of telling unknown queries by a confidence.
+    """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` computes from scores (n, C) of queries.
 
-    `confide` maps the scores of queries (n, C) to confidences (n,). `unknown` (U, D) holds queries of no class. If it is None, each
-    fold of the classes in turn leaves the gallery, its queries count as unknown, and the figures are means over the folds. The
-    embedder was trained on those classes, so real unknown objects are harder.
+    `unknown` (U, D) are queries of no class. If None, each fold of the classes in turn leaves the gallery, its queries count as
+    unknown, and figures are means over the folds. The embedder was trained on those classes: real unknown objects are harder.
     """
 
     def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
@@ -7043,10 +7042,7 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
 
 
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model of a run. Raises UserError if the checkpoint or the backbone's weights cannot be used.
-
-    `backbone_weights` is the file of the backbone's weights, where it has moved since the training.
-    """
+    """Load the best model of a run; `backbone_weights` locates moved backbone weights. Raises UserError if files are unusable."""
     place = f"--run {path}"
     restart = "start its training command again, which takes it from the other checkpoints"
     if not (path / BEST_NAME).is_file():
@@ -7067,11 +7063,9 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
             f"its backbone's weights are no longer at {weights_path}", place, "give --backbone_weights FILE"
         )
     backbone, info = build_backbone(dataclasses.replace(config, **source), show)
-    expected = payload["identity"]["backbone_hash"]
-    if config.freeze_backbone and info.weights_hash != expected:
-        problem = (
-            f"its head was trained on other backbone weights: {expected}, here {info.weights_hash} ({info.weights})"
-        )
+    saved = payload["identity"]["backbone_hash"]
+    if config.freeze_backbone and info.weights_hash != saved:
+        problem = f"its head was trained on other backbone weights: {saved}, here {info.weights_hash} ({info.weights})"
         raise UserError(problem, place, "give those weights with --backbone_weights FILE")
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
@@ -7207,10 +7201,9 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
     Labels of the added crops index `names`, rows index `paths`. The centroid of a class that gets crops is the mean of all its
-    references. Classes of the gallery keep their thresholds; a new class gets the one that `measure_unseen` measured for as many
-    crops, or the highest of the other classes. The scores of its crops among each other say too little: they are few, and the
-    crops that might be taken for it are of training classes, which the model separates too well. With a new class, the gallery
-    matches by centroids instead of nearest references.
+    references. Old classes keep their thresholds; a new one gets that of `measure_unseen` for as many crops, or the highest of the
+    others. The scores of its crops among each other say too little: they are few, and crops of other classes that might be taken
+    for it are of the training, which are told too well. With a new class, the gallery matches by centroids, not nearest references.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7259,10 +7252,9 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
 def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
     """Return the number to add to the scores of each class if it is enrolled, float32 (C,).
 
-    Training pulls the images of its classes together; those of other classes lie wider apart, so that an equally typical one has a
-    smaller cosine. The offset makes up for it: OFFSET_WEIGHT times the spread of the class in excess of the training references'.
-    `spreads` holds those of the references and of val. The spread of few crops is a guess: it is averaged with that of val, which
-    counts as OFFSET_PRIOR_CROPS more crops.
+    Training pulls the images of its classes together; images of other classes lie wider apart, so an equally typical one has a
+    smaller cosine. OFFSET_WEIGHT times the excess of the class's spread over that of the training references, the first of
+    `spreads`, makes up for it. The spread of few crops is a guess: that of val is averaged in, as OFFSET_PRIOR_CROPS more crops.
     """
     reference_spread, val_spread = spreads
     if not reference_spread:  # not known
@@ -8437,9 +8429,9 @@ def judge_training(
 # ======================================================================================================================
 # 16  COMMANDS & MAIN
 # ======================================================================================================================
-# One recipe a command, and the way out: exit codes, signals, messages.
+# One recipe for each command, and how the process ends: exit codes, signals, messages.
 def run_scan(config: Config) -> None:
-    """Check the data and preview the split; write data_report.json, train nothing."""
+    """Check the data and preview the split; write data_report.json without training."""
     if get_rank():
         return
     check_paths(config)
@@ -8460,13 +8452,13 @@ def run_scan(config: Config) -> None:
 
 
 def run_evaluate(config: EvaluateOptions) -> None:
-    """Judge a finished run on its own test or val images, or on another labelled folder; write evaluation.json into the run.
+    """Measure a finished run on its test or val images, or on another labelled folder; write evaluation.json into the run.
 
-    Images of another folder whose class the gallery does not know are unknown objects, as those of --unknown_dir are.
+    Images of another folder whose class is not in the gallery count as unknown objects, like those of --unknown_dir.
     """
     check_given(config)
     keep_freed_memory()
-    read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
+    read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
         records, rows = from_first(choose_records, run, config)
@@ -8477,8 +8469,8 @@ def run_evaluate(config: EvaluateOptions) -> None:
             unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config, run.embed)
         if get_rank():
             return
-        number = {name: index for index, name in enumerate(run.gallery.class_names)}
-        labels = np.array([number.get(name, -1) for name in records.class_names])[embedded.labels]
+        label_of = {name: label for label, name in enumerate(run.gallery.class_names)}
+        labels = np.array([label_of.get(name, -1) for name in records.class_names])[embedded.labels]
         test = embedded._replace(labels=labels).take(labels >= 0)
         strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
         if unknown is not None:
@@ -8491,9 +8483,9 @@ def run_evaluate(config: EvaluateOptions) -> None:
 
 
 def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
-    """Scan what a run is to be judged on, say what that is, and return the records and the rows of them that count."""
+    """Scan the images that the run is measured on, print which they are, and return the records and the rows to use."""
     if config.data_root is None:
-        records = scan_own_data(run, choose_options(run.config, config))
+        records = scan_run_data(run, choose_options(run.config, config))
         rows = records.rows(config.split)
         if not len(rows):
             raise UserError(
@@ -8506,8 +8498,8 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     foreign = [name for name in records.class_names if name not in names]
     num_known = len(records.class_names) - len(foreign)
     given = {"class_map": run.config.class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
-    words = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]
-    hint = f"for folders that are named as those of the run, give its {' '.join(words)} too" if words else ""
+    flags = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]
+    hint = f"for folders that are named as those of the run, give its {' '.join(flags)} too" if flags else ""
     if not num_known:
         problem = f"has no class of the gallery, only {', '.join(map(repr, foreign[:5]))}"
         raise UserError(problem, config.said("data_root"), hint or f"it knows {', '.join(map(repr, names[:8]))}")
@@ -8517,8 +8509,8 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     return records, np.arange(len(records.paths))
 
 
-def scan_own_data(run: TrainedRun, options: Config) -> Records:
-    """Return the records of a run's own data, in the splits that it was trained with; say what has changed since."""
+def scan_run_data(run: TrainedRun, options: Config) -> Records:
+    """Return the records of the run's data in the splits of its training; warn of each change since."""
     check_existing(options, "data_root", "class_map")
     splits_path = run.path / "splits.json"
     records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
@@ -8528,7 +8520,7 @@ def scan_own_data(run: TrainedRun, options: Config) -> Records:
 
 
 def run_prototypes(config: PrototypesOptions) -> None:
-    """Make a run's gallery anew, show it, enrol classes from a few crops, or take one out; the old file is kept beside the new."""
+    """Rebuild a run's gallery, print it, enrol classes from a few crops, or remove a class; keep the old file beside the new."""
     check_given(config)
     if sum((config.list, config.add is not None, config.remove is not None)) > 1:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
@@ -8540,7 +8532,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         show(format_gallery(load_gallery(path)[0]))
         return
     added_names: Sequence[str] = ()
-    read_run_config(config.run)  # a folder that is no run is refused before a lock is laid into it
+    read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         if config.remove is None and config.add is None:
             gallery, meta = rebuild_gallery(config)
@@ -8567,48 +8559,42 @@ def run_prototypes(config: PrototypesOptions) -> None:
 
 
 def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
-    """Return the gallery with the crops of --add, None beside the first process and where it has them all, and their classes."""
-    asked, made_for = config.target_precision, run.meta["target_precision"]
-    if "target_precision" in config.origins and asked != made_for:
-        command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))}"
-        remedy = f"first: {command} --target_precision {asked}"
-        raise UserError(f"thresholds of this gallery are for {made_for}", f"--target_precision {asked}", remedy)
+    """Add the crops of --add to the gallery; return it, None on ranks other than 0 or if no crop is new, and the crops' classes."""
+    flag = f"--target_precision {config.target_precision}"
+    target = run.meta["target_precision"]
+    if "target_precision" in config.origins and config.target_precision != target:
+        remedy = f"first: python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.run))} {flag}"
+        raise UserError(f"thresholds of this gallery are for {target}", flag, remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]
-    names, stored_paths = run.gallery.class_names, run.gallery.stack_paths
     stored = {
-        (names[label], str((run.config.data_root / path).resolve()))
-        for label, path in zip(run.gallery.stack_labels.tolist(), stored_paths, strict=True)
+        (run.gallery.class_names[label], str((run.config.data_root / path).resolve()))
+        for label, path in zip(run.gallery.stack_labels.tolist(), run.gallery.stack_paths, strict=True)
     }
-    is_new = [
-        (records.class_names[label], path) not in stored
-        for label, path in zip(records.labels.tolist(), paths, strict=True)
-    ]
-    rows = np.flatnonzero(is_new)
+    crops = zip(records.labels.tolist(), paths, strict=True)
+    rows = np.flatnonzero([(records.class_names[label], path) not in stored for label, path in crops])
     if not len(rows):
         show(f"nothing to add: the gallery has all {len(paths):,} crops of {config.add}")
         return None, ()
     if len(rows) < len(paths):
         show(f"{len(paths) - len(rows):,} of {len(paths):,} crops are in the gallery and not added again")
-    with contextlib.suppress(OSError, ValueError):  # only a warning needs it
+    with contextlib.suppress(OSError, ValueError):  # splits.json is needed for a warning only
         splits = read_json(run.path / "splits.json", {"val": {str: [str]}, "test": {str: [str]}})
-        judged = itertools.chain(*splits["val"].values(), *splits["test"].values())
-        num_judged = len(
-            {str((run.config.data_root / path).resolve()) for path in judged}.intersection(paths[i] for i in rows)
-        )
-        if num_judged:
-            problem = f"{num_judged:,} of the crops are val or test images of the run, whose figures on them say nothing any more"
+        eval_paths = itertools.chain(*splits["val"].values(), *splits["test"].values())
+        resolved = {str((run.config.data_root / path).resolve()) for path in eval_paths}
+        if num_eval := len(resolved.intersection(paths[row] for row in rows)):
+            problem = f"{num_eval:,} of the crops are val or test images of the run, whose figures on them say nothing any more"
             show(f"warning: {problem}")
     added = embed_records(run, records, rows, config, run.embed)
     return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
-    """Return the gallery of the run's own images, with its options or those typed, None beside the first process, and its meta."""
+    """Return the gallery of the run's images, None on ranks other than 0, and its meta; typed options replace the run's."""
     runtime = make_runtime(config.gpus, config.precision)
     run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
     options = choose_options(run.config, config)
-    records = from_first(scan_own_data, run, options)
+    records = from_first(scan_run_data, run, options)
     features = {
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
@@ -8623,7 +8609,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
 
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
-    """Return the options of a run, but for those about its gallery and the place of its data that were typed for this command."""
+    """Return the run's options with those replaced that this command may set, of the gallery and the location of the data."""
     names = {"data_root", "masks_out", "class_map", "unknown_dir"}
     names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
     given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
@@ -8631,14 +8617,13 @@ def choose_options(trained: Config, typed: RunOptions) -> Config:
 
 
 def run_train(config: Config) -> None:
-    """Scan, split, train, export prototypes, test, report; or continue where an interrupted run stopped."""
+    """Scan, split, train, export prototypes, test and report; or continue where an interrupted run stopped."""
     keep_freed_memory()
     config = adopt_geometry(config)
     runtime = training_runtime(config)
     with contextlib.ExitStack() as stack:
-        backbone = None
         if get_rank():
-            backbone, info = build_for_training(config, runtime)  # while the first process scans
+            backbone, info = build_for_training(config, runtime)  # while rank 0 scans
             job, point = broadcast(None)
         else:
             job, backbone, point = prepare_run(config, runtime, stack)
@@ -8651,9 +8636,9 @@ def run_train(config: Config) -> None:
                 problem = f"its weights are {info.weights_hash} here, and {job.info.weights_hash} in the first process"
                 raise UserError(problem, config.said("model_id"), "give all machines the same weights")
         bank, state = start_training(job, backbone, point)
-        if sinks := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
+        if trackers := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
             task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
-            job.run.start_tracker(*sinks, "--project", config.clearml_project, "--task", task)
+            job.run.start_tracker(*trackers, "--project", config.clearml_project, "--task", task)
         fit(job, state, bank)
         finish_run(job, state, bank)
 
@@ -8661,7 +8646,7 @@ def run_train(config: Config) -> None:
 def prepare_run(
     config: Config, runtime: Runtime, stack: contextlib.ExitStack
 ) -> tuple[Job | None, Backbone | None, ResumePoint | None]:
-    """Scan, split, check that all goes together, and open the run's folder, to be closed with `stack`; None when it is finished."""
+    """Scan, split, check that all fits together, and open the run directory until `stack` closes; None if the run is finished."""
     check_paths(config)
     check_transforms(config)
     refuse_if_in_use(config.out_dir)
@@ -8674,7 +8659,7 @@ def prepare_run(
     has_old_run = config.overwrite and config.out_dir.exists()
     with collect_squares(config) as squares:
         scan = scan_dataset(config, splits_path, squares)
-        # Also for what is asked of the run later.
+        # Later commands have to read the images of this run in the same way.
         config = dataclasses.replace(config, image_bits=scan.records.image_bits)
         with keep_memory(scan.memory):
             scan = attach_masks(scan, config)
@@ -8684,19 +8669,19 @@ def prepare_run(
         return None, None, None
     job, backbone, notes = plan
     if config.auto_generate_masks and not scan.records.has_mask.all():
-        scan.memory.save_early()  # the tool scans too
+        scan.memory.save_early()  # the tool scans the same files
         run_tool("masks", format_flags(config, MASK_FLAGS))
         scan = attach_masks(scan, config)
         check_masks_usable(scan, config)
         records = reuse_splits(splits_path, scan.records)[0] if point else scan.records
         job = dataclasses.replace(job, records=records)
     if has_old_run:
-        old = move_aside(config.out_dir)
-        show(f"the old run is moved to {old}")
+        old_dir = move_aside(config.out_dir)
+        show(f"the old run is moved to {old_dir}")
         create_out_dir(config.out_dir)
-        for name in (MEMORY_NAME, SQUARES_NAME, MASK_LOG_NAME, "masks_preview.png"):  # of the same images
+        for name in (MEMORY_NAME, SQUARES_NAME, MASK_LOG_NAME, "masks_preview.png"):  # still valid for these images
             with contextlib.suppress(FileNotFoundError):
-                (old / name).rename(config.out_dir / name)
+                (old_dir / name).rename(config.out_dir / name)
     job = dataclasses.replace(job, run=stack.enter_context(RunDirectory(config.out_dir)))
     stack.enter_context(keep_interrupted(config.out_dir))
     open_run(job, scan, notes)
@@ -8704,7 +8689,7 @@ def prepare_run(
 
 
 def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, BackboneInfo]:
-    """Build the backbone of a run, and see that its BatchNorm layers can be trained where it runs."""
+    """Build the backbone; if it trains, share its BatchNorm statistics. Raises UserError where they cannot be shared."""
     backbone, info = build_backbone(config, show)
     if config.trains_backbone:
         runtime.share_batchnorm(backbone)
@@ -8714,19 +8699,21 @@ def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, Back
 def plan_run(
     config: Config, runtime: Runtime, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None
 ) -> tuple[Job, Backbone, list[str]] | None:
-    """Check that data, model and checkpoint go together; return job, model, and warnings; None when the run is finished."""
+    """Check that data, model and checkpoint fit together; return job, model and warnings, or None if the run is finished."""
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
-    records, notes = scan.records, check_transforms_fit(scan, config)
+    notes = check_transforms_fit(scan, config)
+    records = scan.records
     if point:
-        if config.cache_views is None:  # as it was decided when the run began
+        if config.cache_views is None:  # as decided when the run began
             config = dataclasses.replace(config, cache_views=point.payload["identity"].get("cache_views"))
         records, changes = reuse_splits(point.path.with_name("splits.json"), records)
         identity = make_identity(config, records.class_names, None)
         identity["backgrounds"] = backgrounds and backgrounds.identity
         check_identity(point.path, point.payload["identity"], identity, ineffective_options(config))
-        epoch, events = point.payload["epoch"], read_events(config.out_dir)
+        epoch = point.payload["epoch"]
+        events = read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
         damage = find_damage(config.out_dir, records) if is_completed else []
         if is_completed and not damage and has_ended(config, epoch, point.payload["best"]):
@@ -8738,7 +8725,7 @@ def plan_run(
             return None
         notes += changes + describe_changes(config, scan.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
-    if config.cache_views is None:  # they are cached where that can be, and saves passes
+    if config.cache_views is None:  # cache views where possible, if that saves forward passes
         size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
         is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
         has_room = is_possible and size <= free_disk(config.out_dir) / 4
@@ -8750,7 +8737,7 @@ def plan_run(
 
 
 def find_damage(out_dir: Path, records: Records) -> list[str]:
-    """Return a sentence for each file of a finished run that is missing or damaged; finishing once more makes them anew."""
+    """Return one sentence for each missing or damaged file of a finished run; finishing it once more writes them anew."""
 
     def check_predictions(path: Path) -> None:
         with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
@@ -8776,30 +8763,30 @@ def find_damage(out_dir: Path, records: Records) -> list[str]:
             check(out_dir / name)
         except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
             if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
-                continue  # nothing says how many rows there should be
+                continue  # without embeddings.npz the number of rows is unknown
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 
 
 def describe_changes(config: Config, fingerprint: str) -> list[str]:
-    """Return a sentence for each option, and for the images, that differ from the run's last start without forbidding to go on."""
+    """Return one sentence for each option that changed since the last start, and one if the images did; none prevents a resume."""
     try:
         last = read_json(config.out_dir / "config.json", {"options": dict, "data": {"fingerprint": str}})
-        old, old_fingerprint = last["options"], last["data"]["fingerprint"]
-    except (OSError, ValueError):  # it is only for people
+    except (OSError, ValueError):  # the changes only inform the user
         return ["config.json of the last start cannot be read, so that changed options are not named"]
+    old = last["options"]
     notes = [
         f"--{name} was {old.get(name)} at the last start and is {value} now"
         for name, value in config.as_plain().items()
         if name not in ("command", "resume", "overwrite") and old.get(name) != value
     ]
-    if old_fingerprint != fingerprint:
+    if last["data"]["fingerprint"] != fingerprint:
         notes.append("the images are not those of the last start: what follows is no exact continuation")
     return notes
 
 
 def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
-    """Write what is known before training: options, splits, data report, the script itself."""
+    """Write what is known before training: options, splits, data report, and a copy of the script."""
     config, run, records = job.config, job.run, job.records
     is_fresh = records is scan.records
     scan.memory.save()
@@ -8807,7 +8794,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     optimizer = optimizer_settings(config)
     if not config.trains_backbone:
         del optimizer["backbone"]
-    facts = {
+    content = {
         "options": config.as_plain(),
         "origins": {field.name: config.origins.get(field.name, "default") for field in option_fields()},
         "model": dataclasses.asdict(job.info),
@@ -8825,7 +8812,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": list_versions(),
     }
-    write_json(run.path / "config.json", facts)
+    write_json(run.path / "config.json", content)
     if is_fresh:
         write_splits(run.path / "splits.json", records, config.seed)
         write_json(run.path / "data_report.json", scan.report)
@@ -8834,8 +8821,8 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     run.log("\n".join([format_findings(scan.report), *(f"warning: {note}" for note in notes)]))
     training = name_training(config.as_plain())
     run.log(f"model: {job.info.model_id} ({job.info.weights}), {training}, on {job.runtime.describe()}")
-    if idle := [name for name in ineffective_options(config) if getattr(config, name) != getattr(Config, name)]:
-        run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, idle))}")
+    if ineffective := [name for name in ineffective_options(config) if getattr(config, name) != getattr(Config, name)]:
+        run.log(f"warning: without effect beside the other options: {', '.join(map(config.place, ineffective))}")
     if job.backgrounds is not None:
         run.log(job.backgrounds.describe())
     if config.mixing != "none":
@@ -8847,11 +8834,12 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
 
 
 def write_preview(job: Job) -> None:
-    """Write preview.jpg: the first 64 images of the first epoch as the model sees them, mixed ones too, 8 by 8."""
+    """Write preview.jpg: the first 64 images of the first epoch, augmented and mixed as in training, in an 8 x 8 grid."""
     from torchvision.utils import make_grid
 
     sampler = EpochSampler(job.records.rows("train"), job.records.labels, job.config)
-    dataset, batches = job.training_crops(), []
+    dataset = job.training_crops()
+    batches = []
     for index, keys in enumerate(sampler):
         images = dataset.collate([dataset[key] for key in keys]).images
         mixing = draw_mixing(job.config, (0, index), images, len(images))
@@ -8860,7 +8848,7 @@ def write_preview(job: Job) -> None:
             break
     grid = make_grid(torch.cat(batches)[:64], nrow=8, padding=0).permute(1, 2, 0).contiguous().numpy()
     sheet = Image.fromarray(grid[:, :, :3]).convert("L" if job.config.in_channels == 1 else "RGB")
-    if grid.shape[2] == 4:  # what is outside the mask, which the model sees too, is shown darker
+    if grid.shape[2] == 4:  # channel 3 is the mask: darken the background, which the model sees undarkened
         sheet.paste(0, mask=Image.fromarray((255 - grid[:, :, 3]) // 2))
     with atomic_file(job.run.path / "preview.jpg") as file:
         sheet.convert("RGB").save(file, "JPEG", quality=90)
@@ -8868,7 +8856,7 @@ def write_preview(job: Job) -> None:
 
 
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
-    """Build model, optimizer and feature bank; restore them from the checkpoint, or measure the baseline first."""
+    """Build model, optimizer and feature bank; restore the checkpoint, or measure the frozen baseline if there is none."""
     config, run = job.config, job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     if config.load_from is not None and point is None:
@@ -8882,9 +8870,9 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
             check_weights(model, weights, point.path)
         try:
             restore_state(state, point.payload)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of torch: an optimizer of other groups
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # from torch, e.g. other param groups
             raise UserError(f"cannot be restored: {error}", str(point.path), RESTORE_OR_OVERWRITE) from error
-        state.best = from_first(settle_checkpoints, job, state, point)
+        state.best = from_first(place_checkpoints, job, state, point)
         run.forget_epochs_after(state.epoch)
         run.event("resumed", epoch=state.epoch, batches=state.batches, step=state.step, checkpoint=point.path.name)
         position = describe_position(state.epoch, state.batches)
@@ -8914,36 +8902,36 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         accuracies = {text: figures.get(f"{name}_acc") for name, text in BASELINE_NAMES.items()}
         shown = (f"{text} {value:.3f}" for text, value in accuracies.items() if value is not None)
         run.log(f"accuracy of the frozen backbone on {split}: {', '.join(shown)}")
-    save_state(job, state)  # from here on there is always a whole checkpoint
+    save_state(job, state)  # from here on a complete checkpoint always exists
     return bank, state
 
 
-def settle_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
-    """Have the folder hold the checkpoint that the run goes on from, and the best one; return what is known of the best epoch."""
+def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
+    """Put the resumed checkpoint and the best one in their places in the run directory; return the record of the best epoch."""
     run = job.run
     for path, reason in point.damaged.items():
         set_aside(path, reason, run.log)
     if point.path.name != LAST_NAME:
         copy_checkpoint(point.path, run.path / LAST_NAME)
-    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # it may be ahead of where the run is put back to
+    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # may be ahead of the resumed one
         (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
     return keep_best_of(job, state)
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
-    """With the best weights: export the prototypes, test once both ways, judge the training, have the report written."""
+    """With the best weights, export the prototypes, test classifier and gallery, judge the training, and start the report."""
     run, records, model = job.run, job.records, state.model
     run.event("proto_start", epoch=state.best["epoch"])
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
-    unknown: dict[str, Embedded] = {}  # features of --unknown_dir: to fit the thresholds with, and to measure with
+    unknown: dict[str, Embedded] = {}  # features of --unknown_dir, halves to fit thresholds and to measure
     if job.config.unknown_dir is not None:
         for half, half_records in from_first(unknown_records, job.config.unknown_dir, job.config.image_bits).items():
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
             half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
             unknown[half] = half_bank.extract(keys, "unknown")
-    other_views = None  # features of the test crops that have a mask, as --crop_mode does not show them
+    other_views = None  # features of the masked test crops in the view that --crop_mode does not use
     test_rows = records.rows("test")
     masked_rows = test_rows[records.has_mask[test_rows]].tolist()
     if job.config.crop_mode != "mix" and masked_rows:
@@ -8954,8 +8942,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     to_fit = features | ({"unknown": unknown["fit"]} if unknown else {})
     gallery, embedded = export_gallery(model, records, to_fit, job.config, state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
-    was_completed = any(event.get("status") == "completed" for event in read_events(run.path))
-    if was_completed:  # since then, classes may be enrolled
+    if any(
+        event.get("status") == "completed" for event in read_events(run.path)
+    ):  # classes may have been enrolled since
         keep_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
@@ -8968,13 +8957,13 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         write_predictions(run.path / "predictions.csv", gallery, records, test)
         prototypes, per_class = score_gallery(gallery, test)
         classifier = score_classifier(job, model, embed(model, features["test"]))[0]
-        num_images = len(np.unique(test.rows))  # mix judges a crop twice, which makes no two of it
+        num_images = len(np.unique(test.rows))  # with --crop_mode mix, an image has two views
         trained_right = share_right(records, test.rows, gallery.answer(test.values)[0] == test.labels)
         judgement = judge_training(state.baseline, state.frozen_right, trained_right)
         scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, "images": num_images}
-        apart = np.array([share for path, share in trained_right.items() if path not in state.sessions])
+        accuracies = np.array([value for path, value in trained_right.items() if path not in state.sessions])
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
-        sessions = {"acc": none_if_nan(mean_of_defined(apart)), "images": len(apart), "pairs": pairs}
+        sessions = {"acc": none_if_nan(mean_of_defined(accuracies)), "images": len(accuracies), "pairs": pairs}
         run.event("test_end", **scored, **judgement, without_same_session=sessions)
         figures = measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, test, other_views)
@@ -8991,21 +8980,21 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def start_report(run: RunDirectory) -> bool:
-    """Have tools/report.py make report.html of the run's files; say whether it did. A run is whole without it."""
+    """Run tools/report.py, which writes report.html; return whether it succeeded. The run is complete without a report."""
     tool = TOOLS_DIR / "report.py"
     if not tool.is_file():
         run.log("no report: tools/report.py is not beside the script")
         return False
     command = [sys.executable, tool, run.path]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if process.returncode:
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         run.log(f"no report: {reason.removeprefix('error: ')}")
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
-    """Return the figures of the gallery's answers, recall_at_1 among them, and those by class."""
+    """Return the figures of the gallery's answers, with recall_at_1, and the figures of each class."""
     _, figures, per_class = classify(
         lambda block: gallery.scores(block) / gallery.temperature, queries.values, queries.labels, gallery.class_names
     )
@@ -9015,7 +9004,7 @@ def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
 def measure_run(
     job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
 ) -> dict[str, Any]:
-    """Measure what production will ask of the gallery, beside the simple ways to tell unknown objects; record and return it."""
+    """Measure the gallery on test, and how well simpler methods tell unknown objects; log and return the figures."""
     nearest_reference = match_nearest(embed(model, features["train"]), len(job.records.class_names))
     logits = functools.partial(classifier_logits, job, model)
     simple = simple_ways(job, features["train"])
@@ -9025,27 +9014,27 @@ def measure_run(
         return {"features": features, "embeddings": embedded, "vectors": gallery.fusion.fuse(features, embedded)}
 
     known = represent(features["test"])
-    strangers = {kind: of_kind.values for kind, of_kind in represent(unknown).items()} if unknown is not None else {}
+    strangers = {kind: vectors.values for kind, vectors in represent(unknown).items()} if unknown is not None else {}
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
-    ways: dict[str, tuple[str, Callable, Callable]] = {
+    methods: dict[str, tuple[str, Callable, Callable]] = {
         f"{backbone} backbone, nearest centroid": ("features", simple["centroid"], best_score),
         "classifier, highest softmax": ("embeddings", logits, highest_softmax),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
     }
     if "logreg" in simple:
-        way = f"{backbone} backbone, largest logit of logistic regression"
-        ways[way] = ("features", simple["logreg"], best_score)
+        name = f"{backbone} backbone, largest logit of logistic regression"
+        methods[name] = ("features", simple["logreg"], best_score)
     figures = measure_gallery(gallery, known["vectors"], strangers.get("vectors"))
     figures["open_set"]["others"] = {
         name: open_set_figures(score, known[kind], strangers.get(kind), confide)
-        for name, (kind, score, confide) in ways.items()
+        for name, (kind, score, confide) in methods.items()
     }
     job.run.event("measured", **figures)
     return figures
 
 
 def format_unknown(figures: dict[str, Any], unseen: dict[str, Any]) -> str:
-    """Return which share of unknown objects gets a class, of figures of `measure_gallery`, or else of `measure_unseen`."""
+    """Format the share of unknown objects that get a class, from `measure_gallery`, or else from `measure_unseen`."""
     if "unknown_passed" in figures:
         return format_figure(figures["unknown_passed"])
     if "unknown_passed" in unseen:
@@ -9055,7 +9044,7 @@ def format_unknown(figures: dict[str, Any], unseen: dict[str, Any]) -> str:
 
 
 def format_figure(figure: dict[str, Any]) -> str:
-    """Return a value and its interval."""
+    """Format a value and its interval."""
     if figure["value"] is None:
         return "-"
     interval = "" if figure["interval"] is None else " ({:.3f} to {:.3f})".format(*figure["interval"])
@@ -9063,7 +9052,7 @@ def format_figure(figure: dict[str, Any]) -> str:
 
 
 def format_measures(figures: dict[str, Any]) -> str:
-    """Return the figures of `measure_gallery`, a line each."""
+    """Format the figures of `measure_gallery`, one a line."""
     lines = []
     for name, closed in figures["closed"].items():
         matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
@@ -9073,14 +9062,13 @@ def format_measures(figures: dict[str, Any]) -> str:
     retrieval = (f"{RETRIEVAL_NAMES[key]} {format_figure(figure)}" for key, figure in figures["retrieval"].items())
     lines.append("retrieval: " + ", ".join(retrieval))
     open_set = figures["open_set"]
-    for name, way in {"prototypes": open_set, **open_set.get("others", {})}.items():
-        told = f"AUROC {format_figure(way['auroc'])}, FPR95 {format_figure(way['fpr95'])}"
-        lines.append(f"unknown objects ({open_set['source']}) by {name}: {told}")
-    thresholds = {f"threshold for {at['target']:.0%} precision on val": at for at in figures["answers"]}
-    for name, at in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
-        lines.append(
-            f"{name}: answers {format_figure(at['coverage'])} of the images, {format_figure(at['precision'])} of them right"
-        )
+    for name, method in {"prototypes": open_set, **open_set.get("others", {})}.items():
+        metrics = f"AUROC {format_figure(method['auroc'])}, FPR95 {format_figure(method['fpr95'])}"
+        lines.append(f"unknown objects ({open_set['source']}) by {name}: {metrics}")
+    thresholds = {f"threshold for {entry['target']:.0%} precision on val": entry for entry in figures["answers"]}
+    for name, entry in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
+        coverage = format_figure(entry["coverage"])
+        lines.append(f"{name}: answers {coverage} of the images, {format_figure(entry['precision'])} of them right")
     if "unknown_passed" in figures:
         lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")
     lines.append(f"expected calibration error {figures['ece']:.3f}")
@@ -9089,14 +9077,14 @@ def format_measures(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, others: Embedded | None) -> None:
-    """Score the test crops that have a mask with and without their background; predictions_by_view.csv has the answers."""
+def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, other_views: Embedded | None) -> None:
+    """Score the masked test crops with and without background; write the answers to predictions_by_view.csv."""
     run = job.run
     test = test.take(job.records.has_mask[test.rows])
-    if others is not None:
-        test = concatenate_embedded([test, gallery.fusion.fuse(others, embed(model, others))])
+    if other_views is not None:
+        test = concatenate_embedded([test, gallery.fusion.fuse(other_views, embed(model, other_views))])
     pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
-    common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have gone in between
+    common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have vanished in between
     if not len(common):
         return
     pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
@@ -9111,7 +9099,7 @@ RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command of this script and return its exit code."""
+    """Run one command of the script and return the exit code."""
     return run_recipe(
         lambda: COMMAND_LINE if argv is None else parse_command_line(argv),
         lambda options: RECIPES[options.command](options),
@@ -9126,22 +9114,22 @@ def run_program(
     argv: Sequence[str] | None = None,
     is_shared: bool = False,
 ) -> int:
-    """Run a tool, `command` after the script's name: read its options, do what the recipe does of them, return the exit code.
+    """Run a tool: parse its options, pass them to the recipe, and return the exit code.
 
-    `argv` None: the words of this process. Shared: all processes that torchrun has started run it, not the first one alone.
+    `command` names the tool; `argv` defaults to the process's arguments. If `is_shared`, all ranks run the recipe, else rank 0.
     """
     open_streams()
-    words = sys.argv[1:] if argv is None else argv
-    return run_recipe(lambda: parse_options(options_class, words, command), recipe, is_shared)
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_recipe(lambda: parse_options(options_class, arguments, command), recipe, is_shared)
 
 
 def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_shared: bool) -> int:
-    """Do what a recipe does of the parsed options: exit codes 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
+    """Run a recipe with the parsed options. Exit codes: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
 
-    Of the processes that torchrun has started, one explains a failure, and all return the same code.
+    Under torchrun one rank explains a failure, and all ranks return the same code.
     """
     store = start_processes()
-    warnings.filterwarnings("ignore", module="PIL")  # it remarks on odd metadata; what matters is in the data report
+    warnings.filterwarnings("ignore", module="PIL")  # it warns of odd metadata; the data report has what matters
     options = Options()
     try:
         SIGNALS.catch(is_first=get_rank() == 0)
@@ -9154,8 +9142,8 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
     except (Exception, Interrupted) as error:
         failure = error
     code, message = explain_end(failure, options)
-    code, is_ours = agree_on_failure(store, code)
-    if not is_ours:
+    code, is_first = agree_on_failure(store, code)
+    if not is_first:
         return code
     if not message:
         raise failure
@@ -9167,28 +9155,28 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
 
 
 def exit_process(code: int) -> None:
-    """End the process with an exit code, at once where threads or other processes would have to be waited for."""
+    """End the process with an exit code, without waiting for busy threads when interrupted, or for other ranks after a failure."""
     is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
     if (code > 128 and is_busy) or (code and dist.is_initialized()):
-        os._exit(code)  # neither a huge image that is still being decoded is waited for, nor processes that have gone
+        os._exit(code)  # a huge image may still be decoding, and ranks that have ended never answer
     sys.exit(code)
 
 
 def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
-    """Return the exit code of a failure and what to tell of it; '' for a bug of ours, whose traceback says more."""
+    """Return the exit code of a failure and its message, '' for a bug, whose traceback says more."""
     if isinstance(failure, Diverged):
         return EXIT_DIVERGED, f"error: {failure}"
     if isinstance(failure, Interrupted):
-        starts = {"overwrite": (False,), "resume": (None, "last")}  # any other value begins elsewhere
-        spent = [
+        starts = {"overwrite": (False,), "resume": (None, "last")}  # with any other value, a run starts elsewhere
+        flags = [
             f" without --{name}" for name, values in starts.items() if getattr(options, name, values[0]) not in values
         ]
-        again = f"the same command{''.join(spent)}"
+        again = f"the same command{''.join(flags)}"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
     if isinstance(failure, ToolFailed):
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
-    if explained is not None:  # an option that a file gives is named by file and key
+    if explained is not None:  # name an option of a config file by file and key
         places = {f"--{name}": options.place(name) for name in options.origins}
         where = re.sub(r"--\w+", lambda flag: places.get(flag[0], flag[0]), explained.where)
         explained = UserError(explained.what, where, explained.remedy)
@@ -9204,14 +9192,15 @@ PEER_ENDED = re.compile(
 
 
 def explain_failure(error: Exception, options: Options) -> UserError | None:
-    """Return what the user can do about a failure that is no bug of ours: memory, disk, a killed worker; None for all else."""
-    text, given = printable(str(error)), vars(options)
+    """Explain a failure that is no bug and that the user can remedy: memory, disk, a killed worker; None for any other."""
+    text = printable(str(error))
+    given = vars(options)
     cause = text.partition("\n")[0].split(". ")[0][:200]
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
-        rounding = [name for name in ("precision",) if name in given]
-        where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + rounding)
-        remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}{', or give --precision bf16' if rounding else ''},"
+        dtypes = [name for name in ("precision",) if name in given]
+        where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + dtypes)
+        remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}{', or give --precision bf16' if dtypes else ''},"
         remedy += " and start afresh with --overwrite; if something else fills the memory, the same command continues"
         return UserError(f"out of memory: {cause}", where, remedy)
     if isinstance(error, RuntimeError) and SHARED_MEMORY.search(text):
