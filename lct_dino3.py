@@ -6764,7 +6764,8 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one.
     """
     labels, scores = gallery.judge(embedded.values, embedded.labels)
-    names, view_names = np.array(gallery.class_names, object), np.array(VIEW_NAMES)
+    names = np.array(gallery.class_names, object)
+    view_names = np.array(VIEW_NAMES)
     cosines = scores.astype(np.str_)  # the shortest text that reads back as the same float32
     has_runner_up = labels[:, 2] != labels[:, 0]
     rows = embedded.rows.tolist()
@@ -6793,7 +6794,7 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
 
 
 def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
-    """Write the embeddings of all splits with their labels, paths and views; readable with `allow_pickle=False`."""
+    """Write the embeddings of all splits with their labels, paths, views and masks; readable with `allow_pickle=False`."""
     combined = concatenate_embedded(embedded.values())
     with atomic_file(path) as file:
         np.savez(
@@ -6865,8 +6866,7 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             return unpack_gallery(dict(content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(getattr(error, "strerror", None) or str(error)).split(". ")[0][:200]
-        problem = f"cannot be read as prototypes: {reason}"
-        raise UserError(problem, str(path), rebuilding_remedy(path.parent)) from error
+        raise UserError(f"cannot be read as prototypes: {reason}", str(path), rebuilding_remedy(path.parent)) from error
 
 
 def rebuilding_remedy(run_dir: Path) -> str:
@@ -7052,16 +7052,14 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     except UserError as error:
         remedy = f"{restart}; if the run is of another version, {_other_version_remedy(path)}"
         raise UserError(error.what, str(path / BEST_NAME), remedy) from error
-    weights_path = config.load_from or config.backbone_weights
+    weights = config.load_from or config.backbone_weights
     source: dict[str, Any] = {}
     if not config.freeze_backbone:  # the checkpoint holds the backbone's weights
         source = {"pretrained": False, "backbone_weights": None, "load_from": None}
     elif backbone_weights is not None:
         source = {"backbone_weights": backbone_weights, "load_from": None}
-    elif weights_path is not None and not weights_path.exists():
-        raise UserError(
-            f"its backbone's weights are no longer at {weights_path}", place, "give --backbone_weights FILE"
-        )
+    elif weights is not None and not weights.exists():
+        raise UserError(f"its backbone's weights are no longer at {weights}", place, "give --backbone_weights FILE")
     backbone, info = build_backbone(dataclasses.replace(config, **source), show)
     saved = payload["identity"]["backbone_hash"]
     if config.freeze_backbone and info.weights_hash != saved:
@@ -7082,15 +7080,12 @@ def _other_version_remedy(path: Path) -> str:
 
 def read_run_config(path: Path) -> Config:
     """Read the options of a run from its config.json. Raises UserError if it is damaged, of another version, or out of range."""
-    config_path = path / "config.json"
     where = f"--run {path}"
+    remedy = "give the out_dir of a finished run, or start its training command again, which writes config.json anew"
     try:
-        record = read_json(config_path, {"options": dict, "origins": dict})
+        record = read_json(path / "config.json", {"options": dict, "origins": dict})
     except (OSError, ValueError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))[:200]
-        remedy = (
-            "give the out_dir of a finished run, or start its training command again, which writes config.json anew"
-        )
         raise UserError(f"has no config.json that can be read: {reason}", where, remedy) from error
     known = {field.name: field for field in option_fields()}
     foreign = sorted(record["options"].keys() - known.keys() - {"command"})
@@ -7099,7 +7094,7 @@ def read_run_config(path: Path) -> Config:
         names = ", ".join((*foreign, *missing)[:8])
         problem = f"was made by another version of this script, with other options: {names}"
         raise UserError(problem, where, _other_version_remedy(path))
-    options, places = convert_options(config_path, record, Config)
+    options, places = convert_options(path / "config.json", record, Config)
     config = Config(origins=places, **options)
     check_ranges(config)
     check_config(config)
@@ -7132,7 +7127,7 @@ def embed_batches(
     runtime: Runtime,
     note: Callable[[list[tuple[int, str]]], None],
 ) -> Iterator[Embedded]:
-    """Yield the embeddings of each batch, on rank 0 only, where `note` receives the images that could not be read.
+    """Yield the embeddings of each batch, on rank 0 only; there, `note` receives the images that could not be read.
 
     `make_values` maps images uint8 (B, 3 or 4, H, W), and a function that returns the name of image i, to embeddings (B, D). All
     ranks have to iterate, because each result is gathered.
@@ -7200,10 +7195,10 @@ def scan_for_run(
 def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequence[str]) -> Gallery:
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
-    Labels of the added crops index `names`, rows index `paths`. The centroid of a class that gets crops is the mean of all its
-    references. Old classes keep their thresholds; a new one gets that of `measure_unseen` for as many crops, or the highest of the
-    others. The scores of its crops among each other say too little: they are few, and crops of other classes that might be taken
-    for it are of the training, which are told too well. With a new class, the gallery matches by centroids, not nearest references.
+    Labels of the added crops index `names`, rows index `paths`. Each class that gets crops has the mean of all its references as
+    centroid. Old classes keep their thresholds; a new one gets that of `measure_unseen` for as many crops, or the highest of the
+    others. Scores of its crops among each other say too little: they are few, and the crops to compare them with are of training
+    classes, which the model separates too well. With a new class, the gallery matches by centroids, not by nearest references.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7266,7 +7261,7 @@ def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classe
 
 
 def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
-    """Return what was measured with the most crops up to `num_crops`, else with the fewest; None if nothing was measured."""
+    """Return what was measured for the largest number of crops up to `num_crops`, else for the smallest; None if nothing was."""
     counts = sorted(map(int, gallery.enrolment))
     fitting = [count for count in counts if count <= num_crops] or counts[:1]
     return gallery.enrolment[str(fitting[-1])] if fitting else None
@@ -8488,9 +8483,8 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
         records = scan_run_data(run, choose_options(run.config, config))
         rows = records.rows(config.split)
         if not len(rows):
-            raise UserError(
-                f"has no {config.split} images", f"--run {run.path}", "give --split val, or --data_root DIR"
-            )
+            remedy = "give --split val, or --data_root DIR"
+            raise UserError(f"has no {config.split} images", f"--run {run.path}", remedy)
         show(f"{config.split} images of {run.config.data_root}")
         return records, rows
     records = scan_for_run(run, config.data_root, config).records
@@ -8787,7 +8781,9 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
 
 def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     """Write what is known before training: options, splits, data report, and a copy of the script."""
-    config, run, records = job.config, job.run, job.records
+    config = job.config
+    run = job.run
+    records = job.records
     is_fresh = records is scan.records
     scan.memory.save()
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
@@ -8857,7 +8853,8 @@ def write_preview(job: Job) -> None:
 
 def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> tuple[FeatureBank, TrainState]:
     """Build model, optimizer and feature bank; restore the checkpoint, or measure the frozen baseline if there is none."""
-    config, run = job.config, job.run
+    config = job.config
+    run = job.run
     model = build_recognizer(config, len(job.records.class_names), backbone, job.info)
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
@@ -8920,7 +8917,9 @@ def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[s
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """With the best weights, export the prototypes, test classifier and gallery, judge the training, and start the report."""
-    run, records, model = job.run, job.records, state.model
+    run = job.run
+    records = job.records
+    model = state.model
     run.event("proto_start", epoch=state.best["epoch"])
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
@@ -9056,9 +9055,8 @@ def format_measures(figures: dict[str, Any]) -> str:
     lines = []
     for name, closed in figures["closed"].items():
         matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
-        lines.append(
-            f"closed set, {matcher}: acc {format_figure(closed['acc'])}, macro F1 {format_figure(closed['f1_macro'])}"
-        )
+        accuracy = format_figure(closed["acc"])
+        lines.append(f"closed set, {matcher}: acc {accuracy}, macro F1 {format_figure(closed['f1_macro'])}")
     retrieval = (f"{RETRIEVAL_NAMES[key]} {format_figure(figure)}" for key, figure in figures["retrieval"].items())
     lines.append("retrieval: " + ", ".join(retrieval))
     open_set = figures["open_set"]
@@ -9079,7 +9077,6 @@ def format_measures(figures: dict[str, Any]) -> str:
 
 def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, other_views: Embedded | None) -> None:
     """Score the masked test crops with and without background; write the answers to predictions_by_view.csv."""
-    run = job.run
     test = test.take(job.records.has_mask[test.rows])
     if other_views is not None:
         test = concatenate_embedded([test, gallery.fusion.fuse(other_views, embed(model, other_views))])
@@ -9088,11 +9085,11 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded,
     if not len(common):
         return
     pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
-    write_predictions(run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
+    write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
     bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
     answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
     disagree = int((answers != masked_answers).sum())
-    run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
+    job.run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
 
 
 RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prototypes": run_prototypes}
