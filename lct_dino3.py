@@ -8924,7 +8924,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
-    unknown: dict[str, Embedded] = {}  # features of --unknown_dir, halves to fit thresholds and to measure
+    unknown: dict[str, Embedded] = {}  # features of --unknown_dir: one half to fit thresholds, one to measure
     if job.config.unknown_dir is not None:
         for half, half_records in from_first(unknown_records, job.config.unknown_dir, job.config.image_bits).items():
             keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
@@ -8941,9 +8941,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     to_fit = features | ({"unknown": unknown["fit"]} if unknown else {})
     gallery, embedded = export_gallery(model, records, to_fit, job.config, state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
-    if any(
-        event.get("status") == "completed" for event in read_events(run.path)
-    ):  # classes may have been enrolled since
+    # Classes may have been enrolled since an earlier completion.
+    if any(event.get("status") == "completed" for event in read_events(run.path)):
         keep_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
