@@ -5750,104 +5750,111 @@ def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
 # ======================================================================================================================
 # 13  TRAIN STATE & CHECKPOINTS
 # ======================================================================================================================
-# Everything that changes while training, and its way to disk and back. The only section that touches checkpoints.
-# Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged before a useless one is written.
-# Of TrainState: goes to disk as it is.
+# Everything that changes while training, and how it is saved and restored. The only section that reads or writes checkpoints.
+# Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged instead of saving non-finite weights.
+# Fields of TrainState that are saved unchanged.
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right", "unseen", "sessions")
-# Of a checkpoint of training; there may be other keys.
+# Keys that a training checkpoint needs, with their types; further keys are allowed.
 CHECKPOINT_FORM = {
-    **{"epoch": int, "batches": int, "step": int, "seconds": (int, float), "best": dict, "frozen_right": {str: object}},
+    "epoch": int,
+    "batches": int,
+    "step": int,
+    "seconds": (int, float),
+    "best": dict,
+    "frozen_right": {str: object},
     "baseline": {"val": {str: object}},
-    **{"unseen": {str: object}, "sessions": {str: {"train": str, "cosine": float}}},
+    "unseen": {str: object},
+    "sessions": {str: {"train": str, "cosine": float}},
     "identity": {"class_names": [str], "backbone_hash": str},
     "model": {str: torch.Tensor},
     "optimizer": {"state": dict, "param_groups": [dict]},
-    **{"scaler": dict, "tally": {str: torch.Tensor}, "backbone_dtype": str},
+    "scaler": dict,
+    "tally": {str: torch.Tensor},
+    "backbone_dtype": str,
 }
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
 
 class Tally:
-    """What the train figures of an epoch are made of: its steps so far, from `totals` on. The last ones wait on the device."""
+    """Collects losses, answers and labels of an epoch's steps for its train figures; new steps stay on the device until `fetch`."""
 
     def __init__(self, totals: dict[str, torch.Tensor] | None = None) -> None:
-        self.fetched = [totals] if totals else []  # of several steps each, as `totals` returns them
-        self.pending: list[tuple[torch.Tensor, ...]] = []  # of one step each, as `add` takes them
+        self.fetched = [totals] if totals else []  # chunks of several steps, with the keys of `totals`
+        self.pending: list[tuple[torch.Tensor, ...]] = []  # arguments of `add`, a tuple per step
 
     def add(self, loss: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> None:
-        """Note loss (), logits (b, C) or answers (b,), and labels (b,) of a step, without waiting for the device."""
+        """Record loss (), logits (b, C) or answers (b,), and labels (b,) of a step, without waiting for the device."""
         self.pending.append((loss, scores, labels))
 
     def fetch(self) -> int | None:
-        """Fetch what waits on the device; return how many steps ago the first loss was that is not finite, None if none was."""
+        """Move pending steps to the CPU; return how many steps ago (1 = last) the first non-finite loss was, None without one."""
         if not self.pending:
             return None
         losses, scores, labels = zip(*self.pending, strict=True)
         self.pending = []
-        part = {"losses": torch.stack(losses).cpu(), "sizes": torch.tensor(list(map(len, labels)))}
-        part["answers" if scores[0].ndim == 1 else "logits"] = torch.cat(scores).cpu()
-        self.fetched.append({**part, "labels": torch.cat(labels)})
-        wrong = (~torch.isfinite(part["losses"])).nonzero()
-        return len(losses) - int(wrong[0]) if len(wrong) else None
+        chunk = {"losses": torch.stack(losses).cpu(), "sizes": torch.tensor(list(map(len, labels)))}
+        chunk["answers" if scores[0].ndim == 1 else "logits"] = torch.cat(scores).cpu()
+        self.fetched.append({**chunk, "labels": torch.cat(labels)})
+        non_finite = (~torch.isfinite(chunk["losses"])).nonzero()
+        return len(losses) - int(non_finite[0]) if len(non_finite) else None
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,), all fetched; {} before a step."""
+        """Return losses and sizes (steps,), labels (N,), and logits (N, C) or answers (N,) of all fetched steps; {} without any."""
         names = self.fetched[0] if self.fetched else ()
-        return {name: torch.cat([part[name] for part in self.fetched]) for name in names}
+        return {name: torch.cat([chunk[name] for chunk in self.fetched]) for name in names}
 
 
 @dataclass
 class TrainState:
-    """All that changes while training; what is not here is a function of (config, data, epoch, step)."""
+    """Everything that changes while training; all else is a function of (config, data, epoch, step)."""
 
     model: Recognizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    dtype: torch.dtype  # that the backbone is trained in
-    average: WeightAverage | None = None  # of the weights, with --ema_decay
+    dtype: torch.dtype  # in which the backbone computes while training
+    average: WeightAverage | None = None  # with --ema_decay
     epoch: int = 0  # finished epochs: trained, evaluated, recorded
-    batches: int = 0  # of the epoch after them that are done; all of them while it is evaluated
+    batches: int = 0  # finished batches of the next epoch; all of them while it is evaluated
     step: int = 0  # optimizer steps
-    seconds: float = 0.0  # spent in the epoch so far
-    tally: Tally = dataclasses.field(default_factory=Tally)  # of the epoch so far
-    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, value, loss of the best epoch so far
+    seconds: float = 0.0  # spent in the current epoch so far
+    tally: Tally = dataclasses.field(default_factory=Tally)  # of the current epoch
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metric, value, loss of the best epoch
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
-    # And `share_right` of what the best of it answers to test.
-    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)
+    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)  # `share_right` of the best baseline
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # scores of `measure_unseen`, for `calibrate`
     sessions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see `find_sessions`
 
 
 def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainState:
-    """Return the state of a model that has not been trained yet."""
+    """Return the training state of a model before the first step."""
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     optimizer = build_optimizer(parameter_groups(model, config), config)
     return TrainState(model, optimizer, runtime.make_scaler(), runtime.dtype, average)
 
 
 def describe_position(epoch: int, batches: int) -> str:
-    """Return in words how far a checkpoint is."""
+    """Return the progress of a checkpoint in words."""
     return f"epoch {epoch}" if not batches else f"epoch {epoch} and {batches} batches"
 
 
 def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo | None) -> dict[str, Any]:
-    """Return what must be equal for a checkpoint to fit: classes, every option that changes the result, and the backbone."""
-    plain = config.as_plain()
+    """Return what must match for a checkpoint to be resumed: classes, every option that changes the result, and the backbone."""
+    options = config.as_plain()
     identity = {"class_names": list(class_names)}
-    identity |= {field.name: plain[field.name] for field in option_fields() if field.metadata.get("fixed")}
+    identity |= {field.name: options[field.name] for field in option_fields() if field.metadata.get("fixed")}
     if info is not None:
         identity |= {"feature_dim": info.feature_dim, "head_widths": list(HEAD_WIDTHS), "used_pool": info.pool}
         identity |= {"backbone_hash": info.weights_hash, "used_mean": list(info.mean), "used_std": list(info.std)}
     return identity
 
 
-# Programs around lct-dino-3.py load checkpoints with strict=False, and would go on with a random head where no name is theirs.
-# A tensor of their name and of another shape is an error to torch all the same.
+# Programs around lct-dino-3.py load checkpoints with strict=False and would silently keep a random head, as no other key matches.
+# This key matches with another shape, which torch refuses even then.
 FOREIGN_GUARD = {"head.3.weight": torch.empty(0)}
 
 
 def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> None:
-    """Write the state, but for a frozen backbone, in the first process; raise Diverged where a weight is not finite."""
+    """Write the state, without a frozen backbone, in rank 0 only. Raises Diverged if a weight is not finite."""
     if get_rank():
         return
     weights = state.model.trained_state() | FOREIGN_GUARD
@@ -5869,25 +5876,25 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write a dictionary of tensors and plain values, nested in any way; the file appears whole or not at all.
 
-    Whatever program writes it, `epoch` and `batches` say how far it is: finished epochs, and batches done of the next.
+    A program that resumes from it needs `epoch` (finished epochs) and `batches` (finished batches of the next) in the payload.
     """
-    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer turns an exception from inside into one of its own
+    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer replaces an exception raised inside it
         torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
 
 
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
-    """Say where the loss went wrong, and from which checkpoint one can go on."""
+    """Return the text of Diverged: the step whose loss is not finite, and the checkpoint to resume from."""
     last = folder / LAST_NAME
     try:
         payload = load_checkpoint(last)
-        sound = f"the last good checkpoint is {last} ({describe_position(*progress_of(payload))})"
+        advice = f"the last good checkpoint is {last} ({describe_position(*progress_of(payload))})"
     except UserError:
-        sound = "there is no checkpoint yet"
-    return f"the loss is not finite at step {step} (epoch {epoch}); {sound}; lower --lr"
+        advice = "there is no checkpoint yet"
+    return f"the loss is not finite at step {step} (epoch {epoch}); {advice}; lower --lr"
 
 
 def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
-    """Read a checkpoint of this form onto the CPU once all of it has been checked, never executing anything in it."""
+    """Check and read a checkpoint onto the CPU, executing nothing in it. Raises UserError if it is damaged or not of this form."""
     if not path.is_file():
         raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
     try:
@@ -5895,7 +5902,7 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+    except Exception as error:  # any zip, pickle or I/O error that a damaged or foreign file causes
         problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
         remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
         raise UserError(problem, str(path), remedy) from error
@@ -5914,41 +5921,39 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
 
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
-    """Put a checkpoint that `check_identity` has accepted into the state."""
+    """Load a checkpoint that `check_identity` has accepted into the state."""
     state.model.load_state_dict(payload["model"], strict=False)
     state.optimizer.load_state_dict(payload["optimizer"])
-    if payload["scaler"]:  # empty when the run was started where no scaling was needed
+    if payload["scaler"]:  # empty if the run began without loss scaling
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
         copy_tensors(payload["average"], state.average.values)
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
-    state.tally = Tally(payload.get("tally"))  # absent in what the other processes of torchrun are sent
+    state.tally = Tally(payload["tally"])
     if state.model.backbone.frozen:
-        # A run keeps the dtype that it began with, also on a machine that would choose another.
+        # A run keeps its first dtype, also on a machine that would choose another.
         state.dtype = getattr(torch, payload["backbone_dtype"])
 
 
 def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse the weights of a checkpoint that a model has no place for, naming those missing, foreign, or of another shape."""
+    """Check that weights fit the model. Raises UserError, which names tensors that are missing, foreign, or of another shape."""
     expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
     shapes = {key: str(tuple(value.shape)) for key, value in weights.items() if key not in FOREIGN_GUARD}
     unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
     if unfit:
-        named = ", ".join(
-            f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]
-        )
-        problem = f"{len(unfit)} of its tensors do not fit the model: {printable(named)}"
+        named = [f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]]
+        problem = f"{len(unfit)} of its tensors do not fit the model: {printable(', '.join(named))}"
         raise UserError(problem, str(path), RESTORE_OR_OVERWRITE)
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the weights of a checkpoint that were judged: the running mean, if there is one."""
+    """Return the weights of a checkpoint that validation measures: the running mean, if there is one."""
     return payload.get("average", payload["model"])
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], ineffective: Sequence[str] = ()) -> None:
-    """Refuse a checkpoint of other classes, model, shapes or options, listing each; compared is what `current` has to effect."""
+    """Check that `saved` equals `current` in all but the ineffective keys. Raises UserError, which lists each difference."""
     compared = current.keys() - ineffective
     changed = {key: (saved.get(key), current[key]) for key in compared if saved.get(key) != current[key]}
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key != "class_names"]
@@ -5962,21 +5967,20 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], i
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from, and those that cannot be read any more."""
+    """The checkpoint from which a run resumes, and the unreadable ones found on the way."""
 
     path: Path
     payload: dict[str, Any]
-    damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # with the reason
+    damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # and the reason
 
 
 def choose_checkpoint(
     folder: Path, resume: str | None, overwrite: bool, form: dict[str, Any] = CHECKPOINT_FORM
 ) -> ResumePoint | None:
-    """Return where to continue; None for a fresh start. `resume` is None where the option is not given, and "last" without PATH.
+    """Return where to resume; None for a fresh start. `resume` is None without the option, and "last" for --resume without PATH.
 
-    With --resume PATH from there and from nowhere else; without PATH, and without --resume, from checkpoint_last.pth, or, when
-    that is damaged or gone, from the sound one that got farthest. A run that has been trained never starts afresh by itself:
-    where none is sound, or all are gone, UserError says so, and they stay as they are.
+    --resume PATH allows that checkpoint alone. Otherwise it is checkpoint_last.pth or, if that is damaged or gone, the sound
+    checkpoint with the most progress. Raises UserError, and moves no file, if the run has been trained but none is sound.
     """
     if overwrite and resume is not None:
         raise UserError("contradict each other", "--resume, --overwrite", "give one of them")
@@ -6013,18 +6017,18 @@ def choose_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, the last one first."""
+    """Return the checkpoints in a run's folder, checkpoint_last.pth first."""
     paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
     return sorted(paths, key=lambda path: (path.name != LAST_NAME, path.name))
 
 
 def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
-    """Return finished epochs, and batches done of the next: how far a checkpoint is."""
+    """Return the progress of a checkpoint: finished epochs, and finished batches of the next one."""
     return payload["epoch"], payload["batches"]
 
 
 def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
-    """Rename a checkpoint that cannot be used, and say so."""
+    """Rename a checkpoint that cannot be used, and log a warning."""
     target = name_aside(path, "damaged")
     path.rename(target)
     sync_folder(path.parent)
@@ -6032,7 +6036,7 @@ def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile where it is damaged."""
+    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile if it is damaged."""
     check_zip(source)
     with open(source, "rb") as file, atomic_file(target) as copy:
         shutil.copyfileobj(file, copy, 1 << 20)
@@ -6040,49 +6044,50 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def keep_interrupted(folder: Path) -> Iterator[None]:
-    """Leave checkpoint_interrupt.pth, the state at the end, when the block is interrupted: checkpoint_last.pth is it already."""
+    """Copy checkpoint_last.pth to checkpoint_interrupt.pth if the block is interrupted; delete that copy if the block ends."""
     try:
         yield
     except Interrupted:
-        with contextlib.suppress(OSError, zipfile.BadZipFile):  # none yet, or a damaged one that is not set aside yet
+        with contextlib.suppress(OSError, zipfile.BadZipFile):  # none yet, or a damaged one
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
-    (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # the run is finished
+    (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # of an earlier interrupt; the run is finished
 
 
 # ======================================================================================================================
 # 14  PROTOTYPES
 # ======================================================================================================================
-# Gallery of reference embeddings: built, matched, calibrated on val, written and read; and a finished run, its model and gallery
-# together, loaded to answer. Raises UserError for files that cannot be read, or do not belong together.
+# The gallery of reference embeddings: built, matched, calibrated on val, saved and loaded; and finished runs, loaded as model and
+# gallery for inference. Raises UserError for files that cannot be read or do not belong together.
 class Matcher(nn.Module):
-    """Scores embeddings by the mean cosine of the nearest vectors of each class: in evaluation, for labels, in exported files."""
+    """Scores each class by the mean cosine to its nearest vectors: in evaluation, in labelling tools, and in exported models."""
 
     def __init__(self, vectors: np.ndarray, labels: np.ndarray, num_nearest: np.ndarray) -> None:
-        """Lay out unit vectors float32 (P, D) by their labels (P,), ascending.
+        """Arrange unit vectors float32 (P, D) that are sorted by their labels (P,).
 
-        `num_nearest` int (C,) vectors make the score of a class. One with fewer uses all, one with none has -1.
+        The score of a class averages `num_nearest` int (C,) vectors, or all if it has fewer; a class without vectors scores -1.
         """
         super().__init__()
         self.has_enrolled = False
         sizes = np.bincount(labels, minlength=len(num_nearest))
         used = np.minimum(np.maximum(num_nearest, 1), sizes)
-        # Classes of one size stand side by side: of their cosines nothing is gathered or padded. Those without vectors are first.
+        # Classes of equal size are adjacent, so that their cosines need no gather or padding. Classes without vectors come first.
         order = np.lexsort((used, sizes))
         places = np.argsort(order)
-        self.num_classes = Counter(zip(sizes[order].tolist(), used[order].tolist(), strict=True))
-        self.num_empty = self.num_classes.pop((0, 0), 0)
-        self.has_one_each = set(self.num_classes) == {(1, 1)} and not self.num_empty
-        if len(self.num_classes) > 1:
+        # (vectors of a class, vectors averaged): number of such classes
+        self.groups = Counter(zip(sizes[order].tolist(), used[order].tolist(), strict=True))
+        self.num_empty = self.groups.pop((0, 0), 0)
+        self.has_one_each = set(self.groups) == {(1, 1)} and not self.num_empty
+        if len(self.groups) > 1:
             vectors = vectors[np.argsort(places[labels], kind="stable")]
         self.register_buffer("vectors", torch.from_numpy(vectors))
         self.register_buffer("places", torch.from_numpy(places))
 
     def treat_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
-        """Have enrolled classes (C,) get their `offsets` float32 (C,), and LEAD_WEIGHT of their lead, in their scores; return self.
+        """Add `offsets` float32 (C,) and LEAD_WEIGHT of their lead to the scores of enrolled classes (C,); return self.
 
-        The lead is that over the best class of the training, with which enrolled ones are confused most of all: it tells right
-        answers from wrong ones better than a cosine does. It changes no answer, only how sure it is.
+        The lead is the gap to the best trained class, the usual confusion of an enrolled one. It separates right answers
+        from wrong ones better than a cosine does, and changes no answer, only its confidence.
         """
         self.has_enrolled = bool(is_enrolled.any() and not is_enrolled.all())
         self.register_buffer("is_enrolled", torch.from_numpy(is_enrolled.astype(np.float32)))
@@ -6090,35 +6095,35 @@ class Matcher(nn.Module):
         return self
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the score (N, C) of unit embeddings (N, D) for each class; the similarity of one that was not enrolled."""
+        """Return the score (N, C) of each class for unit embeddings (N, D); a cosine similarity unless the class was enrolled."""
         scores = embeddings @ self.vectors.T if self.has_one_each else self.mean_of_nearest(embeddings)
         if not self.has_enrolled:
             return scores
         scores = scores + self.offsets
-        best_of_training = (scores - 9 * self.is_enrolled).amax(dim=1, keepdim=True)
-        return scores + LEAD_WEIGHT * self.is_enrolled * (scores - best_of_training)
+        best_trained = (scores - 9 * self.is_enrolled).amax(dim=1, keepdim=True)  # -9: never the best
+        return scores + LEAD_WEIGHT * self.is_enrolled * (scores - best_trained)
 
     def mean_of_nearest(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the mean cosine (N, C) of unit embeddings (N, D) to the nearest vectors of each class."""
         cosine = self.vectors @ embeddings.T  # (P, N)
         scores, start = [], 0
-        for (size, used), num_classes in self.num_classes.items():
+        for (size, used), num_classes in self.groups.items():
             stop = start + size * num_classes
-            of_class = cosine[start:stop].reshape(num_classes, size, -1)
+            group = cosine[start:stop].reshape(num_classes, size, -1)
             start = stop
             if used == 1:
-                scores.append(of_class.amax(dim=1))
+                scores.append(group.amax(dim=1))
             elif torch.compiler.is_exporting() or 64 * used <= size:
-                scores.append(of_class.topk(used, dim=1).values.mean(dim=1))
-            else:  # of few, numpy picks in a quarter of the time, and puts them last
-                of_class.numpy().partition(-used, axis=1)
-                scores.append(of_class[:, -used:].mean(dim=1))
+                scores.append(group.topk(used, dim=1).values.mean(dim=1))
+            else:  # for small classes, numpy takes a quarter of the time of topk; in place, the largest come last
+                group.numpy().partition(-used, axis=1)
+                scores.append(group[:, -used:].mean(dim=1))
         scores = F.pad(torch.cat(scores), (0, 0, self.num_empty, 0), value=-1.0)
-        return scores[self.places].T  # turned once: OpenVINO forgets to turn those of one class
+        return scores[self.places].T  # transposed once, here: OpenVINO drops the transpose of a single class
 
     def score(self, queries: np.ndarray) -> np.ndarray:
-        """Return the score float32 (Q, C) of unit queries (Q, D) for each class, in bounded memory."""
-        if self.has_one_each and not self.has_enrolled:  # the scores are all that is made
+        """Return the score float32 (Q, C) of each class for unit queries (Q, D), in bounded memory."""
+        if self.has_one_each and not self.has_enrolled:  # makes no array but the scores
             return queries @ self.vectors.numpy().T
         with torch.inference_mode():
             blocks = torch.from_numpy(queries).split(max(1, MATCHER_CHUNK // len(self.vectors)))
@@ -6126,46 +6131,46 @@ class Matcher(nn.Module):
 
 
 class Embedded(NamedTuple):
-    """Embeddings of some records."""
+    """Embeddings, or backbone features, of some records."""
 
     rows: np.ndarray  # (n,) int64 record numbers
     views: np.ndarray  # (n,) uint8 into VIEW_NAMES
     labels: np.ndarray  # (n,) int64
-    values: np.ndarray  # (n, D) float32 unit norm
+    values: np.ndarray  # (n, D) float32, embeddings with unit norm
 
     def take(self, chosen: np.ndarray) -> Embedded:
-        """Return some of them, by positions or by a mask."""
+        """Return the chosen rows, given as positions or as a boolean mask."""
         return Embedded(*(column[chosen] for column in self))
 
     def by_class(self) -> Embedded:
-        """Return them in ascending order of their labels."""
+        """Return the rows in ascending order of their labels."""
         return self.take(np.argsort(self.labels, kind="stable"))
 
 
-def concatenate_embedded(several: Iterable[Embedded]) -> Embedded:
-    """Return the embeddings of all as one."""
-    return Embedded(*map(np.concatenate, zip(*several, strict=True)))
+def concatenate_embedded(items: Iterable[Embedded]) -> Embedded:
+    """Return the rows of all items as one."""
+    return Embedded(*map(np.concatenate, zip(*items, strict=True)))
 
 
 def best_answers(score: Scorer, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class of the highest score of each of the queries (Q, D), and that score, (Q,) both."""
+    """Return the class with the highest score for each of the queries (Q, D), and that score, (Q,) both."""
     return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
 
 
 class Fusion(nn.Module):
-    """Puts backbone features beside the trained embedding: what tells classes that the training has not seen is still in them."""
+    """Concatenates embeddings with projected backbone features, which still separate classes that training has not seen."""
 
     def __init__(self, mean: np.ndarray, projection: np.ndarray, weight: float) -> None:
-        """Take the mean (F,) and the projection (F, K) of features, and their weight in a cosine, 0 = none."""
+        """Take the mean (F,) and projection (F, K) of features, and the weight of features in a cosine, 0 = unused."""
         super().__init__()
         self.weight = weight
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("projection", torch.from_numpy(projection))
 
     def forward(self, features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return unit vectors (B, D + K) of features (B, F) and unit embeddings (B, D).
+        """Return unit vectors (B, D + K) from features (B, F) and unit embeddings (B, D).
 
-        The cosine of two of them is the weighted mean of those of the embeddings and of the projected features.
+        The cosine of two such vectors is the weighted mean of the cosines of their embeddings and of their projected features.
         """
         if not self.weight:
             return embeddings
@@ -6173,7 +6178,7 @@ class Fusion(nn.Module):
         return torch.cat([embeddings * math.sqrt(1 - self.weight), projected * math.sqrt(self.weight)], dim=1)
 
     def fuse(self, features: Embedded, embedded: Embedded) -> Embedded:
-        """Return the vectors of features and of the embeddings that were made of them."""
+        """Return the fused vectors of features and of the embeddings computed from them."""
         values = self(torch.from_numpy(features.values), torch.from_numpy(embedded.values))
         return embedded._replace(values=values.numpy())
 
@@ -6183,85 +6188,85 @@ NO_FUSION = Fusion(np.zeros(0, np.float32), np.zeros((0, 0), np.float32), 0.0)
 
 @dataclass(frozen=True)
 class Gallery:
-    """What production matches against; format 3 of prototypes.npz. Its vectors are made by `fusion`."""
+    """References and thresholds that production matches against; format 3 of prototypes.npz. `fusion` makes its vectors."""
 
     class_names: tuple[str, ...]
     centroids: np.ndarray  # (C, D) float32 unit norm
-    prototypes: np.ndarray  # (P, D) float32 unit norm, grouped by class: the centroids, or several of a class
+    prototypes: np.ndarray  # (P, D) float32 unit norm, grouped by class: the centroids, or several per class
     prototype_labels: np.ndarray  # (P,) int64
     stacks: np.ndarray  # (N, D) float32 unit norm, grouped by class
     stack_labels: np.ndarray  # (N,) int64
     stack_paths: tuple[str, ...]
     stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
-    thresholds: np.ndarray  # (C,) float32, score below which the answer is `unknown`
+    thresholds: np.ndarray  # (C,) float32; an answer that scores below is `unknown`
     matcher: str  # centroid, prototypes (the nearest of a class) or knn
-    knn_counts: np.ndarray  # (C,) int64, references that make the score of a class with knn; see `count_nearest`
+    knn_counts: np.ndarray  # (C,) int64, nearest references that knn averages; see `count_nearest`
     temperature: float
-    is_pooled: np.ndarray  # (C,) bool, the threshold is that of all classes together: too few val answers of this one
-    is_enrolled: np.ndarray  # (C,) bool, no training knew the class
-    offsets: np.ndarray  # (C,) float32, of the scores of enrolled classes, 0 for others; see `enrolment_offsets`
-    spreads: tuple[float, float] = (0.0, 0.0)  # mean of `class_spreads` of the references, and of val; 0 = not known
-    val_thresholds: tuple[float, ...] = ()  # of all classes together, for each of PRECISION_TARGETS
-    log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept, over the score of an answer, of its being right
-    # By number of crops of a class that is enrolled: its threshold, and `measure_enrolment` at that.
+    is_pooled: np.ndarray  # (C,) bool, the threshold is the pooled one, as the class has too few val answers
+    is_enrolled: np.ndarray  # (C,) bool, the class was added after training
+    offsets: np.ndarray  # (C,) float32, added to scores of enrolled classes, 0 for others; see `enrolment_offsets`
+    spreads: tuple[float, float] = (0.0, 0.0)  # mean `class_spreads` of the references and of val; 0 = unknown
+    val_thresholds: tuple[float, ...] = ()  # pooled over all classes, for each of PRECISION_TARGETS
+    log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept; see `fit_log_odds`
+    # By number of crops that a class is enrolled with: its threshold, and the figures of `measure_enrolment` at that threshold.
     enrolment: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     by_centroid: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `match_by_centroid`
     fusion: Fusion = NO_FUSION
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return its fields as the arrays of prototypes.npz, by name."""
-        fields = {name: operator.attrgetter(field)(self) for name, (field, _, _) in GALLERY_ARRAYS.items()}
-        return {name: np.asarray(value, GALLERY_ARRAYS[name][1]) for name, value in fields.items()}
+        """Return the arrays of prototypes.npz, by name."""
+        arrays = GALLERY_ARRAYS.items()
+        return {name: np.asarray(operator.attrgetter(field)(self), dtype) for name, (field, dtype, _) in arrays}
 
     @functools.cached_property
     def module(self) -> Matcher:
         """The matcher as a torch module."""
         ones = np.ones(len(self.class_names), np.int64)
-        parts = {
+        arguments = {
             "centroid": (self.centroids, np.arange(len(ones)), ones),
             "prototypes": (self.prototypes, self.prototype_labels, ones),
             "knn": (self.stacks, self.stack_labels, self.knn_counts),
         }
-        return Matcher(*parts[self.matcher]).treat_enrolled(self.is_enrolled, self.offsets)
+        return Matcher(*arguments[self.matcher]).treat_enrolled(self.is_enrolled, self.offsets)
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
-        """Return the similarity (Q, C) of unit queries (Q, D) to each class, by the gallery's matcher."""
+        """Return the score (Q, C) of each class for unit queries (Q, D), by the gallery's matcher."""
         return self.module.score(queries)
 
     def answer(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the class that each of the queries (Q, D) is most similar to, and how similar, (Q,) both."""
+        """Return the most similar class of each of the queries (Q, D), and its score, (Q,) both."""
         return best_answers(self.scores, queries)
 
-    def probability(self, best: np.ndarray) -> np.ndarray:
-        """Return the chance (n,) that answers of these scores (n,) are right, if UNKNOWN_SHARE of all objects are of no class."""
+    def probability(self, scores: np.ndarray) -> np.ndarray:
+        """Return the probability (n,) that answers with scores (n,) are right, if UNKNOWN_SHARE of all objects have no class."""
         slope, intercept = self.log_odds
-        return scipy.special.expit(slope * best.astype(np.float64) + intercept)
+        return scipy.special.expit(slope * scores.astype(np.float64) + intercept)
 
     def judge(self, queries: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return answer, true class and runner-up of queries (Q, D) of known classes (Q,), and their scores, (Q, 3) both."""
+        """Return answer, true class and runner-up of queries (Q, D) with labels (Q,), and the scores of the three, (Q, 3) both."""
 
         def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, ...]:
             answers = scores.argmax(axis=1)
-            others = scores.copy()
-            others[np.arange(len(scores)), answers] = -np.inf  # where there is no other class, it is its own runner-up
-            chosen = np.stack([answers, labels[block], others.argmax(axis=1)], axis=1)
-            return chosen, np.take_along_axis(scores, chosen, axis=1)
+            other_scores = scores.copy()
+            other_scores[np.arange(len(scores)), answers] = -np.inf  # a single class is its own runner-up
+            classes = np.stack([answers, labels[block], other_scores.argmax(axis=1)], axis=1)
+            return classes, np.take_along_axis(scores, classes, axis=1)
 
         return reduce_scores(self.scores, queries, reduce)
 
     @property
     def knn_k(self) -> int:
-        """The k of the classes with the usual number of references."""
+        """The k of a class with the usual number of references."""
         return int(self.knn_counts.max())
 
     @property
     def most_prototypes(self) -> int:
-        """Prototypes of the class that has most of them."""
+        """The largest number of prototypes of a class."""
         return int(np.bincount(self.prototype_labels).max())
 
 
 def match_nearest(references: Embedded, num_classes: int) -> Matcher:
-    """Return the matcher that scores each class by the nearest of its references."""
+    """Return the matcher that scores each class by its nearest reference."""
     references = references.by_class()
     return Matcher(references.values, references.labels, np.ones(num_classes, np.int64))
 
@@ -6282,37 +6287,37 @@ def sum_by_class(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -
 
 
 def class_spreads(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return one minus the mean cosine among the embeddings (N, D) of each class, float64 (C,); NaN where there are no two."""
+    """Return one minus the mean cosine of pairs of embeddings (N, D) within each class, float64 (C,); NaN without a pair."""
     counts = np.bincount(labels, minlength=num_classes)
-    of_pairs = (sum_by_class(embeddings, labels, num_classes) ** 2).sum(axis=1) - counts
-    return 1 - np.divide(of_pairs, counts * (counts - 1), out=np.full(num_classes, np.nan), where=counts > 1)
+    pair_sums = (sum_by_class(embeddings, labels, num_classes) ** 2).sum(axis=1) - counts
+    return 1 - np.divide(pair_sums, counts * (counts - 1), out=np.full(num_classes, np.nan), where=counts > 1)
 
 
 def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
-    """Return how many nearest references (C,) make the score of each class: k, and less where a class has fewer than usual.
+    """Return how many nearest references (C,) the score of each class averages: k, less for classes with fewer than usual.
 
-    Else a class of five references, all of them in its score, would stand against the five best of a hundred. `usual` is the number
-    of references of the median class.
+    Otherwise all five references of a class would compete with the best five of a hundred. `usual` is the median over classes.
     """
     return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
 
 
 def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference of a class that is given for it, int64 (Q,)."""
+    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); else 0."""
     nearest = np.zeros(len(queries), dtype=np.int64)
-    rows_of = rows_by_class(gallery.stack_labels, len(gallery.class_names))
+    by_class = rows_by_class(gallery.stack_labels, len(gallery.class_names))
     for label in np.unique(labels).tolist():
-        if len(rows_of[label]):
-            cosine = queries[labels == label] @ gallery.stacks[rows_of[label]].T
-            nearest[labels == label] = rows_of[label][cosine.argmax(axis=1)]
+        rows = by_class[label]
+        if len(rows):
+            cosine = queries[labels == label] @ gallery.stacks[rows].T
+            nearest[labels == label] = rows[cosine.argmax(axis=1)]
     return nearest
 
 
 def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
     """Return the ascending positions of at most `limit` references that cover a class best.
 
-    Each of `limit` k-means clusters is stood for by the real reference nearest to its centre: the usual views are all there, and a
-    single mislabelled picture is not, as it would be if the farthest points were taken.
+    They are the references nearest to the centres of `limit` k-means clusters: all usual views are represented, but a single
+    mislabelled image is not, unlike in farthest-point sampling.
     """
     if len(embeddings) <= limit:
         return np.arange(len(embeddings))
@@ -6323,25 +6328,25 @@ def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
 
 
 def cluster(embeddings: np.ndarray, count: int, starts: int) -> Any:
-    """Return scikit-learn's k-means of embeddings (n, D), the best of some random starts."""
+    """Return scikit-learn's k-means of embeddings (n, D), the best of `starts` random starts."""
     from sklearn.cluster import KMeans
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct points than clusters: duplicates, and then fewer clusters do
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters, because of duplicates: harmless
         return KMeans(count, n_init=starts, random_state=0).fit(embeddings)
 
 
 def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean (F,) and projection (F, K) of features that bring their within-class covariance half way to the identity.
+    """Return mean (F,) and projection (F, K) that bring the within-class covariance of features half way to the identity.
 
-    That is the inverse fourth root of the covariance, shrunk as Ledoit and Wolf do (2004): directions in which pictures of a class
-    differ count less. By the inverse square root they hardly count, and new classes are found less often. The K axes of largest
-    variance are kept. No axis (K = 0) where no class has two references.
+    The projection is the inverse fourth root of the covariance, shrunk as in Ledoit and Wolf (2004): directions in which images of
+    a class differ count less. With the inverse square root they hardly count, and new classes are recognised less often. Only the
+    K <= FEATURE_DIM axes of largest variance are kept; K = 0 if no class has two references.
     """
     from sklearn.covariance import ledoit_wolf
 
-    chosen = np.linspace(0, len(features.labels) - 1, min(len(features.labels), FEATURE_REFERENCES)).astype(int)
-    features = features.take(chosen)
+    sample = np.linspace(0, len(features.labels) - 1, min(len(features.labels), FEATURE_REFERENCES)).astype(int)
+    features = features.take(sample)
     _, numbers = np.unique(features.labels, return_inverse=True)
     values = features.values.astype(np.float64)
     mean = values.mean(axis=0)
@@ -6355,13 +6360,13 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
     centred = (values - mean) @ whitening
     variance, principal = np.linalg.eigh(centred.T @ centred)
     principal = principal[:, variance > 1e-6 * variance[-1]][:, -FEATURE_DIM:]
-    # An axis has two directions: the one whose largest number is positive, whatever the last bits of features.
+    # The sign of an axis depends on rounding: make its largest component positive.
     principal *= np.sign(principal[np.abs(principal).argmax(axis=0), np.arange(principal.shape[1])])
     return mean.astype(np.float32), (whitening @ principal).astype(np.float32)
 
 
 def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
-    """Return the fusion of most weight with which nearest centroids lose no more than FEATURE_LOSS of `match_quality` on val."""
+    """Return the fusion with the most weight for which nearest centroids lose at most FEATURE_LOSS of `match_quality` on val."""
     mean, projection = project_features(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
@@ -6377,16 +6382,16 @@ def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], 
 
 
 def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
-    """Return the share of val that gets its class; with vectors of `strangers` (U, D): and with more than most of them score."""
-    answers, best = best_answers(score, val.values)
+    """Return the accuracy on val; given vectors of strangers (U, D), objects of no class, return `open_set_rate` instead."""
+    answers, scores = best_answers(score, val.values)
     is_right = answers == val.labels
     if strangers is None:
         return float(is_right.mean())
-    return open_set_rate(best, is_right, best_answers(score, strangers)[1])
+    return open_set_rate(scores, is_right, best_answers(score, strangers)[1])
 
 
 def embed(model: Recognizer, features: Embedded) -> Embedded:
-    """Return the embeddings of features, by the head in eval mode."""
+    """Put the model into eval mode, and return the embeddings that its head makes of features."""
     model.eval()
     device = next(model.head.parameters()).device
     with torch.inference_mode():
@@ -6398,11 +6403,10 @@ def embed(model: Recognizer, features: Embedded) -> Embedded:
 def build_gallery(
     records: Records, references: Embedded, val: Embedded, config: Config, strangers: np.ndarray | None = None
 ) -> Gallery:
-    """Build centroids from all references, keep the stacks, and choose the matcher on val; `calibrate` has yet to follow.
+    """Build a gallery whose centroids use all references, and choose its matcher on val; `calibrate` must follow.
 
-    It, and the k of KNN_CHOICES, are those that are right most often, of equals the simpler; with vectors of strangers (U, D),
-    those that are right and surer than of them. On classes held out the embedder is too good for those to stand in here: it was
-    trained to tell them.
+    The matcher, and its k of KNN_CHOICES, are those with the highest `match_quality`; the simpler wins ties. Without vectors of
+    strangers (U, D), held-out classes cannot stand in for them here: the embedder was trained to separate these too well.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -6432,11 +6436,11 @@ def build_gallery(
     if config.prototypes_per_class not in ("auto", "1"):
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
     sizes = np.bincount(stacks.labels, minlength=num_classes)
-    counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
-    candidates = [dataclasses.replace(gallery, matcher="knn", knn_counts=nearest) for nearest in counts]
-    *qualities, simple = [match_quality(one.scores, val, strangers) for one in (*candidates, gallery)]
+    knn_counts = [count_nearest(sizes, np.median(sizes), k) for k in KNN_CHOICES]
+    candidates = [dataclasses.replace(gallery, matcher="knn", knn_counts=counts) for counts in knn_counts]
+    *qualities, simple_quality = [match_quality(each.scores, val, strangers) for each in (*candidates, gallery)]
     knn = candidates[int(np.argmax(qualities))]
-    if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple):
+    if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple_quality):
         gallery = knn
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
     if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
@@ -6447,9 +6451,9 @@ def build_gallery(
 def export_gallery(
     model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unseen: dict
 ) -> tuple[Gallery, dict[str, Embedded]]:
-    """Return the gallery that features of train and val make, and of each split that is given the vectors that it matches.
+    """Return the calibrated gallery built from features of train and val, and the vectors of each given split but `unknown`.
 
-    `unknown` among the splits is of objects of no class, `unseen` is what `measure_unseen` found, {} for nothing.
+    `unknown` holds objects of no class; `unseen` is the evidence of `measure_unseen`, {} for none.
     """
     embedded = {name: embed(model, values) for name, values in features.items()}
     fusion = choose_fusion(features, embedded, len(records.class_names)) if config.match_features else NO_FUSION
@@ -6465,9 +6469,9 @@ def export_gallery(
 
 
 def match_by_centroid(gallery: Gallery) -> Gallery:
-    """Return the gallery as it answers with classes that are enrolled, which the nearest of a few references hardly finds.
+    """Return the gallery as it matches once classes are enrolled: by centroids, since knn rarely finds a class of few references.
 
-    `by_centroid` has what `calibrate` has found for that: the fields CALIBRATED, as they are or as JSON has them; {} = nothing.
+    `by_centroid` holds the fields CALIBRATED for that, as arrays or as JSON; {} leaves the gallery unchanged.
     """
     if not gallery.by_centroid:
         return gallery
@@ -6479,7 +6483,7 @@ def match_by_centroid(gallery: Gallery) -> Gallery:
 
 
 def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
-    """Return the gallery with up to `per_class` prototypes a class, of references by class; matched by them if there are more."""
+    """Return the gallery with up to `per_class` prototypes a class, which become its matcher if any class has more than one."""
     by_class = zip(rows_by_class(references.labels, len(gallery.class_names)), gallery.centroids, strict=True)
     prototypes = [mean_of_clusters(references.values[rows], per_class, centroid) for rows, centroid in by_class]
     gallery = take_prototypes(gallery, prototypes)
@@ -6487,13 +6491,13 @@ def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gal
 
 
 def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Gallery:
-    """Return the gallery with these prototypes (n, D) of each class."""
-    labels = np.repeat(np.arange(len(prototypes)), [len(of_class) for of_class in prototypes])
+    """Return the gallery with the given prototypes, an array (n, D) per class."""
+    labels = np.repeat(np.arange(len(prototypes)), list(map(len, prototypes)))
     return dataclasses.replace(gallery, prototypes=np.concatenate(prototypes), prototype_labels=labels)
 
 
 def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -> np.ndarray:
-    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid where it is in one piece."""
+    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid if it does not split."""
     count = min(count, len(embeddings) // MIN_CLUSTER)
     if count < 2:
         return centroid[None]
@@ -6503,19 +6507,18 @@ def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
-    """Return the gallery with the number of prototypes a class that is measurably better on val than its matcher, if one is.
+    """Return the gallery with the best of PROTOTYPE_CHOICES a class if significantly better on val, else the gallery unchanged.
 
-    Measurably: among the val images that only one of the two gets right, so many more are the new one's that a fair coin would
-    do it in less than SIGNIFICANCE of all cases.
+    One-sided sign test over the val images that only one of the two gets right, at SIGNIFICANCE divided by the number of choices.
     """
     from scipy.stats import binomtest
 
-    def is_right(candidate: Gallery) -> np.ndarray:
+    def hits(candidate: Gallery) -> np.ndarray:
         return (candidate.answer(val.values)[0] == val.labels).astype(float)
 
     rivals = [split_classes(gallery, references, count) for count in PROTOTYPE_CHOICES]
-    best = max(rivals, key=lambda rival: is_right(rival).sum())
-    gain = np.bincount(val.rows, weights=is_right(best) - is_right(gallery))  # by image: mix judges a crop twice
+    best = max(rivals, key=lambda rival: hits(rival).sum())
+    gain = np.bincount(val.rows, weights=hits(best) - hits(gallery))  # by image: --crop_mode mix has two views
     wins = int((gain > 0).sum())
     losses = int((gain < 0).sum())
     if wins and binomtest(wins, wins + losses, alternative="greater").pvalue < SIGNIFICANCE / len(rivals):
@@ -6526,64 +6529,63 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
 def calibrate(
     gallery: Gallery, val: Embedded, precision: float, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
 ) -> Gallery:
-    """Return the gallery with the temperature, thresholds and log-odds that val, and objects of no class, ask for.
+    """Return the gallery with temperature, thresholds and log-odds fitted to val and to strangers, objects of no class.
 
-    What strangers score is that of their vectors (U, D); without any, that of the classes which the heads of `measure_unseen` did
-    not know, on the scale of this gallery's val scores; without those either, that of val crops whose classes are taken out in
-    turn: the embedder has seen these, and real strangers score higher. `dtype` is what the backbone computes in.
+    Scores of strangers are those of their vectors (U, D); without vectors, those that `measure_unseen` found for classes unknown
+    to its heads, on the scale of this gallery's val scores; without these either, those of val crops whose classes are held out in
+    turn, though the embedder has seen these, and real strangers score higher. `dtype` is the compute dtype of the backbone.
     """
     num_classes = len(gallery.class_names)
-    answers, best = gallery.answer(val.values)
+    answers, scores = gallery.answer(val.values)
     is_right = answers == val.labels
-    middle, spread = score_scale(best)
-    num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # one number needs no more images
+    median, spread = score_scale(scores)
+    num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # enough to fit one number
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
-    temperature = fit_temperature(gallery.scores(val.values[few]), val.labels[few])
-    stranger_scores = middle + spread * np.array(unseen.get("strangers", ()))
+    stranger_scores = median + spread * np.array(unseen.get("strangers", ()))
     if strangers is not None:
         stranger_answers, stranger_scores = gallery.answer(strangers)
         answers = np.concatenate([answers, stranger_answers])
-        best = np.concatenate([best, stranger_scores])
+        scores = np.concatenate([scores, stranger_scores])
         is_right = np.concatenate([is_right, np.zeros(len(stranger_scores), bool)])
     elif not unseen:
         stranger_scores = score_without_class(gallery.scores, val)
-    thresholds, is_pooled = fit_thresholds(answers, best, is_right, precision, num_classes, dtype)
+    thresholds, is_pooled = fit_thresholds(answers, scores, is_right, precision, num_classes, dtype)
     enrolment = {}
-    for num_crops, at in unseen.get("enrolled", {}).items():
-        scores = (middle + spread * np.array(at["scores"])).astype(np.float32)
-        threshold = precision_threshold(scores, np.array(at["is_right"], bool), precision, dtype=dtype)
-        is_asked = at["figures"]["target_precision"] == precision
-        enrolment[num_crops] = {"threshold": threshold, "figures": at["figures"] if is_asked else None}
-    vectors = ((gallery.stacks, gallery.stack_labels), (val.values, val.labels))
-    of_references, of_val = (mean_of_defined(class_spreads(*several, num_classes)) for several in vectors)
+    for num_crops, enrolled in unseen.get("enrolled", {}).items():
+        enrolled_scores = (median + spread * np.array(enrolled["scores"])).astype(np.float32)
+        threshold = precision_threshold(enrolled_scores, np.array(enrolled["is_right"], bool), precision, dtype=dtype)
+        figures = enrolled["figures"] if enrolled["figures"]["target_precision"] == precision else None
+        enrolment[num_crops] = {"threshold": threshold, "figures": figures}
+    reference_spread = mean_of_defined(class_spreads(gallery.stacks, gallery.stack_labels, num_classes))
+    val_spread = mean_of_defined(class_spreads(val.values, val.labels, num_classes))
     return dataclasses.replace(
         gallery,
-        temperature=temperature,
+        temperature=fit_temperature(gallery.scores(val.values[few]), val.labels[few]),
         thresholds=thresholds,
         is_pooled=is_pooled,
-        val_thresholds=tuple(precision_threshold(best, is_right, target, dtype=dtype) for target in PRECISION_TARGETS),
-        log_odds=fit_log_odds(best[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
+        val_thresholds=tuple(precision_threshold(scores, is_right, level, dtype=dtype) for level in PRECISION_TARGETS),
+        log_odds=fit_log_odds(scores[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
         enrolment=enrolment,
-        spreads=(0.0, 0.0) if math.isnan(of_references + of_val) else (of_references, of_val),
+        spreads=(0.0, 0.0) if math.isnan(reference_spread + val_spread) else (reference_spread, val_spread),
     )
 
 
-def score_scale(best: np.ndarray) -> tuple[float, float]:
-    """Return the median of the scores (N,) of answers to known objects, and how far below it the lowest tenth begins.
+def score_scale(scores: np.ndarray) -> tuple[float, float]:
+    """Return the median of the scores (N,) of answers to known objects, and its distance from their 10 % quantile.
 
-    On this scale strangers score alike in galleries of different heads.
+    On this scale, the scores of strangers agree between galleries of different heads.
     """
-    middle, low = np.quantile(best, (0.5, 0.1)).tolist()
-    return middle, max(middle - low, 1e-6)
+    median, low = np.quantile(scores, (0.5, 0.1)).tolist()
+    return median, max(median - low, 1e-6)
 
 
 def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
-    """Return the best score (N,) of each query among all classes but a fold of HELD_OUT_FOLDS, the one with its own."""
+    """Return the best score (N,) of each query with its class held out, and all other classes of that fold of HELD_OUT_FOLDS."""
     folds = known.labels % HELD_OUT_FOLDS
 
     def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray]:
-        is_own = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
-        return (np.where(is_own, -1.0, scores).max(axis=1),)
+        is_held_out = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
+        return (np.where(is_held_out, -1.0, scores).max(axis=1),)
 
     return reduce_scores(score, known.values, reduce)[0]
 
@@ -6591,8 +6593,8 @@ def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
 def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray) -> tuple[float, float]:
     """Return slope and intercept of the log-odds that an answer is right, over its score (Platt, 1999).
 
-    `known` (N,) are scores of answers to known objects, `is_right` (N,) says which hold; answers to `strangers` (U,) never do, and
-    count as UNKNOWN_SHARE of all.
+    `known` (N,) are scores of answers to known objects, `is_right` (N,) says which are right; answers to `strangers` (U,) are all
+    wrong, and weigh UNKNOWN_SHARE of the total.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -6601,16 +6603,16 @@ def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray)
     shares = [(1 - UNKNOWN_SHARE) / max(1, len(known)), UNKNOWN_SHARE / max(1, len(strangers))]
     weights = np.repeat(shares, [len(known), len(strangers)]) * len(scores)
     if labels.all() or not labels.any():
-        share = (is_right.sum() + 1) / (len(is_right) + 2)
-        return 0.0, float(scipy.special.logit(share))
-    middle, spread = scores.mean(), max(scores.std(), 1e-6)
-    fitted = LogisticRegression().fit((scores[:, None] - middle) / spread, labels, sample_weight=weights)
-    slope = max(0.0, fitted.coef_.item()) / spread
-    return slope, fitted.intercept_.item() - slope * middle
+        smoothed_accuracy = (is_right.sum() + 1) / (len(is_right) + 2)
+        return 0.0, float(scipy.special.logit(smoothed_accuracy))
+    mean, std = scores.mean(), max(scores.std(), 1e-6)
+    fitted = LogisticRegression().fit((scores[:, None] - mean) / std, labels, sample_weight=weights)
+    slope = max(0.0, fitted.coef_.item()) / std
+    return slope, fitted.intercept_.item() - slope * mean
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return T for which softmax(scores / T) has the least cross-entropy (Guo et al., arXiv:1706.04599)."""
+    """Return the T that minimises the cross-entropy of softmax(scores / T) (Guo et al., arXiv:1706.04599)."""
     from scipy.optimize import minimize_scalar
 
     def cross_entropy(log_temperature: float) -> float:
@@ -6623,37 +6625,36 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 def fit_thresholds(
     answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int, dtype: torch.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return per class the least score above which that share of its answers is right, and whether it is the pooled one, (C,) both.
+    """Return the lowest threshold of each class that keeps `precision`, and whether it is the pooled one, (C,) both.
 
-    What all answers together show is weighed in (see `precision_threshold`), and a class with fewer than MIN_CALIBRATION_SAMPLES
-    answers gets their threshold. `answers`, `best`, `is_right` (N,) are class and score of each answer, and whether it is right.
+    The precision of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES
+    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,) are class and score of each answer, and whether it is right.
     """
-    of_all = precision_threshold(best, is_right, precision, dtype=dtype)
-    thresholds = np.full(num_classes, of_all, dtype=np.float32)
+    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision, dtype=dtype), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
-    # Share of right answers among all with the score of each answer, or more.
+    # For each answer, the precision of all answers that score at least as high.
     num_above = len(best) - np.searchsorted(np.sort(best), best)
-    pooled = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
+    prior = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
     for label in np.flatnonzero(~is_pooled):
-        of_class = answers == label
-        thresholds[label] = precision_threshold(best[of_class], is_right[of_class], precision, pooled[of_class], dtype)
+        in_class = answers == label
+        thresholds[label] = precision_threshold(best[in_class], is_right[in_class], precision, prior[in_class], dtype)
     return thresholds, is_pooled
 
 
 def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None = None) -> dict[str, Any]:
-    """Measure all that production will ask of a gallery, with queries of known classes that nothing was chosen on.
+    """Measure how a gallery will do in production, on test queries of known classes that no choice was based on.
 
-    Without embeddings `unknown` (U, D) of objects of no class, classes are held out in turn.
+    `unknown` (U, D) are vectors of objects of no class; without them, classes are held out in turn.
 
     Returns:
-        Figures as {value, interval}. closed: by `centroid`, by `knn`, and by `prototypes` where a class has several, acc and
-        f1_macro; retrieval: recall_at_1, recall_at_5, map_at_r; open_set: auroc, fpr95; answers: at each precision asked for,
-        threshold from val, precision and coverage on test; thresholds: the same with those of the classes; reliability: see
-        there, of the probabilities of answers to test images and to the strangers of open_set, and ece of these;
-        unknown_passed: share of the strangers that get a class; few: classes with fewer than FEW_IMAGES test images.
+        Figures as {value, interval}. closed: acc and f1_macro by `centroid`, by `knn`, and by `prototypes` if a class has several;
+        retrieval: recall_at_1, recall_at_5, map_at_r; open_set: auroc, fpr95; answers: for each of PRECISION_TARGETS, threshold
+        from val, precision and coverage on test; thresholds: precision and coverage with the thresholds of the classes; reliability
+        and ece: of the probabilities of answers to test images and unknown objects, see `reliability`; unknown_passed: share of
+        `unknown` that gets a class; few: classes with fewer than FEW_IMAGES test images.
     """
     num_classes = len(gallery.class_names)
-    answers, best = gallery.answer(test.values)
+    answers, scores = gallery.answer(test.values)
     is_right = answers == test.labels
 
     def closed_set(matcher: str) -> dict[str, Any]:
@@ -6665,42 +6666,40 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         return figures | ({"k": gallery.knn_k} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
-        passed = best >= thresholds
+        passed = scores >= thresholds
         return mean_intervals(test.rows, coverage=passed, precision=np.where(passed, is_right, np.nan))
 
     if unknown is None:
-        unknown_best = score_without_class(gallery.scores, test)
+        unknown_scores = score_without_class(gallery.scores, test)
     else:
-        unknown_answers, unknown_best = gallery.answer(unknown)
-    probability = gallery.probability(np.append(best, unknown_best))
-    is_known = np.arange(len(probability)) < len(best)
-
-    bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_best), bool)), is_known)
+        unknown_answers, unknown_scores = gallery.answer(unknown)
+    probability = gallery.probability(np.append(scores, unknown_scores))
+    is_known = np.arange(len(probability)) < len(scores)
+    bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
+    retrieval = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     support = np.bincount(test.labels, minlength=num_classes)
     figures = {
         "closed": {matcher: closed_set(matcher) for matcher in matchers},
-        "retrieval": mean_intervals(
-            test.rows, **retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
-        ),
+        "retrieval": mean_intervals(test.rows, **retrieval),
         "open_set": open_set_figures(gallery.scores, test, unknown),
         "answers": [
             {"target": target, "threshold": threshold, **above(threshold)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
-        "ece": calibration_error(bins),  # redrawn images would have more, as they agree less with any bin
+        "ece": calibration_error(bins),  # no interval: redrawn images fit any bin worse, and would raise it
         "reliability": bins,
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
     if unknown is not None:
-        passed = unknown_best >= gallery.thresholds[unknown_answers]
+        passed = unknown_scores >= gallery.thresholds[unknown_answers]
         figures |= mean_intervals(np.arange(len(passed)), unknown_passed=passed)
     return figures
 
 
 def best_score(scores: np.ndarray) -> np.ndarray:
-    """Return the score of the best class, (N,), of scores (N, C)."""
+    """Return the score (N,) of the best class from scores (N, C)."""
     return scores.max(axis=1)
 
 
