@@ -5820,7 +5820,7 @@ class TrainState:
     tally: Tally = dataclasses.field(default_factory=Tally)  # of the current epoch
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metric, value, loss of the best epoch
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
-    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)  # `share_right` of the best baseline
+    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)  # `share_right` of the best one on test
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # scores of `measure_unseen`, for `calibrate`
     sessions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see `find_sessions`
 
@@ -5878,7 +5878,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
     A program that resumes from it needs `epoch` (finished epochs) and `batches` (finished batches of the next) in the payload.
     """
-    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer replaces an exception raised inside it
+    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer would replace an Interrupted raised inside it
         torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
 
 
@@ -5894,7 +5894,7 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
 
 
 def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
-    """Check and read a checkpoint onto the CPU, executing nothing in it. Raises UserError if it is damaged or not of this form."""
+    """Check and read a checkpoint onto the CPU, executing nothing in it. Raises UserError if it is damaged or not of `form`."""
     if not path.is_file():
         raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
     try:
@@ -5971,7 +5971,7 @@ class ResumePoint:
 
     path: Path
     payload: dict[str, Any]
-    damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # and the reason
+    damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # path: why it cannot be read
 
 
 def choose_checkpoint(
@@ -6044,14 +6044,14 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def keep_interrupted(folder: Path) -> Iterator[None]:
-    """Copy checkpoint_last.pth to checkpoint_interrupt.pth if the block is interrupted; delete that copy if the block ends."""
+    """Copy checkpoint_last.pth to checkpoint_interrupt.pth if the block is interrupted; delete the copy when a block finishes."""
     try:
         yield
     except Interrupted:
         with contextlib.suppress(OSError, zipfile.BadZipFile):  # none yet, or a damaged one
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
-    (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # of an earlier interrupt; the run is finished
+    (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # left by an earlier start of the run
 
 
 # ======================================================================================================================
@@ -6086,8 +6086,8 @@ class Matcher(nn.Module):
     def treat_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
         """Add `offsets` float32 (C,) and LEAD_WEIGHT of their lead to the scores of enrolled classes (C,); return self.
 
-        The lead is the gap to the best trained class, the usual confusion of an enrolled one. It separates right answers
-        from wrong ones better than a cosine does, and changes no answer, only its confidence.
+        The lead is the gap to the best trained class, the usual confusion of an enrolled one. It separates right answers from wrong
+        ones better than a cosine does, and changes no answer, only its confidence.
         """
         self.has_enrolled = bool(is_enrolled.any() and not is_enrolled.all())
         self.register_buffer("is_enrolled", torch.from_numpy(is_enrolled.astype(np.float32)))
@@ -6302,7 +6302,7 @@ def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarra
 
 
 def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); else 0."""
+    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); 0 if none."""
     nearest = np.zeros(len(queries), dtype=np.int64)
     by_class = rows_by_class(gallery.stack_labels, len(gallery.class_names))
     for label in np.unique(labels).tolist():
@@ -6347,13 +6347,13 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
 
     sample = np.linspace(0, len(features.labels) - 1, min(len(features.labels), FEATURE_REFERENCES)).astype(int)
     features = features.take(sample)
-    _, numbers = np.unique(features.labels, return_inverse=True)
+    _, labels = np.unique(features.labels, return_inverse=True)
     values = features.values.astype(np.float64)
     mean = values.mean(axis=0)
-    means = np.zeros((numbers.max() + 1, values.shape[1]))
-    np.add.at(means, numbers, values)
-    means /= np.bincount(numbers)[:, None]
-    scatter, axes = np.linalg.eigh(ledoit_wolf(values - means[numbers], assume_centered=True)[0])
+    class_means = np.zeros((labels.max() + 1, values.shape[1]))
+    np.add.at(class_means, labels, values)
+    class_means /= np.bincount(labels)[:, None]
+    scatter, axes = np.linalg.eigh(ledoit_wolf(values - class_means[labels], assume_centered=True)[0])
     if scatter[-1] <= 0:
         return mean.astype(np.float32), np.zeros((len(mean), 0), np.float32)
     whitening = axes / np.maximum(scatter, 1e-6 * scatter[-1]) ** 0.25 @ axes.T
@@ -6405,8 +6405,8 @@ def build_gallery(
 ) -> Gallery:
     """Build a gallery whose centroids use all references, and choose its matcher on val; `calibrate` must follow.
 
-    The matcher, and its k of KNN_CHOICES, are those with the highest `match_quality`; the simpler wins ties. Without vectors of
-    strangers (U, D), held-out classes cannot stand in for them here: the embedder was trained to separate these too well.
+    The matcher, and its k of KNN_CHOICES, are those with the highest `match_quality`; the simpler wins ties. Held-out classes
+    cannot stand in for the vectors of strangers (U, D): the embedder was trained on them, and separates them too well.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -6518,7 +6518,7 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
 
     rivals = [split_classes(gallery, references, count) for count in PROTOTYPE_CHOICES]
     best = max(rivals, key=lambda rival: hits(rival).sum())
-    gain = np.bincount(val.rows, weights=hits(best) - hits(gallery))  # by image: --crop_mode mix has two views
+    gain = np.bincount(val.rows, weights=hits(best) - hits(gallery))  # by image: mix has two views of some
     wins = int((gain > 0).sum())
     losses = int((gain < 0).sum())
     if wins and binomtest(wins, wins + losses, alternative="greater").pvalue < SIGNIFICANCE / len(rivals):
@@ -6529,11 +6529,11 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
 def calibrate(
     gallery: Gallery, val: Embedded, precision: float, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
 ) -> Gallery:
-    """Return the gallery with temperature, thresholds and log-odds fitted to val and to strangers, objects of no class.
+    """Return the gallery with temperature, thresholds and log-odds fitted to val and to objects of no class.
 
-    Scores of strangers are those of their vectors (U, D); without vectors, those that `measure_unseen` found for classes unknown
+    `strangers` (U, D) are vectors of such objects. Without them, their scores are those that `measure_unseen` found for classes new
     to its heads, on the scale of this gallery's val scores; without these either, those of val crops whose classes are held out in
-    turn, though the embedder has seen these, and real strangers score higher. `dtype` is the compute dtype of the backbone.
+    turn, though the embedder has seen them, and real strangers score higher. `dtype` is the compute dtype of the backbone.
     """
     num_classes = len(gallery.class_names)
     answers, scores = gallery.answer(val.values)
@@ -6600,13 +6600,13 @@ def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray)
 
     scores = np.concatenate([known, strangers])
     labels = np.append(is_right, np.zeros(len(strangers), bool))
-    shares = [(1 - UNKNOWN_SHARE) / max(1, len(known)), UNKNOWN_SHARE / max(1, len(strangers))]
-    weights = np.repeat(shares, [len(known), len(strangers)]) * len(scores)
+    weights = [(1 - UNKNOWN_SHARE) / max(1, len(known)), UNKNOWN_SHARE / max(1, len(strangers))]
+    sample_weight = np.repeat(weights, [len(known), len(strangers)]) * len(scores)
     if labels.all() or not labels.any():
         smoothed_accuracy = (is_right.sum() + 1) / (len(is_right) + 2)
         return 0.0, float(scipy.special.logit(smoothed_accuracy))
     mean, std = scores.mean(), max(scores.std(), 1e-6)
-    fitted = LogisticRegression().fit((scores[:, None] - mean) / std, labels, sample_weight=weights)
+    fitted = LogisticRegression().fit((scores[:, None] - mean) / std, labels, sample_weight=sample_weight)
     slope = max(0.0, fitted.coef_.item()) / std
     return slope, fitted.intercept_.item() - slope * mean
 
@@ -6628,7 +6628,7 @@ def fit_thresholds(
     """Return the lowest threshold of each class that keeps `precision`, and whether it is the pooled one, (C,) both.
 
     The precision of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES
-    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,) are class and score of each answer, and whether it is right.
+    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,): class and score of each answer, and whether it is right.
     """
     thresholds = np.full(num_classes, precision_threshold(best, is_right, precision, dtype=dtype), dtype=np.float32)
     is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
@@ -6688,7 +6688,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
-        "ece": calibration_error(bins),  # no interval: redrawn images fit any bin worse, and would raise it
+        "ece": calibration_error(bins),  # no interval: redrawn images fit the bins worse, which raises it
         "reliability": bins,
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
