@@ -2945,7 +2945,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         paths = [listing.paths[index] for index in deep]
         check = functools.partial(check_image, bits=image_bits)
         kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=check)
-        health.rows[deep] = check_files(config.data_root, paths, kind, memory, squares).rows
+        deep_health = check_files(config.data_root, paths, kind, memory, squares)
+        health.rows[deep] = deep_health.rows
+        health.reasons.update(deep_health.reasons)
     usable = np.flatnonzero(~health.rows["broken"])
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))

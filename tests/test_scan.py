@@ -745,6 +745,27 @@ def test_images_of_more_bits_are_scaled_by_those_of_the_data_set(bits: int, name
     assert abs(int(lct.load_crop(forced, 0, 0)[0].max()) - 255 * 2**bits / 2**16) <= 1
 
 
+def test_a_deep_image_that_fails_at_its_second_reading_is_named(tmp_path: Path, patch_used) -> None:
+    for index in range(3):
+        put_deep(tmp_path / f"data/a_12/{index}.png", shades(index, 1, (20, 30)))
+    find_image_bits = lct.find_image_bits
+
+    def find_and_lose(highest: np.ndarray) -> tuple[int, ...]:
+        for path in (tmp_path / "data/a_12").glob(lost):
+            path.unlink()
+        return find_image_bits(highest)
+
+    lost = "0.png"
+    patch_used(lct, "find_image_bits", find_and_lose)
+    config = lct.Config(data_root=tmp_path / "data", out_dir=tmp_path / "run")
+    scan = lct.scan_dataset(config)
+    assert list(scan.records.paths) == ["a_12/1.png", "a_12/2.png"]
+    assert [item["path"] for item in scan.report["quarantined"]] == ["a_12/0.png"]
+    lost = "*.png"
+    with pytest.raises(lct.UserError, match=r"all 2 images are broken \(the first: a_12/1.png: No such file"):
+        lct.scan_dataset(config)
+
+
 def test_images_of_8_bits_beside_others_of_12_keep_their_light(tmp_path: Path) -> None:
     for index in range(3):
         put_deep(tmp_path / f"data/a_12/{index}.png", shades(index, 0.7 + index / 10, (20, 30)))
