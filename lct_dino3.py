@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Turn folders of crops, one folder a class, into a recogniser: embedder, prototypes and a report.
-
+"""Turn folders of crops, one folder per class, into a recogniser: embedder, prototypes and a report.
     python lct_dino3.py --data_root DATA --out_dir RUN --gpus 2     train; the same command continues an interrupted run
     python lct_dino3.py scan --data_root DATA --out_dir RUN         data health and split preview, trains nothing
     python lct_dino3.py prelabel --run RUN --images DIR --out OUT   classes for detected objects, for annotation tools
     python lct_dino3.py demo                                        draw a small data set and train on it
 
-A timm backbone (DINOv3 ViT-L by default), an MLP head and an L2 norm are trained with ArcFace; production matches objects
-by cosine against the per-class centroids and reference embeddings of `prototypes.npz`.
+Training fits an MLP head with L2 norm on a timm backbone (DINOv3 ViT-L by default) with ArcFace. Production matches objects by
+cosine against the class centroids and reference embeddings in `prototypes.npz`.
 
 Sections:
     01  IMPORTS & CONSTANTS
@@ -31,7 +30,7 @@ Sections:
 # ======================================================================================================================
 # 01  IMPORTS & CONSTANTS
 # ======================================================================================================================
-# Only the standard library: numpy, torch and the rest are imported after section 02, where the command line has been read.
+# Standard library only: numpy, torch and the other packages are imported after section 02, once the command line is parsed.
 from __future__ import annotations
 
 import argparse
@@ -78,9 +77,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the library otherwise calls home when it is imported
-# OpenMP's threads otherwise spin while they wait, on the cores that the loader workers need: with one of two cores busy, waiting
-# passively gives 1.7 times as many images/s, for a fifth less on an idle machine (tests/benchmarks/cpu.py). Read by torch.
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations otherwise calls home at import
+# By default, waiting OpenMP threads spin on cores that the loader workers need. Passive waiting gives 1.7 times as many images/s
+# with one of two cores busy, and a fifth fewer on an idle machine (tests/benchmarks/cpu.py). Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SCRIPT_NAME = "lct_dino3.py"
@@ -89,103 +88,101 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decode
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 MAX_FILE_BYTES = 500_000_000
 MAX_CONFIG_BYTES = 1_000_000
-MAX_CONFIG_VALUES = 100_000  # of YAML with its aliases written out: nine lines can stand for a billion values
+MAX_CONFIG_VALUES = 100_000  # YAML values with aliases expanded: nine lines can stand for a billion
 MAX_ERROR_LINE = 2000  # characters
-CAMERA_BITS = (8, 10, 12, 14, 16)  # that values of 16 bits are really of
-JPEG2000_TAGS = (34712, 33003, 33005)  # of the packing of a TIFF
-STRIP_PIXELS = 4_000_000  # of an image that are converted at a time
-BIG_PIXELS = 16_000_000  # an image with more is checked while no other such one is
-TINY_SIDE = 16  # px; a crop with a shorter side is used, but named in the report
-PADDING_GRAY = 114  # letterbox colour known from YOLO; also what shows through transparent pixels
+CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
+JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
+STRIP_PIXELS = 4_000_000  # an image is converted in strips of at most this size
+BIG_PIXELS = 16_000_000  # images with more pixels are checked one at a time
+TINY_SIDE = 16  # px; a crop with a shorter side is used but named in the report
+PADDING_GRAY = 114  # letterbox colour of YOLO; also shows through transparent pixels
 SPLIT_NAMES = ("train", "val", "test")
-# Folders that are splits for --splits from_folders, in lower case.
+# Folder names that --splits from_folders takes for splits, in lower case.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
-VIEW_NAMES = ("bbox", "mask")  # a crop as it was cut, and with its background replaced
-MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
-MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized when its aspect ratio differs by no more than this
-MAX_LABEL = 100  # numbers of classes in label maps lie below: COCO has 91
+VIEW_NAMES = ("bbox", "mask")  # a crop as cut, and with its background replaced
+MASK_LEVEL = 127  # mask pixels that are brighter, and cutout pixels that are more opaque, are the object
+MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized if its aspect ratio differs by no more than this
+MAX_LABEL = 100  # class numbers in label maps are smaller: COCO has 91
 CUTOUTS_DIRNAME = "cutouts"
-LUMA = (0.299, 0.587, 0.114)  # of R, G, B in gray: ITU-R BT.601, as Pillow and cv2 have it
+LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in gray: ITU-R BT.601, as in Pillow and cv2
 THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
 THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
-LINEAR_CRITERIA = ("cross_entropy", "focal")  # without class directions and margin
-EPOCH_REFS_PER_CLASS = 50  # a fine-tuned run embeds this many training images a class for the figures of each epoch
-# Names of folders that are of no class.
+LINEAR_CRITERIA = ("cross_entropy", "focal")  # have neither class directions nor a margin
+EPOCH_REFS_PER_CLASS = 50  # training images per class that a fine-tuned run embeds for the metrics of each epoch
+# Folder names that suggest images of no class.
 UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
-# Heads that are trained without some classes say what unseen ones will meet with, in about a minute.
+# Heads trained without a fold of the classes measure recognition of unseen classes, in about a minute; skipped for more images.
 UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
-STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # kept of them, for thresholds and probabilities
-UNSEEN_STEPS = 1500  # of all such heads together
-UNSEEN_REFS_PER_CLASS = 50  # in their galleries
-ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3
-OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # of enrolled classes; see `enrolment_offsets`
-LEAD_WEIGHT = 0.5  # in the score of an enrolled class, of its lead over the classes of the training
-LOGREG_MAX_IMAGES = 20_000  # logistic regression of the frozen baseline is fitted on at most so many images
-LOGREG_MAX_CLASSES = 2000  # and left out beyond: its solver keeps 20 copies of (classes x feature_dim) in float64
+STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
+UNSEEN_STEPS = 1500  # optimizer steps of all these heads together
+UNSEEN_REFS_PER_CLASS = 50  # references in their galleries
+ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3  # crops per enrolled class, and random draws of each number
+OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # for enrolled classes; see `enrolment_offsets`
+LEAD_WEIGHT = 0.5  # weight, in the score of an enrolled class, of its lead over the best trained class
+LOGREG_MAX_IMAGES = 20_000  # images that the logistic regression of the frozen baseline is fitted on at most
+LOGREG_MAX_CLASSES = 2000  # no regression above it: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
     "centroid": "nearest centroid",
     "prototypes": "nearest of several prototypes a class",
     "knn": "k nearest references of a class",
 }
 KNN_CHOICES = (1, 3, 5, 10)
-FEATURE_WEIGHTS = (0.3, 0.5, 0.7)  # that the backbone's features may have in a similarity
-# This share of val may be lost by them: less than its error, and val flatters the embedding alone, by which the epoch was chosen.
+FEATURE_WEIGHTS = (0.3, 0.5, 0.7)  # candidate weights of the backbone's features in a similarity
+# Match quality on val that they may cost: less than its error, and val flatters the embedding alone, as it chose the epoch.
 FEATURE_LOSS = 0.01
-FEATURE_DIM = 128  # numbers that are kept of them
-FEATURE_REFERENCES = 20_000  # that their covariance is estimated on
-PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes a class that --prototypes_per_class auto tries
-MIN_CLUSTER = 3  # references that a prototype of its own needs: fewer may be a mislabelled picture
-MOST_SPLIT_CLASSES = 2000  # beyond, auto keeps to centroids: k-means takes some 10 ms a class
-SIGNIFICANCE = 0.05  # of the sign tests: of training's gain, and of several prototypes a class against one
-MIN_CALIBRATION_SAMPLES = 20  # val answers that a class needs for a threshold of its own
-# Of the bound on errors that thresholds are set by: at 0.5 precision falls short, at 0.7 coverage.
-PROMISE_CONFIDENCE = 0.6
-# Answers that those of all classes count for in a class's threshold: so precision holds on hand tools.
-PRIOR_ANSWERS = 10
+FEATURE_DIM = 128  # principal axes of the features that are kept
+FEATURE_REFERENCES = 20_000  # references that the covariance of the features is estimated on
+PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes per class that --prototypes_per_class auto tries
+MIN_CLUSTER = 3  # references that a cluster needs to become a prototype: fewer may be a mislabelled image
+MOST_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes about 10 ms per class
+SIGNIFICANCE = 0.05  # level of the sign tests: gain from training, and several prototypes per class against one
+MIN_CALIBRATION_SAMPLES = 20  # a class with fewer val answers gets the threshold of all classes
+PROMISE_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
+PRIOR_ANSWERS = 10  # weight of all classes' answers in the threshold of one; 10 keep precision on the hand tools
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
-FINITE_CHECK_STEPS = 50  # a check waits for the device
-MAX_DATA_WAIT = 0.1  # share of an epoch's time; above it the log says what to change
-CACHE_NOTE_SECONDS = 10  # embedding views is interrupted at the loss of no more
+FINITE_CHECK_STEPS = 50  # steps between checks for non-finite losses, since each check waits for the device
+MAX_DATA_WAIT = 0.1  # share of an epoch spent waiting for data; above it the log says what to change
+CACHE_NOTE_SECONDS = 10  # time between progress notes while views are embedded; an interruption loses no more
 FP16_MAX = 65504.0
-# Models that pass it inside: DINOv3 has no fp16, its authors say (facebookresearch/dinov3, issue 181); EVA's blocks are alike.
+# Families whose activations exceed it: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181), EVA's blocks are similar.
 FP16_OVERFLOWS = ("dinov3", "eva")
 BOOTSTRAP_DRAWS = 500
-BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: above it fewer draws, which then suffice
+BOOTSTRAP_SAMPLES = 10_000_000  # limit of draws x samples; larger sets get fewer draws, which suffice for them
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
-HELD_OUT_FOLDS = 10  # of classes that are unknown in turn
-SAME_SESSION = 0.8  # cosine of standardised features of the untrained backbone, from which two pictures are taken for one session's
+HELD_OUT_FOLDS = 10  # folds of the classes; each counts as unknown in turn
+SAME_SESSION = 0.8  # images of one session have at least this cosine of the untrained backbone's standardised features
 SHOWN_SESSIONS = 200
-SESSION_PAIRS = 20_000_000_000  # of a test and a training view: beyond, they are not compared
-UNKNOWN_SHARE = 0.2  # of the objects to which a probability refers: how many production will meet nobody knows
+SESSION_PAIRS = 20_000_000_000  # (test, training) pairs of views; above it sessions are not searched
+UNKNOWN_SHARE = 0.2  # share of unknown objects that probabilities assume; the true share in production is not known
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
-FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
-MATCHER_CHUNK = 8_000_000  # (queries x vectors) cosines that the matcher makes at a time: 32 MB
-RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, at a time: 80 MB
+FEW_IMAGES = 10  # with fewer, one image moves the recall of a class by more than ten points
+MATCHER_CHUNK = 8_000_000  # (queries x vectors) cosines that the matcher computes at a time: 32 MB
+RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, computed at a time: 80 MB
 CHECKPOINT_FORMAT = 6
 LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
-SECOND_PRESS_SECONDS = 0.5  # launchers pass on the Ctrl-C that the terminal has sent already: that is no second one
-SCAN_SAVE_SECONDS = 300  # a long scan writes down what it has learned so often
-CLOSE_SECONDS = 4.5  # that a run waits for its tracker at the end, and nowhere else
-SQUARES_SYNC_BYTES = 1 << 28  # are written at most before the disk is asked whether it has them
-# By default: 540 images/s each feed a ViT-L three times over; more of them cost memory and start-up time.
-MAX_WORKERS = 16
-CACHED_VIEWS = 4  # -0.2 +- 0.2 points against fresh views in 293 head trainings, -0.2 to -0.7 +- 0.4 in ours; a third of the passes
-LOADER_RESTARTS = 3  # in an epoch or a pass over images, after a worker was killed
-LOADER_SECONDS = 600  # that a batch may take; workers that deliver nothing for so long are stopped, or their disk is
+SECOND_PRESS_SECONDS = 0.5  # a second Ctrl-C counts only after this: launchers repeat the one from the terminal
+SCAN_SAVE_SECONDS = 300  # time between saves during a long scan
+CLOSE_SECONDS = 4.5  # longest wait for the tracker at the end of a run; nothing else waits for it
+SQUARES_SYNC_BYTES = 1 << 28  # bytes written between fsyncs; a full disk may show only in an fsync
+MAX_WORKERS = 16  # default limit: 16 x 540 images/s feed a ViT-L three times over; more cost memory and start-up time
+# Against fresh views: -0.2 +- 0.2 points in 293 head trainings, -0.2 to -0.7 +- 0.4 in tests/benchmarks; a third of the passes.
+CACHED_VIEWS = 4
+LOADER_RESTARTS = 3  # per epoch or pass over images, after killed workers
+LOADER_SECONDS = 600  # a batch may take; then the workers count as stuck and are killed
 PROTOTYPES_FORMAT = 3
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
-NO_CLASS = ("null", "~", "")  # YAML's words for nothing
+NO_CLASS = ("null", "~", "")  # spellings of null in YAML
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
-# Options of training that tools/masks.py has too.
+# Options of training that tools/masks.py shares.
 MASK_FLAGS = (
     "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
     " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
 ).split()
-MEMORY_NAME = "memory.sqlite"  # what is known of files
-SQUARES_NAME = "squares.u8"  # fitted crops, while a run lasts
-# One of these files in out_dir, with these bytes in it: it is ours.
+MEMORY_NAME = "memory.sqlite"  # cached facts about files
+SQUARES_NAME = "squares.u8"  # fitted crops; exists only during a run
+# A folder with one of these files, which contains these bytes, is the out_dir of a run.
 RUN_MARKERS = {
     "metrics.jsonl": b'"event"',
     "data_report.json": b'"quarantined"',
@@ -201,17 +198,17 @@ DATA_TREE = """expected:  data_root/
 MASKS_WAYS_OUT = (
     "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
 )
-# One of the processes that torchrun has started, and not the first.
-IS_HELPER = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+# Whether torchrun started this process, as a rank other than 0.
+IS_OTHER_RANK = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 
 
 # ======================================================================================================================
 # 02  CONFIG & CLI
 # ======================================================================================================================
-# One `Config` describes every option once; parser, help and validation come from it. Reads argv. Raises UserError.
+# `Config` describes every option once; parser, help and validation are generated from it. Reads argv. Raises UserError.
 def printable(text: str, max_length: int | None = None) -> str:
-    """Return `text` on one line, control characters and undecodable bytes as escapes; without its middle where it is too long."""
+    """Return `text` on one line, control characters and undecodable bytes escaped, the middle cut out above `max_length`."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     if max_length is None or len(text) <= max_length:
         return text
@@ -219,22 +216,22 @@ def printable(text: str, max_length: int | None = None) -> str:
 
 
 class UserError(Exception):
-    """An error that the user can mend: what is wrong, where, and what to do. Shown without traceback, exit code 2."""
+    """An error that the user can fix: what is wrong, where, and what to do. Shown without a traceback; exit code 2."""
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
         what, where, remedy = (
             "\n".join(printable(line, MAX_ERROR_LINE) for line in text.split("\n")) for text in (what, where, remedy)
         )
         self.what, self.where, self.remedy = what, where, remedy
-        super().__init__(": ".join(part for part in (where, what) if part) + (f"\n  {remedy}" if remedy else ""))
+        super().__init__(": ".join(filter(None, (where, what))) + (f"\n  {remedy}" if remedy else ""))
 
 
 class Diverged(Exception):
-    """The loss is no longer finite, or features are not. Exit code 3."""
+    """The loss or the features are not finite. Exit code 3."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
+    """A signal asked the run to stop. Like KeyboardInterrupt it is no Exception, so that no handler on the way swallows it."""
 
     def __init__(self, signal_number: int) -> None:
         self.signal_number = signal_number
@@ -247,7 +244,7 @@ COMMANDS = {
     "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
     "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
 }
-# Each is a script in tools/ with options of its own; this script starts it and imports nothing of it.
+# Each is a script in tools/ with separate options; this script starts it and imports nothing from it.
 TOOLS = {
     "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
     "crop": "cut labelled photos into folders of crops, to train on",
@@ -263,31 +260,30 @@ DERIVED_ORIGIN = "--models and --experiment_name"
 
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option of an `Options` class: a field of a dataclass whose metadata say all that there is to say of it.
+    """Declare one option of an `Options` class: a dataclass field whose metadata describe the option completely.
 
-    `text` and `group` are its line in the help and the heading above. `extra` is of `low`, `high` inclusive bounds; `choices`,
-    `metavar`, `nargs`, `const`, `action` as argparse has them; `needed` = must be given; `fixed` = must not change at resume;
-    `key` = its place among the sections of a config file; `alias` = another flag; `spelled` = other ways to write a value;
-    `once` = for one start only, not for one that repeats it; `in_models` = a path that is looked for below --models too;
-    `file`, `folder` = it is the path of one that must be there, and what helps where it is not.
+    `text` is its line in the help, `group` the heading above. `extra` takes `low`, `high`: inclusive bounds; `choices`, `metavar`,
+    `nargs`, `const`, `action`: as in argparse; `needed`: must be given; `fixed`: must not change at resume; `key`: dotted key in a
+    config file; `alias`: second flag; `spelled`: other spellings of values; `once`: for this start only, never from a config file;
+    `in_models`: a path that is also looked up below --models; `file`, `folder`: the path must exist; True, or the remedy to show.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a command. A subclass declares each once, with `option`; parser, help and checks are made from that.
+    """Options of a command. A subclass declares each one with `option`; parser, help and checks are generated from that.
 
-    The annotation gives the type: int, float, str, bool, Path or dict, `| None`, or a tuple of one of these. Nothing mutates it.
+    The annotation gives the type: int, float, str, bool, Path or dict, perhaps `| None`, or a tuple of one of them. Never mutated.
     """
 
     command: str = "train"
-    # Where the options that were given stand; the others have their defaults.
+    # Where each given option was set; options without an entry have their defaults.
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
-    word_break: ClassVar[str] = "_"  # of flags; where it is "-", both are read
+    word_break: ClassVar[str] = "_"  # between the words of a flag; if it is "-", "_" is accepted too
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the options as JSON values: paths become absolute strings, tuples lists."""
+        """Return the options as JSON values: paths become absolute strings, tuples become lists."""
         values = {field.name: getattr(self, field.name) for field in option_fields(type(self))}
         return json.loads(json.dumps(values, default=lambda path: str(path.absolute())))
 
@@ -297,7 +293,7 @@ class Options:
         return f"--{name.replace('_', cls.word_break)}"
 
     def place(self, name: str) -> str:
-        """Return where an option stands, for a message about it: its flag, or file and key."""
+        """Return where an option was set, for messages: its flag, or the config file and key."""
         origin = self.origins.get(name, COMMAND_LINE_ORIGIN)
         if origin != COMMAND_LINE_ORIGIN:
             return origin
@@ -305,7 +301,7 @@ class Options:
         return self.flag(f"no-{name}" if is_typed_no else name)
 
     def said(self, name: str) -> str:
-        """Return where an option stands, and its value."""
+        """Return where an option was set, and its value."""
         return f"{self.place(name)} {getattr(self, name)}"
 
 
@@ -313,7 +309,7 @@ class Options:
 class Config(Options):
     """Turn folders of crops, one folder a class, into a recogniser."""
 
-    # A table: what an option is for, then what it may be; a long text stands last.
+    # A table: help text first, then group and constraints; a long text comes last.
     # fmt: off
     config: Path | None = option(None, "YAML, TOML or JSON with options, or config.json of a run; what is typed wins",
         "data", metavar="FILE", alias="config_filename", once=True)
@@ -532,14 +528,14 @@ class Config(Options):
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether training changes anything in the backbone."""
+        """Whether training changes parameters of the backbone."""
         return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
 
     # fmt: on
 
 
 def same_option(name: str) -> Any:
-    """Return a field like that of `Config`, for another class of options."""
+    """Return a copy of a field of `Config` for another options class, where it has no `key` and is neither fixed nor needed."""
     field = Config.__dataclass_fields__[name]
     metadata = {**field.metadata, "key": None, "fixed": False, "needed": False}
     return dataclasses.field(default=field.default, metadata=metadata)
@@ -547,7 +543,7 @@ def same_option(name: str) -> Any:
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """Options of the commands that work with a finished run."""
+    """Options shared by the commands that work on a finished run."""
 
     run: Path | None = option(None, "out_dir of the finished run", "run", metavar="DIR", needed=True, folder=True)
     backbone_weights: Path | None = option(
@@ -597,32 +593,32 @@ COMMAND_OPTIONS: dict[str, type[Options]] = {"evaluate": EvaluateOptions, "proto
 
 
 def option_fields(options_class: type[Options] = Config) -> list[dataclasses.Field]:
-    """Return the fields of a class of options that are flags."""
+    """Return the fields of an options class that have a flag."""
     return [field for field in dataclasses.fields(options_class) if field.metadata]
 
 
 def format_flags(options: Options, names: Collection[str]) -> list[str]:
-    """Return the words of a command line that gives those of the named options that differ from their defaults."""
-    words: list[str] = []
+    """Return command-line arguments for those of the named options that differ from their defaults."""
+    argv: list[str] = []
     for field in option_fields(type(options)):
         value, kind = getattr(options, field.name), field_kind(field)
         if value == field.default or field.name not in names:
             continue
         if kind is bool:
-            words.append(f"--{'' if value else 'no-'}{field.name}")
+            argv.append(f"--{'' if value else 'no-'}{field.name}")
         else:
             values = value if isinstance(value, tuple) and kind is not dict else (value,)
-            words += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
-    return words
+            argv += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
+    return argv
 
 
 def field_kind(field: dataclasses.Field) -> type:
-    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`, `dict` for a list of them."""
-    name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
-    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[name]
+    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
+    type_name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
+    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[type_name]
 
 
-# What stands for an option in a config file.
+# How errors describe a value of each type.
 EXPECTED = {
     int: "a whole number",
     float: "a number",
@@ -634,7 +630,7 @@ EXPECTED = {
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line an option: its first flag, `--[no-]flag` for a pair of booleans."""
+    """Shows one line per option: its first flag, or `--[no-]flag` for a boolean."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         action = copy.copy(action)
@@ -645,37 +641,37 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose usage errors are a UserError."""
+    """An ArgumentParser that raises UserError for usage errors."""
 
     def error(self, message: str) -> Any:
-        what = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # the first of its names is enough
-        raise UserError(what, "command line", f"{self.prog} --help lists all options")
+        problem = re.sub(r"^argument ([^/:]+)(/[^:]+)?", r"\1", message)  # keep the first flag of the option
+        raise UserError(problem, "command line", f"{self.prog} --help lists all options")
 
 
 def program_name(command: str) -> str:
-    """Return how a command is started: by this script, or, if that does not know it, as a tool."""
+    """Return how a user starts a command: through this script if it knows the command, else as a script in tools/."""
     if command == "train":
         return f"python {SCRIPT_NAME}"
     return f"python {SCRIPT_NAME} {command}" if command in COMMANDS | TOOLS else f"python tools/{command}.py"
 
 
 def needed_flags(options_class: type[Options]) -> list[str]:
-    """Return the flags that a command cannot do without, with what stands for their values."""
+    """Return the required flags of a command, each followed by its metavar."""
     needed = (field for field in option_fields(options_class) if field.metadata.get("needed"))
     return [f"{options_class.flag(field.name)} {field.metadata['metavar']}" for field in needed]
 
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
-    """Generate the parser of a command from its class of options: one group a section of the help, one line an option."""
-    main_words = ["[COMMAND]"] if command == "train" else []
+    """Generate the parser of a command from its options class. The help has a section per group and a line per option."""
+    positionals = ["[COMMAND]"] if command == "train" else []
     program, fields = program_name(command), option_fields(options_class)
     commands = "".join(f"  {name:<12}{text}\n" for name, text in (COMMANDS | TOOLS).items())
     parser = _Parser(
         prog=program,
         allow_abbrev=False,
-        usage=" ".join([program, *main_words, *needed_flags(options_class), "[options]"]),
+        usage=" ".join([program, *positionals, *needed_flags(options_class), "[options]"]),
         description=(options_class.__doc__ or "").split("\n")[0],
-        epilog=f"commands, each with a --help of its own:\n{commands}" if main_words else None,
+        epilog=f"commands, each with a --help of its own:\n{commands}" if positionals else None,
         formatter_class=functools.partial(_HelpFormatter, max_help_position=38, width=150),
     )
     titles = dict.fromkeys(field.metadata["group"] for field in fields)
@@ -689,9 +685,9 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
             settings["type"] = functools.partial(_parse_word, field)
             if "choices" not in meta:
                 settings.setdefault("metavar", "N" if kind is int else "X")
-        shown = ("on" if field.default else "off") if kind is bool else field.default
-        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        settings["help"] = meta["help"] + (f" [{shown}]" if shown not in (None, "") else "")
+        default = ("on" if field.default else "off") if kind is bool else field.default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        settings["help"] = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
         names = filter(None, (field.name, meta.get("alias"), meta.get("key")))
         flags = dict.fromkeys(flag for name in names for flag in (options_class.flag(name), f"--{name}"))
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **settings)
@@ -699,16 +695,16 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
 
 
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
-    """Return what a word of the command line means for an option; `none` and `auto` take back what a config file says."""
+    """Convert a command-line word to a value of an option; `none` and `auto` reset what a config file sets."""
     kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
-    if kind is Path and not text:  # an unset variable of the shell; Path("") would be the current folder
+    if kind is Path and not text:  # an unset shell variable; Path("") would be the current folder
         raise argparse.ArgumentTypeError("is empty")
     try:
         if kind is not dict:
             return kind(field.metadata.get("spelled", {}).get(text, text))
-        entries = load_yaml(text)  # JSON is YAML
+        entries = load_yaml(text)  # JSON is valid YAML
     except ValueError as error:
         problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
         raise argparse.ArgumentTypeError(problem) from error
@@ -718,10 +714,10 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
 
 
 def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
-    """Turn the words of a command line into options, each in its range. `--help` prints and exits.
+    """Parse command-line arguments into options, and check their ranges. `--help` prints and exits.
 
-    Where the class has an option `config`, what that file says stands between the defaults and what is typed; a run's folder
-    stands for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
+    If the class has an option `config`, typed values override that file, which overrides the defaults; the folder of a run stands
+    for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
     """
     parser = build_parser(options_class, command)
     namespace, unknown = parser.parse_known_args(argv)
@@ -731,20 +727,19 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
         flags = [flag for action in parser._actions for flag in action.option_strings]
         remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
-    typed, of_file, places = vars(namespace), {}, {}
+    typed, from_file, places = vars(namespace), {}, {}
     if path := typed.get("config"):
         path = path / "config.json" if path.is_dir() else path
-        of_file, places = convert_options(path, _parse_config_file(path), options_class)
-    merged = {**of_file, **typed}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
-    origins = {**places, **dict.fromkeys(typed, COMMAND_LINE_ORIGIN)}
+        from_file, places = convert_options(path, _parse_config_file(path), options_class)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in (from_file | typed).items()}
+    origins = places | dict.fromkeys(typed, COMMAND_LINE_ORIGIN)
     options = options_class(command=command, origins=origins, **values)
     check_ranges(options)
     return options
 
 
 def parse_command_line(argv: Sequence[str]) -> Options:
-    """Turn the words after the script's name into the options of one of its own commands; UserError if they do not go together."""
+    """Parse the arguments of this script into the options of their command. Raises UserError if they contradict each other."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
@@ -759,7 +754,7 @@ def parse_command_line(argv: Sequence[str]) -> Options:
         config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
     is_typed = config.place("load_from") == config.flag("load_from")
     if config.load_from and not (is_typed and config.load_from.exists()):
-        # What a file says does not start from the current folder.
+        # Relative paths in a config file do not start from the current folder.
         folder = config.models or (Path() if is_typed else config.config.parent)
         config = dataclasses.replace(config, load_from=(folder / config.load_from).absolute())
     check_config(config)
@@ -767,16 +762,16 @@ def parse_command_line(argv: Sequence[str]) -> Options:
 
 
 def open_streams() -> None:
-    """Have standard streams that are closed lead nowhere: else the next file that is opened takes their place."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    """Open closed standard streams on /dev/null; otherwise the next opened file gets their descriptors."""
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            file = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            os.set_inheritable(file, True)  # tools print too
-            setattr(sys, name, open(file, "w" if number else "r"))  # noqa: SIM115  as long as the process lives
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one, which is that of the stream
+            os.set_inheritable(descriptor, True)  # tools print too
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w"))  # noqa: SIM115  stays open to the end
 
 
 def find_tool(command: str) -> Path:
-    """Return the script of a tool. Raises UserError if it does not lie beside this script, which may be the copy in a run."""
+    """Return the script of a tool. Raises UserError if it is not beside this script, which may be the copy kept in a run."""
     path = TOOLS_DIR / f"{command}.py"
     if not path.is_file():
         raise UserError("is not there", str(path), f"put the folder tools/ beside {SCRIPT_NAME}, as the project has it")
@@ -784,9 +779,9 @@ def find_tool(command: str) -> Path:
 
 
 def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options that a config file says by flag name, and for each the file and key where it stands.
+    """Return the options in the `tree` of a config file, and the file and key that sets each, both by field name.
 
-    A run's config.json gives all options of that run, but for those that are for one start only. Raises UserError for an unknown or
+    The config.json of a run gives the options of that run, except `once` and derived ones. Raises UserError for an unknown or
     repeated key, or a value of the wrong type.
     """
     fields, where = option_fields(options_class), f"--config {path}"
@@ -805,16 +800,16 @@ def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tupl
     for key, value in _walk_keys(path, tree or {}, known):
         field, place = known[key], f"{path}: {key}"
         if field.name in options:
-            what = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
-            raise UserError(what, place, "leave one of them out")
-        if value is not None and (value != [] or field.default != ()):  # else the default is meant
+            problem = f"says the same as {places[field.name].removeprefix(f'{path}: ')}"
+            raise UserError(problem, place, "leave one of them out")
+        if value is not None and (value != [] or field.default != ()):  # null and an empty list mean the default
             options[field.name] = _convert_value(field, value, place, path.parent)
             places[field.name] = place
     return options, places
 
 
 def _parse_config_file(path: Path) -> Any:
-    """Return what a YAML, TOML or JSON file holds; a key that stands there twice is an error."""
+    """Read and parse a YAML, TOML or JSON file. Raises UserError, also for a repeated key."""
     import tomllib
 
     where, suffix = f"--config {path}", path.suffix.lower()
@@ -824,45 +819,45 @@ def _parse_config_file(path: Path) -> Any:
     text = read_text(path, where)
     try:
         return loaders[suffix](text)
-    except (ValueError, RecursionError) as error:  # of TOML the latter
+    except (ValueError, RecursionError) as error:  # tomllib raises the latter
         raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
 def load_json(text: str | bytes) -> Any:
-    """Return what JSON says. Raises ValueError, also for a key that stands there twice, and for NaN and infinity."""
+    """Parse JSON. Raises ValueError, also for a repeated key, NaN, infinity, and too deep nesting."""
 
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        if len(tree := dict(pairs)) < len(pairs):
+    def to_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if len(items := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
             raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
-        return tree
+        return items
 
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=to_dict, parse_constant=refuse)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
 def read_text(path: Path, where: str) -> str:
-    """Return the text of a small file, with or without the mark that Windows puts first. Raises UserError, which names `where`."""
+    """Return the text of a small UTF-8 file, without a byte-order mark. Raises UserError with `where` in it."""
     try:
         return read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise UserError(str(what), where, "check the path") from error
+        problem = str(error.strerror) if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(problem, where, "check the path") from error
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Return the bytes of a file. Raises OSError, also where it is no regular file, as a FIFO, or is larger than `max_bytes`."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer for ever
+    """Return the bytes of a regular file. Raises OSError, also for a FIFO and the like, or for more than `max_bytes`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a FIFO would wait for a writer
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        data = file.read(min(status.st_size, max_bytes) + 1)  # what is asked for is reserved, used or not
-        if len(data) > status.st_size:  # it grows, or does not tell its size
+        data = file.read(min(status.st_size, max_bytes) + 1)  # `read` allocates all that it is asked for
+        if len(data) > status.st_size:  # the file grows, or reports no size
             data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
@@ -870,7 +865,7 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
 
 
 def load_yaml(text: str, is_plain: bool = False) -> Any:
-    """Return what YAML says, in plain text or as `_make_yaml_loader` reads it. Raises ValueError with the reason."""
+    """Parse YAML as `_make_yaml_loader` does, or with `is_plain` all scalars as text. Raises ValueError with the reason."""
     import yaml
 
     try:
@@ -890,28 +885,28 @@ def load_yaml(text: str, is_plain: bool = False) -> Any:
         raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except (TypeError, LookupError, AttributeError) as error:  # of yaml's own constructors
+    except (TypeError, LookupError, AttributeError) as error:  # raised by yaml's constructors
         raise ValueError("a value is not what its tag says") from error
 
 
-def _count_values(node: Any, known: dict[Any, float]) -> float:
-    if node not in known:
-        known[node] = math.inf  # while it is being counted: one that holds itself
+def _count_values(node: Any, counts: dict[Any, float]) -> float:
+    if node not in counts:
+        counts[node] = math.inf  # a node that contains itself stays infinite
         items = node.value if isinstance(node.value, list) else ()
-        nodes = [inner for item in items for inner in (item if isinstance(item, tuple) else (item,))]
-        known[node] = 1 + sum(_count_values(inner, known) for inner in nodes)
-    return known[node]
+        children = [child for item in items for child in (item if isinstance(item, tuple) else (item,))]
+        counts[node] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[node]
 
 
 @functools.cache
 def _make_yaml_loader() -> type:
-    """Return a safe loader that reads 4e-4 as a number, a date as text, and refuses a key that stands there twice."""
+    """Return a safe YAML loader that reads 4e-4 as a number and dates as text, and refuses repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012 - of YAML 1.1, which knows no 4e-4, without its dates and octal numbers
-            first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float", ":int"))]
-            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        yaml_implicit_resolvers = {  # noqa: RUF012 - without the dates, octal numbers and floats of YAML 1.1 (no 4e-4)
+            first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float", ":int"))]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
@@ -923,10 +918,10 @@ def _make_yaml_loader() -> type:
             if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
             names.add(name)
-        return loader.construct_mapping(node, deep=True)  # what << names, then the node's own keys
+        return loader.construct_mapping(node, deep=True)  # keys of the node override those merged with <<
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    # 007 is a name
+    # 007 stays text
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
     number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
@@ -934,25 +929,25 @@ def _make_yaml_loader() -> type:
 
 
 def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], prefix: str = "") -> Iterator[tuple]:
-    """Yield each option's key and value; sections are mappings below the first parts of keys."""
+    """Yield the dotted key and the value of each option in a tree of sections."""
     sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
     for name, value in tree.items():
         key, place = f"{prefix}{name}", f"{path}: {prefix}{name}"
-        if key in sections and isinstance(value, dict | None):  # one may be called as an option is: optimizer
+        if key in sections and isinstance(value, dict | None):  # an option may have the same name: optimizer
             yield from _walk_keys(path, value or {}, known, f"{key}.")
         elif key in known and not known[key].metadata.get("once"):
             yield key, value
         elif key in sections:
-            inside = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
-            raise UserError("is a section", place, f"give values of {inside}")
+            keys = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
+            raise UserError("is a section", place, f"give values of {keys}")
+        elif key in known:
+            raise UserError("belongs on the command line", place, f"type --{name}")
         else:
-            what = "belongs on the command line" if key in known else "is no known key"
-            remedy = f"type --{name}" if key in known else did_you_mean(key, [*known, *sections])
-            raise UserError(what, place, remedy)
+            raise UserError("is no known key", place, did_you_mean(key, [*known, *sections]))
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    """Return a value of a config file as the option has it; a relative path starts from the folder of the file."""
+    """Convert a value of a config file to the type of its option; relative paths start from `folder`, that of the file."""
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
@@ -967,16 +962,16 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     kind, choices = field_kind(field), field.metadata.get("choices")
     if type(value) is int and value.bit_length() > 63:
         raise UserError("is too large a number", where, "correct the value")
-    if kind in (str, float) and type(value) is int:  # precision: 16, prototypes_per_class: 3
+    if kind in (str, float) and type(value) is int:  # e.g. precision: 16, prototypes_per_class: 3
         value = kind(value)
-    if kind is str and type(value) is float:  # 1.10 has become 1.1
+    if kind is str and type(value) is float:  # 1.10 would become 1.1
         raise UserError(f"{value!r} is a number", where, "put it in quotes")
     if type(value) is not (str if kind is Path else kind):
         raise UserError(f"{reprlib.repr(value)} is not {EXPECTED[kind]}", where, "correct the value")
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
     if choices and value not in choices:
-        words = [str(choice) for choice in choices]
-        raise UserError(f"{value!r} is none of {', '.join(words)}", where, did_you_mean(str(value), words))
+        names = [str(choice) for choice in choices]
+        raise UserError(f"{value!r} is none of {', '.join(names)}", where, did_you_mean(str(value), names))
     if kind is not Path:
         return value
     if not value:
@@ -991,20 +986,18 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
 
 
 def did_you_mean(
-    word: str, known: Iterable[str], others: str = f"python {SCRIPT_NAME} --help lists what there is"
+    word: str, known: Iterable[str], fallback: str = f"python {SCRIPT_NAME} --help lists what there is"
 ) -> str:
-    """Return a remedy that names up to three of the known words: keys of other sections that end as `word` does, else what is
-    spelled nearly like it; `others` if there are none.
-    """
+    """Return a remedy that names up to three known words, with the same last part as `word` or else similar; or the `fallback`."""
     known, ending = dict.fromkeys(known), word.rpartition(".")[2]
     close = [other for other in known if other.rpartition(".")[2] == ending][:3]
     close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else others
+    return f"did you mean {' or '.join(close)}?" if close else fallback
 
 
 def ineffective_options(config: Config) -> list[str]:
-    """Return the options that have no effect, whatever their values, since another one would have to go with them."""
-    depending = {
+    """Return the options whose values have no effect, because another option would have to be set first."""
+    conditions = {
         "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
         "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
         "warmup_epochs": config.scheduler != "onecycle",
@@ -1018,11 +1011,11 @@ def ineffective_options(config: Config) -> list[str]:
         "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
         "sam2_cfg sam2_ckpt": config.auto_generate_masks,
     }
-    return " ".join(names for names, has_effect in depending.items() if not has_effect).split()
+    return " ".join(names for names, has_effect in conditions.items() if not has_effect).split()
 
 
 def name_training(options: dict[str, Any]) -> str:
-    """Return in words what of the backbone is trained, by the options as `Config.as_plain` gives them."""
+    """Describe in words how the backbone is trained, given the options as `Config.as_plain` returns them."""
     if not options["freeze_backbone"]:
         return "fine-tuned"
     if blocks := options.get("unfreeze_blocks"):
@@ -1032,7 +1025,7 @@ def name_training(options: dict[str, Any]) -> str:
 
 
 def check_ranges(options: Options) -> None:
-    """Refuse a value that is not finite, or out of the bounds of its option."""
+    """Refuse values that are not finite or outside the bounds of their option."""
     for field in option_fields(type(options)):
         value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
         for number in value if isinstance(value, tuple) else (value,):
@@ -1044,33 +1037,33 @@ def check_ranges(options: Options) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Refuse options of training that contradict each other, by the name of each."""
-    for name, words in (("exclude", config.exclude), ("resume", (config.resume,))):
-        for word in set(words) & (COMMANDS | TOOLS).keys():
+    """Refuse training options that contradict each other; the error names all of them."""
+    for name, values in (("exclude", config.exclude), ("resume", (config.resume,))):
+        for word in set(values) & (COMMANDS | TOOLS).keys():
             raise UserError(f"has taken the command {word} for its value", config.place(name), "put the command first")
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    one, all_but_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
+    give_one, leave_one_out, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
-    # Whether something is wrong, which options it concerns, what is wrong, and what to do.
+    # is_wrong, names of the options, problem, remedy
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
         (config.val_split + config.test_split > 0.9 + 1e-9, ("val_split", "test_split"),
             "leave less than a tenth for training", "lower them"),
         (config.val_split <= 0, ("val_split",), "0 leaves nothing to choose the best checkpoint by", "give a share such as 0.2"),
-        (len(ways) > 1, ways, "are different ways to train a backbone", one),
+        (len(ways) > 1, ways, "are different ways to train a backbone", give_one),
         (bool(config.cache_views) and len(ways) > 0, ("cache_views", *ways),
-            "do not go together: a backbone that is trained gives other features after each step", one),
+            "do not go together: a backbone that is trained gives other features after each step", give_one),
         (bool(config.cache_views) and config.mixing != "none", ("mixing", "cache_views"),
-            "mixes pixels, and cached views are features", all_but_one),
+            "mixes pixels, and cached views are features", leave_one_out),
         (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
-            "are two ways to start, of which load_from does what the other does", one),
-        (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", one),
+            "are two ways to start, of which load_from does what the other does", give_one),
+        (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", give_one),
         (sees_masks and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
             "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
         (sees_masks and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
-            "a crop on another picture has no mask any more", all_but_one),
+            "a crop on another picture has no mask any more", leave_one_out),
         (not sees_masks and config.mask_fill == "keep", ("mask_fill",),
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
@@ -1083,13 +1076,13 @@ def check_config(config: Config) -> None:
             "come together", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"),
     )
     # fmt: on
-    for is_wrong, names, what, remedy in refusals:
+    for is_wrong, names, problem, remedy in refusals:
         if is_wrong:
-            raise UserError(what, ", ".join(map(config.place, names)), remedy)
+            raise UserError(problem, ", ".join(map(config.place, names)), remedy)
 
 
 def check_given(options: Options) -> None:
-    """Refuse options that lack what the command needs, or name a path that is of the predecessor, or not what is needed there."""
+    """Check that required options are given, and that their paths can be read, are of the right kind, and not the predecessor's."""
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
         if field.metadata.get("needed") and value in (None, ()):
@@ -1098,7 +1091,7 @@ def check_given(options: Options) -> None:
         try:
             if isinstance(value, Path):
                 value.exists()
-        except OSError as error:  # no permission on a parent, a name that is too long
+        except OSError as error:  # no permission on a parent folder, or too long a name
             raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
     check_predecessor(options)
     check_existing(options)
@@ -1114,12 +1107,12 @@ PREDECESSOR_REMEDIES = {
 
 
 def is_predecessor_config(tree: Any) -> bool:
-    """Whether this is the content of config.json as lct-dino-3.py writes it."""
+    """Whether a parsed config.json was written by lct-dino-3.py."""
     return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
 
 
 def check_predecessor(options: Options) -> None:
-    """Refuse what lct-dino-3.py has left, a run, a file in it, or the folder of its runs, where one of ours is asked for."""
+    """Refuse a run of lct-dino-3.py, a file in it, or the folder of its runs, where an option needs a run of this script."""
     for name, remedy in PREDECESSOR_REMEDIES.items():
         path = getattr(options, name, None)
         is_moved = name == "out_dir" and getattr(options, "overwrite", False)
@@ -1127,7 +1120,7 @@ def check_predecessor(options: Options) -> None:
             continue
         path = Path(path)
         runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
-        for run in [path] if name == "data_root" else runs:  # a folder of classes may hold runs too
+        for run in [path] if name == "data_root" else runs:  # a data_root may contain runs
             config: Any = None
             with contextlib.suppress(OSError, ValueError):
                 config = load_json(read_regular(run / "config.json", MAX_CONFIG_BYTES))
@@ -1136,71 +1129,71 @@ def check_predecessor(options: Options) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Check everything that can be known of the named files and folders without reading images; writes nothing."""
+    """Check all named files and folders as far as that is possible without reading images; write nothing."""
     check_given(config)
     check_out_dir(config)
     for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
         if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
-            what = "would be moved aside by --overwrite before the run has read it"
-            raise UserError(what, f"{config.place(name)} {path}", "choose a new --out_dir")
+            problem = "would be moved aside by --overwrite before the run has read it"
+            raise UserError(problem, f"{config.place(name)} {path}", "choose a new --out_dir")
     if config.insert_background_p:
         if config.backgrounds is None:
             remedy = "give their folder with --backgrounds DIR"
             raise UserError("needs pictures", config.place("insert_background_p"), remedy)
-        pictures, where = config.backgrounds.resolve(), config.said("backgrounds")
+        backgrounds, where = config.backgrounds.resolve(), config.said("backgrounds")
         data_root, remedy = config.data_root.resolve(), "choose a folder of other pictures"
-        if pictures.is_relative_to(data_root) or data_root.is_relative_to(pictures):
-            what = "and data_root lie one inside the other: crops would be put on crops, also of val and test"
-            raise UserError(what, where, remedy)
-        if config.out_dir.resolve().is_relative_to(pictures):
-            what = "holds out_dir, whose own pictures would be taken for backgrounds"
-            raise UserError(what, where, f"{remedy}, or another --out_dir")
+        if backgrounds.is_relative_to(data_root) or data_root.is_relative_to(backgrounds):
+            problem = "and data_root lie one inside the other: crops would be put on crops, also of val and test"
+            raise UserError(problem, where, remedy)
+        if config.out_dir.resolve().is_relative_to(backgrounds):
+            problem = "holds out_dir, whose own pictures would be taken for backgrounds"
+            raise UserError(problem, where, f"{remedy}, or another --out_dir")
     if config.group_regex is not None:
         try:
             num_groups = re.compile(config.group_regex).groups
-            what = f"has {num_groups} capture groups, not one"
+            problem = f"has {num_groups} capture groups, not one"
         except re.error as error:
-            num_groups, what = 0, f"is no regular expression: {error}"
+            num_groups, problem = 0, f"is no regular expression: {error}"
         if num_groups != 1:
-            raise UserError(what, config.said("group_regex"), r"for example '^(shot\d+)_'")
+            raise UserError(problem, config.said("group_regex"), r"for example '^(shot\d+)_'")
 
 
 def check_existing(options: Options, *names: str) -> None:
-    """Refuse options that have an effect, all or those of these names, where they name no `file` or `folder` as they should."""
-    idle = ineffective_options(options) if isinstance(options, Config) else ()
+    """Check that the paths of options with an effect are the `file` or `folder` that they must be; `names` limits the check."""
+    ineffective = ineffective_options(options) if isinstance(options, Config) else ()
     for field in option_fields(type(options)):
         name, path = field.name, getattr(options, field.name)
         kind = next((kind for kind in ("file", "folder") if field.metadata.get(kind)), None)
-        if kind is None or path is None or name in idle or (names and name not in names):
+        if kind is None or path is None or name in ineffective or (names and name not in names):
             continue
         if not (path.is_file() if kind == "file" else path.is_dir()):
-            what = f"is not a {kind}" if path.exists() else "does not exist"
-            patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")  # of a folder of the hub
+            problem = f"is not a {kind}" if path.exists() else "does not exist"
+            patterns = ("*.index.json", "model*.safetensors", "pytorch_model*.bin")  # weights in a folder of the hub
             remedies = [f"give {file}" for pattern in patterns for file in path.glob(pattern)]
             remedies.append("check the path" if field.metadata[kind] is True else field.metadata[kind])
-            if options.place(name) != options.flag(name):  # a file says so
+            if options.place(name) != options.flag(name):  # set in a config file
                 remedies = [f"give {options.flag(name)} PATH, where it is now"]
-            raise UserError(what, options.said(name), remedies[0])
+            raise UserError(problem, options.said(name), remedies[0])
 
 
 def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from stands for: of a run's folder the best checkpoint, else the last. Raises UserError."""
+    """Return the file that --load_from names; for a folder its best checkpoint, else its last one. Raises UserError."""
     path = config.load_from
     if path is None or path.is_file():
         return path
     checkpoints = [path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "is neither a file nor a folder"
-        what = what if path.exists() else "does not exist"
-        raise UserError(what, config.said("load_from"), "give the folder of a run, or a file")
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        problem = "holds no checkpoint" if path.is_dir() else problem
+        raise UserError(problem, config.said("load_from"), "give the folder of a run, or a file")
     return checkpoints[0]
 
 
-OUR_MARK = b"lct_dino3"  # what a file holds that a tool writes where a user says
+OUR_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
 
 
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
-    """Refuse an output in one of the named folders, where it would be taken for an input, or in any run."""
+    """Refuse an output path inside any run, or inside one of the named folders, where the output would be taken for input."""
     path, names = path.resolve(), ("metrics.jsonl", "config.json")
     run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
     for name, folder in {**folders, "a run": run}.items():
@@ -1209,23 +1202,23 @@ def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) ->
 
 
 def check_replaceable(path: Path, where: str, mark: bytes = OUR_MARK) -> None:
-    """Refuse to write over what holds no such mark: somebody else's file."""
+    """Refuse to overwrite a path that is not a file with the `mark` of this tool in it."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError("is no such file of this tool, and is not overwritten", where, "give another name")
 
 
 def check_out_dir(config: Options) -> None:
-    """Refuse an out_dir that cannot be written to, holds something else, or lies in data_root or around it."""
+    """Refuse an out_dir that is not writable, holds other files than a run, or overlaps with data_root."""
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
     is_moved = getattr(config, "overwrite", False)
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
-    is_ours = False
+    is_run = False
     for name, mark in RUN_MARKERS.items():
         if (out_dir / name).is_file():
             with open(out_dir / name, "rb") as file:
                 beginning = file.read(1_000_000)
-            is_ours = is_ours or not beginning or mark in beginning  # a run that has just begun has written nothing yet
-    is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not is_ours
+            is_run = is_run or not beginning or mark in beginning  # the files of a run that has just begun are empty
+    is_foreign = out_dir.is_dir() and any(out_dir.iterdir()) and not is_run
     # fmt: off
     refusals = (
         (out_dir.is_relative_to(data_root),
@@ -1239,29 +1232,29 @@ def check_out_dir(config: Options) -> None:
         (is_foreign, "is neither empty nor a run of this script", "choose a new folder"),
     )
     # fmt: on
-    for is_wrong, what, remedy in refusals:
+    for is_wrong, problem, remedy in refusals:
         if is_wrong:
-            raise UserError(what, config.said("out_dir"), remedy)
+            raise UserError(problem, config.said("out_dir"), remedy)
     if config.masks_out is not None and config.masks_out.resolve() != data_root:
         check_outside(config.masks_out, config.said("masks_out"), {"data_root": data_root})
 
 
-# --help and usage errors must answer at once, and importing torch alone takes 2 s: therefore the command line is read here,
-# half-way down the file, and the heavy imports follow. When the file is imported, nothing is read. Of the processes that
-# torchrun starts, the first alone says what is wrong; the others go on to wait for it, until torchrun ends them.
+# --help and usage errors must answer at once, but importing torch alone takes 2 s: so the command line is parsed here, before the
+# heavy imports, and only if this file is run as a script. Under torchrun only rank 0 reports an error and exits; the other ranks go
+# on and wait for it until torchrun ends them.
 if __name__ == "__main__":
     open_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
-        with contextlib.redirect_stdout(None) if IS_HELPER else contextlib.nullcontext():  # --help once is enough
+        with contextlib.redirect_stdout(None) if IS_OTHER_RANK else contextlib.nullcontext():  # print --help once
             COMMAND_LINE = parse_command_line(sys.argv[1:])
-        # --debug wants a traceback; what the first process names, others need not see.
-        if not COMMAND_LINE.debug and not IS_HELPER:
+        # With --debug, `main` makes the same checks and shows a traceback. Only rank 0 needs to report.
+        if not COMMAND_LINE.debug and not IS_OTHER_RANK:
             (check_paths if isinstance(COMMAND_LINE, Config) else check_given)(COMMAND_LINE)
     except UserError as _error:
-        if not IS_HELPER:
+        if not IS_OTHER_RANK:
             sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
 
 import itertools
