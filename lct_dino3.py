@@ -112,15 +112,15 @@ LINEAR_CRITERIA = ("cross_entropy", "focal")  # have neither class directions no
 EPOCH_REFS_PER_CLASS = 50  # training images per class that a fine-tuned run embeds for the metrics of each epoch
 # Folder names that suggest images of no class.
 UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
-# Heads trained without a fold of the classes measure recognition of unseen classes, in about a minute; skipped for more images.
+# Heads trained without a fold of the classes measure unseen classes, in about a minute; skipped above UNSEEN_MAX_IMAGES.
 UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
 STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
 UNSEEN_STEPS = 1500  # optimizer steps of all these heads together
 UNSEEN_REFS_PER_CLASS = 50  # references in their galleries
 ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3  # crops per enrolled class, and random draws of each number
 OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # for enrolled classes; see `enrolment_offsets`
-LEAD_WEIGHT = 0.5  # weight, in the score of an enrolled class, of its lead over the best trained class
-LOGREG_MAX_IMAGES = 20_000  # images that the logistic regression of the frozen baseline is fitted on at most
+LEAD_WEIGHT = 0.5  # weight of an enrolled class's lead over the best trained class, in its score
+LOGREG_MAX_IMAGES = 20_000  # the logistic regression of the frozen baseline is fitted on at most this many
 LOGREG_MAX_CLASSES = 2000  # no regression above it: its solver keeps 20 copies of (classes x feature_dim) in float64
 MATCHER_NAMES = {
     "centroid": "nearest centroid",
@@ -129,7 +129,7 @@ MATCHER_NAMES = {
 }
 KNN_CHOICES = (1, 3, 5, 10)
 FEATURE_WEIGHTS = (0.3, 0.5, 0.7)  # candidate weights of the backbone's features in a similarity
-# Match quality on val that they may cost: less than its error, and val flatters the embedding alone, as it chose the epoch.
+# Match quality that the features may cost on val: below the error of val, where the embedding has an edge, as it chose the epoch.
 FEATURE_LOSS = 0.01
 FEATURE_DIM = 128  # principal axes of the features that are kept
 FEATURE_REFERENCES = 20_000  # references that the covariance of the features is estimated on
@@ -139,13 +139,13 @@ MOST_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes ab
 SIGNIFICANCE = 0.05  # level of the sign tests: gain from training, and several prototypes per class against one
 MIN_CALIBRATION_SAMPLES = 20  # a class with fewer val answers gets the threshold of all classes
 PROMISE_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
-PRIOR_ANSWERS = 10  # weight of all classes' answers in the threshold of one; 10 keep precision on the hand tools
+PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 FINITE_CHECK_STEPS = 50  # steps between checks for non-finite losses, since each check waits for the device
 MAX_DATA_WAIT = 0.1  # share of an epoch spent waiting for data; above it the log says what to change
 CACHE_NOTE_SECONDS = 10  # time between progress notes while views are embedded; an interruption loses no more
 FP16_MAX = 65504.0
-# Families whose activations exceed it: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181), EVA's blocks are similar.
+# Models with larger activations: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181); EVA's blocks are similar.
 FP16_OVERFLOWS = ("dinov3", "eva")
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # limit of draws x samples; larger sets get fewer draws, which suffice for them
@@ -168,7 +168,7 @@ SQUARES_SYNC_BYTES = 1 << 28  # bytes written between fsyncs; a full disk may sh
 MAX_WORKERS = 16  # default limit: 16 x 540 images/s feed a ViT-L three times over; more cost memory and start-up time
 # Against fresh views: -0.2 +- 0.2 points in 293 head trainings, -0.2 to -0.7 +- 0.4 in tests/benchmarks; a third of the passes.
 CACHED_VIEWS = 4
-LOADER_RESTARTS = 3  # per epoch or pass over images, after killed workers
+LOADER_RESTARTS = 3  # restarts after killed workers, per epoch or pass over images
 LOADER_SECONDS = 600  # a batch may take; then the workers count as stuck and are killed
 PROTOTYPES_FORMAT = 3
 MASK_LOG_NAME = "masks.jsonl"
@@ -180,9 +180,9 @@ MASK_FLAGS = (
     "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
     " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
 ).split()
-MEMORY_NAME = "memory.sqlite"  # cached facts about files
+MEMORY_NAME = "memory.sqlite"  # cached results of reading files
 SQUARES_NAME = "squares.u8"  # fitted crops; exists only during a run
-# A folder with one of these files, which contains these bytes, is the out_dir of a run.
+# A folder is the out_dir of a run if it holds one of these files with these bytes in it.
 RUN_MARKERS = {
     "metrics.jsonl": b'"event"',
     "data_report.json": b'"quarantined"',
@@ -198,7 +198,7 @@ DATA_TREE = """expected:  data_root/
 MASKS_WAYS_OUT = (
     "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
 )
-# Whether torchrun started this process, as a rank other than 0.
+# Whether torchrun started this process as a rank other than 0.
 IS_OTHER_RANK = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
 
@@ -274,7 +274,7 @@ def option(default: Any, text: str, group: str, **extra: Any) -> Any:
 class Options:
     """Options of a command. A subclass declares each one with `option`; parser, help and checks are generated from that.
 
-    The annotation gives the type: int, float, str, bool, Path or dict, perhaps `| None`, or a tuple of one of them. Never mutated.
+    The annotation gives the type: int, float, str, bool, Path or dict, or a tuple of one of them, or `| None`. Never mutated.
     """
 
     command: str = "train"
@@ -535,7 +535,7 @@ class Config(Options):
 
 
 def same_option(name: str) -> Any:
-    """Return a copy of a field of `Config` for another options class, where it has no `key` and is neither fixed nor needed."""
+    """Return a copy of a `Config` field for another options class, without `key` and neither fixed nor needed."""
     field = Config.__dataclass_fields__[name]
     metadata = {**field.metadata, "key": None, "fixed": False, "needed": False}
     return dataclasses.field(default=field.default, metadata=metadata)
@@ -739,7 +739,7 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
 
 
 def parse_command_line(argv: Sequence[str]) -> Options:
-    """Parse the arguments of this script into the options of their command. Raises UserError if they contradict each other."""
+    """Parse the arguments of this script into the options of a command. Raises UserError if they contradict each other."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
@@ -842,7 +842,7 @@ def load_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path, where: str) -> str:
-    """Return the text of a small UTF-8 file, without a byte-order mark. Raises UserError with `where` in it."""
+    """Read the text of a small UTF-8 file, and drop a byte-order mark. Raises UserError with `where` in it."""
     try:
         return read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -851,7 +851,7 @@ def read_text(path: Path, where: str) -> str:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Return the bytes of a regular file. Raises OSError, also for a FIFO and the like, or for more than `max_bytes`."""
+    """Read the bytes of a file. Raises OSError, also if it is not a regular file (a FIFO, say) or larger than `max_bytes`."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a FIFO would wait for a writer
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -1082,7 +1082,7 @@ def check_config(config: Config) -> None:
 
 
 def check_given(options: Options) -> None:
-    """Check that required options are given, and that their paths can be read, are of the right kind, and not the predecessor's."""
+    """Check that required options are given, and that paths are accessible, of the right kind, and not the predecessor's."""
     for field in option_fields(type(options)):
         value = getattr(options, field.name)
         if field.metadata.get("needed") and value in (None, ()):
