@@ -940,10 +940,10 @@ def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], p
         elif key in sections:
             keys = ", ".join(sorted(other for other in known if other.startswith(f"{key}.")))
             raise UserError("is a section", place, f"give values of {keys}")
-        elif key in known:
-            raise UserError("belongs on the command line", place, f"type --{name}")
         else:
-            raise UserError("is no known key", place, did_you_mean(key, [*known, *sections]))
+            problem = "belongs on the command line" if key in known else "is no known key"
+            remedy = f"type --{name}" if key in known else did_you_mean(key, [*known, *sections])
+            raise UserError(problem, place, remedy)
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
