@@ -7367,38 +7367,37 @@ def format_gallery(gallery: Gallery) -> str:
 # ======================================================================================================================
 # 15  TRAINING
 # ======================================================================================================================
-# The loop: `fit` > `train_epoch` > `train_step`; features, evaluation and the frozen baseline. Raises Diverged.
+# The training loop (`fit` > `train_epoch` > `train_step`), features, evaluation and the frozen baseline. Raises Diverged.
 @dataclass(frozen=True)
 class Job:
-    """What stays the same while a run trains."""
+    """Everything about a run that stays the same while it trains."""
 
     config: Config
     records: Records
     runtime: Runtime
-    run: RunDirectory | None  # None before anything is written, and for other processes
+    run: RunDirectory | None  # None until the folder is opened; other ranks get a ReadRunDirectory
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
-    store: SquareStore | None = None  # of what is decoded already
-    # images that failed after the scan, each named once
-    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
+    store: SquareStore | None = None  # crops that are decoded already
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)  # row -> reason; failed after the scan
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run."""
+        """Values that must be equal in a checkpoint for this run to resume from it."""
         identity = make_identity(self.config, self.records.class_names, self.info)
         return identity | {"backgrounds": self.backgrounds and self.backgrounds.identity}
 
     def transform(self, augment: bool) -> Transform:
-        """Return what makes a crop the model's input."""
+        """Return the transform from a crop to the model's input."""
         return make_transform(self.config, self.info.mean, augment)
 
     def training_crops(self) -> CropDataset:
-        """Return the crops as training sees them."""
+        """Return the dataset of augmented crops, as training sees them."""
         return CropDataset(self.records, self.transform(augment=True), self.backgrounds, self.store)
 
     def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
-        """Name the images and masks that could not be read, each once."""
+        """Log the images and masks that could not be read, as (row, reason), each row once per run."""
         for row, reason in failures:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
@@ -7406,37 +7405,39 @@ class Job:
 
 
 def free_disk(path: Path) -> int:
-    """Return the bytes that are free where a folder is, or would be made."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
 def square_room(config: Config) -> int:
-    """Return how many bytes of fitted crops a run may keep: --cache_crops, and a quarter of free disk and of memory."""
+    """Return how many bytes of fitted crops a run may keep: at most --cache_crops, and a quarter of free disk and of memory."""
     squares = config.out_dir / SQUARES_NAME
     free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, reading is slower than decoding
+    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, a read is slower than decoding
 
 
 @contextlib.contextmanager
 def collect_squares(config: Config) -> Iterator[SquareFile | None]:
-    """Give what keeps the crops that a scan decodes, fitted; None where training would not read them.
+    """Yield the writer that keeps the crops decoded by a scan as fitted squares; None where training would not read them.
 
-    Lists of transforms may work on the crop as it is. With --crop_mode mask, most crops are shown masked, which the scan does not
-    know yet; of a part of the data, most would be in vain. out_dir is locked from the first square on; data that are refused leave
-    nothing behind.
+    Training does not read them if its transforms need the unfitted crop. With --crop_mode mask, most crops are shown masked, but a
+    scan does not know the masks yet; with --data_fraction, most squares would go unread. out_dir is locked from the first square
+    on. On UserError, the files and folders created here are removed.
     """
     lists = given_lists(config)
     is_read = not lists.get("pre_transforms") and not {"train_augmentations", "val_augmentations"} <= lists.keys()
     if not config.cache_crops or not is_read or config.crop_mode == "mask" or config.data_fraction < 1:
         yield None
         return
-    memory, folder, made = FileMemory(config.out_dir), config.out_dir, []
+    folder = config.out_dir
+    memory = FileMemory(folder)
+    created: list[Path] = []
     paths = [folder / name for name in (SQUARES_NAME, ".lock", ".lock_holder")] + [folder, *folder.parents]
     with contextlib.ExitStack() as stack:
 
         def claim_folder() -> None:
-            made.extend(path for path in paths if not path.exists())
+            created.extend(path for path in paths if not path.exists())
             create_out_dir(folder)
             stack.enter_context(lock_directory(folder))
             memory.is_locked = True
@@ -7446,8 +7447,8 @@ def collect_squares(config: Config) -> Iterator[SquareFile | None]:
         try:
             yield squares
         except UserError:
-            for path in made:
-                with contextlib.suppress(OSError):  # the memory of a long scan is worth keeping
+            for path in created:
+                with contextlib.suppress(OSError):  # a folder that holds the memory of a long scan stays
                     path.rmdir() if path.is_dir() else path.unlink()
             raise
         finally:
@@ -7456,47 +7457,49 @@ def collect_squares(config: Config) -> Iterator[SquareFile | None]:
 
 
 def open_store(job: Job, scan: Scan) -> SquareStore | None:
-    """Open the squares of the run: the scan's, those of before an interruption, and all others that training will read again.
+    """Open the store of fitted crops: those of the scan, those from before an interruption, and all that `list_reused_crops` names.
 
-    These are decoded here, as far as there is room. None where there is no square, and where the disk refuses them.
+    Decodes the missing ones here, as far as there is room. Returns None if there is no square, or if writing them fails.
     """
     config, records, run, side = job.config, job.records, job.run, job.config.img_size
     if not config.cache_crops:
         return None
     scan.memory.save()
-    transform, paths = job.transform(augment=False), list(records.paths)
-    kinds = name_squares(side), name_squares(side, transform.fill)
-    stamps = dict(zip(scan.listing.paths, map(tuple, scan.health.stats.tolist()), strict=True))
-    crops = {path: stamps.get(path) for path in paths}
-    digests = np.zeros((2, len(paths)), np.uint64)
+    paths = list(records.paths)
+    transform = job.transform(augment=False)
+    kinds = name_squares(side), name_squares(side, transform.fill)  # plain, masked: the order of VIEW_NAMES
+    scanned_stamps = dict(zip(scan.listing.paths, map(tuple, scan.health.stats.tolist()), strict=True))
+    stamps = {path: scanned_stamps.get(path) for path in paths}
+    digests = np.zeros((2, len(paths)), np.uint64)  # of the masks; 0 for plain crops
     if scan.mask_health is not None and records.masks is not None:
         digest_of = dict(zip(scan.mask_health.paths, scan.mask_health.rows["digest"].tolist(), strict=True))
         digests[1] = [digest_of.get(mask, 0) for mask in records.masks]
-    places = np.stack([find_squares(scan.memory, kinds[view], crops, digests[view], side) for view in (0, 1)])
-    sizes = side**2 * np.array([3, 4])
-    end = int(np.where(places < 0, 0, places + sizes[:, None]).max(initial=0))
-    lacking = [(row, view) for row, view in list_repeating(job) if places[view, row] < 0]
+    places = np.stack([find_squares(scan.memory, kinds[view], stamps, digests[view], side) for view in (0, 1)])
+    num_bytes = side**2 * np.array([3, 4])  # of a plain and a masked square
+    end = int(np.where(places < 0, 0, places + num_bytes[:, None]).max(initial=0))
+    missing = [(row, view) for row, view in list_reused_crops(job) if places[view, row] < 0]
     writer = SquareFile(scan.memory, side, square_room(config), end)
-    ends = end + np.cumsum([sizes[view] for _, view in lacking])
-    fitting = lacking[: np.searchsorted(ends, writer.room, side="right")]
+    ends = end + np.cumsum([num_bytes[view] for _, view in missing])
+    pending = missing[: np.searchsorted(ends, writer.room, side="right")]
 
-    def fit(key: tuple[int, int]) -> int:
-        (row, view), path = key, paths[key[0]]
+    def write(crop: tuple[int, int]) -> int:
+        row, view = crop
+        path = paths[row]
         with contextlib.suppress(ImageError):
             image, mask, reason = load_crop(records, row, view)
-            if not reason and crops[path] is not None:
+            if not reason and stamps[path] is not None:
                 square = transform.make_square(image, mask, 0)
-                return writer.put(kinds[view], path, crops[path], square, int(digests[view, row]))
+                return writer.put(kinds[view], path, stamps[path], square, int(digests[view, row]))
         return -1
 
     try:
-        for (row, view), place in progress(map_in_threads(fit, fitting), len(fitting), "fitting crops", "crop"):
+        for (row, view), place in progress(map_in_threads(write, pending), len(pending), "fitting crops", "crop"):
             places[view, row] = place
     finally:
         writer.close()
         scan.memory.save()
     count = int((places >= 0).sum())
-    if writer.failure is not None or (lacking and not count):
+    if writer.failure is not None or (missing and not count):
         reason = f": {writer.failure}" if writer.failure else ""
         run.log(f"warning: no room to keep decoded crops in {run.path}{reason}: they are decoded each epoch")
         return None
@@ -7507,26 +7510,27 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
     return SquareStore(writer.path, records, places, side)
 
 
-def list_repeating(job: Job) -> list[tuple[int, int]]:
-    """Return the crops that the run would make the same of again and again: row, and 1 for those that are shown masked."""
+def list_reused_crops(job: Job) -> list[tuple[int, int]]:
+    """Return the crops that the run reads more than once and fits to the same square each time: (row, view into VIEW_NAMES)."""
     config, records = job.config, job.records
-    train, uses = records.rows("train"), []
-    is_covered = job.backgrounds is not None and job.backgrounds.share == 1  # by which each sample is another
-    if (config.cache_views or config.epochs) > 1 and not is_covered:
+    train = records.rows("train")
+    uses = []  # (augmented, rows)
+    always_on_background = job.backgrounds is not None and job.backgrounds.share == 1  # a new one each time
+    if (config.cache_views or config.epochs) > 1 and not always_on_background:
         uses.append((True, train))
     if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
         references = first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)
         uses += [(False, records.rows("val")), (False, references)]
-    keys: dict[tuple[int, int], None] = {}
+    crops: dict[tuple[int, int], None] = {}  # an ordered set
     for augment, rows in uses:
         repeats = [job.transform(augment).repeats(is_masked) for is_masked in (False, True)]
-        samples = eval_keys(records, rows, config.crop_mode)
-        keys |= dict.fromkeys((key.row, key.view) for key in samples if repeats[key.view])
-    return list(keys)
+        keys = eval_keys(records, rows, config.crop_mode)
+        crops |= dict.fromkeys((key.row, key.view) for key in keys if repeats[key.view])
+    return list(crops)
 
 
 class FeatureBank:
-    """Features (n, feature_dim) of whole splits without augmentation, made once of a frozen backbone, else anew."""
+    """Features (n, feature_dim) of whole splits without augmentation; kept if the backbone is frozen, else extracted anew."""
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job = job
@@ -7535,10 +7539,11 @@ class FeatureBank:
         self._dataset = CropDataset(job.records, job.transform(augment=False), store=job.store)
 
     def get(self, split: str, per_class: int | None = None) -> Embedded | None:
-        """Return the features of a split; `per_class` limits the images a class, where they would have to be made anew."""
+        """Return the features of a split, None on other ranks; `per_class` limits the images per class unless all are kept."""
         if split in self._cache:
             return self._cache[split]
-        records, rows = self._job.records, self._job.records.rows(split)
+        records = self._job.records
+        rows = records.rows(split)
         if not self._backbone.frozen and per_class is not None:
             rows = first_of_each_class(rows, records.labels, per_class)
         features = self.extract(eval_keys(records, rows, self._job.config.crop_mode), split)
@@ -7547,7 +7552,7 @@ class FeatureBank:
         return features
 
     def extract(self, keys: list[SampleKey], name: str) -> Embedded | None:
-        """Return the features of some samples, None in the processes beside the first; `name` is for the progress bar."""
+        """Return the features of samples, None on other ranks than 0; `name` labels the progress bar."""
         job = self._job
         batches = cut_batches(keys, job.config.val_batch or job.config.batch)
         extract = make_extractor(self._backbone, job.info, job.runtime)
@@ -7557,39 +7562,40 @@ class FeatureBank:
 
 
 class ViewCache:
-    """Trains on features of augmented views of the training images, embedded once and shown in turn with those of the clean image.
+    """Feeds training with features of augmented views, embedded once and shown in turn with the features of the clean image.
 
-    They lie in out_dir, float16 (views, images, feature_dim), NaN where an image cannot be read; beside them a note says how many
-    are there, and of which run, data and libraries. An interrupted run goes on with its own; anything else is embedded anew.
-    All processes embed; the first one alone trains the head, which takes no images any more.
+    The features lie in out_dir, float16 (views, images, feature_dim), NaN for an image that cannot be read. A JSON note beside them
+    records how many are done, and for which run, data and library versions: an interrupted run continues its file, any other is
+    overwritten. All ranks embed; rank 0 alone trains the head, which needs no images.
     """
 
     def __init__(self, job: Job, backbone: Backbone, clean: Embedded | None) -> None:
         self._job, self._backbone = job, backbone
         self._rows = job.records.rows("train")
         self._sampler = EpochSampler(self._rows, job.records.labels, job.config)
-        self.num_batches = len(self._sampler)  # in an epoch
-        self.network = nn.Identity()  # makes features of the batches, which they are
+        self.num_batches = len(self._sampler)  # per epoch
+        self.network = nn.Identity()  # the batches hold features
         self._path = job.run.path / "cached_views.f16"
         num_views = job.config.cache_views
-        draws = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
-        drawn = np.stack([rng.random(len(self._rows)) for rng in draws])
-        # bool (1 + views, images): shown masked; the clean view is number 0
-        self._is_masked = (drawn < self._sampler.masked_share) & job.records.has_mask[self._rows]
+        generators = [np.random.default_rng((job.config.seed, 7, turn)) for turn in range(num_views + 1)]
+        draws = np.stack([rng.random(len(self._rows)) for rng in generators])
+        # bool (1 + views, images): whether a view shows the image masked; view 0 is the clean one
+        self._is_masked = (draws < self._sampler.masked_share) & job.records.has_mask[self._rows]
         self._shape = (num_views, len(self._rows), job.info.feature_dim)
         self._fill()
-        if clean is None:  # in the processes beside the first, which are done with it
+        if clean is None:  # other ranks only help to embed
             return
-        # Position of each image's clean view among the features, -1 for those that could not be read, int64 (images,).
-        known, wanted = 2 * clean.rows + clean.views, 2 * self._rows + self._is_masked[0]
-        order = np.argsort(known)
-        nearest = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
-        self._clean_index = np.where(known[nearest] == wanted, nearest, -1)
+        # Position of each image's clean view in `clean`, -1 if it could not be read, int64 (images,).
+        clean_keys = 2 * clean.rows + clean.views
+        image_keys = 2 * self._rows + self._is_masked[0]
+        order = np.argsort(clean_keys)
+        nearest = order[np.searchsorted(clean_keys[order], image_keys).clip(max=len(clean_keys) - 1)]
+        self._clean_index = np.where(clean_keys[nearest] == image_keys, nearest, -1)
         self._clean = clean.values
         self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
 
     def sample(self) -> Embedded | None:
-        """Return features of cached views, LOGREG_MAX_IMAGES of them at most; None in the processes beside the first."""
+        """Return the features of at most LOGREG_MAX_IMAGES cached views, drawn at random; None on other ranks."""
         if get_rank():
             return None
         order = np.random.default_rng((self._job.config.seed, 4)).permutation(len(self._features) * len(self._rows))
@@ -7597,7 +7603,7 @@ class ViewCache:
         return self._look_up(1 + views, positions)
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield what the state has not seen of its epoch."""
+        """Yield the batches of the epoch that the state has not seen yet; none on other ranks."""
         if get_rank():
             return
         self._sampler.start_at(state.epoch, state.batches)
@@ -7605,7 +7611,7 @@ class ViewCache:
         yield from map(self.take, progress(self._sampler, self.num_batches - state.batches, label))
 
     def take(self, keys: list[SampleKey]) -> Batch:
-        """Return the features of the views whose turn it is."""
+        """Return the features of samples as a batch; each image shows its views in turn, the clean one if it is not augmented."""
         positions = np.searchsorted(self._rows, [key.row for key in keys])
         turns = (positions + [key.showing for key in keys]) % len(self._is_masked)
         turns *= np.array([key.augmented for key in keys])
@@ -7613,7 +7619,7 @@ class ViewCache:
         return Batch(features, labels, rows, views, [])
 
     def _look_up(self, turns: np.ndarray, positions: np.ndarray) -> Embedded:
-        """Return the features of those views (n,) of images (n,) that can be read; number 0 is the clean view."""
+        """Return the features of views `turns` (n,) of images `positions` (n,) that can be read; view 0 is the clean one."""
         index = self._clean_index[positions]
         features = np.where(index[:, None] < 0, np.nan, self._clean[index])
         is_cached = turns > 0
@@ -7623,10 +7629,10 @@ class ViewCache:
         return Embedded(rows, is_masked.astype(np.uint8), labels, features).take(~np.isnan(features[:, 0]))
 
     def _fill(self) -> None:
-        """Embed what is not there yet."""
+        """Embed the views that the file lacks, and keep its note up to date."""
         num_views, num_images, feature_dim = self._shape
         note_path = self._path.with_suffix(".json")
-        maker = {  # all that the features are a function of
+        maker = {  # everything that the features depend on
             "format": CHECKPOINT_FORMAT,
             "identity": self._job.identity,
             "data": [self._job.fingerprint, self._job.records.masks_hash],
@@ -7637,8 +7643,8 @@ class ViewCache:
         done = from_first(self._count_done, note_path, maker)
         if done == num_views * num_images:
             return
-        there = f", {done:,} are there" if done else ""
-        self._job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{there}")
+        done_text = f", {done:,} are there" if done else ""
+        self._job.run.log(f"embedding {num_views} augmented views of {num_images:,} images once{done_text}")
         if get_rank():
             deque(self._embed(done), maxlen=0)
             return
@@ -7651,35 +7657,35 @@ class ViewCache:
                 os.fsync(file.fileno())
                 write_json(note_path, {"done": done, "maker": maker})
 
-            noted_at = time.monotonic()
+            last_note = time.monotonic()
             try:
                 for features in self._embed(done):
                     file.write(features.tobytes())
                     done += len(features)
-                    if time.monotonic() - noted_at > CACHE_NOTE_SECONDS:
+                    if time.monotonic() - last_note > CACHE_NOTE_SECONDS:
                         write_note()
-                        noted_at = time.monotonic()
+                        last_note = time.monotonic()
             finally:
                 write_note()
 
     def _count_done(self, note_path: Path, maker: dict[str, Any]) -> int:
-        """Return how many features of this maker are in the file. Raises UserError where there is no room for all others."""
+        """Return how many features of this maker the file holds. Raises UserError if the disk has no room for the missing ones."""
         num_views, num_images, feature_dim = self._shape
         row_bytes = 2 * feature_dim
         done = 0
-        with contextlib.suppress(OSError, ValueError):  # no note, or not one of ours
+        with contextlib.suppress(OSError, ValueError):  # no note, or a malformed one
             note = read_json(note_path, {"maker": dict, "done": int})
             if note["maker"] == to_json(maker):
                 done = min(note["done"], self._path.stat().st_size // row_bytes)
-        missing = (num_views * num_images - done) * row_bytes
+        missing_bytes = (num_views * num_images - done) * row_bytes
         folder = self._path.parent
-        if missing and (free := free_disk(folder)) < missing:
-            problem = f"need {missing:,} bytes, and {free:,} are free"
+        if missing_bytes and (free := free_disk(folder)) < missing_bytes:
+            problem = f"need {missing_bytes:,} bytes, and {free:,} are free"
             raise UserError(problem, f"--cache_views {num_views}", f"make room in {folder}, or cache fewer views")
         return done
 
     def _embed(self, first: int) -> Iterator[np.ndarray]:
-        """Yield the features from number `first` on, a batch at a time, float16 (B, feature_dim)."""
+        """Yield the features from number `first` on in batches, float16 (B, feature_dim), NaN if unreadable; rank 0 only."""
         job, (num_views, num_images, feature_dim) = self._job, self._shape
         dataset = job.training_crops()
         extract = make_extractor(self._backbone, job.info, job.runtime)
@@ -7699,7 +7705,7 @@ class ViewCache:
 
 
 def list_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     import platform
     from importlib.metadata import version
 
@@ -7708,13 +7714,13 @@ def list_versions() -> dict[str, str]:
 
 
 def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Return the rows without those beyond the first `per_class` of their class."""
+    """Return the first `per_class` rows of each class, in the order of `rows`; `labels` are those of all records."""
     by_class = rows_by_class(labels[rows], int(labels.max()) + 1)
     return rows[np.sort(np.concatenate([positions[:per_class] for positions in by_class]))]
 
 
 class TrainFeed:
-    """The training images in their order, from any batch of any epoch on; each process has a part of each batch."""
+    """Feeds training with augmented images from any batch of any epoch on; each rank gets its part of each batch."""
 
     def __init__(self, job: Job, backbone: Backbone) -> None:
         self._job = job
@@ -7723,13 +7729,13 @@ class TrainFeed:
         self._sampler.rank = get_rank()
         self._sampler.world_size = get_world_size()
         self._loader: DataLoader | None = None
-        self.num_batches = len(self._sampler)  # in an epoch
-        self.network = job.runtime.wrap(backbone, is_trained=True)  # makes features of the batches
+        self.num_batches = len(self._sampler)  # per epoch
+        self.network = job.runtime.wrap(backbone, is_trained=True)  # maps images to features
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield what the state has not seen of its epoch."""
+        """Yield the batches of the epoch that the state has not seen yet."""
         job = self._job
-        if dist.is_initialized():  # devices may round differently
+        if dist.is_initialized():  # heads drift apart where devices round differently
             for value in (*state.model.head.state_dict().values(), *state.model.criterion.state_dict().values()):
                 dist.broadcast(value, 0)
         first = state.batches
@@ -7747,30 +7753,29 @@ class TrainFeed:
 
 @dataclass
 class Clock:
-    """Times an epoch as far as this process has seen it; unmoved by changes of the date."""
+    """Times an epoch in this process; monotonic, so a change of the system time does not matter."""
 
     device: torch.device
     seconds_before: float = 0.0  # spent on the epoch before an interruption
     images: int = 0
     started: float = dataclasses.field(default_factory=time.monotonic)
-    # When a batch was asked for and when it came, as `_mark` gives it.
-    waits: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    waits: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)  # marks of each batch: requested, arrived
 
     def seconds(self) -> float:
-        """Return the time spent on the epoch so far."""
+        """Return the seconds spent on the epoch so far."""
         return self.seconds_before + time.monotonic() - self.started
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and note how long the device was idle before each: a GPU may still be at work on the last step."""
-        asked = self._mark()
+        """Yield the batches, and record how long the device was idle before each: a GPU may still be busy with the last step."""
+        requested = self._mark()
         for batch in batches:
-            self.waits.append((asked, self._mark()))
+            self.waits.append((requested, self._mark()))
             self.images += len(batch.labels)
             yield batch
-            asked = self._mark()
+            requested = self._mark()
 
     def _mark(self) -> float | torch.cuda.Event:
-        """Return the time on a CPU; on a GPU an event, which happens when the GPU has done what it was given so far."""
+        """Return the time on a CPU; on a GPU an event, recorded when the GPU has finished all work queued so far."""
         if self.device.type != "cuda":
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
@@ -7778,20 +7783,20 @@ class Clock:
         return event
 
     def pace(self) -> dict[str, float]:
-        """Return images/s of this process, and the share of the time that was waited for data; the device must have finished."""
+        """Return images/s of this process and the share of time spent waiting for data; the device must have finished its work."""
         is_cuda = self.device.type == "cuda"
-        waited = sum(asked.elapsed_time(came) / 1000 if is_cuda else came - asked for asked, came in self.waits)
+        waited = sum(start.elapsed_time(end) / 1000 if is_cuda else end - start for start, end in self.waits)
         seconds = max(time.monotonic() - self.started, 1e-9)
         return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(waited / seconds, 3)}
 
 
 def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
-    """Say whether nothing is left to train after `epoch` epochs: all are done, or --patience is at its end."""
+    """Whether training is over after `epoch` epochs: all are done, or --patience is exhausted."""
     return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
 
 
 def backbone_in_training(state: TrainState, config: Config) -> Backbone:
-    """Return the backbone as it is trained, or makes views to train on: what answers may compute in another type."""
+    """Return the backbone in the dtype that training computes in, compiled with --compile; evaluation may use another dtype."""
     backbone = state.model.backbone.computing_in(state.dtype)
     if config.compile:
         backbone.model.compile()
@@ -7799,17 +7804,17 @@ def backbone_in_training(state: TrainState, config: Config) -> Backbone:
 
 
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
-    """Train from where the state is to the last epoch; each epoch is evaluated, recorded and saved."""
+    """Train from the state's position to the last epoch; evaluate, record and save each epoch."""
     config = job.config
     backbone = backbone_in_training(state, config)
     feed = ViewCache(job, backbone, bank.get("train")) if config.cache_views else TrainFeed(job, backbone)
-    if not backbone.frozen:  # its features are made anew after each epoch, and exactly by the best weights at the end
+    if not backbone.frozen:  # epochs are evaluated in the training dtype, unlike the best weights at the end
         bank = FeatureBank(job, backbone)
     while not has_ended(config, state.epoch, state.best):
         clock = Clock(job.runtime.device, state.seconds)
         try:
             train_epoch(job, state, feed, clock)
-        except Interrupted:  # between two steps
+        except Interrupted:  # always between two steps
             save_state(job, state)
             raise
         pace = clock.pace()
@@ -7817,7 +7822,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
             features = {"val": bank.get("val"), "train": bank.get("train", EPOCH_REFS_PER_CLASS)}
             record, per_class = from_first(score_epoch, job, state, features)
         record |= {"seconds": round(clock.seconds(), 2), "pace": pace}
-        with SIGNALS.hold():  # record, best and checkpoints of an epoch belong together
+        with SIGNALS.hold():  # the record, the best epoch and the checkpoints must agree
             job.run.log(format_epoch(record, config))
             job.run.event("epoch_end", **record, **(per_class if config.save_metrics else {}))
             save_epoch(job, state, record["val"])
@@ -7828,20 +7833,20 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock: Clock) -> None:
-    """Show every sample of an epoch that it has not seen once; the tally keeps what the model answered."""
+    """Train once on each remaining sample of an epoch; `state.tally` collects losses, answers and labels."""
     save_seconds = job.config.save_minutes * 60 or math.inf
-    saved = time.monotonic()
+    last_save = time.monotonic()
     state.model.train()
     total_steps = math.ceil(feed.num_batches / job.config.accumulate_grad_batches) * job.config.epochs
-    # Of more logits the answers are kept, on the device already: 1.2 million images of 1,000 classes would have 5 GB, in each
-    # checkpoint too. An epoch goes on as it began.
+    # Beyond MAX_SCORE_ENTRIES logits, only the answered classes are kept: 1.2 million images of 1,000 classes would take 5 GB,
+    # in each checkpoint too. A resumed epoch goes on with the kind that it began with.
     num_scores = feed.num_batches * job.config.batch * len(job.records.class_names)
     keeps_logits = "logits" in state.tally.fetched[0] if state.tally.fetched else num_scores <= MAX_SCORE_ENTRIES
     stream = clock.watch(feed.batches(state))
     while batches := list(itertools.islice(stream, job.config.accumulate_grad_batches)):  # the last step may have fewer
         for batch in batches:
             job.note_failures(batch.failures)
-        readable = [batch for batch in batches if len(batch.labels)]  # without any there is no step
+        readable = [batch for batch in batches if len(batch.labels)]
         with SIGNALS.hold():  # weights, position and tally change together
             if readable:
                 set_learning_rate(state.optimizer, lr_factor(job.config, state.step, total_steps))
@@ -7852,12 +7857,12 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
             state.seconds = clock.seconds()
         if len(state.tally.pending) >= FINITE_CHECK_STEPS:
             check_finite(job, state)
-        if SIGNALS.wants_save or time.monotonic() - saved >= save_seconds:
+        if SIGNALS.wants_save or time.monotonic() - last_save >= save_seconds:
             save_state(job, state)
             if SIGNALS.wants_save:
                 job.run.log(f"saved on SIGUSR1: {describe_position(state.epoch, state.batches)}")
                 SIGNALS.wants_save = False
-            saved = time.monotonic()
+            last_save = time.monotonic()
         SIGNALS.check()
     save_state(job, state)  # before evaluation, which can be interrupted too
 
@@ -7867,10 +7872,10 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
 
-    `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity where batches hold features.
-    `batches` are the micro-batches of the step. Of a frozen backbone their features are concatenated, so that the loss is that of
-    one large batch; a trained one has a backward pass for each, weighed by its images, and BatchNorm sees micro-batches. With
-    several processes `batch.sizes` are the rows of each rank; features, loss and logits are those of all ranks.
+    `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity if the batches hold features.
+    `batches` are the micro-batches of the step. With a frozen backbone their features are concatenated, so that the loss equals
+    that of one large batch. With a trained one, each has its own backward pass, weighted by its number of images, and BatchNorm
+    sees micro-batches. With several ranks, `batch.sizes` are the rows of each; features, loss and logits cover all ranks.
     """
     is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
     indexed = list(enumerate(batches))
@@ -7885,16 +7890,16 @@ def train_step(
             draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
             for index, batch in group
         ]
-        # Ranks average the gradients of a step once, in the last backward pass.
+        # DDP averages the gradients of a step once, in the last backward pass.
         skips_sync = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
         with network.no_sync() if skips_sync else contextlib.nullcontext():
             features = []
             for (index, batch), mixing in zip(group, mixings, strict=True):
                 images = send(batch.images, runtime.device)
-                if mixing is not None:  # with images of the whole batch, which the other ranks have
+                if mixing is not None:  # partners may be on other ranks
                     mixed = mix_images(gather_rows(images, batch.sizes), mixing)
                     images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
-                seed_torch(config.seed, 5, state.step, index, rank=get_rank())  # of dropout
+                seed_torch(config.seed, 5, state.step, index, rank=get_rank())  # for dropout
                 features.append(gather_rows(network(images), batch.sizes))
             embeddings = state.model.embed(torch.cat(features))
             loss, group_logits = mixed_loss(state.model.criterion, embeddings, labels, mixings)
@@ -7919,47 +7924,50 @@ def mixed_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
 
-    Of mixed images it is lambda times the loss for their label and 1 - lambda times that for the partner's. Both labels are hard,
-    as margins want. Labels and mixings are those of each batch, on the CPU.
+    The loss of a mixed image is lambda times the loss for its own label plus 1 - lambda times the loss for its partner's label.
+    Both labels are hard, because margins need hard labels. `labels` and `mixings` have one entry per batch, on the CPU.
     """
     device = embeddings.device
     targets = send(torch.cat(list(labels)), device)
-    logits, plain = criterion(embeddings, targets)
+    logits, plain_logits = criterion(embeddings, targets)
     if not any(mixings):
-        return criterion.losses(logits, targets).mean(), plain
-    partners, shares = (send(values, device) for values in partner_labels(labels, mixings))
-    partner_logits, _ = criterion(embeddings, partners)
+        return criterion.losses(logits, targets).mean(), plain_logits
+    partner_targets, lambdas = (send(values, device) for values in partner_labels(labels, mixings))
+    partner_logits, _ = criterion(embeddings, partner_targets)
     losses = criterion.losses(logits, targets).mean(dim=1)
-    partner_losses = criterion.losses(partner_logits, partners).mean(dim=1)
-    return (shares * losses + (1 - shares) * partner_losses).mean(), plain
+    partner_losses = criterion.losses(partner_logits, partner_targets).mean(dim=1)
+    return (lambdas * losses + (1 - lambdas) * partner_losses).mean(), plain_logits
 
 
 def check_finite(job: Job, state: TrainState) -> None:
-    """Look at the losses of the last steps; waits for the device. Raises Diverged, which names the first that is not finite."""
+    """Check that the losses since the last check are finite; waits for the device. Raises Diverged, naming the first bad step."""
     steps_ago = state.tally.fetch()
-    if steps_ago is not None and get_rank() == 0:  # one process is enough to say so
+    if steps_ago is not None and get_rank() == 0:  # other ranks compute the same loss
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
 
 def save_state(job: Job, state: TrainState) -> None:
-    """Write checkpoint_last.pth, unless the losses since the last look say that there is nothing worth keeping."""
+    """Write checkpoint_last.pth. Raises Diverged instead if a loss since the last check is not finite."""
     check_finite(job, state)
     save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record of an epoch and its figures by class. Raises UserError without training images, Diverged for val's loss."""
+    """Return the record of an epoch and its metrics per class.
+
+    Raises UserError if no training image could be read, Diverged if the loss on val is not finite.
+    """
     totals = state.tally.totals()
     names = job.records.class_names
     if not totals:
         raise UserError("none of the training images can be read any more", str(job.records.root), "restore the images")
     labels = totals["labels"].numpy()
-    if "logits" in totals:  # beyond MAX_SCORE_ENTRIES of them the tally keeps classes only, of which there is no AUC
+    if "logits" in totals:  # beyond MAX_SCORE_ENTRIES, the tally keeps only the answered classes, which have no AUC
         _, train, train_per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
     else:
         train, train_per_class = compute_metrics(totals["answers"].numpy(), labels, names)
     sizes = totals["sizes"].double()
-    # The mean over images of the loss that was optimised, with its margin.
+    # Mean over images of the optimised loss, with margin.
     train = {"loss": float((totals["losses"].double() * sizes).sum() / sizes.sum()), **train}
     val, val_per_class, val_by_view = score_val(job, state.model, features)
     if not math.isfinite(val["loss"]):
@@ -7971,17 +7979,20 @@ def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> t
 
 
 def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tuple[dict, dict, dict]:
-    """Return figures of val by classifier and by matching with training images, those by class, and by view of crops with both."""
+    """Score val with the classifier and by matching with training images.
+
+    Returns metrics, metrics per class, and metrics per view of the crops that --crop_mode mix shows both ways, else {}.
+    """
     val = embed(model, features["val"])
     references = embed(model, features["train"])
-    numbers = np.arange(len(job.records.class_names))
-    centroids = class_centroids(references.values, references.labels, len(numbers))
+    class_labels = np.arange(len(job.records.class_names))
+    centroids = class_centroids(references.values, references.labels, len(class_labels))
 
     def score(queries: Embedded) -> tuple[dict, dict]:
-        figures, per_class = score_classifier(job, model, queries)
-        figures["proto_acc"] = recall_at_1(centroids, numbers, queries)
-        figures["recall_at_1"] = recall_at_1(references.values, references.labels, queries)
-        return figures, per_class
+        metrics, per_class = score_classifier(job, model, queries)
+        metrics["proto_acc"] = recall_at_1(centroids, class_labels, queries)
+        metrics["recall_at_1"] = recall_at_1(references.values, references.labels, queries)
+        return metrics, per_class
 
     has_mask = job.records.has_mask[val.rows]
     by_view = {}
@@ -7992,37 +8003,37 @@ def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tup
 
 
 def score_classifier(job: Job, model: Recognizer, queries: Embedded) -> tuple[dict, dict]:
-    """Return loss and figures of the classifier that training used, without margin."""
+    """Return loss and metrics of the trained classifier, without margin, and its metrics per class."""
     logits = functools.partial(classifier_logits, job, model)
-    loss, figures, per_class = classify(logits, queries.values, queries.labels, job.records.class_names)
-    return {"loss": loss, **figures}, per_class
+    loss, metrics, per_class = classify(logits, queries.values, queries.labels, job.records.class_names)
+    return {"loss": loss, **metrics}, per_class
 
 
 def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np.ndarray:
-    """Return the logits without margin float32 (n, C) of unit embeddings (n, emb_dim)."""
+    """Return the logits without margin, float32 (n, C), of unit embeddings (n, emb_dim)."""
     with torch.inference_mode():
         return model.criterion.plain_logits(torch.from_numpy(embeddings).to(job.runtime.device)).cpu().numpy()
 
 
 def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> float:
-    """Return the share of queries whose nearest vector (n, D) has the label (n,) of their class."""
+    """Return the share of queries whose nearest of `vectors` (n, D), with `labels` (n,), has their label."""
     nearest = reduce_scores(lambda block: block @ vectors.T, queries.values, lambda cosine, _: (cosine.argmax(axis=1),))
     return float((labels[nearest[0]] == queries.labels).mean())
 
 
 def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> None:
-    """Move on to the next epoch; compare this one with the best so far by --best_metric, ties by loss; write the checkpoints."""
-    config, folder, name = job.config, job.run.path, job.config.best_metric
+    """Advance the state to the next epoch, update the best epoch by --best_metric (ties: lower loss), and write the checkpoints."""
+    config, folder, metric = job.config, job.run.path, job.config.best_metric
     state.epoch += 1
     state.batches = 0
     state.seconds = 0.0
     state.tally = Tally()
-    sign = -1.0 if name == "loss" else 1.0
-    value = -math.inf if val[name] is None else sign * val[name]
+    sign = -1.0 if metric == "loss" else 1.0
+    value = -math.inf if val[metric] is None else sign * val[metric]
     if not state.best or (value, -val["loss"]) > (sign * state.best["value"], -state.best["loss"]):
-        state.best = {"epoch": state.epoch, "metric": f"val_{name}", "value": sign * value, "loss": val["loss"]}
+        state.best = {"epoch": state.epoch, "metric": f"val_{metric}", "value": sign * value, "loss": val["loss"]}
         job.run.event("best_update", **state.best)
-        # Before the last one: a run that dies in between finds itself one epoch earlier.
+        # Written before checkpoint_last.pth: a run that is killed in between resumes one epoch earlier.
         save_checkpoint(folder / BEST_NAME, state, job.identity)
     if config.save_checkpoints and config.save_every and state.epoch % config.save_every == 0:
         save_checkpoint(folder / f"checkpoint_ep{state.epoch:03d}.pth", state, job.identity)
@@ -8030,12 +8041,12 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
 
 
 def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
-    """See to it that checkpoint_best.pth is the best epoch that the state knows of, also when resumed from an older checkpoint.
+    """Make checkpoint_best.pth hold the best epoch in `state`, which may have been resumed from an older checkpoint.
 
-    Return what is known of that epoch, {} if its weights are gone. Raises UserError where no epoch is left to find better ones.
+    Returns `state.best`, or {} if the weights of that epoch are gone. Raises UserError if they are and no epoch is left to train.
     """
     path = job.run.path / BEST_NAME
-    if not state.best:  # the first epoch will write it
+    if not state.best:  # the first epoch will write the file
         return {}
     for candidate in sorted(list_checkpoints(job.run.path), key=lambda candidate: candidate != path):
         try:
@@ -8055,25 +8066,25 @@ def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
 
 
 def format_epoch(record: dict[str, Any], config: Config) -> str:
-    """Return the epoch's aligned line for train.log; where the device waits for data, it says what to change."""
+    """Return the epoch's aligned line for train.log; if the device waits for data, it ends with a remedy."""
     names = {"loss": "loss", "acc": "acc", "f1_macro": "F1", "auc_macro": "AUC", "proto_acc": "proto"}
     names["recall_at_1"] = "R@1"
 
-    def figures(split: str) -> str:
+    def format_split(split: str) -> str:
         values = [(name, record[split][key]) for key, name in names.items() if key in record[split]]
         return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
 
-    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {figures('train')}  |  val {figures('val')}"
+    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {format_split('train')}  |  val {format_split('val')}"
     for view, by_view in record.get("val_by_view", {}).items():
         line += f"  |  {view} acc {by_view['acc']:.3f} proto {by_view['proto_acc']:.3f}"
     rate, wait = record["pace"]["images_per_s"], record["pace"]["data_wait"]
     line += f"  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data"
     if wait <= MAX_DATA_WAIT:
         return line
-    reads_crops = config.pre_transforms or config.train_augmentations is not None  # squares would be of no use
+    needs_crops = config.pre_transforms or config.train_augmentations is not None  # which fitted squares cannot replace
     if config.cache_views:
         remedy = "put --out_dir on a faster disk"
-    elif not config.cache_crops and config.epochs > 1 and not reads_crops:
+    elif not config.cache_crops and config.epochs > 1 and not needs_crops:
         remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
     elif (workers := count_workers(config.workers)) < count_cores():
         remedy = f"raise --workers, {workers} of {count_cores()} cores"
