@@ -7953,10 +7953,7 @@ def save_state(job: Job, state: TrainState) -> None:
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record of an epoch and its metrics per class.
-
-    Raises UserError if no training image could be read, Diverged if the loss on val is not finite.
-    """
+    """Return an epoch's record and per-class metrics. Raises UserError without training images, Diverged for val's loss."""
     totals = state.tally.totals()
     names = job.records.class_names
     if not totals:
@@ -7979,10 +7976,7 @@ def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> t
 
 
 def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tuple[dict, dict, dict]:
-    """Score val with the classifier and by matching with training images.
-
-    Returns metrics, metrics per class, and metrics per view of the crops that --crop_mode mix shows both ways, else {}.
-    """
+    """Return val's metrics by the classifier and by matching with training images, per class, and per view for --crop_mode mix."""
     val = embed(model, features["val"])
     references = embed(model, features["train"])
     class_labels = np.arange(len(job.records.class_names))
@@ -7997,8 +7991,7 @@ def score_val(job: Job, model: Recognizer, features: dict[str, Embedded]) -> tup
     has_mask = job.records.has_mask[val.rows]
     by_view = {}
     if job.config.crop_mode == "mix" and has_mask.any():
-        for view, name in enumerate(VIEW_NAMES):
-            by_view[name] = score(val.take(has_mask & (val.views == view)))[0]
+        by_view = {name: score(val.take(has_mask & (val.views == view)))[0] for view, name in enumerate(VIEW_NAMES)}
     return *score(val), by_view
 
 
@@ -8088,10 +8081,10 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
         remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
     elif (workers := count_workers(config.workers)) < count_cores():
         remedy = f"raise --workers, {workers} of {count_cores()} cores"
+    elif config.trains_backbone:
+        remedy = "store smaller images, or add CPU cores"
     else:
-        remedy = (
-            "store smaller images, or add CPU cores" if config.trains_backbone else f"try --cache_views {CACHED_VIEWS}"
-        )
+        remedy = f"try --cache_views {CACHED_VIEWS}"
     return f"{line} ({remedy})"
 
 
@@ -8100,47 +8093,46 @@ def measure_baseline(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Score the untrained backbone on val and test: nearest centroid, nearest neighbour, and logistic regression on its features.
 
-    Training has to beat the one that is best on val. Of `cached` views, which training will see, there is a logistic regression
-    too. Of more than LOGREG_MAX_CLASSES classes there is none.
+    Training has to beat the baseline that is best on val. `cached` views, which training will see, add a second logistic
+    regression; above LOGREG_MAX_CLASSES classes there is no regression.
 
     Returns:
-        {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same of `nn1`, `logreg` and `logreg_views`}};
-        and `share_right` of what the best one answers to the test images.
+        {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same for `nn1`, `logreg` and `logreg_views`}};
+        and `share_right` of the best baseline's answers to the test images, {} without test.
     """
-    ways = simple_ways(job, features["train"], cached)
-    names = job.records.class_names
+    scorers = simple_ways(job, features["train"], cached)
     baseline: dict[str, dict[str, float]] = {split: {} for split in ("val", "test") if split in features}
-    for split, (name, score) in itertools.product(baseline, ways.items()):
-        _, figures, _ = classify(score, features[split].values, features[split].labels, names)
-        baseline[split] |= {f"{name}_{key}": value for key, value in figures.items()}
+    for split, (name, score) in itertools.product(baseline, scorers.items()):
+        _, metrics, _ = classify(score, features[split].values, features[split].labels, job.records.class_names)
+        baseline[split] |= {f"{name}_{key}": value for key, value in metrics.items()}
     if "test" not in features:
         return baseline, {}
     best, test = best_baseline(baseline["val"]), features["test"]
-    answers = best_answers(ways[best], test.values)[0]
+    answers = best_answers(scorers[best], test.values)[0]
     return baseline, share_right(job.records, test.rows, answers == test.labels)
 
 
 def simple_ways(job: Job, train: Embedded, cached: Embedded | None = None) -> dict[str, Scorer]:
-    """Return what makes logits (n, C) of features (n, F), by the names of BASELINE_NAMES, fitted on those of train."""
-    names, scale = job.records.class_names, job.config.arc_scale
+    """Fit the baselines on features of train; return a scorer, from features (n, F) to logits (n, C), by key of BASELINE_NAMES."""
+    num_classes, scale = len(job.records.class_names), job.config.arc_scale
     references = train._replace(values=unit_vectors(train.values))
-    centroids = class_centroids(references.values, references.labels, len(names))
-    nearest_reference = match_nearest(references, len(names))
-    ways: dict[str, Scorer] = {
+    centroids = class_centroids(references.values, references.labels, num_classes)
+    nearest_reference = match_nearest(references, num_classes)
+    scorers: dict[str, Scorer] = {
         "centroid": lambda features: scale * (unit_vectors(features) @ centroids.T),
         "nn1": lambda features: scale * nearest_reference.score(unit_vectors(features)),
     }
-    if len(names) <= LOGREG_MAX_CLASSES:
-        ways["logreg"] = score_by_regression(job, train)
+    if num_classes <= LOGREG_MAX_CLASSES:
+        scorers["logreg"] = score_by_regression(job, train)
         if cached is not None:
-            ways["logreg_views"] = score_by_regression(job, concatenate_embedded([train, cached]))
-    return ways
+            scorers["logreg_views"] = score_by_regression(job, concatenate_embedded([train, cached]))
+    return scorers
 
 
 def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str, Any]]:
-    """Return by path of a test image its nearest training image (`train`) and their `cosine`, where that is SAME_SESSION or more.
+    """Return for each test image (path) its nearest training image (`train`) and `cosine`, if SAME_SESSION or more, highest first.
 
-    Shots of one session, moved a little, are no duplicates to the scan; a model that has trained on one knows the other.
+    Slightly moved shots of one session are no duplicates to the scan, but a model trained on one knows the other.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -8152,30 +8144,30 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
     partners, cosines = best_answers(lambda block: block @ references.T, queries)
     sessions: dict[str, dict[str, Any]] = {}
     for i in np.argsort(cosines, kind="stable").tolist():
-        if cosines[i] >= SAME_SESSION:  # of two views the more similar one, which comes later
+        if cosines[i] >= SAME_SESSION:  # the more similar of two views comes later, and stays
             sessions[paths[test.rows[i]]] = {"train": paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
     return dict(reversed(sessions.items()))
 
 
 def best_baseline(figures: dict[str, float]) -> str:
-    """Return the name of the simple way, of those measured on a split, that is right most often."""
+    """Return the name of the baseline with the highest accuracy; `figures` are those of one split."""
     return max((name for name in BASELINE_NAMES if f"{name}_acc" in figures), key=lambda name: figures[f"{name}_acc"])
 
 
 def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
-    """Return by path the share of right answers to the views of an image; rows, is_right (n,) are those of the views."""
+    """Return the share of right answers over the views of each image, by path; `rows` and `is_right` (n,) are per view."""
     images, inverse = np.unique(rows, return_inverse=True)
     shares = np.bincount(inverse, weights=is_right) / np.bincount(inverse)
     return {records.paths[row]: share for row, share in zip(images.tolist(), shares.tolist(), strict=True)}
 
 
 def unit_vectors(values: np.ndarray) -> np.ndarray:
-    """Return vectors (n, F) of length 1."""
+    """Return the vectors (n, F) scaled to length 1."""
     return F.normalize(torch.from_numpy(values)).numpy()
 
 
 def score_by_regression(job: Job, features: Embedded) -> Scorer:
-    """Return what makes logits (n, C) of features by logistic regression on these, -inf for a class not among them."""
+    """Fit logistic regression on features; return the scorer, from features to logits (n, C), -inf for a class without features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -8184,46 +8176,46 @@ def score_by_regression(job: Job, features: Embedded) -> Scorer:
     chosen = np.sort(order[:LOGREG_MAX_IMAGES])
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged after 1000 rounds is a baseline still
+        warnings.simplefilter("ignore")  # a fit that has not converged in 1000 iterations is still a baseline
         classifier.fit(features.values[chosen], features.labels[chosen])
 
     def score(queries: np.ndarray) -> np.ndarray:
         scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
         logits = classifier.decision_function(queries)
-        of_two = logits.ndim == 1  # one column for both
-        scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if of_two else logits
+        is_binary = logits.ndim == 1  # sklearn returns one column for two classes
+        scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if is_binary else logits
         return scores
 
     return score
 
 
 class UnseenHead(NamedTuple):
-    """Answers of a head that was trained without some of the classes to all val and test crops."""
+    """Answers to all val and test crops by a head trained without some of the classes."""
 
-    scores: np.ndarray  # (Q,) on its `score_scale`
+    scores: np.ndarray  # (Q,) on `score_scale`
     is_right: np.ndarray  # (Q,) bool
-    has_passed: np.ndarray  # (Q,) bool, the answer reaches its threshold
-    is_unseen: np.ndarray  # (Q,) bool, the class is not one of its own
-    logits: np.ndarray  # (Q,) the largest of logistic regression on features, without the same classes
-    # By number of crops that enrol the others: the same scores, bool an enrolled class is answered, bool right; (DRAWS, Q) each.
+    has_passed: np.ndarray  # (Q,) bool, the score reaches the threshold of the answered class
+    is_unseen: np.ndarray  # (Q,) bool, the true class was left out
+    logits: np.ndarray  # (Q,) largest logit of logistic regression on features, without the same classes
+    # By number of crops that enrol each class left out: scores, bool the answer is an enrolled class, bool right; (DRAWS, Q) each.
     enrolled: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure what an embedding makes of classes that it was not trained on; {} twice where there are too few or too many images.
+    """Measure how an embedding handles classes that it was not trained on; ({}, {}) without test, or for too few or many images.
 
-    To hold classes out of the training itself would cost more runs. So heads of the same kind are trained on the clean features of
-    the untrained backbone, each without a fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allow. Matcher
-    and thresholds are chosen on val images of the others.
+    Holding classes out of the run itself would take more runs. Instead, heads of the same kind are trained on the clean features of
+    the untrained backbone, each without one fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allows. Matcher
+    and thresholds are chosen on val images of the known classes, i.e. those that a head was trained on.
 
     Returns:
-        Figures. classes: those left out; images: how many val and test images of them; known_acc: accuracy on test images of the
-        others; unknown_passed: share of test images of those left out that get a class, as {value, interval}; open_set: auroc and
-        fpr95 of telling them from the others, and `others` by other ways; ece and `reliability` on test of probabilities that
-        are fitted on val, with the strangers of the other heads; enrolment: see `measure_enrolment`.
+        Metrics. classes: those left out; images: the number of their val and test images; known_acc: accuracy on test images of
+        known classes; unknown_passed: share of test images of left-out classes that get a class, as {value, interval}; open_set:
+        auroc and fpr95 of telling left-out from known classes, and the same by other methods in `others`; ece and `reliability`: on
+        test, of probabilities fitted on val with the strangers of the other heads; enrolment: see `measure_enrolment`.
 
-        And for `calibrate`: strangers, quantiles of their val scores on `score_scale`; enrolled, by number of crops: scores on it
-        and is_right of `answers_of_enrolled`, and the figures at the target_precision.
+        Data for `calibrate`. strangers: quantiles of their val scores on `score_scale`; enrolled: by number of crops, the scores on
+        that scale and is_right of `answers_of_enrolled`, and the metrics at the target precision.
     """
     names, train = job.records.class_names, features["train"]
     folds = np.random.default_rng((job.config.seed, 9)).permutation(len(names)) % UNSEEN_FOLDS
@@ -8234,20 +8226,18 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     queries = concatenate_embedded([features["val"], features["test"]])
     is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
     heads = [answer_unseen(job, train, queries, is_test, np.flatnonzero(folds == fold)) for fold in range(num_folds)]
-    which = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]
-    open_set, by_regression = (
-        tell_unknown(queries.rows, [(scores, *parts) for scores, parts in zip(of_heads, which, strict=True)])
-        for of_heads in ([head.scores for head in heads], [head.logits for head in heads])
-    )
+    masks = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]  # known, unknown
+    open_set = tell_unknown(queries.rows, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
+    by_regression = tell_unknown(queries.rows, [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)])
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
-    judged = []
-    for head, of_others in zip(heads, but_own(strangers), strict=True):
-        is_val = ~head.is_unseen & ~is_test
-        slope, intercept = fit_log_odds(head.scores[is_val], head.is_right[is_val], np.concatenate(of_others))
+    columns_of_heads = []
+    for head, other_strangers in zip(heads, leave_one_out(strangers), strict=True):
+        is_val = ~head.is_unseen & ~is_test  # of known classes
+        slope, intercept = fit_log_odds(head.scores[is_val], head.is_right[is_val], np.concatenate(other_strangers))
         probability = scipy.special.expit(slope * head.scores + intercept)
-        judged.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
-    bins = reliability(*map(np.concatenate, zip(*judged, strict=True)))
+        columns_of_heads.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
+    bins = reliability(*map(np.concatenate, zip(*columns_of_heads, strict=True)))
     enrolment = [measure_enrolment(heads, is_test, count, job.config.target_precision) for count in ENROLMENT_CROPS]
     evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
@@ -8265,84 +8255,85 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     }, {
         "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, STRANGER_QUANTILES)).tolist(),
         "enrolled": {
-            str(at["crops"]): {"scores": scores.tolist(), "is_right": is_right.tolist(), "figures": at}
-            for at, (scores, is_right) in zip(enrolment, evidence, strict=True)
+            str(metrics["crops"]): {"scores": scores.tolist(), "is_right": is_right.tolist(), "figures": metrics}
+            for metrics, (scores, is_right) in zip(enrolment, evidence, strict=True)
         },
     }
 
 
-def but_own(of_heads: list[Any]) -> list[list[Any]]:
-    """Return for each head what the others have, which is all that may be known of its classes; its own if it is the only one."""
-    return [of_heads[:i] + of_heads[i + 1 :] or of_heads for i in range(len(of_heads))]
+def leave_one_out(items: list[Any]) -> list[list[Any]]:
+    """Return for each item the list of all others, or of itself if it is alone: a head is calibrated on those of other heads."""
+    return [items[:i] + items[i + 1 :] or items for i in range(len(items))]
 
 
 def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndarray, unseen: np.ndarray) -> UnseenHead:
-    """Train a head without some classes, and have its gallery answer to the features of val and test, before and after enrolment.
+    """Train a head without the `unseen` classes, and let its gallery answer the val and test queries, before and after enrolment.
 
-    `is_test` bool (Q,) says which of the queries are of test; the others are of val. `unseen` are labels int64 (U,).
+    `is_test` bool (Q,) marks the queries of test, the others are of val; `unseen` are labels, int64 (U,).
     """
     names, config = job.records.class_names, job.config
     seen = np.setdiff1d(np.arange(len(names)), unseen)
     model = train_without(job, train, seen)
     is_unseen = np.isin(queries.labels, unseen)
-    number = np.empty(len(names), np.int64)  # of a class in the gallery
-    number[np.append(seen, unseen)] = np.arange(len(names))
-    labels = number[queries.labels]
-    train = train._replace(labels=number[train.labels])
-    of_seen = train.labels < len(seen)
-    chosen = first_of_each_class(np.flatnonzero(of_seen), train.labels, UNSEEN_REFS_PER_CLASS)
-    is_val = ~is_unseen & ~is_test
+    new_labels = np.empty(len(names), np.int64)  # in the gallery: seen classes first
+    new_labels[np.append(seen, unseen)] = np.arange(len(names))
+    labels = new_labels[queries.labels]
+    train = train._replace(labels=new_labels[train.labels])
+    is_seen = train.labels < len(seen)
+    reference_rows = first_of_each_class(np.flatnonzero(is_seen), train.labels, UNSEEN_REFS_PER_CLASS)
+    is_known_val = ~is_unseen & ~is_test
     gallery, _ = export_gallery(
         model,
         dataclasses.replace(job.records, class_names=tuple(names[label] for label in seen.tolist())),
-        {"train": train.take(chosen), "val": queries._replace(labels=labels).take(is_val)},
+        {"train": train.take(reference_rows), "val": queries._replace(labels=labels).take(is_known_val)},
         dataclasses.replace(config, prototypes_per_class="1"),
         {},
     )
     references, answered = (gallery.fusion.fuse(values, embed(model, values)) for values in (train, queries))
     answers, best = gallery.answer(answered.values)
-    middle, spread = score_scale(best[is_val])
-    middle_then, spread_then = score_scale(match_by_centroid(gallery).answer(answered.values)[1][is_val])
+    middle, spread = score_scale(best[is_known_val])
+    # With enrolled classes, a gallery matches by centroid.
+    middle_after, spread_after = score_scale(match_by_centroid(gallery).answer(answered.values)[1][is_known_val])
     enrolled = {}
     for num_crops in ENROLMENT_CROPS:
         draws = []
         for draw in range(ENROLMENT_DRAWS):
             rng = np.random.default_rng((config.seed, 9, num_crops, draw))
-            crops = [rng.permutation(np.flatnonzero(train.labels == label))[:num_crops] for label in number[unseen]]
+            crops = [rng.permutation(np.flatnonzero(train.labels == label))[:num_crops] for label in new_labels[unseen]]
             added = references.take(np.concatenate(crops))
             added = added._replace(rows=np.arange(len(added.rows)), labels=added.labels - len(seen))
-            grown = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
-            new_answers, new_best = grown.answer(answered.values)
-            draws.append(((new_best - middle_then) / spread_then, new_answers >= len(seen), new_answers == labels))
+            enlarged = enrol(gallery, added, [names[label] for label in unseen.tolist()], [""] * len(added.rows))
+            new_answers, new_best = enlarged.answer(answered.values)
+            draws.append(((new_best - middle_after) / spread_after, new_answers >= len(seen), new_answers == labels))
         enrolled[num_crops] = tuple(map(np.stack, zip(*draws, strict=True)))
-    logits = score_by_regression(job, train.take(of_seen))(queries.values).max(axis=1)
+    logits = score_by_regression(job, train.take(is_seen))(queries.values).max(axis=1)
     has_passed = best >= gallery.thresholds[answers]
     return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
 
 
 def answers_of_enrolled(heads: list[UnseenHead], is_test: np.ndarray, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return score and whether it is right, (N,) both, of each answer to a val image that is an enrolled class."""
+    """Return scores and is_right, (N,) both, of up to ENROLMENT_ANSWERS answers to val images that name an enrolled class."""
     enrolled = [head.enrolled[num_crops] for head in heads]
     answers = [(scores[is_new & ~is_test], is_right[is_new & ~is_test]) for scores, is_new, is_right in enrolled]
     scores, is_right = map(np.concatenate, zip(*answers, strict=True))
-    few = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
-    return scores[few].astype(np.float32), is_right[few]
+    positions = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
+    return scores[positions].astype(np.float32), is_right[positions]
 
 
 def measure_enrolment(
     heads: list[UnseenHead], is_test: np.ndarray, num_crops: int, target_precision: float
 ) -> dict[str, Any]:
-    """Return what classes are worth that are enrolled from a number of crops, means over heads and draws.
+    """Measure how well classes are recognised that are enrolled from `num_crops` crops each, as means over heads and draws.
 
     Returns:
-        crops, target_precision; accuracy of val and test images of the enrolled classes (`new`), of test images of the others
-        afterwards (`old`) and `before`; and on test, each head with the threshold at which val images of the others promise that
-        precision: how many answers are an enrolled class (`answers`, of one draw), the share of them that is right (`precision`),
-        and the share of the enrolled classes' images that is found so (`recall`).
+        crops, target_precision; accuracy on val and test images of the enrolled classes (`new`), and on test images of the other
+        classes after enrolment (`old`) and `before`. On test, at the threshold that val images of the other heads set for the
+        target precision: the number of answers per draw that name an enrolled class (`answers`), the share of them that is right
+        (`precision`), and the share of the enrolled classes' images that get such a right answer (`recall`).
     """
     figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall", "precision")}
-    for head, others in zip(heads, but_own(heads), strict=True):
-        threshold = precision_threshold(*answers_of_enrolled(others, is_test, num_crops), target_precision)
+    for head, other_heads in zip(heads, leave_one_out(heads), strict=True):
+        threshold = precision_threshold(*answers_of_enrolled(other_heads, is_test, num_crops), target_precision)
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
             has_passed = is_test & is_new & (scores >= threshold)
@@ -8361,7 +8352,7 @@ def measure_enrolment(
 
 
 def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
-    """Return a head trained on the features of some of the classes, as the run trains its own, but on clean views alone."""
+    """Return a head trained on the features of the `seen` classes, as the run trains its head, but on clean views only."""
     config = dataclasses.replace(
         job.config, freeze_backbone=True, unfreeze_blocks=0, lora_rank=0, ema_decay=0.0, mixing="none", compile=False
     )
@@ -8396,16 +8387,16 @@ BASELINE_NAMES = {
 def judge_training(
     baseline: dict[str, dict[str, float]], frozen_right: dict[str, float], trained_right: dict[str, float]
 ) -> dict[str, Any]:
-    """Compare what training and the best frozen baseline of val make of the same test images, `share_right` of both.
+    """Compare the trained model with the best frozen baseline of val on the same test images, given `share_right` of both.
 
-    The word is decided by the sign test over the images that the two answer differently (McNemar's, exact); the interval of the
-    gain is that of images drawn with replacement.
+    The verdict follows the sign test over the images that the two answer differently (McNemar's, exact); the interval of the gain
+    is over images drawn with replacement.
     """
     from scipy.stats import binomtest
 
     name = best_baseline(baseline["val"])
     common = sorted(frozen_right.keys() & trained_right.keys())
-    if not common:  # other files are there than when training began
+    if not common:  # the files have changed since training began
         verdict = "no verdict: none of these test images was answered by the frozen backbone"
         return {"baseline": {"name": name, "acc": None}, "verdict": verdict}
     pairs = np.array([(trained_right[path], frozen_right[path]) for path in common])
@@ -8414,15 +8405,15 @@ def judge_training(
     p_value = binomtest(num_better, num_better + num_worse).pvalue if num_better + num_worse else 1.0
     gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
     low, high = (100 * bound for bound in gain["interval"])
-    word = "no measurable difference"
+    outcome = "no measurable difference"
+    caveat = ""
     if p_value < SIGNIFICANCE:
-        word = "training helped" if gain["value"] > 0 else "training hurt"
+        outcome = "training helped" if gain["value"] > 0 else "training hurt"
+    elif not low <= 0 <= high:
+        caveat = f"; the sign test, which decides, has p = {p_value:.2f}"
     trained, frozen = pairs.mean(axis=0).tolist()
-    verdict = f"{word}: prototype matching {trained:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"
-    doubt = ""
-    if p_value >= SIGNIFICANCE and not low <= 0 <= high:
-        doubt = f"; the sign test, which decides, has p = {p_value:.2f}"
-    verdict += f" ({100 * gain['value']:+.1f} points, {low:+.1f} to {high:+.1f}, on {len(common)} test images{doubt})"
+    verdict = f"{outcome}: prototype matching {trained:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"
+    verdict += f" ({100 * gain['value']:+.1f} points, {low:+.1f} to {high:+.1f}, on {len(common)} test images{caveat})"
     return {"baseline": {"name": name, "acc": frozen}, "gain": gain, "p_value": p_value, "verdict": verdict}
 
 
