@@ -7502,12 +7502,11 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
     if writer.failure is not None or (missing and not count):
         reason = f": {writer.failure}" if writer.failure else ""
         run.log(f"warning: no room to keep decoded crops in {run.path}{reason}: they are decoded each epoch")
-        return None
-    if not count:
-        return None
-    megabytes = writer.path.stat().st_size / 1e6
-    run.log(f"decoded crops are kept on disk while the run lasts: {count:,}, {megabytes:,.1f} MB (--cache_crops)")
-    return SquareStore(writer.path, records, places, side)
+    elif count:
+        megabytes = writer.path.stat().st_size / 1e6
+        run.log(f"decoded crops are kept on disk while the run lasts: {count:,}, {megabytes:,.1f} MB (--cache_crops)")
+        return SquareStore(writer.path, records, places, side)
+    return None
 
 
 def list_reused_crops(job: Job) -> list[tuple[int, int]]:
@@ -7942,7 +7941,7 @@ def mixed_loss(
 def check_finite(job: Job, state: TrainState) -> None:
     """Check that the losses since the last check are finite; waits for the device. Raises Diverged, naming the first bad step."""
     steps_ago = state.tally.fetch()
-    if steps_ago is not None and get_rank() == 0:  # other ranks compute the same loss
+    if steps_ago is not None and get_rank() == 0:  # the loss is the same on every rank
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
 
@@ -8009,7 +8008,7 @@ def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np
 
 
 def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> float:
-    """Return the share of queries whose nearest of `vectors` (n, D), with `labels` (n,), has their label."""
+    """Return the share of queries whose nearest vector has the same label; `vectors` are (n, D), their `labels` (n,)."""
     nearest = reduce_scores(lambda block: block @ vectors.T, queries.values, lambda cosine, _: (cosine.argmax(axis=1),))
     return float((labels[nearest[0]] == queries.labels).mean())
 
@@ -8060,8 +8059,7 @@ def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
 
 def format_epoch(record: dict[str, Any], config: Config) -> str:
     """Return the epoch's aligned line for train.log; if the device waits for data, it ends with a remedy."""
-    names = {"loss": "loss", "acc": "acc", "f1_macro": "F1", "auc_macro": "AUC", "proto_acc": "proto"}
-    names["recall_at_1"] = "R@1"
+    names = dict(loss="loss", acc="acc", f1_macro="F1", auc_macro="AUC", proto_acc="proto", recall_at_1="R@1")
 
     def format_split(split: str) -> str:
         values = [(name, record[split][key]) for key, name in names.items() if key in record[split]]
@@ -8149,9 +8147,9 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
     return dict(reversed(sessions.items()))
 
 
-def best_baseline(figures: dict[str, float]) -> str:
-    """Return the name of the baseline with the highest accuracy; `figures` are those of one split."""
-    return max((name for name in BASELINE_NAMES if f"{name}_acc" in figures), key=lambda name: figures[f"{name}_acc"])
+def best_baseline(metrics: dict[str, float]) -> str:
+    """Return the name of the baseline with the highest accuracy; `metrics` are those of one split."""
+    return max((name for name in BASELINE_NAMES if f"{name}_acc" in metrics), key=lambda name: metrics[f"{name}_acc"])
 
 
 def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
@@ -8262,7 +8260,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
 
 
 def leave_one_out(items: list[Any]) -> list[list[Any]]:
-    """Return for each item the list of all others, or of itself if it is alone: a head is calibrated on those of other heads."""
+    """Return for each item the list of all others, or of itself if it is alone: each head is calibrated on data of other heads."""
     return [items[:i] + items[i + 1 :] or items for i in range(len(items))]
 
 
@@ -8389,8 +8387,7 @@ def judge_training(
 ) -> dict[str, Any]:
     """Compare the trained model with the best frozen baseline of val on the same test images, given `share_right` of both.
 
-    The verdict follows the sign test over the images that the two answer differently (McNemar's, exact); the interval of the gain
-    is over images drawn with replacement.
+    The verdict is McNemar's exact sign test on images answered differently; the gain's interval is a bootstrap over images.
     """
     from scipy.stats import binomtest
 
