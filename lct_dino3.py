@@ -1249,10 +1249,10 @@ if __name__ == "__main__":
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
         with contextlib.redirect_stdout(None) if IS_OTHER_RANK else contextlib.nullcontext():  # print --help once
-            COMMAND_LINE = parse_command_line(sys.argv[1:])
-        # With --debug, `main` makes the same checks and shows a traceback. Only rank 0 needs to report.
-        if not COMMAND_LINE.debug and not IS_OTHER_RANK:
-            (check_paths if isinstance(COMMAND_LINE, Config) else check_given)(COMMAND_LINE)
+            _options = parse_command_line(sys.argv[1:])
+        # With --debug, `main` makes the same checks and shows a traceback. Only rank 0 needs to report; `main` parses again.
+        if not _options.debug and not IS_OTHER_RANK:
+            (check_paths if isinstance(_options, Config) else check_given)(_options)
     except UserError as _error:
         if not IS_OTHER_RANK:
             sys.exit(print(f"error: {_error}", file=sys.stderr) or EXIT_USER)
@@ -8141,10 +8141,11 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
     references, queries = (unit_vectors(scaler.transform(split.values).astype(np.float32)) for split in (train, test))
     partners, cosines = best_answers(lambda block: block @ references.T, queries)
     sessions: dict[str, dict[str, Any]] = {}
-    for i in np.argsort(cosines, kind="stable").tolist():
-        if cosines[i] >= SAME_SESSION:  # the more similar of two views comes later, and stays
-            sessions[paths[test.rows[i]]] = {"train": paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
-    return dict(reversed(sessions.items()))
+    for i in np.argsort(-cosines, kind="stable").tolist():
+        if cosines[i] >= SAME_SESSION:  # of two views of an image the more similar one comes first, and stays
+            pair = {"train": paths[train.rows[partners[i]]], "cosine": float(cosines[i])}
+            sessions.setdefault(paths[test.rows[i]], pair)
+    return sessions
 
 
 def best_baseline(metrics: dict[str, float]) -> str:
@@ -9090,7 +9091,7 @@ RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prot
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the script and return the exit code."""
     return run_recipe(
-        lambda: COMMAND_LINE if argv is None else parse_command_line(argv),
+        lambda: parse_command_line(sys.argv[1:] if argv is None else argv),
         lambda options: RECIPES[options.command](options),
         is_shared=True,
     )

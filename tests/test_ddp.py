@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPO, SCRIPT, make_dataset
 from killing import Nursery, differences, do, fail, kill
 from timm.layers import BatchNormAct2d
@@ -296,6 +297,23 @@ def test_a_process_that_ends_amid_a_step_is_no_bug(nursery: Nursery, data: Path,
     ends = nursery.run_team("--data_root", data, "--out_dir", tmp_path / "run", *FINE_TUNED, ranks=ranks)
     assert [code for code, _ in ends] == [2, -9], ends
     assert "another process" in one_message(ends)
+
+
+def test_what_only_another_machine_lacks_is_said_there(data: Path, tmp_path: Path) -> None:
+    """As the config file that all processes are given."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    lines = (tmp_path / "there.yaml", tmp_path / "missing.yaml")
+    lines[0].write_text("seed: 1\n")
+    processes = []
+    for rank, path in enumerate(lines):
+        command = [sys.executable, SCRIPT, "scan", "--config", path, "--data_root", data, "--out_dir", tmp_path / "run"]
+        of_rank = {**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": "0"}
+        processes.append(subprocess.Popen(command, env=of_rank, stderr=subprocess.PIPE, text=True, cwd=REPO))
+    texts = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[1].returncode == 2 and texts[1].startswith("error: ") and "missing.yaml" in texts[1], texts
+    assert "Traceback" not in "".join(texts)
 
 
 def start_torchrun(*argv: object) -> subprocess.Popen[str]:

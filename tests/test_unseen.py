@@ -116,6 +116,11 @@ def test_shots_of_one_session_are_found_across_the_split() -> None:
     assert len(found) == (best >= 0.8).sum() < 15
     cosines = [pair["cosine"] for pair in found.values()]
     assert cosines == sorted(cosines, reverse=True) == pytest.approx(np.sort(best[best >= 0.8])[::-1], abs=1e-5)
+    noisy = test._replace(values=test.values + 60 * rng.normal(size=test.values.shape).astype(np.float32))
+    of_two_views = lct.find_sessions(job, {"train": train, "test": lct.concatenate_embedded([noisy, test])})
+    cosines = [pair["cosine"] for pair in of_two_views.values()]
+    assert cosines == sorted(cosines, reverse=True)
+    assert all(of_two_views[path]["cosine"] >= pair["cosine"] for path, pair in found.items())
     assert lct.find_sessions(job, {"train": train}) == {}
 
 
