@@ -3248,20 +3248,20 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
 # ======================================================================================================================
 # 06  MASKS
 # ======================================================================================================================
-# Which pixels of a crop are the object: masks and cutouts are found, checked, read and applied. Raises UserError where
-# masks are asked for and there are none; a mask that cannot be used is refused by name and reason.
+# Masks and cutouts tell which pixels of a crop are the object. This section finds, checks, reads and applies them. Raises
+# UserError if masks are requested and none is usable; the report lists each refused mask with its path and reason.
 MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("digest", "<u8"), ("broken", "?")])
 
 
 def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
-    """Read a mask, or the alpha of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
+    """Read a mask, or the alpha channel of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
     return decode_mask(read_file(path), is_alpha)
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode the bytes of a mask, or of a file whose alpha is the mask, upright, as bool (H, W). Raises ImageError.
+    """Decode a mask, or the alpha channel that is one, as bool (H, W), with its EXIF orientation applied. Raises ImageError.
 
-    Where MASK_LEVEL does not tell the object, what is opaque or, of zero and one other value, what is not zero is the object.
+    Pixels above MASK_LEVEL are the object; if all or none are: the opaque pixels, or the non-zero ones of zero and one other value.
     """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
@@ -3272,31 +3272,31 @@ def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
         if is_alpha:
             return alpha
         is_gray = upright.mode in ("1", "L")
-        levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in colours
+        levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in any colour
         mask = levels > MASK_LEVEL
-        if alpha is not None and 0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1):  # one colour, drawn on nothing
+        if alpha is not None and 0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1):  # object on transparent ground
             return alpha
-        values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette entries, more than 8 bits
+        values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette indices, or more than 8 bits
         distinct = np.unique(values).tolist()
-        some = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+        listed = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
         if mask.mean() in (0, 1):
             if len(distinct) == 2 and distinct[0] == 0:
                 return values != 0
             problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
-            raise ImageError(f"{problem}, and of its values {some} none is plainly the object")
+            raise ImageError(f"{problem}, and of its values {listed} none is plainly the object")
         if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
-            problem = f"its values are {some}, as of a label and of what is to be ignored"
+            problem = f"its values are {listed}, as of a label and of what is to be ignored"
             raise ImageError(f"{problem}: write 0 and 255 alone")
         return mask
 
 
 def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
-    """Say whether it is the alpha of a file that counts: cutouts, and crops that bring their own."""
+    """Return whether the mask in this file is its alpha channel: in cutouts, and in crops with an alpha channel."""
     return Path(path).parent.name != masks_dirname
 
 
 def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
-    """Decode one mask and describe it: a MASK_DTYPE scalar, and the reason why it cannot be used or ''."""
+    """Decode one mask; return its MASK_DTYPE row, and the reason why it cannot be used or ''."""
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
         data = read_file(path)
@@ -3312,14 +3312,14 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and why others are refused, by path."""
+    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and the reason for refusal by path."""
     listing = Listing()
     roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
     for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
         if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
             listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
-    others = [path for path in listing.paths if not path.lower().endswith(".png")]
-    refused = dict(listing.problems) | dict.fromkeys(others, "is no PNG")
+    non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
+    refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
     return {_mask_key(path): path for path in listing.paths if path not in refused}, refused
 
 
@@ -3328,24 +3328,24 @@ def _mask_key(path: str) -> str:
 
 
 def mask_names(config: Config, path: str) -> list[str]:
-    """Return where the mask of a crop may lie, as `_mask_key`s, best first: cutouts before masks, data_root before --masks_out.
+    """Return the `_mask_key`s that a crop's mask may have, best first: cutouts before masks, data_root before --masks_out.
 
-    `<file name>_mask.png` and COLMAP's `<file name>.png` tell apart crops that differ in their suffix only.
+    `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops that differ only in their suffix.
     """
     folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
     stem = name.rsplit(".", 1)[0]
-    inside = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    inside += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
+    candidates = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
+    candidates += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
     roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    return [_mask_key(f"{root}{folder}/{item}") for root in roots for item in inside]
+    return [_mask_key(f"{root}{folder}/{candidate}") for root in roots for candidate in candidates]
 
 
 def attach_masks(scan: Scan, config: Config) -> Scan:
-    """Give every record its mask, the first usable one of `mask_names`; each is looked at once, like the images."""
+    """Return the scan with a mask for each record: the first usable one of `mask_names`. Files are checked once, as images are."""
     records, listing = scan.records, scan.listing
     folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
     files, refused = list_mask_files(config, folders)
-    choices: dict[str, list[str]] = {}  # of every image, also those that are broken or left out
+    choices: dict[str, list[str]] = {}  # masks by image, broken and excluded images included
     for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
     refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
@@ -3355,12 +3355,12 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    look = functools.partial(check_mask, config.masks_dirname)
-    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, look)
+    check = functools.partial(check_mask, config.masks_dirname)
+    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, check)
     health = check_files(config.data_root, paths, kind, scan.memory)
-    row_of, masks = dict(zip(paths, health.rows, strict=True)), []
+    mask_rows, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
-        reasons = {mask: health.reasons.get(mask) or _misfit(row_of[mask], crops[path]) for mask in choices[path]}
+        reasons = {mask: health.reasons.get(mask) or _misfit(mask_rows[mask], crops[path]) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
     log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
@@ -3384,14 +3384,13 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         "classes": classes,
     }
     report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
-    contents = {path: row_of[path]["digest"] for path in masks if path}
-    masks_hash = fingerprint(contents) if contents else ""
-    records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=masks_hash)
+    digests = {path: mask_rows[path]["digest"] for path in masks if path}
+    records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=fingerprint(digests) if digests else "")
     return dataclasses.replace(scan, records=records, report=report, mask_health=health)
 
 
 def _misfit(mask: np.void, crop: np.void) -> str:
-    """Return why a mask does not fit its crop, or ''."""
+    """Return '' if a mask has the aspect ratio of its crop, the problem otherwise."""
     width, height, crop_width, crop_height = (int(row[side]) for row in (mask, crop) for side in ("width", "height"))
     if abs(width * crop_height - height * crop_width) <= MASK_ASPECT_TOLERANCE * height * crop_width:
         return ""
@@ -3399,13 +3398,13 @@ def _misfit(mask: np.void, crop: np.void) -> str:
 
 
 def read_mask_log(out_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each crop in masks.jsonl, in which tools/masks.py remembers what it tried."""
+    """Return the newest record of each crop in masks.jsonl, the log of tools/masks.py."""
     records = read_records(out_dir / MASK_LOG_NAME, {**dict.fromkeys(MASK_RECORD_KEYS, object), "path": str})
     return {record["path"]: {key: record[key] for key in MASK_RECORD_KEYS} for record in records}
 
 
 def check_masks_usable(scan: Scan, config: Config) -> None:
-    """Refuse --crop_mode mask and mix where no crop has a usable mask."""
+    """Check that some crop has a usable mask if --crop_mode needs masks. Raises UserError."""
     if config.crop_mode == "bbox" or scan.records.has_mask.any():
         return
     refused = scan.report["masks"]["refused"]
@@ -3415,11 +3414,12 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read a crop, uint8 (H, W, 3), and, for the masked view, its mask, uint8 (H, W) with 255 for the object, or None.
+    """Read a crop, uint8 (H, W, 3), and for the masked view its mask, uint8 (H, W) with 255 for the object, else None.
 
-    Third comes the reason why a mask that was there at the scan cannot be had, or ''. Raises ImageError for the crop itself.
+    The third value is the reason why a mask of the scan can no longer be read, or ''. Raises ImageError for the crop itself.
     """
-    image, mask_path = load_image(records.root / records.paths[row], records.image_bits), records.mask_of(row, view)
+    image = load_image(records.root / records.paths[row], records.image_bits)
+    mask_path = records.mask_of(row, view)
     if not mask_path:
         return image, None, ""
     try:
@@ -3435,50 +3435,47 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
 class Fill(NamedTuple):
     """What replaces the background of a masked crop."""
 
-    kind: str  # as --mask_fill has it
-    colour: tuple[int, int, int]  # RGB; random has one of its own for each training sample, and this one otherwise
+    kind: str  # a choice of --mask_fill
+    colour: tuple[int, int, int]  # RGB; `random` draws one for each training sample instead
 
 
 def make_fill(config: Config, mean: Sequence[float]) -> Fill:
-    """Return the fill that --mask_fill asks for; `mean` is the one that the model subtracts, in 0..1."""
+    """Return the fill for --mask_fill; `mean` is the RGB mean that the model subtracts, in 0..1."""
     colours = {"black": (0, 0, 0), "mean": tuple(round(255 * value) for value in mean)}
     return Fill(config.mask_fill, colours.get(config.mask_fill, (PADDING_GRAY,) * 3))
 
 
 def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int | None) -> np.ndarray:
-    """Return a copy of the image (H, W, 3) whose pixels outside the mask, uint8 (H, W), are replaced.
-
-    `seed` is that of the colour that `random` draws in training; None in evaluation.
-    """
+    """Copy an image (H, W, 3) and fill it outside the mask, uint8 (H, W). `seed` draws a `random` colour; None in evaluation."""
     if fill.kind == "keep":
         return image.copy()
     is_object = (mask > MASK_LEVEL).view(np.uint8)
-    if fill.kind == "blur":  # each pixel's mean over the background around it; the object's colours take no part in it
-        side = (max(3, image.shape[1] // 4), max(3, image.shape[0] // 4))
+    if fill.kind == "blur":  # mean of the background pixels nearby; the object's colours do not enter
+        kernel_size = (max(3, image.shape[1] // 4), max(3, image.shape[0] // 4))
         weight = (is_object == 0).astype(np.float32)
-        total = cv2.blur(image * weight[:, :, None], side)
-        mean = total / np.maximum(cv2.blur(weight, side), 1e-6)[:, :, None]
-        behind = np.rint(mean).clip(0, 255).astype(np.uint8)
+        total = cv2.blur(image * weight[:, :, None], kernel_size)
+        mean = total / np.maximum(cv2.blur(weight, kernel_size), 1e-6)[:, :, None]
+        background = np.rint(mean).clip(0, 255).astype(np.uint8)
     else:
-        behind = np.empty_like(image)
-        behind[:] = fill.colour
+        colour = fill.colour
         if fill.kind == "random" and seed is not None:
-            behind[:] = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
-    return cv2.copyTo(image, is_object, behind)  # 20 times as fast as indexing by a boolean array
+            colour = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
+        background = np.full_like(image, colour)
+    return cv2.copyTo(image, is_object, background)  # 20 times as fast as indexing with a boolean array
 
 
 # ======================================================================================================================
 # 07  AUGMENTATION
 # ======================================================================================================================
-# (image, mask, seed) -> uint8 image, and images of a batch -> mixed images. Nothing global: randomness is a function of seeds
-# alone. Raises UserError for lists of transforms and folders of backgrounds that cannot be used.
+# Turns (image, mask, seed) into a uint8 model input, and mixes the images of a batch. No global state: all randomness follows
+# from seeds. Raises UserError for lists of transforms and folders of backgrounds that cannot be used.
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
-POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision
-POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # what the device does anyway
-# What people write for albumentations 1, where version 2 has the same under another name; a value is taken as it is ...
+POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # torchvision's class names
+POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")  # operations that move the mask, too
+DEVICE_TRANSFORMS = ("normalize", "totensor", "totensorv2")  # the device does these in any case
+# Arguments of albumentations 1 that version 2 has under another name: the value is passed on unchanged ...
 RENAMED_ARGUMENTS = {"value": "fill", "mask_value": "fill_mask", "fill_value": "fill", "mask_fill_value": "fill_mask"}
-# ... or two of them make a range, which begins where it ends if the lower one is not given.
+# ... or two arguments became one range; a missing lower bound is set to the upper one.
 RANGE_ARGUMENTS = {
     "num_holes_range": ("min_holes", "max_holes"),
     "hole_height_range": ("min_height", "max_height"),
@@ -3490,24 +3487,22 @@ RANGE_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Transform:
-    """Makes a crop a square model input: gray letterbox, in training followed by augmentation; or by lists of transforms."""
+    """Turns a crop into a square model input: gray letterbox and, in training, augmentation, or the given lists of transforms."""
 
     img_size: int
-    fill: Fill  # replaces what is outside the mask, padding included (but for blur)
-    looks: Any = None  # albumentations.Compose of the changes of colour; None = no built-in augmentation
-    is_training: bool = False  # what is random may be so
-    # Of --pre_transforms; called with image and mask, a step gives both; `set_random_state` comes first.
-    pre_steps: tuple[Any, ...] = ()
-    list_steps: tuple[Any, ...] | None = None  # stand for the built-in augmentation; None = it is wanted
+    fill: Fill  # replaces the pixels outside the mask, and with a mask the padding too (except for blur)
+    looks: Any = None  # albumentations.Compose of colour changes; None = no built-in augmentation
+    is_training: bool = False  # augmentation and random fills are on
+    pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; step(image=, mask=) -> dict of both, after set_random_state
+    list_steps: tuple[Any, ...] | None = None  # replace the built-in augmentation; None = no such list is given
     post_steps: tuple[Any, ...] = ()  # of --post_transforms
-    shows_mask: bool = False  # as a fourth channel
+    shows_mask: bool = False  # the mask is returned as a fourth channel
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return uint8 (img_size, img_size, 3), or 4 with the mask as the last of them: all 255 where there is none.
+        """Return the model input, uint8 (img_size, img_size, 3), or 4 channels with the mask last, 255 everywhere without a mask.
 
-        The mask, uint8 (H, W), is above MASK_LEVEL for the object, None for the crop as it is. Both move together; colours change
-        last, and only those of the object. `augmented` False leaves the augmentation out, but not what stands before and after it.
-        Raises ImageError where a transform of a list cannot be applied.
+        The mask, uint8 (H, W), is above MASK_LEVEL on the object and moves with the image; colours change last, on the object only.
+        `augmented` False skips the augmentation, but not pre- and post-transforms. Raises ImageError if a listed transform fails.
         """
         image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
         if self.list_steps is None:
@@ -3517,37 +3512,37 @@ class Transform:
         return self._complete(image, mask, seed)
 
     def repeats(self, is_masked: bool) -> bool:
-        """Say whether a sample is `finish` of `make_square` of the crop as it is, and that square the same for every seed."""
+        """Return whether a sample is `finish(make_square(crop))` with a square that is the same for every seed."""
         if self.list_steps is not None or self.pre_steps:
             return False
         return not (is_masked and self.is_training and self.fill.kind == "random")
 
     def make_square(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
-        """Return the fitted crop, uint8 (img_size, img_size, 3); of a crop with a mask its mask is the fourth channel."""
+        """Return the fitted crop, uint8 (img_size, img_size, 3); with a mask, the mask is a fourth channel."""
         if mask is None:
             return fit_square(image, self.img_size)
-        # Filled before it moves: interpolation would draw the background into the object's edge.
+        # Filled before it is resized: interpolation would blend the background into the edge of the object.
         filled = fill_background(image, mask, self.fill, seed if self.is_training else None)
         return fit_square(cv2.merge((filled, mask)), self.img_size)
 
     def finish(self, square: np.ndarray, seed: int, augmented: bool = True) -> np.ndarray:
-        """Return what `__call__` does of what `make_square` has made, which may be read-only; as may be what is returned then."""
+        """Turn a square of `make_square` into the result of `__call__`. The square may be read-only, and then so may the result."""
         if self.looks is not None or self.post_steps:
             square = square.copy()  # libraries may write into it
         if not augmented or self.looks is None:
             return self._complete(*self._split(square, seed), seed)
         rng = np.random.default_rng(seed)
         image, mask = self._split(move_square(square, rng), seed)
-        # One generator for all: Compose.set_random_seed would give every transform the same one, and so the same draws.
+        # One generator for all transforms: Compose.set_random_seed would give each the same seed, and so the same draws.
         self.looks.set_random_state(rng, random.Random(seed))
         changed = np.ascontiguousarray(self.looks(image=image, force_apply=True)["image"])
         if mask is not None and self.fill.kind != "keep":
-            # Only the object changes: the fill keeps its value, for production will see no other.
+            # Only the object changes: the fill keeps its value, because production sees no other.
             changed = cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy())
         return self._complete(changed, mask, seed)
 
     def _complete(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
-        """Apply the last list, fit what is no square of the right size (any more), and show the mask where that is asked for."""
+        """Apply the post-transforms, fit the image unless it has the input size, and append the mask if `shows_mask`."""
         image, mask = self._apply(self.post_steps, image, mask, (seed, 5))
         if image.shape != (self.img_size, self.img_size, 3):
             pixels = image if mask is None else np.dstack((image, mask))
@@ -3557,7 +3552,7 @@ class Transform:
         return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
     def _split(self, square: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return image and mask of what may have moved, with the fill once more where moving has brought in something else."""
+        """Split a square into image and mask, and fill the background again, because moving and resizing change its pixels."""
         if square.shape[2] == 3:
             return square, None
         image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
@@ -3566,20 +3561,20 @@ class Transform:
         return image, mask
 
     def _apply(
-        self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, words: tuple[int, int]
+        self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, entropy: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what a list of transforms makes of image and mask; what is outside the mask stays the fill."""
+        """Fill the background, and apply the steps of one list. `entropy` is the seed of the sample and a number of the list."""
         if not steps:
             return image, mask
         if mask is not None:
-            image = fill_background(image, mask, self.fill, words[0] if self.is_training else None)
-        rng, generator = np.random.default_rng(words), random.Random(8 * words[0] + words[1])
+            image = fill_background(image, mask, self.fill, entropy[0] if self.is_training else None)
+        rng, generator = np.random.default_rng(entropy), random.Random(8 * entropy[0] + entropy[1])
         for step in steps:
             name = getattr(step, "kind", "") or type(step.transforms[0]).__name__
             step.set_random_state(rng, generator)
             try:
                 changed = step(image=image, mask=mask) if mask is not None else step(image=image)
-            except Exception as error:  # what a library thinks of an image that is too small, say
+            except Exception as error:  # libraries raise any type, e.g. if the image is too small
                 reason = printable(f"{type(error).__name__}: {error}")[:200]
                 raise ImageError(f"{name} cannot be applied: {reason}") from error
             image, mask = changed["image"], changed.get("mask")
@@ -3592,31 +3587,31 @@ class Transform:
 class ListEntry(NamedTuple):
     """One entry of a list of transforms."""
 
-    where: str  # its place, for messages
-    kind: str  # its type without capitals and underscores
-    type: str
+    where: str  # option or file with the index of the entry, for messages
+    kind: str  # the type in lower case, without underscores
+    type: str  # as the user wrote it
     arguments: dict[str, Any]
 
 
 def given_lists(config: Config) -> dict[str, list[ListEntry]]:
-    """Return the lists of transforms that are given, by option. Raises UserError for an entry without a type."""
+    """Return the given lists of transforms by option. Raises UserError for an entry without a type."""
     given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
     return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
 
 
 def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
-    read = []
+    parsed = []
     for number, entry in enumerate(entries):
         place = f"{where}[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
             raise UserError("has no type", place, "write an entry such as {type: coarse_dropout, p: 0.5}")
         arguments = {key: value for key, value in entry.items() if key != "type"}
-        read.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
-    return read
+        parsed.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
+    return parsed
 
 
 def production_transforms(config: Config) -> list[dict[str, Any]]:
-    """Return what evaluation does to a crop before it is fitted, and whoever else embeds one has to do."""
+    """Return the listed transforms that evaluation applies to a crop, as any other program that embeds crops must."""
     lists = given_lists(config)
     lists.pop("train_augmentations", None)
     entries = itertools.chain(*lists.values())
@@ -3624,7 +3619,7 @@ def production_transforms(config: Config) -> list[dict[str, Any]]:
 
 
 def make_transform(config: Config, mean: Sequence[float], augment: bool = False) -> Transform:
-    """Return what makes a crop the input of a run's model, of a backbone with this mean."""
+    """Return the `Transform` of a run whose backbone subtracts this mean, RGB in 0..1."""
     fill = make_fill(config, mean)
     return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
 
@@ -3636,7 +3631,7 @@ def build_transform(
     lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
-    """Return what makes a crop a square model input; `augment` for training, `lists` of `given_lists`. Raises UserError."""
+    """Return the `Transform` of these options: `augment` for training, `lists` from `given_lists`. Raises UserError."""
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
@@ -3646,11 +3641,11 @@ def build_transform(
     steps = {}
     for name, entries in lists.items():
         entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
-        made = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
-        steps[name] = tuple(made)
+        built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        steps[name] = tuple(built)
     chosen = "train_augmentations" if augment else "val_augmentations"
     looks = None
-    if augment and chosen not in lists:  # lights and cameras, compressed pictures, and things that lie in the way
+    if augment and chosen not in lists:  # lighting, cameras, compression, and occlusion
         hole = (0.05, 0.18)
         looks = A.Compose([
             A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
@@ -3667,16 +3662,16 @@ def build_transform(
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image, uint8 (H, W, 3), or (H, W, 4) with a mask, whose border is 0, into the middle of a square with a gray border.
+    """Fit an image, uint8 (H, W, 3 or 4), into the middle of a gray square; a fourth channel, the mask, is padded with 0.
 
     Antialiased bicubic, the same as Pillow's BICUBIC. On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as
-    INTER_AREA and better than BILINEAR (nearest centroid -0.10 and -0.35 points against it on average, linear +0.12 and -0.06).
+    INTER_AREA (on average -0.10 points by nearest centroid, +0.12 by linear probe) and better than BILINEAR (-0.35 and -0.06).
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
     if (height, width) != image.shape[:2]:
         # torch's uint8 kernel takes a quarter of the time of cv2's INTER_AREA
-        writable = image if image.flags.writeable else image.copy()  # torch warns of others
+        writable = image if image.flags.writeable else image.copy()  # torch warns about read-only arrays
         pixels = torch.from_numpy(writable)[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         image = pixels[0].permute(1, 2, 0).numpy()
@@ -3688,10 +3683,10 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a square uint8 (S, S, 3 or 4) moved and flipped at random; a fourth channel, the mask, moves along."""
+    """Move and flip a square, uint8 (S, S, 3 or 4), at random; the fourth channel is the mask."""
     matrix = draw_move(rng, len(square))
-    if matrix is not None:  # all moves in one: each warp would soften the picture once more
-        # Three channels take cv2 twice the time of four, and give the same.
+    if matrix is not None:
+        # cv2 takes twice as long for three channels as for four; the result is the same.
         pixels = square if square.shape[2] == 4 else cv2.cvtColor(square, cv2.COLOR_RGB2RGBA)
         moved = cv2.warpPerspective(pixels, matrix, pixels.shape[:2], borderValue=(PADDING_GRAY,) * 3 + (0,))
         square = moved if square.shape[2] == 4 else cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
@@ -3699,11 +3694,11 @@ def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
-    """Draw how a square moves: where its pixels go, as a matrix (3, 3) in homogeneous px; None, in half of the cases, not at all.
+    """Draw a move as one matrix (3, 3), source to target in homogeneous px: each warp blurs. None, half of the time, for no move.
 
-    Views of a workbench: tools lie in any direction, crops are loose. The probabilities are low on purpose: a frozen backbone
-    knows upright, clean photos best. On tools17 with twice these (and rotation in half of the samples) prototype matching lost
-    3 to 4 points, more than any other choice of the recipe moved.
+    Covers views of a workbench: tools lie in any direction, and crops are loose. The probabilities are low because a frozen
+    backbone works best on upright, clean photos: on tools17, twice these (and rotation in half of the samples) cost prototype
+    matching 3 to 4 points, more than any other choice of the recipe.
     """
     centre, moves = np.full(2, side / 2 - 0.5), []
 
@@ -3719,25 +3714,25 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     if rng.random() < 0.25:
         scale = np.diag(rng.uniform(0.85, 1.1, 2))
         add(scale, rng.uniform(-0.06, 0.06, 2) * side)
-    if rng.random() < 0.12:  # the view of a camera that is not held straight, as albumentations' Perspective draws it
+    if rng.random() < 0.12:  # a tilted camera, drawn as albumentations' Perspective does
         square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
         jitter = np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32  # corners stay in their quarter
         corners = np.abs(square - jitter)
         top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
-        zoom = np.array([max(top, bottom), max(right, left)])  # what is seen is enlarged once more by what was lost
+        zoom = np.array([max(top, bottom), max(right, left)])  # enlarges the view once more by what was cut off
         source, target = (corners * side).astype(np.float32), (square / zoom * side).astype(np.float32)
         moves.append(cv2.getPerspectiveTransform(source, target))
     return functools.reduce(lambda before, move: move @ before, moves) if moves else None
 
 
-# Lists of transforms: each entry is checked, and becomes a step. Raises UserError that names the entry by its place in a file.
+# Lists of transforms: each entry is checked and becomes a step. Each UserError names the place of the entry in its file.
 def _build_transform(entry: ListEntry) -> Any:
-    """Return albumentations' transform of an entry; its own `transforms`, as OneOf has, are entries too."""
+    """Return the albumentations transform of an entry; its argument `transforms`, e.g. of OneOf, holds entries too."""
     import albumentations as A
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
     classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
-    # By name without capitals: coarse_dropout, rgb_shift or RGBShift all find theirs.
+    # Lower-case names, so that coarse_dropout, rgb_shift and RGBShift all match.
     known, where = {value.__name__.lower(): value for value in classes if value not in bases}, entry.where
     if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
         raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
@@ -3749,16 +3744,16 @@ def _build_transform(entry: ListEntry) -> Any:
         remedy = did_you_mean(entry.type, names, "https://albumentations.ai/docs lists them")
         raise UserError(problem, f"{where}.type", remedy)
     transform, arguments = known[entry.kind], dict(entry.arguments)
-    wanted = inspect.signature(transform).parameters
-    for old, new in RENAMED_ARGUMENTS.items():  # into what version 2 wants, where that is certain
-        if old in arguments and old not in wanted and new in wanted and new not in arguments:
+    parameters = inspect.signature(transform).parameters
+    for old, new in RENAMED_ARGUMENTS.items():
+        if old in arguments and old not in parameters and new in parameters and new not in arguments:
             arguments[new] = arguments.pop(old)
     for new, (low, high) in RANGE_ARGUMENTS.items():
-        if high in arguments and high not in wanted and new in wanted and new not in arguments:
+        if high in arguments and high not in parameters and new in parameters and new not in arguments:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in wanted:
+    if isinstance(arguments.get("always_apply"), bool) and "p" in parameters:
         arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
@@ -3769,15 +3764,15 @@ def _build_transform(entry: ListEntry) -> Any:
         arguments["transforms"] = [_build_transform(item) for item in inner]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # mere advice
+        warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # only advice
         return _construct(where, transform, arguments)
 
 
 def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
-    known = inspect.signature(transform).parameters
-    for key in (key for key in arguments if key not in known):
-        remedy = did_you_mean(str(key), known, f"it has {', '.join(known)}")
-        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in known):
+    parameters = inspect.signature(transform).parameters
+    for key in (key for key in arguments if key not in parameters):
+        remedy = did_you_mean(str(key), parameters, f"it has {', '.join(parameters)}")
+        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in parameters):
             remedy = f"write {new}: [low, high]"
         raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
@@ -3785,7 +3780,7 @@ def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any])
 def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
     try:
         return transform(**arguments)
-    except Exception as error:  # whatever a library raises; albumentations wraps what pydantic says
+    except Exception as error:  # libraries raise any type; albumentations wraps pydantic's errors
         cause = error.__cause__ if hasattr(error.__cause__, "errors") else error
         details = cause.errors()[0] if hasattr(cause, "errors") else {"loc": (), "msg": str(error)}
         place = ".".join(map(str, (where, *details["loc"][:1])))
@@ -3794,19 +3789,19 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
 
 
 def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
-    """Return the mean and std that options ask for, three numbers each, or () and () for those of the model. Raises UserError."""
-    asked = (config.mean, config.std)
+    """Return mean and std of the options or lists, three numbers each; () and () stand for the model's. Raises UserError."""
+    requested = (config.mean, config.std)
     for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
         if kind != "normalize":
             continue
         import albumentations as A
 
         _check_arguments(where, A.Normalize, arguments)
-        for key, wanted in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
-            if arguments.get(key, wanted) != wanted:
+        for key, supported in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
+            if arguments.get(key, supported) != supported:
                 problem = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
                 raise UserError(problem, f"{where}.{key}", "leave it out, and give --mean and --std")
-        if "mean" not in arguments and "std" not in arguments:  # those of the model
+        if "mean" not in arguments and "std" not in arguments:  # the model's apply
             continue
         for key, lowest in (("mean", 0), ("std", 0.001)):
             values = arguments.get(key)
@@ -3815,15 +3810,15 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
                 problem = f"is not a list of three numbers from {lowest} to 1"
                 raise UserError(problem, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
         pair = tuple(map(float, arguments["mean"])), tuple(map(float, arguments["std"]))
-        if asked[0] and pair != asked:
-            problem = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {asked[0]} and {asked[1]}"
+        if requested[0] and pair != requested:
+            problem = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {requested[0]} and {requested[1]}"
             raise UserError(problem, where, "the device normalises once: give one mean and std")
-        asked = pair
-    return asked
+        requested = pair
+    return requested
 
 
 def check_transforms(config: Config) -> None:
-    """Build the lists of transforms and try them on a picture, before anything is loaded. Raises UserError."""
+    """Check the lists of transforms, and try them on a random image before anything is loaded. Raises UserError."""
     lists = given_lists(config)
     given_normalization(config)
     for chosen in ("train_augmentations", "val_augmentations"):
@@ -3839,21 +3834,21 @@ def check_transforms(config: Config) -> None:
 
 
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
-    """Try the lists of transforms on the crops of extreme size, before anything is trained; return warnings. Raises UserError."""
+    """Try the lists of transforms on the crops of extreme size before training; return warnings. Raises UserError."""
     lists, records, is_random = given_lists(config), scan.records, False
     index = {path: row for row, path in enumerate(scan.listing.paths)}
-    looks = scan.health.rows[[index[path] for path in records.paths]]
-    width, height = looks["width"].astype(float), looks["height"].astype(float)
+    crops = scan.health.rows[[index[path] for path in records.paths]]
+    width, height = crops["width"].astype(float), crops["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for path in (records.paths[row] for row in sorted(extremes)) if lists else ():
-        with contextlib.suppress(ImageError):  # gone since the scan
+        with contextlib.suppress(ImageError):  # a file removed since the scan
             is_random |= try_transforms(config, lists, load_image(records.root / path, records.image_bits), path)
     note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
     return [note] if is_random else []
 
 
 def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.ndarray, name: str) -> bool:
-    """Say whether what lists make of an image in evaluation is random. Raises UserError where they fail, in training too."""
+    """Return whether the lists are random in evaluation. Raises UserError if they fail on the image, in training or evaluation."""
     views: set[bytes] = set()
     for augment in (True, False) if lists else ():
         transform = build_transform(config.img_size, augment, lists=lists)
@@ -3867,22 +3862,22 @@ def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.
     return len(views) > 1
 
 
-def make_policy(kind: str, arguments: dict[str, Any], share: float) -> Any:
-    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step for a share of samples."""
+def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step with a probability."""
     from torchvision.transforms import v2
 
     class Policy(getattr(v2, POLICIES[kind])):
         def __reduce__(self) -> tuple[Any, ...]:
-            return make_policy, (kind, arguments, share)
+            return make_policy, (kind, arguments, probability)
 
         def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
             self.rng = rng
 
         def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-            if self.rng.random() >= share:
+            if self.rng.random() >= probability:
                 return {"image": image, "mask": mask}
             self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator, which is the training's
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, which training uses
                 torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
                 moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
             mask = None if mask is None else self.mask[0].numpy()
@@ -3907,7 +3902,7 @@ def _build_policy(entry: ListEntry) -> Any:
     if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
         raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
     _check_arguments(entry.where, policy_class, arguments)
-    _construct(entry.where, policy_class, arguments)  # which says what is wrong with a value
+    _construct(entry.where, policy_class, arguments)  # raises UserError for a wrong value
     defaults = {name: parameter.default for name, parameter in inspect.signature(policy_class).parameters.items()}
     bins, magnitude = ((defaults | arguments).get(name, 0) for name in ("num_magnitude_bins", "magnitude"))
     if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
@@ -3917,35 +3912,35 @@ def _build_policy(entry: ListEntry) -> Any:
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of the samples that an epoch, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
+    """Return the share of samples that epoch e, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
     progress = min(1.0, epoch / max(1, config.epochs - 1))
     return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
 
 
-# Backgrounds: what a crop is put on before it is transformed. Pictures are looked at once, like the images of the data set.
+# Backgrounds: pictures on which crops are pasted before they are transformed. Each is checked once, like the data set's images.
 @dataclass(frozen=True)
 class Backgrounds:
-    """Pictures that training puts crops on."""
+    """Pictures on which training pastes crops."""
 
-    health: FileHealth  # of all that lie in the folder
+    health: FileHealth  # of all pictures in the folder
     root: Path
-    paths: PathTable  # of those that can be read, relative to root
-    identity: str  # what must be equal for a run to go on
-    share: float  # of the samples that are put on one
-    max_ratio: float  # of the sides of the canvas to those of the crop
-    max_side: int  # px; larger crops are shrunk to it first: of 2000 x 1500 px, one takes 180 ms
+    paths: PathTable  # usable pictures, relative to root
+    identity: str  # must be equal for a run to resume
+    share: float  # of the samples that get a background
+    max_ratio: float  # largest ratio of a canvas side to the side of the crop
+    max_side: int  # px; larger crops are shrunk to it first: one of 2000 x 1500 px takes 180 ms
 
     def draw(self, seed: int) -> np.random.Generator | None:
-        """Return the generator for a sample that is put on a picture, None for the others."""
+        """Return the random generator of a sample that gets a background, None for the others."""
         rng = np.random.default_rng((seed, 2))
         return rng if rng.random() < self.share else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        """Return the crop at a random place of a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large on either axis.
+        """Paste the crop at a random place on a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large along each axis.
 
-        The canvas is a random part of a random picture, turned by a multiple of 90 degrees and flipped at random. With a mask,
-        above MASK_LEVEL for the object, the object alone is pasted; its edge fades over the first pixels outside it.
-        Raises ImageError where the picture cannot be read any more.
+        The canvas is a random region of a random picture, rotated by a multiple of 90 degrees and flipped at random. With a mask,
+        above MASK_LEVEL on the object, only the object is pasted; its edge fades out over the first pixels outside it.
+        Raises ImageError if the picture can no longer be read.
         """
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
@@ -3958,36 +3953,35 @@ class Backgrounds:
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             mask = None if mask is None else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
         height, width = image.shape[:2]
-        size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
+        canvas_size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
         turned = np.rot90(picture, int(rng.integers(4)))
         turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-        # The largest part of the canvas' proportions, or half as large; all of it shows what a background is like best.
-        scale = min(turned.shape[0] / size[0], turned.shape[1] / size[1]) * rng.uniform(0.5, 1.0)
-        sides = [min(max(1, round(size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
+        # At least half as large as the largest region with the canvas' aspect ratio: small regions show little of a background.
+        scale = min(turned.shape[0] / canvas_size[0], turned.shape[1] / canvas_size[1]) * rng.uniform(0.5, 1.0)
+        sides = [min(max(1, round(canvas_size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
         top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
-        seen = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
-        canvas = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
-        top, left = (int(rng.integers(room + 1)) for room in (size[0] - height, size[1] - width))
-        place = canvas[top : top + height, left : left + width]
+        region = np.ascontiguousarray(turned[top : top + sides[0], left : left + sides[1]])
+        canvas = cv2.resize(region, canvas_size[::-1], interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
+        top, left = (int(rng.integers(room + 1)) for room in (canvas_size[0] - height, canvas_size[1] - width))
+        target = canvas[top : top + height, left : left + width]
         if mask is None:
-            place[:] = image
+            target[:] = image
             return canvas
         solid = (mask > MASK_LEVEL).astype(np.float32)
-        # px; as much of a large crop as of a small one once they are fitted
-        softness = max(1.0, 0.005 * max(height, width))
+        softness = max(1.0, 0.005 * max(height, width))  # px; relative to the crop, so equal after fitting
         alpha = np.maximum(solid, cv2.GaussianBlur(solid, (0, 0), softness))[:, :, None]
-        place[:] = np.rint(alpha * image + (1 - alpha) * place)
+        target[:] = np.rint(alpha * image + (1 - alpha) * target)
         return canvas
 
     def describe(self) -> str:
-        """Return in words how many pictures there are, and which cannot be used."""
+        """Return lines for the log: the number of usable pictures, and up to ten that cannot be used."""
         unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.health.reasons.items()]
         more = [f"  ... and {len(unused) - 10} more"] if len(unused) > 10 else []
         return "\n".join([f"backgrounds: {len(self.paths):,} pictures in {self.root}", *unused[:10], *more])
 
 
 def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
-    """Look at all pictures of --backgrounds; None if none are to be inserted. Raises UserError where not one can be used."""
+    """Check all pictures of --backgrounds; None if --insert_background_p is 0. Raises UserError if no picture is usable."""
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
@@ -4005,51 +3999,51 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
     return Backgrounds(health, root, PathTable(paths), identity, share, max_ratio, max_side=2 * config.img_size)
 
 
-# Mixing: of the images of a batch, on the device. What is drawn is a function of seed, epoch and batch.
+# Mixing of the images of a batch, on the device. The draws are a function of seed, epoch and batch number.
 class Mixing(NamedTuple):
-    """How the images of a batch are mixed: each with that of its partner."""
+    """How a batch is mixed: each image with the image of its partner."""
 
     partners: torch.Tensor  # int64 (B,), a permutation
-    share: float  # of the image's own pixels: lambda, at least a half, so that the own label dominates
-    box: tuple[int, int, int, int] | None  # top, bottom, left, right of what CutMix takes from it; None = MixUp
+    share: float  # lambda, the weight of the image itself: at least a half, so its label outweighs the partner's
+    box: tuple[int, int, int, int] | None  # top, bottom, left, right of the region from the partner; None = MixUp
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
-    """Draw how a batch is mixed, by the seed and `place`, its epoch and number; None if it is not.
+    """Draw how a batch of `num_images` over all ranks is mixed; None if it is not. `place` is its epoch and its batch number.
 
-    MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the box after it is clipped. lambda is folded to a
-    half or more, which for MixUp changes nothing but whose partner is whose. `images`, (b, C, H, W), are those of this process.
+    MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the clipped box. lambda is folded to a half or more,
+    which in MixUp only swaps the roles of image and partner. `images`, (b, C, H, W), are those of this rank.
     """
     rng = np.random.default_rng((config.seed, 9, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
         return None
-    share = float(rng.beta(config.mixing_alpha, config.mixing_alpha))
-    share, partners = max(share, 1 - share), torch.from_numpy(rng.permutation(num_images))
+    lam = float(rng.beta(config.mixing_alpha, config.mixing_alpha))
+    lam, partners = max(lam, 1 - lam), torch.from_numpy(rng.permutation(num_images))
     if config.mixing == "mixup":
-        return Mixing(partners, share, None)
+        return Mixing(partners, lam, None)
     height, width = images.shape[-2:]
     box = []
     for length in (height, width):
-        reach, centre = length * math.sqrt(1 - share) / 2, rng.uniform(0, length)
+        reach, centre = length * math.sqrt(1 - lam) / 2, rng.uniform(0, length)
         box += [max(0, round(centre - reach)), min(length, round(centre + reach))]
     area = (box[1] - box[0]) * (box[3] - box[2])
     return Mixing(partners, 1 - area / (height * width), tuple(box))
 
 
 def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """Return the images (B, C, H, W) of a whole batch mixed, in their own type, channels last in memory."""
-    others = images[send(mixing.partners, images.device)]
+    """Mix the images (B, C, H, W) of a batch over all ranks; the result has their dtype and is channels last in memory."""
+    partners = images[send(mixing.partners, images.device)]
     if mixing.box is None:
-        mixed = torch.lerp(others.float(), images.float(), mixing.share).round().to(images.dtype)
+        mixed = torch.lerp(partners.float(), images.float(), mixing.share).round().to(images.dtype)
     else:
         top, bottom, left, right = mixing.box
         mixed = images.clone()
-        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+        mixed[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
 def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]) -> tuple[torch.Tensor, ...]:
-    """Return the labels of the images that were mixed in, and the share of each image itself, both (B,) over all batches."""
+    """Return the labels of the partners and the lambda of each image, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
     partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
     shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.share) for batch, mixing in pairs]
@@ -4059,48 +4053,48 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
-# Samples, their order, and batches of uint8 images, decoded or read from the squares of the run. A picture that cannot be read
-# is left out of its batch and named.
+# Samples, their order, and batches of uint8 images, decoded or read from the fitted crops that the run has stored. A crop that
+# cannot be read is left out of its batch and reported.
 class Batch(NamedTuple):
-    """What a loader yields."""
+    """One batch of a loader."""
 
     images: torch.Tensor  # uint8 (B, 3 or 4, H, W), channels last in memory; or features, float32 (B, feature_dim)
     labels: torch.Tensor  # int64 (B,)
     rows: torch.Tensor  # int64 (B,) record numbers
     views: torch.Tensor  # uint8 (B,) into VIEW_NAMES
-    failures: list[tuple[int, str]]  # record number, and what could not be read of it and why
-    sizes: tuple[int, ...] = ()  # of each process's part, where images are one, and labels and failures of all
+    failures: list[tuple[int, str]]  # record number, and which of its files could not be read and why
+    sizes: tuple[int, ...] = ()  # images per rank, where `images` holds this rank's, labels and failures those of all
 
 
 class SampleKey(NamedTuple):
-    """What a sample is a function of, besides the files."""
+    """Determines a sample completely, given the files."""
 
-    row: int
-    words: tuple[int, ...]  # that its randomness follows from; none where there is none
-    view: int  # into VIEW_NAMES; a crop without a usable mask is shown as it is in either
-    showing: int = 0  # epochs and repetitions before: with --cache_views it says whose turn it is
-    augmented: bool = True  # whether the schedule of the augmentation lets it be
+    row: int  # record number
+    words: tuple[int, ...]  # entropy of its augmentation; () = no randomness
+    view: int  # into VIEW_NAMES; a crop without a usable mask looks the same in both
+    showing: int = 0  # number of epochs and repetitions before it; selects the view for --cache_views
+    augmented: bool = True  # False = the augmentation schedule skips this sample
 
     @property
     def seed(self) -> int:
-        """Of its augmentation, drawn where it is asked for: in a worker, for the main process would take 18 us for each."""
+        """Seed of the augmentation, 0 without `words`. A property, so that workers spend the 18 us, not the main process."""
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
 
 
-# Where a fitted crop lies in `squares.u8`: first byte, CRC-32, digest of the mask. `FileMemory` keeps it for every crop of a kind.
+# Where a fitted crop is stored in `squares.u8`: first byte, CRC-32, digest of the mask. A value of `FileMemory`.
 SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
 
 
 def name_squares(side: int, fill: Any = "") -> str:
-    """Return the kind of files as which the memory has squares of plain crops, or of masked ones on a fill."""
+    """Return the `FileMemory` kind of the squares of plain crops, or of masked crops with this fill."""
     return f"square {side} {fill}"
 
 
 class SquareFile:
-    """Writes crops as squares, one after the other, into `squares.u8` of a folder; several threads may.
+    """Appends fitted crops ("squares") to `squares.u8` in the folder of `memory`, from byte `end` up to byte `room`. Thread-safe.
 
-    uint8 (side, side, 3); of a masked crop, the mask is the fourth channel. When the file cannot be written, it is given up: it is
-    only for speed. It goes from byte `end` to byte `room`; `prepare` is called before the first square is written.
+    A square is uint8 (side, side, 3), or 4 channels with the mask last. The file only saves time: if writing fails, it is given up.
+    `prepare` is called before the first write.
     """
 
     def __init__(
@@ -4113,13 +4107,13 @@ class SquareFile:
         self._file: BinaryIO | None = None
 
     def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
-        """Fit the decoded image of a file, and put it down."""
+        """Fit the decoded image of a file, and store the square."""
         self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Put down a square of a kind `name_squares`, have the memory learn its place, and return that; -1 if there is no room.
+        """Store a square, record it in the memory as a kind of `name_squares`, and return its first byte; -1 if it is not stored.
 
-        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask's.
+        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask file.
         """
         square = np.ascontiguousarray(square)
         try:
@@ -4127,15 +4121,15 @@ class SquareFile:
                 place = self.end
                 if place + square.nbytes > self.room:
                     return -1
-                if self._file is None:  # left open: when the run is interrupted, threads may still write
+                if self._file is None:  # never closed: threads may still write after the run is interrupted
                     self._prepare()
                     self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
                 self.end += square.nbytes
             if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
-                os.fsync(self._file.fileno())  # a disk may take what it has no room for, and say so here alone
-            if self.failure is not None:  # another thread has given up, and this square came after it had made room
+                os.fsync(self._file.fileno())  # a full disk may report its error only here
+            if self.failure is not None:  # another thread gave up and truncated the file before this write
                 raise self.failure
         except (OSError, UserError) as error:
             self.give_up(error)
@@ -4145,7 +4139,7 @@ class SquareFile:
         return place
 
     def give_up(self, failure: Exception) -> None:
-        """Write no more, and make room on the disk."""
+        """Stop writing, and free the disk space."""
         with self._guard:
             self.failure, self.room = failure, 0
             if self._file is not None:
@@ -4154,7 +4148,7 @@ class SquareFile:
                     self._file.truncate(0)
 
     def close(self) -> None:
-        """Have all squares reach the disk, and take no more."""
+        """Stop accepting squares, and flush those written to disk."""
         with self._guard:
             self.room = 0
         if self._file is not None and self.failure is None:
@@ -4167,11 +4161,10 @@ class SquareFile:
 def find_squares(
     memory: FileMemory, kind: str, crops: dict[str, tuple[int, int] | None], masks: np.ndarray, side: int
 ) -> np.ndarray:
-    """Return where the square of each crop lies, int64 (N,): its first byte, -1 where there is none that is whole.
+    """Return the first byte of each crop's square in the file, int64 (N,), -1 where no intact one is stored.
 
-    Args:
-        crops: size in bytes and mtime in ns by path, None for a file that is gone.
-        masks: uint64 (N,), digest of each crop's mask, 0 for plain ones.
+    `crops` maps paths to size in bytes and mtime in ns, or None for a missing file. `masks`, uint64 (N,), holds the digest of each
+    mask, 0 for plain crops.
     """
     places, path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
     if not path.is_file() or not path.stat().st_size:
@@ -4182,26 +4175,23 @@ def find_squares(
         if (size, mtime_ns) == stamp and len(value) == SQUARE_DTYPE.itemsize:
             squares.append((row, *np.frombuffer(value, dtype=SQUARE_DTYPE)[0].tolist()))
 
-    def is_whole(square: tuple[int, int, int, int]) -> bool:
+    def is_intact(square: tuple[int, int, int, int]) -> bool:
         row, place, checksum, mask = square
         length = (4 if masks[row] else 3) * side**2
         return mask == masks[row] and checksum == zlib.crc32(pixels[place : place + length])
 
-    checks = map_in_threads(is_whole, squares)
+    checks = map_in_threads(is_intact, squares)
     for (row, place, *_), passes in progress(checks, len(squares), "checking fitted crops", "crop"):
         places[row] = place if passes else -1
     return places
 
 
 class SquareStore:
-    """Reads the squares that `SquareFile` wrote, mapped into memory: exactly what decoding and fitting gives.
-
-    The pages are the system's, which keeps them in memory as long as there is room, for all processes once.
-    """
+    """Memory map of a `SquareFile`: its squares equal newly fitted crops. The system caches the pages once for all processes."""
 
     def __init__(self, path: Path, records: Records, places: np.ndarray, side: int) -> None:
-        self.records = records  # whose crops they are; rows of others, of unknown objects say, mean other crops
-        self.places = places  # (2, N) int64: plain or masked, record -> first byte, -1 = none
+        self.records = records  # rows of other records, e.g. of unknown objects, mean other crops
+        self.places = places  # int64 (2, N), [plain or masked, record] -> first byte, -1 = not stored
         self._path, self._side = path.resolve(), side
         self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
 
@@ -4210,24 +4200,24 @@ class SquareStore:
         return _reopen_store, (stamp, self._path, self.records, self.places, self._side)
 
     def get(self, row: int, is_masked: bool) -> np.ndarray | None:
-        """Return a square, read-only uint8 (side, side, 3 or 4); None if it is not there."""
+        """Return a square, read-only uint8 (side, side, 3 or 4); None if it is not stored."""
         place = int(self.places[int(is_masked), row])
         shape = (self._side, self._side, 4 if is_masked else 3)
         return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape)
 
 
-def _reopen_store(stamp: np.ndarray, path: Path, *rest: Any) -> SquareStore | None:
-    """Return the store in another process; None where that file is not, on another machine say: there, crops are decoded."""
-    return SquareStore(path, *rest) if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None
+def _reopen_store(stamp: np.ndarray, path: Path, *arguments: Any) -> SquareStore | None:
+    """Reopen a store in another process; None if the file differs there, e.g. on another machine, where crops are then decoded."""
+    return SquareStore(path, *arguments) if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None
 
 
 class CropDataset(Dataset):
-    """Crops by `SampleKey`: a sample knows its randomness, so workers have none of their own."""
+    """Crops by `SampleKey`. The key carries all randomness, so workers need no random state."""
 
     def __init__(
         self, records: Records, transform: Transform, backgrounds: Backgrounds | None = None, store: Any = None
     ) -> None:
-        """Read crops of these records, from their `SquareStore` where that has them."""
+        """Read crops of these records, from `store` if it holds squares of the same `Records` object."""
         self.records, self.transform, self.backgrounds = records, transform, backgrounds
         self.store = store if store is not None and store.records is records else None
 
@@ -4257,7 +4247,7 @@ class CropDataset(Dataset):
             return None, key, f"is left out: {error}"
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
-        """Stack the samples that could be read."""
+        """Stack the samples that could be read, and collect the reasons of the failures."""
         images = [image for image, _, _ in samples if image is not None]
         stacked = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         keys = [key for image, key, _ in samples if image is not None]
@@ -4272,15 +4262,14 @@ class CropDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Batches of sample keys for one epoch; `start_at` says which, and how many of its batches are done: all else follows.
+    """Batches of sample keys for one epoch: a function of the epoch and the number of finished batches, both set by `start_at`.
 
-    Plain: every training image once. Balanced: `per_class` images of every class, continuing each epoch where the last one
-    stopped in an endless sequence of shuffles of the class.
+    Plain: each training image once. Balanced: `per_class` images a class; epochs continue an endless sequence of its shuffles.
     """
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
         self.rows, self.labels, self.epoch, self.first_batch = rows, labels, 0, 0
-        self.rank, self.world_size = 0, 1  # of the process whose part of each batch is yielded
+        self.rank, self.world_size = 0, 1  # only this rank's part of each batch is yielded
         self.config, self.seed, self.batch = config, config.seed, config.batch
         self.masked_share = {"bbox": 0.0, "mask": 1.0, "mix": config.mix_mask_p}[config.crop_mode]
         self.per_class = config.samples_per_class if config.balanced_per_class else None
@@ -4290,7 +4279,7 @@ class EpochSampler(Sampler):
         return len(batch_borders(samples, self.batch)) - 1
 
     def start_at(self, epoch: int, first_batch: int) -> None:
-        """Yield the batches of `epoch` from `first_batch` on next time."""
+        """Let the next iteration yield the batches of `epoch` from `first_batch` on."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -4298,21 +4287,21 @@ class EpochSampler(Sampler):
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
         share = augmentation_share(self.config, self.epoch)
-        gates = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
-        seen: Counter[int] = Counter()
+        augmented = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
+        repetitions: Counter[int] = Counter()
         for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
-            drawn = zip(*(values[start:stop].tolist() for values in (rows, views, gates)), strict=True)
-            for row, view, gate in drawn:
-                words, showing = sample_words(self.seed, self.epoch, row, seen[row]), self.epoch + seen[row]
-                keys.append(SampleKey(row, words, int(view), showing, gate))
-                seen[row] += 1
+            drawn = zip(*(values[start:stop].tolist() for values in (rows, views, augmented)), strict=True)
+            for row, view, is_augmented in drawn:
+                words = sample_words(self.seed, self.epoch, row, repetitions[row])
+                keys.append(SampleKey(row, words, int(view), self.epoch + repetitions[row], is_augmented))
+                repetitions[row] += 1
             if number >= self.first_batch:
                 yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
 
     def _balanced_rows(self) -> np.ndarray:
         chosen = []
-        labels, first = self.labels[self.rows], self.epoch * self.per_class
+        labels, first = self.labels[self.rows], self.epoch * self.per_class  # first position in the sequence
         for label, positions in enumerate(rows_by_class(labels, int(labels.max()) + 1)):
             if not len(positions):
                 continue
@@ -4325,12 +4314,12 @@ class EpochSampler(Sampler):
 
 
 def sample_words(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
-    """Return what a sample's augmentation follows from; `repetition` tells apart the showings of one image in one epoch."""
+    """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
     return seed, 3, epoch, row, repetition
 
 
 def batch_borders(num_samples: int, batch: int) -> list[int]:
-    """Return where batches start and end; a last batch of one joins the one before, for BatchNorm cannot train on it."""
+    """Return the borders of the batches; a last batch of one sample joins the previous one: BatchNorm cannot train on it."""
     borders = [*range(0, num_samples, batch), num_samples]
     if len(borders) > 2 and borders[-1] - borders[-2] == 1:
         del borders[-2]
@@ -4338,16 +4327,13 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 
 def count_workers(workers: int | None) -> int:
-    """Return how many processes read images: as many as asked for, or one core less than there are, as training needs one itself.
-
-    Never more than the cores that there are for each process of a machine; at least one by default, and at most MAX_WORKERS.
-    """
+    """Return the loader workers of a rank, at most its part of the cores. None leaves one core to training: 1 to MAX_WORKERS."""
     cores = -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return min(max(cores - 1, 1), MAX_WORKERS) if workers is None else min(workers, cores)
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
-    """Return a loader over batches of sample keys; the number of workers, a process, does not change what it yields."""
+    """Return a loader over batches of sample keys; what it yields does not depend on the number of workers."""
     workers = count_workers(config.workers)
     return DataLoader(
         dataset,
@@ -4361,85 +4347,84 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 
 
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
-    """Yield what a loader reads; when one of its workers is killed, for want of memory say, go on with another loader.
+    """Yield the batches of a loader, and restart it if a worker is killed: for lack of memory, say, or after LOADER_SECONDS idle.
 
-    Workers that deliver nothing for LOADER_SECONDS are killed. `read` starts reading; it gets the number of loaders that have
-    failed and of batches that have been yielded. Raises DeadWorker when that has happened LOADER_RESTARTS times.
+    `read(failed_loaders, yielded_batches)` starts a loader. Raises DeadWorker if a loader fails after LOADER_RESTARTS restarts.
     """
-    taken = 0
+    num_yielded = 0
     is_stalled = threading.Event()
 
-    def end_workers() -> None:
+    def kill_workers() -> None:
         is_stalled.set()
         for worker in multiprocessing.active_children():
             worker.kill()
 
-    for failed in itertools.count():
+    for num_failed in itertools.count():
         is_stalled.clear()
         try:
-            iterator = iter(read(failed, taken))
-            # torch's handler would raise anywhere, in the middle of a step too; the loader notices a dead worker as well.
+            iterator = iter(read(num_failed, num_yielded))
+            # torch's handler would raise anywhere, even in the middle of a step; the loader itself also notices a dead worker.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while True:
-                watch = threading.Timer(LOADER_SECONDS, end_workers)
-                watch.daemon = True
-                watch.start()
+                timer = threading.Timer(LOADER_SECONDS, kill_workers)
+                timer.daemon = True
+                timer.start()
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
                 finally:
-                    watch.cancel()
-                taken += 1
+                    timer.cancel()
+                num_yielded += 1
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # torch has noticed, or what the worker made cannot be fetched from it
+            # torch noticed a dead worker, or a batch cannot be fetched from one
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
             reason = printable(str(error) or type(error).__name__)[:200]
             if is_stalled.is_set():
                 reason = f"no batch came for {LOADER_SECONDS} s"
-            if failed == LOADER_RESTARTS:
+            if num_failed == LOADER_RESTARTS:
                 raise DeadWorker(reason) from error
             warning = f"warning: a loader worker was killed ({reason}); the loader is started again at this batch"
-            if get_rank():  # the first process knows nothing of it
+            if get_rank():  # `say` is silent here, and rank 0 does not know
                 print(f"process {get_rank()}: {warning}", file=sys.stderr, flush=True)
             else:
                 say(warning)
 
 
 class DeadWorker(Exception):
-    """Loader workers are killed again and again."""
+    """Loader workers died more often than LOADER_RESTARTS allows; the text is the last reason."""
 
 
 def take_turns(
     loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
 ) -> Iterator[Any]:
-    """Yield the answer to each batch, in order; processes take turns, the first one yields all answers, and the others none.
+    """Yield the answer to each batch, in order, on rank 0, and nothing on other ranks; the ranks take turns at the batches.
 
-    `loader` gives a loader for some of the batches, `answer` what goes from process to process of what that yields.
+    `loader` makes a loader of a sequence of batches; `answer` turns a loaded batch into the object that rank 0 gathers.
     """
     batches_of_rank = batches[get_rank() :: get_world_size()]
-    read = outlive_workers(lambda _, taken: loader(batches_of_rank[taken:]), show)
+    read = outlive_workers(lambda _, num_yielded: loader(batches_of_rank[num_yielded:]), show)
     for _ in range(-(-len(batches) // get_world_size())):
         batch = next(read, None)
         yield from gather_answers(None if batch is None else answer(batch))
 
 
 def start_worker(_: int) -> None:
-    """Leave signals and messages of a loader's process to the one that reads from it, and keep to one thread."""
-    # libjpeg says there, once an epoch, what it thinks of every file that it has mended; failures come home as exceptions.
+    """Prepare a worker process: it leaves signals to the main process, writes nothing to stderr and uses one thread."""
+    # libjpeg writes a line to stderr about each file that it repairs, in every epoch; failures are raised in the main process.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they reach every process of the terminal
-        signal.signal(number, signal.SIG_IGN)  # or of the job; the main one decides
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as does a scheduler's SIGTERM: no failure of the worker
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # sent to the whole terminal or job; main decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a scheduler's SIGTERM is no failure of the worker
     torch.set_num_threads(1)
-    # A batch that cannot be sent, for want of open files say, is otherwise dropped, and waited for for ever.
+    # Otherwise a batch that cannot be sent, e.g. for lack of file descriptors, is dropped, and the loader waits forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:
-    """Return the samples that evaluation looks at: bbox and mask see each crop once, mix those with a mask both ways."""
+    """Return the samples of an evaluation: bbox and mask show each crop once, mix shows crops with a mask in both views."""
     has_mask = records.has_mask[rows]
     views = has_mask & (crop_mode == "mask")
     keys = [SampleKey(row, (), int(view)) for row, view in zip(rows.tolist(), views, strict=True)]
@@ -4447,7 +4432,7 @@ def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[Sample
 
 
 def cut_batches(keys: list[SampleKey], batch: int) -> list[list[SampleKey]]:
-    """Return the keys in order, `batch` at a time over all processes together."""
+    """Cut the keys, in order, into batches of 1 / world_size of `batch`, so that all ranks together take `batch` at a time."""
     batch = -(-batch // get_world_size())
     return [keys[start : start + batch] for start in range(0, len(keys), batch)]
 
