@@ -3259,9 +3259,10 @@ def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
 
 
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode a mask, or the alpha channel that is one, as bool (H, W), with its EXIF orientation applied. Raises ImageError.
+    """Decode a mask file, or the alpha channel of a cutout, as bool (H, W), EXIF orientation applied. Raises ImageError.
 
-    Pixels above MASK_LEVEL are the object; if all or none are: the opaque pixels, or the non-zero ones of zero and one other value.
+    Pixels above MASK_LEVEL are the object. Where they do not separate anything, the object is the opaque pixels or, in a file with
+    only 0 and one other value, the non-zero pixels.
     """
     with opened_image(data) as image:
         upright = ImageOps.exif_transpose(image)
@@ -3490,7 +3491,7 @@ class Transform:
     """Turns a crop into a square model input: gray letterbox and, in training, augmentation, or the given lists of transforms."""
 
     img_size: int
-    fill: Fill  # replaces the pixels outside the mask, and with a mask the padding too (except for blur)
+    fill: Fill  # replaces the pixels outside the mask, padding included (blur leaves the padding gray)
     looks: Any = None  # albumentations.Compose of colour changes; None = no built-in augmentation
     is_training: bool = False  # augmentation and random fills are on
     pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; step(image=, mask=) -> dict of both, after set_random_state
@@ -3518,7 +3519,7 @@ class Transform:
         return not (is_masked and self.is_training and self.fill.kind == "random")
 
     def make_square(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
-        """Return the fitted crop, uint8 (img_size, img_size, 3); with a mask, the mask is a fourth channel."""
+        """Return the fitted crop, uint8 (img_size, img_size, 3), or 4 channels with the mask last."""
         if mask is None:
             return fit_square(image, self.img_size)
         # Filled before it is resized: interpolation would blend the background into the edge of the object.
@@ -3552,7 +3553,7 @@ class Transform:
         return np.dstack((image, np.full(image.shape[:2], 255, np.uint8) if mask is None else mask))
 
     def _split(self, square: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Split a square into image and mask, and fill the background again, because moving and resizing change its pixels."""
+        """Split a square into image and mask, and fill the background again (except blur), since moving and resizing alter it."""
         if square.shape[2] == 3:
             return square, None
         image, mask = cv2.cvtColor(square, cv2.COLOR_RGBA2RGB), cv2.extractChannel(square, 3)
@@ -3563,7 +3564,7 @@ class Transform:
     def _apply(
         self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, entropy: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Fill the background, and apply the steps of one list. `entropy` is the seed of the sample and a number of the list."""
+        """Fill the background, then apply the steps of a list. `entropy` is the sample's seed and a constant of the list."""
         if not steps:
             return image, mask
         if mask is not None:
@@ -3587,7 +3588,7 @@ class Transform:
 class ListEntry(NamedTuple):
     """One entry of a list of transforms."""
 
-    where: str  # option or file with the index of the entry, for messages
+    where: str  # place in the configuration, for messages
     kind: str  # the type in lower case, without underscores
     type: str  # as the user wrote it
     arguments: dict[str, Any]
@@ -3631,7 +3632,7 @@ def build_transform(
     lists: dict[str, list[ListEntry]] | None = None,
     shows_mask: bool = False,
 ) -> Transform:
-    """Return the `Transform` of these options: `augment` for training, `lists` from `given_lists`. Raises UserError."""
+    """Build a `Transform`: `augment` for training, `lists` from `given_lists`. Raises UserError."""
     fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
     if not lists and not augment:
         return Transform(img_size, fill, shows_mask=shows_mask)
@@ -3665,7 +3666,7 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
     """Fit an image, uint8 (H, W, 3 or 4), into the middle of a gray square; a fourth channel, the mask, is padded with 0.
 
     Antialiased bicubic, the same as Pillow's BICUBIC. On grocery40 and tools17, at 96 and 160 px with mobilenetv2_035, as good as
-    INTER_AREA (on average -0.10 points by nearest centroid, +0.12 by linear probe) and better than BILINEAR (-0.35 and -0.06).
+    INTER_AREA (on average -0.10 points by nearest centroid, +0.12 by linear classifier) and better than BILINEAR (-0.35, -0.06).
     """
     factor = side / max(image.shape[:2])
     height, width = (max(1, round(length * factor)) for length in image.shape[:2])
@@ -3683,7 +3684,7 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move and flip a square, uint8 (S, S, 3 or 4), at random; the fourth channel is the mask."""
+    """Move and flip a square, uint8 (S, S, 3 or 4), at random, with its mask in the fourth channel."""
     matrix = draw_move(rng, len(square))
     if matrix is not None:
         # cv2 takes twice as long for three channels as for four; the result is the same.
@@ -3694,7 +3695,7 @@ def move_square(square: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
-    """Draw a move as one matrix (3, 3), source to target in homogeneous px: each warp blurs. None, half of the time, for no move.
+    """Draw a random move as a matrix (3, 3), source to target in homogeneous px; None, about half of the time, for no move.
 
     Covers views of a workbench: tools lie in any direction, and crops are loose. The probabilities are low because a frozen
     backbone works best on upright, clean photos: on tools17, twice these (and rotation in half of the samples) cost prototype
@@ -3722,10 +3723,10 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
         zoom = np.array([max(top, bottom), max(right, left)])  # enlarges the view once more by what was cut off
         source, target = (corners * side).astype(np.float32), (square / zoom * side).astype(np.float32)
         moves.append(cv2.getPerspectiveTransform(source, target))
-    return functools.reduce(lambda before, move: move @ before, moves) if moves else None
+    return functools.reduce(lambda before, move: move @ before, moves) if moves else None  # one warp, as each blurs
 
 
-# Lists of transforms: each entry is checked and becomes a step. Each UserError names the place of the entry in its file.
+# Lists of transforms: each entry is checked and becomes a step. A UserError names the place of the entry in its file.
 def _build_transform(entry: ListEntry) -> Any:
     """Return the albumentations transform of an entry; its argument `transforms`, e.g. of OneOf, holds entries too."""
     import albumentations as A
@@ -3801,7 +3802,7 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
             if arguments.get(key, supported) != supported:
                 problem = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
                 raise UserError(problem, f"{where}.{key}", "leave it out, and give --mean and --std")
-        if "mean" not in arguments and "std" not in arguments:  # the model's apply
+        if "mean" not in arguments and "std" not in arguments:  # the model's values apply
             continue
         for key, lowest in (("mean", 0), ("std", 0.001)):
             values = arguments.get(key)
@@ -3863,7 +3864,7 @@ def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.
 
 
 def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
-    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step with a probability."""
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`."""
     from torchvision.transforms import v2
 
     class Policy(getattr(v2, POLICIES[kind])):
@@ -3938,9 +3939,8 @@ class Backgrounds:
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
         """Paste the crop at a random place on a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large along each axis.
 
-        The canvas is a random region of a random picture, rotated by a multiple of 90 degrees and flipped at random. With a mask,
-        above MASK_LEVEL on the object, only the object is pasted; its edge fades out over the first pixels outside it.
-        Raises ImageError if the picture can no longer be read.
+        The canvas is a random region of a random picture, rotated by k * 90 degrees and flipped at random. With a mask, only what
+        exceeds MASK_LEVEL is pasted; its edge fades out over the first pixels outside. Raises ImageError for an unreadable picture.
         """
         path = self.paths[int(rng.integers(len(self.paths)))]
         try:
@@ -3956,7 +3956,7 @@ class Backgrounds:
         canvas_size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
         turned = np.rot90(picture, int(rng.integers(4)))
         turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-        # At least half as large as the largest region with the canvas' aspect ratio: small regions show little of a background.
+        # At least half of the largest region with the aspect ratio of the canvas: large regions show a background best.
         scale = min(turned.shape[0] / canvas_size[0], turned.shape[1] / canvas_size[1]) * rng.uniform(0.5, 1.0)
         sides = [min(max(1, round(canvas_size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
         top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
@@ -4264,7 +4264,7 @@ class CropDataset(Dataset):
 class EpochSampler(Sampler):
     """Batches of sample keys for one epoch: a function of the epoch and the number of finished batches, both set by `start_at`.
 
-    Plain: each training image once. Balanced: `per_class` images a class; epochs continue an endless sequence of its shuffles.
+    Plain: each training image once. Balanced: `per_class` images of each class; its sequence of shuffles continues across epochs.
     """
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray, config: Config) -> None:
@@ -4327,7 +4327,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
 
 
 def count_workers(workers: int | None) -> int:
-    """Return the loader workers of a rank, at most its part of the cores. None leaves one core to training: 1 to MAX_WORKERS."""
+    """Return the loader workers of a rank, at most its part of the cores. None: one fewer, for training; 1 to MAX_WORKERS."""
     cores = -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return min(max(cores - 1, 1), MAX_WORKERS) if workers is None else min(workers, cores)
 
@@ -4347,7 +4347,7 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
 
 
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
-    """Yield the batches of a loader, and restart it if a worker is killed: for lack of memory, say, or after LOADER_SECONDS idle.
+    """Yield the batches of a loader; restart it if a worker is killed, e.g. for lack of memory or after LOADER_SECONDS idle.
 
     `read(failed_loaders, yielded_batches)` starts a loader. Raises DeadWorker if a loader fails after LOADER_RESTARTS restarts.
     """
