@@ -3564,11 +3564,12 @@ class Transform:
     def _apply(
         self, steps: tuple[Any, ...], image: np.ndarray, mask: np.ndarray | None, entropy: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Fill the background, then apply the steps of a list. `entropy` is the sample's seed and a constant of the list."""
+        """Apply a list of steps; the background is the fill before and after. `entropy` is (sample seed, list number)."""
         if not steps:
             return image, mask
-        if mask is not None:
-            image = fill_background(image, mask, self.fill, entropy[0] if self.is_training else None)
+        fill_seed = entropy[0] if self.is_training else None
+        if mask is not None:  # first, since interpolation would draw the background into the object's edge
+            image = fill_background(image, mask, self.fill, fill_seed)
         rng, generator = np.random.default_rng(entropy), random.Random(8 * entropy[0] + entropy[1])
         for step in steps:
             name = getattr(step, "kind", "") or type(step.transforms[0]).__name__
@@ -3582,6 +3583,8 @@ class Transform:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 needed = "what is needed is uint8 (height, width, 3)"
                 raise ImageError(f"{name} makes {image.dtype} {image.shape} of it, and {needed}")
+        if mask is not None and self.fill.kind != "blur":
+            image = fill_background(image, mask, self.fill, fill_seed)
         return np.ascontiguousarray(image), None if mask is None else np.ascontiguousarray(mask)
 
 

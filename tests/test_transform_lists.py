@@ -103,6 +103,18 @@ def test_masks_travel_along_and_the_fill_stays(name: str) -> None:
     assert moved > 10
 
 
+@pytest.mark.parametrize("name", ["pre_transforms", "train_augmentations", "val_augmentations", "post_transforms"])
+def test_colours_change_on_the_object_alone(name: str) -> None:
+    """Also where the crop has the size of the model already, and nothing is fitted afterwards."""
+    image, mask = np.full((32, 32, 3), 30, np.uint8), np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 255
+    lists = lct.given_lists(lct.Config(**{name: (entry("invert_img", p=1.0),)}))
+    fill = lct.Fill("black", (0, 0, 0))
+    is_training = name == "train_augmentations"
+    picture = lct.build_transform(32, is_training, fill, lists)(image, mask, 1)
+    assert (picture[mask > 0] == 225).all() and (picture[mask == 0] == 0).all()
+
+
 @pytest.mark.parametrize("kind", lct.POLICIES)
 def test_the_mask_of_a_policy_is_the_mask_of_what_has_moved(kind: str) -> None:
     """A picture of the mask itself: wherever only its place has changed, mask and picture are still the same."""
