@@ -1281,33 +1281,33 @@ from tqdm import tqdm
 # ======================================================================================================================
 # 03  RUN DIRECTORY & LOGGING
 # ======================================================================================================================
-# Everything that stays in out_dir is written through `atomic_file` or the two logs, and signals come in here. Starts tools as
-# processes. Raises UserError for what cannot be written.
+# Writes the files that stay in out_dir: atomically, as logs of complete lines, or in SQLite transactions. Receives signals, and
+# starts tools as processes. Raises UserError for files that cannot be written.
 def get_rank() -> int:
-    """Return the number of this process among those that torchrun has started; 0, the first, is the one that writes."""
+    """Return the rank of this process under torchrun, 0 without it. Only rank 0 writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """Return how many processes torchrun has started for this job; 1 without it."""
+    """Return the number of processes that torchrun has started for this job, 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class Signals:
-    """What the terminal and the scheduler ask of this process, which has one of these, `SIGNALS`, as it has one set of handlers.
+    """Signals from the terminal and the scheduler. A process has one set of handlers, hence one instance: `SIGNALS`.
 
-    A stop raises Interrupted, at once or where a `hold` block ends; a wish to save is noted.
+    A signal to stop raises Interrupted, at once or at the end of a `hold` block; SIGUSR1 sets `wants_save`.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None  # the signal that asked for the end
+        self.asked: int | None = None  # the first signal to stop
         self.wants_save = False
-        self._asked_at, self._holds, self._put_off = 0.0, 0, False
+        self._asked_at, self._holds, self._is_deferred = 0.0, 0, False
 
     def catch(self, is_first: bool = True) -> None:
-        """Install the handlers; a process beside the first only notes what is asked, as that one decides what becomes of it.
+        """Install the handlers. Other ranks than 0 only note a signal to stop, because rank 0 decides when to stop.
 
-        What the shell had us ignore, as nohup does with SIGHUP, stays ignored.
+        A signal that the parent process has set to be ignored, as nohup does with SIGHUP, stays ignored.
         """
         self.__init__()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -1315,38 +1315,38 @@ class Signals:
                 signal.signal(number, self._stop if is_first else lambda number, _: setattr(self, "asked", number))
         signal.signal(signal.SIGUSR1, (lambda *_: setattr(self, "wants_save", True)) if is_first else signal.SIG_IGN)
 
-    def receive_any(self, numbers: Iterable[int | None]) -> None:
-        """Have the first process act on a signal that reached another one only, as when a scheduler wants one machine back."""
-        number = next(filter(None, numbers), None)
+    def receive_any(self, signals: Iterable[int | None]) -> None:
+        """Act in rank 0 on a signal that only another rank received, e.g. when a scheduler takes one machine back."""
+        number = next(filter(None, signals), None)
         if number is not None and get_rank() == 0 and self.asked is None:
             self._stop(number, None)
 
     def _stop(self, number: int, _: Any) -> None:
         if self.asked is not None:
-            # Whatever is on disk is whole. Schedulers repeat SIGTERM, which asks for nothing new.
+            # A second Ctrl-C ends the process at once; files on disk are always complete. Schedulers repeat SIGTERM, to no effect.
             if number == signal.SIGINT and time.monotonic() - self._asked_at > SECOND_PRESS_SECONDS:
                 os._exit(128 + number)
             return
         self.asked = signal.SIGTERM if number == signal.SIGHUP else number
-        self._asked_at, self._put_off = time.monotonic(), self._holds > 0
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for loader workers that were ended with us
+        self._asked_at, self._is_deferred = time.monotonic(), self._holds > 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises for loader workers that the same signal ended
         if not self._holds:
             raise Interrupted(self.asked)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Put off a stop until the block is left: what is inside happens wholly."""
+        """Defer a signal to stop until the block ends, so that the block runs to its end."""
         self._holds += 1
         try:
             yield
         finally:
             self._holds -= 1
-        if self._put_off and not self._holds:
-            self._put_off = False
+        if self._is_deferred and not self._holds:
+            self._is_deferred = False
             raise Interrupted(self.asked)
 
     def check(self) -> None:
-        """Stop now if that has been asked for and some library has swallowed the exception."""
+        """Raise Interrupted if a signal to stop has arrived; for places where a library may have swallowed the exception."""
         if self.asked is not None:
             raise Interrupted(self.asked)
 
@@ -1355,20 +1355,20 @@ SIGNALS = Signals()
 
 
 def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
-    """Return what to tell when a file cannot be written: why, after how many bytes, and how many are free."""
+    """Return the error for a file that cannot be written: the reason, bytes written so far, bytes free on the disk."""
     free = ""
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
-    what = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
+    problem = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
     remedy = "what was there before is kept; once it can be written, the same command continues"
-    return UserError(what, str(path), remedy)
+    return UserError(problem, str(path), remedy)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears whole or not at all: temporary file, fsync, rename, fsync of the folder.
+    """Open `path` for writing so that it appears complete or not at all: temporary file, fsync, rename, fsync of the folder.
 
-    Raises UserError where it cannot be written; what was there before is untouched.
+    Raises UserError if it cannot be written; an earlier file of this name then stays as it is.
     """
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -1384,7 +1384,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch says "unexpected pos", whatever happened
+        # torch.save raises RuntimeError("unexpected pos") for any failed write; its context is the OSError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -1392,35 +1392,35 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder outlive a power failure."""
+    """Write the entries of a folder to disk, so that created and renamed files survive a power failure."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+        if error.errno != errno.EINVAL:  # some network file systems lack it, and do not need it
             raise
     finally:
         os.close(folder)
 
 
 def is_torch_zip(path: Path) -> bool:
-    """Say whether a file is an archive such as torch.save has written since 1.6."""
+    """Whether a file is a zip archive, the format of torch.save since torch 1.6."""
     return path.suffix != ".safetensors" and zipfile.is_zipfile(path)
 
 
 def check_zip(path: Path) -> None:
-    """Check every member of a zip archive, a checkpoint or .npz, against its CRC-32, which torch's own reader does not do.
+    """Check every member of a zip archive (checkpoint, .npz) against its CRC-32, which torch's reader does not do.
 
-    Raises zipfile.BadZipFile where it is damaged, cut off, or no zip archive; OSError where it cannot be read.
+    Raises zipfile.BadZipFile if it is damaged, truncated or no zip archive; OSError if it cannot be read.
     """
-    if path.exists() and not path.is_file():  # a FIFO would wait for a writer for ever
+    if path.exists() and not path.is_file():  # opening a FIFO would block until another process writes to it
         raise zipfile.BadZipFile("is no regular file")
-    raised = (OSError, RuntimeError, EOFError, ValueError, zlib.error)  # all that zipfile raises on flipped bits
+    zip_errors = (OSError, RuntimeError, EOFError, ValueError, zlib.error)  # all that zipfile raises for flipped bits
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except raised as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a flipped offset, from before the file's start
+    except zip_errors as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: flipped bits made an offset negative
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
     if damaged is not None:
@@ -1428,7 +1428,7 @@ def check_zip(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file atomically."""
+    """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -1440,21 +1440,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, form: Any) -> Any:
-    """Return what a JSON file of ours holds. Raises OSError and ValueError, with the reason, where it is not of that form."""
+    """Read a JSON file and check it against `form`. Raises OSError, or ValueError with the reason."""
     value = load_json(read_regular(path, MAX_FILE_BYTES))
     check_form(value, form)
     return value
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Check what a file of ours holds, to any depth; ValueError names what is missing, or of another type.
+    """Check parsed JSON against a form, at every depth. Raises ValueError that names the missing key or the wrong type.
 
-    A form is a type, or a tuple of them; [form] of each item of a list; {key: form} of a mapping that needs these keys; {str: form}
-    of all values of a mapping.
+    A form is a type or a tuple of types; [form] for every item of a list; {key: form} for a mapping that needs these keys;
+    {str: form} for every value of a mapping.
     """
-    kinds = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
-    if not isinstance(value, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
+    types = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
+    if not isinstance(value, types):
+        expected = " or ".join(expected_type.__name__ for expected_type in types)
         raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
     if isinstance(form, list):
         for index, item in enumerate(value):
@@ -1468,7 +1468,7 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Turn numpy and path values into plain JSON ones; NaN and infinity, which JSON lacks, into None."""
+    """Convert numpy values and paths to plain JSON values; NaN and infinity, which JSON lacks, become None."""
     value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
@@ -1479,22 +1479,22 @@ def to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def fingerprint(*parts: Any) -> str:
-    """Return 16 hex digits of a SHA-256 over bytes, arrays, and values that JSON can hold; their order and kinds count too."""
+def fingerprint(*values: Any) -> str:
+    """Return 16 hex digits of the SHA-256 of bytes, arrays and JSON values; order, kind, dtype and shape count too."""
     digest = hashlib.sha256()
-    for part in parts:
-        kind, content = "bytes", part
-        if isinstance(part, np.ndarray):
-            kind, content = f"{part.dtype} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        elif not isinstance(part, bytes):
-            kind, content = "json", json.dumps(part, sort_keys=True, default=to_json).encode()
+    for value in values:
+        kind, content = "bytes", value
+        if isinstance(value, np.ndarray):
+            kind, content = f"{value.dtype} {value.shape}", np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        elif not isinstance(value, bytes):
+            kind, content = "json", json.dumps(value, sort_keys=True, default=to_json).encode()
         digest.update(f"{kind} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
-    """Create out_dir, or raise UserError: that this can fail is only seen by trying, whatever the permission bits say."""
+    """Create out_dir. Raises UserError if that fails, which permission bits do not reliably predict."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1502,7 +1502,7 @@ def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
 
 
 class LineFile:
-    """A log that grows by whole lines: each is written at once and reaches the disk, or is taken back."""
+    """A log that grows by complete lines: each append reaches the disk before it returns, or is undone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -1514,7 +1514,7 @@ class LineFile:
             raise write_error(path, error, 0) from error
 
     def append(self, text: str) -> None:
-        """Write one or more lines. Raises UserError where the disk is full or gone; the file is as it was then."""
+        """Write one or more lines. Raises UserError if the disk is full or gone, and leaves the file as it was."""
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         size, written = os.fstat(self._fd).st_size, 0
         with SIGNALS.hold():
@@ -1533,19 +1533,19 @@ class LineFile:
 
 
 def show(text: str) -> None:
-    """Print a line above the progress bars, in the first process; a terminal that has gone ends the printing and not the run."""
+    """Print a line above the progress bars, on rank 0 only; a closed terminal ends the printing but not the run."""
     if get_rank():
         return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError):  # else what is still buffered would raise again when Python ends
+        with contextlib.suppress(OSError):  # else the text still buffered raises again when Python exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunDirectory:
-    """One run's folder: its lock, `train.log` for people, `metrics.jsonl` for programs, and the process that follows that."""
+    """The folder of a run: its lock, `train.log` for people, `metrics.jsonl` for programs, and the tracker that reads it."""
 
     def __init__(self, path: Path, flag: str = "--out_dir", events_name: str = "metrics.jsonl") -> None:
         self.path = path
@@ -1553,14 +1553,14 @@ class RunDirectory:
         self._tracker: subprocess.Popen | None = None
         create_out_dir(path, flag)
         self._lock = lock_directory(path, flag).lock
-        # Left by a run that was killed while it wrote; safe to delete, since only the holder of the lock writes.
+        # Leftovers of a run killed while writing; safe to delete, because only the holder of the lock writes.
         for leftover in path.glob(".*.[0-9]*.tmp"):
             leftover.unlink()
         self._log = LineFile(path / "train.log")
         self._events = LineFile(self.events_path)
 
     def log(self, text: str = "") -> None:
-        """Print a line, and append it with the time to train.log."""
+        """Print a line, and append it to train.log with a timestamp."""
         show(text)
         self._write_log(text)
 
@@ -1574,12 +1574,12 @@ class RunDirectory:
         self._events.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def forget_epochs_after(self, epoch: int) -> None:
-        """Drop what is recorded of the epochs beyond `epoch`, as it is done again; -1 drops the baseline too."""
-        of_epochs = ("baseline_end", "unseen_classes", "epoch_end", "best_update")
-        self.forget(lambda record: record["event"] in of_epochs and record.get("epoch", 0) > epoch)
+        """Delete the events of epochs after `epoch`, which will run again; -1 deletes those of the baseline too."""
+        epoch_events = ("baseline_end", "unseen_classes", "epoch_end", "best_update")
+        self.forget(lambda record: record["event"] in epoch_events and record.get("epoch", 0) > epoch)
 
     def forget(self, is_outdated: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop records of what is done again."""
+        """Delete the events that `is_outdated` selects."""
         records = read_events(self.path, self.events_path.name)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if not is_outdated(record)]
         if len(lines) < len(records):
@@ -1587,14 +1587,14 @@ class RunDirectory:
             write_bytes(self.events_path, "".join(lines).encode("utf-8", "backslashreplace"))
             self._events = LineFile(self.events_path)
 
-    def __reduce__(self) -> tuple[type[ReadRunDirectory], tuple[Path]]:
-        return ReadRunDirectory, (self.path,)
+    def __reduce__(self) -> tuple[type[ReadOnlyRunDirectory], tuple[Path]]:
+        return ReadOnlyRunDirectory, (self.path,)
 
     def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        """Record how the run ended, whatever the way."""
+        """Record how the run ended, then close it."""
         try:
             if isinstance(error, Interrupted):
                 self.event("interrupted", signal=str(error))
@@ -1602,7 +1602,7 @@ class RunDirectory:
                 self._write_log(f"{type(error).__name__}: {error}")
             endings = {type(None): "completed", Interrupted: "interrupted", Diverged: "diverged"}
             self.event("run_end", status=endings.get(type(error), "failed"))
-        except UserError as failure:  # the disk is full: what has brought us here is more worth telling
+        except UserError as failure:  # the disk is full; the error that ended the run matters more
             if error is None:
                 raise
             show(f"warning: {failure}")
@@ -1610,7 +1610,7 @@ class RunDirectory:
             self.close()
 
     def close(self) -> None:
-        """End the tracker, and close logs and lock."""
+        """End the tracker, close both logs and release the lock."""
         try:
             if self._tracker is not None:
                 self._end_tracker()
@@ -1620,13 +1620,13 @@ class RunDirectory:
             self._lock.release()
 
     def start_tracker(self, *flags: str) -> None:
-        """Start tools/track.py beside this process; it follows metrics.jsonl, and the run never waits for it before its end."""
-        # In a session of its own: neither Ctrl-C nor a scheduler's signal to the job is for it.
-        form = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+        """Start tools/track.py, which follows metrics.jsonl; the run waits for it only when it closes."""
+        # In a new session the tracker receives neither Ctrl-C nor a scheduler's signal to the job.
+        detached = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
             command = [sys.executable, str(find_tool("track")), str(self.path), "--pid", str(os.getpid()), *flags]
             with open(self.path / "track.log", "ab") as log:
-                self._tracker = subprocess.Popen(command, stdout=log, env=tool_environment(), **form)
+                self._tracker = subprocess.Popen(command, stdout=log, env=tool_environment(), **detached)
         except (UserError, OSError) as error:
             self.log(f"warning: the run is not tracked: {error}")
         else:
@@ -1636,29 +1636,29 @@ class RunDirectory:
         try:
             self._tracker.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            again = f"python {SCRIPT_NAME} track {self.path} --help says how to record all of it again"
-            with contextlib.suppress(UserError):  # the disk is full: it has been told
-                self.log(f"warning: the tracker had not finished after {CLOSE_SECONDS} s and was ended; {again}")
+            remedy = f"python {SCRIPT_NAME} track {self.path} --help says how to record all of it again"
+            with contextlib.suppress(UserError):  # the disk is full, which has been reported
+                self.log(f"warning: the tracker had not finished after {CLOSE_SECONDS} s and was ended; {remedy}")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._tracker.pid, signal.SIGKILL)
             self._tracker.wait()
 
 
-class ReadRunDirectory(RunDirectory):
-    """A run's folder as the processes beside the first see it, which write nothing: it becomes that on its way to them."""
+class ReadOnlyRunDirectory(RunDirectory):
+    """The folder of a run on other ranks than 0, which write nothing; a pickled RunDirectory is loaded as this."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def log(self, *_: Any, **__: Any) -> None:
-        """Leave it to the first process, which does the same."""
+        """Do nothing: rank 0 runs the same call and writes."""
 
     event = forget_epochs_after = start_tracker = log
 
 
 def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
-    """Return the records of that form in a file of JSON lines; damaged lines are left out, as are epochs that are no number."""
+    """Return the records of a JSON-lines file that match `form`; skip damaged lines and epochs that are no integer."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -1670,22 +1670,22 @@ def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
 
 
 def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl; damaged lines are left out."""
+    """Return the records of a run's metrics.jsonl; skip damaged lines."""
     return read_records(out_dir / name, {"event": str})
 
 
-def name_aside(path: Path, why: str) -> Path:
-    """Return a free path `<name>.<why>-<date>` beside `path`."""
-    target = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}")
+def name_aside(path: Path, reason: str) -> Path:
+    """Return an unused path `<name>.<reason>-<date>` beside `path`."""
+    target = path.with_name(f"{path.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}")
     while target.exists():
         target = target.with_name(target.name + "_")
     return target
 
 
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
-    """Take the lock of a folder; it is freed at the end of a with-block, by `.lock.release()`, or when this process ends.
+    """Take the lock of a folder; a with-block, `.lock.release()` or the end of this process releases it.
 
-    A probe only wants to know whether another process works there, and leaves no name. UserError names the process that does.
+    A probe only checks whether the lock is free, and does not write its holder. Raises UserError that names the present holder.
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
@@ -1701,28 +1701,26 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
     except (OSError, NotImplementedError) as error:
         remedy = "choose a folder of your own, on a file system that has locks"
         raise UserError(f"cannot be locked: {getattr(error, 'strerror', None) or error}", where, remedy) from error
-    with contextlib.suppress(OSError):  # on a full disk: the lock holds without the name
+    with contextlib.suppress(OSError):  # e.g. the disk is full: the lock holds without a name in it
         if not is_probe:
             holder_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
     return proxy
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Say early, without writing anything, that another process works in a folder, and which."""
+    """Raise UserError if another process works in a folder; write nothing, so that this can run early."""
     if (path / ".lock").exists():
         lock_directory(path, is_probe=True).lock.release()
 
 
 def move_aside(path: Path) -> Path:
-    """Rename an old run's folder to `<name>.old-<date>`, and return the new path."""
+    """Rename the folder of an old run to `<name>.old-<date>`, and return the new path. Raises UserError if it is in use."""
     refuse_if_in_use(path)
-    target = name_aside(path, "old")
-    path.rename(target)
-    return target
+    return path.rename(name_aside(path, "old"))
 
 
 class ToolFailed(Exception):
-    """A tool that this program has waited for has failed; it has said why."""
+    """A tool that this program started has failed, and has printed the reason."""
 
     def __init__(self, command: str, code: int) -> None:
         self.code = code
@@ -1730,13 +1728,13 @@ class ToolFailed(Exception):
 
 
 def tool_environment() -> dict[str, str]:
-    """Return the environment of a process that is none of those that torchrun has started, even where this one is."""
+    """Return the environment without torchrun's variables: a tool is not one of the ranks, even if this process is."""
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("TORCHELASTIC_")}
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
-    """Run a tool to its end, or raise ToolFailed with its exit code; what asks this process to stop is passed on to it."""
+    """Run a tool and wait for it; pass a signal to stop on to it. Raises ToolFailed with its exit code."""
     process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
         code = process.wait()
@@ -1749,26 +1747,26 @@ def run_tool(command: str, argv: Sequence[str]) -> None:
 
 
 class FileMemory:
-    """What has been learned of files: one table in `memory.sqlite` of a folder, (kind, path) -> size, mtime_ns, value.
+    """A cache of facts about files: one table in `memory.sqlite` of a folder, (kind, path) -> (size, mtime_ns, value).
 
-    A value counts as long as the file has that size and that time. Whoever writes holds the lock of the folder. A table that is
-    damaged, or that something else has made, is removed and begun anew: looking at a file again is always right.
+    A value is valid while its file has that size and mtime. Writers hold the lock of the folder. A table that is damaged, or that
+    another program made, is deleted and started anew: reading the files again gives the same values.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / MEMORY_NAME
-        self.is_locked = False  # the folder, by this process
-        self._learned: list[tuple[Any, ...]] = []
+        self.is_locked = False  # whether this process holds the lock of the folder
+        self._pending: list[tuple[Any, ...]] = []
         self._is_damaged = False
 
     def recall(self, kind: str) -> dict[str, tuple[int, int, bytes]]:
-        """Return size, mtime in ns and value by path; {} where there is nothing that can be read."""
+        """Return (size, mtime in ns, value) by path; {} if there is no readable table."""
         query = "SELECT path, size, mtime_ns, value, checksum FROM files WHERE kind = ?"
         try:
-            with self._open_table("rw") as table:  # not ro: what a killed process has begun to write is taken back
+            with self._open_table("rw") as table:  # not ro: opening rolls back what a killed process has half written
                 rows = table.execute(query, (kind,)).fetchall()
-        except sqlite3.Error as error:  # without the file too
+        except sqlite3.Error as error:  # also if the file does not exist
             self._is_damaged = _is_damage(error)
             return {}
         return {
@@ -1778,15 +1776,15 @@ class FileMemory:
         }
 
     def learn(self, kind: str, path: str, stamp: tuple[int, int], value: bytes) -> None:
-        """Keep in mind what the next `save` is to write; `stamp` is size and mtime in ns; threads may call it."""
-        self._learned.append((kind, path, *stamp, value, zlib.crc32(value)))
+        """Queue a value for the next `save`; `stamp` is (size, mtime in ns). Safe to call from threads."""
+        self._pending.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
-        """Write what has been learned in one transaction, or raise UserError; the caller has the folder's lock."""
+        """Write the queued values in one transaction. The caller holds the lock of the folder. Raises UserError."""
         columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
         create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
         with SIGNALS.hold():
-            rows = self._learned[:]
+            rows = self._pending[:]
             for is_last_try in (False, True) if rows else ():
                 try:
                     if self._is_damaged:
@@ -1801,10 +1799,10 @@ class FileMemory:
                     self._is_damaged = _is_damage(error)
                     if is_last_try or not self._is_damaged:
                         raise write_error(self.path, OSError(str(error)), 0) from error
-            del self._learned[: len(rows)]
+            del self._pending[: len(rows)]
 
     def save_early(self) -> None:
-        """Write what has been learned before anything else is in the folder, unless another process works there."""
+        """Save before the run has opened the folder: create it if needed, and do nothing if it is in use or cannot be written."""
         with contextlib.suppress(UserError):
             create_out_dir(self.folder)
             with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
@@ -1812,84 +1810,84 @@ class FileMemory:
 
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
-        """Open the file for one transaction: there is no connection that a fork or another thread could inherit."""
+        """Open the file for one transaction, so that no fork and no other thread inherits a connection."""
         address = f"file:{urllib.parse.quote(os.fsencode(self.path.absolute()))}?mode={mode}"
         with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as table, table:
             yield table
 
 
 def _is_damage(error: Exception) -> bool:
-    """Say whether a table is to be begun anew: damaged, no database, or one of other columns; a full disk is no damage."""
+    """Whether a table must be started anew: it is damaged, no database, or has other columns; a full disk is no damage."""
     damage = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-    code = getattr(error, "sqlite_errorcode", None)  # none: what it holds is no text, say
+    code = getattr(error, "sqlite_errorcode", None)  # None e.g. for a path that is not UTF-8
     return isinstance(error, sqlite3.Error) and (code is None or code & 0xFF in damage)
 
 
 # ======================================================================================================================
 # 04  RUNTIME
 # ======================================================================================================================
-# Device, precision, seeds; one device, DataParallel, or the processes that torchrun starts, each of which runs the same program on
-# its part of each batch; the first one writes. Raises UserError for devices that are not there.
+# Owns device, precision and seeds. A run uses one device, DataParallel, or the ranks that torchrun starts: each rank runs the same
+# program on its part of each batch, and rank 0 writes. Raises UserError for devices that this machine lacks.
 def start_processes() -> dist.Store | None:
-    """Meet the other processes that torchrun has started; return the store that all of them share, None without torchrun."""
+    """Join the other ranks that torchrun has started. Return the store that all of them share, None without torchrun."""
     if not dist.is_torchelastic_launched():
         return None
-    # Nothing is lost yet, and a handler in Python would have to wait for the others.
+    # The default handlers: nothing is lost yet, and a Python handler would not run before the rendezvous is over.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(agree_on_name(store, rank, world_size), store)
+    store = dist.PrefixStore(agree_on_prefix(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # The first process may be at work alone for long. When a process ends, those who wait for it see that at once.
+    # No effective timeout: rank 0 may work alone for hours, and when a rank ends, those waiting for it notice at once.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=365))
     return store
 
 
-def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
-    """Return a word that only the processes of this start know.
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
+    """Return a random prefix for keys that only the ranks of this start know.
 
-    When torchrun starts all anew, its store still holds the addresses of the dead, to which gloo would connect: torch 2.14 gives
-    each start no prefix of its own, and machines may count their restarts differently.
+    After a restart the store of torchrun still holds the addresses of dead ranks, to which gloo would connect: torch 2.14 does not
+    give each start a new prefix, and machines may count restarts differently.
     """
-    word = os.urandom(8).hex()
+    token = os.urandom(8).hex()
     if rank:
-        store.set(f"asks/{rank}", word)
-        name = store.get(f"answers/{word}").decode()  # waits; only a living first process answers to a new word
-        store.set(f"{name}/{rank}", "known")
-        return name
+        store.set(f"asks/{rank}", token)
+        prefix = store.get(f"answers/{token}").decode()  # blocks; only a live rank 0 answers a new token
+        store.set(f"{prefix}/{rank}", "known")
+        return prefix
     waiting = set(range(1, world_size))
     while waiting:
-        for number in waiting:
-            if store.check([f"asks/{number}"]):
-                store.set(f"answers/{store.get(f'asks/{number}').decode()}", word)
-        waiting = {number for number in waiting if not store.check([f"{word}/{number}"])}
+        for other_rank in waiting:
+            if store.check([f"asks/{other_rank}"]):
+                store.set(f"answers/{store.get(f'asks/{other_rank}').decode()}", token)
+        waiting = {other_rank for other_rank in waiting if not store.check([f"{token}/{other_rank}"])}
         time.sleep(0.02)
-    return word
+    return token
 
 
 def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
-    """Return the exit code of the first process that has failed, and whether this one is it: it alone says why.
+    """Return the exit code of the rank that failed first, and whether this is that rank, which alone prints the reason.
 
-    It tells before its sockets close, and so before other processes fail by that.
+    A rank reports its failure before its sockets close, which makes the other ranks fail in turn.
     """
     if store is None:
         return code, True
-    SIGNALS.catch(is_first=False)  # torchrun may end us by now, as another process has ended
+    SIGNALS.catch(is_first=False)  # torchrun may already be ending this process because of another one
     first = f"{get_rank()} {code}"
-    with contextlib.suppress(RuntimeError):  # the store is gone, with torchrun
+    with contextlib.suppress(RuntimeError):  # torchrun has ended, and its store with it
         first = store.compare_set("failed", "", first).decode()
     rank, code = map(int, first.split())
     return code, rank == get_rank()
 
 
 def from_first(function: Callable[..., Any], *args: Any) -> Any:
-    """Return in every process what a function returns in the first one, which alone runs it."""
+    """Call a function on rank 0 only, and return its result on every rank."""
     return broadcast(function(*args) if get_rank() == 0 else None)
 
 
 def broadcast(value: Any) -> Any:
-    """Return in every process the value that the first one has."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -1898,23 +1896,23 @@ def broadcast(value: Any) -> Any:
 
 
 def gather_batch(batch: Batch) -> Batch:
-    """Return this process's images of a training batch, labels and failures of the whole batch, and the sizes of all parts."""
+    """Return a training batch with this rank's images, the labels and failures of all ranks, and each rank's number of images."""
     if not dist.is_initialized():
         return batch
     gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, (batch.labels, batch.failures, tuple(batch.images.shape[1:]), SIGNALS.asked))
-    labels, failures, shapes, asked = zip(*gathered, strict=True)
-    SIGNALS.receive_any(asked)
+    labels, failures, shapes, signals = zip(*gathered, strict=True)
+    SIGNALS.receive_any(signals)
     images = batch.images if len(batch.labels) else batch.images.new_zeros(0, *max(shapes))
     failures = list(itertools.chain(*failures))
     return batch._replace(images=images, labels=torch.cat(labels), failures=failures, sizes=tuple(map(len, labels)))
 
 
 def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Return the rows (B, ...) of all processes, of which each has `sizes[rank]`; without sizes, the rows are all there are.
+    """Return the rows (B, ...) of all ranks, each of which passes `sizes[rank]` rows; return `rows` if `sizes` is empty.
 
-    Every process computes the same loss of all rows, so that the gradient of its own rows is here already, and no gradients have to
-    be exchanged. It is multiplied by the number of processes, by which DistributedDataParallel divides the sum of gradients.
+    Every rank computes the same loss from all rows, and so has the gradient of the rows it passed; nothing needs to be exchanged.
+    This gradient is multiplied by the world size, because DistributedDataParallel divides the sum of gradients by it.
     """
     if not sizes:
         return rows
@@ -1925,31 +1923,31 @@ def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     gathered[get_rank()] = rows
     if rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * len(sizes))
-    return torch.cat([of_rank[:size] for of_rank, size in zip(gathered, sizes, strict=True)])
+    return torch.cat([rank_rows[:size] for rank_rows, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_answers(answer: Any) -> list[Any]:
-    """Return the answers of all processes in the first one, and [] in the others; None stands for no answer."""
+    """Return the answers of all ranks on rank 0, and [] on the others. An answer of None is left out."""
     if not dist.is_initialized():
         return [answer]
     answers: list[Any] | None = None if get_rank() else [None] * get_world_size()
     dist.gather_object((answer, SIGNALS.asked), answers, 0)
     if answers is None:
         return []
-    SIGNALS.receive_any([asked for _, asked in answers])
+    SIGNALS.receive_any([signal_number for _, signal_number in answers])
     return [answer for answer, _ in answers if answer is not None]
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Say whether a module is a BatchNorm layer."""
+    """Whether a module is a BatchNorm layer."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 class FrozenDataParallel(nn.DataParallel):
-    """DataParallel that copies a backbone to the other GPUs once and not with every batch, since its weights do not change."""
+    """DataParallel that copies a backbone to the GPUs once and not for every batch, because its weights do not change."""
 
     def replicate(self, module: Backbone, device_ids: Sequence[int]) -> list[Backbone]:
-        """Return the copies for some of the GPUs, the first ones."""
+        """Return the copies for the first `len(device_ids)` GPUs."""
         if not module.replicas:
             with torch.inference_mode(False), torch.no_grad():
                 module.replicas = super().replicate(module, self.device_ids)
@@ -1958,27 +1956,27 @@ class FrozenDataParallel(nn.DataParallel):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how numbers are computed."""
+    """Device and precision of a run."""
 
     device: torch.device
-    num_gpus: int  # that this process uses
-    dtype: torch.dtype  # that a backbone is trained in; float32 = no autocast
+    num_gpus: int  # used by this process; 0 = CPU
+    dtype: torch.dtype  # of the backbone in training; float32 = no autocast
     deterministic: bool = False
-    is_automatic: bool = False  # the type was chosen for the device, not by the user
+    is_automatic: bool = False  # dtype was chosen for the device, not by the user
 
     @property
     def answer_dtype(self) -> torch.dtype:
-        """What references, val and test are embedded in, and all later queries: by default as exported files do it.
+        """The dtype for embedding references, val, test and all later queries: by default float32, as in exported files.
 
-        References in bf16 have mean cosines of .999 (groceries; least .986) and .995 (hand tools; .985) with what such a file makes
-        of them, and one answer in 90 and one in 32 is another.
+        References in bf16 have a mean cosine of .999 (groceries; lowest .986) and .995 (hand tools; lowest .985) with those of an
+        exported file, and one answer in 90 and one in 32 differs.
         """
         return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
-        """Return the backbone as it is called: spread over the GPUs of this process, or trained with other processes.
+        """Return the backbone, wrapped in DataParallel for several GPUs, or in DDP if it is trained on several ranks.
 
-        All that follows it sees whole batches, those of processes by way of `gather_rows`.
+        The layers after it see whole batches; those of several ranks come from `gather_rows`.
         """
         if self.num_gpus > 1:
             return (FrozenDataParallel if backbone.frozen else nn.DataParallel)(backbone, list(range(self.num_gpus)))
@@ -1987,9 +1985,9 @@ class Runtime:
         return nn.parallel.DistributedDataParallel(backbone, [self.device] if self.num_gpus else None)
 
     def share_batchnorm(self, backbone: Backbone) -> None:
-        """Have the BatchNorm layers of a backbone that is to be trained see whole batches: processes on GPUs share statistics.
+        """Convert the BatchNorm layers of a trained backbone to SyncBatchNorm if there are several ranks.
 
-        GPUs of one process do not, nor do processes on CPUs, for which SyncBatchNorm is not made: there UserError refuses it.
+        Raises UserError for several GPUs in one process and for several ranks on CPUs, neither of which SyncBatchNorm supports.
         """
         if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
             return
@@ -2005,11 +2003,11 @@ class Runtime:
             convert_sync_batchnorm(backbone)
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """Return the gradient scaler; it is a no-op unless the precision is fp16."""
+        """Return the gradient scaler, a no-op unless the precision is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def describe(self) -> str:
-        """Return one phrase for the log."""
+        """Return devices, dtypes and number of processes as one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
         types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.answer_dtype))))
         notes = ", no TF32" if self.num_gpus else ""
@@ -2019,15 +2017,12 @@ class Runtime:
 
 
 def name_dtype(dtype: torch.dtype) -> str:
-    """Return what a type is called: float32."""
+    """Return the name of a dtype, e.g. float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
-    """Choose the device and the precision: without `gpus` one GPU if there is one; UserError for what this machine cannot do.
-
-    Where it is `deterministic`, torch chooses operations that give the same bits each time.
-    """
+    """Choose device and precision; `gpus` None means one GPU if there is one. Raises UserError for what this machine lacks."""
     available = torch.cuda.device_count()
     num_gpus = min(available, 1) if gpus is None else gpus
     where = f"--gpus {num_gpus}"
@@ -2038,15 +2033,14 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     if precision == "fp16" and not num_gpus:
         raise UserError("the CPU has no fp16 training", "--precision fp16", "use fp32 or bf16")
     has_bf16 = bool(num_gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
-    automatic = torch.bfloat16 if has_bf16 else torch.float16 if num_gpus else torch.float32
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": automatic}
-    if deterministic:  # cuBLAS reads it when it is first used
+    auto_dtype = torch.bfloat16 if has_bf16 else torch.float16 if num_gpus else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": auto_dtype}
+    if deterministic:  # cuBLAS reads it at its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # float32 has 24 bits, in the head and where the backbone is not rounded: torch gives convolutions the 11 of TF32 by default,
-    # which moves cosines by 1.4e-4.
+    # float32 keeps its 24 bits: by default torch gives convolutions the 11 bits of TF32, which moves cosines by 1.4e-4.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    # Only warn where an operation has no such variant: it is named, and the run is still worth more than none.
+    # Same bits each time. An operation without a deterministic variant only warns, by name: such a run is better than none.
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     device = torch.device("cuda" if num_gpus else "cpu")
@@ -2061,32 +2055,31 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
 
 
 def training_runtime(config: Config) -> Runtime:
-    """Return where and how a run is trained."""
+    """Return the runtime of training, whose automatic precision also depends on the model and the CPU."""
     runtime = make_runtime(config.gpus, config.precision, config.deterministic)
-    dtype = runtime.dtype
     if not runtime.is_automatic:
         return runtime
-    if dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
-        dtype = torch.float32
-    # Without gradients to lose, a frozen backbone is worth rounding where the CPU is faster for it: 1.5 to 1.9 times as many
-    # images/s, and accuracy within the noise of seeds (tests/benchmarks/quality.py).
+    if runtime.dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
+        return dataclasses.replace(runtime, dtype=torch.float32)
+    # A frozen backbone has no gradients that bf16 could spoil. On a CPU that multiplies faster in bf16, it embeds 1.5 to 1.9 times
+    # as many images/s, with accuracy within the noise of seeds (tests/benchmarks/quality.py).
     if not (config.trains_backbone or runtime.num_gpus) and cpu_multiplies_bf16():
-        dtype = torch.bfloat16
-    return dataclasses.replace(runtime, dtype=dtype)
+        return dataclasses.replace(runtime, dtype=torch.bfloat16)
+    return runtime
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Say whether the CPU multiplies matrices faster in bf16 than in fp32: by AMX, or by AVX512-BF16 unless it is Intel's.
+    """Whether the CPU multiplies matrices faster in bf16 than in fp32: with AMX, or with AVX512-BF16 on other CPUs than Intel's.
 
-    Intel's CPUs have that too, and where AMX is switched off, in virtual machines say, it takes 1.6 times as long as fp32 (ViT-S on
-    Emerald Rapids). A property of the machine and not a timing, so that a run can be repeated on it.
+    On Intel without AMX, as in some virtual machines, AVX512-BF16 takes 1.6 times as long as fp32 (ViT-S on Emerald Rapids). The
+    answer is a property of the machine and not a timing, so that a run can be repeated on it.
     """
     has_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
     return has_avx512 or torch.cpu._is_amx_tile_supported()
 
 
 def read_cpu_vendor() -> str:
-    """Return what Linux says of who made the CPU, or ''."""
+    """Return the vendor id of the CPU from /proc/cpuinfo, e.g. GenuineIntel, or ''."""
     cpuinfo = ""
     with contextlib.suppress(OSError):
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -2094,39 +2087,39 @@ def read_cpu_vendor() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next batch instead of returning it to the system and faulting it in again.
+    """Make glibc keep freed memory for the next batch instead of returning it to the system and faulting it in again.
 
-    Activations of a few MB are allocated with mmap otherwise, and half of the time of a small model on the CPU goes into page
-    faults: mobilenetv2_035 at 160 px embeds 3 times as many images/s with this (tests/benchmarks/cpu.py).
+    By default activations of a few MB are allocated with mmap, and a small model on the CPU spends half of its time on page faults:
+    mobilenetv2_035 at 160 px embeds 3 times as many images/s with this (tests/benchmarks/cpu.py).
     """
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tell
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the CPU on the device, without waiting for what that is busy with: from pinned memory."""
+    """Copy a CPU tensor to the device, from pinned memory, so that the copy does not wait for work queued on the device."""
     pinned = values.pin_memory() if device.type == "cuda" else values
     return pinned.to(device, non_blocking=True)
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use, which on a shared machine are fewer than there are."""
+    """Return the number of cores that this process may use; on a shared machine fewer than it has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seed_torch(*words: int, rank: int = 0) -> None:
-    """Seed torch's generators with a hash of the words, so that seeds 1, 2 and epochs 2, 1 do not meet.
+def seed_torch(*entropy: int, rank: int = 0) -> None:
+    """Seed torch's generators with a hash of integers, so that seed 1, epoch 2 and seed 2, epoch 1 differ.
 
-    With a rank, a process draws dropout of its own; each GPU of one process always does.
+    With `rank`, each rank draws different dropout; the GPUs of one process always do.
     """
 
     def derive(device: int) -> int:
         stream = (rank, device) if rank or device else ()
-        return int(np.random.SeedSequence(words, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
+        return int(np.random.SeedSequence(entropy, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
     torch.manual_seed(derive(0))
     num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
@@ -2134,22 +2127,22 @@ def seed_torch(*words: int, rank: int = 0) -> None:
         torch.cuda.default_generators[device].manual_seed(derive(device))
 
 
-PROGRESS_SECONDS = 20  # between the lines that a log gets: with items of up to 10 s, one at least every 30 s
-SHORT_SECONDS = 2  # what takes less is not worth a line
+PROGRESS_SECONDS = 20  # between lines of progress in a log; with items of up to 10 s there is one at least every 30 s
+SHORT_SECONDS = 2  # shorter work gets no line
 
 
 class ProgressLog:
-    """Takes what progress bars draw, and has one line of stderr made of it every PROGRESS_SECONDS, whichever bar is due then."""
+    """A file for progress bars to draw on; prints one line to stderr every PROGRESS_SECONDS, of the bar that draws then."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def write(self, text: str) -> None:
-        """Write the state of a bar, if a line is due."""
-        line = " ".join(text.split())  # a bar that moves or vanishes writes blanks
+        """Print the state of a bar if a line is due."""
+        line = " ".join(text.split())  # a bar that moves or closes writes blanks
         if line and sys.stderr is not None and time.monotonic() - self._last >= PROGRESS_SECONDS:
             self._last = time.monotonic()
-            with contextlib.suppress(OSError):  # who has read the log may be gone, which ends no run
+            with contextlib.suppress(OSError):  # the reader of the log may be gone; the run goes on
                 print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
@@ -2161,16 +2154,16 @@ LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to 
 
 
 def count_of(count: int, noun: str) -> str:
-    """Return a number and what is counted: 1 image, 2,000 images, 3 classes."""
+    """Return a count with its noun: 1 image, 2,000 images, 3 classes."""
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
-    """Return a progress bar, or where stderr is no terminal one that writes lines."""
-    form: dict[str, Any] = {"dynamic_ncols": True}
+    """Return a progress bar on rank 0; it prints lines where stderr is no terminal."""
+    options: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
-        form = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
-    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **form)
+        options = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
+    return tqdm(iterable, total=total, desc=label, unit=unit, leave=False, disable=get_rank() > 0, **options)
 
 
 # ======================================================================================================================
