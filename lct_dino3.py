@@ -1305,7 +1305,7 @@ class Signals:
         self._asked_at, self._holds, self._is_deferred = 0.0, 0, False
 
     def catch(self, is_first: bool = True) -> None:
-        """Install the handlers. Other ranks than 0 only note a signal to stop, because rank 0 decides when to stop.
+        """Install the handlers. Ranks other than 0 only note a signal to stop, because rank 0 decides when to stop.
 
         A signal that the parent process has set to be ignored, as nohup does with SIGHUP, stays ignored.
         """
@@ -1447,7 +1447,7 @@ def read_json(path: Path, form: Any) -> Any:
 
 
 def check_form(value: Any, form: Any, name: str = "it") -> None:
-    """Check parsed JSON against a form, at every depth. Raises ValueError that names the missing key or the wrong type.
+    """Check parsed JSON against a form, at every depth. Raises ValueError, which names the missing key or the wrong type.
 
     A form is a type or a tuple of types; [form] for every item of a list; {key: form} for a mapping that needs these keys;
     {str: form} for every value of a mapping.
@@ -1620,7 +1620,7 @@ class RunDirectory:
             self._lock.release()
 
     def start_tracker(self, *flags: str) -> None:
-        """Start tools/track.py, which follows metrics.jsonl; the run waits for it only when it closes."""
+        """Start tools/track.py, which follows metrics.jsonl; the run waits for it only in `close`."""
         # In a new session the tracker receives neither Ctrl-C nor a scheduler's signal to the job.
         detached = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         try:
@@ -1646,7 +1646,7 @@ class RunDirectory:
 
 
 class ReadOnlyRunDirectory(RunDirectory):
-    """The folder of a run on other ranks than 0, which write nothing; a pickled RunDirectory is loaded as this."""
+    """The folder of a run on ranks other than 0, which write nothing; a pickled RunDirectory unpickles as this."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -1685,7 +1685,7 @@ def name_aside(path: Path, reason: str) -> Path:
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; a with-block, `.lock.release()` or the end of this process releases it.
 
-    A probe only checks whether the lock is free, and does not write its holder. Raises UserError that names the present holder.
+    A probe only checks whether the lock is free, and does not record a holder. Raises UserError, which names the present holder.
     """
     lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
     where, holder = f"{flag} {path}", ""
@@ -1729,8 +1729,8 @@ class ToolFailed(Exception):
 
 def tool_environment() -> dict[str, str]:
     """Return the environment without torchrun's variables: a tool is not one of the ranks, even if this process is."""
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("TORCHELASTIC_")}
+    torchrun_names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in torchrun_names and not k.startswith("TORCHELASTIC_")}
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
@@ -1750,7 +1750,7 @@ class FileMemory:
     """A cache of facts about files: one table in `memory.sqlite` of a folder, (kind, path) -> (size, mtime_ns, value).
 
     A value is valid while its file has that size and mtime. Writers hold the lock of the folder. A table that is damaged, or that
-    another program made, is deleted and started anew: reading the files again gives the same values.
+    another program made, is deleted and started anew, which is safe: the files can be read again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -1802,7 +1802,7 @@ class FileMemory:
             del self._pending[: len(rows)]
 
     def save_early(self) -> None:
-        """Save before the run has opened the folder: create it if needed, and do nothing if it is in use or cannot be written."""
+        """Save at once, also before the run has opened the folder; do nothing if it is in use or cannot be written."""
         with contextlib.suppress(UserError):
             create_out_dir(self.folder)
             with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
@@ -1832,20 +1832,20 @@ def start_processes() -> dist.Store | None:
     """Join the other ranks that torchrun has started. Return the store that all of them share, None without torchrun."""
     if not dist.is_torchelastic_launched():
         return None
-    # The default handlers: nothing is lost yet, and a Python handler would not run before the rendezvous is over.
+    # Default handlers end the process at once: nothing is lost yet, and a Python handler would run only after the rendezvous.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(agree_on_prefix(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # No effective timeout: rank 0 may work alone for hours, and when a rank ends, those waiting for it notice at once.
+    # No effective timeout: rank 0 may work alone for long, and when a rank ends, those waiting for it notice at once.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=365))
     return store
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
-    """Return a random prefix for keys that only the ranks of this start know.
+    """Return a random key prefix that only the ranks of this start know.
 
     After a restart the store of torchrun still holds the addresses of dead ranks, to which gloo would connect: torch 2.14 does not
     give each start a new prefix, and machines may count restarts differently.
@@ -1869,7 +1869,7 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
 def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
     """Return the exit code of the rank that failed first, and whether this is that rank, which alone prints the reason.
 
-    A rank reports its failure before its sockets close, which makes the other ranks fail in turn.
+    A rank reports its failure before it closes its sockets, because closing them makes the other ranks fail too.
     """
     if store is None:
         return code, True
@@ -1911,8 +1911,8 @@ def gather_batch(batch: Batch) -> Batch:
 def gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Return the rows (B, ...) of all ranks, each of which passes `sizes[rank]` rows; return `rows` if `sizes` is empty.
 
-    Every rank computes the same loss from all rows, and so has the gradient of the rows it passed; nothing needs to be exchanged.
-    This gradient is multiplied by the world size, because DistributedDataParallel divides the sum of gradients by it.
+    Every rank computes the same loss from all rows, and so has the gradient of the rows it passed without exchanging gradients. It
+    is multiplied by the world size here, because DistributedDataParallel divides the sum of gradients by that.
     """
     if not sizes:
         return rows
@@ -1969,7 +1969,7 @@ class Runtime:
         """The dtype for embedding references, val, test and all later queries: by default float32, as in exported files.
 
         References in bf16 have a mean cosine of .999 (groceries; lowest .986) and .995 (hand tools; lowest .985) with those of an
-        exported file, and one answer in 90 and one in 32 differs.
+        exported file, and one answer in 90 or in 32 differs.
         """
         return torch.float32 if self.is_automatic else self.dtype
 
@@ -1985,7 +1985,7 @@ class Runtime:
         return nn.parallel.DistributedDataParallel(backbone, [self.device] if self.num_gpus else None)
 
     def share_batchnorm(self, backbone: Backbone) -> None:
-        """Convert the BatchNorm layers of a trained backbone to SyncBatchNorm if there are several ranks.
+        """Convert a trained backbone's BatchNorm to SyncBatchNorm on several ranks, so that it normalises over whole batches.
 
         Raises UserError for several GPUs in one process and for several ranks on CPUs, neither of which SyncBatchNorm supports.
         """
@@ -2037,11 +2037,12 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": auto_dtype}
     if deterministic:  # cuBLAS reads it at its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # float32 keeps its 24 bits: by default torch gives convolutions the 11 bits of TF32, which moves cosines by 1.4e-4.
+    # float32 keeps its 24 bits, in the head and in a backbone that is not rounded: by default torch gives convolutions the 11 bits
+    # of TF32, which moves cosines by 1.4e-4.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    # Same bits each time. An operation without a deterministic variant only warns, by name: such a run is better than none.
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself imports for 2 s
+    # The same bits each time. An operation without a deterministic variant only warns, by name: such a run is better than none.
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call takes 2 s to import modules
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     device = torch.device("cuda" if num_gpus else "cpu")
     if dist.is_initialized() and num_gpus:
@@ -2069,7 +2070,7 @@ def training_runtime(config: Config) -> Runtime:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU multiplies matrices faster in bf16 than in fp32: with AMX, or with AVX512-BF16 on other CPUs than Intel's.
+    """Whether the CPU multiplies matrices faster in bf16 than in fp32: with AMX, or with AVX512-BF16 on a CPU that is not Intel's.
 
     On Intel without AMX, as in some virtual machines, AVX512-BF16 takes 1.6 times as long as fp32 (ViT-S on Emerald Rapids). The
     answer is a property of the machine and not a timing, so that a run can be repeated on it.
@@ -2094,7 +2095,7 @@ def keep_freed_memory() -> None:
     """
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
@@ -2107,12 +2108,12 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use; on a shared machine fewer than it has."""
+    """Return the number of cores that this process may use, which can be fewer than a shared machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_torch(*entropy: int, rank: int = 0) -> None:
-    """Seed torch's generators with a hash of integers, so that seed 1, epoch 2 and seed 2, epoch 1 differ.
+    """Seed torch's generators with a hash of `entropy`, so that (seed 1, epoch 2) and (seed 2, epoch 1) differ.
 
     With `rank`, each rank draws different dropout; the GPUs of one process always do.
     """
@@ -2132,7 +2133,7 @@ SHORT_SECONDS = 2  # shorter work gets no line
 
 
 class ProgressLog:
-    """A file for progress bars to draw on; prints one line to stderr every PROGRESS_SECONDS, of the bar that draws then."""
+    """The file that progress bars write to; prints one line to stderr every PROGRESS_SECONDS, for the bar that writes then."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -2154,12 +2155,12 @@ LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to 
 
 
 def count_of(count: int, noun: str) -> str:
-    """Return a count with its noun: 1 image, 2,000 images, 3 classes."""
+    """Return a count with its noun in singular or plural: 1 image, 2,000 images, 3 classes."""
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") -> tqdm:
-    """Return a progress bar on rank 0; it prints lines where stderr is no terminal."""
+    """Return a progress bar, shown on rank 0 only; it prints lines if stderr is no terminal."""
     options: dict[str, Any] = {"dynamic_ncols": True}
     if sys.stderr is None or not sys.stderr.isatty():
         options = dict(file=PROGRESS_LOG, bar_format=LINE_FORMAT, mininterval=1, miniters=1, delay=SHORT_SECONDS)
