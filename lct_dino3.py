@@ -83,103 +83,21 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations otherwise calls h
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SCRIPT_NAME = "lct_dino3.py"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
-MAX_FILE_BYTES = 500_000_000
+
+
+# ======================================================================================================================
+# 02  CONFIG & CLI
+# ======================================================================================================================
+# `Config` describes every option once; parser, help and validation are generated from it. Reads argv. Raises UserError.
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_VALUES = 100_000  # YAML values with aliases expanded: nine lines can stand for a billion
 MAX_ERROR_LINE = 2000  # characters
-CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
-JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
-STRIP_PIXELS = 4_000_000  # an image is converted in strips of at most this size
-BIG_PIXELS = 16_000_000  # images with more pixels are checked one at a time
-TINY_SIDE = 16  # px; a crop with a shorter side is used but named in the report
-PADDING_GRAY = 114  # letterbox colour of YOLO; also shows through transparent pixels
-SPLIT_NAMES = ("train", "val", "test")
-# Folder names that --splits from_folders takes for splits, in lower case.
-SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
-VIEW_NAMES = ("bbox", "mask")  # a crop as cut, and with its background replaced
-MASK_LEVEL = 127  # mask pixels that are brighter, and cutout pixels that are more opaque, are the object
-MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized if its aspect ratio differs by no more than this
-MAX_LABEL = 100  # class numbers in label maps are smaller: COCO has 91
 CUTOUTS_DIRNAME = "cutouts"
-LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in gray: ITU-R BT.601, as in Pillow and cv2
-THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
-THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
 LINEAR_CRITERIA = ("cross_entropy", "focal")  # have neither class directions nor a margin
-EPOCH_REFS_PER_CLASS = 50  # training images per class that a fine-tuned run embeds for the metrics of each epoch
-# Folder names that suggest images of no class.
-UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
-# Heads trained without a fold of the classes measure unseen classes, in about a minute; skipped above UNSEEN_MAX_IMAGES.
-UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
-STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
-UNSEEN_STEPS = 1500  # optimizer steps of all these heads together
-UNSEEN_REFS_PER_CLASS = 50  # references in their galleries
-ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3  # crops per enrolled class, and random draws of each number
-OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # for enrolled classes; see `enrolment_offsets`
-LEAD_WEIGHT = 0.5  # weight of an enrolled class's lead over the best trained class, in its score
-LOGREG_MAX_IMAGES = 20_000  # the logistic regression of the frozen baseline is fitted on at most this many
-LOGREG_MAX_CLASSES = 2000  # no regression above it: its solver keeps 20 copies of (classes x feature_dim) in float64
-MATCHER_NAMES = {
-    "centroid": "nearest centroid",
-    "prototypes": "nearest of several prototypes a class",
-    "knn": "k nearest references of a class",
-}
-KNN_CHOICES = (1, 3, 5, 10)
-FEATURE_WEIGHTS = (0.3, 0.5, 0.7)  # candidate weights of the backbone's features in a similarity
-# Match quality that the features may cost on val: below the error of val, where the embedding has an edge, as it chose the epoch.
-FEATURE_LOSS = 0.01
-FEATURE_DIM = 128  # principal axes of the features that are kept
-FEATURE_REFERENCES = 20_000  # references that the covariance of the features is estimated on
-PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes per class that --prototypes_per_class auto tries
-MIN_CLUSTER = 3  # references that a cluster needs to become a prototype: fewer may be a mislabelled image
-MOST_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes about 10 ms per class
-SIGNIFICANCE = 0.05  # level of the sign tests: gain from training, and several prototypes per class against one
-MIN_CALIBRATION_SAMPLES = 20  # a class with fewer val answers gets the threshold of all classes
-PROMISE_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
-PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
-MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
-FINITE_CHECK_STEPS = 50  # steps between checks for non-finite losses, since each check waits for the device
-MAX_DATA_WAIT = 0.1  # share of an epoch spent waiting for data; above it the log says what to change
-CACHE_NOTE_SECONDS = 10  # time between progress notes while views are embedded; an interruption loses no more
-FP16_MAX = 65504.0
-# Models with larger activations: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181); EVA's blocks are similar.
-FP16_OVERFLOWS = ("dinov3", "eva")
-BOOTSTRAP_DRAWS = 500
-BOOTSTRAP_SAMPLES = 10_000_000  # limit of draws x samples; larger sets get fewer draws, which suffice for them
-PRECISION_TARGETS = (0.90, 0.95, 0.99)
-HELD_OUT_FOLDS = 10  # folds of the classes; each counts as unknown in turn
-SAME_SESSION = 0.8  # images of one session have at least this cosine of the untrained backbone's standardised features
-SHOWN_SESSIONS = 200
-SESSION_PAIRS = 20_000_000_000  # (test, training) pairs of views; above it sessions are not searched
-UNKNOWN_SHARE = 0.2  # share of unknown objects that probabilities assume; the true share in production is not known
-RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
-FEW_IMAGES = 10  # with fewer, one image moves the recall of a class by more than ten points
-MATCHER_CHUNK = 8_000_000  # (queries x vectors) cosines that the matcher computes at a time: 32 MB
-RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, computed at a time: 80 MB
-CHECKPOINT_FORMAT = 6
 LAST_NAME, INTERRUPT_NAME, BEST_NAME = "checkpoint_last.pth", "checkpoint_interrupt.pth", "checkpoint_best.pth"
-SECOND_PRESS_SECONDS = 0.5  # a second Ctrl-C counts only after this: launchers repeat the one from the terminal
-SCAN_SAVE_SECONDS = 300  # time between saves during a long scan
-CLOSE_SECONDS = 4.5  # longest wait for the tracker at the end of a run; nothing else waits for it
-SQUARES_SYNC_BYTES = 1 << 28  # bytes written between fsyncs; a full disk may show only in an fsync
 MAX_WORKERS = 16  # default limit: 16 x 540 images/s feed a ViT-L three times over; more cost memory and start-up time
 # Against fresh views: -0.2 +- 0.2 points in 293 head trainings, -0.2 to -0.7 +- 0.4 in tests/benchmarks; a third of the passes.
 CACHED_VIEWS = 4
-LOADER_RESTARTS = 3  # restarts after killed workers, per epoch or pass over images
-LOADER_SECONDS = 600  # a batch may take; then the workers count as stuck and are killed
-PROTOTYPES_FORMAT = 3
-MASK_LOG_NAME = "masks.jsonl"
-MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
-NO_CLASS = ("null", "~", "")  # spellings of null in YAML
-CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
-# Options of training that tools/masks.py shares.
-MASK_FLAGS = (
-    "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
-    " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
-).split()
 MEMORY_NAME = "memory.sqlite"  # cached results of reading files
 SQUARES_NAME = "squares.u8"  # fitted crops; exists only during a run
 # A folder is the out_dir of a run if it holds one of these files with these bytes in it.
@@ -195,24 +113,9 @@ DATA_TREE = """expected:  data_root/
                pliers/
                    cropped/       or in a folder `cropped`
                        0001.jpg"""
-MASKS_WAYS_OUT = (
-    "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
-)
 # Whether torchrun started this process as a rank other than 0.
 IS_OTHER_RANK = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_DIVERGED = 0, 1, 2, 3
-
-
-# ======================================================================================================================
-# 02  CONFIG & CLI
-# ======================================================================================================================
-# `Config` describes every option once; parser, help and validation are generated from it. Reads argv. Raises UserError.
-def printable(text: str, max_length: int | None = None) -> str:
-    """Return `text` on one line, control characters and undecodable bytes escaped, the middle cut out above `max_length`."""
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    if max_length is None or len(text) <= max_length:
-        return text
-    return f"{text[: max_length // 2]} ... {text[-max_length // 3 :]}"
 
 
 class UserError(Exception):
@@ -226,6 +129,14 @@ class UserError(Exception):
         super().__init__(": ".join(filter(None, (where, what))) + (f"\n  {remedy}" if remedy else ""))
 
 
+def printable(text: str, max_length: int | None = None) -> str:
+    """Return `text` on one line, control characters and undecodable bytes escaped, the middle cut out above `max_length`."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if max_length is None or len(text) <= max_length:
+        return text
+    return f"{text[: max_length // 2]} ... {text[-max_length // 3 :]}"
+
+
 class Diverged(Exception):
     """The loss or the features are not finite. Exit code 3."""
 
@@ -236,38 +147,6 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         self.signal_number = signal_number
         super().__init__(signal.Signals(signal_number).name)
-
-
-COMMANDS = {
-    "train": "scan, split, train, evaluate, export prototypes, report (default)",
-    "scan": "data health and split preview only; writes data_report.json",
-    "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
-    "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
-}
-# Each is a script in tools/ with separate options; this script starts it and imports nothing from it.
-TOOLS = {
-    "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
-    "crop": "cut labelled photos into folders of crops, to train on",
-    "prelabel": "give detected objects a class or unknown, for annotation tools",
-    "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
-    "report": "make report.html of a run anew, or one page that compares several runs",
-    "track": "record a run in ClearML or TensorBoard, while it trains or afterwards",
-    "demo": "draw a data set of eleven hand tools and run the whole job on it",
-}
-TOOLS_DIR = Path(__file__).resolve().parent / "tools"
-COMMAND_LINE_ORIGIN = "command line"
-DERIVED_ORIGIN = "--models and --experiment_name"
-
-
-def option(default: Any, text: str, group: str, **extra: Any) -> Any:
-    """Declare one option of an `Options` class: a dataclass field whose metadata describe the option completely.
-
-    `text` is its line in the help, `group` the heading above. `extra` takes `low`, `high`: inclusive bounds; `choices`, `metavar`,
-    `nargs`, `const`, `action`: as in argparse; `needed`: must be given; `fixed`: must not change at resume; `key`: dotted key in a
-    config file; `alias`: second flag; `spelled`: other spellings of values; `once`: for this start only, never from a config file;
-    `in_models`: a path that is also looked up below --models; `file`, `folder`: the path must exist; True, or the remedy to show.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
 @dataclass(frozen=True)
@@ -303,6 +182,38 @@ class Options:
     def said(self, name: str) -> str:
         """Return where an option was set, and its value."""
         return f"{self.place(name)} {getattr(self, name)}"
+
+
+COMMANDS = {
+    "train": "scan, split, train, evaluate, export prototypes, report (default)",
+    "scan": "data health and split preview only; writes data_report.json",
+    "evaluate": "figures of a finished run on its test or val images, or on another labelled folder; writes evaluation.json",
+    "prototypes": "enrol classes from a few crops, or remove them, without training; writes prototypes.npz",
+}
+# Each is a script in tools/ with separate options; this script starts it and imports nothing from it.
+TOOLS = {
+    "masks": "draw the masks that are missing with SAM-2; writes masks_preview.png",
+    "crop": "cut labelled photos into folders of crops, to train on",
+    "prelabel": "give detected objects a class or unknown, for annotation tools",
+    "export": "write a finished run as one ONNX or safetensors file, checked against PyTorch",
+    "report": "make report.html of a run anew, or one page that compares several runs",
+    "track": "record a run in ClearML or TensorBoard, while it trains or afterwards",
+    "demo": "draw a data set of eleven hand tools and run the whole job on it",
+}
+TOOLS_DIR = Path(__file__).resolve().parent / "tools"
+COMMAND_LINE_ORIGIN = "command line"
+DERIVED_ORIGIN = "--models and --experiment_name"
+
+
+def option(default: Any, text: str, group: str, **extra: Any) -> Any:
+    """Declare one option of an `Options` class: a dataclass field whose metadata describe the option completely.
+
+    `text` is its line in the help, `group` the heading above. `extra` takes `low`, `high`: inclusive bounds; `choices`, `metavar`,
+    `nargs`, `const`, `action`: as in argparse; `needed`: must be given; `fixed`: must not change at resume; `key`: dotted key in a
+    config file; `alias`: second flag; `spelled`: other spellings of values; `once`: for this start only, never from a config file;
+    `in_models`: a path that is also looked up below --models; `file`, `folder`: the path must exist; True, or the remedy to show.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
 
 @dataclass(frozen=True)
@@ -525,13 +436,12 @@ class Config(Options):
     clearml_project: str = option("DINOv3-Embeddings", "project in ClearML", "tracking", metavar="NAME")
     clearml_task_name: str | None = option(None, "task in ClearML (default: experiment_name, or the name of out_dir)",
         "tracking", metavar="NAME")
+    # fmt: on
 
     @property
     def trains_backbone(self) -> bool:
         """Whether training changes parameters of the backbone."""
         return not self.freeze_backbone or self.unfreeze_blocks > 0 or self.lora_rank > 0
-
-    # fmt: on
 
 
 def same_option(name: str) -> Any:
@@ -612,10 +522,33 @@ def format_flags(options: Options, names: Collection[str]) -> list[str]:
     return argv
 
 
-def field_kind(field: dataclasses.Field) -> type:
-    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
-    type_name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
-    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[type_name]
+def ineffective_options(config: Config) -> list[str]:
+    """Return the options whose values have no effect, because another option would have to be set first."""
+    conditions = {
+        "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
+        "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
+        "warmup_epochs": config.scheduler != "onecycle",
+        "focal_gamma": config.criterion == "focal",
+        "sub_centers": config.criterion == "subcenter_arcface",
+        "arc_margin": config.criterion not in LINEAR_CRITERIA,
+        "mixing_p mixing_alpha": config.mixing != "none",
+        "backgrounds background_max_ratio": config.insert_background_p > 0,
+        "samples_per_class": config.balanced_per_class,
+        "mix_mask_p": config.crop_mode == "mix",
+        "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
+        "sam2_cfg sam2_ckpt": config.auto_generate_masks,
+    }
+    return " ".join(names for names, has_effect in conditions.items() if not has_effect).split()
+
+
+def name_training(options: dict[str, Any]) -> str:
+    """Describe in words how the backbone is trained, given the options as `Config.as_plain` returns them."""
+    if not options["freeze_backbone"]:
+        return "fine-tuned"
+    if blocks := options.get("unfreeze_blocks"):
+        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
+    rank = options.get("lora_rank")
+    return f"LoRA of rank {rank}" if rank else "frozen"
 
 
 # How errors describe a value of each type.
@@ -648,17 +581,52 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(problem, "command line", f"{self.prog} --help lists all options")
 
 
-def program_name(command: str) -> str:
-    """Return how a user starts a command: through this script if it knows the command, else as a script in tools/."""
-    if command == "train":
-        return f"python {SCRIPT_NAME}"
-    return f"python {SCRIPT_NAME} {command}" if command in COMMANDS | TOOLS else f"python tools/{command}.py"
+def parse_command_line(argv: Sequence[str]) -> Options:
+    """Parse the arguments of this script into the options of a command. Raises UserError if they contradict each other."""
+    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
+    config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
+    if not isinstance(config, Config):
+        return config
+    name = config.experiment_name
+    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
+        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
+    if config.out_dir is None and name is not None and config.models is not None:
+        origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
+        config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
+    is_typed = config.place("load_from") == config.flag("load_from")
+    if config.load_from and not (is_typed and config.load_from.exists()):
+        # Relative paths in a config file do not start from the current folder.
+        folder = config.models or (Path() if is_typed else config.config.parent)
+        config = dataclasses.replace(config, load_from=(folder / config.load_from).absolute())
+    check_config(config)
+    return config
 
 
-def needed_flags(options_class: type[Options]) -> list[str]:
-    """Return the required flags of a command, each followed by its metavar."""
-    needed = (field for field in option_fields(options_class) if field.metadata.get("needed"))
-    return [f"{options_class.flag(field.name)} {field.metadata['metavar']}" for field in needed]
+def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
+    """Parse command-line arguments into options, and check their ranges. `--help` prints and exits.
+
+    If the class has an option `config`, typed values override that file, which overrides the defaults; the folder of a run stands
+    for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
+    """
+    parser = build_parser(options_class, command)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        if unknown[0] in COMMANDS | TOOLS:
+            raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
+        raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
+    typed, from_file, places = vars(namespace), {}, {}
+    if path := typed.get("config"):
+        path = path / "config.json" if path.is_dir() else path
+        from_file, places = convert_options(path, _parse_config_file(path), options_class)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in (from_file | typed).items()}
+    origins = places | dict.fromkeys(typed, COMMAND_LINE_ORIGIN)
+    options = options_class(command=command, origins=origins, **values)
+    check_ranges(options)
+    return options
 
 
 def build_parser(options_class: type[Options], command: str) -> argparse.ArgumentParser:
@@ -694,6 +662,19 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
     return parser
 
 
+def program_name(command: str) -> str:
+    """Return how a user starts a command: through this script if it knows the command, else as a script in tools/."""
+    if command == "train":
+        return f"python {SCRIPT_NAME}"
+    return f"python {SCRIPT_NAME} {command}" if command in COMMANDS | TOOLS else f"python tools/{command}.py"
+
+
+def needed_flags(options_class: type[Options]) -> list[str]:
+    """Return the required flags of a command, each followed by its metavar."""
+    needed = (field for field in option_fields(options_class) if field.metadata.get("needed"))
+    return [f"{options_class.flag(field.name)} {field.metadata['metavar']}" for field in needed]
+
+
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
     """Convert a command-line word to a value of an option; `none` and `auto` reset what a config file sets."""
     kind = field_kind(field)
@@ -713,52 +694,22 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
     return entries
 
 
-def parse_options(options_class: type[Options], argv: Sequence[str], command: str) -> Options:
-    """Parse command-line arguments into options, and check their ranges. `--help` prints and exits.
-
-    If the class has an option `config`, typed values override that file, which overrides the defaults; the folder of a run stands
-    for its config.json. Raises UserError for an unknown flag, a wrong type, or a value out of range.
-    """
-    parser = build_parser(options_class, command)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        if unknown[0] in COMMANDS | TOOLS:
-            raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
-        raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
-    typed, from_file, places = vars(namespace), {}, {}
-    if path := typed.get("config"):
-        path = path / "config.json" if path.is_dir() else path
-        from_file, places = convert_options(path, _parse_config_file(path), options_class)
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in (from_file | typed).items()}
-    origins = places | dict.fromkeys(typed, COMMAND_LINE_ORIGIN)
-    options = options_class(command=command, origins=origins, **values)
-    check_ranges(options)
-    return options
+def field_kind(field: dataclasses.Field) -> type:
+    """Return the type of one value of an option: `int` for `int | None`, `str` for `tuple[str, ...]`."""
+    type_name = re.match(r"\w+", field.type.removeprefix("tuple["))[0]
+    return {"int": int, "float": float, "str": str, "Path": Path, "bool": bool, "dict": dict}[type_name]
 
 
-def parse_command_line(argv: Sequence[str]) -> Options:
-    """Parse the arguments of this script into the options of a command. Raises UserError if they contradict each other."""
-    command = argv[0] if argv and not argv[0].startswith("-") else "train"
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command}", "command line", did_you_mean(command, [*COMMANDS, *TOOLS]))
-    config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
-    if not isinstance(config, Config):
-        return config
-    name = config.experiment_name
-    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
-        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
-    if config.out_dir is None and name is not None and config.models is not None:
-        origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
-        config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
-    is_typed = config.place("load_from") == config.flag("load_from")
-    if config.load_from and not (is_typed and config.load_from.exists()):
-        # Relative paths in a config file do not start from the current folder.
-        folder = config.models or (Path() if is_typed else config.config.parent)
-        config = dataclasses.replace(config, load_from=(folder / config.load_from).absolute())
-    check_config(config)
-    return config
+def check_ranges(options: Options) -> None:
+    """Refuse values that are not finite or outside the bounds of their option."""
+    for field in option_fields(type(options)):
+        value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{number} is not a finite number", options.place(field.name), "give a plain number")
+            if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
+                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise UserError(f"{number} is out of range", options.place(field.name), f"give a value {allowed}")
 
 
 def open_streams() -> None:
@@ -806,126 +757,6 @@ def convert_options(path: Path, tree: Any, options_class: type[Options]) -> tupl
             options[field.name] = _convert_value(field, value, place, path.parent)
             places[field.name] = place
     return options, places
-
-
-def _parse_config_file(path: Path) -> Any:
-    """Read and parse a YAML, TOML or JSON file. Raises UserError, also for a repeated key."""
-    import tomllib
-
-    where, suffix = f"--config {path}", path.suffix.lower()
-    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
-    if suffix not in loaders:
-        raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
-    text = read_text(path, where)
-    try:
-        return loaders[suffix](text)
-    except (ValueError, RecursionError) as error:  # tomllib raises the latter
-        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
-
-
-def load_json(text: str | bytes) -> Any:
-    """Parse JSON. Raises ValueError, also for a repeated key, NaN, infinity, and too deep nesting."""
-
-    def to_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        if len(items := dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
-        return items
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
-    try:
-        return json.loads(text, object_pairs_hook=to_dict, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def read_text(path: Path, where: str) -> str:
-    """Read the text of a small UTF-8 file, and drop a byte-order mark. Raises UserError with `where` in it."""
-    try:
-        return read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = str(error.strerror) if isinstance(error, OSError) else "is not UTF-8"
-        raise UserError(problem, where, "check the path") from error
-
-
-def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Read the bytes of a file. Raises OSError, also if it is not a regular file (a FIFO, say) or larger than `max_bytes`."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a FIFO would wait for a writer
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        data = file.read(min(status.st_size, max_bytes) + 1)  # `read` allocates all that it is asked for
-        if len(data) > status.st_size:  # the file grows, or reports no size
-            data += file.read(max_bytes + 1 - len(data))
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
-    return data
-
-
-def load_yaml(text: str, is_plain: bool = False) -> Any:
-    """Parse YAML as `_make_yaml_loader` does, or with `is_plain` all scalars as text. Raises ValueError with the reason."""
-    import yaml
-
-    try:
-        loader = _make_yaml_loader()(text)
-        if is_plain:
-            loader.yaml_implicit_resolvers = {}
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, {}) > MAX_CONFIG_VALUES:
-            raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
-        return loader.construct_document(node)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ValueError(f"{error.reason} in line {line}") from error
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except (TypeError, LookupError, AttributeError) as error:  # raised by yaml's constructors
-        raise ValueError("a value is not what its tag says") from error
-
-
-def _count_values(node: Any, counts: dict[Any, float]) -> float:
-    if node not in counts:
-        counts[node] = math.inf  # a node that contains itself stays infinite
-        items = node.value if isinstance(node.value, list) else ()
-        children = [child for item in items for child in (item if isinstance(item, tuple) else (item,))]
-        counts[node] = 1 + sum(_count_values(child, counts) for child in children)
-    return counts[node]
-
-
-@functools.cache
-def _make_yaml_loader() -> type:
-    """Return a safe YAML loader that reads 4e-4 as a number and dates as text, and refuses repeated keys."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012 - without the dates, octal numbers and floats of YAML 1.1 (no 4e-4)
-            first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float", ":int"))]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        names: set[Any] = set()
-        for key in (key for key, _ in node.value if not key.tag.endswith(":merge")):
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-            name = loader.construct_object(key)
-            if name in names:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            names.add(name)
-        return loader.construct_mapping(node, deep=True)  # keys of the node override those merged with <<
-
-    Loader.add_constructor("tag:yaml.org,2002:map", construct)
-    # 007 stays text
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-    number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
-    return Loader
 
 
 def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], prefix: str = "") -> Iterator[tuple]:
@@ -995,45 +826,124 @@ def did_you_mean(
     return f"did you mean {' or '.join(close)}?" if close else fallback
 
 
-def ineffective_options(config: Config) -> list[str]:
-    """Return the options whose values have no effect, because another option would have to be set first."""
-    conditions = {
-        "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
-        "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
-        "warmup_epochs": config.scheduler != "onecycle",
-        "focal_gamma": config.criterion == "focal",
-        "sub_centers": config.criterion == "subcenter_arcface",
-        "arc_margin": config.criterion not in LINEAR_CRITERIA,
-        "mixing_p mixing_alpha": config.mixing != "none",
-        "backgrounds background_max_ratio": config.insert_background_p > 0,
-        "samples_per_class": config.balanced_per_class,
-        "mix_mask_p": config.crop_mode == "mix",
-        "masks_out": config.crop_mode != "bbox" or config.auto_generate_masks,
-        "sam2_cfg sam2_ckpt": config.auto_generate_masks,
-    }
-    return " ".join(names for names, has_effect in conditions.items() if not has_effect).split()
+def _parse_config_file(path: Path) -> Any:
+    """Read and parse a YAML, TOML or JSON file. Raises UserError, also for a repeated key."""
+    import tomllib
+
+    where, suffix = f"--config {path}", path.suffix.lower()
+    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
+    if suffix not in loaders:
+        raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
+    text = read_text(path, where)
+    try:
+        return loaders[suffix](text)
+    except (ValueError, RecursionError) as error:  # tomllib raises the latter
+        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
-def name_training(options: dict[str, Any]) -> str:
-    """Describe in words how the backbone is trained, given the options as `Config.as_plain` returns them."""
-    if not options["freeze_backbone"]:
-        return "fine-tuned"
-    if blocks := options.get("unfreeze_blocks"):
-        return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
-    rank = options.get("lora_rank")
-    return f"LoRA of rank {rank}" if rank else "frozen"
+def load_yaml(text: str, is_plain: bool = False) -> Any:
+    """Parse YAML as `_make_yaml_loader` does, or with `is_plain` all scalars as text. Raises ValueError with the reason."""
+    import yaml
+
+    try:
+        loader = _make_yaml_loader()(text)
+        if is_plain:
+            loader.yaml_implicit_resolvers = {}
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > MAX_CONFIG_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_CONFIG_VALUES:,} values, or for themselves")
+        return loader.construct_document(node)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{error.reason} in line {line}") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{error.problem or error} in line {error.problem_mark.line + 1}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (TypeError, LookupError, AttributeError) as error:  # raised by yaml's constructors
+        raise ValueError("a value is not what its tag says") from error
 
 
-def check_ranges(options: Options) -> None:
-    """Refuse values that are not finite or outside the bounds of their option."""
-    for field in option_fields(type(options)):
-        value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", options.place(field.name), "give a plain number")
-            if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
-                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", options.place(field.name), f"give a value {allowed}")
+@functools.cache
+def _make_yaml_loader() -> type:
+    """Return a safe YAML loader that reads 4e-4 as a number and dates as text, and refuses repeated keys."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 - without the dates, octal numbers and floats of YAML 1.1 (no 4e-4)
+            first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float", ":int"))]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    def construct(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        names: set[Any] = set()
+        for key in (key for key, _ in node.value if not key.tag.endswith(":merge")):
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
+            name = loader.construct_object(key)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            names.add(name)
+        return loader.construct_mapping(node, deep=True)  # keys of the node override those merged with <<
+
+    Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    # 007 stays text
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+    number = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return Loader
+
+
+def _count_values(node: Any, counts: dict[Any, float]) -> float:
+    if node not in counts:
+        counts[node] = math.inf  # a node that contains itself stays infinite
+        items = node.value if isinstance(node.value, list) else ()
+        children = [child for item in items for child in (item if isinstance(item, tuple) else (item,))]
+        counts[node] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[node]
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError, also for a repeated key, NaN, infinity, and too deep nesting."""
+
+    def to_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        if len(items := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+        return items
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, object_pairs_hook=to_dict, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_text(path: Path, where: str) -> str:
+    """Read the text of a small UTF-8 file, and drop a byte-order mark. Raises UserError with `where` in it."""
+    try:
+        return read_regular(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = str(error.strerror) if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(problem, where, "check the path") from error
+
+
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """Read the bytes of a file. Raises OSError, also if it is not a regular file (a FIFO, say) or larger than `max_bytes`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a FIFO would wait for a writer
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        data = file.read(min(status.st_size, max_bytes) + 1)  # `read` allocates all that it is asked for
+        if len(data) > status.st_size:  # the file grows, or reports no size
+            data += file.read(max_bytes + 1 - len(data))
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
+    return data
 
 
 def check_config(config: Config) -> None:
@@ -1045,7 +955,7 @@ def check_config(config: Config) -> None:
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
     is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
-    give_one, leave_one_out, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
+    give_one, drop_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # is_wrong, names of the options, problem, remedy
     refusals: tuple[tuple[bool, Sequence[str], str, str], ...] = (
@@ -1056,14 +966,14 @@ def check_config(config: Config) -> None:
         (bool(config.cache_views) and len(ways) > 0, ("cache_views", *ways),
             "do not go together: a backbone that is trained gives other features after each step", give_one),
         (bool(config.cache_views) and config.mixing != "none", ("mixing", "cache_views"),
-            "mixes pixels, and cached views are features", leave_one_out),
+            "mixes pixels, and cached views are features", drop_one),
         (config.load_from is not None and config.backbone_weights is not None, ("load_from", "backbone_weights"),
             "are two ways to start, of which load_from does what the other does", give_one),
         (config.lr_type == "one_lr" and len(given_lrs) > 0, ("lr_type", *given_lrs), "contradict each other", give_one),
         (sees_masks and config.crop_mode == "bbox", ("in_channels", "crop_mode"),
             "the fourth channel would never see a mask", "give --crop_mode mask or mix"),
         (sees_masks and config.insert_background_p > 0, ("in_channels", "insert_background_p"),
-            "a crop on another picture has no mask any more", leave_one_out),
+            "a crop on another picture has no mask any more", drop_one),
         (not sees_masks and config.mask_fill == "keep", ("mask_fill",),
             "keep leaves nothing to be seen of a mask", "show it to the model with --in_channels 4"),
         (config.compile and (config.gpus or 0) > 1, ("compile",),
@@ -1079,53 +989,6 @@ def check_config(config: Config) -> None:
     for is_wrong, names, problem, remedy in refusals:
         if is_wrong:
             raise UserError(problem, ", ".join(map(config.place, names)), remedy)
-
-
-def check_given(options: Options) -> None:
-    """Check that required options are given, and that paths are accessible, of the right kind, and not the predecessor's."""
-    for field in option_fields(type(options)):
-        value = getattr(options, field.name)
-        if field.metadata.get("needed") and value in (None, ()):
-            remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
-            raise UserError("is missing", options.flag(field.name), remedy)
-        try:
-            if isinstance(value, Path):
-                value.exists()
-        except OSError as error:  # no permission on a parent folder, or too long a name
-            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
-    check_predecessor(options)
-    check_existing(options)
-
-
-PREDECESSOR = "lct-dino-3.py, which this script replaces"
-PREDECESSOR_REMEDIES = {
-    "run": "train anew with --load_from {run}, which takes its backbone",
-    "resume": "give --load_from {run}, which takes its backbone, in place of --resume",
-    "out_dir": "choose a new --out_dir; --load_from {run} takes the backbone",
-    "data_root": "give the folder of its crops",
-}
-
-
-def is_predecessor_config(tree: Any) -> bool:
-    """Whether a parsed config.json was written by lct-dino-3.py."""
-    return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
-
-
-def check_predecessor(options: Options) -> None:
-    """Refuse a run of lct-dino-3.py, a file in it, or the folder of its runs, where an option needs a run of this script."""
-    for name, remedy in PREDECESSOR_REMEDIES.items():
-        path = getattr(options, name, None)
-        is_moved = name == "out_dir" and getattr(options, "overwrite", False)
-        if not isinstance(path, (str, Path)) or path == "last" or is_moved:
-            continue
-        path = Path(path)
-        runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
-        for run in [path] if name == "data_root" else runs:  # a data_root may contain runs
-            config: Any = None
-            with contextlib.suppress(OSError, ValueError):
-                config = load_json(read_regular(run / "config.json", MAX_CONFIG_BYTES))
-            if is_predecessor_config(config):
-                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
 
 
 def check_paths(config: Config) -> None:
@@ -1158,6 +1021,53 @@ def check_paths(config: Config) -> None:
             raise UserError(problem, config.said("group_regex"), r"for example '^(shot\d+)_'")
 
 
+def check_given(options: Options) -> None:
+    """Check that required options are given, and that paths are accessible, of the right kind, and not the predecessor's."""
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if field.metadata.get("needed") and value in (None, ()):
+            remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
+            raise UserError("is missing", options.flag(field.name), remedy)
+        try:
+            if isinstance(value, Path):
+                value.exists()
+        except OSError as error:  # no permission on a parent folder, or too long a name
+            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
+    check_predecessor(options)
+    check_existing(options)
+
+
+def check_predecessor(options: Options) -> None:
+    """Refuse a run of lct-dino-3.py, a file in it, or the folder of its runs, where an option needs a run of this script."""
+    for name, remedy in PREDECESSOR_REMEDIES.items():
+        path = getattr(options, name, None)
+        is_moved = name == "out_dir" and getattr(options, "overwrite", False)
+        if not isinstance(path, (str, Path)) or path == "last" or is_moved:
+            continue
+        path = Path(path)
+        runs = [path.parent if path.is_file() else path, *sorted(path.glob("run_[0-9]*"))]
+        for run in [path] if name == "data_root" else runs:  # a data_root may contain runs
+            config: Any = None
+            with contextlib.suppress(OSError, ValueError):
+                config = load_json(read_regular(run / "config.json", MAX_CONFIG_BYTES))
+            if is_predecessor_config(config):
+                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
+
+
+PREDECESSOR = "lct-dino-3.py, which this script replaces"
+PREDECESSOR_REMEDIES = {
+    "run": "train anew with --load_from {run}, which takes its backbone",
+    "resume": "give --load_from {run}, which takes its backbone, in place of --resume",
+    "out_dir": "choose a new --out_dir; --load_from {run} takes the backbone",
+    "data_root": "give the folder of its crops",
+}
+
+
+def is_predecessor_config(tree: Any) -> bool:
+    """Whether a parsed config.json was written by lct-dino-3.py."""
+    return isinstance(tree, dict) and {"model_id", "data_parallel", "num_devices"} <= tree.keys()
+
+
 def check_existing(options: Options, *names: str) -> None:
     """Check that the paths of options with an effect are the `file` or `folder` that they must be; `names` limits the check."""
     ineffective = ineffective_options(options) if isinstance(options, Config) else ()
@@ -1174,37 +1084,6 @@ def check_existing(options: Options, *names: str) -> None:
             if options.place(name) != options.flag(name):  # set in a config file
                 remedies = [f"give {options.flag(name)} PATH, where it is now"]
             raise UserError(problem, options.said(name), remedies[0])
-
-
-def locate_start(config: Config) -> Path | None:
-    """Return the file that --load_from names; for a folder its best checkpoint, else its last one. Raises UserError."""
-    path = config.load_from
-    if path is None or path.is_file():
-        return path
-    checkpoints = [path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
-    if not checkpoints:
-        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        problem = "holds no checkpoint" if path.is_dir() else problem
-        raise UserError(problem, config.said("load_from"), "give the folder of a run, or a file")
-    return checkpoints[0]
-
-
-OUR_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
-
-
-def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
-    """Refuse an output path inside any run, or inside one of the named folders, where the output would be taken for input."""
-    path, names = path.resolve(), ("metrics.jsonl", "config.json")
-    run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
-    for name, folder in {**folders, "a run": run}.items():
-        if folder is not None and path.is_relative_to(folder.resolve()):
-            raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
-
-
-def check_replaceable(path: Path, where: str, mark: bytes = OUR_MARK) -> None:
-    """Refuse to overwrite a path that is not a file with the `mark` of this tool in it."""
-    if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
-        raise UserError("is no such file of this tool, and is not overwritten", where, "give another name")
 
 
 def check_out_dir(config: Options) -> None:
@@ -1237,6 +1116,37 @@ def check_out_dir(config: Options) -> None:
             raise UserError(problem, config.said("out_dir"), remedy)
     if config.masks_out is not None and config.masks_out.resolve() != data_root:
         check_outside(config.masks_out, config.said("masks_out"), {"data_root": data_root})
+
+
+OUR_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
+
+
+def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
+    """Refuse an output path inside any run, or inside one of the named folders, where the output would be taken for input."""
+    path, names = path.resolve(), ("metrics.jsonl", "config.json")
+    run = next((folder for folder in path.parents if all((folder / name).is_file() for name in names)), None)
+    for name, folder in {**folders, "a run": run}.items():
+        if folder is not None and path.is_relative_to(folder.resolve()):
+            raise UserError(f"lies inside {name}, {folder.resolve()}", where, "choose a place outside it")
+
+
+def locate_start(config: Config) -> Path | None:
+    """Return the file that --load_from names; for a folder its best checkpoint, else its last one. Raises UserError."""
+    path = config.load_from
+    if path is None or path.is_file():
+        return path
+    checkpoints = [path / name for name in (BEST_NAME, LAST_NAME) if (path / name).is_file()]
+    if not checkpoints:
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        problem = "holds no checkpoint" if path.is_dir() else problem
+        raise UserError(problem, config.said("load_from"), "give the folder of a run, or a file")
+    return checkpoints[0]
+
+
+def check_replaceable(path: Path, where: str, mark: bytes = OUR_MARK) -> None:
+    """Refuse to overwrite a path that is not a file with the `mark` of this tool in it."""
+    if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
+        raise UserError("is no such file of this tool, and is not overwritten", where, "give another name")
 
 
 # --help and usage errors must answer at once, but importing torch alone takes 2 s: so the command line is parsed here, before the
@@ -1277,15 +1187,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-
 # ======================================================================================================================
 # 03  RUN DIRECTORY & LOGGING
 # ======================================================================================================================
 # Writes the files that stay in out_dir: atomically, as logs of complete lines, or in SQLite transactions. Receives signals, and
 # starts tools as processes. Raises UserError for files that cannot be written.
-def get_rank() -> int:
-    """Return the rank of this process under torchrun, 0 without it. Only rank 0 writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+MAX_FILE_BYTES = 500_000_000
+SECOND_PRESS_SECONDS = 0.5  # a second Ctrl-C counts only after this: launchers repeat the one from the terminal
+CLOSE_SECONDS = 4.5  # longest wait for the tracker at the end of a run; nothing else waits for it
 
 
 def get_world_size() -> int:
@@ -1351,17 +1260,45 @@ class Signals:
             raise Interrupted(self.asked)
 
 
-SIGNALS = Signals()
+def get_rank() -> int:
+    """Return the rank of this process under torchrun, 0 without it. Only rank 0 writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
-    """Return the error for a file that cannot be written: the reason, bytes written so far, bytes free on the disk."""
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
-    problem = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
-    remedy = "what was there before is kept; once it can be written, the same command continues"
-    return UserError(problem, str(path), remedy)
+def is_torch_zip(path: Path) -> bool:
+    """Whether a file is a zip archive, the format of torch.save since torch 1.6."""
+    return path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+
+
+def check_zip(path: Path) -> None:
+    """Check every member of a zip archive (checkpoint, .npz) against its CRC-32, which torch's reader does not do.
+
+    Raises zipfile.BadZipFile if it is damaged, truncated or no zip archive; OSError if it cannot be read.
+    """
+    if path.exists() and not path.is_file():  # opening a FIFO would block until another process writes to it
+        raise zipfile.BadZipFile("is no regular file")
+    zip_errors = (OSError, RuntimeError, EOFError, ValueError, zlib.error)  # all that zipfile raises for flipped bits
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zip_errors as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: flipped bits made an offset negative
+            raise
+        raise zipfile.BadZipFile(f"is damaged: {error}") from error
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"is damaged: {damaged} in it is not what was written")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented UTF-8 JSON, atomically."""
+    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
@@ -1403,40 +1340,17 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def is_torch_zip(path: Path) -> bool:
-    """Whether a file is a zip archive, the format of torch.save since torch 1.6."""
-    return path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+SIGNALS = Signals()
 
 
-def check_zip(path: Path) -> None:
-    """Check every member of a zip archive (checkpoint, .npz) against its CRC-32, which torch's reader does not do.
-
-    Raises zipfile.BadZipFile if it is damaged, truncated or no zip archive; OSError if it cannot be read.
-    """
-    if path.exists() and not path.is_file():  # opening a FIFO would block until another process writes to it
-        raise zipfile.BadZipFile("is no regular file")
-    zip_errors = (OSError, RuntimeError, EOFError, ValueError, zlib.error)  # all that zipfile raises for flipped bits
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zip_errors as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: flipped bits made an offset negative
-            raise
-        raise zipfile.BadZipFile(f"is damaged: {error}") from error
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"is damaged: {damaged} in it is not what was written")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented UTF-8 JSON, atomically."""
-    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
-    write_bytes(path, f"{text}\n".encode("utf-8", "backslashreplace"))
+def write_error(path: Path, error: OSError, num_bytes: int) -> UserError:
+    """Return the error for a file that cannot be written: the reason, bytes written so far, bytes free on the disk."""
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+    problem = f"cannot be written: {error.strerror or error} (after {num_bytes:,} bytes{free})"
+    remedy = "what was there before is kept; once it can be written, the same command continues"
+    return UserError(problem, str(path), remedy)
 
 
 def read_json(path: Path, form: Any) -> Any:
@@ -1467,18 +1381,6 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
             check_form(value[key], form_of_key, f"{'' if name == 'it' else f'{name}.'}{key}")
 
 
-def to_json(value: Any) -> Any:
-    """Convert numpy values and paths to plain JSON values; NaN and infinity, which JSON lacks, become None."""
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
 def fingerprint(*values: Any) -> str:
     """Return 16 hex digits of the SHA-256 of bytes, arrays and JSON values; order, kind, dtype and shape count too."""
     digest = hashlib.sha256()
@@ -1493,12 +1395,16 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
-    """Create out_dir. Raises UserError if that fails, which permission bits do not reliably predict."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot be created: {error.strerror}", f"{flag} {path}", "choose another") from error
+def to_json(value: Any) -> Any:
+    """Convert numpy values and paths to plain JSON values; NaN and infinity, which JSON lacks, become None."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 class LineFile:
@@ -1530,18 +1436,6 @@ class LineFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
-
-
-def show(text: str) -> None:
-    """Print a line above the progress bars, on rank 0 only; a closed terminal ends the printing but not the run."""
-    if get_rank():
-        return
-    try:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):  # else the text still buffered raises again when Python exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunDirectory:
@@ -1645,16 +1539,29 @@ class RunDirectory:
             self._tracker.wait()
 
 
-class ReadOnlyRunDirectory(RunDirectory):
-    """The folder of a run on ranks other than 0, which write nothing; a pickled RunDirectory unpickles as this."""
+def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
+    """Create out_dir. Raises UserError if that fails, which permission bits do not reliably predict."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be created: {error.strerror}", f"{flag} {path}", "choose another") from error
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def log(self, *_: Any, **__: Any) -> None:
-        """Do nothing: rank 0 runs the same call and writes."""
+def show(text: str) -> None:
+    """Print a line above the progress bars, on rank 0 only; a closed terminal ends the printing but not the run."""
+    if get_rank():
+        return
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # else the text still buffered raises again when Python exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    event = forget_epochs_after = start_tracker = log
+
+def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl; skip damaged lines."""
+    return read_records(out_dir / name, {"event": str})
 
 
 def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
@@ -1669,17 +1576,16 @@ def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
     return records
 
 
-def read_events(out_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl; skip damaged lines."""
-    return read_records(out_dir / name, {"event": str})
+def move_aside(path: Path) -> Path:
+    """Rename the folder of an old run to `<name>.old-<date>`, and return the new path. Raises UserError if it is in use."""
+    refuse_if_in_use(path)
+    return path.rename(name_aside(path, "old"))
 
 
-def name_aside(path: Path, reason: str) -> Path:
-    """Return an unused path `<name>.<reason>-<date>` beside `path`."""
-    target = path.with_name(f"{path.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}")
-    while target.exists():
-        target = target.with_name(target.name + "_")
-    return target
+def refuse_if_in_use(path: Path) -> None:
+    """Raise UserError if another process works in a folder; write nothing, so that this can run early."""
+    if (path / ".lock").exists():
+        lock_directory(path, is_probe=True).lock.release()
 
 
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
@@ -1707,16 +1613,24 @@ def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) 
     return proxy
 
 
-def refuse_if_in_use(path: Path) -> None:
-    """Raise UserError if another process works in a folder; write nothing, so that this can run early."""
-    if (path / ".lock").exists():
-        lock_directory(path, is_probe=True).lock.release()
+def name_aside(path: Path, reason: str) -> Path:
+    """Return an unused path `<name>.<reason>-<date>` beside `path`."""
+    target = path.with_name(f"{path.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}")
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    return target
 
 
-def move_aside(path: Path) -> Path:
-    """Rename the folder of an old run to `<name>.old-<date>`, and return the new path. Raises UserError if it is in use."""
-    refuse_if_in_use(path)
-    return path.rename(name_aside(path, "old"))
+class ReadOnlyRunDirectory(RunDirectory):
+    """The folder of a run on ranks other than 0, which write nothing; a pickled RunDirectory unpickles as this."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, *_: Any, **__: Any) -> None:
+        """Do nothing: rank 0 runs the same call and writes."""
+
+    event = forget_epochs_after = start_tracker = log
 
 
 class ToolFailed(Exception):
@@ -1725,12 +1639,6 @@ class ToolFailed(Exception):
     def __init__(self, command: str, code: int) -> None:
         self.code = code
         super().__init__(f"tools/{command}.py has ended with exit code {code}, as said above")
-
-
-def tool_environment() -> dict[str, str]:
-    """Return the environment without torchrun's variables: a tool is not one of the ranks, even if this process is."""
-    torchrun_names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {k: v for k, v in os.environ.items() if k not in torchrun_names and not k.startswith("TORCHELASTIC_")}
 
 
 def run_tool(command: str, argv: Sequence[str]) -> None:
@@ -1744,6 +1652,12 @@ def run_tool(command: str, argv: Sequence[str]) -> None:
         raise
     if code:
         raise ToolFailed(command, code if code > 0 else 128 - code)
+
+
+def tool_environment() -> dict[str, str]:
+    """Return the environment without torchrun's variables: a tool is not one of the ranks, even if this process is."""
+    torchrun_names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in torchrun_names and not k.startswith("TORCHELASTIC_")}
 
 
 class FileMemory:
@@ -1828,6 +1742,10 @@ def _is_damage(error: Exception) -> bool:
 # ======================================================================================================================
 # Owns device, precision and seeds. A run uses one device, DataParallel, or the ranks that torchrun starts: each rank runs the same
 # program on its part of each batch, and rank 0 writes. Raises UserError for devices that this machine lacks.
+# Models with larger activations: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181); EVA's blocks are similar.
+FP16_OVERFLOWS = ("dinov3", "eva")
+
+
 def start_processes() -> dist.Store | None:
     """Join the other ranks that torchrun has started. Return the store that all of them share, None without torchrun."""
     if not dist.is_torchelastic_launched():
@@ -1938,11 +1856,6 @@ def gather_answers(answer: Any) -> list[Any]:
     return [answer for answer, _ in answers if answer is not None]
 
 
-def is_batchnorm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm layer."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
 class FrozenDataParallel(nn.DataParallel):
     """DataParallel that copies a backbone to the GPUs once and not for every batch, because its weights do not change."""
 
@@ -2016,9 +1929,28 @@ class Runtime:
         return f"{self.num_gpus or 1} x {name}, {types}{notes}"
 
 
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm layer."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def name_dtype(dtype: torch.dtype) -> str:
     """Return the name of a dtype, e.g. float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def training_runtime(config: Config) -> Runtime:
+    """Return the runtime of training, whose automatic precision also depends on the model and the CPU."""
+    runtime = make_runtime(config.gpus, config.precision, config.deterministic)
+    if not runtime.is_automatic:
+        return runtime
+    if runtime.dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
+        return dataclasses.replace(runtime, dtype=torch.float32)
+    # A frozen backbone has no gradients that bf16 could spoil. On a CPU that multiplies faster in bf16, it embeds 1.5 to 1.9 times
+    # as many images/s, with accuracy within the noise of seeds (tests/benchmarks/quality.py).
+    if not (config.trains_backbone or runtime.num_gpus) and cpu_multiplies_bf16():
+        return dataclasses.replace(runtime, dtype=torch.bfloat16)
+    return runtime
 
 
 def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) -> Runtime:
@@ -2053,20 +1985,6 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return Runtime(device, num_gpus, dtypes[precision], deterministic, precision == "auto")
-
-
-def training_runtime(config: Config) -> Runtime:
-    """Return the runtime of training, whose automatic precision also depends on the model and the CPU."""
-    runtime = make_runtime(config.gpus, config.precision, config.deterministic)
-    if not runtime.is_automatic:
-        return runtime
-    if runtime.dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
-        return dataclasses.replace(runtime, dtype=torch.float32)
-    # A frozen backbone has no gradients that bf16 could spoil. On a CPU that multiplies faster in bf16, it embeds 1.5 to 1.9 times
-    # as many images/s, with accuracy within the noise of seeds (tests/benchmarks/quality.py).
-    if not (config.trains_backbone or runtime.num_gpus) and cpu_multiplies_bf16():
-        return dataclasses.replace(runtime, dtype=torch.bfloat16)
-    return runtime
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -2172,158 +2090,27 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
 # ======================================================================================================================
 # Lists, decodes and checks the images, merges classes, groups related images and assigns splits. data_root is only read.
 # Raises UserError for unusable data; a bad image is quarantined with path and reason. Deep images have more than 8 bits a channel.
-class ImageError(ValueError):
-    """An image cannot be used; the message is the reason."""
-
-
-def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
-    """Read an image file as upright RGB, uint8 (H, W, 3); `bits` as for `to_rgb`. Raises ImageError."""
-    return decode_image(read_file(path), bits)[0]
-
-
-def read_file(path: str | Path) -> bytes:
-    """Read the bytes of an image file. Raises ImageError if it is unreadable, empty or larger than MAX_FILE_BYTES."""
-    try:
-        data = read_regular(path, MAX_FILE_BYTES)
-    except OSError as error:
-        raise ImageError(error.strerror or str(error)) from error
-    if not data:
-        raise ImageError("the file is empty")
-    return data
-
-
-@contextlib.contextmanager
-def opened_image(data: bytes) -> Iterator[Image.Image]:
-    """Open an image from the bytes of its file; pixels are decoded at first use. Any error in the block becomes an ImageError."""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
-            yield image
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
-        is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = describe_tiff(data) or "is no JPEG, PNG, BMP, WebP or TIFF" if is_unknown else str(error)
-        raise ImageError(printable(reason or type(error).__name__)[:200]) from error
-
-
-def describe_tiff(data: bytes) -> str:
-    """Return the reason why Pillow cannot read a TIFF; '' for another file type."""
-    if data[:4] not in TiffImagePlugin.PREFIXES:
-        return ""
-    try:
-        file = io.BytesIO(data)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43: BigTIFF
-        file.seek(tags.next)
-        tags.load(file)
-        bands, bits, sample_format = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
-        compression = ", packed as JPEG 2000" if tags.get(259, 1) in JPEG2000_TAGS else ""
-    except Exception as error:  # anything, like the decoders
-        return f"is a damaged TIFF ({type(error).__name__})"
-    number_type = {2: "signed ", 3: "floating-point "}.get(sample_format, "")
-    return f"is a TIFF of {bands} bands of {bits}-bit {number_type}values{compression}: save it as RGB of 8 or 16 bits"
-
-
-def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
-    """Decode an image file: return its upright pixels, uint8 (H, W, 3), Pillow mode and EXIF orientation. Raises ImageError."""
-    with opened_image(data) as image:
-        deep_values = deep_colours(image, data) if bits else None  # before getexif, which decodes a PNG
-        mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
-        if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
-            with contextlib.suppress(ValueError):  # then Pillow decodes it below, or reports the error
-                pixels = simplejpeg.decode_jpeg(data, "RGB")  # the same pixels as Pillow's, in half the time
-        turn = orientation  # still to be applied
-        if pixels is None:
-            image.load()  # turns a TIFF upright and drops its orientation
-            turn = image.getexif().get(0x0112, 1)
-            if deep_values is not None and deep_values.shape[:2] == (image.height, image.width):
-                factor = 255 / (2 ** fitting_bits(int(deep_values.max()), bits) - 1)
-                pixels = np.empty(deep_values.shape, dtype=np.uint8)
-                for row, line in enumerate(deep_values):  # the whole image in float64 would take eight times the memory
-                    pixels[row] = np.rint(line * factor).clip(0, 255)
-            else:
-                pixels = to_rgb(image, bits)
-    if turn in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if turn in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if turn in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels), mode, orientation if orientation in range(1, 9) else 1
-
-
-def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return the values of an opened, not yet decoded image with 16-bit colours, uint16 (H, W, 3); None for any other image."""
-    if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
-        return None
-    # Pillow drops the lower 8 bits, which hold most of a 10- or 12-bit value.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # ignores EXIF, but turns a TIFF upright
-    return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
-
-
-def highest_value(image: Image.Image, data: bytes) -> int:
-    """Return the highest value of an opened deep image, 0 for any other image."""
-    values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
-    return 0 if values is None else int(values.max())
-
-
-def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
-    """Return how many bits a channel the deep images really use: (bits,), or () if there are none.
-
-    `highest` (n,): highest value of each image, 0 if not deep. (8, bits): some deep images hold 8-bit values, no other is as dark.
-    """
-    highest = highest[highest > 0]
-    if not len(highest):
-        return ()
-    bits = fitting_bits(highest.max(), CAMERA_BITS)
-    dark = highest[highest < 2 ** (bits - 2)]
-    is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
-    return (8, bits) if is_mixed else (bits,)
-
-
-def describe_image_bits(count: int, bits: Sequence[int]) -> str:
-    """Return the note on `count` deep images."""
-    subject = "1 image has" if count == 1 else f"{count:,} images have"
-    return f"{subject} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
-
-
-def fitting_bits(highest: float, bits: Sequence[int]) -> int:
-    """Return the smallest of `bits` that holds a value, or the largest if none does; 16 without `bits`."""
-    return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
-
-
-def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
-    """Convert an opened image of any mode to uint8 (H, W, 3), with gray behind transparent pixels.
-
-    `bits` from `find_image_bits` scale a deep image. Works in strips: 100 megapixels at once would need 3 GB in between.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)
-    rows = max(1, STRIP_PIXELS // max(1, image.width))
-    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    factor = None
-    if image.mode.startswith(("I", "F")):  # 16-bit or float gray, which Pillow's conversion clips to white
-        highest = 0.0
-        for box in boxes:
-            values = np.asarray(image.crop(box))
-            if not np.isfinite(values).all():
-                raise ImageError("has values that are not finite")
-            highest = max(highest, float(values.max(initial=0)))
-        is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
-        depth = fitting_bits(highest, bits if image.mode != "F" else ())
-        factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
-    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
-    for box in boxes:
-        strip = image.crop(box)
-        if factor is not None:
-            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
-            continue
-        if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
-            rgba = strip.convert("RGBA")
-            strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
-        rgb[box[1] : box[3]] = np.asarray(strip.convert("RGB"))
-    return rgb
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
+CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
+JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
+STRIP_PIXELS = 4_000_000  # an image is converted in strips of at most this size
+BIG_PIXELS = 16_000_000  # images with more pixels are checked one at a time
+TINY_SIDE = 16  # px; a crop with a shorter side is used but named in the report
+PADDING_GRAY = 114  # letterbox colour of YOLO; also shows through transparent pixels
+SPLIT_NAMES = ("train", "val", "test")
+# Folder names that --splits from_folders takes for splits, in lower case.
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation"), "val")
+LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in gray: ITU-R BT.601, as in Pillow and cv2
+THUMB_SIDE = 8  # px of the colour thumbnail that confirms a near-duplicate
+THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JPEGs stay below 3
+# Folder names that suggest images of no class.
+UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
+SCAN_SAVE_SECONDS = 300  # time between saves during a long scan
+NO_CLASS = ("null", "~", "")  # spellings of null in YAML
+CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
 
 
 class PathTable:
@@ -2373,504 +2160,6 @@ class Records:
         return np.flatnonzero(self.splits == SPLIT_NAMES.index(split))
 
 
-@dataclass
-class Listing:
-    """The files of the class folders, before any image is opened."""
-
-    paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of images -> class folder, NFC
-    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
-    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also empty ones
-    excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
-
-    def class_of(self, path: str) -> str:
-        """Return the class folder of an image (also an excluded or problematic one) or of a folder of images; '' if it has none."""
-        return self.classes.get(path.rpartition("/")[0]) or self.classes.get(path, "")
-
-    def add_folder(self, root: Path, prefix: str) -> list[str]:
-        """Add the files of a folder below root and return the names of its subfolders; `prefix` is '' or ends with '/'."""
-        folders = []
-        try:
-            entries = visible_entries(root / prefix)
-        except OSError as error:
-            self.problems.append((prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"))
-            return folders
-        for entry in entries:
-            path, kind = f"{prefix}{entry.name}", entry_type(entry)
-            if kind == "/":
-                folders.append(entry.name)
-            elif kind != ".":
-                self.ignored[kind] += 1
-            elif problem := entry_problem(entry):
-                self.problems.append((path, problem))
-            else:
-                self.paths.append(path)
-        return folders
-
-
-def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
-    """List the images of every class folder or of its `cropped/`; odd names and entries that are no files become problems."""
-    listing = Listing()
-    folders: list[tuple[str, os.DirEntry]] = []  # prefix ('' or a split's folder with '/'), class folder
-    for entry in visible_entries(data_root):
-        if not is_folder(entry):
-            listing.ignored[entry_type(entry)] += 1
-        elif splits == "random":
-            folders.append(("", entry))
-        elif entry.name.lower() in SPLIT_FOLDERS:
-            folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
-        else:
-            listing.problems.append((entry.name, "is a folder beside train, val and test, and passed over"))
-    for split_prefix, folder in folders:
-        prefix = f"{split_prefix}{folder.name}"
-        if not _is_plain(folder.name):
-            listing.problems.append((prefix, ODD_NAME))
-            continue
-        prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
-        class_name = unicodedata.normalize("NFC", folder.name)
-        listing.all_folders += [] if split_prefix and class_name in listing.all_folders else [class_name]
-        listing.classes[prefix] = class_name
-        if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
-            listing.ignored["/"] += len(subfolders)
-    return listing
-
-
-def class_folder(path: str, splits: str) -> str:
-    """Return the class folder of an image, relative to data_root."""
-    return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
-
-
-def list_image_tree(root: Path) -> Listing:
-    """List the images below a folder without opening them; follows links to folders and passes over hidden entries."""
-    tree, pending, seen = Listing(), [""], set()
-    while pending:
-        prefix = pending.pop()
-        if (resolved := (root / prefix).resolve()) in seen:  # a link back to a folder already listed
-            continue
-        seen.add(resolved)
-        for name in tree.add_folder(root, prefix):
-            if _is_plain(name):
-                pending.append(f"{prefix}{name}/")
-            else:
-                tree.problems.append((f"{prefix}{name}", ODD_NAME))
-    tree.paths.sort()
-    tree.problems.sort()
-    return tree
-
-
-def visible_entries(folder: Path) -> list[os.DirEntry]:
-    """Return the entries of a folder, sorted by name, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] != "."), key=operator.attrgetter("name"))
-
-
-def is_folder(entry: os.DirEntry | Path) -> bool:
-    """Whether an entry is a folder or a link to one; False for a circular link and for one into a folder without permission."""
-    with contextlib.suppress(OSError):
-        return entry.is_dir()
-    return False
-
-
-def entry_type(entry: os.DirEntry) -> str:
-    """Return '.' for a name with an image suffix, '/' for any other folder, else the suffix, or the name if it has no suffix."""
-    if entry.name.lower().endswith(IMAGE_SUFFIXES):
-        return "."
-    return "/" if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name is free of undecodable bytes and control characters; odd spaces and emoji are fine."""
-    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
-
-
-def entry_problem(entry: os.DirEntry) -> str:
-    """Return why an entry of a folder cannot be used as a file, or ''."""
-    if not entry.name.isprintable() and not _is_plain(entry.name):
-        return ODD_NAME
-    try:
-        return "" if entry.is_file() else "is not a regular file"
-    except OSError as error:
-        return error.strerror or "cannot be read"
-
-
-def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Return size in bytes and mtime in ns of each file, int64 (N, 2); zeros for a missing one, which opening will report."""
-    stats: list[int] = []  # flat: one tuple per file would keep the garbage collector busy
-    for path in paths:
-        try:
-            status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path is slower
-            stats += (status.st_size, status.st_mtime_ns)
-        except OSError:
-            stats += (0, 0)
-    return np.array(stats, dtype=np.int64).reshape(-1, 2)
-
-
-def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
-    """Return the class name of every folder; None leaves the folder out.
-
-    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; lines are read as `old name: new name` if
-    only that makes sense. Raises UserError for another structure, an unknown folder, or a folder that is named twice.
-    """
-    class_of: dict[str, str | None] = {folder: folder for folder in folders}
-    if path is None:
-        return class_of
-    where = f"--class_map {path}"
-    try:  # plain strings: a class may be called no or 010
-        tree = load_yaml(read_text(path, where), is_plain=True)
-    except ValueError as error:
-        raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
-    entries: dict[str | None, list[str]] = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        items = value if isinstance(value, list) else [value] if value else []
-        if not all(isinstance(name, str) for name in (key, *items)):
-            raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
-        new_name, *old_names = (unicodedata.normalize("NFC", name).rstrip("/") for name in (key, *items))
-        if not _is_plain(new_name):
-            problem = f"gives a class the name {printable(new_name)}, with control characters"
-            raise UserError(problem, where, "rename it")
-        new_name = None if new_name in NO_CLASS else new_name
-        if new_name in entries:
-            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
-        entries[new_name] = old_names
-    if not entries:
-        raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
-    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
-    is_one_to_one = all(len(old_names) == 1 for old_names in entries.values())
-    if is_one_to_one and list(entries) == list(map(str, range(len(entries)))):
-        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
-    if is_one_to_one and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
-        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
-    counts = Counter(old for _, old in pairs)
-    if unknown := [name for name in counts if name not in class_of]:
-        problem = f"names {unknown[0]}, and data_root has no such folder"
-        existing = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
-        raise UserError(problem, where, did_you_mean(unknown[0], folders, existing))
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
-    return class_of | {old: new for new, old in pairs}
-
-
-# Results of checking one image; `FileMemory` keeps them for every file.
-IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
-IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
-IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
-BIG_IMAGE_TURN = threading.Lock()
-ODD_NAME = "its name is not UTF-8, or has control characters"
-
-
-def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
-    row = np.zeros((), dtype=IMAGE_DTYPE)
-    try:
-        data = read_file(path)
-        with opened_image(data) as image:  # reads the header only
-            is_big = image.width * image.height > BIG_PIXELS
-        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
-            pixels, row["mode"], row["orientation"] = decode_image(data, bits)
-            with opened_image(data) as image:
-                row["highest"] = highest_value(image, data)
-            small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
-            if keep is not None and (bits or not row["highest"]):
-                keep(pixels)
-    except ImageError as error:
-        row["broken"] = True
-        return row, str(error)
-    row["height"], row["width"] = pixels.shape[:2]
-    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
-    row["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
-    # 64-bit pHash: which of the lowest frequencies exceed their median. imagehash takes five times as long: it resizes again.
-    frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
-    is_high = frequencies > np.median(frequencies[1:])  # the first is the brightness
-    row["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
-    return row, ""
-
-
-class FileKind(NamedTuple):
-    """A kind of file that the scan checks."""
-
-    name: str
-    dtype: np.dtype
-    # (path, callback for the decoded image or None) -> (row, why the file is broken or '').
-    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
-
-
-IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
-
-
-@dataclass(frozen=True)
-class FileHealth:
-    """The results of checking files, one row per file."""
-
-    paths: Sequence[str]
-    stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
-    rows: np.ndarray  # (N,) structured, `FileKind.dtype`
-    reasons: dict[str, str]  # path -> why it is broken
-
-
-@contextlib.contextmanager
-def keep_memory(memory: FileMemory) -> Iterator[None]:
-    """Save the memory if the block is interrupted."""
-    try:
-        yield
-    except Interrupted:
-        memory.save_early()
-        raise
-
-
-def check_files(
-    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
-) -> FileHealth:
-    """Check every file in parallel, unless the memory knows it with the same size and mtime. `squares` gets the decoded images.
-
-    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or long also saves it.
-    """
-    row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
-    memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
-    known, stamps = memory.recall(memory_kind), list(map(tuple, stats.tolist()))
-    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    todo, recalled = [], {}  # indices, and index -> row as bytes
-    for index, path in enumerate(paths):
-        num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
-        if (num_bytes, mtime_ns) != stamps[index] or len(value) < row_size:
-            todo.append(index)
-            continue
-        recalled[index] = value[:row_size]
-        if len(value) > row_size:
-            reasons[path] = value[row_size:].decode("utf-8")
-    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
-
-    def check(index: int) -> tuple[np.ndarray, str]:
-        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
-        return kind.check(root / paths[index], keep)
-
-    saved_at = time.monotonic()
-    results = map_in_threads(check, todo)
-    with keep_memory(memory), progress(results, len(todo), f"checking {kind.name}s", kind.name) as bar:
-        for index, (row, reason) in bar:
-            rows[index] = row
-            if reason:
-                reasons[paths[index]] = reason
-            memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
-            if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
-                memory.save_early()
-                saved_at = time.monotonic()
-    return FileHealth(paths, stats, rows, reasons)
-
-
-def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, result) in order. Items are submitted in small chunks, so that Ctrl-C has little to wait for."""
-    chunk_size = 32 * count_cores()
-    pool = ThreadPoolExecutor(count_cores())
-    try:
-        for start in range(0, len(items), chunk_size):
-            chunk = items[start : start + chunk_size]
-            yield from zip(chunk, pool.map(function, chunk), strict=True)
-    finally:
-        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
-
-
-def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
-    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
-
-    By the pigeonhole principle two such hashes agree in one of `max_bits + 1` slices of their bits, so only images with an equal
-    slice are compared. The first of the images with the same hash and similar thumbs stands for all of them.
-    """
-
-    def thumb_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return np.abs(thumbs[first].astype(np.int16) - thumbs[second]).mean(axis=1)
-
-    pairs, representatives = [], [np.zeros(0, np.int64)]
-    remaining = np.argsort(phashes, kind="stable")
-    while len(remaining):  # the first remaining image of each hash stands for those with a similar thumb
-        starts = np.flatnonzero(np.r_[True, phashes[remaining][1:] != phashes[remaining][:-1]])
-        first = np.repeat(remaining[starts], np.diff(np.r_[starts, len(remaining)]))
-        is_alike = thumb_distance(remaining, first) <= THUMB_TOLERANCE
-        pairs.append(np.stack([first, remaining], axis=1)[is_alike & (first != remaining)])
-        representatives.append(remaining[starts])
-        remaining = remaining[~is_alike]
-    first = np.concatenate(representatives)
-    hashes = phashes[first]
-    for low, high in itertools.pairwise(np.linspace(0, 64, max_bits + 2).astype(int)):
-        slices = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(slices, kind="stable")
-        remaining = np.arange(max(0, len(order) - 1))
-        offset = 1
-        while len(remaining):  # compare each image with the next, the second next ... while both have the same slice
-            remaining = remaining[remaining + offset < len(order)]
-            remaining = remaining[slices[order[remaining]] == slices[order[remaining + offset]]]
-            distance = np.bitwise_count(hashes[order[remaining]] ^ hashes[order[remaining + offset]])
-            close = remaining[(distance <= max_bits) & (distance > 0)]  # 0: compared above
-            pairs.append(first[np.stack([order[close], order[close + offset]], axis=1)])
-            offset += 1
-    candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
-    return candidates[thumb_distance(candidates[:, 0], candidates[:, 1]) <= THUMB_TOLERANCE]
-
-
-def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
-    """Return the index of each item's connected component, int32 (num_items,), for edges (P, 2)."""
-    from scipy.sparse.csgraph import connected_components
-
-    edges = scipy.sparse.coo_matrix((np.ones(len(pairs), dtype=np.int8), pairs.T), shape=(num_items, num_items))
-    return connected_components(edges, directed=False)[1].astype(np.int32)
-
-
-def chain_equal(keys: np.ndarray) -> np.ndarray:
-    """Return edges (P, 2) that link each item to the next one with an equal key."""
-    order = np.argsort(keys, kind="stable")
-    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    return np.stack([order[equal], order[equal + 1]], axis=1)
-
-
-def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """Return a key per path, (N,), equal where `pattern` captures the same in the file name. Raises UserError if none matches."""
-    keys = np.arange(len(paths))
-    if pattern is None:
-        return keys
-    first_with = {}
-    names = [path.rsplit("/", 1)[-1] for path in paths]
-    for index, match in enumerate(map(re.compile(pattern).search, names)):
-        if match and match.group(1) is not None:
-            keys[index] = first_with.setdefault(match.group(1), index)
-    if not first_with:
-        problem = f"matches no file name, for instance not {''.join(names[:1])}"
-        raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
-    return keys
-
-
-def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Return the ascending positions of each class in labels (N,). One sort finds all: a search per class would be quadratic."""
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
-
-
-def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Split whole groups, each class as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
-
-    `labels`, `groups`: int (N,). `shares` of train, val, test: sum to one, 0 leaves a split empty. `seed` orders equal groups.
-
-    Groups of several images are placed first, largest first, each in the split where it adds least to the chi-square distance
-    between class counts and targets. Single images then fill what each target lacks, rounded so that `shares` also hold over all
-    classes. Finally, a class that has enough groups but an empty split gets one moved there.
-    """
-    group_ids, groups = np.unique(groups, return_inverse=True)
-    num_groups, num_classes = len(group_ids), int(labels.max()) + 1
-    counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
-    sizes = np.asarray(counts.sum(axis=1)).ravel()
-    targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
-    order = np.random.default_rng((seed, 0)).permutation(num_groups)
-    multiples = order[sizes[order] > 1]
-    split_of = np.full(num_groups, -1, dtype=np.int8)
-    assigned = np.zeros_like(targets)
-    for group in multiples[np.argsort(-sizes[multiples], kind="stable")]:
-        classes, added = _group_counts(counts, group)
-        # Growth of sum (assigned - target)^2 / target in each split; infinite where the target is zero.
-        target, change = targets[classes], added[:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            growth = (change**2 - 2 * change * (target - assigned[classes])) / target
-        split_of[group] = np.argmin(np.where(target > 0, growth, np.inf).sum(axis=0))
-        assigned[classes, split_of[group]] += added
-    singles = order[sizes[order] == 1]
-    single_labels = counts.indices[counts.indptr[singles]]
-    # Rounding error of each split so far; it decides which splits are rounded up. Otherwise 40 classes of 35 images at 10 % would
-    # all round 3.5 the same way, and test would get 8.6 % or 11.4 % of the data.
-    carry = np.zeros(3)
-    for label, positions in enumerate(rows_by_class(single_labels, num_classes)):
-        if not len(positions):
-            continue
-        missing = np.maximum(targets[label] - assigned[label], 0)
-        weights = missing if missing.sum() > 0 else targets[label]
-        quota = weights / weights.sum() * len(positions)
-        rounded = np.floor(quota).astype(int)
-        priority = np.where(weights > 0, quota - rounded + carry, -np.inf)
-        rounded[np.argsort(-priority, kind="stable")[: len(positions) - rounded.sum()]] += 1
-        carry = carry + quota - rounded
-        split_of[singles[positions]] = np.repeat(np.arange(3), rounded)
-    _give_every_class_its_splits(counts, split_of, np.flatnonzero(np.asarray(shares) > 0))
-    return split_of[groups]
-
-
-def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes of a group and the number of its images in each."""
-    span = slice(counts.indptr[group], counts.indptr[group + 1])
-    return counts.indices[span], counts.data[span]
-
-
-def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.ndarray) -> None:
-    """Move groups, in place, so that each class has one in every wanted split, train first, as far as its groups suffice."""
-    by_class = counts.tocsc()
-    # Number of groups, (num_classes, 3).
-    present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)
-
-    def cost(group: int) -> tuple[int, float, int]:
-        """Prefer a group that is no class's only one in its split, then one in train, then a small one."""
-        classes, added = _group_counts(counts, group)
-        return int((present[classes, split_of[group]] <= 1).sum()), float(split_of[group] != 0), int(added.sum())
-
-    for _ in range(3):  # a move may take the only group of another class; the next round repairs that
-        for label, split in np.argwhere(present == 0):
-            members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
-            donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]  # train comes first
-            if split not in wanted[: len(members)] or present[label, split] or not donors:
-                continue
-            group = min(donors, key=cost)
-            classes, _ = _group_counts(counts, group)
-            present[classes, split_of[group]] -= 1
-            present[classes, split] += 1
-            split_of[group] = split
-    # Random walk for the rare case that single moves get stuck, because classes share their few groups. A move that leaves the
-    # group's classes with more empty splits than before is made one time in ten only.
-    rng = np.random.default_rng(0)
-    splittable = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
-    for _ in range(2000):
-        empty = [(label, split) for label in splittable for split in wanted if not present[label, split]]
-        if not empty:
-            return
-        label, split = empty[rng.integers(len(empty))]
-        group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
-        classes, _ = _group_counts(counts, group)
-        moved = present.copy()
-        moved[classes, split_of[group]] -= 1
-        moved[classes, split] += 1
-        affected = np.ix_(np.intersect1d(classes, splittable), wanted)
-        if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
-            present[:], split_of[group] = moved, split
-
-
-def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
-    """Return `fraction` of the records of each class in each split, in whole groups and at least one; no split changes.
-
-    A continued run takes its records from its splits.json, `splits_path`, because changed data would give another draw.
-    """
-    if fraction == 1:
-        return records
-    is_used = np.zeros(len(records.labels), dtype=bool)
-    if splits_path is None:
-        for rows in filter(len, map(records.rows, SPLIT_NAMES)):
-            selection = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
-            is_used[rows] = selection == 0
-    else:
-        table = read_splits(splits_path)
-        chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
-        is_used[:] = [path in chosen for path in records.paths]
-    paths = PathTable(list(itertools.compress(records.paths, is_used)))
-    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
-    return dataclasses.replace(records, paths=paths, **arrays)
-
-
-def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
-    """Return the split of each image, int8 (N,): drawn, or given by its top folder; a missing val is drawn from train."""
-    if config.splits == "random":
-        return assign_splits(labels, groups, split_shares(config), config.seed)
-    names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
-    splits = np.array([SPLIT_NAMES.index(name) for name in names], dtype=np.int8)
-    if 1 not in splits and 0 in splits:
-        rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
-        splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
-    return splits
-
-
 @dataclass(frozen=True)
 class Scan:
     """The result of a scan: the records to train on, the content of data_report.json, and the health of each file."""
@@ -2882,37 +2171,6 @@ class Scan:
     health: FileHealth  # of the files of `listing`
     memory: FileMemory  # of out_dir; `save` writes the results of the scan
     mask_health: FileHealth | None = None
-
-
-def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
-    """Return the listing without excluded images, the class map, and the number of files per --exclude glob. Raises UserError."""
-    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
-    has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
-    if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
-        parent = config.data_root.absolute().parents[1 if config.data_root.name == "cropped" else 0]
-        remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
-        raise UserError("holds no class folders, and looks like one itself", where, remedy)
-    if not listing.all_folders:
-        problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
-        raise UserError(f"holds {problem}", where, DATA_TREE)
-    class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
-    used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
-    is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
-    for path in listing.paths:
-        folder, name = listing.class_of(path), path.rsplit("/", 1)[-1]
-        hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
-        matched.update(hits)
-        is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
-        (excluded if hits or class_of[folder] is None else used).append(path)
-    if excluded and not used:
-        raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
-    if not used:
-        ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
-        hint = "are train, val and test folders of class folders? give --splits from_folders"
-        raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
-    class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
-    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
@@ -2986,14 +2244,687 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     return Scan(used, report, fingerprint(list(paths), rows["digest"]), listing, health, memory)
 
 
-def describe_ignored(ignored: Counter[str]) -> str:
-    """Describe the entries that a listing passed over: files of other types, folders inside classes, images beside them."""
-    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
-    files = ignored.total() - ignored["/"] - ignored["."]
-    phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
-    phrases += [f"{count_of(ignored['/'], 'folder')} inside class folders"] if ignored["/"] else []
-    phrases += [f"{count_of(ignored['.'], 'image')} beside the class folders"] if ignored["."] else []
-    return " and ".join(phrases)
+def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
+    """Return the listing without excluded images, the class map, and the number of files per --exclude glob. Raises UserError."""
+    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
+    has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
+    if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
+        parent = config.data_root.absolute().parents[1 if config.data_root.name == "cropped" else 0]
+        remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
+        raise UserError("holds no class folders, and looks like one itself", where, remedy)
+    if not listing.all_folders:
+        problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
+        raise UserError(f"holds {problem}", where, DATA_TREE)
+    class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
+    used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
+    is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
+    for path in listing.paths:
+        folder, name = listing.class_of(path), path.rsplit("/", 1)[-1]
+        hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
+        matched.update(hits)
+        is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
+        (excluded if hits or class_of[folder] is None else used).append(path)
+    if excluded and not used:
+        raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
+    if not used:
+        ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
+        are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
+        hint = "are train, val and test folders of class folders? give --splits from_folders"
+        raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
+    class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
+    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
+
+
+def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
+    """Return the class name of every folder; None leaves the folder out.
+
+    The YAML file has lines `new name: [old names]` and `null: [names to leave out]`; lines are read as `old name: new name` if
+    only that makes sense. Raises UserError for another structure, an unknown folder, or a folder that is named twice.
+    """
+    class_of: dict[str, str | None] = {folder: folder for folder in folders}
+    if path is None:
+        return class_of
+    where = f"--class_map {path}"
+    try:  # plain strings: a class may be called no or 010
+        tree = load_yaml(read_text(path, where), is_plain=True)
+    except ValueError as error:
+        raise UserError(f"is no valid YAML: {error}", where, CLASS_MAP_EXAMPLE) from error
+    entries: dict[str | None, list[str]] = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        items = value if isinstance(value, list) else [value] if value else []
+        if not all(isinstance(name, str) for name in (key, *items)):
+            raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
+        new_name, *old_names = (unicodedata.normalize("NFC", name).rstrip("/") for name in (key, *items))
+        if not _is_plain(new_name):
+            problem = f"gives a class the name {printable(new_name)}, with control characters"
+            raise UserError(problem, where, "rename it")
+        new_name = None if new_name in NO_CLASS else new_name
+        if new_name in entries:
+            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
+        entries[new_name] = old_names
+    if not entries:
+        raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
+    pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
+    is_one_to_one = all(len(old_names) == 1 for old_names in entries.values())
+    if is_one_to_one and list(entries) == list(map(str, range(len(entries)))):
+        raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
+    if is_one_to_one and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
+        pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    counts = Counter(old for _, old in pairs)
+    if unknown := [name for name in counts if name not in class_of]:
+        problem = f"names {unknown[0]}, and data_root has no such folder"
+        existing = f"data_root has {', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
+        raise UserError(problem, where, did_you_mean(unknown[0], folders, existing))
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"names {repeated[0]} twice", where, "give each folder to one class")
+    return class_of | {old: new for new, old in pairs}
+
+
+@dataclass
+class Listing:
+    """The files of the class folders, before any image is opened."""
+
+    paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of images -> class folder, NFC
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
+    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also empty ones
+    excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
+
+    def class_of(self, path: str) -> str:
+        """Return the class folder of an image (also an excluded or problematic one) or of a folder of images; '' if it has none."""
+        return self.classes.get(path.rpartition("/")[0]) or self.classes.get(path, "")
+
+    def add_folder(self, root: Path, prefix: str) -> list[str]:
+        """Add the files of a folder below root and return the names of its subfolders; `prefix` is '' or ends with '/'."""
+        folders = []
+        try:
+            entries = visible_entries(root / prefix)
+        except OSError as error:
+            self.problems.append((prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"))
+            return folders
+        for entry in entries:
+            path, kind = f"{prefix}{entry.name}", entry_type(entry)
+            if kind == "/":
+                folders.append(entry.name)
+            elif kind != ".":
+                self.ignored[kind] += 1
+            elif problem := entry_problem(entry):
+                self.problems.append((path, problem))
+            else:
+                self.paths.append(path)
+        return folders
+
+
+def entry_problem(entry: os.DirEntry) -> str:
+    """Return why an entry of a folder cannot be used as a file, or ''."""
+    if not entry.name.isprintable() and not _is_plain(entry.name):
+        return ODD_NAME
+    try:
+        return "" if entry.is_file() else "is not a regular file"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+
+
+def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "random") -> Listing:
+    """List the images of every class folder or of its `cropped/`; odd names and entries that are no files become problems."""
+    listing = Listing()
+    folders: list[tuple[str, os.DirEntry]] = []  # prefix ('' or a split's folder with '/'), class folder
+    for entry in visible_entries(data_root):
+        if not is_folder(entry):
+            listing.ignored[entry_type(entry)] += 1
+        elif splits == "random":
+            folders.append(("", entry))
+        elif entry.name.lower() in SPLIT_FOLDERS:
+            folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
+        else:
+            listing.problems.append((entry.name, "is a folder beside train, val and test, and passed over"))
+    for split_prefix, folder in folders:
+        prefix = f"{split_prefix}{folder.name}"
+        if not _is_plain(folder.name):
+            listing.problems.append((prefix, ODD_NAME))
+            continue
+        prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
+        class_name = unicodedata.normalize("NFC", folder.name)
+        listing.all_folders += [] if split_prefix and class_name in listing.all_folders else [class_name]
+        listing.classes[prefix] = class_name
+        if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
+            listing.ignored["/"] += len(subfolders)
+    return listing
+
+
+def visible_entries(folder: Path) -> list[os.DirEntry]:
+    """Return the entries of a folder, sorted by name, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] != "."), key=operator.attrgetter("name"))
+
+
+def entry_type(entry: os.DirEntry) -> str:
+    """Return '.' for a name with an image suffix, '/' for any other folder, else the suffix, or the name if it has no suffix."""
+    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return "."
+    return "/" if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
+
+
+def is_folder(entry: os.DirEntry | Path) -> bool:
+    """Whether an entry is a folder or a link to one; False for a circular link and for one into a folder without permission."""
+    with contextlib.suppress(OSError):
+        return entry.is_dir()
+    return False
+
+
+def class_folder(path: str, splits: str) -> str:
+    """Return the class folder of an image, relative to data_root."""
+    return "/".join(path.split("/")[: 2 if splits == "from_folders" else 1])
+
+
+def list_image_tree(root: Path) -> Listing:
+    """List the images below a folder without opening them; follows links to folders and passes over hidden entries."""
+    tree, pending, seen = Listing(), [""], set()
+    while pending:
+        prefix = pending.pop()
+        if (resolved := (root / prefix).resolve()) in seen:  # a link back to a folder already listed
+            continue
+        seen.add(resolved)
+        for name in tree.add_folder(root, prefix):
+            if _is_plain(name):
+                pending.append(f"{prefix}{name}/")
+            else:
+                tree.problems.append((f"{prefix}{name}", ODD_NAME))
+    tree.paths.sort()
+    tree.problems.sort()
+    return tree
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is free of undecodable bytes and control characters; odd spaces and emoji are fine."""
+    return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
+
+
+# Results of checking one image; `FileMemory` keeps them for every file.
+IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
+IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
+IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
+BIG_IMAGE_TURN = threading.Lock()
+ODD_NAME = "its name is not UTF-8, or has control characters"
+
+
+def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
+    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
+    row = np.zeros((), dtype=IMAGE_DTYPE)
+    try:
+        data = read_file(path)
+        with opened_image(data) as image:  # reads the header only
+            is_big = image.width * image.height > BIG_PIXELS
+        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
+            pixels, row["mode"], row["orientation"] = decode_image(data, bits)
+            with opened_image(data) as image:
+                row["highest"] = highest_value(image, data)
+            small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+            if keep is not None and (bits or not row["highest"]):
+                keep(pixels)
+    except ImageError as error:
+        row["broken"] = True
+        return row, str(error)
+    row["height"], row["width"] = pixels.shape[:2]
+    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
+    row["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
+    # 64-bit pHash: which of the lowest frequencies exceed their median. imagehash takes five times as long: it resizes again.
+    frequencies = scipy.fft.dctn(small @ np.array(LUMA, dtype=np.float32), norm="ortho")[:8, :8].ravel()
+    is_high = frequencies > np.median(frequencies[1:])  # the first is the brightness
+    row["phash"] = int.from_bytes(np.packbits(is_high).tobytes(), "big")
+    return row, ""
+
+
+class FileKind(NamedTuple):
+    """A kind of file that the scan checks."""
+
+    name: str
+    dtype: np.dtype
+    # (path, callback for the decoded image or None) -> (row, why the file is broken or '').
+    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
+
+
+IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
+
+
+@dataclass(frozen=True)
+class FileHealth:
+    """The results of checking files, one row per file."""
+
+    paths: Sequence[str]
+    stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
+    rows: np.ndarray  # (N,) structured, `FileKind.dtype`
+    reasons: dict[str, str]  # path -> why it is broken
+
+
+def check_files(
+    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
+) -> FileHealth:
+    """Check every file in parallel, unless the memory knows it with the same size and mtime. `squares` gets the decoded images.
+
+    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or long also saves it.
+    """
+    row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
+    memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
+    known, stamps = memory.recall(memory_kind), list(map(tuple, stats.tolist()))
+    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
+    todo, recalled = [], {}  # indices, and index -> row as bytes
+    for index, path in enumerate(paths):
+        num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
+        if (num_bytes, mtime_ns) != stamps[index] or len(value) < row_size:
+            todo.append(index)
+            continue
+        recalled[index] = value[:row_size]
+        if len(value) > row_size:
+            reasons[path] = value[row_size:].decode("utf-8")
+    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
+
+    def check(index: int) -> tuple[np.ndarray, str]:
+        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
+        return kind.check(root / paths[index], keep)
+
+    saved_at = time.monotonic()
+    results = map_in_threads(check, todo)
+    with keep_memory(memory), progress(results, len(todo), f"checking {kind.name}s", kind.name) as bar:
+        for index, (row, reason) in bar:
+            rows[index] = row
+            if reason:
+                reasons[paths[index]] = reason
+            memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
+                memory.save_early()
+                saved_at = time.monotonic()
+    return FileHealth(paths, stats, rows, reasons)
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Return size in bytes and mtime in ns of each file, int64 (N, 2); zeros for a missing one, which opening will report."""
+    stats: list[int] = []  # flat: one tuple per file would keep the garbage collector busy
+    for path in paths:
+        try:
+            status = os.stat(path if path.startswith("/") else f"{root}/{path}")  # noqa: PTH116  a Path is slower
+            stats += (status.st_size, status.st_mtime_ns)
+        except OSError:
+            stats += (0, 0)
+    return np.array(stats, dtype=np.int64).reshape(-1, 2)
+
+
+def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, result) in order. Items are submitted in small chunks, so that Ctrl-C has little to wait for."""
+    chunk_size = 32 * count_cores()
+    pool = ThreadPoolExecutor(count_cores())
+    try:
+        for start in range(0, len(items), chunk_size):
+            chunk = items[start : start + chunk_size]
+            yield from zip(chunk, pool.map(function, chunk), strict=True)
+    finally:
+        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def keep_memory(memory: FileMemory) -> Iterator[None]:
+    """Save the memory if the block is interrupted."""
+    try:
+        yield
+    except Interrupted:
+        memory.save_early()
+        raise
+
+
+def highest_value(image: Image.Image, data: bytes) -> int:
+    """Return the highest value of an opened deep image, 0 for any other image."""
+    values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+    return 0 if values is None else int(values.max())
+
+
+def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
+    """Return how many bits a channel the deep images really use: (bits,), or () if there are none.
+
+    `highest` (n,): highest value of each image, 0 if not deep. (8, bits): some deep images hold 8-bit values, no other is as dark.
+    """
+    highest = highest[highest > 0]
+    if not len(highest):
+        return ()
+    bits = fitting_bits(highest.max(), CAMERA_BITS)
+    dark = highest[highest < 2 ** (bits - 2)]
+    is_mixed = bits >= 12 and len(dark) > 0 and dark.max() < 256 and np.median(dark) >= 128
+    return (8, bits) if is_mixed else (bits,)
+
+
+def describe_image_bits(count: int, bits: Sequence[int]) -> str:
+    """Return the note on `count` deep images."""
+    subject = "1 image has" if count == 1 else f"{count:,} images have"
+    return f"{subject} more than 8 bits a channel, of which {' or '.join(map(str, bits))} are used: scaled by that"
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message is the reason."""
+
+
+def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
+    """Read an image file as upright RGB, uint8 (H, W, 3); `bits` as for `to_rgb`. Raises ImageError."""
+    return decode_image(read_file(path), bits)[0]
+
+
+def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
+    """Decode an image file: return its upright pixels, uint8 (H, W, 3), Pillow mode and EXIF orientation. Raises ImageError."""
+    with opened_image(data) as image:
+        deep_values = deep_colours(image, data) if bits else None  # before getexif, which decodes a PNG
+        mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
+        if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
+            with contextlib.suppress(ValueError):  # then Pillow decodes it below, or reports the error
+                pixels = simplejpeg.decode_jpeg(data, "RGB")  # the same pixels as Pillow's, in half the time
+        turn = orientation  # still to be applied
+        if pixels is None:
+            image.load()  # turns a TIFF upright and drops its orientation
+            turn = image.getexif().get(0x0112, 1)
+            if deep_values is not None and deep_values.shape[:2] == (image.height, image.width):
+                factor = 255 / (2 ** fitting_bits(int(deep_values.max()), bits) - 1)
+                pixels = np.empty(deep_values.shape, dtype=np.uint8)
+                for row, line in enumerate(deep_values):  # the whole image in float64 would take eight times the memory
+                    pixels[row] = np.rint(line * factor).clip(0, 255)
+            else:
+                pixels = to_rgb(image, bits)
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels), mode, orientation if orientation in range(1, 9) else 1
+
+
+@contextlib.contextmanager
+def opened_image(data: bytes) -> Iterator[Image.Image]:
+    """Open an image from the bytes of its file; pixels are decoded at first use. Any error in the block becomes an ImageError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} px is more than {MAX_PIXELS // 1_000_000} megapixels")
+            yield image
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything from KeyError to struct.error on a damaged file
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = describe_tiff(data) or "is no JPEG, PNG, BMP, WebP or TIFF" if is_unknown else str(error)
+        raise ImageError(printable(reason or type(error).__name__)[:200]) from error
+
+
+def describe_tiff(data: bytes) -> str:
+    """Return the reason why Pillow cannot read a TIFF; '' for another file type."""
+    if data[:4] not in TiffImagePlugin.PREFIXES:
+        return ""
+    try:
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43: BigTIFF
+        file.seek(tags.next)
+        tags.load(file)
+        bands, bits, sample_format = tags.get(277, 1), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
+        compression = ", packed as JPEG 2000" if tags.get(259, 1) in JPEG2000_TAGS else ""
+    except Exception as error:  # anything, like the decoders
+        return f"is a damaged TIFF ({type(error).__name__})"
+    number_type = {2: "signed ", 3: "floating-point "}.get(sample_format, "")
+    return f"is a TIFF of {bands} bands of {bits}-bit {number_type}values{compression}: save it as RGB of 8 or 16 bits"
+
+
+def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Return the values of an opened, not yet decoded image with 16-bit colours, uint16 (H, W, 3); None for any other image."""
+    if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
+        return None
+    # Pillow drops the lower 8 bits, which hold most of a 10- or 12-bit value.
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # ignores EXIF, but turns a TIFF upright
+    return pixels[:, :, ::-1] if pixels is not None and pixels.dtype == np.uint16 and pixels.ndim == 3 else None
+
+
+def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
+    """Convert an opened image of any mode to uint8 (H, W, 3), with gray behind transparent pixels.
+
+    `bits` from `find_image_bits` scale a deep image. Works in strips: 100 megapixels at once would need 3 GB in between.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    factor = None
+    if image.mode.startswith(("I", "F")):  # 16-bit or float gray, which Pillow's conversion clips to white
+        highest = 0.0
+        for box in boxes:
+            values = np.asarray(image.crop(box))
+            if not np.isfinite(values).all():
+                raise ImageError("has values that are not finite")
+            highest = max(highest, float(values.max(initial=0)))
+        is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
+        depth = fitting_bits(highest, bits if image.mode != "F" else ())
+        factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
+    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for box in boxes:
+        strip = image.crop(box)
+        if factor is not None:
+            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
+            continue
+        if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
+            rgba = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
+        rgb[box[1] : box[3]] = np.asarray(strip.convert("RGB"))
+    return rgb
+
+
+def fitting_bits(highest: float, bits: Sequence[int]) -> int:
+    """Return the smallest of `bits` that holds a value, or the largest if none does; 16 without `bits`."""
+    return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read the bytes of an image file. Raises ImageError if it is unreadable, empty or larger than MAX_FILE_BYTES."""
+    try:
+        data = read_regular(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
+    if not data:
+        raise ImageError("the file is empty")
+    return data
+
+
+def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
+    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
+
+    By the pigeonhole principle two such hashes agree in one of `max_bits + 1` slices of their bits, so only images with an equal
+    slice are compared. The first of the images with the same hash and similar thumbs stands for all of them.
+    """
+
+    def thumb_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.abs(thumbs[first].astype(np.int16) - thumbs[second]).mean(axis=1)
+
+    pairs, representatives = [], [np.zeros(0, np.int64)]
+    remaining = np.argsort(phashes, kind="stable")
+    while len(remaining):  # the first remaining image of each hash stands for those with a similar thumb
+        starts = np.flatnonzero(np.r_[True, phashes[remaining][1:] != phashes[remaining][:-1]])
+        first = np.repeat(remaining[starts], np.diff(np.r_[starts, len(remaining)]))
+        is_alike = thumb_distance(remaining, first) <= THUMB_TOLERANCE
+        pairs.append(np.stack([first, remaining], axis=1)[is_alike & (first != remaining)])
+        representatives.append(remaining[starts])
+        remaining = remaining[~is_alike]
+    first = np.concatenate(representatives)
+    hashes = phashes[first]
+    for low, high in itertools.pairwise(np.linspace(0, 64, max_bits + 2).astype(int)):
+        slices = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(slices, kind="stable")
+        remaining = np.arange(max(0, len(order) - 1))
+        offset = 1
+        while len(remaining):  # compare each image with the next, the second next ... while both have the same slice
+            remaining = remaining[remaining + offset < len(order)]
+            remaining = remaining[slices[order[remaining]] == slices[order[remaining + offset]]]
+            distance = np.bitwise_count(hashes[order[remaining]] ^ hashes[order[remaining + offset]])
+            close = remaining[(distance <= max_bits) & (distance > 0)]  # 0: compared above
+            pairs.append(first[np.stack([order[close], order[close + offset]], axis=1)])
+            offset += 1
+    candidates = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+    return candidates[thumb_distance(candidates[:, 0], candidates[:, 1]) <= THUMB_TOLERANCE]
+
+
+def chain_equal(keys: np.ndarray) -> np.ndarray:
+    """Return edges (P, 2) that link each item to the next one with an equal key."""
+    order = np.argsort(keys, kind="stable")
+    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    return np.stack([order[equal], order[equal + 1]], axis=1)
+
+
+def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
+    """Return a key per path, (N,), equal where `pattern` captures the same in the file name. Raises UserError if none matches."""
+    keys = np.arange(len(paths))
+    if pattern is None:
+        return keys
+    first_with = {}
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    for index, match in enumerate(map(re.compile(pattern).search, names)):
+        if match and match.group(1) is not None:
+            keys[index] = first_with.setdefault(match.group(1), index)
+    if not first_with:
+        problem = f"matches no file name, for instance not {''.join(names[:1])}"
+        raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
+    return keys
+
+
+def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
+    """Return the index of each item's connected component, int32 (num_items,), for edges (P, 2)."""
+    from scipy.sparse.csgraph import connected_components
+
+    edges = scipy.sparse.coo_matrix((np.ones(len(pairs), dtype=np.int8), pairs.T), shape=(num_items, num_items))
+    return connected_components(edges, directed=False)[1].astype(np.int32)
+
+
+def rows_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Return the ascending positions of each class in labels (N,). One sort finds all: a search per class would be quadratic."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, num_classes)))
+
+
+def choose_splits(paths: Sequence[str], labels: np.ndarray, groups: np.ndarray, config: Config) -> np.ndarray:
+    """Return the split of each image, int8 (N,): drawn, or given by its top folder; a missing val is drawn from train."""
+    if config.splits == "random":
+        return assign_splits(labels, groups, split_shares(config), config.seed)
+    names = [SPLIT_FOLDERS[path.split("/", 1)[0].lower()] for path in paths]
+    splits = np.array([SPLIT_NAMES.index(name) for name in names], dtype=np.int8)
+    if 1 not in splits and 0 in splits:
+        rows, shares = np.flatnonzero(splits == 0), (1 - config.val_split, config.val_split, 0.0)
+        splits[rows] = assign_splits(labels[rows], groups[rows], shares, config.seed)
+    return splits
+
+
+def take_fraction(records: Records, fraction: float, seed: int, splits_path: Path | None = None) -> Records:
+    """Return `fraction` of the records of each class in each split, in whole groups and at least one; no split changes.
+
+    A continued run takes its records from its splits.json, `splits_path`, because changed data would give another draw.
+    """
+    if fraction == 1:
+        return records
+    is_used = np.zeros(len(records.labels), dtype=bool)
+    if splits_path is None:
+        for rows in filter(len, map(records.rows, SPLIT_NAMES)):
+            selection = assign_splits(records.labels[rows], records.groups[rows], (fraction, 1 - fraction, 0.0), seed)
+            is_used[rows] = selection == 0
+    else:
+        table = read_splits(splits_path)
+        chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
+        is_used[:] = [path in chosen for path in records.paths]
+    paths = PathTable(list(itertools.compress(records.paths, is_used)))
+    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
+    return dataclasses.replace(records, paths=paths, **arrays)
+
+
+def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Split whole groups, each class as closely to `shares` as its groups allow: int8 (N,) into SPLIT_NAMES.
+
+    `labels`, `groups`: int (N,). `shares` of train, val, test: sum to one, 0 leaves a split empty. `seed` orders equal groups.
+
+    Groups of several images are placed first, largest first, each in the split where it adds least to the chi-square distance
+    between class counts and targets. Single images then fill what each target lacks, rounded so that `shares` also hold over all
+    classes. Finally, a class that has enough groups but an empty split gets one moved there.
+    """
+    group_ids, groups = np.unique(groups, return_inverse=True)
+    num_groups, num_classes = len(group_ids), int(labels.max()) + 1
+    counts = scipy.sparse.csr_matrix((np.ones(len(labels)), (groups, labels)), shape=(num_groups, num_classes))
+    sizes = np.asarray(counts.sum(axis=1)).ravel()
+    targets = np.bincount(labels, minlength=num_classes)[:, None] * np.asarray(shares)
+    order = np.random.default_rng((seed, 0)).permutation(num_groups)
+    multiples = order[sizes[order] > 1]
+    split_of = np.full(num_groups, -1, dtype=np.int8)
+    assigned = np.zeros_like(targets)
+    for group in multiples[np.argsort(-sizes[multiples], kind="stable")]:
+        classes, added = _group_counts(counts, group)
+        # Growth of sum (assigned - target)^2 / target in each split; infinite where the target is zero.
+        target, change = targets[classes], added[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = (change**2 - 2 * change * (target - assigned[classes])) / target
+        split_of[group] = np.argmin(np.where(target > 0, growth, np.inf).sum(axis=0))
+        assigned[classes, split_of[group]] += added
+    singles = order[sizes[order] == 1]
+    single_labels = counts.indices[counts.indptr[singles]]
+    # Rounding error of each split so far; it decides which splits are rounded up. Otherwise 40 classes of 35 images at 10 % would
+    # all round 3.5 the same way, and test would get 8.6 % or 11.4 % of the data.
+    carry = np.zeros(3)
+    for label, positions in enumerate(rows_by_class(single_labels, num_classes)):
+        if not len(positions):
+            continue
+        missing = np.maximum(targets[label] - assigned[label], 0)
+        weights = missing if missing.sum() > 0 else targets[label]
+        quota = weights / weights.sum() * len(positions)
+        rounded = np.floor(quota).astype(int)
+        priority = np.where(weights > 0, quota - rounded + carry, -np.inf)
+        rounded[np.argsort(-priority, kind="stable")[: len(positions) - rounded.sum()]] += 1
+        carry = carry + quota - rounded
+        split_of[singles[positions]] = np.repeat(np.arange(3), rounded)
+    _give_every_class_its_splits(counts, split_of, np.flatnonzero(np.asarray(shares) > 0))
+    return split_of[groups]
+
+
+def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.ndarray) -> None:
+    """Move groups, in place, so that each class has one in every wanted split, train first, as far as its groups suffice."""
+    by_class = counts.tocsc()
+    # Number of groups, (num_classes, 3).
+    present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)
+
+    def cost(group: int) -> tuple[int, float, int]:
+        """Prefer a group that is no class's only one in its split, then one in train, then a small one."""
+        classes, added = _group_counts(counts, group)
+        return int((present[classes, split_of[group]] <= 1).sum()), float(split_of[group] != 0), int(added.sum())
+
+    for _ in range(3):  # a move may take the only group of another class; the next round repairs that
+        for label, split in np.argwhere(present == 0):
+            members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
+            donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]  # train comes first
+            if split not in wanted[: len(members)] or present[label, split] or not donors:
+                continue
+            group = min(donors, key=cost)
+            classes, _ = _group_counts(counts, group)
+            present[classes, split_of[group]] -= 1
+            present[classes, split] += 1
+            split_of[group] = split
+    # Random walk for the rare case that single moves get stuck, because classes share their few groups. A move that leaves the
+    # group's classes with more empty splits than before is made one time in ten only.
+    rng = np.random.default_rng(0)
+    splittable = np.flatnonzero(np.diff(by_class.indptr) >= len(wanted))
+    for _ in range(2000):
+        empty = [(label, split) for label in splittable for split in wanted if not present[label, split]]
+        if not empty:
+            return
+        label, split = empty[rng.integers(len(empty))]
+        group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
+        classes, _ = _group_counts(counts, group)
+        moved = present.copy()
+        moved[classes, split_of[group]] -= 1
+        moved[classes, split] += 1
+        affected = np.ix_(np.intersect1d(classes, splittable), wanted)
+        if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
+            present[:], split_of[group] = moved, split
+
+
+def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes of a group and the number of its images in each."""
+    span = slice(counts.indptr[group], counts.indptr[group + 1])
+    return counts.indices[span], counts.data[span]
 
 
 def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
@@ -3029,6 +2960,16 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     }
 
 
+def describe_ignored(ignored: Counter[str]) -> str:
+    """Describe the entries that a listing passed over: files of other types, folders inside classes, images beside them."""
+    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
+    files = ignored.total() - ignored["/"] - ignored["."]
+    phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
+    phrases += [f"{count_of(ignored['/'], 'folder')} inside class folders"] if ignored["/"] else []
+    phrases += [f"{count_of(ignored['.'], 'image')} beside the class folders"] if ignored["."] else []
+    return " and ".join(phrases)
+
+
 def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the sets of duplicates as lists of paths, and those sets whose images lie in different classes."""
 
@@ -3043,18 +2984,6 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     conflicts = [rows for rows in all_sets if len(np.unique(records.labels[rows])) > 1]
     named = {kind: name_paths(sets_of(pairs)) for kind, pairs in duplicates.items()}
     return {"duplicates": named, "label_conflicts": name_paths(conflicts)}
-
-
-def split_shares(config: Config) -> tuple[float, float, float]:
-    """Return the shares of train, val and test; a share of zero leaves the split empty."""
-    return 1 - config.val_split - config.test_split, config.val_split, config.test_split
-
-
-def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
-    """Return the splits that need images; test may be missing with --splits from_folders."""
-    has_test = config.splits == "random" or any(row["test"] for row in classes.values())
-    pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
-    return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
 
 
 def count_classes(
@@ -3114,6 +3043,25 @@ def check_trainable(scan: Scan, config: Config) -> None:
             raise UserError(problem, where, f"add images, or change --val_split, --test_split{regex}")
 
 
+def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
+    """Return the splits that need images; test may be missing with --splits from_folders."""
+    has_test = config.splits == "random" or any(row["test"] for row in classes.values())
+    pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
+    return [split for split, share in pairs if share > 0 and (has_test or split != "test")]
+
+
+def split_shares(config: Config) -> tuple[float, float, float]:
+    """Return the shares of train, val and test; a share of zero leaves the split empty."""
+    return 1 - config.val_split - config.test_split, config.val_split, config.test_split
+
+
+def format_class_table(report: dict[str, Any]) -> str:
+    """Return the per-class table of a data report as text."""
+    shows_masks = report["masks"]["usable"] or report["masks"]["refused"]
+    columns = ("usable", "quarantined", *(["masks"] if shows_masks else []), "groups", *SPLIT_NAMES)
+    return format_table(columns, {name: [row[key] for key in columns] for name, row in report["classes"].items()}, 13)
+
+
 def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int) -> str:
     """Return counts by class as an aligned text table with a last line of sums; `width` is the width of a column."""
     name_width = max(5, *map(len, rows))
@@ -3122,13 +3070,6 @@ def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: in
     for name, values in [*rows.items(), ("all", sums)]:
         lines.append(f"{name:<{name_width}}" + "".join(f"{value:>{width},}" for value in values))
     return "\n".join(lines)
-
-
-def format_class_table(report: dict[str, Any]) -> str:
-    """Return the per-class table of a data report as text."""
-    shows_masks = report["masks"]["usable"] or report["masks"]["refused"]
-    columns = ("usable", "quarantined", *(["masks"] if shows_masks else []), "groups", *SPLIT_NAMES)
-    return format_table(columns, {name: [row[key] for key in columns] for name, row in report["classes"].items()}, 13)
 
 
 def format_findings(report: dict[str, Any]) -> str:
@@ -3179,28 +3120,6 @@ def write_splits(path: Path, records: Records, seed: int) -> None:
     write_json(path, table)
 
 
-def read_splits(path: Path) -> dict[str, Any]:
-    """Read and check a splits.json. Raises UserError."""
-    try:
-        table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
-        if unknown := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
-            raise ValueError(f"{min(unknown)} is none of its classes")
-        counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
-        for item, count in counts.most_common(1):
-            if count > 1:
-                raise ValueError(f"{item} stands there twice")
-        return table
-    except (OSError, ValueError) as error:
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
-
-
-def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
-    """Describe which class names are gone and which are new."""
-    gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-    return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(added) or 'none'}"
-
-
 def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     """Return the records of a run's splits.json, whatever happened to the data since, and a warning for each change.
 
@@ -3239,100 +3158,42 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     ), notes
 
 
+def read_splits(path: Path) -> dict[str, Any]:
+    """Read and check a splits.json. Raises UserError."""
+    try:
+        table = read_json(path, {"classes": [str], **{split: {str: [str]} for split in SPLIT_NAMES}})
+        if unknown := {name for split in SPLIT_NAMES for name in table[split]} - set(table["classes"]):
+            raise ValueError(f"{min(unknown)} is none of its classes")
+        counts = Counter(path for split in SPLIT_NAMES for items in table[split].values() for path in items)
+        for item, count in counts.most_common(1):
+            if count > 1:
+                raise ValueError(f"{item} stands there twice")
+        return table
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
+
+
+def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
+    """Describe which class names are gone and which are new."""
+    gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    return f"{len(old)} -> {len(new)}, gone: {', '.join(gone) or 'none'}, new: {', '.join(added) or 'none'}"
+
+
 # ======================================================================================================================
 # 06  MASKS
 # ======================================================================================================================
 # Masks and cutouts tell which pixels of a crop are the object. This section finds, checks, reads and applies them. Raises
 # UserError if masks are requested and none is usable; the report lists each refused mask with its path and reason.
+MASK_LEVEL = 127  # mask pixels that are brighter, and cutout pixels that are more opaque, are the object
+MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized if its aspect ratio differs by no more than this
+MAX_LABEL = 100  # class numbers in label maps are smaller: COCO has 91
+MASK_LOG_NAME = "masks.jsonl"
+MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
+MASKS_WAYS_OUT = (
+    "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
+)
 MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("digest", "<u8"), ("broken", "?")])
-
-
-def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
-    """Read a mask, or the alpha channel of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
-    return decode_mask(read_file(path), is_alpha)
-
-
-def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode a mask file, or the alpha channel of a cutout, as bool (H, W), EXIF orientation applied. Raises ImageError.
-
-    Pixels above MASK_LEVEL are the object. Where they do not separate anything, the object is the opaque pixels or, in a file with
-    only 0 and one other value, the non-zero pixels.
-    """
-    with opened_image(data) as image:
-        upright = ImageOps.exif_transpose(image)
-        has_alpha = upright.has_transparency_data
-        alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
-        if is_alpha and not has_alpha:
-            raise ImageError("has no alpha channel")
-        if is_alpha:
-            return alpha
-        is_gray = upright.mode in ("1", "L")
-        levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in any colour
-        mask = levels > MASK_LEVEL
-        if alpha is not None and 0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1):  # object on transparent ground
-            return alpha
-        values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette indices, or more than 8 bits
-        distinct = np.unique(values).tolist()
-        listed = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
-        if mask.mean() in (0, 1):
-            if len(distinct) == 2 and distinct[0] == 0:
-                return values != 0
-            problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
-            raise ImageError(f"{problem}, and of its values {listed} none is plainly the object")
-        if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
-            problem = f"its values are {listed}, as of a label and of what is to be ignored"
-            raise ImageError(f"{problem}: write 0 and 255 alone")
-        return mask
-
-
-def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
-    """Return whether the mask in this file is its alpha channel: in cutouts, and in crops with an alpha channel."""
-    return Path(path).parent.name != masks_dirname
-
-
-def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
-    """Decode one mask; return its MASK_DTYPE row, and the reason why it cannot be used or ''."""
-    row = np.zeros((), dtype=MASK_DTYPE)
-    try:
-        data = read_file(path)
-        mask = decode_mask(data, is_alpha_file(path, masks_dirname))
-    except ImageError as error:
-        row["broken"] = True
-        return row, str(error)
-    row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
-    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    if 0 < row["area"] < 1:
-        return row, ""
-    return row, f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
-
-
-def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and the reason for refusal by path."""
-    listing = Listing()
-    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
-        if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
-            listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
-    non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
-    refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
-    return {_mask_key(path): path for path in listing.paths if path not in refused}, refused
-
-
-def _mask_key(path: str) -> str:
-    return unicodedata.normalize("NFC", path[:-4] + path[-4:].lower())
-
-
-def mask_names(config: Config, path: str) -> list[str]:
-    """Return the `_mask_key`s that a crop's mask may have, best first: cutouts before masks, data_root before --masks_out.
-
-    `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops that differ only in their suffix.
-    """
-    folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
-    stem = name.rsplit(".", 1)[0]
-    candidates = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    candidates += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    return [_mask_key(f"{root}{folder}/{candidate}") for root in roots for candidate in candidates]
 
 
 def attach_masks(scan: Scan, config: Config) -> Scan:
@@ -3384,6 +3245,51 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     return dataclasses.replace(scan, records=records, report=report, mask_health=health)
 
 
+def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and the reason for refusal by path."""
+    listing = Listing()
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
+    for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
+        if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
+            listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
+    non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
+    refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
+    return {_mask_key(path): path for path in listing.paths if path not in refused}, refused
+
+
+def mask_names(config: Config, path: str) -> list[str]:
+    """Return the `_mask_key`s that a crop's mask may have, best first: cutouts before masks, data_root before --masks_out.
+
+    `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops that differ only in their suffix.
+    """
+    folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
+    stem = name.rsplit(".", 1)[0]
+    candidates = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
+    candidates += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
+    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
+    return [_mask_key(f"{root}{folder}/{candidate}") for root in roots for candidate in candidates]
+
+
+def _mask_key(path: str) -> str:
+    return unicodedata.normalize("NFC", path[:-4] + path[-4:].lower())
+
+
+def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
+    """Decode one mask; return its MASK_DTYPE row, and the reason why it cannot be used or ''."""
+    row = np.zeros((), dtype=MASK_DTYPE)
+    try:
+        data = read_file(path)
+        mask = decode_mask(data, is_alpha_file(path, masks_dirname))
+    except ImageError as error:
+        row["broken"] = True
+        return row, str(error)
+    row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
+    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    if 0 < row["area"] < 1:
+        return row, ""
+    return row, f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"
+
+
 def _misfit(mask: np.void, crop: np.void) -> str:
     """Return '' if a mask has the aspect ratio of its crop, the problem otherwise."""
     width, height, crop_width, crop_height = (int(row[side]) for row in (mask, crop) for side in ("width", "height"))
@@ -3425,6 +3331,49 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
         resized = Image.fromarray(mask.view(np.uint8) * 255).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
         mask = np.asarray(resized) > MASK_LEVEL
     return image, mask.view(np.uint8) * 255, ""
+
+
+def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
+    """Read a mask, or the alpha channel of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
+    return decode_mask(read_file(path), is_alpha)
+
+
+def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
+    """Decode a mask file, or the alpha channel of a cutout, as bool (H, W), EXIF orientation applied. Raises ImageError.
+
+    Pixels above MASK_LEVEL are the object. Where they do not separate anything, the object is the opaque pixels or, in a file with
+    only 0 and one other value, the non-zero pixels.
+    """
+    with opened_image(data) as image:
+        upright = ImageOps.exif_transpose(image)
+        has_alpha = upright.has_transparency_data
+        alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL if has_alpha else None
+        if is_alpha and not has_alpha:
+            raise ImageError("has no alpha channel")
+        if is_alpha:
+            return alpha
+        is_gray = upright.mode in ("1", "L")
+        levels = np.asarray(upright.convert("L")) if is_gray else to_rgb(upright).max(axis=2)  # drawn in any colour
+        mask = levels > MASK_LEVEL
+        if alpha is not None and 0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1):  # object on transparent ground
+            return alpha
+        values = np.asarray(upright) if upright.mode[0] in "PIF" else levels  # palette indices, or more than 8 bits
+        distinct = np.unique(values).tolist()
+        listed = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+        if mask.mean() in (0, 1):
+            if len(distinct) == 2 and distinct[0] == 0:
+                return values != 0
+            problem = f"{'every' if mask.all() else 'no'} pixel is above {MASK_LEVEL}"
+            raise ImageError(f"{problem}, and of its values {listed} none is plainly the object")
+        if is_gray and len(distinct) == 3 and distinct[1] < MAX_LABEL and distinct[::2] == [0, 255]:
+            problem = f"its values are {listed}, as of a label and of what is to be ignored"
+            raise ImageError(f"{problem}: write 0 and 255 alone")
+        return mask
+
+
+def is_alpha_file(path: str | Path, masks_dirname: str) -> bool:
+    """Return whether the mask in this file is its alpha channel: in cutouts, and in crops with an alpha channel."""
+    return Path(path).parent.name != masks_dirname
 
 
 class Fill(NamedTuple):
@@ -3582,83 +3531,6 @@ class Transform:
         return np.ascontiguousarray(image), None if mask is None else np.ascontiguousarray(mask)
 
 
-class ListEntry(NamedTuple):
-    """One entry of a list of transforms."""
-
-    where: str  # place in the configuration, for messages
-    kind: str  # the type in lower case, without underscores
-    type: str  # as the user wrote it
-    arguments: dict[str, Any]
-
-
-def given_lists(config: Config) -> dict[str, list[ListEntry]]:
-    """Return the given lists of transforms by option. Raises UserError for an entry without a type."""
-    given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
-    return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
-
-
-def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
-    parsed = []
-    for number, entry in enumerate(entries):
-        place = f"{where}[{number}]"
-        if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
-            raise UserError("has no type", place, "write an entry such as {type: coarse_dropout, p: 0.5}")
-        arguments = {key: value for key, value in entry.items() if key != "type"}
-        parsed.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
-    return parsed
-
-
-def production_transforms(config: Config) -> list[dict[str, Any]]:
-    """Return the listed transforms that evaluation applies to a crop, as any other program that embeds crops must."""
-    lists = given_lists(config)
-    lists.pop("train_augmentations", None)
-    entries = itertools.chain(*lists.values())
-    return [{"type": entry.type, **entry.arguments} for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
-
-
-def make_transform(config: Config, mean: Sequence[float], augment: bool = False) -> Transform:
-    """Return the `Transform` of a run whose backbone subtracts this mean, RGB in 0..1."""
-    fill = make_fill(config, mean)
-    return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
-
-
-def build_transform(
-    img_size: int,
-    augment: bool,
-    fill: Fill | None = None,
-    lists: dict[str, list[ListEntry]] | None = None,
-    shows_mask: bool = False,
-) -> Transform:
-    """Build a `Transform`: `augment` for training, `lists` from `given_lists`. Raises UserError."""
-    fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
-    if not lists and not augment:
-        return Transform(img_size, fill, shows_mask=shows_mask)
-    import albumentations as A
-
-    cv2.setNumThreads(0)  # loader workers are the parallelism
-    steps = {}
-    for name, entries in lists.items():
-        entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
-        built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
-        steps[name] = tuple(built)
-    chosen = "train_augmentations" if augment else "val_augmentations"
-    looks = None
-    if augment and chosen not in lists:  # lighting, cameras, compression, and occlusion
-        hole = (0.05, 0.18)
-        looks = A.Compose([
-            A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
-            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
-            A.RandomGamma(gamma_limit=(75, 130), p=0.12),
-            A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
-            A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
-            A.MotionBlur(blur_limit=(3, 7), p=0.05),
-            A.ImageCompression(quality_range=(50, 95), p=0.1),
-            A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
-        ])  # fmt: skip
-    pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
-    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
-
-
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
     """Fit an image, uint8 (H, W, 3 or 4), into the middle of a gray square; a fourth channel, the mask, is padded with 0.
 
@@ -3723,6 +3595,195 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
     return functools.reduce(lambda before, move: move @ before, moves) if moves else None  # one warp, as each blurs
 
 
+class ListEntry(NamedTuple):
+    """One entry of a list of transforms."""
+
+    where: str  # place in the configuration, for messages
+    kind: str  # the type in lower case, without underscores
+    type: str  # as the user wrote it
+    arguments: dict[str, Any]
+
+
+def production_transforms(config: Config) -> list[dict[str, Any]]:
+    """Return the listed transforms that evaluation applies to a crop, as any other program that embeds crops must."""
+    lists = given_lists(config)
+    lists.pop("train_augmentations", None)
+    entries = itertools.chain(*lists.values())
+    return [{"type": entry.type, **entry.arguments} for entry in entries if entry.kind not in DEVICE_TRANSFORMS]
+
+
+def make_transform(config: Config, mean: Sequence[float], augment: bool = False) -> Transform:
+    """Return the `Transform` of a run whose backbone subtracts this mean, RGB in 0..1."""
+    fill = make_fill(config, mean)
+    return build_transform(config.img_size, augment, fill, given_lists(config), config.in_channels == 4)
+
+
+def check_transforms(config: Config) -> None:
+    """Check the lists of transforms, and try them on a random image before anything is loaded. Raises UserError."""
+    lists = given_lists(config)
+    given_normalization(config)
+    for chosen in ("train_augmentations", "val_augmentations"):
+        normalize = ""
+        for entry in itertools.chain(*(lists.get(name, ()) for name in ("pre_transforms", chosen, "post_transforms"))):
+            if normalize and entry.kind not in DEVICE_TRANSFORMS:
+                problem = f"comes after {normalize} (normalize), which is done last, on the device"
+                raise UserError(problem, entry.where, "put it before")
+            normalize = entry.where if entry.kind == "normalize" else normalize
+    side = max(512, 2 * config.img_size)
+    image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
+    try_transforms(config, lists, image, "a picture")
+
+
+def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
+    """Return mean and std of the options or lists, three numbers each; () and () stand for the model's. Raises UserError."""
+    requested = (config.mean, config.std)
+    for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
+        if kind != "normalize":
+            continue
+        import albumentations as A
+
+        _check_arguments(where, A.Normalize, arguments)
+        for key, supported in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
+            if arguments.get(key, supported) != supported:
+                problem = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
+                raise UserError(problem, f"{where}.{key}", "leave it out, and give --mean and --std")
+        if "mean" not in arguments and "std" not in arguments:  # the model's values apply
+            continue
+        for key, lowest in (("mean", 0), ("std", 0.001)):
+            values = arguments.get(key)
+            is_triple = isinstance(values, (list, tuple)) and len(values) == 3
+            if not is_triple or not all(isinstance(value, (int, float)) and lowest <= value <= 1 for value in values):
+                problem = f"is not a list of three numbers from {lowest} to 1"
+                raise UserError(problem, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
+        pair = tuple(map(float, arguments["mean"])), tuple(map(float, arguments["std"]))
+        if requested[0] and pair != requested:
+            problem = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {requested[0]} and {requested[1]}"
+            raise UserError(problem, where, "the device normalises once: give one mean and std")
+        requested = pair
+    return requested
+
+
+def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
+    """Try the lists of transforms on the crops of extreme size before training; return warnings. Raises UserError."""
+    lists, records, is_random = given_lists(config), scan.records, False
+    index = {path: row for row, path in enumerate(scan.listing.paths)}
+    crops = scan.health.rows[[index[path] for path in records.paths]]
+    width, height = crops["width"].astype(float), crops["height"].astype(float)
+    extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
+    for path in (records.paths[row] for row in sorted(extremes)) if lists else ():
+        with contextlib.suppress(ImageError):  # a file removed since the scan
+            is_random |= try_transforms(config, lists, load_image(records.root / path, records.image_bits), path)
+    note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
+    return [note] if is_random else []
+
+
+def given_lists(config: Config) -> dict[str, list[ListEntry]]:
+    """Return the given lists of transforms by option. Raises UserError for an entry without a type."""
+    given = {name: getattr(config, name) for name in TRANSFORM_LISTS}
+    return {name: _read_entries(config.place(name), entries) for name, entries in given.items() if entries is not None}
+
+
+def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.ndarray, name: str) -> bool:
+    """Return whether the lists are random in evaluation. Raises UserError if they fail on the image, in training or evaluation."""
+    views: set[bytes] = set()
+    for augment in (True, False) if lists else ():
+        transform = build_transform(config.img_size, augment, lists=lists)
+        try:
+            views = {transform(image, None, seed).tobytes() for seed in range(8)}
+            transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
+        except ImageError as error:
+            problem = f"fail on {name} of {image.shape[1]} x {image.shape[0]} px: {error}"
+            remedy = "put longest_max_size and pad_if_needed before that, change it, or leave it out"
+            raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
+    return len(views) > 1
+
+
+def build_transform(
+    img_size: int,
+    augment: bool,
+    fill: Fill | None = None,
+    lists: dict[str, list[ListEntry]] | None = None,
+    shows_mask: bool = False,
+) -> Transform:
+    """Build a `Transform`: `augment` for training, `lists` from `given_lists`. Raises UserError."""
+    fill, lists = fill or Fill("gray", (PADDING_GRAY,) * 3), lists or {}
+    if not lists and not augment:
+        return Transform(img_size, fill, shows_mask=shows_mask)
+    import albumentations as A
+
+    cv2.setNumThreads(0)  # loader workers are the parallelism
+    steps = {}
+    for name, entries in lists.items():
+        entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
+        built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        steps[name] = tuple(built)
+    chosen = "train_augmentations" if augment else "val_augmentations"
+    looks = None
+    if augment and chosen not in lists:  # lighting, cameras, compression, and occlusion
+        hole = (0.05, 0.18)
+        looks = A.Compose([
+            A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
+            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
+            A.RandomGamma(gamma_limit=(75, 130), p=0.12),
+            A.CLAHE(clip_limit=(1.0, 3.0), p=0.05),
+            A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+            A.MotionBlur(blur_limit=(3, 7), p=0.05),
+            A.ImageCompression(quality_range=(50, 95), p=0.1),
+            A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
+        ])  # fmt: skip
+    pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
+    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
+
+
+def _build_policy(entry: ListEntry) -> Any:
+    from torchvision.transforms import v2
+
+    policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
+    probability = arguments.pop("p", 1.0)
+    if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
+    _check_arguments(entry.where, policy_class, arguments)
+    _construct(entry.where, policy_class, arguments)  # raises UserError for a wrong value
+    defaults = {name: parameter.default for name, parameter in inspect.signature(policy_class).parameters.items()}
+    bins, magnitude = ((defaults | arguments).get(name, 0) for name in ("num_magnitude_bins", "magnitude"))
+    if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
+        remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
+        raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
+    return make_policy(entry.kind, arguments, float(probability))
+
+
+def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`."""
+    from torchvision.transforms import v2
+
+    class Policy(getattr(v2, POLICIES[kind])):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return make_policy, (kind, arguments, probability)
+
+        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+            self.rng = rng
+
+        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+            if self.rng.random() >= probability:
+                return {"image": image, "mask": mask}
+            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, which training uses
+                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
+                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            mask = None if mask is None else self.mask[0].numpy()
+            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
+
+        def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
+            apply = super()._apply_image_or_video_transform
+            if self.mask is not None and transform_id in POLICY_MOVES:
+                self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
+            return apply(image, transform_id, *args, **kwargs)
+
+    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
+    policy.kind = kind
+    return policy
+
+
 # Lists of transforms: each entry is checked and becomes a step. A UserError names the place of the entry in its file.
 def _build_transform(entry: ListEntry) -> Any:
     """Return the albumentations transform of an entry; its argument `transforms`, e.g. of OneOf, holds entries too."""
@@ -3775,6 +3836,17 @@ def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any])
         raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
+def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
+    parsed = []
+    for number, entry in enumerate(entries):
+        place = f"{where}[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+            raise UserError("has no type", place, "write an entry such as {type: coarse_dropout, p: 0.5}")
+        arguments = {key: value for key, value in entry.items() if key != "type"}
+        parsed.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
+    return parsed
+
+
 def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
     try:
         return transform(**arguments)
@@ -3784,129 +3856,6 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         place = ".".join(map(str, (where, *details["loc"][:1])))
         problem = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
-
-
-def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
-    """Return mean and std of the options or lists, three numbers each; () and () stand for the model's. Raises UserError."""
-    requested = (config.mean, config.std)
-    for where, kind, _, arguments in itertools.chain(*given_lists(config).values()):
-        if kind != "normalize":
-            continue
-        import albumentations as A
-
-        _check_arguments(where, A.Normalize, arguments)
-        for key, supported in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
-            if arguments.get(key, supported) != supported:
-                problem = f"is {arguments[key]}, and the device does (image / 255 - mean) / std alone"
-                raise UserError(problem, f"{where}.{key}", "leave it out, and give --mean and --std")
-        if "mean" not in arguments and "std" not in arguments:  # the model's values apply
-            continue
-        for key, lowest in (("mean", 0), ("std", 0.001)):
-            values = arguments.get(key)
-            is_triple = isinstance(values, (list, tuple)) and len(values) == 3
-            if not is_triple or not all(isinstance(value, (int, float)) and lowest <= value <= 1 for value in values):
-                problem = f"is not a list of three numbers from {lowest} to 1"
-                raise UserError(problem, f"{where}.{key}", "for example [0.5, 0.5, 0.5]")
-        pair = tuple(map(float, arguments["mean"])), tuple(map(float, arguments["std"]))
-        if requested[0] and pair != requested:
-            problem = f"has mean {pair[0]} and std {pair[1]}, and elsewhere they are {requested[0]} and {requested[1]}"
-            raise UserError(problem, where, "the device normalises once: give one mean and std")
-        requested = pair
-    return requested
-
-
-def check_transforms(config: Config) -> None:
-    """Check the lists of transforms, and try them on a random image before anything is loaded. Raises UserError."""
-    lists = given_lists(config)
-    given_normalization(config)
-    for chosen in ("train_augmentations", "val_augmentations"):
-        normalize = ""
-        for entry in itertools.chain(*(lists.get(name, ()) for name in ("pre_transforms", chosen, "post_transforms"))):
-            if normalize and entry.kind not in DEVICE_TRANSFORMS:
-                problem = f"comes after {normalize} (normalize), which is done last, on the device"
-                raise UserError(problem, entry.where, "put it before")
-            normalize = entry.where if entry.kind == "normalize" else normalize
-    side = max(512, 2 * config.img_size)
-    image = np.random.default_rng(0).integers(0, 256, (side, side + 64, 3), dtype=np.uint8)
-    try_transforms(config, lists, image, "a picture")
-
-
-def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
-    """Try the lists of transforms on the crops of extreme size before training; return warnings. Raises UserError."""
-    lists, records, is_random = given_lists(config), scan.records, False
-    index = {path: row for row, path in enumerate(scan.listing.paths)}
-    crops = scan.health.rows[[index[path] for path in records.paths]]
-    width, height = crops["width"].astype(float), crops["height"].astype(float)
-    extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
-    for path in (records.paths[row] for row in sorted(extremes)) if lists else ():
-        with contextlib.suppress(ImageError):  # a file removed since the scan
-            is_random |= try_transforms(config, lists, load_image(records.root / path, records.image_bits), path)
-    note = "evaluation and production are random: pre_transforms, val_augmentations or post_transforms draw lots"
-    return [note] if is_random else []
-
-
-def try_transforms(config: Config, lists: dict[str, list[ListEntry]], image: np.ndarray, name: str) -> bool:
-    """Return whether the lists are random in evaluation. Raises UserError if they fail on the image, in training or evaluation."""
-    views: set[bytes] = set()
-    for augment in (True, False) if lists else ():
-        transform = build_transform(config.img_size, augment, lists=lists)
-        try:
-            views = {transform(image, None, seed).tobytes() for seed in range(8)}
-            transform(image, np.full(image.shape[:2], 255, np.uint8), 1)
-        except ImageError as error:
-            problem = f"fail on {name} of {image.shape[1]} x {image.shape[0]} px: {error}"
-            remedy = "put longest_max_size and pad_if_needed before that, change it, or leave it out"
-            raise UserError(problem, ", ".join(map(config.place, lists)), remedy) from error
-    return len(views) > 1
-
-
-def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
-    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`."""
-    from torchvision.transforms import v2
-
-    class Policy(getattr(v2, POLICIES[kind])):
-        def __reduce__(self) -> tuple[Any, ...]:
-            return make_policy, (kind, arguments, probability)
-
-        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
-            self.rng = rng
-
-        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-            if self.rng.random() >= probability:
-                return {"image": image, "mask": mask}
-            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, which training uses
-                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
-                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
-            mask = None if mask is None else self.mask[0].numpy()
-            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
-
-        def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
-            apply = super()._apply_image_or_video_transform
-            if self.mask is not None and transform_id in POLICY_MOVES:
-                self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
-            return apply(image, transform_id, *args, **kwargs)
-
-    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
-    policy.kind = kind
-    return policy
-
-
-def _build_policy(entry: ListEntry) -> Any:
-    from torchvision.transforms import v2
-
-    policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
-    probability = arguments.pop("p", 1.0)
-    if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-        raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
-    _check_arguments(entry.where, policy_class, arguments)
-    _construct(entry.where, policy_class, arguments)  # raises UserError for a wrong value
-    defaults = {name: parameter.default for name, parameter in inspect.signature(policy_class).parameters.items()}
-    bins, magnitude = ((defaults | arguments).get(name, 0) for name in ("num_magnitude_bins", "magnitude"))
-    if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
-        remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
-        raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return make_policy(entry.kind, arguments, float(probability))
 
 
 def augmentation_share(config: Config, epoch: int) -> float:
@@ -4052,6 +4001,11 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
 # ======================================================================================================================
 # Samples, their order, and batches of uint8 images, decoded or read from the fitted crops that the run has stored. A crop that
 # cannot be read is left out of its batch and reported.
+SQUARES_SYNC_BYTES = 1 << 28  # bytes written between fsyncs; a full disk may show only in an fsync
+LOADER_RESTARTS = 3  # restarts after killed workers, per epoch or pass over images
+LOADER_SECONDS = 600  # a batch may take; then the workers count as stuck and are killed
+
+
 class Batch(NamedTuple):
     """One batch of a loader."""
 
@@ -4076,15 +4030,6 @@ class SampleKey(NamedTuple):
     def seed(self) -> int:
         """Seed of the augmentation, 0 without `words`. A property, so that workers spend the 18 us, not the main process."""
         return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
-
-
-# Where a fitted crop is stored in `squares.u8`: first byte, CRC-32, digest of the mask. A value of `FileMemory`.
-SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
-
-
-def name_squares(side: int, fill: Any = "") -> str:
-    """Return the `FileMemory` kind of the squares of plain crops, or of masked crops with this fill."""
-    return f"square {side} {fill}"
 
 
 class SquareFile:
@@ -4153,6 +4098,15 @@ class SquareFile:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 self.give_up(error)
+
+
+# Where a fitted crop is stored in `squares.u8`: first byte, CRC-32, digest of the mask. A value of `FileMemory`.
+SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
+
+
+def name_squares(side: int, fill: Any = "") -> str:
+    """Return the `FileMemory` kind of the squares of plain crops, or of masked crops with this fill."""
+    return f"square {side} {fill}"
 
 
 def find_squares(
@@ -4310,11 +4264,6 @@ class EpochSampler(Sampler):
         return np.concatenate(chosen)
 
 
-def sample_words(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
-    """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
-    return seed, 3, epoch, row, repetition
-
-
 def batch_borders(num_samples: int, batch: int) -> list[int]:
     """Return the borders of the batches; a last batch of one sample joins the previous one: BatchNorm cannot train on it."""
     borders = [*range(0, num_samples, batch), num_samples]
@@ -4323,10 +4272,9 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     return borders
 
 
-def count_workers(workers: int | None) -> int:
-    """Return the loader workers of a rank, at most its part of the cores. None: one fewer, for training; 1 to MAX_WORKERS."""
-    cores = -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return min(max(cores - 1, 1), MAX_WORKERS) if workers is None else min(workers, cores)
+def sample_words(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
+    """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
+    return seed, 3, epoch, row, repetition
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
@@ -4341,6 +4289,42 @@ def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions,
         persistent_workers=workers > 0,
         pin_memory=runtime.num_gpus > 0,
     )
+
+
+def count_workers(workers: int | None) -> int:
+    """Return the loader workers of a rank, at most its part of the cores. None: one fewer, for training; 1 to MAX_WORKERS."""
+    cores = -(-count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(max(cores - 1, 1), MAX_WORKERS) if workers is None else min(workers, cores)
+
+
+def start_worker(_: int) -> None:
+    """Prepare a worker process: it leaves signals to the main process, writes nothing to stderr and uses one thread."""
+    # libjpeg writes a line to stderr about each file that it repairs, in every epoch; failures are raised in the main process.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # sent to the whole terminal or job; main decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a scheduler's SIGTERM is no failure of the worker
+    torch.set_num_threads(1)
+    # Otherwise a batch that cannot be sent, e.g. for lack of file descriptors, is dropped, and the loader waits forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
+
+
+class DeadWorker(Exception):
+    """Loader workers died more often than LOADER_RESTARTS allows; the text is the last reason."""
+
+
+def take_turns(
+    loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """Yield the answer to each batch, in order, on rank 0, and nothing on other ranks; the ranks take turns at the batches.
+
+    `loader` makes a loader of a sequence of batches; `answer` turns a loaded batch into the object that rank 0 gathers.
+    """
+    batches_of_rank = batches[get_rank() :: get_world_size()]
+    read = outlive_workers(lambda _, num_yielded: loader(batches_of_rank[num_yielded:]), show)
+    for _ in range(-(-len(batches) // get_world_size())):
+        batch = next(read, None)
+        yield from gather_answers(None if batch is None else answer(batch))
 
 
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
@@ -4388,36 +4372,6 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
                 print(f"process {get_rank()}: {warning}", file=sys.stderr, flush=True)
             else:
                 say(warning)
-
-
-class DeadWorker(Exception):
-    """Loader workers died more often than LOADER_RESTARTS allows; the text is the last reason."""
-
-
-def take_turns(
-    loader: Callable[[Any], DataLoader], batches: Sequence[Any], answer: Callable[[Any], Any]
-) -> Iterator[Any]:
-    """Yield the answer to each batch, in order, on rank 0, and nothing on other ranks; the ranks take turns at the batches.
-
-    `loader` makes a loader of a sequence of batches; `answer` turns a loaded batch into the object that rank 0 gathers.
-    """
-    batches_of_rank = batches[get_rank() :: get_world_size()]
-    read = outlive_workers(lambda _, num_yielded: loader(batches_of_rank[num_yielded:]), show)
-    for _ in range(-(-len(batches) // get_world_size())):
-        batch = next(read, None)
-        yield from gather_answers(None if batch is None else answer(batch))
-
-
-def start_worker(_: int) -> None:
-    """Prepare a worker process: it leaves signals to the main process, writes nothing to stderr and uses one thread."""
-    # libjpeg writes a line to stderr about each file that it repairs, in every epoch; failures are raised in the main process.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # sent to the whole terminal or job; main decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a scheduler's SIGTERM is no failure of the worker
-    torch.set_num_threads(1)
-    # Otherwise a batch that cannot be sent, e.g. for lack of file descriptors, is dropped, and the loader waits forever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:
@@ -4534,27 +4488,6 @@ class Backbone(nn.Module):
             return self.model(inputs.to(self.dtype) if self.is_rounded else inputs).float()
 
 
-def block_depths(model: nn.Module) -> dict[str, int]:
-    """Return the depth of each module, parameter and buffer of a timm model: 0 before the first block, i in block i or after it.
-
-    `timm.optim.param_groups_layer_decay` agrees except for ConvNeXt, EVA-02 (its last norm is one more block), CoaT and CaiT.
-    """
-    groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    patterns = []
-    for group, spec in groups.items() if isinstance(groups, dict) else ():  # CaiT's function marks no blocks
-        if group != "stem":
-            pairs = [(spec, None)] if isinstance(spec, str) else spec or ()
-            patterns += [re.compile(pattern) for pattern, suffix in pairs if suffix is None]
-    depth = 0
-    depths = {}
-    for name, module in model.named_modules():
-        depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
-        depths[name] = depth
-        for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            depths[f"{name}.{key}".lstrip(".")] = depth
-    return depths
-
-
 class LoraUpdate(nn.Module):
     """A trained low-rank update U D of a frozen weight. Hu et al., "LoRA", arXiv:2106.09685, with alpha = rank.
 
@@ -4571,28 +4504,6 @@ class LoraUpdate(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the updated weight (out_features, in_features)."""
         return weight + self.lora_up @ self.lora_down
-
-
-def attention_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers of a model's attention blocks: queries, keys, values and output projection."""
-    pattern = re.compile(r"(.*\.)?attn\.(qkv|q|k|v|kv|q_proj|k_proj|v_proj|proj)")
-    named = model.named_modules()
-    return [module for name, module in named if isinstance(module, nn.Linear) and pattern.fullmatch(name)]
-
-
-def add_lora(model: nn.Module, rank: int) -> None:
-    """Add a LoRA update to every attention layer; D is drawn from torch's generator, U = 0 makes the update zero at first."""
-    for layer in attention_layers(model):
-        parametrize.register_parametrization(layer, "weight", LoraUpdate(*layer.weight.shape, rank))
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Merge the LoRA updates into the weights, in float64 and rounded once, so that all machines get the same weights."""
-    for layer in attention_layers(model):
-        if parametrize.is_parametrized(layer):
-            layer.double()
-            parametrize.remove_parametrizations(layer, "weight")
-            layer.float()
 
 
 class Head(nn.Module):
@@ -4682,6 +4593,97 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     return backbone, info
 
 
+def adopt_geometry(config: Config) -> Config:
+    """Return the config with model, size and normalisation from an export of tools/pretrain_dino_*.py, unless options give them."""
+    if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
+        return config
+    metadata = read_start(config).metadata
+    geometry = metadata.get("geometry")
+    if not isinstance(geometry, dict) or "image_size" not in geometry:
+        return config
+    sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
+    values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
+    values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
+    adopted = {name: value for name, value in values.items() if name not in config.origins}
+    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
+    return dataclasses.replace(config, origins=origins, **adopted)
+
+
+class _Unfilled(TorchDispatchMode):
+    """Writes NaN instead of random numbers that loaded weights will replace; drawing them takes 4 of the 6 s to build a ViT-L."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].fill_(math.nan)
+        return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
+
+
+class _Inert:
+    """Placeholder for objects in a file other than tensors and plain values: a trainer's options, numpy scalars."""
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from: a checkpoint or export of this script, or a file saved by timm or others."""
+
+    where: str  # the flag that names the file and its value, for messages
+    path: Path
+    backbone: dict[str, torch.Tensor]  # from a checkpoint of this script: the trained part only
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all other tensors, by Recognizer's names
+    class_names: tuple[str, ...] = ()  # of the class vectors
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of an export of tools/pretrain_dino_*.py
+
+
+def block_depths(model: nn.Module) -> dict[str, int]:
+    """Return the depth of each module, parameter and buffer of a timm model: 0 before the first block, i in block i or after it.
+
+    `timm.optim.param_groups_layer_decay` agrees except for ConvNeXt, EVA-02 (its last norm is one more block), CoaT and CaiT.
+    """
+    groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
+    patterns = []
+    for group, spec in groups.items() if isinstance(groups, dict) else ():  # CaiT's function marks no blocks
+        if group != "stem":
+            pairs = [(spec, None)] if isinstance(spec, str) else spec or ()
+            patterns += [re.compile(pattern) for pattern, suffix in pairs if suffix is None]
+    depth = 0
+    depths = {}
+    for name, module in model.named_modules():
+        depth += any(pattern.groups and pattern.fullmatch(name) for pattern in patterns)
+        depths[name] = depth
+        for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            depths[f"{name}.{key}".lstrip(".")] = depth
+    return depths
+
+
+def attention_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a model's attention blocks: queries, keys, values and output projection."""
+    pattern = re.compile(r"(.*\.)?attn\.(qkv|q|k|v|kv|q_proj|k_proj|v_proj|proj)")
+    named = model.named_modules()
+    return [module for name, module in named if isinstance(module, nn.Linear) and pattern.fullmatch(name)]
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Add a LoRA update to every attention layer; D is drawn from torch's generator, U = 0 makes the update zero at first."""
+    for layer in attention_layers(model):
+        parametrize.register_parametrization(layer, "weight", LoraUpdate(*layer.weight.shape, rank))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merge the LoRA updates into the weights, in float64 and rounded once, so that all machines get the same weights."""
+    for layer in attention_layers(model):
+        if parametrize.is_parametrized(layer):
+            layer.double()
+            parametrize.remove_parametrizations(layer, "weight")
+            layer.float()
+
+
 def load_timm_model(
     config: Config, settings: dict[str, Any], log: Callable[[str], None]
 ) -> tuple[nn.Module, str | None]:
@@ -4730,115 +4732,6 @@ def load_timm_model(
         raise UserError(problem, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
-
-
-def adopt_geometry(config: Config) -> Config:
-    """Return the config with model, size and normalisation from an export of tools/pretrain_dino_*.py, unless options give them."""
-    if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
-        return config
-    metadata = read_start(config).metadata
-    geometry = metadata.get("geometry")
-    if not isinstance(geometry, dict) or "image_size" not in geometry:
-        return config
-    sizes = ",".join(f"{name}={value}" for name, value in geometry.items() if name != "image_size")
-    values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
-    values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
-    adopted = {name: value for name, value in values.items() if name not in config.origins}
-    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
-    return dataclasses.replace(config, origins=origins, **adopted)
-
-
-def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
-    """Split a model id like `vit_small_patch16_224:embed_dim=96,depth=3` into timm's name and the sizes. Raises UserError."""
-    if model_id.startswith(HUB_PREFIXES) or ":" not in model_id:
-        return model_id, {}
-    name, _, sizes = model_id.partition(":")
-    try:
-        pairs = [size.split("=") for size in sizes.split(",")]
-        return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
-    except ValueError as error:
-        remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
-        raise UserError(f"{sizes} is no list of sizes", f"--model_id {model_id}", remedy) from error
-
-
-class _Unfilled(TorchDispatchMode):
-    """Writes NaN instead of random numbers that loaded weights will replace; drawing them takes 4 of the 6 s to build a ViT-L."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return args[0].fill_(math.nan)
-        return args[0] if func is torch.ops.aten.erfinv_.default else func(*args, **(kwargs or {}))
-
-
-def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model and its feature_dim, from a build on the meta device. Raises UserError."""
-    import timm
-
-    where = f"--model_id {config.model_id}"
-    name, sizes = split_model_id(config.model_id)
-    base = name.split(".")[0]
-    if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
-        raise UserError("is not known to timm", where, did_you_mean(base, timm.list_models()))
-    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
-    try:
-        with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(name, **settings)
-            if "img_size" in inspect.signature(type(model).__init__).parameters:
-                settings["img_size"] = config.img_size
-            # All images have one size, so DINOv3 need not rebuild its position table on the CPU for each batch.
-            if getattr(model, "dynamic_img_size", False):
-                settings["dynamic_img_size"] = False
-            if config.pool or getattr(model, "cls_token", None) is not None:
-                settings["global_pool"] = config.pool or "token"
-            model = timm.create_model(name, **settings).eval()
-            stem = getattr(getattr(model, "patch_embed", None), "proj", None)
-            has_patches = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
-            if has_patches and config.img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
-                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, settings.get("in_chans", 3), config.img_size, config.img_size)).shape
-            if len(shape) != 2:
-                raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
-    except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
-        options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
-        problem = f"timm cannot build it: {printable(str(error))[:300]}"
-        raise UserError(problem, where, f"try another size or pooling{options_text}") from error
-    num_blocks = max(block_depths(model).values())
-    if config.unfreeze_blocks > num_blocks:
-        problem = f"has {num_blocks or 'no'} blocks that timm names"
-        remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(problem, f"{where} {config.said('unfreeze_blocks')}", remedy)
-    if config.layer_decay < 1 and not num_blocks:
-        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
-    if config.lora_rank and not attention_layers(model):
-        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", f"{where} {config.said('lora_rank')}", remedy)
-    return settings, shape[1]
-
-
-class _Inert:
-    """Placeholder for objects in a file other than tensors and plain values: a trainer's options, numpy scalars."""
-
-    def __new__(cls, *_: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Start:
-    """Weights that a run starts from: a checkpoint or export of this script, or a file saved by timm or others."""
-
-    where: str  # the flag that names the file and its value, for messages
-    path: Path
-    backbone: dict[str, torch.Tensor]  # from a checkpoint of this script: the trained part only
-    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # all other tensors, by Recognizer's names
-    class_names: tuple[str, ...] = ()  # of the class vectors
-    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the checkpoint
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of an export of tools/pretrain_dino_*.py
 
 
 def read_start(config: Config) -> Start | None:
@@ -4917,122 +4810,6 @@ def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
         yield from walk_tensors(value, f"{prefix}{key}.")
 
 
-def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
-    """Raise UserError if weights are not finite, with the names of up to four."""
-    if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
-        problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
-        raise UserError(problem, where, "give weights of a training that went well")
-
-
-def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename weights of DINOv2 and DINOv3 from transformers' names to their authors', which timm reads; leave others unchanged."""
-    markers = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
-    base = next((key.removesuffix(marker) for key in tensors for marker in markers if key.endswith(marker)), None)
-    if base is None:
-        return tensors
-    weights = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
-    registers = "register_tokens" if "embeddings.position_embeddings" in weights else "storage_tokens"
-    up, down = ("w2", "w3") if any(".gate_proj." in key for key in weights) else ("fc1", "fc2")
-    replacements = (
-        (r"^stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
-        (r"^stages\.(\d+)\.layers\.", r"stages.\1."),
-        (r"\.depthwise_conv\.", ".dwconv."),
-        (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
-        (r"(^|\.)layer_norm\.", r"\1norm."),
-        (r"^(encoder|model)\.", ""),
-        (r"^layers?\.", "blocks."),
-        (r"^embeddings\.position_embeddings", "pos_embed"),
-        (r"^embeddings\.register_tokens", registers),
-        (r"^embeddings\.patch_embeddings(\.projection)?", "patch_embed.proj"),
-        (r"^embeddings\.", ""),
-        (r"^layernorm\.", "norm."),
-        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
-        (r"\.weights_in\.", ".w12."),
-        (r"\.weights_out\.", ".w3."),
-        (r"\.gate_proj\.", ".w1."),
-        (r"\.up_proj\.", f".{up}."),
-        (r"\.down_proj\.", f".{down}."),
-    )
-    renamed = {}
-    for key, value in weights.items():
-        for pattern, replacement in replacements:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
-        query = renamed.pop(key)
-        no_bias = torch.zeros_like(query)  # DINOv3's keys have none
-        key_and_value = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
-        renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *key_and_value])
-    return renamed
-
-
-def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[dict, str]:
-    """Return the tensors below the key prefix that fits `expected` best, and this prefix; ties go to an EMA or teacher, if any."""
-    votes: Counter[str] = Counter()
-    for key, value in tensors.items():
-        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
-            votes[key[:start]] += key[start:] in expected and expected[key[start:]].shape == value.shape
-    prefix = max(votes, key=lambda name: (votes[name], bool(re.search("ema|teacher", name))), default="")
-    if 2 * votes[prefix] < len(expected):  # names that timm has yet to convert, or those of another model
-        wrappers = Counter(WEIGHT_WRAPPERS.match(key).group() for key in tensors)
-        prefix = max(wrappers, key=lambda name: (bool(name), wrappers[name]), default="")
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, prefix
-
-
-def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> str:
-    """Return a remedy for tensors that do not fit a timm model; it names a similarly named model that they fit, if any."""
-    import timm
-
-    scores = {}
-    for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
-        with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built this way
-            model = timm.create_model(name, pretrained=False, num_classes=0)
-            expected = model.state_dict()
-            weights, _ = choose_weights(tensors, expected)
-            if not weights.keys() & expected.keys() and (convert := find_filter(model)):  # names are their authors'
-                weights = convert(weights, model)
-            num_fitting = sum(key in weights and weights[key].shape == value.shape for key, value in expected.items())
-            scores[name] = num_fitting / max(len(expected), len(weights))
-    best = max(scores, key=scores.__getitem__, default=architecture)
-    if scores.get(best, 0) < 0.9:
-        return f"its tensors are those of no model like {architecture}: give the --model_id that they were saved from"
-    if best == architecture:
-        return f"the rest of it does fit {architecture}: give a file with the whole state dict"
-    return f"its tensors are those of --model_id {best}"
-
-
-def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
-    """Return timm's function that converts weights with their authors' names to the model's names, or None."""
-    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-
-
-def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """Return all weights of the backbone; frozen ones, which a checkpoint lacks, are built as in its run. Raises UserError."""
-    identity = start.identity
-    if not identity.get("freeze_backbone"):
-        return start.backbone
-    files: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # without a config.json, the weights are timm's or random
-        form = {"options": dict.fromkeys(("load_from", "backbone_weights"), (str, type(None)))}
-        options = read_json(start.path.with_name("config.json"), form)["options"]
-        files = {name: Path(options[name]) for name in form["options"] if options[name]}
-    names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
-    config = Config(**{name: identity[name] for name in names if name in identity}, **files)
-    model, source = load_timm_model(config, probe_model(config)[0], log)
-    weights_hash = fingerprint(hash_tensors(model))
-    if weights_hash != identity["backbone_hash"]:
-        hashes = f"was {identity['backbone_hash']}, and is {weights_hash} here ({source or 'random weights'})"
-        remedy = "give it in the folder of its run, with config.json beside it"
-        raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
-    if identity["lora_rank"]:
-        add_lora(model, identity["lora_rank"])
-    model.load_state_dict(start.backbone, strict=False)
-    merge_lora(model)
-    return model.state_dict()
-
-
 def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
     """Load a file into a timm model: skips and logs its classifier and heads, adapts input channels like timm. Raises UserError."""
     from timm.models._manipulate import adapt_input_conv
@@ -5084,6 +4861,92 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
+def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Return all weights of the backbone; frozen ones, which a checkpoint lacks, are built as in its run. Raises UserError."""
+    identity = start.identity
+    if not identity.get("freeze_backbone"):
+        return start.backbone
+    files: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # without a config.json, the weights are timm's or random
+        form = {"options": dict.fromkeys(("load_from", "backbone_weights"), (str, type(None)))}
+        options = read_json(start.path.with_name("config.json"), form)["options"]
+        files = {name: Path(options[name]) for name in form["options"] if options[name]}
+    names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
+    config = Config(**{name: identity[name] for name in names if name in identity}, **files)
+    model, source = load_timm_model(config, probe_model(config)[0], log)
+    weights_hash = fingerprint(hash_tensors(model))
+    if weights_hash != identity["backbone_hash"]:
+        hashes = f"was {identity['backbone_hash']}, and is {weights_hash} here ({source or 'random weights'})"
+        remedy = "give it in the folder of its run, with config.json beside it"
+        raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
+    if identity["lora_rank"]:
+        add_lora(model, identity["lora_rank"])
+    model.load_state_dict(start.backbone, strict=False)
+    merge_lora(model)
+    return model.state_dict()
+
+
+def probe_model(config: Config) -> tuple[dict[str, Any], int]:
+    """Return timm's keyword arguments for the model and its feature_dim, from a build on the meta device. Raises UserError."""
+    import timm
+
+    where = f"--model_id {config.model_id}"
+    name, sizes = split_model_id(config.model_id)
+    base = name.split(".")[0]
+    if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
+        raise UserError("is not known to timm", where, did_you_mean(base, timm.list_models()))
+    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(name, **settings)
+            if "img_size" in inspect.signature(type(model).__init__).parameters:
+                settings["img_size"] = config.img_size
+            # All images have one size, so DINOv3 need not rebuild its position table on the CPU for each batch.
+            if getattr(model, "dynamic_img_size", False):
+                settings["dynamic_img_size"] = False
+            if config.pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = config.pool or "token"
+            model = timm.create_model(name, **settings).eval()
+            stem = getattr(getattr(model, "patch_embed", None), "proj", None)
+            has_patches = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
+            if has_patches and config.img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
+                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
+            shape = model(torch.empty(1, settings.get("in_chans", 3), config.img_size, config.img_size)).shape
+            if len(shape) != 2:
+                raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
+    except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
+        where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
+        options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
+        problem = f"timm cannot build it: {printable(str(error))[:300]}"
+        raise UserError(problem, where, f"try another size or pooling{options_text}") from error
+    num_blocks = max(block_depths(model).values())
+    if config.unfreeze_blocks > num_blocks:
+        problem = f"has {num_blocks or 'no'} blocks that timm names"
+        remedy = "give fewer, or train all with --no-freeze_backbone"
+        raise UserError(problem, f"{where} {config.said('unfreeze_blocks')}", remedy)
+    if config.layer_decay < 1 and not num_blocks:
+        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
+    if config.lora_rank and not attention_layers(model):
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where} {config.said('lora_rank')}", remedy)
+    return settings, shape[1]
+
+
+def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
+    """Split a model id like `vit_small_patch16_224:embed_dim=96,depth=3` into timm's name and the sizes. Raises UserError."""
+    if model_id.startswith(HUB_PREFIXES) or ":" not in model_id:
+        return model_id, {}
+    name, _, sizes = model_id.partition(":")
+    try:
+        pairs = [size.split("=") for size in sizes.split(",")]
+        return name, {key: float(value) if "." in value else int(value) for key, value in pairs}
+    except ValueError as error:
+        remedy = "write sizes as in vit_small_patch16_224:embed_dim=96,depth=3"
+        raise UserError(f"{sizes} is no list of sizes", f"--model_id {model_id}", remedy) from error
+
+
 def hash_tensors(module: nn.Module) -> dict[str, str]:
     """Return a hash, 16 hex digits, of dtype, shape and bytes of each tensor in a module's state dict."""
     hashes = {}
@@ -5091,6 +4954,97 @@ def hash_tensors(module: nn.Module) -> dict[str, str]:
         value = value.detach().cpu().contiguous()
         hashes[key] = fingerprint(str(value.dtype), value.shape, value.flatten().view(torch.uint8).numpy())
     return hashes
+
+
+def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename weights of DINOv2 and DINOv3 from transformers' names to their authors', which timm reads; leave others unchanged."""
+    markers = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
+    base = next((key.removesuffix(marker) for key in tensors for marker in markers if key.endswith(marker)), None)
+    if base is None:
+        return tensors
+    weights = {key.removeprefix(base): value for key, value in tensors.items() if key.startswith(base)}
+    registers = "register_tokens" if "embeddings.position_embeddings" in weights else "storage_tokens"
+    up, down = ("w2", "w3") if any(".gate_proj." in key for key in weights) else ("fc1", "fc2")
+    replacements = (
+        (r"^stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.layers\.", r"stages.\1."),
+        (r"\.depthwise_conv\.", ".dwconv."),
+        (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+        (r"(^|\.)layer_norm\.", r"\1norm."),
+        (r"^(encoder|model)\.", ""),
+        (r"^layers?\.", "blocks."),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+        (r"^embeddings\.register_tokens", registers),
+        (r"^embeddings\.patch_embeddings(\.projection)?", "patch_embed.proj"),
+        (r"^embeddings\.", ""),
+        (r"^layernorm\.", "norm."),
+        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
+        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+        (r"\.weights_in\.", ".w12."),
+        (r"\.weights_out\.", ".w3."),
+        (r"\.gate_proj\.", ".w1."),
+        (r"\.up_proj\.", f".{up}."),
+        (r"\.down_proj\.", f".{down}."),
+    )
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, replacement in replacements:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
+        query = renamed.pop(key)
+        no_bias = torch.zeros_like(query)  # DINOv3's keys have none
+        key_and_value = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
+        renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *key_and_value])
+    return renamed
+
+
+def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError if weights are not finite, with the names of up to four."""
+    if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+        problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
+        raise UserError(problem, where, "give weights of a training that went well")
+
+
+def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> str:
+    """Return a remedy for tensors that do not fit a timm model; it names a similarly named model that they fit, if any."""
+    import timm
+
+    scores = {}
+    for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
+        with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built this way
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+            expected = model.state_dict()
+            weights, _ = choose_weights(tensors, expected)
+            if not weights.keys() & expected.keys() and (convert := find_filter(model)):  # names are their authors'
+                weights = convert(weights, model)
+            num_fitting = sum(key in weights and weights[key].shape == value.shape for key, value in expected.items())
+            scores[name] = num_fitting / max(len(expected), len(weights))
+    best = max(scores, key=scores.__getitem__, default=architecture)
+    if scores.get(best, 0) < 0.9:
+        return f"its tensors are those of no model like {architecture}: give the --model_id that they were saved from"
+    if best == architecture:
+        return f"the rest of it does fit {architecture}: give a file with the whole state dict"
+    return f"its tensors are those of --model_id {best}"
+
+
+def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[dict, str]:
+    """Return the tensors below the key prefix that fits `expected` best, and this prefix; ties go to an EMA or teacher, if any."""
+    votes: Counter[str] = Counter()
+    for key, value in tensors.items():
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            votes[key[:start]] += key[start:] in expected and expected[key[start:]].shape == value.shape
+    prefix = max(votes, key=lambda name: (votes[name], bool(re.search("ema|teacher", name))), default="")
+    if 2 * votes[prefix] < len(expected):  # names that timm has yet to convert, or those of another model
+        wrappers = Counter(WEIGHT_WRAPPERS.match(key).group() for key in tensors)
+        prefix = max(wrappers, key=lambda name: (bool(name), wrappers[name]), default="")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, prefix
+
+
+def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
+    """Return timm's function that converts weights with their authors' names to the model's names, or None."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 # ======================================================================================================================
@@ -5301,24 +5255,6 @@ BACKBONE_WEIGHT_DECAY = 0.05
 HEAD_WEIGHT_DECAY = 1e-4
 
 
-def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
-    """Return the peak `lr` and the `weight_decay` of head, class vectors, and the last block of the backbone."""
-    head_lr = config.lr if config.fc_lr is None else config.fc_lr
-    class_lr = config.arc_lr
-    if class_lr is None:  # class vectors that are directions would move too slowly at the lr of a layer
-        class_lr = (1 if config.criterion in LINEAR_CRITERIA else 10) * head_lr
-    backbone_lr = max(0.2 * config.lr, 5e-5) if config.backbone_lr is None else config.backbone_lr
-    if config.lr_type == "one_lr":
-        backbone_lr = config.lr
-    head_decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
-    backbone_decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
-    return {
-        "head": {"lr": head_lr, "weight_decay": head_decay},
-        "class_vectors": {"lr": class_lr, "weight_decay": head_decay},
-        "backbone": {"lr": backbone_lr, "weight_decay": backbone_decay},
-    }
-
-
 def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     """Return groups of head, class vectors and the backbone's trained parameters, each with its peak lr and weight decay."""
     backbone = model.backbone.model
@@ -5342,14 +5278,22 @@ def parameter_groups(model: Recognizer, config: Config) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
-    """Build the optimizer that --optimizer names over parameter groups."""
-    options = {key: value for key, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
-    from timm.optim import create_optimizer_v2
-
-    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **options)
+def optimizer_settings(config: Config) -> dict[str, dict[str, float]]:
+    """Return the peak `lr` and the `weight_decay` of head, class vectors, and the last block of the backbone."""
+    head_lr = config.lr if config.fc_lr is None else config.fc_lr
+    class_lr = config.arc_lr
+    if class_lr is None:  # class vectors that are directions would move too slowly at the lr of a layer
+        class_lr = (1 if config.criterion in LINEAR_CRITERIA else 10) * head_lr
+    backbone_lr = max(0.2 * config.lr, 5e-5) if config.backbone_lr is None else config.backbone_lr
+    if config.lr_type == "one_lr":
+        backbone_lr = config.lr
+    head_decay = HEAD_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    backbone_decay = BACKBONE_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return {
+        "head": {"lr": head_lr, "weight_decay": head_decay},
+        "class_vectors": {"lr": class_lr, "weight_decay": head_decay},
+        "backbone": {"lr": backbone_lr, "weight_decay": backbone_decay},
+    }
 
 
 def check_optimizer(config: Config) -> None:
@@ -5375,6 +5319,16 @@ def check_optimizer(config: Config) -> None:
     for name, value in (("betas", config.betas or None), ("eps", config.eps)):  # timm silently drops some
         if value is not None and group.get(name) != value:
             raise UserError(f"{config.optimizer} has no such setting", config.place(name), "leave it out")
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    """Build the optimizer that --optimizer names over parameter groups."""
+    options = {key: value for key, value in (("betas", config.betas), ("eps", config.eps)) if value not in ((), None)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr, **options)
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
@@ -5449,20 +5403,15 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
+PROMISE_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
+PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
+MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
+BOOTSTRAP_DRAWS = 500
+BOOTSTRAP_SAMPLES = 10_000_000  # limit of draws x samples; larger sets get fewer draws, which suffice for them
+UNKNOWN_SHARE = 0.2  # share of unknown objects that probabilities assume; the true share in production is not known
+RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
+RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, computed at a time: 80 MB
 Scorer = Callable[[np.ndarray], np.ndarray]  # maps queries (n, D) to scores (n, C)
-
-
-def reduce_scores(
-    score: Scorer, queries: np.ndarray, reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]]
-) -> tuple[np.ndarray, ...]:
-    """Reduce the scores of all queries, block by block, because those of 100,000 classes exceed the memory.
-
-    `reduce(scores, block)` returns arrays (n, ...) for the n queries in the slice `block`; they are concatenated over blocks.
-    """
-    step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
-    blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
-    reduced = [reduce(score(queries[block]), block) for block in blocks]
-    return tuple(np.concatenate(arrays) for arrays in zip(*reduced, strict=True))
 
 
 def classify(
@@ -5480,6 +5429,24 @@ def classify(
     answers, log_likelihoods, scores = reduce_scores(score, queries, reduce)
     figures, per_class = compute_metrics(answers, labels, class_names, scores if has_auc else None)
     return float(-log_likelihoods.mean()), figures, per_class
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of logits (N, C), in float64."""
+    return scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+
+
+def reduce_scores(
+    score: Scorer, queries: np.ndarray, reduce: Callable[[np.ndarray, slice], tuple[np.ndarray, ...]]
+) -> tuple[np.ndarray, ...]:
+    """Reduce the scores of all queries, block by block, because those of 100,000 classes exceed the memory.
+
+    `reduce(scores, block)` returns arrays (n, ...) for the n queries in the slice `block`; they are concatenated over blocks.
+    """
+    step = max(1, RETRIEVAL_CHUNK // max(1, score(queries[:1]).shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, max(1, len(queries)), step)]
+    reduced = [reduce(score(queries[block]), block) for block in blocks]
+    return tuple(np.concatenate(arrays) for arrays in zip(*reduced, strict=True))
 
 
 def compute_metrics(
@@ -5540,22 +5507,6 @@ def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float
     hits = np.bincount(labels[labels == answers], minlength=num_classes)
     occurs = support > 0
     return mean_of_defined(2 * hits[occurs] / (support + num_answers)[occurs])
-
-
-def none_if_nan(value: float) -> float | None:
-    """Return a float, or None for NaN, which JSON lacks."""
-    return None if math.isnan(value) else float(value)
-
-
-def mean_of_defined(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN, or NaN without any."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else math.nan
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities of logits (N, C), in float64."""
-    return scipy.special.log_softmax(logits.astype(np.float64), axis=1)
 
 
 def retrieval_scores(
@@ -5679,6 +5630,22 @@ def precision_threshold(
     return float(max(threshold, np.nextafter(np.float32(below), np.float32(np.inf))))
 
 
+def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return the means of the scores (N,) that are not NaN, with intervals as in `with_intervals`.
+
+    If all images have 0, or all have 1, all draws agree, and the interval is Wilson's (1927) for a proportion.
+    """
+    figures = with_intervals(
+        lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
+    )
+    for name, values in scores.items():
+        is_defined = ~np.isnan(values)
+        if figures[name]["value"] in (0.0, 1.0) and len(np.unique(values[is_defined])) == 1:
+            width = 1.96**2 / (len(np.unique(images[is_defined])) + 1.96**2)
+            figures[name]["interval"] = [1 - width, 1.0] if figures[name]["value"] else [0.0, width]
+    return figures
+
+
 def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return figures as {name: {value, interval}}, with 95 % percentile bootstrap intervals over images.
 
@@ -5697,22 +5664,6 @@ def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray
     return figures
 
 
-def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the means of the scores (N,) that are not NaN, with intervals as in `with_intervals`.
-
-    If all images have 0, or all have 1, all draws agree, and the interval is Wilson's (1927) for a proportion.
-    """
-    figures = with_intervals(
-        lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
-    )
-    for name, values in scores.items():
-        is_defined = ~np.isnan(values)
-        if figures[name]["value"] in (0.0, 1.0) and len(np.unique(values[is_defined])) == 1:
-            width = 1.96**2 / (len(np.unique(images[is_defined])) + 1.96**2)
-            figures[name]["interval"] = [1 - width, 1.0] if figures[name]["value"] else [0.0, width]
-    return figures
-
-
 def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
     """Yield the positions (N,) of all samples, then `draws` times the positions (n,) of images (N,) drawn with replacement."""
     unique, inverse = np.unique(images, return_inverse=True)
@@ -5724,12 +5675,24 @@ def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
         yield np.repeat(positions, counts[inverse])
 
 
+def none_if_nan(value: float) -> float | None:
+    """Return a float, or None for NaN, which JSON lacks."""
+    return None if math.isnan(value) else float(value)
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Return the mean of the values that are not NaN, or NaN without any."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
 # ======================================================================================================================
 # 13  TRAIN STATE & CHECKPOINTS
 # ======================================================================================================================
 # Everything that changes while training, and how it is saved and restored. The only section that reads or writes checkpoints.
 # Raises UserError for a checkpoint that cannot be read or belongs to another run, Diverged instead of saving non-finite weights.
 # Fields of TrainState that are saved unchanged.
+CHECKPOINT_FORMAT = 6
 PLAIN_STATE = ("epoch", "batches", "step", "seconds", "best", "baseline", "frozen_right", "unseen", "sessions")
 # Keys that a training checkpoint needs, with their types; further keys are allowed.
 CHECKPOINT_FORM = {
@@ -5809,11 +5772,6 @@ def start_state(model: Recognizer, config: Config, runtime: Runtime) -> TrainSta
     return TrainState(model, optimizer, runtime.make_scaler(), runtime.dtype, average)
 
 
-def describe_position(epoch: int, batches: int) -> str:
-    """Return the progress of a checkpoint in words."""
-    return f"epoch {epoch}" if not batches else f"epoch {epoch} and {batches} batches"
-
-
 def make_identity(config: Config, class_names: Sequence[str], info: BackboneInfo | None) -> dict[str, Any]:
     """Return what must match for a checkpoint to be resumed: classes, every option that changes the result, and the backbone."""
     options = config.as_plain()
@@ -5850,15 +5808,6 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     write_checkpoint(path, payload)
 
 
-def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write a dictionary of tensors and plain values, nested in any way; the file appears whole or not at all.
-
-    A program that resumes from it needs `epoch` (finished epochs) and `batches` (finished batches of the next) in the payload.
-    """
-    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer would replace an Interrupted raised inside it
-        torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
-
-
 def describe_divergence(step: int, epoch: int, folder: Path) -> str:
     """Return the text of Diverged: the step whose loss is not finite, and the checkpoint to resume from."""
     last = folder / LAST_NAME
@@ -5870,31 +5819,18 @@ def describe_divergence(step: int, epoch: int, folder: Path) -> str:
     return f"the loss is not finite at step {step} (epoch {epoch}); {advice}; lower --lr"
 
 
-def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
-    """Check and read a checkpoint onto the CPU, executing nothing in it. Raises UserError if it is damaged or not of `form`."""
-    if not path.is_file():
-        raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
-    try:
-        check_zip(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # any zip, pickle or I/O error that a damaged or foreign file causes
-        problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
-        remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
-        raise UserError(problem, str(path), remedy) from error
-    if isinstance(payload, dict) and {"arc", "model_name"} <= payload.keys():
-        remedy = f"give it as --load_from {path}, which takes its backbone"
-        raise UserError(f"is a checkpoint of {PREDECESSOR}", str(path), remedy)
-    try:
-        check_form(payload, {"format": int})
-        if payload["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"it is of format {payload['format']}, not {CHECKPOINT_FORMAT}")
-        check_form(payload, form)
-    except ValueError as error:
-        problem = f"is not a checkpoint of this script and version: {error}"
-        raise UserError(problem, str(path), "resume from another one with --resume PATH") from error
-    return payload
+def describe_position(epoch: int, batches: int) -> str:
+    """Return the progress of a checkpoint in words."""
+    return f"epoch {epoch}" if not batches else f"epoch {epoch} and {batches} batches"
+
+
+def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """Write a dictionary of tensors and plain values, nested in any way; the file appears whole or not at all.
+
+    A program that resumes from it needs `epoch` (finished epochs) and `batches` (finished batches of the next) in the payload.
+    """
+    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer would replace an Interrupted raised inside it
+        torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
 
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
@@ -5993,6 +5929,33 @@ def choose_checkpoint(
     return point
 
 
+def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[str, Any]:
+    """Check and read a checkpoint onto the CPU, executing nothing in it. Raises UserError if it is damaged or not of `form`."""
+    if not path.is_file():
+        raise UserError("there is no such checkpoint", f"--resume {path}", "check the path, or leave --resume out")
+    try:
+        check_zip(path)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # any zip, pickle or I/O error that a damaged or foreign file causes
+        problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
+        remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
+        raise UserError(problem, str(path), remedy) from error
+    if isinstance(payload, dict) and {"arc", "model_name"} <= payload.keys():
+        remedy = f"give it as --load_from {path}, which takes its backbone"
+        raise UserError(f"is a checkpoint of {PREDECESSOR}", str(path), remedy)
+    try:
+        check_form(payload, {"format": int})
+        if payload["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"it is of format {payload['format']}, not {CHECKPOINT_FORMAT}")
+        check_form(payload, form)
+    except ValueError as error:
+        problem = f"is not a checkpoint of this script and version: {error}"
+        raise UserError(problem, str(path), "resume from another one with --resume PATH") from error
+    return payload
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, checkpoint_last.pth first."""
     paths = [path for path in folder.glob("checkpoint_*.pth") if path.is_file()]
@@ -6012,13 +5975,6 @@ def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
     log(f"warning: {path.name} {reason}; it is now {target.name}")
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile if it is damaged."""
-    check_zip(source)
-    with open(source, "rb") as file, atomic_file(target) as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
-
-
 @contextlib.contextmanager
 def keep_interrupted(folder: Path) -> Iterator[None]:
     """Copy checkpoint_last.pth to checkpoint_interrupt.pth if the block is interrupted; delete the copy when a block finishes."""
@@ -6031,11 +5987,44 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
     (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # left by an earlier start of the run
 
 
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint, whole or not at all. Raises zipfile.BadZipFile if it is damaged."""
+    check_zip(source)
+    with open(source, "rb") as file, atomic_file(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
 # ======================================================================================================================
 # 14  PROTOTYPES
 # ======================================================================================================================
 # The gallery of reference embeddings: built, matched, calibrated on val, saved and loaded; and finished runs, loaded as model and
 # gallery for inference. Raises UserError for files that cannot be read or do not belong together.
+VIEW_NAMES = ("bbox", "mask")  # a crop as cut, and with its background replaced
+OFFSET_WEIGHT, OFFSET_PRIOR_CROPS = 0.25, 2  # for enrolled classes; see `enrolment_offsets`
+LEAD_WEIGHT = 0.5  # weight of an enrolled class's lead over the best trained class, in its score
+MATCHER_NAMES = {
+    "centroid": "nearest centroid",
+    "prototypes": "nearest of several prototypes a class",
+    "knn": "k nearest references of a class",
+}
+KNN_CHOICES = (1, 3, 5, 10)
+FEATURE_WEIGHTS = (0.3, 0.5, 0.7)  # candidate weights of the backbone's features in a similarity
+# Match quality that the features may cost on val: below the error of val, where the embedding has an edge, as it chose the epoch.
+FEATURE_LOSS = 0.01
+FEATURE_DIM = 128  # principal axes of the features that are kept
+FEATURE_REFERENCES = 20_000  # references that the covariance of the features is estimated on
+PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes per class that --prototypes_per_class auto tries
+MIN_CLUSTER = 3  # references that a cluster needs to become a prototype: fewer may be a mislabelled image
+MOST_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes about 10 ms per class
+SIGNIFICANCE = 0.05  # level of the sign tests: gain from training, and several prototypes per class against one
+MIN_CALIBRATION_SAMPLES = 20  # a class with fewer val answers gets the threshold of all classes
+PRECISION_TARGETS = (0.90, 0.95, 0.99)
+HELD_OUT_FOLDS = 10  # folds of the classes; each counts as unknown in turn
+FEW_IMAGES = 10  # with fewer, one image moves the recall of a class by more than ten points
+MATCHER_CHUNK = 8_000_000  # (queries x vectors) cosines that the matcher computes at a time: 32 MB
+PROTOTYPES_FORMAT = 3
+
+
 class Matcher(nn.Module):
     """Scores each class by the mean cosine to its nearest vectors: in evaluation, in labelling tools, and in exported models."""
 
@@ -6122,16 +6111,6 @@ class Embedded(NamedTuple):
     def by_class(self) -> Embedded:
         """Return the rows in ascending order of their labels."""
         return self.take(np.argsort(self.labels, kind="stable"))
-
-
-def concatenate_embedded(items: Iterable[Embedded]) -> Embedded:
-    """Return the rows of all items as one."""
-    return Embedded(*map(np.concatenate, zip(*items, strict=True)))
-
-
-def best_answers(score: Scorer, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class with the highest score for each of the queries (Q, D), and that score, (Q,) both."""
-    return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
 
 
 class Fusion(nn.Module):
@@ -6248,69 +6227,50 @@ def match_nearest(references: Embedded, num_classes: int) -> Matcher:
     return Matcher(references.values, references.labels, np.ones(num_classes, np.int64))
 
 
-def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
-    sums = sum_by_class(embeddings, labels, num_classes)
-    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+def export_gallery(
+    model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unseen: dict
+) -> tuple[Gallery, dict[str, Embedded]]:
+    """Return the calibrated gallery built from features of train and val, and the vectors of each given split but `unknown`.
 
-
-def sum_by_class(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the sum of the embeddings (N, D) of each class, float64 (C, D); 30 times as fast as np.add.at."""
-    from scipy.sparse import csr_matrix
-
-    rows = np.arange(len(labels))
-    members = csr_matrix((np.ones(len(rows)), (labels, rows)), shape=(num_classes, len(rows)))
-    return members @ embeddings
-
-
-def class_spreads(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return one minus the mean cosine of pairs of embeddings (N, D) within each class, float64 (C,); NaN without a pair."""
-    counts = np.bincount(labels, minlength=num_classes)
-    pair_sums = (sum_by_class(embeddings, labels, num_classes) ** 2).sum(axis=1) - counts
-    return 1 - np.divide(pair_sums, counts * (counts - 1), out=np.full(num_classes, np.nan), where=counts > 1)
-
-
-def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
-    """Return how many nearest references (C,) the score of each class averages: k, less for classes with fewer than usual.
-
-    Otherwise all five references of a class would compete with the best five of a hundred. `usual` is the median over classes.
+    `unknown` holds objects of no class; `unseen` is the evidence of `measure_unseen`, {} for none.
     """
-    return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
+    embedded = {name: embed(model, values) for name, values in features.items()}
+    fusion = choose_fusion(features, embedded, len(records.class_names)) if config.match_features else NO_FUSION
+    vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
+    strangers = vectors.pop("unknown").values if "unknown" in vectors else None
+    gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
+    evidence = (vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
+    by_centroid = {}
+    if gallery.matcher == "knn" and config.matcher == "auto":
+        plain = calibrate(dataclasses.replace(gallery, matcher="centroid"), *evidence)
+        by_centroid = {name: getattr(plain, name) for name in CALIBRATED}
+    return dataclasses.replace(calibrate(gallery, *evidence), fusion=fusion, by_centroid=by_centroid), vectors
 
 
-def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); 0 if none."""
-    nearest = np.zeros(len(queries), dtype=np.int64)
-    by_class = rows_by_class(gallery.stack_labels, len(gallery.class_names))
-    for label in np.unique(labels).tolist():
-        rows = by_class[label]
-        if len(rows):
-            cosine = queries[labels == label] @ gallery.stacks[rows].T
-            nearest[labels == label] = rows[cosine.argmax(axis=1)]
-    return nearest
+def embed(model: Recognizer, features: Embedded) -> Embedded:
+    """Put the model into eval mode, and return the embeddings that its head makes of features."""
+    model.eval()
+    device = next(model.head.parameters()).device
+    with torch.inference_mode():
+        chunks = torch.from_numpy(features.values).split(4096)
+        values = torch.cat([model.embed(chunk.to(device)).cpu() for chunk in chunks])
+    return features._replace(values=values.numpy())
 
 
-def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
-    """Return the ascending positions of at most `limit` references that cover a class best.
-
-    They are the references nearest to the centres of `limit` k-means clusters: all usual views are represented, but a single
-    mislabelled image is not, unlike in farthest-point sampling.
-    """
-    if len(embeddings) <= limit:
-        return np.arange(len(embeddings))
-    chosen: list[int] = []
-    for similarity in cluster(embeddings, limit, 1).cluster_centers_ @ embeddings.T:
-        chosen.append(next(i for i in np.argsort(-similarity, kind="stable").tolist() if i not in chosen))
-    return np.sort(chosen)
-
-
-def cluster(embeddings: np.ndarray, count: int, starts: int) -> Any:
-    """Return scikit-learn's k-means of embeddings (n, D), the best of `starts` random starts."""
-    from sklearn.cluster import KMeans
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct points than clusters, because of duplicates: harmless
-        return KMeans(count, n_init=starts, random_state=0).fit(embeddings)
+def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
+    """Return the fusion with the most weight for which nearest centroids lose at most FEATURE_LOSS of `match_quality` on val."""
+    mean, projection = project_features(features["train"])
+    candidates = [NO_FUSION]
+    if projection.shape[1]:
+        candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
+    qualities = []
+    names = [name for name in ("train", "val", "unknown") if name in features]
+    for fusion in candidates:
+        train, val, *unknown = (fusion.fuse(features[name], embedded[name]) for name in names)
+        centroids = class_centroids(train.values, train.labels, num_classes)
+        strangers = unknown[0].values if unknown else None
+        qualities.append(match_quality(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers))
+    return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
 
 
 def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
@@ -6340,41 +6300,6 @@ def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
     # The sign of an axis depends on rounding: make its largest component positive.
     principal *= np.sign(principal[np.abs(principal).argmax(axis=0), np.arange(principal.shape[1])])
     return mean.astype(np.float32), (whitening @ principal).astype(np.float32)
-
-
-def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
-    """Return the fusion with the most weight for which nearest centroids lose at most FEATURE_LOSS of `match_quality` on val."""
-    mean, projection = project_features(features["train"])
-    candidates = [NO_FUSION]
-    if projection.shape[1]:
-        candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
-    qualities = []
-    names = [name for name in ("train", "val", "unknown") if name in features]
-    for fusion in candidates:
-        train, val, *unknown = (fusion.fuse(features[name], embedded[name]) for name in names)
-        centroids = class_centroids(train.values, train.labels, num_classes)
-        strangers = unknown[0].values if unknown else None
-        qualities.append(match_quality(lambda queries, centroids=centroids: queries @ centroids.T, val, strangers))
-    return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
-
-
-def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
-    """Return the accuracy on val; given vectors of strangers (U, D), objects of no class, return `open_set_rate` instead."""
-    answers, scores = best_answers(score, val.values)
-    is_right = answers == val.labels
-    if strangers is None:
-        return float(is_right.mean())
-    return open_set_rate(scores, is_right, best_answers(score, strangers)[1])
-
-
-def embed(model: Recognizer, features: Embedded) -> Embedded:
-    """Put the model into eval mode, and return the embeddings that its head makes of features."""
-    model.eval()
-    device = next(model.head.parameters()).device
-    with torch.inference_mode():
-        chunks = torch.from_numpy(features.values).split(4096)
-        values = torch.cat([model.embed(chunk.to(device)).cpu() for chunk in chunks])
-    return features._replace(values=values.numpy())
 
 
 def build_gallery(
@@ -6425,62 +6350,32 @@ def build_gallery(
     return gallery
 
 
-def export_gallery(
-    model: Recognizer, records: Records, features: dict[str, Embedded], config: Config, unseen: dict
-) -> tuple[Gallery, dict[str, Embedded]]:
-    """Return the calibrated gallery built from features of train and val, and the vectors of each given split but `unknown`.
+def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
+    """Return the ascending positions of at most `limit` references that cover a class best.
 
-    `unknown` holds objects of no class; `unseen` is the evidence of `measure_unseen`, {} for none.
+    They are the references nearest to the centres of `limit` k-means clusters: all usual views are represented, but a single
+    mislabelled image is not, unlike in farthest-point sampling.
     """
-    embedded = {name: embed(model, values) for name, values in features.items()}
-    fusion = choose_fusion(features, embedded, len(records.class_names)) if config.match_features else NO_FUSION
-    vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
-    strangers = vectors.pop("unknown").values if "unknown" in vectors else None
-    gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
-    evidence = (vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
-    by_centroid = {}
-    if gallery.matcher == "knn" and config.matcher == "auto":
-        plain = calibrate(dataclasses.replace(gallery, matcher="centroid"), *evidence)
-        by_centroid = {name: getattr(plain, name) for name in CALIBRATED}
-    return dataclasses.replace(calibrate(gallery, *evidence), fusion=fusion, by_centroid=by_centroid), vectors
+    if len(embeddings) <= limit:
+        return np.arange(len(embeddings))
+    chosen: list[int] = []
+    for similarity in cluster(embeddings, limit, 1).cluster_centers_ @ embeddings.T:
+        chosen.append(next(i for i in np.argsort(-similarity, kind="stable").tolist() if i not in chosen))
+    return np.sort(chosen)
 
 
-def match_by_centroid(gallery: Gallery) -> Gallery:
-    """Return the gallery as it matches once classes are enrolled: by centroids, since knn rarely finds a class of few references.
-
-    `by_centroid` holds the fields CALIBRATED for that, as arrays or as JSON; {} leaves the gallery unchanged.
-    """
-    if not gallery.by_centroid:
-        return gallery
-    fields = gallery.by_centroid | {
-        "thresholds": np.array(gallery.by_centroid["thresholds"], np.float32),
-        "is_pooled": np.array(gallery.by_centroid["is_pooled"], bool),
-    }
-    return dataclasses.replace(gallery, matcher="centroid", by_centroid={}, **fields)
+def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
+    """Return the accuracy on val; given vectors of strangers (U, D), objects of no class, return `open_set_rate` instead."""
+    answers, scores = best_answers(score, val.values)
+    is_right = answers == val.labels
+    if strangers is None:
+        return float(is_right.mean())
+    return open_set_rate(scores, is_right, best_answers(score, strangers)[1])
 
 
-def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
-    """Return the gallery with up to `per_class` prototypes a class, which become its matcher if any class has more than one."""
-    by_class = zip(rows_by_class(references.labels, len(gallery.class_names)), gallery.centroids, strict=True)
-    prototypes = [mean_of_clusters(references.values[rows], per_class, centroid) for rows, centroid in by_class]
-    gallery = take_prototypes(gallery, prototypes)
-    return dataclasses.replace(gallery, matcher="prototypes") if gallery.most_prototypes > 1 else gallery
-
-
-def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Gallery:
-    """Return the gallery with the given prototypes, an array (n, D) per class."""
-    labels = np.repeat(np.arange(len(prototypes)), list(map(len, prototypes)))
-    return dataclasses.replace(gallery, prototypes=np.concatenate(prototypes), prototype_labels=labels)
-
-
-def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -> np.ndarray:
-    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid if it does not split."""
-    count = min(count, len(embeddings) // MIN_CLUSTER)
-    if count < 2:
-        return centroid[None]
-    clusters = cluster(embeddings, count, 4).labels_
-    means = class_centroids(embeddings, clusters, count)[np.bincount(clusters, minlength=count) >= MIN_CLUSTER]
-    return means if len(means) > 1 else centroid[None]
+def best_answers(score: Scorer, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class with the highest score for each of the queries (Q, D), and that score, (Q,) both."""
+    return reduce_scores(score, queries, lambda scores, _: (scores.argmax(axis=1), scores.max(axis=1)))
 
 
 def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded) -> Gallery:
@@ -6501,6 +6396,14 @@ def try_several_prototypes(gallery: Gallery, references: Embedded, val: Embedded
     if wins and binomtest(wins, wins + losses, alternative="greater").pvalue < SIGNIFICANCE / len(rivals):
         return best
     return gallery
+
+
+def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gallery:
+    """Return the gallery with up to `per_class` prototypes a class, which become its matcher if any class has more than one."""
+    by_class = zip(rows_by_class(references.labels, len(gallery.class_names)), gallery.centroids, strict=True)
+    prototypes = [mean_of_clusters(references.values[rows], per_class, centroid) for rows, centroid in by_class]
+    gallery = take_prototypes(gallery, prototypes)
+    return dataclasses.replace(gallery, matcher="prototypes") if gallery.most_prototypes > 1 else gallery
 
 
 def calibrate(
@@ -6556,15 +6459,34 @@ def score_scale(scores: np.ndarray) -> tuple[float, float]:
     return median, max(median - low, 1e-6)
 
 
-def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
-    """Return the best score (N,) of each query with its class held out, and all other classes of that fold of HELD_OUT_FOLDS."""
-    folds = known.labels % HELD_OUT_FOLDS
+def fit_thresholds(
+    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest threshold of each class that keeps `precision`, and whether it is the pooled one, (C,) both.
 
-    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray]:
-        is_held_out = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
-        return (np.where(is_held_out, -1.0, scores).max(axis=1),)
+    The precision of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES
+    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,): class and score of each answer, and whether it is right.
+    """
+    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision, dtype=dtype), dtype=np.float32)
+    is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
+    # For each answer, the precision of all answers that score at least as high.
+    num_above = len(best) - np.searchsorted(np.sort(best), best)
+    prior = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
+    for label in np.flatnonzero(~is_pooled):
+        in_class = answers == label
+        thresholds[label] = precision_threshold(best[in_class], is_right[in_class], precision, prior[in_class], dtype)
+    return thresholds, is_pooled
 
-    return reduce_scores(score, known.values, reduce)[0]
+
+def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the T that minimises the cross-entropy of softmax(scores / T) (Guo et al., arXiv:1706.04599)."""
+    from scipy.optimize import minimize_scalar
+
+    def cross_entropy(log_temperature: float) -> float:
+        return -log_softmax(scores / math.exp(log_temperature))[np.arange(len(labels)), labels].mean()
+
+    best = minimize_scalar(cross_entropy, bounds=(math.log(0.005), math.log(2.0)), method="bounded")
+    return math.exp(best.x)
 
 
 def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray) -> tuple[float, float]:
@@ -6586,36 +6508,6 @@ def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray)
     fitted = LogisticRegression().fit((scores[:, None] - mean) / std, labels, sample_weight=sample_weight)
     slope = max(0.0, fitted.coef_.item()) / std
     return slope, fitted.intercept_.item() - slope * mean
-
-
-def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the T that minimises the cross-entropy of softmax(scores / T) (Guo et al., arXiv:1706.04599)."""
-    from scipy.optimize import minimize_scalar
-
-    def cross_entropy(log_temperature: float) -> float:
-        return -log_softmax(scores / math.exp(log_temperature))[np.arange(len(labels)), labels].mean()
-
-    best = minimize_scalar(cross_entropy, bounds=(math.log(0.005), math.log(2.0)), method="bounded")
-    return math.exp(best.x)
-
-
-def fit_thresholds(
-    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int, dtype: torch.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest threshold of each class that keeps `precision`, and whether it is the pooled one, (C,) both.
-
-    The precision of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES
-    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,): class and score of each answer, and whether it is right.
-    """
-    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision, dtype=dtype), dtype=np.float32)
-    is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
-    # For each answer, the precision of all answers that score at least as high.
-    num_above = len(best) - np.searchsorted(np.sort(best), best)
-    prior = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
-    for label in np.flatnonzero(~is_pooled):
-        in_class = answers == label
-        thresholds[label] = precision_threshold(best[in_class], is_right[in_class], precision, prior[in_class], dtype)
-    return thresholds, is_pooled
 
 
 def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None = None) -> dict[str, Any]:
@@ -6675,62 +6567,20 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     return figures
 
 
-def best_score(scores: np.ndarray) -> np.ndarray:
-    """Return the score (N,) of the best class from scores (N, C)."""
-    return scores.max(axis=1)
+def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
+    """Return the best score (N,) of each query with its class held out, and all other classes of that fold of HELD_OUT_FOLDS."""
+    folds = known.labels % HELD_OUT_FOLDS
+
+    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray]:
+        is_held_out = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
+        return (np.where(is_held_out, -1.0, scores).max(axis=1),)
+
+    return reduce_scores(score, known.values, reduce)[0]
 
 
 def highest_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the softmax probability (N,) of the best class from logits (N, C)."""
     return np.exp(log_softmax(logits)).max(axis=1)
-
-
-def open_set_figures(
-    score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
-) -> dict[str, Any]:
-    """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` computes from scores (n, C) of queries.
-
-    `unknown` (U, D) are queries of no class. If None, each fold of the classes in turn leaves the gallery, its queries count as
-    unknown, and figures are means over the folds. The embedder was trained on those classes: real unknown objects are harder.
-    """
-
-    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
-        fold_of_class = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
-        return tuple(confide(scores[:, fold_of_class != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
-
-    if unknown is not None:
-        queries = (known.values, unknown)
-        confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
-        is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
-        images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
-        figures = tell_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
-        return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
-    is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
-    folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
-    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
-    source = "classes held out in turn, on which it was trained"
-    return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
-
-
-def tell_unknown(
-    images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
-) -> dict[str, dict[str, Any]]:
-    """Return auroc and fpr95, means over folds as {value, interval}, of telling known from unknown objects by confidence.
-
-    Each fold holds the confidences of all queries (n,), and the masks of the known and of the unknown ones, bool (n,) both.
-    `images` (n,) is the image of each query: views of one image are drawn together.
-    """
-    # Only the order of the confidences counts, and integer ranks compare faster in each bootstrap draw.
-    folds = [(np.unique(confidences, return_inverse=True)[1], *masks) for confidences, *masks in folds]
-
-    def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
-        per_fold = [
-            open_set_metrics(ranks[drawn[is_known[drawn]]], ranks[drawn[is_unknown[drawn]]])
-            for ranks, is_known, is_unknown in folds
-        ]
-        return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
-
-    return with_intervals(mean_of_folds, images)
 
 
 def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: Embedded) -> None:
@@ -6767,6 +6617,18 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     write_bytes(path, text.getvalue().encode("utf-8"))
+
+
+def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); 0 if none."""
+    nearest = np.zeros(len(queries), dtype=np.int64)
+    by_class = rows_by_class(gallery.stack_labels, len(gallery.class_names))
+    for label in np.unique(labels).tolist():
+        rows = by_class[label]
+        if len(rows):
+            cosine = queries[labels == label] @ gallery.stacks[rows].T
+            nearest[labels == label] = rows[cosine.argmax(axis=1)]
+    return nearest
 
 
 def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
@@ -6830,6 +6692,104 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         )
 
 
+def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
+    """Keep a copy of the gallery that is about to be replaced by one with `class_names`; set it aside if it is damaged."""
+    if not os.path.lexists(path):
+        return
+    try:
+        missing = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
+    except UserError as error:
+        set_aside(path, error.what, say)
+        return
+    backup = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
+    while backup.exists():
+        backup = backup.with_name(f"{backup.stem}_.npz")
+    copy_checkpoint(path, backup)
+    say(f"{path.name} as it was is now {backup.name}")
+    if missing:
+        say(f"warning: enrolled classes have to be added again: {', '.join(missing)}")
+
+
+def describe_gallery(
+    config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
+) -> dict[str, Any]:
+    """Return the meta of prototypes.npz: how its embeddings are made, target precision, dtype, date, and a hash of the options."""
+    return {
+        **describe_embedding(config, info, model),
+        "target_precision": config.target_precision,
+        "precision": name_dtype(model.backbone.dtype),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "config_hash": fingerprint(make_identity(config, class_names, None)),  # covers neither paths nor the backbone
+    }
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, loaded for inference: the model, and the gallery that was made with it."""
+
+    path: Path
+    config: Config  # of the training
+    info: BackboneInfo
+    model: Recognizer  # in eval mode
+    runtime: Runtime
+    extract: Callable[..., np.ndarray]  # images to features; see `make_extractor`
+    gallery: Gallery | None = None  # None while it is being rebuilt
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
+    unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
+
+    def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
+        """Return the unit vectors float32 (N, D) that the gallery matches; arguments and Raises as for `extract`."""
+        features = torch.from_numpy(self.extract(images, name_of, batch))
+        with torch.inference_mode():
+            blocks = features.split(batch or len(features))
+            embeddings = torch.cat([self.model.embed(send(block, self.runtime.device)).cpu() for block in blocks])
+            return self.gallery.fusion(features, embeddings).numpy()
+
+    def transform(self) -> Transform:
+        """Return the transform of a crop into the model's input."""
+        return make_transform(self.config, self.info.mean)
+
+
+def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
+    """Load the best model and the gallery of a finished run. Raises UserError like `load_model`, or if the two do not match."""
+    config = read_run_config(path)
+    gallery_path = path / "prototypes.npz"
+    gallery, meta = load_gallery(gallery_path)
+    run = load_model(path, config, runtime, backbone_weights)
+    differences = [
+        f"\n    {key}: {meta.get(key)} in the prototypes, {value} in the run"
+        for key, value in to_json(describe_embedding(config, run.info, run.model)).items()
+        if meta.get(key) != value
+    ]
+    if differences:
+        problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
+        raise UserError(problem, str(gallery_path), rebuilding_remedy(path))
+    return dataclasses.replace(run, gallery=gallery, meta=meta)
+
+
+def read_run_config(path: Path) -> Config:
+    """Read the options of a run from its config.json. Raises UserError if it is damaged, of another version, or out of range."""
+    where = f"--run {path}"
+    remedy = "give the out_dir of a finished run, or start its training command again, which writes config.json anew"
+    try:
+        record = read_json(path / "config.json", {"options": dict, "origins": dict})
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error))[:200]
+        raise UserError(f"has no config.json that can be read: {reason}", where, remedy) from error
+    known = {field.name: field for field in option_fields()}
+    foreign = sorted(record["options"].keys() - known.keys() - {"command"})
+    missing = [name for name in known if known[name].metadata.get("fixed") and name not in record["options"]]
+    if foreign or missing:
+        names = ", ".join((*foreign, *missing)[:8])
+        problem = f"was made by another version of this script, with other options: {names}"
+        raise UserError(problem, where, _other_version_remedy(path))
+    options, places = convert_options(path / "config.json", record, Config)
+    config = Config(origins=places, **options)
+    check_ranges(config)
+    check_config(config)
+    return config
+
+
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     """Read prototypes.npz and its meta, checked and never unpickled. Raises UserError if it is damaged or of another format."""
     if not os.path.lexists(path):
@@ -6848,24 +6808,6 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
 def rebuilding_remedy(run_dir: Path) -> str:
     """Return the remedy for a missing or damaged gallery: the command that rebuilds it."""
     return f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))} makes them anew from the best checkpoint"
-
-
-def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
-    """Keep a copy of the gallery that is about to be replaced by one with `class_names`; set it aside if it is damaged."""
-    if not os.path.lexists(path):
-        return
-    try:
-        missing = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
-    except UserError as error:
-        set_aside(path, error.what, say)
-        return
-    backup = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
-    while backup.exists():
-        backup = backup.with_name(f"{backup.stem}_.npz")
-    copy_checkpoint(path, backup)
-    say(f"{path.name} as it was is now {backup.name}")
-    if missing:
-        say(f"warning: enrolled classes have to be added again: {', '.join(missing)}")
 
 
 def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, Any]]:
@@ -6919,104 +6861,6 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     return gallery, meta
 
 
-def describe_gallery(
-    config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
-) -> dict[str, Any]:
-    """Return the meta of prototypes.npz: how its embeddings are made, target precision, dtype, date, and a hash of the options."""
-    return {
-        **describe_embedding(config, info, model),
-        "target_precision": config.target_precision,
-        "precision": name_dtype(model.backbone.dtype),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "config_hash": fingerprint(make_identity(config, class_names, None)),  # covers neither paths nor the backbone
-    }
-
-
-def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
-    """Return everything that determines an embedding, besides the crop."""
-    transforms = production_transforms(config)
-    backbone = model.backbone
-    backbone_hashes = backbone.hashes if backbone.frozen and backbone.hashes else hash_tensors(backbone.model)
-    hashes = {f"0.{key}": value for key, value in backbone_hashes.items()}
-    hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
-    return {
-        "model_id": info.model_id,
-        "weights_hash": fingerprint(hashes),
-        "emb_dim": config.emb_dim,
-        "img_size": info.img_size,
-        "mean": info.mean,
-        "std": info.std,
-        "interpolation": info.interpolation,
-        "padding": PADDING_GRAY,
-        "pool": info.pool,
-        "in_channels": config.in_channels,
-        "crop_mode": config.crop_mode,
-        "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
-        **({"transforms": transforms} if transforms else {}),
-    }
-
-
-def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> Callable[..., np.ndarray]:
-    """Return a function that maps images uint8 (N, 3 or 4, H, W) to features float32 (N, F); the backbone must not train meanwhile.
-
-    The function runs `batch` images at a time. It raises Diverged, with the image's name by `name_of`, if features are not finite.
-    """
-    network = runtime.wrap(backbone.eval())
-
-    def extract(images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
-        with torch.inference_mode():
-            blocks = images.split(batch or len(images))
-            features = torch.cat([network(send(block, runtime.device)) for block in blocks])
-        check_features(features, name_of, backbone, info)
-        return features.cpu().numpy()
-
-    return extract
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A finished run, loaded for inference: the model, and the gallery that was made with it."""
-
-    path: Path
-    config: Config  # of the training
-    info: BackboneInfo
-    model: Recognizer  # in eval mode
-    runtime: Runtime
-    extract: Callable[..., np.ndarray]  # images to features; see `make_extractor`
-    gallery: Gallery | None = None  # None while it is being rebuilt
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the gallery
-    unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `measure_unseen`
-
-    def embed(self, images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
-        """Return the unit vectors float32 (N, D) that the gallery matches; arguments and Raises as for `extract`."""
-        features = torch.from_numpy(self.extract(images, name_of, batch))
-        with torch.inference_mode():
-            blocks = features.split(batch or len(features))
-            embeddings = torch.cat([self.model.embed(send(block, self.runtime.device)).cpu() for block in blocks])
-            return self.gallery.fusion(features, embeddings).numpy()
-
-    def transform(self) -> Transform:
-        """Return the transform of a crop into the model's input."""
-        return make_transform(self.config, self.info.mean)
-
-
-def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
-    """Load the best model and the gallery of a finished run. Raises UserError like `load_model`, or if the two do not match."""
-    config = read_run_config(path)
-    gallery_path = path / "prototypes.npz"
-    gallery, meta = load_gallery(gallery_path)
-    run = load_model(path, config, runtime, backbone_weights)
-    differences = [
-        f"\n    {key}: {meta.get(key)} in the prototypes, {value} in the run"
-        for key, value in to_json(describe_embedding(config, run.info, run.model)).items()
-        if meta.get(key) != value
-    ]
-    if differences:
-        problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
-        raise UserError(problem, str(gallery_path), rebuilding_remedy(path))
-    return dataclasses.replace(run, gallery=gallery, meta=meta)
-
-
 def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: Path | None = None) -> TrainedRun:
     """Load the best model of a run; `backbone_weights` locates moved backbone weights. Raises UserError if files are unusable."""
     place = f"--run {path}"
@@ -7054,27 +6898,45 @@ def _other_version_remedy(path: Path) -> str:
     return f"use the script that made the run, which lies in it: {path / SCRIPT_NAME}; or train again with this one"
 
 
-def read_run_config(path: Path) -> Config:
-    """Read the options of a run from its config.json. Raises UserError if it is damaged, of another version, or out of range."""
-    where = f"--run {path}"
-    remedy = "give the out_dir of a finished run, or start its training command again, which writes config.json anew"
-    try:
-        record = read_json(path / "config.json", {"options": dict, "origins": dict})
-    except (OSError, ValueError) as error:
-        reason = printable(getattr(error, "strerror", None) or str(error))[:200]
-        raise UserError(f"has no config.json that can be read: {reason}", where, remedy) from error
-    known = {field.name: field for field in option_fields()}
-    foreign = sorted(record["options"].keys() - known.keys() - {"command"})
-    missing = [name for name in known if known[name].metadata.get("fixed") and name not in record["options"]]
-    if foreign or missing:
-        names = ", ".join((*foreign, *missing)[:8])
-        problem = f"was made by another version of this script, with other options: {names}"
-        raise UserError(problem, where, _other_version_remedy(path))
-    options, places = convert_options(path / "config.json", record, Config)
-    config = Config(origins=places, **options)
-    check_ranges(config)
-    check_config(config)
-    return config
+def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> Callable[..., np.ndarray]:
+    """Return a function that maps images uint8 (N, 3 or 4, H, W) to features float32 (N, F); the backbone must not train meanwhile.
+
+    The function runs `batch` images at a time. It raises Diverged, with the image's name by `name_of`, if features are not finite.
+    """
+    network = runtime.wrap(backbone.eval())
+
+    def extract(images: torch.Tensor, name_of: Callable[[int], str] = str, batch: int | None = None) -> np.ndarray:
+        with torch.inference_mode():
+            blocks = images.split(batch or len(images))
+            features = torch.cat([network(send(block, runtime.device)) for block in blocks])
+        check_features(features, name_of, backbone, info)
+        return features.cpu().numpy()
+
+    return extract
+
+
+def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) -> dict[str, Any]:
+    """Return everything that determines an embedding, besides the crop."""
+    transforms = production_transforms(config)
+    backbone = model.backbone
+    backbone_hashes = backbone.hashes if backbone.frozen and backbone.hashes else hash_tensors(backbone.model)
+    hashes = {f"0.{key}": value for key, value in backbone_hashes.items()}
+    hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
+    return {
+        "model_id": info.model_id,
+        "weights_hash": fingerprint(hashes),
+        "emb_dim": config.emb_dim,
+        "img_size": info.img_size,
+        "mean": info.mean,
+        "std": info.std,
+        "interpolation": info.interpolation,
+        "padding": PADDING_GRAY,
+        "pool": info.pool,
+        "in_channels": config.in_channels,
+        "crop_mode": config.crop_mode,
+        "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
+        **({"transforms": transforms} if transforms else {}),
+    }
 
 
 def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str, Records]:
@@ -7093,6 +6955,24 @@ def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str,
         splits = zeros.astype(np.int8)
         records[name] = Records(folder, ("unknown",), PathTable(paths), zeros, groups, splits, image_bits=image_bits)
     return records
+
+
+def embed_records(
+    run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions, make_values: Callable[..., np.ndarray]
+) -> Embedded | None:
+    """Embed some records with run.embed or run.extract, in the views that the run was trained with.
+
+    --batch and --workers come from `config`. Every rank embeds a part of the records; ranks other than 0 get None.
+    """
+
+    def note(failures: list[tuple[int, str]]) -> None:
+        for row, reason in failures:
+            show(f"warning: {printable(records.paths[row])} {reason}")
+
+    batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
+    dataset = CropDataset(records, run.transform())
+    embedded = embed_batches(make_values, dataset, batches, config, run.runtime, note)
+    return collect_embedded(progress(embedded, len(batches), "embedding"), str(records.root))
 
 
 def embed_batches(
@@ -7128,24 +7008,6 @@ def collect_embedded(batches: Iterable[Embedded], where: str) -> Embedded | None
     if not readable:
         raise UserError("none of the images can be read", where, "check that the files are there and whole")
     return concatenate_embedded(readable)
-
-
-def embed_records(
-    run: TrainedRun, records: Records, rows: np.ndarray, config: RunOptions, make_values: Callable[..., np.ndarray]
-) -> Embedded | None:
-    """Embed some records with run.embed or run.extract, in the views that the run was trained with.
-
-    --batch and --workers come from `config`. Every rank embeds a part of the records; ranks other than 0 get None.
-    """
-
-    def note(failures: list[tuple[int, str]]) -> None:
-        for row, reason in failures:
-            show(f"warning: {printable(records.paths[row])} {reason}")
-
-    batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
-    dataset = CropDataset(records, run.transform())
-    embedded = embed_batches(make_values, dataset, batches, config, run.runtime, note)
-    return collect_embedded(progress(embedded, len(batches), "embedding"), str(records.root))
 
 
 def scan_for_run(
@@ -7220,6 +7082,58 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     )
 
 
+def match_by_centroid(gallery: Gallery) -> Gallery:
+    """Return the gallery as it matches once classes are enrolled: by centroids, since knn rarely finds a class of few references.
+
+    `by_centroid` holds the fields CALIBRATED for that, as arrays or as JSON; {} leaves the gallery unchanged.
+    """
+    if not gallery.by_centroid:
+        return gallery
+    fields = gallery.by_centroid | {
+        "thresholds": np.array(gallery.by_centroid["thresholds"], np.float32),
+        "is_pooled": np.array(gallery.by_centroid["is_pooled"], bool),
+    }
+    return dataclasses.replace(gallery, matcher="centroid", by_centroid={}, **fields)
+
+
+def concatenate_embedded(items: Iterable[Embedded]) -> Embedded:
+    """Return the rows of all items as one."""
+    return Embedded(*map(np.concatenate, zip(*items, strict=True)))
+
+
+def count_nearest(num_references: np.ndarray, usual: float, k: int) -> np.ndarray:
+    """Return how many nearest references (C,) the score of each class averages: k, less for classes with fewer than usual.
+
+    Otherwise all five references of a class would compete with the best five of a hundred. `usual` is the median over classes.
+    """
+    return np.clip(np.ceil(k * num_references / max(1.0, usual)), 1, k).astype(np.int64)
+
+
+def mean_of_clusters(embeddings: np.ndarray, count: int, centroid: np.ndarray) -> np.ndarray:
+    """Return the unit means (n, D), n <= count, of the k-means clusters of a class; its centroid if it does not split."""
+    count = min(count, len(embeddings) // MIN_CLUSTER)
+    if count < 2:
+        return centroid[None]
+    clusters = cluster(embeddings, count, 4).labels_
+    means = class_centroids(embeddings, clusters, count)[np.bincount(clusters, minlength=count) >= MIN_CLUSTER]
+    return means if len(means) > 1 else centroid[None]
+
+
+def cluster(embeddings: np.ndarray, count: int, starts: int) -> Any:
+    """Return scikit-learn's k-means of embeddings (n, D), the best of `starts` random starts."""
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters, because of duplicates: harmless
+        return KMeans(count, n_init=starts, random_state=0).fit(embeddings)
+
+
+def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the re-normalised mean embedding of each class, float32 (C, D); zeros for a class without references."""
+    sums = sum_by_class(embeddings, labels, num_classes)
+    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
 def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
     """Return the number to add to the scores of each class if it is enrolled, float32 (C,).
 
@@ -7236,11 +7150,26 @@ def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classe
     return (OFFSET_WEIGHT * (spread - reference_spread)).astype(np.float32)
 
 
-def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
-    """Return what was measured for the largest number of crops up to `num_crops`, else for the smallest; None if nothing was."""
-    counts = sorted(map(int, gallery.enrolment))
-    fitting = [count for count in counts if count <= num_crops] or counts[:1]
-    return gallery.enrolment[str(fitting[-1])] if fitting else None
+def class_spreads(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return one minus the mean cosine of pairs of embeddings (N, D) within each class, float64 (C,); NaN without a pair."""
+    counts = np.bincount(labels, minlength=num_classes)
+    pair_sums = (sum_by_class(embeddings, labels, num_classes) ** 2).sum(axis=1) - counts
+    return 1 - np.divide(pair_sums, counts * (counts - 1), out=np.full(num_classes, np.nan), where=counts > 1)
+
+
+def sum_by_class(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the sum of the embeddings (N, D) of each class, float64 (C, D); 30 times as fast as np.add.at."""
+    from scipy.sparse import csr_matrix
+
+    rows = np.arange(len(labels))
+    members = csr_matrix((np.ones(len(rows)), (labels, rows)), shape=(num_classes, len(rows)))
+    return members @ embeddings
+
+
+def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Gallery:
+    """Return the gallery with the given prototypes, an array (n, D) per class."""
+    labels = np.repeat(np.arange(len(prototypes)), list(map(len, prototypes)))
+    return dataclasses.replace(gallery, prototypes=np.concatenate(prototypes), prototype_labels=labels)
 
 
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
@@ -7266,14 +7195,11 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
     return sentences
 
 
-def nearest_others(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each of the rows (n,) of vectors (N, D) the position of the nearest other vector, and its cosine, (n,) both."""
-
-    def reduce(cosine: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
-        cosine[np.arange(len(cosine)), rows[block]] = -1.0  # of a vector with itself
-        return cosine.argmax(axis=1), cosine.max(axis=1)
-
-    return reduce_scores(lambda block: block @ vectors.T, vectors[rows], reduce)
+def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
+    """Return what was measured for the largest number of crops up to `num_crops`, else for the smallest; None if nothing was."""
+    counts = sorted(map(int, gallery.enrolment))
+    fitting = [count for count in counts if count <= num_crops] or counts[:1]
+    return gallery.enrolment[str(fitting[-1])] if fitting else None
 
 
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
@@ -7346,10 +7272,90 @@ def format_gallery(gallery: Gallery) -> str:
     return "\n".join(lines)
 
 
+def nearest_others(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each of the rows (n,) of vectors (N, D) the position of the nearest other vector, and its cosine, (n,) both."""
+
+    def reduce(cosine: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
+        cosine[np.arange(len(cosine)), rows[block]] = -1.0  # of a vector with itself
+        return cosine.argmax(axis=1), cosine.max(axis=1)
+
+    return reduce_scores(lambda block: block @ vectors.T, vectors[rows], reduce)
+
+
+def best_score(scores: np.ndarray) -> np.ndarray:
+    """Return the score (N,) of the best class from scores (N, C)."""
+    return scores.max(axis=1)
+
+
+def open_set_figures(
+    score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
+) -> dict[str, Any]:
+    """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` computes from scores (n, C) of queries.
+
+    `unknown` (U, D) are queries of no class. If None, each fold of the classes in turn leaves the gallery, its queries count as
+    unknown, and figures are means over the folds. The embedder was trained on those classes: real unknown objects are harder.
+    """
+
+    def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
+        fold_of_class = np.arange(scores.shape[1]) % HELD_OUT_FOLDS
+        return tuple(confide(scores[:, fold_of_class != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
+
+    if unknown is not None:
+        queries = (known.values, unknown)
+        confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
+        is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
+        images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
+        figures = tell_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
+        return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
+    is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
+    folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
+    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
+    source = "classes held out in turn, on which it was trained"
+    return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
+
+
+def tell_unknown(
+    images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Return auroc and fpr95, means over folds as {value, interval}, of telling known from unknown objects by confidence.
+
+    Each fold holds the confidences of all queries (n,), and the masks of the known and of the unknown ones, bool (n,) both.
+    `images` (n,) is the image of each query: views of one image are drawn together.
+    """
+    # Only the order of the confidences counts, and integer ranks compare faster in each bootstrap draw.
+    folds = [(np.unique(confidences, return_inverse=True)[1], *masks) for confidences, *masks in folds]
+
+    def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
+        per_fold = [
+            open_set_metrics(ranks[drawn[is_known[drawn]]], ranks[drawn[is_unknown[drawn]]])
+            for ranks, is_known, is_unknown in folds
+        ]
+        return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
+
+    return with_intervals(mean_of_folds, images)
+
+
 # ======================================================================================================================
 # 15  TRAINING
 # ======================================================================================================================
 # The training loop (`fit` > `train_epoch` > `train_step`), features, evaluation and the frozen baseline. Raises Diverged.
+EPOCH_REFS_PER_CLASS = 50  # training images per class that a fine-tuned run embeds for the metrics of each epoch
+# Heads trained without a fold of the classes measure unseen classes, in about a minute; skipped above UNSEEN_MAX_IMAGES.
+UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
+STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
+UNSEEN_STEPS = 1500  # optimizer steps of all these heads together
+UNSEEN_REFS_PER_CLASS = 50  # references in their galleries
+ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3  # crops per enrolled class, and random draws of each number
+LOGREG_MAX_IMAGES = 20_000  # the logistic regression of the frozen baseline is fitted on at most this many
+LOGREG_MAX_CLASSES = 2000  # no regression above it: its solver keeps 20 copies of (classes x feature_dim) in float64
+FINITE_CHECK_STEPS = 50  # steps between checks for non-finite losses, since each check waits for the device
+MAX_DATA_WAIT = 0.1  # share of an epoch spent waiting for data; above it the log says what to change
+CACHE_NOTE_SECONDS = 10  # time between progress notes while views are embedded; an interruption loses no more
+FP16_MAX = 65504.0
+SAME_SESSION = 0.8  # images of one session have at least this cosine of the untrained backbone's standardised features
+SESSION_PAIRS = 20_000_000_000  # (test, training) pairs of views; above it sessions are not searched
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything about a run that stays the same while it trains."""
@@ -7384,19 +7390,6 @@ class Job:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
                 self.run.log(f"warning: {self.records.paths[row]} {reason}")
-
-
-def free_disk(path: Path) -> int:
-    """Return the free bytes on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
-
-
-def square_room(config: Config) -> int:
-    """Return how many bytes of fitted crops a run may keep: at most --cache_crops, and a quarter of free disk and of memory."""
-    squares = config.out_dir / SQUARES_NAME
-    free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, a read is slower than decoding
 
 
 @contextlib.contextmanager
@@ -7508,6 +7501,14 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
         keys = eval_keys(records, rows, config.crop_mode)
         crops |= dict.fromkeys((key.row, key.view) for key in keys if repeats[key.view])
     return list(crops)
+
+
+def square_room(config: Config) -> int:
+    """Return how many bytes of fitted crops a run may keep: at most --cache_crops, and a quarter of free disk and of memory."""
+    squares = config.out_dir / SQUARES_NAME
+    free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, a read is slower than decoding
 
 
 class FeatureBank:
@@ -7694,10 +7695,9 @@ def list_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Return the first `per_class` rows of each class, in the order of `rows`; `labels` are those of all records."""
-    by_class = rows_by_class(labels[rows], int(labels.max()) + 1)
-    return rows[np.sort(np.concatenate([positions[:per_class] for positions in by_class]))]
+def free_disk(path: Path) -> int:
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
 class TrainFeed:
@@ -7771,19 +7771,6 @@ class Clock:
         return {"images_per_s": round(self.images / seconds, 1), "data_wait": round(waited / seconds, 3)}
 
 
-def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
-    """Whether training is over after `epoch` epochs: all are done, or --patience is exhausted."""
-    return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
-
-
-def backbone_in_training(state: TrainState, config: Config) -> Backbone:
-    """Return the backbone in the dtype that training computes in, compiled with --compile; evaluation may use another dtype."""
-    backbone = state.model.backbone.computing_in(state.dtype)
-    if config.compile:
-        backbone.model.compile()
-    return backbone
-
-
 def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from the state's position to the last epoch; evaluate, record and save each epoch."""
     config = job.config
@@ -7811,6 +7798,19 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if state.epoch < config.epochs:
         reason = f"no better {config.best_metric} since epoch {state.best['epoch']}"
         job.run.log(f"training ends after epoch {state.epoch}: {reason} (--patience {config.patience})")
+
+
+def backbone_in_training(state: TrainState, config: Config) -> Backbone:
+    """Return the backbone in the dtype that training computes in, compiled with --compile; evaluation may use another dtype."""
+    backbone = state.model.backbone.computing_in(state.dtype)
+    if config.compile:
+        backbone.model.compile()
+    return backbone
+
+
+def has_ended(config: Config, epoch: int, best: dict[str, Any]) -> bool:
+    """Whether training is over after `epoch` epochs: all are done, or --patience is exhausted."""
+    return epoch >= config.epochs or bool(config.patience and best and epoch - best["epoch"] >= config.patience)
 
 
 def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock: Clock) -> None:
@@ -7848,76 +7848,10 @@ def train_epoch(job: Job, state: TrainState, feed: TrainFeed | ViewCache, clock:
     save_state(job, state)  # before evaluation, which can be interrupted too
 
 
-def train_step(
-    config: Config, runtime: Runtime, network: nn.Module, state: TrainState, batches: list[Batch]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
-
-    `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity if the batches hold features.
-    `batches` are the micro-batches of the step. With a frozen backbone their features are concatenated, so that the loss equals
-    that of one large batch. With a trained one, each has its own backward pass, weighted by its number of images, and BatchNorm
-    sees micro-batches. With several ranks, `batch.sizes` are the rows of each; features, loss and logits cover all ranks.
-    """
-    is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
-    indexed = list(enumerate(batches))
-    groups = [[pair] for pair in indexed] if is_trained else [indexed]
-    num_images = sum(len(batch.labels) for batch in batches)
-    state.optimizer.zero_grad(set_to_none=True)
-    losses: list[torch.Tensor] = []
-    logits: list[torch.Tensor] = []
-    for group in groups:
-        labels = [batch.labels for _, batch in group]
-        mixings = [
-            draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
-            for index, batch in group
-        ]
-        # DDP averages the gradients of a step once, in the last backward pass.
-        skips_sync = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
-        with network.no_sync() if skips_sync else contextlib.nullcontext():
-            features = []
-            for (index, batch), mixing in zip(group, mixings, strict=True):
-                images = send(batch.images, runtime.device)
-                if mixing is not None:  # partners may be on other ranks
-                    mixed = mix_images(gather_rows(images, batch.sizes), mixing)
-                    images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
-                seed_torch(config.seed, 5, state.step, index, rank=get_rank())  # for dropout
-                features.append(gather_rows(network(images), batch.sizes))
-            embeddings = state.model.embed(torch.cat(features))
-            loss, group_logits = mixed_loss(state.model.criterion, embeddings, labels, mixings)
-            weight = sum(map(len, labels)) / num_images
-            state.scaler.scale(loss * weight).backward()
-        losses.append(loss.detach() * weight)
-        logits.append(group_logits.detach())
-    state.scaler.unscale_(state.optimizer)
-    if config.max_grad_norm:
-        trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.step += 1
-    if state.average:
-        state.average.update(state.step)
-    return torch.stack(losses).sum(), torch.cat(logits)
-
-
-def mixed_loss(
-    criterion: Criterion, embeddings: torch.Tensor, labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
-
-    The loss of a mixed image is lambda times the loss for its own label plus 1 - lambda times the loss for its partner's label.
-    Both labels are hard, because margins need hard labels. `labels` and `mixings` have one entry per batch, on the CPU.
-    """
-    device = embeddings.device
-    targets = send(torch.cat(list(labels)), device)
-    logits, plain_logits = criterion(embeddings, targets)
-    if not any(mixings):
-        return criterion.losses(logits, targets).mean(), plain_logits
-    partner_targets, lambdas = (send(values, device) for values in partner_labels(labels, mixings))
-    partner_logits, _ = criterion(embeddings, partner_targets)
-    losses = criterion.losses(logits, targets).mean(dim=1)
-    partner_losses = criterion.losses(partner_logits, partner_targets).mean(dim=1)
-    return (lambdas * losses + (1 - lambdas) * partner_losses).mean(), plain_logits
+def save_state(job: Job, state: TrainState) -> None:
+    """Write checkpoint_last.pth. Raises Diverged instead if a loss since the last check is not finite."""
+    check_finite(job, state)
+    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
 
 def check_finite(job: Job, state: TrainState) -> None:
@@ -7925,12 +7859,6 @@ def check_finite(job: Job, state: TrainState) -> None:
     steps_ago = state.tally.fetch()
     if steps_ago is not None and get_rank() == 0:  # the loss is the same on every rank
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
-
-
-def save_state(job: Job, state: TrainState) -> None:
-    """Write checkpoint_last.pth. Raises Diverged instead if a loss since the last check is not finite."""
-    check_finite(job, state)
-    save_checkpoint(job.run.path / LAST_NAME, state, job.identity)
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -7995,6 +7923,35 @@ def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> f
     return float((labels[nearest[0]] == queries.labels).mean())
 
 
+def format_epoch(record: dict[str, Any], config: Config) -> str:
+    """Return the epoch's aligned line for train.log; if the device waits for data, it ends with a remedy."""
+    names = dict(loss="loss", acc="acc", f1_macro="F1", auc_macro="AUC", proto_acc="proto", recall_at_1="R@1")
+
+    def format_split(split: str) -> str:
+        values = [(name, record[split][key]) for key, name in names.items() if key in record[split]]
+        return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
+
+    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {format_split('train')}  |  val {format_split('val')}"
+    for view, by_view in record.get("val_by_view", {}).items():
+        line += f"  |  {view} acc {by_view['acc']:.3f} proto {by_view['proto_acc']:.3f}"
+    rate, wait = record["pace"]["images_per_s"], record["pace"]["data_wait"]
+    line += f"  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data"
+    if wait <= MAX_DATA_WAIT:
+        return line
+    needs_crops = config.pre_transforms or config.train_augmentations is not None  # which fitted squares cannot replace
+    if config.cache_views:
+        remedy = "put --out_dir on a faster disk"
+    elif not config.cache_crops and config.epochs > 1 and not needs_crops:
+        remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
+    elif (workers := count_workers(config.workers)) < count_cores():
+        remedy = f"raise --workers, {workers} of {count_cores()} cores"
+    elif config.trains_backbone:
+        remedy = "store smaller images, or add CPU cores"
+    else:
+        remedy = f"try --cache_views {CACHED_VIEWS}"
+    return f"{line} ({remedy})"
+
+
 def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> None:
     """Advance the state to the next epoch, update the best epoch by --best_metric (ties: lower loss), and write the checkpoints."""
     config, folder, metric = job.config, job.run.path, job.config.best_metric
@@ -8039,35 +7996,6 @@ def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
     return {}
 
 
-def format_epoch(record: dict[str, Any], config: Config) -> str:
-    """Return the epoch's aligned line for train.log; if the device waits for data, it ends with a remedy."""
-    names = dict(loss="loss", acc="acc", f1_macro="F1", auc_macro="AUC", proto_acc="proto", recall_at_1="R@1")
-
-    def format_split(split: str) -> str:
-        values = [(name, record[split][key]) for key, name in names.items() if key in record[split]]
-        return " ".join(f"{name} {'-':>6}" if value is None else f"{name} {value:6.3f}" for name, value in values)
-
-    line = f"epoch {record['epoch']:>3}/{config.epochs}  train {format_split('train')}  |  val {format_split('val')}"
-    for view, by_view in record.get("val_by_view", {}).items():
-        line += f"  |  {view} acc {by_view['acc']:.3f} proto {by_view['proto_acc']:.3f}"
-    rate, wait = record["pace"]["images_per_s"], record["pace"]["data_wait"]
-    line += f"  |  {record['seconds']:.1f} s, {rate:,.0f} images/s, {wait:.0%} of it waiting for data"
-    if wait <= MAX_DATA_WAIT:
-        return line
-    needs_crops = config.pre_transforms or config.train_augmentations is not None  # which fitted squares cannot replace
-    if config.cache_views:
-        remedy = "put --out_dir on a faster disk"
-    elif not config.cache_crops and config.epochs > 1 and not needs_crops:
-        remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
-    elif (workers := count_workers(config.workers)) < count_cores():
-        remedy = f"raise --workers, {workers} of {count_cores()} cores"
-    elif config.trains_backbone:
-        remedy = "store smaller images, or add CPU cores"
-    else:
-        remedy = f"try --cache_views {CACHED_VIEWS}"
-    return f"{line} ({remedy})"
-
-
 def measure_baseline(
     job: Job, features: dict[str, Embedded], cached: Embedded | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -8109,6 +8037,13 @@ def simple_ways(job: Job, train: Embedded, cached: Embedded | None = None) -> di
     return scorers
 
 
+def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
+    """Return the share of right answers over the views of each image, by path; `rows` and `is_right` (n,) are per view."""
+    images, inverse = np.unique(rows, return_inverse=True)
+    shares = np.bincount(inverse, weights=is_right) / np.bincount(inverse)
+    return {records.paths[row]: share for row, share in zip(images.tolist(), shares.tolist(), strict=True)}
+
+
 def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str, Any]]:
     """Return for each test image (path) its nearest training image (`train`) and `cosine`, if SAME_SESSION or more, highest first.
 
@@ -8130,44 +8065,9 @@ def find_sessions(job: Job, features: dict[str, Embedded]) -> dict[str, dict[str
     return sessions
 
 
-def best_baseline(metrics: dict[str, float]) -> str:
-    """Return the name of the baseline with the highest accuracy; `metrics` are those of one split."""
-    return max((name for name in BASELINE_NAMES if f"{name}_acc" in metrics), key=lambda name: metrics[f"{name}_acc"])
-
-
-def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
-    """Return the share of right answers over the views of each image, by path; `rows` and `is_right` (n,) are per view."""
-    images, inverse = np.unique(rows, return_inverse=True)
-    shares = np.bincount(inverse, weights=is_right) / np.bincount(inverse)
-    return {records.paths[row]: share for row, share in zip(images.tolist(), shares.tolist(), strict=True)}
-
-
 def unit_vectors(values: np.ndarray) -> np.ndarray:
     """Return the vectors (n, F) scaled to length 1."""
     return F.normalize(torch.from_numpy(values)).numpy()
-
-
-def score_by_regression(job: Job, features: Embedded) -> Scorer:
-    """Fit logistic regression on features; return the scorer, from features to logits (n, C), -inf for a class without features."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    order = np.random.default_rng((job.config.seed, 4)).permutation(len(features.labels))
-    chosen = np.sort(order[:LOGREG_MAX_IMAGES])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit that has not converged in 1000 iterations is still a baseline
-        classifier.fit(features.values[chosen], features.labels[chosen])
-
-    def score(queries: np.ndarray) -> np.ndarray:
-        scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
-        logits = classifier.decision_function(queries)
-        is_binary = logits.ndim == 1  # sklearn returns one column for two classes
-        scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if is_binary else logits
-        return scores
-
-    return score
 
 
 class UnseenHead(NamedTuple):
@@ -8242,11 +8142,6 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     }
 
 
-def leave_one_out(items: list[Any]) -> list[list[Any]]:
-    """Return for each item the list of all others, or of itself if it is alone: each head is calibrated on data of other heads."""
-    return [items[:i] + items[i + 1 :] or items for i in range(len(items))]
-
-
 def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndarray, unseen: np.ndarray) -> UnseenHead:
     """Train a head without the `unseen` classes, and let its gallery answer the val and test queries, before and after enrolment.
 
@@ -8292,13 +8187,130 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
     return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
 
 
-def answers_of_enrolled(heads: list[UnseenHead], is_test: np.ndarray, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and is_right, (N,) both, of up to ENROLMENT_ANSWERS answers to val images that name an enrolled class."""
-    enrolled = [head.enrolled[num_crops] for head in heads]
-    answers = [(scores[is_new & ~is_test], is_right[is_new & ~is_test]) for scores, is_new, is_right in enrolled]
-    scores, is_right = map(np.concatenate, zip(*answers, strict=True))
-    positions = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
-    return scores[positions].astype(np.float32), is_right[positions]
+def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
+    """Return a head trained on the features of the `seen` classes, as the run trains its head, but on clean views only."""
+    config = dataclasses.replace(
+        job.config, freeze_backbone=True, unfreeze_blocks=0, lora_rank=0, ema_decay=0.0, mixing="none", compile=False
+    )
+    train = train.take(np.isin(train.labels, seen))
+    labels = torch.from_numpy(np.searchsorted(seen, train.labels))
+    values = torch.from_numpy(train.values)
+    backbone = Backbone(nn.Identity(), job.info.mean, job.info.std)
+    model = build_recognizer(config, len(seen), backbone, job.info).to(job.runtime.device)
+    state = start_state(model, config, job.runtime)
+    borders = batch_borders(len(labels), config.batch)
+    num_epochs = max(1, min(config.epochs, UNSEEN_STEPS // (len(borders) - 1)))
+    total_steps = num_epochs * (len(borders) - 1)
+    model.train()
+    for epoch in progress(range(num_epochs), num_epochs, "a head without some classes", "epoch"):
+        order = torch.from_numpy(np.random.default_rng((config.seed, 9, epoch)).permutation(len(labels)))
+        for start, stop in itertools.pairwise(borders):
+            rows = order[start:stop]
+            batch = Batch(values[rows], labels[rows], rows, rows, [])
+            set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
+            train_step(config, job.runtime, nn.Identity(), state, [batch])
+    return model.eval()
+
+
+def train_step(
+    config: Config, runtime: Runtime, network: nn.Module, state: TrainState, batches: list[Batch]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do one optimizer step; return its loss () and the logits (B, C) without margin, both still on the device.
+
+    `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity if the batches hold features.
+    `batches` are the micro-batches of the step. With a frozen backbone their features are concatenated, so that the loss equals
+    that of one large batch. With a trained one, each has its own backward pass, weighted by its number of images, and BatchNorm
+    sees micro-batches. With several ranks, `batch.sizes` are the rows of each; features, loss and logits cover all ranks.
+    """
+    is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
+    indexed = list(enumerate(batches))
+    groups = [[pair] for pair in indexed] if is_trained else [indexed]
+    num_images = sum(len(batch.labels) for batch in batches)
+    state.optimizer.zero_grad(set_to_none=True)
+    losses: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
+    for group in groups:
+        labels = [batch.labels for _, batch in group]
+        mixings = [
+            draw_mixing(config, (state.epoch, state.batches + index), batch.images, len(batch.labels))
+            for index, batch in group
+        ]
+        # DDP averages the gradients of a step once, in the last backward pass.
+        skips_sync = isinstance(network, nn.parallel.DistributedDataParallel) and group is not groups[-1]
+        with network.no_sync() if skips_sync else contextlib.nullcontext():
+            features = []
+            for (index, batch), mixing in zip(group, mixings, strict=True):
+                images = send(batch.images, runtime.device)
+                if mixing is not None:  # partners may be on other ranks
+                    mixed = mix_images(gather_rows(images, batch.sizes), mixing)
+                    images = mixed.split(batch.sizes)[get_rank()] if batch.sizes else mixed
+                seed_torch(config.seed, 5, state.step, index, rank=get_rank())  # for dropout
+                features.append(gather_rows(network(images), batch.sizes))
+            embeddings = state.model.embed(torch.cat(features))
+            loss, group_logits = mixed_loss(state.model.criterion, embeddings, labels, mixings)
+            weight = sum(map(len, labels)) / num_images
+            state.scaler.scale(loss * weight).backward()
+        losses.append(loss.detach() * weight)
+        logits.append(group_logits.detach())
+    state.scaler.unscale_(state.optimizer)
+    if config.max_grad_norm:
+        trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step += 1
+    if state.average:
+        state.average.update(state.step)
+    return torch.stack(losses).sum(), torch.cat(logits)
+
+
+def mixed_loss(
+    criterion: Criterion, embeddings: torch.Tensor, labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss () of embeddings (B, emb_dim), and their logits (B, C) without margin.
+
+    The loss of a mixed image is lambda times the loss for its own label plus 1 - lambda times the loss for its partner's label.
+    Both labels are hard, because margins need hard labels. `labels` and `mixings` have one entry per batch, on the CPU.
+    """
+    device = embeddings.device
+    targets = send(torch.cat(list(labels)), device)
+    logits, plain_logits = criterion(embeddings, targets)
+    if not any(mixings):
+        return criterion.losses(logits, targets).mean(), plain_logits
+    partner_targets, lambdas = (send(values, device) for values in partner_labels(labels, mixings))
+    partner_logits, _ = criterion(embeddings, partner_targets)
+    losses = criterion.losses(logits, targets).mean(dim=1)
+    partner_losses = criterion.losses(partner_logits, partner_targets).mean(dim=1)
+    return (lambdas * losses + (1 - lambdas) * partner_losses).mean(), plain_logits
+
+
+def first_of_each_class(rows: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
+    """Return the first `per_class` rows of each class, in the order of `rows`; `labels` are those of all records."""
+    by_class = rows_by_class(labels[rows], int(labels.max()) + 1)
+    return rows[np.sort(np.concatenate([positions[:per_class] for positions in by_class]))]
+
+
+def score_by_regression(job: Job, features: Embedded) -> Scorer:
+    """Fit logistic regression on features; return the scorer, from features to logits (n, C), -inf for a class without features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    order = np.random.default_rng((job.config.seed, 4)).permutation(len(features.labels))
+    chosen = np.sort(order[:LOGREG_MAX_IMAGES])
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit that has not converged in 1000 iterations is still a baseline
+        classifier.fit(features.values[chosen], features.labels[chosen])
+
+    def score(queries: np.ndarray) -> np.ndarray:
+        scores = np.full((len(queries), len(job.records.class_names)), -np.inf)
+        logits = classifier.decision_function(queries)
+        is_binary = logits.ndim == 1  # sklearn returns one column for two classes
+        scores[:, classifier.classes_] = np.stack([-logits, logits], axis=1) / 2 if is_binary else logits
+        return scores
+
+    return score
 
 
 def measure_enrolment(
@@ -8332,29 +8344,18 @@ def measure_enrolment(
     }
 
 
-def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
-    """Return a head trained on the features of the `seen` classes, as the run trains its head, but on clean views only."""
-    config = dataclasses.replace(
-        job.config, freeze_backbone=True, unfreeze_blocks=0, lora_rank=0, ema_decay=0.0, mixing="none", compile=False
-    )
-    train = train.take(np.isin(train.labels, seen))
-    labels = torch.from_numpy(np.searchsorted(seen, train.labels))
-    values = torch.from_numpy(train.values)
-    backbone = Backbone(nn.Identity(), job.info.mean, job.info.std)
-    model = build_recognizer(config, len(seen), backbone, job.info).to(job.runtime.device)
-    state = start_state(model, config, job.runtime)
-    borders = batch_borders(len(labels), config.batch)
-    num_epochs = max(1, min(config.epochs, UNSEEN_STEPS // (len(borders) - 1)))
-    total_steps = num_epochs * (len(borders) - 1)
-    model.train()
-    for epoch in progress(range(num_epochs), num_epochs, "a head without some classes", "epoch"):
-        order = torch.from_numpy(np.random.default_rng((config.seed, 9, epoch)).permutation(len(labels)))
-        for start, stop in itertools.pairwise(borders):
-            rows = order[start:stop]
-            batch = Batch(values[rows], labels[rows], rows, rows, [])
-            set_learning_rate(state.optimizer, lr_factor(config, state.step, total_steps))
-            train_step(config, job.runtime, nn.Identity(), state, [batch])
-    return model.eval()
+def leave_one_out(items: list[Any]) -> list[list[Any]]:
+    """Return for each item the list of all others, or of itself if it is alone: each head is calibrated on data of other heads."""
+    return [items[:i] + items[i + 1 :] or items for i in range(len(items))]
+
+
+def answers_of_enrolled(heads: list[UnseenHead], is_test: np.ndarray, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and is_right, (N,) both, of up to ENROLMENT_ANSWERS answers to val images that name an enrolled class."""
+    enrolled = [head.enrolled[num_crops] for head in heads]
+    answers = [(scores[is_new & ~is_test], is_right[is_new & ~is_test]) for scores, is_new, is_right in enrolled]
+    scores, is_right = map(np.concatenate, zip(*answers, strict=True))
+    positions = np.linspace(0, len(scores) - 1, min(len(scores), ENROLMENT_ANSWERS)).astype(int)
+    return scores[positions].astype(np.float32), is_right[positions]
 
 
 BASELINE_NAMES = {
@@ -8397,10 +8398,23 @@ def judge_training(
     return {"baseline": {"name": name, "acc": frozen}, "gain": gain, "p_value": p_value, "verdict": verdict}
 
 
+def best_baseline(metrics: dict[str, float]) -> str:
+    """Return the name of the baseline with the highest accuracy; `metrics` are those of one split."""
+    return max((name for name in BASELINE_NAMES if f"{name}_acc" in metrics), key=lambda name: metrics[f"{name}_acc"])
+
+
 # ======================================================================================================================
 # 16  COMMANDS & MAIN
 # ======================================================================================================================
 # One recipe for each command, and how the process ends: exit codes, signals, messages.
+SHOWN_SESSIONS = 200
+# Options of training that tools/masks.py shares.
+MASK_FLAGS = (
+    "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
+    " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
+).split()
+
+
 def run_scan(config: Config) -> None:
     """Check the data and preview the split; write data_report.json without training."""
     if get_rank():
@@ -8479,14 +8493,29 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     return records, np.arange(len(records.paths))
 
 
-def scan_run_data(run: TrainedRun, options: Config) -> Records:
-    """Return the records of the run's data in the splits of its training; warn of each change since."""
-    check_existing(options, "data_root", "class_map")
-    splits_path = run.path / "splits.json"
-    records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
-    for note in notes:
-        show(f"warning: {note}")
-    return records
+def format_measures(figures: dict[str, Any]) -> str:
+    """Format the figures of `measure_gallery`, one a line."""
+    lines = []
+    for name, closed in figures["closed"].items():
+        matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
+        accuracy = format_figure(closed["acc"])
+        lines.append(f"closed set, {matcher}: acc {accuracy}, macro F1 {format_figure(closed['f1_macro'])}")
+    retrieval = (f"{RETRIEVAL_NAMES[key]} {format_figure(figure)}" for key, figure in figures["retrieval"].items())
+    lines.append("retrieval: " + ", ".join(retrieval))
+    open_set = figures["open_set"]
+    for name, method in {"prototypes": open_set, **open_set.get("others", {})}.items():
+        metrics = f"AUROC {format_figure(method['auroc'])}, FPR95 {format_figure(method['fpr95'])}"
+        lines.append(f"unknown objects ({open_set['source']}) by {name}: {metrics}")
+    thresholds = {f"threshold for {entry['target']:.0%} precision on val": entry for entry in figures["answers"]}
+    for name, entry in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
+        coverage = format_figure(entry["coverage"])
+        lines.append(f"{name}: answers {coverage} of the images, {format_figure(entry['precision'])} of them right")
+    if "unknown_passed" in figures:
+        lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")
+    lines.append(f"expected calibration error {figures['ece']:.3f}")
+    if figures["few"]:
+        lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
+    return "\n".join(lines)
 
 
 def run_prototypes(config: PrototypesOptions) -> None:
@@ -8528,6 +8557,43 @@ def run_prototypes(config: PrototypesOptions) -> None:
     show(f"written: {path}")
 
 
+def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
+    """Return the gallery of the run's images, None on ranks other than 0, and its meta; typed options replace the run's."""
+    runtime = make_runtime(config.gpus, config.precision)
+    run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
+    options = choose_options(run.config, config)
+    records = from_first(scan_run_data, run, options)
+    features = {
+        split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
+    }
+    if options.unknown_dir is not None:
+        check_existing(options, "unknown_dir")
+        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
+        features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
+    meta = describe_gallery(options, run.info, records.class_names, run.model)
+    if get_rank():
+        return None, meta
+    return export_gallery(run.model, records, features, options, run.unseen)[0], meta
+
+
+def choose_options(trained: Config, typed: RunOptions) -> Config:
+    """Return the run's options with those replaced that this command may set, of the gallery and the location of the data."""
+    names = {"data_root", "masks_out", "class_map", "unknown_dir"}
+    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
+    given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
+    return dataclasses.replace(trained, origins={**trained.origins, **typed.origins}, **given)
+
+
+def scan_run_data(run: TrainedRun, options: Config) -> Records:
+    """Return the records of the run's data in the splits of its training; warn of each change since."""
+    check_existing(options, "data_root", "class_map")
+    splits_path = run.path / "splits.json"
+    records, notes = reuse_splits(splits_path, scan_for_run(run, options.data_root, options, splits_path).records)
+    for note in notes:
+        show(f"warning: {note}")
+    return records
+
+
 def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | None, Sequence[str]]:
     """Add the crops of --add to the gallery; return it, None on ranks other than 0 or if no crop is new, and the crops' classes."""
     flag = f"--target_precision {config.target_precision}"
@@ -8557,33 +8623,6 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
             show(f"warning: {problem}")
     added = embed_records(run, records, rows, config, run.embed)
     return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
-
-
-def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
-    """Return the gallery of the run's images, None on ranks other than 0, and its meta; typed options replace the run's."""
-    runtime = make_runtime(config.gpus, config.precision)
-    run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
-    options = choose_options(run.config, config)
-    records = from_first(scan_run_data, run, options)
-    features = {
-        split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
-    }
-    if options.unknown_dir is not None:
-        check_existing(options, "unknown_dir")
-        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
-        features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
-    meta = describe_gallery(options, run.info, records.class_names, run.model)
-    if get_rank():
-        return None, meta
-    return export_gallery(run.model, records, features, options, run.unseen)[0], meta
-
-
-def choose_options(trained: Config, typed: RunOptions) -> Config:
-    """Return the run's options with those replaced that this command may set, of the gallery and the location of the data."""
-    names = {"data_root", "masks_out", "class_map", "unknown_dir"}
-    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
-    given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
-    return dataclasses.replace(trained, origins={**trained.origins, **typed.origins}, **given)
 
 
 def run_train(config: Config) -> None:
@@ -8656,14 +8695,6 @@ def prepare_run(
     stack.enter_context(keep_interrupted(config.out_dir))
     open_run(job, scan, notes)
     return dataclasses.replace(job, store=open_store(job, scan)), backbone, point
-
-
-def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, BackboneInfo]:
-    """Build the backbone; if it trains, share its BatchNorm statistics. Raises UserError where they cannot be shared."""
-    backbone, info = build_backbone(config, show)
-    if config.trains_backbone:
-        runtime.share_batchnorm(backbone)
-    return backbone, info
 
 
 def plan_run(
@@ -8753,6 +8784,14 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
     if last["data"]["fingerprint"] != fingerprint:
         notes.append("the images are not those of the last start: what follows is no exact continuation")
     return notes
+
+
+def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, BackboneInfo]:
+    """Build the backbone; if it trains, share its BatchNorm statistics. Raises UserError where they cannot be shared."""
+    backbone, info = build_backbone(config, show)
+    if config.trains_backbone:
+        runtime.share_batchnorm(backbone)
+    return backbone, info
 
 
 def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
@@ -8953,28 +8992,6 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
 
-def start_report(run: RunDirectory) -> bool:
-    """Run tools/report.py, which writes report.html; return whether it succeeded. The run is complete without a report."""
-    tool = TOOLS_DIR / "report.py"
-    if not tool.is_file():
-        run.log("no report: tools/report.py is not beside the script")
-        return False
-    command = [sys.executable, tool, run.path]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if process.returncode:
-        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
-        run.log(f"no report: {reason.removeprefix('error: ')}")
-    return process.returncode == 0
-
-
-def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
-    """Return the figures of the gallery's answers, with recall_at_1, and the figures of each class."""
-    _, figures, per_class = classify(
-        lambda block: gallery.scores(block) / gallery.temperature, queries.values, queries.labels, gallery.class_names
-    )
-    return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
-
-
 def measure_run(
     job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
 ) -> dict[str, Any]:
@@ -9007,6 +9024,31 @@ def measure_run(
     return figures
 
 
+def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, other_views: Embedded | None) -> None:
+    """Score the masked test crops with and without background; write the answers to predictions_by_view.csv."""
+    test = test.take(job.records.has_mask[test.rows])
+    if other_views is not None:
+        test = concatenate_embedded([test, gallery.fusion.fuse(other_views, embed(model, other_views))])
+    pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
+    common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have vanished in between
+    if not len(common):
+        return
+    pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
+    write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
+    bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
+    answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
+    disagree = int((answers != masked_answers).sum())
+    job.run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
+
+
+def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
+    """Return the figures of the gallery's answers, with recall_at_1, and the figures of each class."""
+    _, figures, per_class = classify(
+        lambda block: gallery.scores(block) / gallery.temperature, queries.values, queries.labels, gallery.class_names
+    )
+    return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
+
+
 def format_unknown(figures: dict[str, Any], unseen: dict[str, Any]) -> str:
     """Format the share of unknown objects that get a class, from `measure_gallery`, or else from `measure_unseen`."""
     if "unknown_passed" in figures:
@@ -9025,46 +9067,18 @@ def format_figure(figure: dict[str, Any]) -> str:
     return f"{figure['value']:.3f}{interval}"
 
 
-def format_measures(figures: dict[str, Any]) -> str:
-    """Format the figures of `measure_gallery`, one a line."""
-    lines = []
-    for name, closed in figures["closed"].items():
-        matcher = MATCHER_NAMES[name] + (f", k = {closed['k']}" if name == "knn" else "")
-        accuracy = format_figure(closed["acc"])
-        lines.append(f"closed set, {matcher}: acc {accuracy}, macro F1 {format_figure(closed['f1_macro'])}")
-    retrieval = (f"{RETRIEVAL_NAMES[key]} {format_figure(figure)}" for key, figure in figures["retrieval"].items())
-    lines.append("retrieval: " + ", ".join(retrieval))
-    open_set = figures["open_set"]
-    for name, method in {"prototypes": open_set, **open_set.get("others", {})}.items():
-        metrics = f"AUROC {format_figure(method['auroc'])}, FPR95 {format_figure(method['fpr95'])}"
-        lines.append(f"unknown objects ({open_set['source']}) by {name}: {metrics}")
-    thresholds = {f"threshold for {entry['target']:.0%} precision on val": entry for entry in figures["answers"]}
-    for name, entry in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
-        coverage = format_figure(entry["coverage"])
-        lines.append(f"{name}: answers {coverage} of the images, {format_figure(entry['precision'])} of them right")
-    if "unknown_passed" in figures:
-        lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")
-    lines.append(f"expected calibration error {figures['ece']:.3f}")
-    if figures["few"]:
-        lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
-    return "\n".join(lines)
-
-
-def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded, other_views: Embedded | None) -> None:
-    """Score the masked test crops with and without background; write the answers to predictions_by_view.csv."""
-    test = test.take(job.records.has_mask[test.rows])
-    if other_views is not None:
-        test = concatenate_embedded([test, gallery.fusion.fuse(other_views, embed(model, other_views))])
-    pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
-    common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have vanished in between
-    if not len(common):
-        return
-    pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
-    write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
-    bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
-    answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
-    disagree = int((answers != masked_answers).sum())
-    job.run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
+def start_report(run: RunDirectory) -> bool:
+    """Run tools/report.py, which writes report.html; return whether it succeeded. The run is complete without a report."""
+    tool = TOOLS_DIR / "report.py"
+    if not tool.is_file():
+        run.log("no report: tools/report.py is not beside the script")
+        return False
+    command = [sys.executable, tool, run.path]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if process.returncode:
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        run.log(f"no report: {reason.removeprefix('error: ')}")
+    return process.returncode == 0
 
 
 RECIPES = {"train": run_train, "scan": run_scan, "evaluate": run_evaluate, "prototypes": run_prototypes}
@@ -9124,14 +9138,6 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
     if getattr(options, "debug", False):
         traceback.print_exception(failure)
     return code
-
-
-def exit_process(code: int) -> None:
-    """End the process with an exit code, without waiting for busy threads when interrupted, or for other ranks after a failure."""
-    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
-    if (code > 128 and is_busy) or (code and dist.is_initialized()):
-        os._exit(code)  # a huge image may still be decoding, and ranks that have ended never answer
-    sys.exit(code)
 
 
 def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
@@ -9199,6 +9205,14 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
         unwritten = write_error(Path(next(filter(None, places))), error, 0)
         return UserError(unwritten.what, unwritten.where, remedy)
     return None
+
+
+def exit_process(code: int) -> None:
+    """End the process with an exit code, without waiting for busy threads when interrupted, or for other ranks after a failure."""
+    is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
+    if (code > 128 and is_busy) or (code and dist.is_initialized()):
+        os._exit(code)  # a huge image may still be decoding, and ranks that have ended never answer
+    sys.exit(code)
 
 
 if __name__ == "__main__":

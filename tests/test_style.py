@@ -184,6 +184,31 @@ def test_private_helpers_are_not_used_by_another_section() -> None:
     assert foreign == [], "a helper that two sections share is public"
 
 
+def test_inside_a_section_the_reader_goes_down() -> None:
+    """Callers stand before what they call. Few exceptions: helpers that serve several topics of a section."""
+    functions = {node.name: node.lineno for node in TREE.body if isinstance(node, ast.FunctionDef)}
+    upward, downward = [], []
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            called = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & functions.keys()
+            for name in called - {node.name}:
+                if section_of(functions[name]) == section_of(node.lineno):
+                    (upward if functions[name] < node.lineno else downward).append(f"{node.name} calls {name}")
+    assert len(upward) < 0.15 * len(downward), upward
+
+
+def test_constants_stand_in_the_first_section_that_uses_them() -> None:
+    used: dict[str, set[int]] = {}
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used.setdefault(node.id, set()).add(section_of(node.lineno))
+    for node in TREE.body:
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name) and target.id.isupper() and target.id in used:
+                first = min(used[target.id])
+                assert first == section_of(node.lineno) or target.id == "SCRIPT_NAME", target.id
+
+
 def test_functions_are_short(source: str) -> None:
     lengths = {node.name: count_lines(node) for node in functions_of(source)}
     assert {name: length for name, length in lengths.items() if length > 80} == {}
