@@ -1118,7 +1118,7 @@ def check_out_dir(config: Options) -> None:
         check_outside(config.masks_out, config.said("masks_out"), {"data_root": data_root})
 
 
-OUR_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
+OUTPUT_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
 
 
 def check_outside(path: Path, where: str, folders: Mapping[str, Path | None]) -> None:
@@ -1143,7 +1143,7 @@ def locate_start(config: Config) -> Path | None:
     return checkpoints[0]
 
 
-def check_replaceable(path: Path, where: str, mark: bytes = OUR_MARK) -> None:
+def check_replaceable(path: Path, where: str, mark: bytes = OUTPUT_MARK) -> None:
     """Refuse to overwrite a path that is not a file with the `mark` of this tool in it."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError("is no such file of this tool, and is not overwritten", where, "give another name")
@@ -1878,7 +1878,7 @@ class Runtime:
     is_automatic: bool = False  # dtype was chosen for the device, not by the user
 
     @property
-    def answer_dtype(self) -> torch.dtype:
+    def inference_dtype(self) -> torch.dtype:
         """The dtype for embedding references, val, test and all later queries: by default float32, as in exported files.
 
         References in bf16 have a mean cosine of .999 (groceries; lowest .986) and .995 (hand tools; lowest .985) with those of an
@@ -1897,7 +1897,7 @@ class Runtime:
             return backbone
         return nn.parallel.DistributedDataParallel(backbone, [self.device] if self.num_gpus else None)
 
-    def share_batchnorm(self, backbone: Backbone) -> None:
+    def sync_batchnorm(self, backbone: Backbone) -> None:
         """Convert a trained backbone's BatchNorm to SyncBatchNorm on several ranks, so that it normalises over whole batches.
 
         Raises UserError for several GPUs in one process and for several ranks on CPUs, neither of which SyncBatchNorm supports.
@@ -1922,7 +1922,7 @@ class Runtime:
     def describe(self) -> str:
         """Return devices, dtypes and number of processes as one phrase for the log."""
         name = torch.cuda.get_device_name(0) if self.num_gpus else f"CPU, {torch.get_num_threads()} threads"
-        types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.answer_dtype))))
+        types = ", answers in ".join(dict.fromkeys(map(name_dtype, (self.dtype, self.inference_dtype))))
         notes = ", no TF32" if self.num_gpus else ""
         notes += ", deterministic" if self.deterministic else ""
         notes += f", one of {get_world_size()} processes" if get_world_size() > 1 else ""
@@ -2208,7 +2208,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     near_pairs = find_near_duplicates(rows["phash"], rows["thumb"], config.near_dup_bits)
     duplicates = {"exact": chain_equal(rows["digest"]), "near": near_pairs}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
-    groups = connect(len(paths), edges)
+    groups = find_components(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
     table = PathTable(paths)
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
@@ -2445,7 +2445,7 @@ def _is_plain(name: str) -> bool:
 IMAGE_FIELDS = "width height mode orientation phash digest thumb broken highest".split()
 IMAGE_TYPES = ("<i4", "<i4", "<U6", "u1", "<u8", "<u8", f"({THUMB_SIDE**2 * 3},)u1", "?", "<u4")
 IMAGE_DTYPE = np.dtype({"names": IMAGE_FIELDS, "formats": IMAGE_TYPES})
-BIG_IMAGE_TURN = threading.Lock()
+BIG_IMAGE_LOCK = threading.Lock()
 ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
@@ -2456,7 +2456,7 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
         data = read_file(path)
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
-        with BIG_IMAGE_TURN if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
+        with BIG_IMAGE_LOCK if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
             pixels, row["mode"], row["orientation"] = decode_image(data, bits)
             with opened_image(data) as image:
                 row["highest"] = highest_value(image, data)
@@ -2575,7 +2575,7 @@ def keep_memory(memory: FileMemory) -> Iterator[None]:
 
 def highest_value(image: Image.Image, data: bytes) -> int:
     """Return the highest value of an opened deep image, 0 for any other image."""
-    values = np.asarray(image) if image.mode.startswith("I") else deep_colours(image, data)
+    values = np.asarray(image) if image.mode.startswith("I") else read_deep_rgb(image, data)
     return 0 if values is None else int(values.max())
 
 
@@ -2611,7 +2611,7 @@ def load_image(path: str | Path, bits: Sequence[int] = ()) -> np.ndarray:
 def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str, int]:
     """Decode an image file: return its upright pixels, uint8 (H, W, 3), Pillow mode and EXIF orientation. Raises ImageError."""
     with opened_image(data) as image:
-        deep_values = deep_colours(image, data) if bits else None  # before getexif, which decodes a PNG
+        deep_values = read_deep_rgb(image, data) if bits else None  # before getexif, which decodes a PNG
         mode, orientation, pixels = image.mode, image.getexif().get(0x0112, 1), None
         if data.startswith(b"\xff\xd8") and mode in ("RGB", "L"):
             with contextlib.suppress(ValueError):  # then Pillow decodes it below, or reports the error
@@ -2669,7 +2669,7 @@ def describe_tiff(data: bytes) -> str:
     return f"is a TIFF of {bands} bands of {bits}-bit {number_type}values{compression}: save it as RGB of 8 or 16 bits"
 
 
-def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+def read_deep_rgb(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Return the values of an opened, not yet decoded image with 16-bit colours, uint16 (H, W, 3); None for any other image."""
     if image.mode != "RGB" or not any(";16" in str(tile[3]) for tile in image.tile):
         return None
@@ -2787,7 +2787,7 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
     return keys
 
 
-def connect(num_items: int, pairs: np.ndarray) -> np.ndarray:
+def find_components(num_items: int, pairs: np.ndarray) -> np.ndarray:
     """Return the index of each item's connected component, int32 (num_items,), for edges (P, 2)."""
     from scipy.sparse.csgraph import connected_components
 
@@ -2974,7 +2974,7 @@ def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> 
     """Return the sets of duplicates as lists of paths, and those sets whose images lie in different classes."""
 
     def sets_of(pairs: np.ndarray) -> list[np.ndarray]:
-        components = connect(len(records.labels), pairs)
+        components = find_components(len(records.labels), pairs)
         return [rows for rows in rows_by_class(components, int(components.max()) + 1) if len(rows) > 1]
 
     def name_paths(sets: Iterable[np.ndarray]) -> list[list[str]]:
@@ -2996,7 +2996,7 @@ def count_classes(
         num_groups = len(np.unique(records.groups[rows]))
         by_split = zip(SPLIT_NAMES, np.bincount(records.splits[rows], minlength=3).tolist(), strict=True)
         table[name] = {"usable": len(rows), "quarantined": broken[name], "groups": num_groups, **dict(by_split)}
-    wanted = wanted_splits(table, config)
+    wanted = required_splits(table, config)
     for name, row in table.items():
         empty = " and ".join(split for split in wanted if not row[split])
         if empty and row["usable"]:
@@ -3035,7 +3035,7 @@ def check_trainable(scan: Scan, config: Config) -> None:
         problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
         remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
         raise UserError(problem + "".join(lines), where, remedy)
-    for split in wanted_splits(scan.report["classes"], config):
+    for split in required_splits(scan.report["classes"], config):
         if not len(records.rows(split)):
             num_groups = len(np.unique(records.groups))
             problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
@@ -3043,7 +3043,7 @@ def check_trainable(scan: Scan, config: Config) -> None:
             raise UserError(problem, where, f"add images, or change --val_split, --test_split{regex}")
 
 
-def wanted_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
+def required_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:
     """Return the splits that need images; test may be missing with --splits from_folders."""
     has_test = config.splits == "random" or any(row["test"] for row in classes.values())
     pairs = zip(SPLIT_NAMES, split_shares(config), strict=True)
@@ -3190,7 +3190,7 @@ MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized if its aspect 
 MAX_LABEL = 100  # class numbers in label maps are smaller: COCO has 91
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
-MASKS_WAYS_OUT = (
+MASKS_REMEDY = (
     "put masks into <class>/masks/<stem>_mask.png, or have SAM-2 draw them: --auto_generate_masks --sam2_ckpt FILE"
 )
 MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("digest", "<u8"), ("broken", "?")])
@@ -3311,7 +3311,7 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
     refused = scan.report["masks"]["refused"]
     first = f" ({len(refused)} are refused, the first: {refused[0]['path']}: {refused[0]['reason']})" if refused else ""
     problem = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
-    raise UserError(problem, config.said("crop_mode"), MASKS_WAYS_OUT)
+    raise UserError(problem, config.said("crop_mode"), MASKS_REMEDY)
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -3435,7 +3435,7 @@ class Transform:
 
     img_size: int
     fill: Fill  # replaces the pixels outside the mask, padding included (blur leaves the padding gray)
-    looks: Any = None  # albumentations.Compose of colour changes; None = no built-in augmentation
+    colours: Any = None  # albumentations.Compose of colour changes; None = no built-in augmentation
     is_training: bool = False  # augmentation and random fills are on
     pre_steps: tuple[Any, ...] = ()  # of --pre_transforms; step(image=, mask=) -> dict of both, after set_random_state
     list_steps: tuple[Any, ...] | None = None  # replace the built-in augmentation; None = no such list is given
@@ -3455,7 +3455,7 @@ class Transform:
             image, mask = self._apply(self.list_steps, image, mask, (seed, 4))
         return self._complete(image, mask, seed)
 
-    def repeats(self, is_masked: bool) -> bool:
+    def is_cacheable(self, is_masked: bool) -> bool:
         """Return whether a sample is `finish(make_square(crop))` with a square that is the same for every seed."""
         if self.list_steps is not None or self.pre_steps:
             return False
@@ -3471,15 +3471,15 @@ class Transform:
 
     def finish(self, square: np.ndarray, seed: int, augmented: bool = True) -> np.ndarray:
         """Turn a square of `make_square` into the result of `__call__`. The square may be read-only, and then so may the result."""
-        if self.looks is not None or self.post_steps:
+        if self.colours is not None or self.post_steps:
             square = square.copy()  # libraries may write into it
-        if not augmented or self.looks is None:
+        if not augmented or self.colours is None:
             return self._complete(*self._split(square, seed), seed)
         rng = np.random.default_rng(seed)
         image, mask = self._split(move_square(square, rng), seed)
         # One generator for all transforms: Compose.set_random_seed would give each the same seed, and so the same draws.
-        self.looks.set_random_state(rng, random.Random(seed))
-        changed = np.ascontiguousarray(self.looks(image=image, force_apply=True)["image"])
+        self.colours.set_random_state(rng, random.Random(seed))
+        changed = np.ascontiguousarray(self.colours(image=image, force_apply=True)["image"])
         if mask is not None and self.fill.kind != "keep":
             # Only the object changes: the fill keeps its value, because production sees no other.
             changed = cv2.copyTo(changed, (mask > MASK_LEVEL).view(np.uint8), image.copy())
@@ -3718,10 +3718,10 @@ def build_transform(
         built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
         steps[name] = tuple(built)
     chosen = "train_augmentations" if augment else "val_augmentations"
-    looks = None
+    colours = None
     if augment and chosen not in lists:  # lighting, cameras, compression, and occlusion
         hole = (0.05, 0.18)
-        looks = A.Compose([
+        colours = A.Compose([
             A.RandomBrightnessContrast(brightness_limit=0.25, contrast_limit=0.25, p=0.25),
             A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=25, val_shift_limit=15, p=0.2),
             A.RandomGamma(gamma_limit=(75, 130), p=0.12),
@@ -3732,7 +3732,7 @@ def build_transform(
             A.CoarseDropout((1, 4), hole_height_range=hole, hole_width_range=hole, fill=PADDING_GRAY, p=0.12),
         ])  # fmt: skip
     pre_steps, post_steps = steps.get("pre_transforms", ()), steps.get("post_transforms", ())
-    return Transform(img_size, fill, looks, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
+    return Transform(img_size, fill, colours, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
 def _build_policy(entry: ListEntry) -> Any:
@@ -3873,14 +3873,14 @@ class Backgrounds:
     root: Path
     paths: PathTable  # usable pictures, relative to root
     identity: str  # must be equal for a run to resume
-    share: float  # of the samples that get a background
+    probability: float  # that a sample gets a background
     max_ratio: float  # largest ratio of a canvas side to the side of the crop
     max_side: int  # px; larger crops are shrunk to it first: one of 2000 x 1500 px takes 180 ms
 
     def draw(self, seed: int) -> np.random.Generator | None:
         """Return the random generator of a sample that gets a background, None for the others."""
         rng = np.random.default_rng((seed, 2))
-        return rng if rng.random() < self.share else None
+        return rng if rng.random() < self.probability else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
         """Paste the crop at a random place on a canvas, uint8 (H, W, 3), 1 to `max_ratio` times as large along each axis.
@@ -3950,7 +3950,7 @@ class Mixing(NamedTuple):
     """How a batch is mixed: each image with the image of its partner."""
 
     partners: torch.Tensor  # int64 (B,), a permutation
-    share: float  # lambda, the weight of the image itself: at least a half, so its label outweighs the partner's
+    lam: float  # lambda, the weight of the image itself: at least a half, so its label outweighs the partner's
     box: tuple[int, int, int, int] | None  # top, bottom, left, right of the region from the partner; None = MixUp
 
 
@@ -3980,7 +3980,7 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     """Mix the images (B, C, H, W) of a batch over all ranks; the result has their dtype and is channels last in memory."""
     partners = images[send(mixing.partners, images.device)]
     if mixing.box is None:
-        mixed = torch.lerp(partners.float(), images.float(), mixing.share).round().to(images.dtype)
+        mixed = torch.lerp(partners.float(), images.float(), mixing.lam).round().to(images.dtype)
     else:
         top, bottom, left, right = mixing.box
         mixed = images.clone()
@@ -3992,7 +3992,7 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
     """Return the labels of the partners and the lambda of each image, both (B,) over all batches."""
     pairs = list(zip(labels, mixings, strict=True))
     partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
-    shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.share) for batch, mixing in pairs]
+    shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.lam) for batch, mixing in pairs]
     return torch.cat(partners), torch.cat(shares)
 
 
@@ -4021,7 +4021,7 @@ class SampleKey(NamedTuple):
     """Determines a sample completely, given the files."""
 
     row: int  # record number
-    words: tuple[int, ...]  # entropy of its augmentation; () = no randomness
+    entropy: tuple[int, ...]  # entropy of its augmentation; () = no randomness
     view: int  # into VIEW_NAMES; a crop without a usable mask looks the same in both
     showing: int = 0  # number of epochs and repetitions before it; selects the view for --cache_views
     augmented: bool = True  # False = the augmentation schedule skips this sample
@@ -4029,7 +4029,7 @@ class SampleKey(NamedTuple):
     @property
     def seed(self) -> int:
         """Seed of the augmentation, 0 without `words`. A property, so that workers spend the 18 us, not the main process."""
-        return int(np.random.SeedSequence(self.words).generate_state(1, np.uint64)[0]) if self.words else 0
+        return int(np.random.SeedSequence(self.entropy).generate_state(1, np.uint64)[0]) if self.entropy else 0
 
 
 class SquareFile:
@@ -4177,7 +4177,7 @@ class CropDataset(Dataset):
         rng = self.backgrounds.draw(seed) if self.backgrounds else None
         problem = ""
         try:
-            if self.store is not None and rng is None and self.transform.repeats(is_masked):
+            if self.store is not None and rng is None and self.transform.is_cacheable(is_masked):
                 square = self.store.get(key.row, is_masked)
                 if square is not None:
                     return self.transform.finish(square, seed, key.augmented), key, ""
@@ -4244,7 +4244,7 @@ class EpochSampler(Sampler):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, augmented)), strict=True)
             for row, view, is_augmented in drawn:
-                words = sample_words(self.seed, self.epoch, row, repetitions[row])
+                words = sample_entropy(self.seed, self.epoch, row, repetitions[row])
                 keys.append(SampleKey(row, words, int(view), self.epoch + repetitions[row], is_augmented))
                 repetitions[row] += 1
             if number >= self.first_batch:
@@ -4272,7 +4272,7 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     return borders
 
 
-def sample_words(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
+def sample_entropy(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
     """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
     return seed, 3, epoch, row, repetition
 
@@ -4402,11 +4402,11 @@ WEIGHT_WRAPPERS = re.compile(
 BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage|bn\d|patch|rope)|^[^.]*$")
 HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids outside timm's registry
 MIN_HEAD_DIM = 16  # embedding dimensions a head; in one dimension every unit vector is +-1, and nothing can be learned
-WEIGHTS_WAYS_OUT = (
+WEIGHTS_REMEDY = (
     "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
     " from random weights with --no-pretrained"
 )
-STATE_DICT_WANTED = "give a state dict saved by torch.save or safetensors"
+STATE_DICT_REMEDY = "give a state dict saved by torch.save or safetensors"
 
 
 class Backbone(nn.Module):
@@ -4457,7 +4457,7 @@ class Backbone(nn.Module):
         """Whether bf16 weights replace autocast, which would round them in each pass; a CPU keeps it, though 3 to 18 % slower."""
         return self.frozen and self.dtype == torch.bfloat16 and self.mean.device.type == "cuda"
 
-    def computing_in(self, dtype: torch.dtype) -> Backbone:
+    def with_dtype(self, dtype: torch.dtype) -> Backbone:
         """Return a backbone with the same weights, shared or rounded once, that computes in `dtype`; BatchNorm stays in float32."""
         if dtype == self.dtype:
             return self
@@ -4629,7 +4629,7 @@ class _Inert:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartWeights:
     """Weights that a run starts from: a checkpoint or export of this script, or a file saved by timm or others."""
 
     where: str  # the flag that names the file and its value, for messages
@@ -4703,7 +4703,7 @@ def load_timm_model(
         return timm.create_model(name, **settings), None
     pretrained_cfg = timm.models.get_pretrained_cfg(config.model_id)
     if not config.model_id.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
-        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_WAYS_OUT)
+        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_REMEDY)
 
     def fetch() -> nn.Module:
         with _Unfilled():
@@ -4729,12 +4729,12 @@ def load_timm_model(
         raise
     except Exception as error:  # hub, network and file errors of several libraries
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
-        raise UserError(problem, config.said("model_id"), WEIGHTS_WAYS_OUT) from error
+        raise UserError(problem, config.said("model_id"), WEIGHTS_REMEDY) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
 
 
-def read_start(config: Config) -> Start | None:
+def read_start(config: Config) -> StartWeights | None:
     """Read the file that --load_from or --backbone_weights names, running no code in it; None without either. Raises UserError."""
     path = locate_start(config) or config.backbone_weights
     if path is None:
@@ -4756,19 +4756,19 @@ def read_start(config: Config) -> Start | None:
     except Exception as error:  # a wrong file raises pickle, zip, safetensors, key or I/O errors
         is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
         reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
-        raise UserError(f"cannot be read as weights: {reason}", where, STATE_DICT_WANTED) from error
+        raise UserError(f"cannot be read as weights: {reason}", where, STATE_DICT_REMEDY) from error
     if isinstance(state, dict) and {"student", "teacher", "format"} <= state.keys():
         remedy = "give the file that --export-backbone of the same pre-training command writes"
         raise UserError("is a checkpoint of pre-training", where, remedy)
     tensors = dict(walk_tensors(state))
     if not class_names:
         metadata = state.get("metadata") if isinstance(state, dict) else None
-        return Start(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
+        return StartWeights(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
     check_weights_finite(tensors, where)
     prefix = "backbone.model."
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-    return Start(where, path, backbone, head, tuple(class_names), identity)
+    return StartWeights(where, path, backbone, head, tuple(class_names), identity)
 
 
 def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
@@ -4810,7 +4810,7 @@ def walk_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
         yield from walk_tensors(value, f"{prefix}{key}.")
 
 
-def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) -> None:
+def fill_backbone(model: nn.Module, start: StartWeights, log: Callable[[str], None]) -> None:
     """Load a file into a timm model: skips and logs its classifier and heads, adapts input channels like timm. Raises UserError."""
     from timm.models._manipulate import adapt_input_conv
 
@@ -4819,7 +4819,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
     expected = model.state_dict()
     if not tensors:
         problem = "cannot be read as weights: it holds no tensors by name, as a model saved whole does not"
-        raise UserError(problem, start.where, STATE_DICT_WANTED)
+        raise UserError(problem, start.where, STATE_DICT_REMEDY)
     named = rename_hub_weights(tensors)
     weights, prefix = choose_weights(named, expected)
     check_weights_finite(weights, start.where)
@@ -4829,7 +4829,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
             raise UserError(problem, start.where, f"give --model_id {architecture}_qkvb")
-    convert = find_filter(model)
+    convert = find_converter(model)
     try:
         weights = convert(weights, model) if convert else weights
     except Exception as error:  # key and shape errors in timm's code for the model
@@ -4861,7 +4861,7 @@ def fill_backbone(model: nn.Module, start: Start, log: Callable[[str], None]) ->
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
-def complete_backbone(start: Start, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+def complete_backbone(start: StartWeights, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
     """Return all weights of the backbone; frozen ones, which a checkpoint lacks, are built as in its run. Raises UserError."""
     identity = start.identity
     if not identity.get("freeze_backbone"):
@@ -5017,7 +5017,7 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
             model = timm.create_model(name, pretrained=False, num_classes=0)
             expected = model.state_dict()
             weights, _ = choose_weights(tensors, expected)
-            if not weights.keys() & expected.keys() and (convert := find_filter(model)):  # names are their authors'
+            if not weights.keys() & expected.keys() and (convert := find_converter(model)):  # names are their authors'
                 weights = convert(weights, model)
             num_fitting = sum(key in weights and weights[key].shape == value.shape for key, value in expected.items())
             scores[name] = num_fitting / max(len(expected), len(weights))
@@ -5042,7 +5042,7 @@ def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torc
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, prefix
 
 
-def find_filter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
+def find_converter(model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
     """Return timm's function that converts weights with their authors' names to the model's names, or None."""
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
@@ -5060,7 +5060,7 @@ class Criterion(nn.Module):
         self.scale = config.arc_scale
         self.num_heads = count_heads(config)
 
-    def cut(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def split_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Split embeddings (B, D) from `normalize_heads` into those of each head (B, H, D / H), of unit norm."""
         return math.sqrt(self.num_heads) * embeddings.unflatten(1, (self.num_heads, -1))
 
@@ -5101,7 +5101,7 @@ class ArcFace(Criterion):
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, H, C) to the class directions of each head."""
         directions = F.normalize(self.weight.unflatten(1, (self.num_heads, -1)), dim=2)
-        return torch.einsum("bhd,chd->bhc", self.cut(embeddings), directions).clamp(-1.0, 1.0)
+        return torch.einsum("bhd,chd->bhc", self.split_heads(embeddings), directions).clamp(-1.0, 1.0)
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the same logits in one product: the cosine of whole embeddings is the mean of the heads' cosines."""
@@ -5156,7 +5156,7 @@ class LinearClassifier(Criterion):
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, H, C) of the heads, divided by the scale."""
         weight = self.weight.unflatten(1, (self.num_heads, -1))
-        return torch.einsum("bhd,chd->bhc", self.cut(embeddings), weight) + self.bias.T / self.scale
+        return torch.einsum("bhd,chd->bhc", self.split_heads(embeddings), weight) + self.bias.T / self.scale
 
 
 class FocalClassifier(LinearClassifier):
@@ -5218,7 +5218,7 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
     return model
 
 
-def load_head(model: Recognizer, start: Start, class_names: Sequence[str], log: Callable[[str], None]) -> None:
+def load_head(model: Recognizer, start: StartWeights, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Load what fits from a checkpoint or export, and log it: head layers of equal shape, vectors of equally named classes."""
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
     common_keys = [key for key in state if key in start.head]
@@ -5403,7 +5403,7 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
 # 12  METRICS
 # ======================================================================================================================
 # Pure functions of scores and labels.
-PROMISE_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
+BOUND_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
 PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 BOOTSTRAP_DRAWS = 500
@@ -5607,7 +5607,7 @@ def precision_threshold(
     precision expected at each score, counts as PRIOR_ANSWERS further answers: one error among few answers proves little.
 
     The plain fraction of right answers above a threshold flatters, because chance helped to choose it. So the error rate is the
-    upper bound of Clopper and Pearson (1934) at PROMISE_CONFIDENCE, or with a prior that quantile of the posterior. 95 % takes at
+    upper bound of Clopper and Pearson (1934) at BOUND_CONFIDENCE, or with a prior that quantile of the posterior. 95 % takes at
     least 18 answers, all right. With val sets of 150 to 800 answers redrawn from 451 of hand tools and 420 of groceries, .945 to
     .955 of all answers were right, .929 to .948 by the plain fraction; with sets of 70, .900 and .953.
     """
@@ -5620,7 +5620,7 @@ def precision_threshold(
         num_answers = num_answers + PRIOR_ANSWERS
     is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     num_wrong = num_answers - num_right + (1 if prior is None else 1e-9)
-    error_rate = scipy.special.betaincinv(num_wrong, np.maximum(num_right, 1e-9), PROMISE_CONFIDENCE)
+    error_rate = scipy.special.betaincinv(num_wrong, np.maximum(num_right, 1e-9), BOUND_CONFIDENCE)
     is_precise = error_rate <= 1 - precision if precision < 1 else num_right == num_answers  # no bound promises 100 %
     passing = np.flatnonzero(is_precise & is_last_of_score)
     if not len(passing):
@@ -5760,7 +5760,7 @@ class TrainState:
     tally: Tally = dataclasses.field(default_factory=Tally)  # of the current epoch
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metric, value, loss of the best epoch
     baseline: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the frozen backbone before training
-    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)  # `share_right` of the best one on test
+    frozen_right: dict[str, float] = dataclasses.field(default_factory=dict)  # `image_accuracy` of the best one on test
     unseen: dict[str, Any] = dataclasses.field(default_factory=dict)  # scores of `measure_unseen`, for `calibrate`
     sessions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # see `find_sessions`
 
@@ -5887,7 +5887,7 @@ class ResumePoint:
     damaged: dict[Path, str] = dataclasses.field(default_factory=dict)  # path: why it cannot be read
 
 
-def choose_checkpoint(
+def find_resume_point(
     folder: Path, resume: str | None, overwrite: bool, form: dict[str, Any] = CHECKPOINT_FORM
 ) -> ResumePoint | None:
     """Return where to resume; None for a fresh start. `resume` is None without the option, and "last" for --resume without PATH.
@@ -5967,7 +5967,7 @@ def progress_of(payload: dict[str, Any]) -> tuple[int, int]:
     return payload["epoch"], payload["batches"]
 
 
-def set_aside(path: Path, reason: str, log: Callable[[str], None]) -> None:
+def rename_damaged(path: Path, reason: str, log: Callable[[str], None]) -> None:
     """Rename a checkpoint that cannot be used, and log a warning."""
     target = name_aside(path, "damaged")
     path.rename(target)
@@ -6015,7 +6015,7 @@ FEATURE_DIM = 128  # principal axes of the features that are kept
 FEATURE_REFERENCES = 20_000  # references that the covariance of the features is estimated on
 PROTOTYPE_CHOICES = (2, 3, 5)  # prototypes per class that --prototypes_per_class auto tries
 MIN_CLUSTER = 3  # references that a cluster needs to become a prototype: fewer may be a mislabelled image
-MOST_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes about 10 ms per class
+MAX_SPLIT_CLASSES = 2000  # above it auto uses centroids only: k-means takes about 10 ms per class
 SIGNIFICANCE = 0.05  # level of the sign tests: gain from training, and several prototypes per class against one
 MIN_CALIBRATION_SAMPLES = 20  # a class with fewer val answers gets the threshold of all classes
 PRECISION_TARGETS = (0.90, 0.95, 0.99)
@@ -6049,7 +6049,7 @@ class Matcher(nn.Module):
         self.register_buffer("vectors", torch.from_numpy(vectors))
         self.register_buffer("places", torch.from_numpy(places))
 
-    def treat_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
+    def adjust_enrolled(self, is_enrolled: np.ndarray, offsets: np.ndarray) -> Matcher:
         """Add `offsets` float32 (C,) and LEAD_WEIGHT of their lead to the scores of enrolled classes (C,); return self.
 
         The lead is the gap to the best trained class, the usual confusion of an enrolled one. It separates right answers from wrong
@@ -6183,7 +6183,7 @@ class Gallery:
             "prototypes": (self.prototypes, self.prototype_labels, ones),
             "knn": (self.stacks, self.stack_labels, self.knn_counts),
         }
-        return Matcher(*arguments[self.matcher]).treat_enrolled(self.is_enrolled, self.offsets)
+        return Matcher(*arguments[self.matcher]).adjust_enrolled(self.is_enrolled, self.offsets)
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return the score (Q, C) of each class for unit queries (Q, D), by the gallery's matcher."""
@@ -6221,7 +6221,7 @@ class Gallery:
         return int(np.bincount(self.prototype_labels).max())
 
 
-def match_nearest(references: Embedded, num_classes: int) -> Matcher:
+def nearest_reference_matcher(references: Embedded, num_classes: int) -> Matcher:
     """Return the matcher that scores each class by its nearest reference."""
     references = references.by_class()
     return Matcher(references.values, references.labels, np.ones(num_classes, np.int64))
@@ -6259,7 +6259,7 @@ def embed(model: Recognizer, features: Embedded) -> Embedded:
 
 def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], num_classes: int) -> Fusion:
     """Return the fusion with the most weight for which nearest centroids lose at most FEATURE_LOSS of `match_quality` on val."""
-    mean, projection = project_features(features["train"])
+    mean, projection = fit_projection(features["train"])
     candidates = [NO_FUSION]
     if projection.shape[1]:
         candidates += [Fusion(mean, projection, weight) for weight in FEATURE_WEIGHTS]
@@ -6273,7 +6273,7 @@ def choose_fusion(features: dict[str, Embedded], embedded: dict[str, Embedded], 
     return candidates[max(i for i, value in enumerate(qualities) if value >= qualities[0] - FEATURE_LOSS)]
 
 
-def project_features(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
+def fit_projection(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
     """Return mean (F,) and projection (F, K) that bring the within-class covariance of features half way to the identity.
 
     The projection is the inverse fourth root of the covariance, shrunk as in Ledoit and Wolf (2004): directions in which images of
@@ -6345,7 +6345,7 @@ def build_gallery(
     if config.matcher == "knn" or (config.matcher == "auto" and max(qualities) > simple_quality):
         gallery = knn
     gallery = dataclasses.replace(gallery, knn_counts=knn.knn_counts)
-    if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MOST_SPLIT_CLASSES:
+    if config.matcher == config.prototypes_per_class == "auto" and num_classes <= MAX_SPLIT_CLASSES:
         gallery = try_several_prototypes(gallery, references, val)
     return gallery
 
@@ -6692,14 +6692,14 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         )
 
 
-def keep_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
+def back_up_gallery(path: Path, class_names: Collection[str], say: Callable[[str], None]) -> None:
     """Keep a copy of the gallery that is about to be replaced by one with `class_names`; set it aside if it is damaged."""
     if not os.path.lexists(path):
         return
     try:
         missing = sorted(set(load_gallery(path)[0].class_names) - set(class_names))
     except UserError as error:
-        set_aside(path, error.what, say)
+        rename_damaged(path, error.what, say)
         return
     backup = path.with_name(f"prototypes.{time.strftime('%Y%m%d-%H%M%S')}.npz")
     while backup.exists():
@@ -6763,7 +6763,7 @@ def load_run(path: Path, runtime: Runtime, backbone_weights: Path | None = None)
     ]
     if differences:
         problem = f"does not belong to the checkpoint beside it:{''.join(differences)}"
-        raise UserError(problem, str(gallery_path), rebuilding_remedy(path))
+        raise UserError(problem, str(gallery_path), gallery_remedy(path))
     return dataclasses.replace(run, gallery=gallery, meta=meta)
 
 
@@ -6793,7 +6793,7 @@ def read_run_config(path: Path) -> Config:
 def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
     """Read prototypes.npz and its meta, checked and never unpickled. Raises UserError if it is damaged or of another format."""
     if not os.path.lexists(path):
-        raise UserError(f"has no {path.name}", str(path.parent), rebuilding_remedy(path.parent))
+        raise UserError(f"has no {path.name}", str(path.parent), gallery_remedy(path.parent))
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as content:
@@ -6802,10 +6802,10 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
             return unpack_gallery(dict(content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = printable(getattr(error, "strerror", None) or str(error)).split(". ")[0][:200]
-        raise UserError(f"cannot be read as prototypes: {reason}", str(path), rebuilding_remedy(path.parent)) from error
+        raise UserError(f"cannot be read as prototypes: {reason}", str(path), gallery_remedy(path.parent)) from error
 
 
-def rebuilding_remedy(run_dir: Path) -> str:
+def gallery_remedy(run_dir: Path) -> str:
     """Return the remedy for a missing or damaged gallery: the command that rebuilds it."""
     return f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))} makes them anew from the best checkpoint"
 
@@ -6889,7 +6889,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
     check_weights(model, deployed_weights(payload), path / BEST_NAME)
     model.load_state_dict(deployed_weights(payload), strict=False)
     model.eval().to(runtime.device)
-    model.backbone = model.backbone.computing_in(runtime.answer_dtype)
+    model.backbone = model.backbone.with_dtype(runtime.inference_dtype)
     extract = make_extractor(model.backbone, info, runtime)
     return TrainedRun(path, config, info, model, runtime, extract, unseen=payload["unseen"])
 
@@ -7064,7 +7064,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
     thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
     for label in range(num_old, num_classes):
-        if measured := measured_enrolment(gallery, len(np.unique(added.rows[added.labels == label]))):
+        if measured := find_enrolment_figures(gallery, len(np.unique(added.rows[added.labels == label]))):
             thresholds[label - num_old] = measured["threshold"]
     return dataclasses.replace(
         take_prototypes(gallery, prototypes),
@@ -7177,7 +7177,7 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
     sentences = []
     for label in map(gallery.class_names.index, names):
         crops = set(itertools.compress(gallery.stack_paths, gallery.stack_labels == label))
-        measured = measured_enrolment(gallery, len(crops))
+        measured = find_enrolment_figures(gallery, len(crops))
         figures = measured and measured["figures"]
         if measured is None:
             basis = "the highest of the other classes, as nothing was measured"
@@ -7195,7 +7195,7 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
     return sentences
 
 
-def measured_enrolment(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
+def find_enrolment_figures(gallery: Gallery, num_crops: int) -> dict[str, Any] | None:
     """Return what was measured for the largest number of crops up to `num_crops`, else for the smallest; None if nothing was."""
     counts = sorted(map(int, gallery.enrolment))
     fitting = [count for count in counts if count <= num_crops] or counts[:1]
@@ -7305,16 +7305,16 @@ def open_set_figures(
         confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
         is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
         images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
-        figures = tell_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
+        figures = measure_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
         return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
     is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
     folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
-    figures = tell_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
+    figures = measure_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
     source = "classes held out in turn, on which it was trained"
     return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
 
 
-def tell_unknown(
+def measure_unknown(
     images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> dict[str, dict[str, Any]]:
     """Return auroc and fpr95, means over folds as {value, interval}, of telling known from unknown objects by confidence.
@@ -7342,7 +7342,7 @@ def tell_unknown(
 EPOCH_REFS_PER_CLASS = 50  # training images per class that a fine-tuned run embeds for the metrics of each epoch
 # Heads trained without a fold of the classes measure unseen classes, in about a minute; skipped above UNSEEN_MAX_IMAGES.
 UNSEEN_FOLDS, UNSEEN_MAX_IMAGES = 5, 50_000
-STRANGER_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
+UNKNOWN_QUANTILES, ENROLMENT_ANSWERS = 201, 2000  # stored from these heads, for thresholds and probabilities
 UNSEEN_STEPS = 1500  # optimizer steps of all these heads together
 UNSEEN_REFS_PER_CLASS = 50  # references in their galleries
 ENROLMENT_CROPS, ENROLMENT_DRAWS = (1, 5, 20), 3  # crops per enrolled class, and random draws of each number
@@ -7489,7 +7489,7 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
     config, records = job.config, job.records
     train = records.rows("train")
     uses = []  # (augmented, rows)
-    always_on_background = job.backgrounds is not None and job.backgrounds.share == 1  # a new one each time
+    always_on_background = job.backgrounds is not None and job.backgrounds.probability == 1  # a new one each time
     if (config.cache_views or config.epochs) > 1 and not always_on_background:
         uses.append((True, train))
     if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
@@ -7497,9 +7497,9 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
         uses += [(False, records.rows("val")), (False, references)]
     crops: dict[tuple[int, int], None] = {}  # an ordered set
     for augment, rows in uses:
-        repeats = [job.transform(augment).repeats(is_masked) for is_masked in (False, True)]
+        is_cacheable = [job.transform(augment).is_cacheable(is_masked) for is_masked in (False, True)]
         keys = eval_keys(records, rows, config.crop_mode)
-        crops |= dict.fromkeys((key.row, key.view) for key in keys if repeats[key.view])
+        crops |= dict.fromkeys((key.row, key.view) for key in keys if is_cacheable[key.view])
     return list(crops)
 
 
@@ -7673,7 +7673,7 @@ class ViewCache:
         extract = make_extractor(self._backbone, job.info, job.runtime)
         for view in range(first // num_images, num_views):
             keys = [
-                SampleKey(row, sample_words(job.config.seed, view, row), int(is_masked))
+                SampleKey(row, sample_entropy(job.config.seed, view, row), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
@@ -7802,7 +7802,7 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 def backbone_in_training(state: TrainState, config: Config) -> Backbone:
     """Return the backbone in the dtype that training computes in, compiled with --compile; evaluation may use another dtype."""
-    backbone = state.model.backbone.computing_in(state.dtype)
+    backbone = state.model.backbone.with_dtype(state.dtype)
     if config.compile:
         backbone.model.compile()
     return backbone
@@ -7971,7 +7971,7 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
     save_checkpoint(folder / LAST_NAME, state, job.identity)
 
 
-def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
+def restore_best_checkpoint(job: Job, state: TrainState) -> dict[str, Any]:
     """Make checkpoint_best.pth hold the best epoch in `state`, which may have been resumed from an older checkpoint.
 
     Returns `state.best`, or {} if the weights of that epoch are gone. Raises UserError if they are and no epoch is left to train.
@@ -7983,7 +7983,7 @@ def keep_best_of(job: Job, state: TrainState) -> dict[str, Any]:
         try:
             payload = load_checkpoint(candidate)
         except UserError as error:
-            set_aside(candidate, error.what, job.run.log)
+            rename_damaged(candidate, error.what, job.run.log)
             continue
         if payload["best"] == state.best and progress_of(payload) == (state.best["epoch"], 0):
             if candidate != path:
@@ -8006,9 +8006,9 @@ def measure_baseline(
 
     Returns:
         {split: {`centroid_acc`, `centroid_f1_macro`, `centroid_auc_macro`, and the same for `nn1`, `logreg` and `logreg_views`}};
-        and `share_right` of the best baseline's answers to the test images, {} without test.
+        and `image_accuracy` of the best baseline's answers to the test images, {} without test.
     """
-    scorers = simple_ways(job, features["train"], cached)
+    scorers = fit_baselines(job, features["train"], cached)
     baseline: dict[str, dict[str, float]] = {split: {} for split in ("val", "test") if split in features}
     for split, (name, score) in itertools.product(baseline, scorers.items()):
         _, metrics, _ = classify(score, features[split].values, features[split].labels, job.records.class_names)
@@ -8017,15 +8017,15 @@ def measure_baseline(
         return baseline, {}
     best, test = best_baseline(baseline["val"]), features["test"]
     answers = best_answers(scorers[best], test.values)[0]
-    return baseline, share_right(job.records, test.rows, answers == test.labels)
+    return baseline, image_accuracy(job.records, test.rows, answers == test.labels)
 
 
-def simple_ways(job: Job, train: Embedded, cached: Embedded | None = None) -> dict[str, Scorer]:
+def fit_baselines(job: Job, train: Embedded, cached: Embedded | None = None) -> dict[str, Scorer]:
     """Fit the baselines on features of train; return a scorer, from features (n, F) to logits (n, C), by key of BASELINE_NAMES."""
     num_classes, scale = len(job.records.class_names), job.config.arc_scale
     references = train._replace(values=unit_vectors(train.values))
     centroids = class_centroids(references.values, references.labels, num_classes)
-    nearest_reference = match_nearest(references, num_classes)
+    nearest_reference = nearest_reference_matcher(references, num_classes)
     scorers: dict[str, Scorer] = {
         "centroid": lambda features: scale * (unit_vectors(features) @ centroids.T),
         "nn1": lambda features: scale * nearest_reference.score(unit_vectors(features)),
@@ -8037,7 +8037,7 @@ def simple_ways(job: Job, train: Embedded, cached: Embedded | None = None) -> di
     return scorers
 
 
-def share_right(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
+def image_accuracy(records: Records, rows: np.ndarray, is_right: np.ndarray) -> dict[str, float]:
     """Return the share of right answers over the views of each image, by path; `rows` and `is_right` (n,) are per view."""
     images, inverse = np.unique(rows, return_inverse=True)
     shares = np.bincount(inverse, weights=is_right) / np.bincount(inverse)
@@ -8075,7 +8075,7 @@ class UnseenHead(NamedTuple):
 
     scores: np.ndarray  # (Q,) on `score_scale`
     is_right: np.ndarray  # (Q,) bool
-    has_passed: np.ndarray  # (Q,) bool, the score reaches the threshold of the answered class
+    is_accepted: np.ndarray  # (Q,) bool, the score reaches the threshold of the answered class
     is_unseen: np.ndarray  # (Q,) bool, the true class was left out
     logits: np.ndarray  # (Q,) largest logit of logistic regression on features, without the same classes
     # By number of crops that enrol each class left out: scores, bool the answer is an enrolled class, bool right; (DRAWS, Q) each.
@@ -8108,8 +8108,10 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
     heads = [answer_unseen(job, train, queries, is_test, np.flatnonzero(folds == fold)) for fold in range(num_folds)]
     masks = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]  # known, unknown
-    open_set = tell_unknown(queries.rows, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
-    by_regression = tell_unknown(queries.rows, [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)])
+    open_set = measure_unknown(queries.rows, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
+    by_regression = measure_unknown(
+        queries.rows, [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)]
+    )
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
     columns_of_heads = []
@@ -8128,13 +8130,13 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "open_set": {**open_set, "others": {"frozen backbone, largest logit of logistic regression": by_regression}},
         **mean_intervals(
             np.concatenate([queries.rows[head.is_unseen & is_test] for head in heads]),
-            unknown_passed=np.concatenate([head.has_passed[head.is_unseen & is_test] for head in heads]).astype(float),
+            unknown_passed=np.concatenate([head.is_accepted[head.is_unseen & is_test] for head in heads]).astype(float),
         ),
         "ece": calibration_error(bins),
         "reliability": bins,
         "enrolment": enrolment,
     }, {
-        "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, STRANGER_QUANTILES)).tolist(),
+        "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, UNKNOWN_QUANTILES)).tolist(),
         "enrolled": {
             str(metrics["crops"]): {"scores": scores.tolist(), "is_right": is_right.tolist(), "figures": metrics}
             for metrics, (scores, is_right) in zip(enrolment, evidence, strict=True)
@@ -8183,8 +8185,8 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
             draws.append(((new_best - middle_after) / spread_after, new_answers >= len(seen), new_answers == labels))
         enrolled[num_crops] = tuple(map(np.stack, zip(*draws, strict=True)))
     logits = score_by_regression(job, train.take(is_seen))(queries.values).max(axis=1)
-    has_passed = best >= gallery.thresholds[answers]
-    return UnseenHead((best - middle) / spread, answers == labels, has_passed, is_unseen, logits, enrolled)
+    is_accepted = best >= gallery.thresholds[answers]
+    return UnseenHead((best - middle) / spread, answers == labels, is_accepted, is_unseen, logits, enrolled)
 
 
 def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
@@ -8329,13 +8331,13 @@ def measure_enrolment(
         threshold = precision_threshold(*answers_of_enrolled(other_heads, is_test, num_crops), target_precision)
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
-            has_passed = is_test & is_new & (scores >= threshold)
+            is_accepted = is_test & is_new & (scores >= threshold)
             figures["new"].append(is_right[head.is_unseen].mean())
             figures["old"].append(is_right[is_known_test].mean())
             figures["before"].append(head.is_right[is_known_test].mean())
-            is_found = (is_right & has_passed)[is_test & head.is_unseen]
+            is_found = (is_right & is_accepted)[is_test & head.is_unseen]
             figures["recall"].append(mean_of_defined(is_found.astype(float)))
-            figures["precision"] += is_right[has_passed].tolist()
+            figures["precision"] += is_right[is_accepted].tolist()
     return {
         "crops": num_crops,
         "target_precision": target_precision,
@@ -8369,7 +8371,7 @@ BASELINE_NAMES = {
 def judge_training(
     baseline: dict[str, dict[str, float]], frozen_right: dict[str, float], trained_right: dict[str, float]
 ) -> dict[str, Any]:
-    """Compare the trained model with the best frozen baseline of val on the same test images, given `share_right` of both.
+    """Compare the trained model with the best frozen baseline of val on the same test images, given `image_accuracy` of both.
 
     The verdict is McNemar's exact sign test on images answered differently; the gain's interval is a bootstrap over images.
     """
@@ -8544,7 +8546,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
             gallery, added_names = add_classes(run, config)
         if gallery is None:
             return
-        keep_gallery(path, {*gallery.class_names, config.remove}, show)
+        back_up_gallery(path, {*gallery.class_names, config.remove}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
     new_names = [name for name in added_names if name not in run.gallery.class_names]
@@ -8659,7 +8661,7 @@ def prepare_run(
     check_paths(config)
     check_transforms(config)
     refuse_if_in_use(config.out_dir)
-    point = choose_checkpoint(config.out_dir, config.resume, config.overwrite)
+    point = find_resume_point(config.out_dir, config.resume, config.overwrite)
     splits_path = point and point.path.with_name("splits.json")
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
@@ -8716,7 +8718,7 @@ def plan_run(
         epoch = point.payload["epoch"]
         events = read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
-        damage = find_damage(config.out_dir, records) if is_completed else []
+        damage = list_damaged_files(config.out_dir, records) if is_completed else []
         if is_completed and not damage and has_ended(config, epoch, point.payload["best"]):
             more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
@@ -8737,7 +8739,7 @@ def plan_run(
     return job, backbone, notes
 
 
-def find_damage(out_dir: Path, records: Records) -> list[str]:
+def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
     """Return one sentence for each missing or damaged file of a finished run; finishing it once more writes them anew."""
 
     def check_predictions(path: Path) -> None:
@@ -8790,7 +8792,7 @@ def build_for_training(config: Config, runtime: Runtime) -> tuple[Backbone, Back
     """Build the backbone; if it trains, share its BatchNorm statistics. Raises UserError where they cannot be shared."""
     backbone, info = build_backbone(config, show)
     if config.trains_backbone:
-        runtime.share_batchnorm(backbone)
+        runtime.sync_batchnorm(backbone)
     return backbone, info
 
 
@@ -8874,7 +8876,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     if config.load_from is not None and point is None:
         load_head(model, read_start(config), job.records.class_names, run.log)
     model.to(job.runtime.device)
-    model.backbone = backbone.computing_in(job.runtime.answer_dtype)
+    model.backbone = backbone.with_dtype(job.runtime.inference_dtype)
     state = start_state(model, config, job.runtime)
     bank = FeatureBank(job, model.backbone)
     if point:
@@ -8922,12 +8924,12 @@ def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[s
     """Put the resumed checkpoint and the best one in their places in the run directory; return the record of the best epoch."""
     run = job.run
     for path, reason in point.damaged.items():
-        set_aside(path, reason, run.log)
+        rename_damaged(path, reason, run.log)
     if point.path.name != LAST_NAME:
         copy_checkpoint(point.path, run.path / LAST_NAME)
     if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # may be ahead of the resumed one
         (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
-    return keep_best_of(job, state)
+    return restore_best_checkpoint(job, state)
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
@@ -8958,7 +8960,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     meta = describe_gallery(job.config, job.info, records.class_names, model)
     # Classes may have been enrolled since an earlier completion.
     if any(event.get("status") == "completed" for event in read_events(run.path)):
-        keep_gallery(run.path / "prototypes.npz", records.class_names, run.log)
+        back_up_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
@@ -8968,10 +8970,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if "test" in embedded:
         test = embedded["test"]
         write_predictions(run.path / "predictions.csv", gallery, records, test)
-        prototypes, per_class = score_gallery(gallery, test)
+        prototypes, per_class = compute_gallery_metrics(gallery, test)
         classifier = score_classifier(job, model, embed(model, features["test"]))[0]
         num_images = len(np.unique(test.rows))  # with --crop_mode mix, an image has two views
-        trained_right = share_right(records, test.rows, gallery.answer(test.values)[0] == test.labels)
+        trained_right = image_accuracy(records, test.rows, gallery.answer(test.values)[0] == test.labels)
         judgement = judge_training(state.baseline, state.frozen_right, trained_right)
         scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, "images": num_images}
         accuracies = np.array([value for path, value in trained_right.items() if path not in state.sessions])
@@ -8996,9 +8998,9 @@ def measure_run(
     job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
 ) -> dict[str, Any]:
     """Measure the gallery on test, and how well simpler methods tell unknown objects; log and return the figures."""
-    nearest_reference = match_nearest(embed(model, features["train"]), len(job.records.class_names))
+    nearest_reference = nearest_reference_matcher(embed(model, features["train"]), len(job.records.class_names))
     logits = functools.partial(classifier_logits, job, model)
-    simple = simple_ways(job, features["train"])
+    simple = fit_baselines(job, features["train"])
 
     def represent(features: Embedded) -> dict[str, Embedded]:
         embedded = embed(model, features)
@@ -9035,13 +9037,13 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded,
         return
     pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
     write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))
-    bbox, mask = (score_gallery(gallery, queries)[0] for queries in pair)
+    bbox, mask = (compute_gallery_metrics(gallery, queries)[0] for queries in pair)
     answers, masked_answers = (gallery.answer(queries.values)[0] for queries in pair)
     disagree = int((answers != masked_answers).sum())
     job.run.event("test_views", images=len(common), disagree=disagree, bbox=bbox, mask=mask)
 
 
-def score_gallery(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
+def compute_gallery_metrics(gallery: Gallery, queries: Embedded) -> tuple[dict, dict]:
     """Return the figures of the gallery's answers, with recall_at_1, and the figures of each class."""
     _, figures, per_class = classify(
         lambda block: gallery.scores(block) / gallery.temperature, queries.values, queries.labels, gallery.class_names

@@ -32,11 +32,11 @@ LAZY = (
 )
 # Calls at which a run can be told to die; the soak draws among all calls of all of them.
 TARGETS = (
-    "deep_colours list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
+    "read_deep_rgb list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
     " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.fetch check_finite score_epoch compute_metrics"
     " score_val RunDirectory.event RunDirectory.log os.write save_checkpoint open torch.serialization._save os.fsync"
-    " Path.replace sync_folder Path.unlink copy_checkpoint save_epoch embed build_gallery save_gallery score_classifier"
-    " score_gallery write_embeddings write_predictions start_report os.pwrite FileMemory.save find_squares SquareStore.get"
+    " find_squares Path.replace sync_folder Path.unlink copy_checkpoint save_epoch SquareStore.get embed build_gallery save_gallery"
+    " score_classifier compute_gallery_metrics write_embeddings write_predictions start_report os.pwrite FileMemory.save"
 ).split()
 
 

@@ -1,5 +1,6 @@
-"""tests/benchmarks: run.py prints its table, and gpu.py can fail. Times are not asserted, machines differ."""
+"""tests/benchmarks: run.py prints its table, gpu.py can fail, faults can be put in. Times are not asserted, machines differ."""
 
+import runpy
 import subprocess
 import sys
 from types import ModuleType
@@ -22,6 +23,16 @@ def test_a_row_is_measured_in_forks_and_printed() -> None:
 def test_a_row_that_is_not_there_is_refused_with_those_that_are() -> None:
     done = subprocess.run([sys.executable, RUNNER, "no such row"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "train item" in done.stderr
+
+
+def test_the_text_that_each_fault_replaces_is_there_once() -> None:
+    """Else mutants.py and guards.py, which take an hour and are run by hand, test less than they say."""
+    faults = runpy.run_path(str(REPO / "tests/benchmarks/mutants.py"))["FAULTS"]
+    guards = runpy.run_path(str(REPO / "tests/benchmarks/guards.py"))["GUARDS"]
+    texts = {name: (fault.path, fault.old) for name, fault in faults.items()}
+    texts |= {name: ("lct_dino3.py", old) for name, (old, _, _) in guards.items()}
+    sources = {path: (REPO / path).read_text(encoding="utf-8") for path, _ in texts.values()}
+    assert [name for name, (path, old) in texts.items() if sources[path].count(old) != 1] == []
 
 
 def test_a_check_of_a_gpu_that_fails_costs_its_line_and_the_exit_code(

@@ -174,15 +174,15 @@ def test_batchnorm_is_trained_on_whole_batches_or_refused(monkeypatch: pytest.Mo
     gpus = lct.Runtime(torch.device("cpu"), 2, torch.float32)
     backbone = lct.Backbone(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(lct.UserError, match="torchrun --nproc_per_node 2"):
-        gpus.share_batchnorm(backbone)
+        gpus.sync_batchnorm(backbone)
     monkeypatch.setattr(lct, "get_world_size", lambda: 2)
     with pytest.raises(lct.UserError, match="start one process"):
-        dataclasses.replace(gpus, num_gpus=0).share_batchnorm(backbone)
-    dataclasses.replace(gpus, num_gpus=1).share_batchnorm(backbone)
+        dataclasses.replace(gpus, num_gpus=0).sync_batchnorm(backbone)
+    dataclasses.replace(gpus, num_gpus=1).sync_batchnorm(backbone)
     assert isinstance(backbone.model[1], nn.SyncBatchNorm)
     backbone = lct.Backbone(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)), (0.5,) * 3, (0.5,) * 3)
     backbone.keeps_statistics = True
-    gpus.share_batchnorm(backbone)
+    gpus.sync_batchnorm(backbone)
     assert isinstance(backbone.model[1], BatchNormAct2d)
 
 

@@ -221,8 +221,8 @@ def test_a_frozen_backbone_computes_with_weights_in_bf16(name: str, rounding_cpu
     statistics = {key: value.clone() for key, value in backbone.state_dict().items() if "running" in key}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lct.Backbone, "rounds_weights", False)
-        features["autocast"] = backbone.computing_in(torch.bfloat16)(images)
-    rounded = backbone.computing_in(torch.bfloat16)
+        features["autocast"] = backbone.with_dtype(torch.bfloat16)(images)
+    rounded = backbone.with_dtype(torch.bfloat16)
     with ConvolutionFinder() as finder:
         features["weights"] = rounded(images)
     assert {dtype for _, dtype in finder.calls} == {torch.bfloat16}
@@ -244,7 +244,7 @@ def test_what_is_trained_of_a_backbone_keeps_its_weights(options: dict[str, Any]
     config = lct.Config(model_id="test_vit", pretrained=False, img_size=160, **options)
     backbone, info = lct.build_backbone(config, print)
     lct.build_recognizer(config, 3, backbone, info)
-    rounded = backbone.computing_in(torch.bfloat16)
+    rounded = backbone.with_dtype(torch.bfloat16)
     rounded(make_batch(config, 2).images)
     assert rounded is not backbone and all(map(operator.is_, rounded.parameters(), backbone.parameters()))
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}

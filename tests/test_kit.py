@@ -47,7 +47,7 @@ class GanOptions(lct.Options):
 def train(options: GanOptions) -> None:
     lct.check_given(options)
     runtime = lct.make_runtime(options.gpus, "fp32")
-    point = lct.choose_checkpoint(options.out_dir, options.resume, options.overwrite, FORM)
+    point = lct.find_resume_point(options.out_dir, options.resume, options.overwrite, FORM)
     lct.seed_torch(options.seed, 0)
     generator, critic = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     optimizers = [torch.optim.Adam(part.parameters(), lr=options.lr) for part in (generator, critic)]

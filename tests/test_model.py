@@ -254,10 +254,10 @@ def test_precision_auto_rounds_the_training_of_frozen_backbones_only_and_fp32_no
     fast = torch.bfloat16 if lct.cpu_multiplies_bf16() else torch.float32
     for is_frozen, dtype in ((True, fast), (False, torch.float32)):
         runtime = lct.training_runtime(make_config(gpus=0, freeze_backbone=is_frozen))
-        assert (runtime.dtype, runtime.answer_dtype) == (dtype, torch.float32)
+        assert (runtime.dtype, runtime.inference_dtype) == (dtype, torch.float32)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         runtime = lct.training_runtime(make_config(gpus=0, precision=name))
-        assert runtime.dtype == runtime.answer_dtype == dtype
+        assert runtime.dtype == runtime.inference_dtype == dtype
 
 
 def test_precision_auto_rounds_where_the_cpu_is_faster_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -781,7 +781,7 @@ def test_a_start_that_does_not_fit_is_refused_by_its_keys(sources: Path, tmp_pat
 def test_several_directions_a_class_are_taken_by_class(sources: Path) -> None:
     model, _ = start_from(sources / "lora", ("a", "b", "c"), criterion="subcenter_arcface", sub_centers=2)
     old = torch.arange(48.0).view(6, 8)
-    start = lct.Start("--load_from", sources, {}, {"criterion.weight": old}, ("c", "d", "a"))
+    start = lct.StartWeights("--load_from", sources, {}, {"criterion.weight": old}, ("c", "d", "a"))
     before = model.criterion.weight.clone()
     lct.load_head(model, start, ("a", "b", "c"), print)
     assert torch.equal(model.criterion.weight, torch.cat((old[4:], before[2:4], old[:2])))

@@ -92,7 +92,7 @@ def test_an_enrolled_class_gets_its_offset_and_half_its_lead_over_those_of_the_t
     counts = np.full(5, min(per_class, 2))
     plain = lct.Matcher(values, labels, counts).score(queries)
     is_enrolled, offsets = np.array([0, 1, 0, 0, 1], bool), np.float32([0, 0.1, 0, 0, -0.05])
-    treated = lct.Matcher(values, labels, counts).treat_enrolled(is_enrolled, offsets).score(queries)
+    treated = lct.Matcher(values, labels, counts).adjust_enrolled(is_enrolled, offsets).score(queries)
     for before, after in zip(plain, treated, strict=True):
         np.testing.assert_allclose(after[~is_enrolled], before[~is_enrolled], atol=1e-6)
         moved = before + offsets
@@ -100,7 +100,7 @@ def test_an_enrolled_class_gets_its_offset_and_half_its_lead_over_those_of_the_t
         np.testing.assert_allclose(after[is_enrolled], moved[is_enrolled] + lead / 2, atol=1e-6)
         assert after.argmax() == moved.argmax(), "the lead changes no answer"
     for everyone in (np.zeros(5, bool), np.ones(5, bool)):  # nobody to lead
-        scores = lct.Matcher(values, labels, counts).treat_enrolled(everyone, offsets).score(queries)
+        scores = lct.Matcher(values, labels, counts).adjust_enrolled(everyone, offsets).score(queries)
         assert np.array_equal(scores, plain)
 
 
@@ -477,7 +477,7 @@ def test_a_small_class_is_scored_by_its_share_of_the_nearest_references() -> Non
 def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor for the square of the classes: the gallery of 1,500 is built, calibrated, measured, listed and searched for doubles."""
     num_classes = 1500
-    monkeypatch.setattr(lct, "MOST_SPLIT_CLASSES", 1000)
+    monkeypatch.setattr(lct, "MAX_SPLIT_CLASSES", 1000)
     lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())  # imports
     train, val = (make_embedded(2, seed, num_classes, 0.1) for seed in (0, 1))
     monkeypatch.setattr(lct, "RETRIEVAL_CHUNK", 100_000)
@@ -509,7 +509,7 @@ def test_features_are_projected_half_way_to_equal_spread_within_classes() -> Non
     spread = np.diag([0.5, 0.7, 1, 1.5, 3, 1, 1, 1]) + 0.2
     values = (rng.normal(size=(20, 8)) * 4)[labels] + rng.normal(size=(6000, 8)) @ spread
     features = lct.Embedded(np.arange(6000), np.zeros(6000, np.uint8), labels, values.astype(np.float32))
-    mean, projection = lct.project_features(features)
+    mean, projection = lct.fit_projection(features)
     np.testing.assert_allclose(mean, values.mean(axis=0), atol=1e-5)
     inside = values - np.stack([values[labels == label].mean(axis=0) for label in labels])
     covariance = inside.T @ inside / len(inside)  # hardly shrunk: 6,000 crops

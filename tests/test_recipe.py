@@ -56,7 +56,7 @@ def paste(root: Path, has_mask: bool, seed: int, max_ratio: float) -> tuple[np.n
     mask[10:30, 15:45] = 255
     Image.fromarray(rng.integers(0, 100, (33, 77, 3), dtype=np.uint8)).save(root / "wall.png")
     paths = lct.PathTable(["wall.png"])
-    backgrounds = lct.Backgrounds(None, root, paths, "", share=1.0, max_ratio=max_ratio, max_side=1000)
+    backgrounds = lct.Backgrounds(None, root, paths, "", probability=1.0, max_ratio=max_ratio, max_side=1000)
     return crop, mask, backgrounds.insert(crop, mask if has_mask else None, np.random.default_rng(seed))
 
 
@@ -235,10 +235,10 @@ def test_mixup_is_the_weighted_mean_of_two_images() -> None:
     images = torch.randint(0, 256, (10, 3, 32, 48), dtype=torch.uint8)
     for batch in range(20):
         mixing = draw("mixup", batch, alpha=0.4)
-        exact = mixing.share * images.double() + (1 - mixing.share) * images[mixing.partners].double()
+        exact = mixing.lam * images.double() + (1 - mixing.lam) * images[mixing.partners].double()
         mixed = lct.mix_images(images, mixing)
         assert mixed.dtype == torch.uint8 and (mixed.double() - exact).abs().max() <= 0.5 + 1e-4
-        assert 0.5 <= mixing.share <= 1 and sorted(mixing.partners.tolist()) == list(range(10))
+        assert 0.5 <= mixing.lam <= 1 and sorted(mixing.partners.tolist()) == list(range(10))
 
 
 def test_lambda_of_cutmix_is_the_area_that_is_really_the_own_image() -> None:
@@ -249,11 +249,11 @@ def test_lambda_of_cutmix_is_the_area_that_is_really_the_own_image() -> None:
         mixed = lct.mix_images(own, mixing)
         for row in range(10):
             if mixing.partners[row] != row:
-                assert (mixed[row] == row).double().mean().item() == pytest.approx(mixing.share, abs=1e-12)
+                assert (mixed[row] == row).double().mean().item() == pytest.approx(mixing.lam, abs=1e-12)
                 assert ((mixed[row] == row) | (mixed[row] == mixing.partners[row])).all()
         top, bottom, left, right = mixing.box
         clipped += top == 0 or left == 0 or bottom == 32 or right == 48
-        shares.append(mixing.share)
+        shares.append(mixing.lam)
     assert min(shares) >= 0.49 and clipped > 50 and np.mean(shares) > 0.76, "0.75 before boxes are clipped"
 
 
@@ -262,7 +262,7 @@ def test_mixing_is_a_function_of_seed_epoch_and_batch_and_hits_its_share() -> No
     drawn = [draw("mixup", batch, p=0.3) for batch in range(1000)]
     assert 250 < sum(mixing is not None for mixing in drawn) < 350
     first, again, other = draw("mixup", 1), draw("mixup", 1), draw("mixup", 2)
-    assert torch.equal(first.partners, again.partners) and first.share == again.share != other.share
+    assert torch.equal(first.partners, again.partners) and first.lam == again.lam != other.lam
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.3])
@@ -273,7 +273,7 @@ def test_the_mixed_loss_is_that_of_the_two_hard_labels(margin: float) -> None:
     mixing, arcface = draw("mixup", 4), lct.ArcFace(lct.Config(emb_dim=8, arc_margin=margin), 5)
     others, shares = lct.partner_labels([labels[:10], labels[10:]], [mixing, None])
     assert torch.equal(others[:10], labels[:10][mixing.partners]) and torch.equal(others[10:], labels[10:])
-    assert (shares[:10] == mixing.share).all() and (shares[10:] == 1).all()
+    assert (shares[:10] == mixing.lam).all() and (shares[10:] == 1).all()
     batches = [labels[:10], labels[10:]]
     found, plain = lct.mixed_loss(arcface, embeddings, batches, [mixing, None])
     torch.testing.assert_close(plain, arcface.plain_logits(embeddings))

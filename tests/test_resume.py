@@ -67,8 +67,8 @@ def events_of(out_dir: Path) -> list[str]:
 
 DEATHS = {
     "while listing": kill("list_images", 1, TERM),
-    "scan, killed": kill("deep_colours", 20, KILL),
-    "scan, terminated": kill("deep_colours", 20, TERM),
+    "scan, killed": kill("read_deep_rgb", 20, KILL),
+    "scan, terminated": kill("read_deep_rgb", 20, TERM),
     "while the model is built": kill("build_backbone", 1, INT),
     "baseline": kill("measure_baseline", 1, TERM),
     "first checkpoint": kill("save_checkpoint", 1, KILL),
@@ -100,7 +100,7 @@ DEATHS = {
     "checkpoint: folder": kill("sync_folder", 12, TERM),
     "building prototypes": kill("build_gallery", 1, TERM),
     "writing prototypes": kill("save_gallery", 1, KILL),
-    "test": kill("score_gallery", 1, KILL),
+    "test": kill("compute_gallery_metrics", 1, KILL),
     "test, Ctrl-C": kill("score_classifier", 4, INT),
     "report": kill("start_report", 1, TERM),
     "report, written": kill("start_report", 1, KILL, when="after"),
@@ -236,18 +236,18 @@ def test_without_save_minutes_the_state_is_saved_when_an_epoch_ends(start: Any, 
 def test_an_interrupted_scan_keeps_what_it_has_learned(
     data: Path, start: Any, nursery: Nursery, tmp_path: Path
 ) -> None:
-    assert start(kill("deep_colours", 40, TERM))[0] == 143
+    assert start(kill("read_deep_rgb", 40, TERM))[0] == 143
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "memory.sqlite",
         "squares.u8",
         ".lock",
         ".lock_holder",
     }
-    assert start(kill("deep_colours", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, "fewer than 20 were left"
-    assert start(kill("deep_colours", 1, KILL))[0] == 0, "and none after that"
+    assert start(kill("read_deep_rgb", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, "fewer than 20 were left"
+    assert start(kill("read_deep_rgb", 1, KILL))[0] == 0, "and none after that"
     argv = ("scan", "--data_root", data, "--out_dir", tmp_path / "scan")
-    assert nursery.run(*argv, plans=[kill("deep_colours", 40, INT)])[0] == 130
-    assert nursery.run(*argv, plans=[kill("deep_colours", 20, KILL)])[0] == 0
+    assert nursery.run(*argv, plans=[kill("read_deep_rgb", 40, INT)])[0] == 130
+    assert nursery.run(*argv, plans=[kill("read_deep_rgb", 20, KILL)])[0] == 0
 
 
 def test_a_swallowed_interrupt_is_honoured_all_the_same(start: Any, tmp_path: Path) -> None:

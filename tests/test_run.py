@@ -483,7 +483,7 @@ def test_there_is_no_verdict_on_images_that_the_frozen_backbone_never_saw() -> N
 def test_an_image_of_two_views_is_one_image() -> None:
     records = SimpleNamespace(paths=["a.jpg", "b.jpg", "c.jpg"])
     rows, is_right = np.array([2, 0, 2, 0, 1]), np.array([True, False, False, False, True])
-    assert lct.share_right(records, rows, is_right) == {"a.jpg": 0.0, "b.jpg": 1.0, "c.jpg": 0.5}
+    assert lct.image_accuracy(records, rows, is_right) == {"a.jpg": 0.0, "b.jpg": 1.0, "c.jpg": 0.5}
 
 
 def test_training_on_real_crops_beats_matching_with_the_frozen_backbone(

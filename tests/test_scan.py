@@ -463,7 +463,9 @@ def test_copies_are_found_and_different_pictures_are_not(tmp_path):
 
 
 def same_components(num_items: int, pairs: np.ndarray, expected: np.ndarray) -> bool:
-    return np.array_equal(lct.connect(num_items, pairs), lct.connect(num_items, expected.reshape(-1, 2)))
+    return np.array_equal(
+        lct.find_components(num_items, pairs), lct.find_components(num_items, expected.reshape(-1, 2))
+    )
 
 
 def brute_force_pairs(hashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:

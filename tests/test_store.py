@@ -354,9 +354,9 @@ def test_after_an_interruption_the_squares_are_there_and_nothing_is_decoded(
         code, text = nursery.run(*argv, plans=[kill("train_step", nth)])
         assert code == -9 and (tmp_path / "run" / lct.SQUARES_NAME).stat().st_size == 36 * PLAIN + 11 * MASKED, text
     # Only preview and whatever is shown once is decoded: the masked test crops, which nobody has fitted.
-    code, text = nursery.run(*argv, plans=[kill("CropDataset.__getitem__", 1, 15), kill("deep_colours", 1)])
+    code, text = nursery.run(*argv, plans=[kill("CropDataset.__getitem__", 1, 15), kill("read_deep_rgb", 1)])
     assert code == 143, text
-    code, text = nursery.run(*argv, "--overwrite", plans=[kill("deep_colours", 1)])
+    code, text = nursery.run(*argv, "--overwrite", plans=[kill("read_deep_rgb", 1)])
     assert code == 0 and "the old run is moved" in text and not (tmp_path / "run" / lct.SQUARES_NAME).exists()
 
 

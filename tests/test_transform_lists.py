@@ -83,7 +83,7 @@ def test_the_order_is_pre_then_train_or_val_then_post() -> None:
     assert train(image, None, 0, False).shape == (48, 48, 3)
     assert train(image, None, 0, False)[0, 0].tolist() == [9, 9, 0], "the schedule gates what is between pre and post"
     built_in = lct.build_transform(48, True, None, {"pre_transforms": lists["pre_transforms"]})
-    assert built_in.looks is not None and built_in(image, None, 0).shape == (48, 48, 3)
+    assert built_in.colours is not None and built_in(image, None, 0).shape == (48, 48, 3)
 
 
 @pytest.mark.parametrize("name", ["shift_scale_rotate", "grid_distortion", "random_crop_from_borders", "randaugment"])

@@ -78,7 +78,7 @@ def list_augmentations(A: Any, gray: dict[str, int]) -> list[Any]:  # noqa: N803
         A.Affine(rotate=(-180, 180), p=0.2, **gray),
         A.Affine(scale=(0.85, 1.1), translate_percent=(-0.06, 0.06), p=0.25, **gray),
         A.Perspective(scale=(0.02, 0.08), p=0.12, **gray),
-        *lct.build_transform(224, augment=True).looks.transforms,
+        *lct.build_transform(224, augment=True).colours.transforms,
     ]
 
 

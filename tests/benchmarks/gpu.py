@@ -187,7 +187,7 @@ class Trainee:
         self.backbone, info = lct.build_backbone(self.config, lambda text: None)
         model = lct.build_recognizer(self.config, NUM_CLASSES, self.backbone, info).to(bench.device).train()
         self.runtime = lct.Runtime(bench.device, int(not bench.dry), torch.bfloat16)
-        self.backbone = self.backbone.computing_in(self.runtime.dtype)
+        self.backbone = self.backbone.with_dtype(self.runtime.dtype)
         self.state = lct.start_state(model, self.config, self.runtime)
 
     def step(self, batch: lct.Batch, network: nn.Module | None = None) -> torch.Tensor:

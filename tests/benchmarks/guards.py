@@ -96,9 +96,9 @@ GUARDS = {
         "tests/test_resume.py -k lack_a_tensor",
     ),
     "quarantine": (
-        "        set_aside(path, reason, run.log)\n    if point",
+        "        rename_damaged(path, reason, run.log)\n    if point",
         "        pass\n    if point",
-        "tests/test_resume.py -k set_aside",
+        "tests/test_resume.py -k rename_damaged",
     ),
     "stop when no checkpoint is sound": (
         "    if point is None and damaged:\n        lines",
@@ -156,13 +156,13 @@ GUARDS = {
         "tests/test_resume.py -k 'ends_as_if and between'",
     ),
     "best checkpoint after a rewind": (
-        "    return keep_best_of(job, state)\n",
+        "    return restore_best_checkpoint(job, state)\n",
         "    return state.best\n",
         "tests/test_run.py tests/test_resume.py -k 'older_checkpoint or damaged_best'",
     ),
     "dead terminal": (
-        "    except OSError:\n        with contextlib.suppress(OSError):  # else what",
-        "    except ZeroDivisionError:\n        with contextlib.suppress(OSError):  # else what",
+        "    except OSError:\n        with contextlib.suppress(OSError):  # else the text",
+        "    except ZeroDivisionError:\n        with contextlib.suppress(OSError):  # else the text",
         "tests/test_resume.py -k nobody_reads",
     ),
     "checkpoint_interrupt.pth": (

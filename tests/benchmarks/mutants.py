@@ -151,12 +151,12 @@ FAULTS = {
         "test_figures.py -k masks_stay",
     ),
     "a new class takes every stranger": Fault(
-        'thresholds[label - num_old] = at["threshold"]',
+        'thresholds[label - num_old] = measured["threshold"]',
         "thresholds[label - num_old] = 0.0",
         "test_figures.py -k enrolled_class",
     ),
     "singles ignore what groups fill": Fault(
-        "np.maximum(targets[label] - have[label], 0)", "targets[label]", "test_wiring.py -k single_images"
+        "np.maximum(targets[label] - assigned[label], 0)", "targets[label]", "test_wiring.py -k single_images"
     ),
     "the border of a moved mask is object": Fault(
         "borderValue=(PADDING_GRAY,) * 3 + (0,)",
