@@ -1,6 +1,6 @@
-"""Boxes and masks of objects in px of their upright image, and how an object is cut from it: training and recognition see the same.
+"""Boxes and masks in px of the upright image, and the cutting of objects that crop.py and prelabel.py share; a library.
 
-An object is a dict as COCO has it, or as the readers of labels.py give it. Raises BoxError for an object that cannot be used.
+An object is a dict in COCO's form, or as a reader of labels.py returns it. Raises BoxError for an object that cannot be used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_MASK_PIXELS = 200_000_000  # of an image that a file claims for a mask
+MAX_MASK_PIXELS = 200_000_000  # largest image, by the size that a label file claims, for which a mask is made
 
 
 class BoxError(ValueError):
@@ -19,7 +19,7 @@ class BoxError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return text on one line, with control characters and undecodable bytes shown as escapes."""
+    """Return text on one line, with escapes for control characters and undecodable bytes."""
     escaped = "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
     )
@@ -27,12 +27,12 @@ def printable(text: str) -> str:
 
 
 def plain_id(value: Any) -> Any:
-    """Return an id, which a table that was read with gaps in it has made a float, as the whole number that it is."""
+    """Return an id, as an int if it is a whole float: ids of a table with missing values are read as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """Return a detection as COCO has it: `bbox` x, y, width, height, and perhaps `segmentation`, in px of the upright image."""
+    """Return a detection in COCO's form: `bbox` x, y, width, height and any `segmentation`, in px of the upright image."""
     if "yolo" in detection:
         x, y, w, h = detection["yolo"]
         return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
@@ -43,18 +43,18 @@ def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, A
 
 
 def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iterable[dict[str, Any]]) -> str | None:
-    """Return a doubt about objects whose file claims another size of their image, None if there is none.
+    """Compare the image size that a label file claims with the real one; return a warning if the boxes may be wrong, else None.
 
-    A file may have the sides of the pixels as they are stored, before the EXIF rotation, and yet boxes on the upright image, as
-    Label Studio's COCO export does; or all of it before the rotation. In which of the two more of the boxes lie tells.
+    The file may have the size before the EXIF rotation but boxes on the upright image, as in Label Studio's COCO export, or size and
+    boxes from before the rotation. The orientation that holds more of the boxes decides.
 
     Args:
         size: width and height of the upright image.
-        claimed: those of the file, 0 where it claims none.
+        claimed: width and height in the file, 0 where it claims none.
         detections: the objects of the image, as `to_pixels` returns them.
 
     Raises:
-        BoxError: the boxes do not lie on this image.
+        BoxError: the size is of another image, or the boxes are from before the rotation.
     """
     if claimed == size or 0 in claimed:
         return None
@@ -67,24 +67,22 @@ def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iter
         with contextlib.suppress(BoxError):
             box = box or _find_bounds(detection.get("segmentation"), *size)
         if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
-            for side, (width, height) in enumerate((size, claimed)):
-                # Two px for what percents of the sides round away.
-                num_inside[side] += box[0] + box[2] <= width + 2 and box[1] + box[3] <= height + 2
+            for frame, (width, height) in enumerate((size, claimed)):
+                # 2 px of tolerance, for boxes that were rounded in percent of the sides.
+                num_inside[frame] += box[0] + box[2] <= width + 2 and box[1] + box[3] <= height + 2
     upright, stored = num_inside
     if stored > upright:
         raise BoxError(f"{reason}; the boxes are those of the pixels before the EXIF rotation")
-    return (
-        f"{reason}, before the EXIF rotation; its boxes are taken for those of the upright image"
-        if stored == upright
-        else None
-    )
+    if stored < upright:
+        return None
+    return f"{reason}, before the EXIF rotation; its boxes are taken for those of the upright image"
 
 
 def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the box x, y, width, height of a detection in px, clipped to the image; without one that of its mask.
+    """Return the box x, y, width, height of a detection in px, clipped to the image; without a box, the bounds of its mask.
 
     Raises:
-        BoxError: it has none, none of four numbers, one of no size, or one outside the image.
+        BoxError: neither box nor mask, or a box that is not four numbers, has no area or lies outside the image.
     """
     box = detection.get("bbox")
     segmentation = detection.get("segmentation")
@@ -105,11 +103,11 @@ def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float,
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e9 < value < 1e9  # no NaN, no infinity, no integer of a thousand digits
+    return type(value) in (int, float) and -1e9 < value < 1e9  # excludes NaN, infinity, huge integers
 
 
 def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
-    """Return the box x, y, width, height around a segmentation."""
+    """Return the bounding box x, y, width, height of a segmentation."""
     if isinstance(segmentation, list):
         points = np.concatenate(_read_polygons(segmentation))
         return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
@@ -122,17 +120,14 @@ def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
 
 
 def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
-    """Return the corners float64 (n, 2) of each polygon x, y, x, y, ... of a mask; one or two points cover nothing."""
+    """Return each polygon x, y, x, y, ... of a mask as float64 (n, 2), without those of one or two points, which cover nothing."""
     if not segmentation:
         raise BoxError("has neither a box nor a mask")
-    is_flat = all(map(_is_number, segmentation))  # one polygon, without the list around it
+    is_flat = all(map(_is_number, segmentation))  # one polygon, not in a list
     polygons = []
     for numbers in [segmentation] if is_flat else segmentation:
-        if (
-            not isinstance(numbers, list)
-            or not all(map(_is_number, numbers))
-            or (len(numbers) % 2 and len(numbers) > 5)
-        ):
+        are_numbers = isinstance(numbers, list) and all(map(_is_number, numbers))
+        if not are_numbers or (len(numbers) % 2 and len(numbers) > 5):
             raise BoxError("has a polygon that is not pairs of numbers")
         if len(numbers) > 5:
             polygons.append(np.array(numbers, dtype=np.float64).reshape(-1, 2))
@@ -142,9 +137,9 @@ def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
 
 
 def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom in whole px of a box (x, y, width, height) grown by a share of its sides, inside the image.
+    """Grow a box x, y, width, height by `padding` of its sides and return left, top, right, bottom in whole px inside the image.
 
-    Rounded, not grown to whole pixels: the six digits of a YOLO file put an edge at 99.998 that was at 100.
+    Edges are rounded to the nearest pixel, not outwards: with the six digits of a YOLO file an edge at 100 becomes 99.998.
     """
     x, y, w, h = box
     left = min(max(0, round(x - padding * w)), width - 1)
@@ -155,27 +150,26 @@ def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tu
 
 
 def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
-    """Return a part of the mask of a COCO segmentation: polygons, or run lengths, compressed or not.
+    """Decode a window of a COCO segmentation: polygons, or run lengths, compressed or not.
 
     Args:
-        segmentation: as it was in the file.
+        segmentation: as in the file.
         size: width and height of the image.
-        window: left, top, right, bottom of the part.
+        window: left, top, right, bottom.
 
     Returns:
         bool (bottom - top, right - left).
 
     Raises:
-        BoxError: it is none of these, or of another size.
+        BoxError: not such a segmentation, or one for another image size.
     """
     width, height = size
     left, top, right, bottom = window
     if isinstance(segmentation, dict):
-        claimed = segmentation.get("size")
-        counts = segmentation.get("counts")
-        if claimed != [height, width]:
-            claimed = printable(str(claimed))[:40]
+        if segmentation.get("size") != [height, width]:
+            claimed = printable(str(segmentation.get("size")))[:40]
             raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
+        counts = segmentation.get("counts")
         counts = unpack_rle(counts) if isinstance(counts, str) else counts
         return decode_rle(counts, width, height)[top:bottom, left:right]
     if not isinstance(segmentation, list):
@@ -187,11 +181,12 @@ def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[in
 
 
 def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return which pixels have their centre inside a polygon of corners (n, 2), bool (H, W); pixel 0 reaches from 0 to 1.
+    """Return the pixels whose centre lies inside a polygon of corners (n, 2), bool (H, W); pixel 0 spans 0 to 1.
 
-    Pillow and OpenCV draw the outline too, which makes every mask half a pixel larger all around.
+    Pillow and OpenCV also draw the outline, which enlarges every mask by half a pixel on each side.
     """
-    crossings = np.zeros((height, width + 1), dtype=np.uint8)  # an edge crosses the row left of this pixel's centre
+    # Number, mod 2, of edges that cross the row between the centres of the previous pixel and this one.
+    crossings = np.zeros((height, width + 1), dtype=np.uint8)
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
         low, high = np.clip(np.ceil(np.sort([y0, y1]) - 0.5), 0, height).astype(int)
         if low < high:
@@ -202,13 +197,13 @@ def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def unpack_rle(text: str) -> list[int]:
-    """Return the run lengths of COCO's compressed string: 5 bits a character, low first, each from the third on a difference.
+    """Decode COCO's compressed run lengths: 5 bits per character, low bits first; the fourth and later are relative to two before.
 
-    Source: rleFrString of pycocotools, common/maskApi.c. It is not called here: where run lengths add up to less than the
-    image, its `decode` returns whatever lay in memory as the rest of the mask.
+    Source: rleFrString in common/maskApi.c of pycocotools. pycocotools is not called because its `decode` returns uninitialised
+    memory as the rest of a mask whose run lengths add up to less than the image.
 
     Raises:
-        BoxError: a number of more than 60 bits.
+        BoxError: a number has more than 60 bits.
     """
     counts: list[int] = []
     value = 0
@@ -228,10 +223,10 @@ def unpack_rle(text: str) -> list[int]:
 
 
 def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
-    """Return the mask bool (H, W) of run lengths down the columns, which start with background.
+    """Return the mask bool (H, W) of run lengths that go down the columns and start with background.
 
     Raises:
-        BoxError: they are not whole numbers that add up to the image.
+        BoxError: the run lengths are not whole numbers, or do not add up to the image.
     """
     size = width * height
     counts = [plain_id(count) for count in counts] if isinstance(counts, list) else None
@@ -244,43 +239,43 @@ def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
 
 
 def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -> dict[str, Any]:
-    """Return a mask bool (h, w) that lies at left, top of an image as COCO's run lengths of the whole image.
+    """Return the mask bool (h, w) of a window at left, top as COCO's uncompressed run lengths of the whole image.
 
     Raises:
-        BoxError: the image is said to be larger than any.
+        BoxError: the claimed size exceeds MAX_MASK_PIXELS.
     """
     if width * height > MAX_MASK_PIXELS:
         raise BoxError(f"has a mask of an image of {width} x {height} px")
     columns = np.zeros((width, height), dtype=bool)
     columns[left : left + mask.shape[1], top : top + mask.shape[0]] = mask.T
-    borders = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
-    return {"size": [height, width], "counts": np.diff(borders, prepend=0, append=columns.size).tolist()}
+    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
+    return {"size": [height, width], "counts": np.diff(changes, prepend=0, append=columns.size).tolist()}
 
 
 class Cutting(NamedTuple):
-    """An object as it was cut from its image."""
+    """An object, cut from its image."""
 
     box: tuple[float, ...]  # x, y, width, height in px, clipped, not padded
     pixels: np.ndarray  # uint8 (h, w, 3), a view of the image
     mask: np.ndarray | None  # bool (h, w)
-    problem: str  # why the object's mask cannot be used, or ''
+    problem: str  # why its mask cannot be used, or ''
 
 
 def cut_object(image: np.ndarray, detection: dict[str, Any], padding: float, with_mask: bool) -> Cutting:
-    """Cut an object from its image: training and recognition see the same pixels, as both cut here.
+    """Cut an object from its image; training and recognition both cut here, so that they see the same pixels.
 
     Args:
         image: uint8 (H, W, 3), upright.
-        detection: as a reader gave it.
-        padding: share of the box's sides added on each side.
-        with_mask: the mask is wanted, where it has one.
+        detection: as a reader returns it.
+        padding: fraction of the box's sides added on each side.
+        with_mask: return its mask too, if it has one.
 
     Raises:
         BoxError: there is nothing to cut; the text is the reason.
     """
     height, width = image.shape[:2]
     detection = to_pixels(detection, width, height)
-    # Four digits are what labels are written with: a box that has been written and read again is cut in the same place.
+    # Rounded to the four digits of written labels, so that a box is cut in the same place after it is written and read again.
     box = tuple(round(value, 4) for value in find_box(detection, width, height))
     window = pad_box(box, padding, width, height)
     mask = None
