@@ -45,8 +45,8 @@ def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, A
 def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iterable[dict[str, Any]]) -> str | None:
     """Compare the image size that a label file claims with the real one; return a warning if the boxes may be wrong, else None.
 
-    The file may have the size before the EXIF rotation but boxes on the upright image, as in Label Studio's COCO export, or size and
-    boxes from before the rotation. The orientation that holds more of the boxes decides.
+    The file may give the size before the EXIF rotation but boxes on the upright image, as Label Studio's COCO export does, or both
+    from before the rotation. The orientation that holds more of the boxes decides.
 
     Args:
         size: width and height of the upright image.

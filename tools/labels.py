@@ -34,9 +34,9 @@ from label_objects import (
     decode_text,
     list_images,
     make_annotation,
+    make_read_error,
     match_images,
     read_file,
-    refuse_file,
 )
 from label_yolo import find_uploads, read_yolo
 
@@ -99,7 +99,7 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             raise ValueError("the file is empty")
         content = json.loads(data, object_hook=_shrink)
     except (OSError, ValueError, RecursionError) as error:
-        raise refuse_file(path, error, "JSON") from error
+        raise make_read_error(path, error, "JSON") from error
     tasks = content if isinstance(content, list) else [content]  # Label Studio's storages get a file a task
     if tasks and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
         return _read_labelstudio(path, tasks, image_paths)
@@ -265,7 +265,7 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
                     rows.add_object(index, shape.get("label", ""), _read_cvat_shape, shape, sides)
             element.clear()
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise refuse_file(path, error, "XML") from error
+        raise make_read_error(path, error, "XML") from error
     if not rows.images:
         raise LabelError("has no images: it is not of CVAT for images 1.1", str(path), READ_REMEDY)
     return rows.match(path, image_paths)
@@ -327,7 +327,7 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         for line in lines:
             images.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
-        raise refuse_file(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
+        raise make_read_error(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
     for name, lines_of_image in images.items():
         rows.add_image(name)
         for number, line in lines_of_image:
