@@ -81,8 +81,7 @@ def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iter
 def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
     """Return the box x, y, width, height of a detection in px, clipped to the image; without a box, the bounds of its mask.
 
-    Raises:
-        BoxError: neither box nor mask, or a box that is not four numbers, has no area or lies outside the image.
+    Raises BoxError if it has neither, or its box is not four numbers, has no area or lies outside the image.
     """
     box = detection.get("bbox")
     segmentation = detection.get("segmentation")
@@ -200,10 +199,7 @@ def unpack_rle(text: str) -> list[int]:
     """Decode COCO's compressed run lengths: 5 bits per character, low bits first; the fourth and later are relative to two before.
 
     Source: rleFrString in common/maskApi.c of pycocotools. pycocotools is not called because its `decode` returns uninitialised
-    memory as the rest of a mask whose run lengths add up to less than the image.
-
-    Raises:
-        BoxError: a number has more than 60 bits.
+    memory as the rest of a mask whose run lengths add up to less than the image. Raises BoxError if a number has more than 60 bits.
     """
     counts: list[int] = []
     value = 0
@@ -225,8 +221,7 @@ def unpack_rle(text: str) -> list[int]:
 def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
     """Return the mask bool (H, W) of run lengths that go down the columns and start with background.
 
-    Raises:
-        BoxError: the run lengths are not whole numbers, or do not add up to the image.
+    Raises BoxError if they are not whole numbers that add up to the image.
     """
     size = width * height
     counts = [plain_id(count) for count in counts] if isinstance(counts, list) else None
@@ -239,10 +234,9 @@ def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
 
 
 def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -> dict[str, Any]:
-    """Return the mask bool (h, w) of a window at left, top as COCO's uncompressed run lengths of the whole image.
+    """Return a mask bool (h, w) at left, top of an image as COCO's uncompressed run lengths of the whole image.
 
-    Raises:
-        BoxError: the claimed size exceeds MAX_MASK_PIXELS.
+    Raises BoxError if width x height, which a file claims, exceeds MAX_MASK_PIXELS.
     """
     if width * height > MAX_MASK_PIXELS:
         raise BoxError(f"has a mask of an image of {width} x {height} px")

@@ -70,11 +70,7 @@ def category_key(category: Any) -> str:
 
 
 def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
-    """Return the name of an object's class.
-
-    Raises:
-        BoxError: the object has no class, or one without a name.
-    """
+    """Return the name of an object's class. Raises BoxError if it has no class, or one without a name."""
     if category in (None, ""):
         raise BoxError("has no class")
     name = category if class_names is None else class_names.get(category_key(category))
@@ -91,12 +87,7 @@ def list_images(image_paths: Sequence[str]) -> FoundObjects:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: not a regular file, or larger than MAX_FILE_BYTES.
-    """
+    """Return the bytes of a file. Raises OSError, or ValueError if it is no regular file or larger than MAX_FILE_BYTES."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # O_NONBLOCK: a FIFO would wait for a writer
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -243,7 +234,7 @@ def _check_images(path: Path, images: list[Any]) -> list[dict[str, Any]]:
 def _match_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[int | str]:
     """Yield for each name in a label file the index of its image, or the reason why it has none.
 
-    A name that is not an image path may be a Windows path, or a path on another machine or a server; the folder under which the most
+    A name that is not an image path may be a Windows path, or a path on another machine or server; the folder under which the most
     names are images is then taken for its root. With images a.jpg and X/a.jpg, the name /X/a.jpg alone may be either.
     """
     # Compared in composed form (NFC), because macOS lists decomposed names.
