@@ -1,7 +1,7 @@
-"""Label formats of detectors and annotation tools, read: COCO, YOLO, CVAT, Label Studio, LabelMe, VIA, CSV. No program.
+"""Readers of label formats: COCO, YOLO, CVAT, Label Studio, LabelMe, VIA, CSV; a library.
 
-Readers turn a file or folder into `FoundObjects`, whose boxes and masks geometry.py brings into px of the upright image. A new
-format is a function, entered in READERS. Raises LabelError for a file that cannot be used as a whole, BoxError for a single object.
+A reader turns a file or folder into `FoundObjects`; geometry.py converts their boxes and masks to px of the upright image. To add a
+format, write a function and enter it in READERS. Raises LabelError for a file that cannot be used, BoxError for a single object.
 """
 
 from __future__ import annotations
@@ -41,66 +41,58 @@ from label_objects import (
 from label_yolo import find_uploads, read_yolo
 
 LABELSTUDIO_SHAPES = ("rectangle", "polygon", "ellipse", "brush")
-VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # what its attribute may be called
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet computes, or what was that before it was quoted
+VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # attributes that may hold the class
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # a cell that a spreadsheet computes, quoted or not
 
 
 def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects that a file or folder names in some images; none of these is opened.
+    """Read the objects of images from a label file or folder, without opening the images.
 
     Args:
-        source: what is to be read; None = each image is one object.
-        image_paths: relative to the folder that the file names start from, with '/'.
+        source: file or folder; None = each image is one object.
+        image_paths: relative to the folder that names in the file start from, with '/'.
 
     Raises:
-        LabelError: it cannot be read, is not of its format, or names none of the images.
+        LabelError: `source` cannot be read, is not in its format, or names none of the images.
     """
     if source is not None and source.is_file() and source.suffix.lower() == ".txt":
         raise LabelError("is one file of a folder of YOLO", str(source), f"give the folder, {source.parent}")
     if source is None:
-        found = list_images(image_paths)
-        found.objects = [(number, '{"yolo":[0.5,0.5,1,1]}') for number in found.images]
-        return found
+        detections = list_images(image_paths)
+        detections.objects = [(index, '{"yolo":[0.5,0.5,1,1]}') for index in detections.images]
+        return detections
     kind = "folder" if source.is_dir() else source.suffix.lower()
     return READERS.get(kind, read_json)(source, image_paths)
 
 
 def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects that a file or folder names in some images, and what their classes are called.
-
-    Raises:
-        LabelError: as `read_objects`, or its classes have no names.
-    """
-    found = read_objects(source, image_paths)
-    if found.class_names == {} and found.objects:
+    """Read objects as `read_objects` does, and raise LabelError also if their classes have no names."""
+    detections = read_objects(source, image_paths)
+    if detections.class_names == {} and detections.objects:
         place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
         raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
-    return found
+    return detections
 
 
-def _shrink(item: dict[str, Any]) -> Any:
-    """Make an annotation a string as soon as it is parsed: a polygon takes forty times as much memory as lists of floats.
+def _compact_annotation(item: dict[str, Any]) -> Any:
+    """Turn an annotation into JSON text as soon as it is parsed: as lists of floats, polygons take forty times the memory.
 
-    An image, or the data of a task, may have a key image_id too; an annotation with a file_name waits until its list is read.
+    An image or the data of a task may have a key image_id too, so an annotation with a file_name stays a dict until `match_images`.
     """
     is_annotation = "image_id" in item and not item.keys().isdisjoint(("bbox", "segmentation", "category_id"))
     return make_annotation(item) if is_annotation and "file_name" not in item else item
 
 
 def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a file of COCO, Label Studio, LabelMe or VIA.
-
-    Raises:
-        LabelError: not JSON, of none of these, or of other images.
-    """
+    """Read a file of COCO, Label Studio, LabelMe or VIA. Raises LabelError if it is none of these, or names none of the images."""
     try:
         data = read_file(path)
         if not data:
             raise ValueError("the file is empty")
-        content = json.loads(data, object_hook=_shrink)
+        content = json.loads(data, object_hook=_compact_annotation)
     except (OSError, ValueError, RecursionError) as error:
         raise make_read_error(path, error, "JSON") from error
-    tasks = content if isinstance(content, list) else [content]  # Label Studio's storages get a file a task
+    tasks = content if isinstance(content, list) else [content]  # a Label Studio storage has one file per task
     if tasks and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
         return _read_labelstudio(path, tasks, image_paths)
     if isinstance(content, dict) and isinstance(content.get("shapes"), list):
@@ -108,27 +100,26 @@ def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     if (photos := _list_via_photos(path, content)) is not None:
         return _read_via(path, photos, image_paths)
     if isinstance(content, list):
-        raise _refuse_list(path, content)
+        raise _make_list_error(path, content)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
-    found = match_images(path, content["images"], content["annotations"], image_paths)
+    detections = match_images(path, content["images"], content["annotations"], image_paths)
     categories = content.get("categories")
-    named = [item for item in (categories if isinstance(categories, list) else ()) if isinstance(item, dict)]
-    found.class_names = {}
-    for item in named:
-        if {"id", "name"} <= item.keys():
+    detections.class_names = {}
+    for item in categories if isinstance(categories, list) else ():
+        if isinstance(item, dict) and {"id", "name"} <= item.keys():
             key = category_key(item["id"])
-            if found.class_names.setdefault(key, item["name"]) != item["name"]:
-                found.class_names[key] = None
-                found.notes.append(
+            if detections.class_names.setdefault(key, item["name"]) != item["name"]:
+                detections.class_names[key] = None
+                detections.notes.append(
                     f"several categories have the id {printable(key)[:40]}: what its objects are is not certain"
                 )
-    return found
+    return detections
 
 
-def _refuse_list(path: Path, content: list[Any]) -> LabelError:
-    """Return what to tell of a JSON list that is none of tasks of Label Studio."""
+def _make_list_error(path: Path, content: list[Any]) -> LabelError:
+    """Return the error for a JSON list that does not hold tasks of Label Studio."""
     first = content[0] if content else None
     if not isinstance(first, dict) or "image_id" in first:
         reason = "is a list of results, which does not say which images they are of"
@@ -141,21 +132,22 @@ def _refuse_list(path: Path, content: list[Any]) -> LabelError:
 
 
 def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
-    """Return the regions of tasks: of the last annotation that was not cancelled, else of the last prediction."""
+    """Read the regions of each task's last annotation that was not cancelled, else of its last prediction."""
     rows = Rows()
     for task in tasks:
         urls = [value for value in task["data"].values() if isinstance(value, str)]
         url = next((value for value in urls if "/" in value), urls[0] if urls else "")
         path_of_url, _, query = url.partition("?")
-        local = parse_qs(query).get("d")  # /data/local-files/?d=PATH
-        # Absolute: it starts from the document root, or from a server, and the end of it is what counts.
-        rows.add_image("/" + (local[0] if local else unquote(path_of_url)).lstrip("/"))
-        lists = [value if isinstance(value, list) else [] for value in map(task.get, ("annotations", "predictions"))]
-        drafts = [draft for drafts in reversed(lists) for draft in drafts if isinstance(draft, dict)]
-        chosen = [draft for draft in drafts if not draft.get("was_cancelled")]
-        regions = chosen[-1].get("result") if chosen else None
+        local_paths = parse_qs(query).get("d")  # /data/local-files/?d=PATH
+        # With a leading '/', since it starts from the document root or a server: it is matched by its end.
+        rows.add_image("/" + (local_paths[0] if local_paths else unquote(path_of_url)).lstrip("/"))
+        # Predictions first, so that the last result is an annotation if there is one.
+        groups = [value for value in map(task.get, ("predictions", "annotations")) if isinstance(value, list)]
+        results = [result for group in groups for result in group if isinstance(result, dict)]
+        valid = [result for result in results if not result.get("was_cancelled")]
+        regions = valid[-1].get("result") if valid else None
         regions = [region for region in regions if isinstance(region, dict)] if isinstance(regions, list) else []
-        # A shape may have its class in a region of its own, of the same id and place.
+        # A shape may have its class in a second region with the same id and place.
         labelled = {str(region.get("id")) for region in regions if str(region.get("type")).endswith("labels")}
         for region in regions:
             kind = str(region.get("type"))
@@ -169,36 +161,33 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
 
 
 def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
-    """Return the mask bool (height, width) of bytes as Label Studio packs what a brush has painted.
+    """Decode the bytes of a Label Studio brush mask to bool (H, W).
 
-    A stream of bits: how many numbers there are (32), how long one is (5, less 1), four lengths of counts (4 each, less 1); then
-    groups of a bit that says whether one number is repeated, which of the lengths the count has (2), the count, less 1, and the
-    number or numbers. The numbers are red, green, blue and opacity of each pixel.
-
-    Raises:
-        BoxError: the stream is of another size, or cut off.
+    The bit stream: number of values (32 bits), bits per value less 1 (5), four bit lengths of counts, each less 1 (4 each); then
+    runs: a bit that is set if one value is repeated, which of the lengths the count has (2), the count less 1, the value or values.
+    The values are red, green, blue and opacity of each pixel. Raises BoxError if the stream has another size, or is cut off.
     """
     position = 0
 
-    def take(length: int, count: int = 1) -> np.ndarray:
+    def take(num_bits: int, count: int = 1) -> np.ndarray:
         nonlocal position
-        words = bits[position : position + length * count].reshape(count, length)  # fails where they are cut off
-        position += length * count
-        return words @ (1 << np.arange(length)[::-1])
+        groups = bits[position : position + num_bits * count].reshape(count, num_bits)  # ValueError if cut off
+        position += num_bits * count
+        return groups @ (1 << np.arange(num_bits)[::-1])
 
     try:
         bits = np.unpackbits(np.array(data, dtype=np.uint8))
         num_values = int(take(32)[0])
         if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
             raise BoxError("has a brush mask of another size than its image")
-        length = int(take(5)[0]) + 1
-        count_lengths = (take(4, 4) + 1).tolist()
-        values = np.empty(num_values, np.min_scalar_type(2**length - 1))
+        num_bits = int(take(5)[0]) + 1
+        count_bits = (take(4, 4) + 1).tolist()
+        values = np.empty(num_values, np.min_scalar_type(2**num_bits - 1))
         done = 0
         while done < num_values:
             is_repeated = take(1)[0]
-            count = int(take(count_lengths[take(2)[0]])[0]) + 1
-            values[done : done + count] = take(length) if is_repeated else take(length, count)
+            count = int(take(count_bits[take(2)[0]])[0]) + 1
+            values[done : done + count] = take(num_bits) if is_repeated else take(num_bits, count)
             done += count
     except BoxError:
         raise
@@ -208,7 +197,7 @@ def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
 
 
 def _read_region(region: dict[str, Any]) -> dict[str, Any]:
-    """Return a region, which has percent of the image's sides and turns about its first corner, in shares of them."""
+    """Return the shape of a region in fractions of the image's sides; a region has percent, and rotates about its first corner."""
     value = region["value"]
     names = value.get(region["type"])
     if isinstance(names, list) and len(names) > 1:
@@ -222,37 +211,35 @@ def _read_region(region: dict[str, Any]) -> dict[str, Any]:
         return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
     if "radiusX" in value:
         sides = [float(region[key]) for key in ("original_width", "original_height")] * 2
-        numbers = [
+        ellipse = [
             float(value[key]) / 100 * side for key, side in zip(("x", "y", "radiusX", "radiusY"), sides, strict=True)
         ]
-        return _ellipse_box(*numbers, float(value.get("rotation") or 0))
+        return _bound_ellipse(*ellipse, float(value.get("rotation") or 0))
     if not {"x", "y", "width", "height"} <= value.keys():
         raise BoxError("is neither a rectangle, a polygon nor an ellipse")
     x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
     if degrees := float(value.get("rotation") or 0):
         sides = [float(region[key]) for key in ("original_width", "original_height")]
-        corners = turn_box([x * sides[0], y * sides[1], w * sides[0], h * sides[1]], degrees, (0.0, 0.0))
+        corners = rotate_box([x * sides[0], y * sides[1], w * sides[0], h * sides[1]], degrees, (0.0, 0.0))
         return {"yolo_polygon": [number / side for number, side in zip(corners, sides * 4, strict=True)]}
     return {"yolo": [x + w / 2, y + h / 2, w, h]}
 
 
-def turn_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
-    """Return the corners x1, y1 ... y4 in px of a box x, y, w, h, turned clockwise about a point of it, in shares of its sides."""
+def rotate_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Rotate a box x, y, w, h clockwise about `pivot`, in fractions of its sides; return the corners x1, y1 ... y4 in px."""
     x, y, width, height = bbox
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
     corners = []
     for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
-        right, below = (along - pivot[0]) * width, (down - pivot[1]) * height
+        right = (along - pivot[0]) * width
+        below = (down - pivot[1]) * height
         corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
     return corners
 
 
 def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the boxes and polygons of a file of CVAT for images 1.1.
-
-    Raises:
-        LabelError: not XML, without images, or of other images.
-    """
+    """Read the shapes of a file of CVAT for images 1.1. Raises LabelError if it is not XML, or names none of the images."""
     rows = Rows()
     try:
         for _, element in ElementTree.iterparse(io.BytesIO(read_file(path))):
@@ -261,7 +248,7 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             sides = {key: int(element.get(key, "0")) for key in ("width", "height")}
             rows.add_image(element.get("name"), **sides)
             for index, shape in enumerate(element, 1):
-                if shape.tag != "tag":  # of the image as a whole
+                if shape.tag != "tag":  # a tag is of the whole image
                     rows.add_object(index, shape.get("label", ""), _read_cvat_shape, shape, sides)
             element.clear()
     except (OSError, ValueError, ElementTree.ParseError) as error:
@@ -277,25 +264,25 @@ def _read_cvat_shape(shape: ElementTree.Element, sides: dict[str, int]) -> dict[
     if shape.tag == "mask":
         return {"segmentation": _read_cvat_mask(shape, sides)}
     if shape.tag == "ellipse":
-        return _ellipse_box(*(float(shape.get(key, "0")) for key in ("cx", "cy", "rx", "ry", "rotation")))
+        return _bound_ellipse(*(float(shape.get(key, "0")) for key in ("cx", "cy", "rx", "ry", "rotation")))
     if shape.tag != "box":
-        raise _refuse_shape(shape.tag)
+        raise _make_shape_error(shape.tag)
     left, top, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
     bbox = [left, top, right - left, bottom - top]
     if degrees := float(shape.get("rotation", "0")):
-        return {"segmentation": [turn_box(bbox, degrees, (0.5, 0.5))]}
+        return {"segmentation": [rotate_box(bbox, degrees, (0.5, 0.5))]}
     return {"bbox": bbox}
 
 
 def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[str, Any]:
-    """Return a mask that CVAT has as run lengths along the rows of its box, starting with background."""
+    """Decode a mask from run lengths along the rows of its box that start with background."""
     left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
     _check_mask(left, top, width, height, sides)
-    mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # rows for columns
+    mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # by rows, so transposed
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
-def _refuse_shape(kind: str, num_points: int = 0) -> BoxError:
+def _make_shape_error(kind: str, num_points: int = 0) -> BoxError:
     points = f" of {num_points} points" if num_points else ""
     return BoxError(f"has the shape {printable(kind)[:40]}{points}, neither a box nor a polygon")
 
@@ -307,16 +294,12 @@ def _check_mask(left: int, top: int, width: int, height: int, sides: dict[str, i
 
 
 def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a table with the columns image, x, y, width, height, class, in px.
-
-    Raises:
-        LabelError: a column is missing, or it is of other images.
-    """
+    """Read a table with CSV_COLUMNS, boxes in px. Raises LabelError if a column is missing, or if it names none of the images."""
     rows = Rows()
-    images: dict[str, list[tuple[int, dict[str, str]]]] = {}
+    lines_by_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     try:
         text = decode_text(read_file(path))
-        # Excel separates by what its country does, and writes decimals with a comma where that is not ",".
+        # The separator of Excel depends on the locale; where it is not ",", decimals may have a comma.
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
@@ -325,18 +308,18 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
             is_labelstudio = "annotation_id" in lines.fieldnames
             raise ValueError("it is Label Studio's CSV" if is_labelstudio else f"it has no column {missing[0]}")
         for line in lines:
-            images.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
+            lines_by_image.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
         raise make_read_error(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
-    for name, lines_of_image in images.items():
+    for name, image_lines in lines_by_image.items():
         rows.add_image(name)
-        for number, line in lines_of_image:
+        for number, line in image_lines:
             rows.add_object(f"line {number}", unquote_formula(line["class"] or ""), _read_csv_box, line)
     return rows.match(path, image_paths)
 
 
 def unquote_formula(text: str) -> str:
-    """Return what stood in a cell before `quote_formula`, of label_writers.py, quoted it."""
+    """Return the text of a cell before `_quote_formula` of label_writers.py quoted it."""
     return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
 
 
@@ -345,14 +328,14 @@ def _read_csv_box(line: dict[str, str]) -> dict[str, Any]:
 
 
 def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a folder: of YOLO if it holds a .txt of an image's name, else of LabelMe if it holds any .json."""
-    stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
-    names = {path.stem for path in folder.rglob("*.txt")}
-    if not stems.isdisjoint(names | find_uploads(folder, image_paths).keys()):
+    """Read a folder: as YOLO if a .txt in it is named like an image, else as LabelMe if it holds any .json, else as YOLO."""
+    image_stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
+    label_stems = {path.stem for path in folder.rglob("*.txt")}
+    if not image_stems.isdisjoint(label_stems | find_uploads(folder, image_paths).keys()):
         return read_yolo(folder, image_paths)
-    passed_over = {"notes.json"} if names else set()  # which Label Studio adds to its labels of YOLO
+    ignored = {"notes.json"} if label_stems else set()  # part of Label Studio's YOLO export
     paths = sorted(
-        path for path in folder.rglob("*.json") if not path.name.startswith(".") and path.name not in passed_over
+        path for path in folder.rglob("*.json") if not path.name.startswith(".") and path.name not in ignored
     )
     if len(paths) == 1:
         return read_json(paths[0], image_paths)
@@ -360,41 +343,41 @@ def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
 
 
 def _read_labelme_folder(folder: Path, paths: Sequence[Path], image_paths: Sequence[str]) -> FoundObjects:
-    foreign: list[Problem] = []
+    problems: list[Problem] = []
 
     def read_files() -> Iterator[tuple[str, dict[str, Any]]]:
-        for path in paths:  # one at a time: each holds its photo too
+        for path in paths:  # one at a time, as each embeds its photo
             name = path.relative_to(folder).as_posix()
             try:
                 content = json.loads(read_file(path))
                 if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                     raise ValueError("it has no list shapes")
             except (OSError, ValueError, RecursionError) as error:
-                foreign.append(Problem(name, None, f"is no file of LabelMe: {error}"[:200]))
+                problems.append(Problem(name, None, f"is no file of LabelMe: {error}"[:200]))
                 continue
             yield name, content
 
-    found = _read_labelme(folder, read_files(), image_paths)
-    found.problems += foreign
-    return found
+    detections = _read_labelme(folder, read_files(), image_paths)
+    detections.problems += problems
+    return detections
 
 
 def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image_paths: Sequence[str]) -> FoundObjects:
-    """Return the shapes of files of LabelMe, each a path and its content."""
+    """Read the shapes of LabelMe files, given as pairs of path and content."""
     rows = Rows()
-    known = {unicodedata.normalize("NFC", name) for name in image_paths}
-    by_stem = {name.rpartition(".")[0]: name for name in known}
-    num_named = Counter(name.rpartition("/")[2] for name in known)
-    by_name = {name.rpartition("/")[2]: name for name in known if num_named[name.rpartition("/")[2]] == 1}
+    image_names = {unicodedata.normalize("NFC", name) for name in image_paths}
+    by_stem = {name.rpartition(".")[0]: name for name in image_names}
+    num_equal = Counter(name.rpartition("/")[2] for name in image_names)
+    by_name = {name.rpartition("/")[2]: name for name in image_names if num_equal[name.rpartition("/")[2]] == 1}
     for name, content in files:
         folder = name.rpartition("/")[0]
-        said = unicodedata.normalize("NFC", str(content.get("imagePath") or "").replace("\\", "/"))
-        short = said.rpartition("/")[2]
-        # Where it says, beside it, of its own name, or anywhere else if there is but one of that name.
-        places = [os.path.normpath(os.path.join(folder, word)) for word in (said, short)]  # noqa: PTH118
-        places += [by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0])), by_name.get(short)]
+        stated = unicodedata.normalize("NFC", str(content.get("imagePath") or "").replace("\\", "/"))
+        base_name = stated.rpartition("/")[2]
+        # The stated path, the stated name beside the file, the name of the file, or the stated name anywhere if it is unique.
+        candidates = [os.path.normpath(os.path.join(folder, spelling)) for spelling in (stated, base_name)]  # noqa: PTH118
+        candidates += [by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0])), by_name.get(base_name)]
         sides = {key: content.get(f"image{key.title()}") for key in ("width", "height")}
-        photo = next((place for place in places if place in known), places[0])
+        photo = next((candidate for candidate in candidates if candidate in image_names), candidates[0])
         rows.add_image(photo, **{key: side for key, side in sides.items() if isinstance(side, int)})
         for index, shape in enumerate(content["shapes"], 1):
             shape = shape if isinstance(shape, dict) else {}
@@ -407,51 +390,47 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
 def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[str, Any]:
     kind = shape.get("shape_type") or "polygon"
     points = [[float(number) for number in point] for point in shape["points"]]
-    if kind in ("polygon", "rotation", "oriented_rectangle"):  # the second of X-AnyLabeling
+    if kind in ("polygon", "rotation", "oriented_rectangle"):  # "rotation" is X-AnyLabeling's
         return {"segmentation": [[number for point in points for number in point]]}
-    if kind == "rectangle" and len(points) == 4:  # of X-AnyLabeling
-        points = [
-            [min(values) for values in zip(*points, strict=True)],
-            [max(values) for values in zip(*points, strict=True)],
-        ]
+    if kind == "rectangle" and len(points) == 4:  # as X-AnyLabeling writes it
+        points = [[extreme(values) for values in zip(*points, strict=True)] for extreme in (min, max)]
     if kind not in ("rectangle", "circle", "mask") or len(points) != 2:
-        raise _refuse_shape(str(kind), len(points))
+        raise _make_shape_error(str(kind), len(points))
     (x0, y0), (x1, y1) = points
-    if kind == "circle":  # its centre, and a point on it
+    if kind == "circle":  # given by its centre and a point on it
         radius = math.dist(points[0], points[1])
-        return _ellipse_box(x0, y0, radius, radius)
-    left, top = min(x0, x1), min(y0, y1)
+        return _bound_ellipse(x0, y0, radius, radius)
+    left = min(x0, x1)
+    top = min(y0, y1)
     if kind == "mask":
         return {"segmentation": _read_labelme_mask(shape["mask"], round(left), round(top), sides)}
     return {"bbox": [left, top, abs(x1 - x0), abs(y1 - y0)]}
 
 
 def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) -> dict[str, Any]:
-    """Return a mask that LabelMe has as PNG of its box in base64."""
+    """Decode a mask from a base64 PNG of its box."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]) as picture:
             mask = np.asarray(picture.convert("L")) > 0
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow calls what is damaged
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's errors for damaged files
         raise BoxError(f"has a mask that cannot be read: {error}"[:200]) from error
     _check_mask(left, top, *mask.shape[::-1], sides)
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
-def _ellipse_box(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> dict[str, Any]:
-    """Return the box around an ellipse that is turned about its centre."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    width, height = math.hypot(radius_x * cos, radius_y * sin), math.hypot(radius_x * sin, radius_y * cos)
-    return {"bbox": [x - width, y - height, 2 * width, 2 * height]}
+def _bound_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> dict[str, Any]:
+    """Return the bounding box of an ellipse that is rotated about its centre."""
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
+    half_width = math.hypot(radius_x * cos, radius_y * sin)
+    half_height = math.hypot(radius_x * sin, radius_y * cos)
+    return {"bbox": [x - half_width, y - half_height, 2 * half_width, 2 * half_height]}
 
 
 def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
-    """Return the photos of a project or an export of VIA 2, or None for a file of something else.
-
-    Raises:
-        LabelError: it is a project of VIA 3.
-    """
+    """Return the photos of a project or an export of VIA 2, None for another file. Raises LabelError for a project of VIA 3."""
     if not isinstance(content, dict):
         return None
     if {"project", "metadata", "view"} <= content.keys():
@@ -463,25 +442,25 @@ def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
 
 
 def _read_via(path: Path, photos: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
-    """Return the regions of VIA; their class is the attribute that is called so, or the only one that there is."""
-    regions_of: list[list[dict[str, Any]]] = []
+    """Read the regions of a VIA file; their class is the attribute named in VIA_CLASS_NAMES, or the only attribute."""
+    regions_by_photo: list[list[dict[str, Any]]] = []
     for photo in photos:
         regions = photo["regions"]
         regions = regions.values() if isinstance(regions, dict) else regions if isinstance(regions, list) else ()
-        regions_of.append([region if isinstance(region, dict) else {} for region in regions])
-    attributes = [region.get("region_attributes") for regions in regions_of for region in regions]
-    names = list(dict.fromkeys(name for item in attributes if isinstance(item, dict) for name in item))
-    called = [name for word in VIA_CLASS_NAMES for name in names if name.strip().lower() == word]
-    if len(names) > 1 and not called:
-        reason = f"has regions with the attributes {', '.join(names[:5])}, and none is called class"
+        regions_by_photo.append([region if isinstance(region, dict) else {} for region in regions])
+    region_attributes = [region.get("region_attributes") for regions in regions_by_photo for region in regions]
+    attributes = list(dict.fromkeys(name for item in region_attributes if isinstance(item, dict) for name in item))
+    class_attributes = [name for wanted in VIA_CLASS_NAMES for name in attributes if name.strip().lower() == wanted]
+    if len(attributes) > 1 and not class_attributes:
+        reason = f"has regions with the attributes {', '.join(attributes[:5])}, and none is called class"
         raise LabelError(reason, str(path), "call the one that is the class so")
     rows = Rows()
-    for photo, regions in zip(photos, regions_of, strict=True):
+    for photo, regions in zip(photos, regions_by_photo, strict=True):
         rows.add_image(photo["filename"])
         for index, region in enumerate(regions, 1):
             values = region.get("region_attributes")
-            value = values.get((called or names)[0]) if isinstance(values, dict) and names else None
-            if isinstance(value, dict):  # of check boxes
+            value = values.get((class_attributes or attributes)[0]) if isinstance(values, dict) and attributes else None
+            if isinstance(value, dict):  # check boxes
                 ticked = [name for name, is_ticked in value.items() if is_ticked]
                 value = ticked[0] if len(ticked) == 1 else None
             rows.add_object(index, str(value or ""), _read_via_shape, region.get("shape_attributes"))
@@ -496,14 +475,14 @@ def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
         points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
         return {"segmentation": [[float(number) for point in points for number in point]]}
     if kind == "circle":
-        return _ellipse_box(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
+        return _bound_ellipse(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
     if kind == "ellipse":
-        numbers = [float(shape[key]) for key in ("cx", "cy", "rx", "ry")]
-        return _ellipse_box(*numbers, math.degrees(float(shape.get("theta", 0))))
-    raise _refuse_shape(str(kind))
+        ellipse = [float(shape[key]) for key in ("cx", "cy", "rx", "ry")]
+        return _bound_ellipse(*ellipse, math.degrees(float(shape.get("theta", 0))))
+    raise _make_shape_error(str(kind))
 
 
-# What can be read: a folder, or a file by its suffix; a file of any other suffix is taken for COCO.
+# Readers by "folder" or suffix; a file with any other suffix is read as JSON.
 READERS: dict[str, Callable[[Path, Sequence[str]], FoundObjects]] = {
     "folder": read_folder,
     ".json": read_json,
