@@ -1,7 +1,7 @@
-"""Labels of YOLO, read: a folder with a .txt for each image, and where the names of its classes stand. No program.
+"""Reader of YOLO labels: a folder with a .txt per image, and the files that name its classes; a library.
 
-The format says neither what follows a box or its corners, nor where the files lie: all lines together tell the one, and the places
-that programs use are tried for the other.
+The format fixes neither the numbers after a box or corners nor where the files lie. The numbers are interpreted from all lines
+together, and files are looked for in the places that programs use.
 """
 
 from __future__ import annotations
@@ -30,74 +30,77 @@ from label_objects import (
     read_file,
 )
 
-MAX_NAMES_BYTES = 1_000_000  # of a file with class names
-MAX_KEYPOINTS = 200  # of a box; more points are an outline
-YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # a class name a line
+MAX_NAMES_BYTES = 1_000_000  # read from a file of class names
+MAX_KEYPOINTS = 200  # per box; more points are an outline
+YOLO_NAMES_FILES = ("classes.txt", "labels.txt", "obj.names")  # one class name per line
 YOLO_LIST_FILES = ("train.txt", "val.txt", "test.txt", "images.txt", "README.dataset.txt", "README.roboflow.txt")
+
+# What the numbers after a class may be -> how many of them are the shape (4 = a box, more = corners), and the score.
+Readings = dict[tuple[Any, ...], tuple[int, float | None]]
 
 
 def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Return the objects of a folder with a .txt for each image that has any.
+    """Read a folder with a .txt for each image that has objects.
 
-    Files are read twice: what the numbers after a box or its corners are, no line tells, but all of them together.
+    Lines are parsed first and interpreted later: only all of them together tell what the numbers after a box or corners are.
     """
-    found = list_images(image_paths)
-    found.class_names = read_yolo_names(folder)
+    detections = list_images(image_paths)
+    detections.class_names = read_yolo_names(folder)
     num_keypoint_values = read_keypoint_values(folder)
-    without = 0
-    image_of: dict[Path, str] = {}
-    lines: list[tuple[int, str]] = []  # position of the image; number of the line, class and what follows, as JSON
-    num_lines: Counter[tuple[Any, ...]] = Counter()  # by what they may be
+    num_empty = 0
+    image_by_file: dict[Path, str] = {}
+    lines: list[tuple[int, str]] = []  # index of the image; line number, class and numbers as JSON
+    num_lines: Counter[tuple[Any, ...]] = Counter()  # by reading
     uploads = find_uploads(folder, image_paths)
-    direct = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}
-    for number, name in enumerate(image_paths):
+    direct_names = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}  # may not serve another image
+    for image, name in enumerate(image_paths):
         first, *others = _find_yolo_files(name)
-        places = (folder / place for place in (first, *(place for place in others if place not in direct)))
-        path = next(filter(Path.exists, places), uploads.get(name.rpartition(".")[0]))
+        candidates = [folder / first, *(folder / other for other in others if other not in direct_names)]
+        path = next(filter(Path.exists, candidates), uploads.get(name.rpartition(".")[0]))
         if path is None:
-            without += 1
+            num_empty += 1
             continue
-        if path in image_of:
-            reason = f"has the same .txt as {image_of[path]}, to which its objects went"
-            found.problems.append(Problem(name, None, reason))
+        if path in image_by_file:
+            reason = f"has the same .txt as {image_by_file[path]}, to which its objects went"
+            detections.problems.append(Problem(name, None, reason))
             continue
-        image_of[path] = name
+        image_by_file[path] = name
         try:
             data = read_file(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            found.problems.append(Problem(name, None, f"has a .txt that cannot be read: {reason}"))
+            detections.problems.append(Problem(name, None, f"has a .txt that cannot be read: {reason}"))
             continue
-        without += not data
-        for index, line in _number_lines(data):
+        num_empty += not data
+        for line_number, line in _number_lines(data):
             try:
                 category_id, numbers = parse_yolo_line(line)
             except BoxError as error:
-                found.problems.append(Problem(name, f"line {index}", str(error)))
+                detections.problems.append(Problem(name, f"line {line_number}", str(error)))
                 continue
             num_lines.update(read_yolo_numbers(numbers, num_keypoint_values).keys())
-            lines.append((number, json.dumps([index, category_id, numbers], separators=(",", ":"))))
-    most = max(num_lines.values(), default=0)
-    usual = {key for key, count in num_lines.items() if count == most}
-    _interpret_lines(lines, usual, num_keypoint_values, image_paths, found)
+            lines.append((image, json.dumps([line_number, category_id, numbers], separators=(",", ":"))))
+    most_lines = max(num_lines.values(), default=0)
+    usual_readings = {key for key, count in num_lines.items() if count == most_lines}
+    _interpret_lines(lines, usual_readings, num_keypoint_values, image_paths, detections)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
         is_list = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES)
-        is_score = name.startswith("confidences/")  # of `write_yolo`
-        if path not in image_of and not is_list and not is_score:
-            found.problems.append(Problem(name, None, "has no image of its name in --images"))
-    if without:
-        found.notes.append(f"images without objects: {without:,} of {len(image_paths):,}")
-    if not image_of:
-        others = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv", ".TXT"))
-        instead = "".join(f", but {count:,} {suffix}" for suffix, count in others.most_common(1))
-        first = f": {found.problems[0]}" if found.problems else ""
+        is_score = name.startswith("confidences/")  # from `write_yolo`
+        if path not in image_by_file and not is_list and not is_score:
+            detections.problems.append(Problem(name, None, "has no image of its name in --images"))
+    if num_empty:
+        detections.notes.append(f"images without objects: {num_empty:,} of {len(image_paths):,}")
+    if not image_by_file:
+        suffixes = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv", ".TXT"))
+        instead = "".join(f", but {count:,} {suffix}" for suffix, count in suffixes.most_common(1))
+        first = f": {detections.problems[0]}" if detections.problems else ""
         raise LabelError(f"has no .txt of these images{instead}{first}", str(folder), READ_REMEDY)
-    return found
+    return detections
 
 
 def find_uploads(folder: Path, image_paths: Sequence[str]) -> dict[str, Path]:
-    """Return the .txt that Label Studio exports of uploaded photos, by the name without suffix that each had before."""
+    """Return the .txt files that Label Studio exported for uploaded photos, by the stem that each photo had before the upload."""
     stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
     uploads: dict[str, list[Path]] = {}
     for path in folder.rglob("*.txt"):
@@ -107,12 +110,12 @@ def find_uploads(folder: Path, image_paths: Sequence[str]) -> dict[str, Path]:
 
 
 def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text that are not blank, and their numbers."""
+    """Return number and text of the lines that are not blank."""
     return ((index, line) for index, line in enumerate(decode_text(data, "replace").splitlines(), 1) if line.strip())
 
 
 def _find_yolo_files(name: str) -> Iterator[str]:
-    """Yield where the .txt of an image may lie: beside or below; images/ and labels/ side by side; as `write_yolo` names it."""
+    """Yield the paths in the label folder where the .txt of an image may lie; the last two are those of `write_yolo`."""
     stem = name.rpartition(".")[0]
     yield f"{stem}.txt"
     before, images, after = f"/{stem}".rpartition("/images/")
@@ -125,42 +128,30 @@ def _find_yolo_files(name: str) -> Iterator[str]:
 
 
 def flat_name(path: str) -> str:
-    """Return a path as the name of a file, another one for each path: %2F is its '/', as in URLs."""
+    """Return a file name that is unique for a path: '/' becomes %2F, as in URLs, and the end of a long one a hash."""
     name = path.replace("%", "%25").replace("/", "%2F")
-    if len(name.encode("utf-8", "backslashreplace")) < 240:  # a name may have 255 bytes
+    if len(name.encode("utf-8", "backslashreplace")) < 240:  # file systems allow 255 bytes
         return name
     return f"{name[:50]}-{hashlib.blake2b(path.encode('utf-8', 'surrogatepass'), digest_size=12).hexdigest()}"
 
 
 def parse_yolo_line(line: str) -> tuple[int, list[float]]:
-    """Return the class of a line, and the numbers after it.
-
-    Raises:
-        BoxError: it is no line of numbers, or has too few.
-    """
+    """Return the class id of a line, and the numbers after it. Raises BoxError if it is not of numbers, or has too few."""
     try:
-        kind, *numbers = map(float, line.replace(",", " ").split())
+        category_id, *numbers = map(float, line.replace(",", " ").split())
     except ValueError:
         raise BoxError("is not a line of numbers") from None
-    if not all(map(math.isfinite, (kind, *numbers))) or kind < 0 or kind != int(kind):
+    if not all(map(math.isfinite, (category_id, *numbers))) or category_id < 0 or category_id != int(category_id):
         raise BoxError("does not start with a class number, or has numbers that are not finite")
     if len(numbers) < 4:
         raise BoxError(f"has {len(numbers) + 1} numbers; a box has 5 or 6")
-    return int(kind), numbers
+    return int(category_id), numbers
 
 
-def read_yolo_numbers(
-    numbers: Sequence[float], num_keypoint_values: int | None = None
-) -> dict[tuple[Any, ...], tuple[int, float | None]]:
-    """Return all that the numbers after a class may be, as programs write them.
+def read_yolo_numbers(numbers: Sequence[float], num_keypoint_values: int | None = None) -> Readings:
+    """Return all readings of the numbers after a class, as programs write them; see `read_keypoint_values` for the second argument.
 
-    Args:
-        numbers: all of a line but its class.
-        num_keypoint_values: those of `read_keypoint_values`.
-
-    Returns:
-        what they may be -> how many of them are the shape (4 = a box, more = corners), and the score. A shape may be followed by a
-        confidence ("confidence"), a track id ("track id") or both; a box also by keypoints x, y, visibility.
+    A shape may be followed by a confidence, a track id or both, and a box also by keypoints x, y and perhaps visibility.
     """
     size = len(numbers)
     if num_keypoint_values and 0 <= size - 4 - num_keypoint_values <= 2:  # a confidence, a track id or both may follow
@@ -170,21 +161,21 @@ def read_yolo_numbers(
     for reading in triples:
         num_keypoints = reading[2]
         if num_keypoints > 1 and all(value in (0, 1, 2) for value in numbers[6 : 4 + 3 * num_keypoints : 3]):
-            return {reading: triples[reading]}  # no polygon has every third number at an edge
+            return {reading: triples[reading]}  # visibility flags: no polygon has every third number at an edge
     pairs = _read_keypoints(numbers, 2)
     if num_keypoint_values == 0 or _is_outline(numbers):
         pairs = {}
-    elif pairs and size > 9:  # as corners they cross: those of most lines of a data set of outlines do not
+    elif pairs and size > 9:  # as corners they cross, which is rare in a data set of outlines
         shapes = {("crossing", *key): value for key, value in shapes.items()}
     return shapes | triples | pairs
 
 
-def _read_shapes(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, float | None]]:
-    """Return how a box or corners, and what programs write after them, may make up the numbers."""
+def _read_shapes(numbers: Sequence[float]) -> Readings:
+    """Return the readings as a box or corners, with or without a confidence and a track id."""
     size = len(numbers)
     last = numbers[-1]
     is_id = last >= 0 and last == int(last)
-    tails: list[tuple[str, int, float | None]] = []  # how many numbers follow the shape, and the score among them
+    tails: list[tuple[str, int, float | None]] = []  # name, numbers after the shape, score among them
     if size % 2 == 0:
         tails += [("confidence", 0, None), ("track id", 0, None)]
         if size > 5 and is_id and last > 0 and 0 < numbers[-2] <= 1:
@@ -194,7 +185,7 @@ def _read_shapes(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, f
             tails += [("confidence", 1, last), ("both", 1, last)]
         if is_id:
             tails.append(("track id", 1, None))
-    readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
+    readings: Readings = {}
     for tail, num_after, score in tails:
         shape = numbers[: size - num_after]
         if all(-0.1 <= value <= 1.1 for value in shape):
@@ -202,17 +193,17 @@ def _read_shapes(numbers: Sequence[float]) -> dict[tuple[Any, ...], tuple[int, f
     return readings
 
 
-def _read_keypoints(numbers: Sequence[float], num_values: int) -> dict[tuple[Any, ...], tuple[int, float | None]]:
-    """Return how a box in the image, keypoints in it and what follows them may make up the numbers.
+def _read_keypoints(numbers: Sequence[float], num_values: int) -> Readings:
+    """Return the readings as a box inside the image, keypoints inside the box, and up to two more numbers.
 
-    A keypoint has 2 values, x and y, both 0 if it is not seen, or 3: then it has visibility or confidence too.
+    A keypoint has `num_values` values: x and y, both 0 if it is not visible, and with 3 also visibility or confidence.
     """
     x, y, w, h = numbers[:4]
     is_box = w > 0 and h > 0 and min(x - w / 2, y - h / 2) > -0.02 and max(x + w / 2, y + h / 2) < 1.02
-    readings: dict[tuple[Any, ...], tuple[int, float | None]] = {}
+    readings: Readings = {}
     for num_after in range(3):
-        num_keypoints, rest = divmod(len(numbers) - 4 - num_after, num_values)
-        if not is_box or rest or not 0 < num_keypoints <= MAX_KEYPOINTS:
+        num_keypoints, remainder = divmod(len(numbers) - 4 - num_after, num_values)
+        if not is_box or remainder or not 0 < num_keypoints <= MAX_KEYPOINTS:
             continue
         points = np.reshape(numbers[4 : len(numbers) - num_after], (-1, num_values))
         is_inside = (np.abs(points[:, :2] - (x, y)) <= (0.6 * w, 0.6 * h)).all(axis=1)
@@ -225,7 +216,7 @@ def _read_keypoints(numbers: Sequence[float], num_values: int) -> dict[tuple[Any
 
 
 def _is_outline(numbers: Sequence[float]) -> bool:
-    """Say whether numbers are more likely corners than a box and keypoints: of a turned box, or of an outline without crossings."""
+    """Whether numbers are corners of a rotated box, or of an outline that does not cross itself, rather than a box and keypoints."""
     corners = np.reshape(numbers[: len(numbers) // 2 * 2], (-1, 2))
     if len(corners) < 5:
         return len(corners) == 4 and np.abs(corners[0] + corners[2] - corners[1] - corners[3]).max() < 0.004
@@ -233,25 +224,25 @@ def _is_outline(numbers: Sequence[float]) -> bool:
     edges = np.roll(corners, -1, axis=0) - corners
     offsets = corners[None] - corners[:, None]  # from the start of edge i to corner j
     sides = np.sign(edges[:, None, 0] * offsets[..., 1] - edges[:, None, 1] * offsets[..., 0])
-    # The ends of edge j lie on both sides of edge i, and the other way round.
+    # Edges cross if the ends of each lie on different sides of the other.
     is_between = sides * np.roll(sides, -1, axis=1) < 0
     return len(np.unique(corners, axis=0)) == len(corners) and not (is_between & is_between.T).any()
 
 
 def _interpret_lines(
     lines: Sequence[tuple[int, str]],
-    usual: set[tuple[Any, ...]],
+    usual_readings: set[tuple[Any, ...]],
     num_keypoint_values: int | None,
     image_paths: Sequence[str],
-    found: FoundObjects,
+    detections: FoundObjects,
 ) -> None:
-    """Enter the objects of lines, each read as most lines can be; of several such readings counts what is common to them."""
+    """Add the objects of lines to `detections`, each by the readings that fit the most lines; these must agree on the shape."""
     num_unused = 0
-    for number, text in lines:
-        index, category_id, numbers = json.loads(text)
+    for image, text in lines:
+        number, category_id, numbers = json.loads(text)
         readings = read_yolo_numbers(numbers, num_keypoint_values)
-        likely = [reading for key, reading in readings.items() if key in usual]
-        if not likely and all(size == 4 for size, _ in readings.values()):  # a box, whatever the other lines are
+        likely = [reading for key, reading in readings.items() if key in usual_readings]
+        if not likely and all(size == 4 for size, _ in readings.values()):  # certainly a box
             likely = list(readings.values())
         if len({size for size, _ in likely}) != 1:
             reason = "neither shares of the image's sides nor what may follow them: a confidence, a track id, keypoints"
@@ -260,21 +251,21 @@ def _interpret_lines(
             if likely:
                 reason = "perhaps corners, perhaps a box and keypoints: a data.yaml with names tells, by kpt_shape or without it"
             reason = f"has {len(numbers)} numbers after its class, which are {reason}"
-            found.problems.append(Problem(image_paths[number], f"line {index}", reason))
+            detections.problems.append(Problem(image_paths[image], f"line {number}", reason))
             continue
         size, score = likely[0]
         score = score if all(other == score for _, other in likely) else None
         num_unused += len(numbers) - size - (score is not None) > 0
         shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
-        detection = {"id": index, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
-        found.objects.append((number, json.dumps(detection, separators=(",", ":"))))
+        detection = {"id": number, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
+        detections.objects.append((image, json.dumps(detection, separators=(",", ":"))))
     if num_unused:
         reason = "a track id, keypoints, or what may be a confidence or an id"
-        found.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
+        detections.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
 
 
 def read_yolo_names(folder: Path) -> dict[str, str]:
-    """Return the class names of a folder of YOLO labels: of a .yaml with names or a list of lines, in it or up to two above."""
+    """Return class names by `category_key`, from a .yaml or list of names in a folder of labels or up to two above; else {}."""
     for content in _read_descriptions(folder):
         names = content if isinstance(content, list) else content.get("names")
         if names and isinstance(names, (dict, list)):
@@ -284,9 +275,9 @@ def read_yolo_names(folder: Path) -> dict[str, str]:
 
 
 def read_keypoint_values(folder: Path) -> int | None:
-    """Return how many numbers of keypoints follow a box by `kpt_shape` of a .yaml: keypoints times 2 or 3.
+    """Return how many keypoint values follow a box: `kpt_shape` of a .yaml, keypoints times 2 or 3.
 
-    0 = a .yaml with names has none, None = there is no such file.
+    0 = a .yaml has names but no kpt_shape, None = no .yaml has either.
     """
     descriptions = [content for content in _read_descriptions(folder) if isinstance(content, dict)]
     for content in descriptions:
@@ -297,7 +288,7 @@ def read_keypoint_values(folder: Path) -> int | None:
 
 
 def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
-    """Yield what the files say that may tell of labels: a dict of YAML, or the lines of a list of names; the nearest first."""
+    """Yield the files that may describe labels, the nearest first: a dict from YAML, or the lines of a list of names."""
     import yaml
 
     folder = folder.absolute()
@@ -306,7 +297,7 @@ def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
             try:
                 text = read_file(path)[:MAX_NAMES_BYTES].decode("utf-8-sig")
                 is_list = path.name in YOLO_NAMES_FILES
-                # BaseLoader makes text, lists and dicts alone, every word as it is written: a class may be called `no`.
+                # BaseLoader leaves scalars as text: a class may be called `no`.
                 content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
             except (OSError, yaml.YAMLError, RecursionError, ValueError):
                 continue
