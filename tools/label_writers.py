@@ -1,6 +1,7 @@
-"""Label formats of annotation tools, written: COCO, YOLO, CVAT, Label Studio, CSV. No program.
+"""Writers of label formats: COCO, YOLO, CVAT, Label Studio, CSV; a library.
 
-Writers turn a `LabelSet` into the text of files and write nothing themselves. A new format is a function, entered in WRITERS.
+A writer turns a `LabelSet` into the text of files and leaves the writing to its caller. To add a format, write a function and enter
+it in WRITERS.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin",
 
 
 class LabelledObject(NamedTuple):
-    """An object with its label."""
+    """An object and its label."""
 
-    number: int  # of all objects
+    number: int  # index among all objects
     box: Sequence[float]  # x, y, width, height in px of the upright image
-    label: int  # position in the names
-    score: float  # how sure the label is, 0 to 1
-    details: dict[str, Any]  # all else that is known of it, in words and numbers; the same keys for every object
-    segmentation: Any = None  # as COCO has it
+    label: int  # index into `LabelSet.names`
+    score: float  # probability that the label is right, 0 to 1
+    details: dict[str, Any]  # everything else to write, texts and numbers; the same keys for every object
+    segmentation: Any = None  # in COCO's form
     is_crowd: bool = False
 
 
@@ -42,7 +43,7 @@ class LabelledImage(NamedTuple):
     """An image and its objects."""
 
     number: int  # ascending with the path
-    image_id: Any  # that of the file its objects came from
+    image_id: Any  # from the file that its objects came from
     path: str  # relative to the root, with '/'
     size: tuple[int, int]  # width, height
     objects: Sequence[LabelledObject]
@@ -54,17 +55,17 @@ class LabelSet:
 
     root: Path  # of the images
     names: Sequence[str]  # of the labels
-    model: str  # what annotation tools are told of who made them
+    model: str  # name of their source, for annotation tools
     description: str
-    images: Callable[[], Iterator[LabelledImage]]  # starts anew at each call: a writer may go over them several times
+    images: Callable[[], Iterator[LabelledImage]]  # returns a fresh iterator: a writer may need several passes
 
 
-# A file and its text in pieces, so that none ever holds all labels; or a link and the folder that it leads to.
+# A file and its text in chunks, so that memory never holds all labels; or a link and its target.
 LabelFile = tuple[str, Iterable[str] | Path]
 
 
 def write_coco(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield the folder coco: a whole data set, and results.json, the scores for pycocotools."""
+    """Yield the folder coco: a complete data set, and results.json, the scores for pycocotools."""
     yield "coco/images", labels.root
     yield "coco/annotations/instances_default.json", _write_coco_instances(labels)
     results = (_coco_result(image, item) for image in labels.images() for item in image.objects)
@@ -80,10 +81,10 @@ def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
         for image in labels.images()
     )
     yield ',\n"annotations":'
-    numbers = itertools.count(1)
+    annotation_ids = itertools.count(1)
     yield from _json_array(
         {
-            "id": next(numbers),
+            "id": next(annotation_ids),
             **_coco_result(image, item),
             "area": round(item.box[2] * item.box[3], 3),
             "segmentation": item.segmentation or [],
@@ -101,7 +102,7 @@ def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:
 
 
 def _json_array(items: Iterable[Any]) -> Iterator[str]:
-    """Yield a JSON array, an item a line."""
+    """Yield a JSON array, one item per line."""
     yield "["
     for index, item in enumerate(items):
         yield (",\n" if index else "") + _to_json(item)
@@ -111,7 +112,7 @@ def _json_array(items: Iterable[Any]) -> Iterator[str]:
 def _to_json(value: Any) -> str:
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except ValueError:  # what a detector's file calls a score may be NaN, which JSON lacks
+    except ValueError:  # a detector's score may be NaN, which JSON lacks
         return json.dumps(_without_nan(value), separators=(",", ":"))
 
 
@@ -124,22 +125,22 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ line by line the same, and images/, a link to each.
+    """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ with a line per line of labels/, and links in images/.
 
-    A link to the folder of images would be followed, and labels looked for beside the photos. Folders are flattened: in one that is
-    called images again, labels are looked for elsewhere.
+    Each image has a link, because a link to the folder would be resolved and labels looked for beside the photos. Paths are flat,
+    because labels of images in a second folder named images are looked for elsewhere.
     """
     names = [printable(name) for name in labels.names]
     yield "yolo/classes.txt", [f"{name}\n" for name in names]
-    # JSON is YAML.
+    # A JSON string is valid YAML.
     lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)]
-    for name in ("data.yaml", "dataset.yaml"):  # Ultralytics, and FiftyOne's importer, which wants the second
+    for name in ("data.yaml", "dataset.yaml"):  # for Ultralytics and for FiftyOne's importer
         yield f"yolo/{name}", ["train: ./images/\nval: ./images/\nnames:\n", *lines]
     written: set[str] = set()
     for image in labels.images():
         stem, _, suffix = image.path.rpartition(".")
         name = flat_name(stem) + ".txt"
-        if name in written:  # 1.jpg and 1.png: `find_equal_stems` has named the second
+        if name in written:  # 1.jpg and 1.png: `find_equal_stems` reports the second
             continue
         written.add(name)
         yield f"yolo/images/{flat_name(stem)}.{suffix}", labels.root / image.path
@@ -154,21 +155,21 @@ def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
 
 
 def find_equal_stems(paths: Sequence[str]) -> Iterator[Problem]:
-    """Yield the images that YOLO has no file for, as another one differs by its suffix only."""
-    first: dict[str, str] = {}
+    """Yield a problem for each image that differs from an earlier one only in its suffix, as both would have the same YOLO .txt."""
+    by_stem: dict[str, str] = {}
     for path in paths:
-        other = first.setdefault(path.rpartition(".")[0], path)
-        if other != path:
-            yield Problem(path, None, f"has the same .txt in yolo/ as {other}, and is left out there")
+        first = by_stem.setdefault(path.rpartition(".")[0], path)
+        if first != path:
+            yield Problem(path, None, f"has the same .txt in yolo/ as {first}, and is left out there")
 
 
 def _xml(text: Any) -> str:
-    """Return text as the content of an element; control characters, which XML has no way to write, are shown as escapes."""
+    """Escape text for XML; control characters, which XML cannot hold, become backslash escapes."""
     return escape(printable(str(text)), {'"': "&quot;"})
 
 
 def write_cvat(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield cvat/annotations.xml, `CVAT for images 1.1`: boxes with what is known of them as attributes."""
+    """Yield cvat/annotations.xml, `CVAT for images 1.1`: boxes with CVAT_ATTRIBUTES."""
     yield "cvat/images", labels.root
     yield "cvat/annotations.xml", _write_cvat_xml(labels)
 
@@ -200,18 +201,13 @@ def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
 
 
 def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield labelstudio/config.xml, a labelling interface, and tasks.json, the tasks with predictions that fit it.
+    """Yield labelstudio/config.xml, a labelling interface, and tasks.json, its tasks with predictions.
 
-    It serves files of a local storage, which must lie below its document root: that is the parent of the folder of images.
+    Label Studio serves files of a local storage only below its document root; that must be the parent of the folder of images.
     """
     values = "".join(f'    <Label value="{_xml(name)}"/>\n' for name in labels.names)
-    yield (
-        "labelstudio/config.xml",
-        [
-            '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n',
-            f"{values}  </RectangleLabels>\n</View>\n",
-        ],
-    )
+    head = '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n'
+    yield "labelstudio/config.xml", [head, f"{values}  </RectangleLabels>\n</View>\n"]
     yield "labelstudio/tasks.json", _json_array(_labelstudio_task(labels, image) for image in labels.images())
 
 
@@ -237,13 +233,13 @@ def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
         )
     prediction = {"model_version": labels.model, "result": results}
     if results:
-        prediction["score"] = min(item.score for item in image.objects)  # as sure as the least sure object: sort by it
+        prediction["score"] = min(item.score for item in image.objects)  # of the least certain object, to sort by
     path = f"{labels.root.resolve().name}/{image.path}".lstrip("/")
     return {"data": {"image": f"/data/local-files/?d={quote(path)}"}, "predictions": [prediction]}
 
 
 def explain_labelstudio(root: Path, out: Path) -> str:
-    """Return the three steps after which Label Studio shows the images with their labels."""
+    """Return the three steps that make Label Studio show the images with their labels."""
     root = root.resolve()
     return (
         "Label Studio shows the photos after three steps:\n"
@@ -256,12 +252,12 @@ def explain_labelstudio(root: Path, out: Path) -> str:
 
 
 def write_csv(labels: LabelSet) -> Iterator[LabelFile]:
-    """Yield objects.csv: a line an object, with everything."""
+    """Yield objects.csv: one line per object, with all details."""
     yield "objects.csv", _write_csv_lines(labels)
 
 
 def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
-    format_row = csv.writer(SimpleNamespace(write=str)).writerow  # returns what its file's `write` returns: the line
+    format_row = csv.writer(SimpleNamespace(write=str)).writerow  # returns what `write` returns: the line
     items = ((image, item) for image in labels.images() for item in image.objects)
     for index, (image, item) in enumerate(items):
         if not index:
@@ -271,7 +267,7 @@ def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
 
 
 def _quote_formula(text: str) -> str:
-    """Return text that a spreadsheet shows and does not compute; `unquote_formula` takes the quote off again."""
+    """Quote text that a spreadsheet would compute; `unquote_formula` removes the quote."""
     return f"'{text}" if FORMULA.match(text) else text
 
 
@@ -284,12 +280,12 @@ def _no_problems(_: Sequence[str]) -> Iterator[Problem]:
 
 
 class Writer(NamedTuple):
-    """How labels are written in one format."""
+    """The functions of one format."""
 
     write: Callable[[LabelSet], Iterator[LabelFile]]
-    find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # of the paths of images
-    explain: Callable[[Path, Path], str] = _explain_nothing  # how to open it; of the root of the images and --out
-    is_exchanged: bool = False  # the folder of its name has a file for each image, and is exchanged once it is whole
+    find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # takes the image paths
+    explain: Callable[[Path, Path], str] = _explain_nothing  # how to open the files; takes image root, --out
+    is_exchanged: bool = False  # has a file per image, so its folder is replaced as a whole, once complete
 
 
 WRITERS = {

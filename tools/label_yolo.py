@@ -48,23 +48,23 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     detections.class_names = read_yolo_names(folder)
     num_keypoint_values = read_keypoint_values(folder)
     num_empty = 0
-    image_by_file: dict[Path, str] = {}
+    name_by_file: dict[Path, str] = {}
     lines: list[tuple[int, str]] = []  # index of the image; line number, class and numbers as JSON
     num_lines: Counter[tuple[Any, ...]] = Counter()  # by reading
     uploads = find_uploads(folder, image_paths)
     direct_names = {f"{name.rpartition('.')[0]}.txt" for name in image_paths}  # may not serve another image
-    for image, name in enumerate(image_paths):
+    for index, name in enumerate(image_paths):
         first, *others = _find_yolo_files(name)
         candidates = [folder / first, *(folder / other for other in others if other not in direct_names)]
         path = next(filter(Path.exists, candidates), uploads.get(name.rpartition(".")[0]))
         if path is None:
             num_empty += 1
             continue
-        if path in image_by_file:
-            reason = f"has the same .txt as {image_by_file[path]}, to which its objects went"
+        if path in name_by_file:
+            reason = f"has the same .txt as {name_by_file[path]}, to which its objects went"
             detections.problems.append(Problem(name, None, reason))
             continue
-        image_by_file[path] = name
+        name_by_file[path] = name
         try:
             data = read_file(path)
         except (OSError, ValueError) as error:
@@ -79,7 +79,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
                 detections.problems.append(Problem(name, f"line {line_number}", str(error)))
                 continue
             num_lines.update(read_yolo_numbers(numbers, num_keypoint_values).keys())
-            lines.append((image, json.dumps([line_number, category_id, numbers], separators=(",", ":"))))
+            lines.append((index, json.dumps([line_number, category_id, numbers], separators=(",", ":"))))
     most_lines = max(num_lines.values(), default=0)
     usual_readings = {key for key, count in num_lines.items() if count == most_lines}
     _interpret_lines(lines, usual_readings, num_keypoint_values, image_paths, detections)
@@ -87,11 +87,11 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
         name = path.relative_to(folder).as_posix()
         is_list = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES)
         is_score = name.startswith("confidences/")  # from `write_yolo`
-        if path not in image_by_file and not is_list and not is_score:
+        if path not in name_by_file and not is_list and not is_score:
             detections.problems.append(Problem(name, None, "has no image of its name in --images"))
     if num_empty:
         detections.notes.append(f"images without objects: {num_empty:,} of {len(image_paths):,}")
-    if not image_by_file:
+    if not name_by_file:
         suffixes = Counter(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".xml", ".csv", ".TXT"))
         instead = "".join(f", but {count:,} {suffix}" for suffix, count in suffixes.most_common(1))
         first = f": {detections.problems[0]}" if detections.problems else ""
@@ -216,7 +216,7 @@ def _read_keypoints(numbers: Sequence[float], num_values: int) -> Readings:
 
 
 def _is_outline(numbers: Sequence[float]) -> bool:
-    """Whether numbers are corners of a rotated box, or of an outline that does not cross itself, rather than a box and keypoints."""
+    """Whether numbers are more likely corners, of a rotated box or of an outline without crossings, than a box and keypoints."""
     corners = np.reshape(numbers[: len(numbers) // 2 * 2], (-1, 2))
     if len(corners) < 5:
         return len(corners) == 4 and np.abs(corners[0] + corners[2] - corners[1] - corners[3]).max() < 0.004
@@ -238,7 +238,7 @@ def _interpret_lines(
 ) -> None:
     """Add the objects of lines to `detections`, each by the readings that fit the most lines; these must agree on the shape."""
     num_unused = 0
-    for image, text in lines:
+    for index, text in lines:
         number, category_id, numbers = json.loads(text)
         readings = read_yolo_numbers(numbers, num_keypoint_values)
         likely = [reading for key, reading in readings.items() if key in usual_readings]
@@ -251,14 +251,14 @@ def _interpret_lines(
             if likely:
                 reason = "perhaps corners, perhaps a box and keypoints: a data.yaml with names tells, by kpt_shape or without it"
             reason = f"has {len(numbers)} numbers after its class, which are {reason}"
-            detections.problems.append(Problem(image_paths[image], f"line {number}", reason))
+            detections.problems.append(Problem(image_paths[index], f"line {number}", reason))
             continue
         size, score = likely[0]
         score = score if all(other == score for _, other in likely) else None
         num_unused += len(numbers) - size - (score is not None) > 0
         shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
         detection = {"id": number, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
-        detections.objects.append((image, json.dumps(detection, separators=(",", ":"))))
+        detections.objects.append((index, json.dumps(detection, separators=(",", ":"))))
     if num_unused:
         reason = "a track id, keypoints, or what may be a confidence or an id"
         detections.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
