@@ -1,4 +1,4 @@
-"""Write a finished run for other programs: ONNX, which answers crops as PyTorch does, its weights, or what lct-dino-3.py wrote."""
+"""Export a finished run: ONNX that answers crops as PyTorch does, the weights as safetensors, or the files of lct-dino-3.py."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch, because it sets variables that torch reads on import
 
 # isort: split
 import numpy as np
 import torch
 from torch import nn
 
-TOLERANCE = 1e-4  # of cosines, between PyTorch and the exported file
-# The key of our metadata as the formats write it.
+TOLERANCE = 1e-4  # largest difference of cosines between PyTorch and the exported file
+# Bytes of the metadata key in each format, by which an earlier export is recognised.
 EXPORT_MARKS = {"onnx": b"\n\tlct_dino3\x12", "safetensors": b'{"__metadata__":{"lct_dino3":'}
-OPSET = 18  # the oldest that torch exports to
-MIN_ONNXRUNTIME = "1.14"  # the first that reads it
-NUM_CROPS = 32  # references that an export is checked on
-NAMES = ["embeddings", "scores", "probability", "labels"]  # of what an ONNX file answers
+OPSET = 18  # the oldest that torch exports
+MIN_ONNXRUNTIME = "1.14"  # the first that reads OPSET
+NUM_CROPS = 32  # most references that an export is checked on
+OUTPUT_NAMES = ["embeddings", "scores", "probability", "labels"]  # of the ONNX file
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ExportOptions(lct.Options):
 
 
 class ExportedModel(nn.Module):
-    """From crops fitted to a square to answers: normalisation, embedder, and the gallery's own matcher."""
+    """Recognises square crops: normalisation, backbone, embedder, and the gallery's matcher and thresholds."""
 
     def __init__(self, run: lct.TrainedRun) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class ExportedModel(nn.Module):
         """Answer images uint8 (N, H, W, 3 or 4).
 
         Returns:
-            embeddings (N, D) unit norm, with the gallery's share of features; scores (N, C) similarity;
-            probability (N,) that the best is right; labels (N,), -1 for `unknown`.
+            embeddings (N, D) unit norm, fused with features as in the gallery; scores (N, C) similarity; probability (N,) that the
+            best class is right; labels (N,), -1 for `unknown`.
         """
         features = self.recognizer.backbone(images.permute(0, 3, 1, 2))
         embeddings = self.fusion(features, self.recognizer.embed(features))
@@ -84,17 +84,16 @@ class ExportedModel(nn.Module):
 
 
 class References(NamedTuple):
-    """Some of the gallery's own."""
+    """References of the gallery, and their crops."""
 
-    positions: np.ndarray  # (n,) int64 into its stacks
+    positions: np.ndarray  # (n,) int64, rows of `Gallery.stacks`
     crops: np.ndarray  # uint8 (n, img_size, img_size, 3 or 4), as the model sees them
 
 
 def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict[str, float]:
-    """Write the run as one ONNX file with dynamic batch; return how far it is from PyTorch, and what `compare_stored` does.
+    """Write the run as one ONNX file with dynamic batch; return its difference from PyTorch and the figures of `compare_stored`.
 
-    Raises:
-        UserError: a package is missing, or the file answers otherwise than PyTorch.
+    Raises UserError if a package is missing, or if the file differs from PyTorch by more than TOLERANCE.
     """
     try:
         import onnx
@@ -109,7 +108,7 @@ def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict
     for package in ("torch.onnx", "onnxscript"):
         logging.getLogger(package).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of torch's exporter about itself
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own code
         program = torch.onnx.export(
             model,
             (example,),
@@ -117,21 +116,21 @@ def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict
             opset_version=OPSET,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
-            output_names=NAMES,
+            output_names=OUTPUT_NAMES,
         )
     proto = program.model_proto
-    clear_notes(proto)
+    clear_metadata(proto)
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     differences = []
-    for batch in (crops[:1], crops):  # the batch is dynamic
+    for batch in (crops[:1], crops):  # two batch sizes, as it is dynamic
         with torch.inference_mode():
             embeddings, scores, *_ = (output.numpy() for output in model(torch.from_numpy(batch)))
-        exported_embeddings, exported_scores, *_ = session.run(NAMES, {"images": batch})
+        exported_embeddings, exported_scores, *_ = session.run(OUTPUT_NAMES, {"images": batch})
         differences.append(np.abs(exported_scores - scores).max())
         differences.append((1 - (exported_embeddings * embeddings).sum(axis=1)).max())
     difference = float(np.max(differences))
-    if not difference <= TOLERANCE:  # NaN too
+    if not difference <= TOLERANCE:  # also if NaN
         reason = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
         raise lct.UserError(reason, str(path), "try --format safetensors, and tell us model_id and versions")
     checks = {"difference": difference, **compare_stored(run.gallery, references.positions, exported_embeddings)}
@@ -143,63 +142,60 @@ def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict
 
 
 def compare_stored(gallery: lct.Gallery, positions: np.ndarray, embeddings: np.ndarray) -> dict[str, float]:
-    """Compare references as the gallery has them with what an exported file makes of the same crops, (n, D) both.
+    """Compare references as stored in the gallery, `positions` (n,), with `embeddings` (n, D) of their crops from an exported file.
 
     Returns:
-        references n; their mean_cosine and least_cosine; changed_answers, `unknown` among them, where none of these references
-        is there to match itself.
+        references n; mean_cosine and least_cosine of the pairs; changed_answers, including to or from `unknown`, of a gallery
+        without these references, so that none matches itself.
     """
     stored = gallery.stacks[positions]
-    cosine = (stored * embeddings).sum(axis=1)
-    others = np.delete(np.arange(len(gallery.stacks)), positions)
-    without = dataclasses.replace(gallery, stacks=gallery.stacks[others], stack_labels=gallery.stack_labels[others])
+    cosines = (stored * embeddings).sum(axis=1)
+    rows = np.delete(np.arange(len(gallery.stacks)), positions)
+    reduced = dataclasses.replace(gallery, stacks=gallery.stacks[rows], stack_labels=gallery.stack_labels[rows])
     answers = []
     for queries in (stored, embeddings):
-        labels, best = without.answer(queries)
+        labels, best = reduced.answer(queries)
         answers.append(np.where(best >= gallery.thresholds[labels], labels, -1))
-    figures = {"references": len(positions), "mean_cosine": float(cosine.mean()), "least_cosine": float(cosine.min())}
+    figures = {"references": len(positions), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
     return figures | {"changed_answers": int((answers[0] != answers[1]).sum())}
 
 
-def clear_notes(message: Any) -> None:
-    """Take out of a protobuf what torch notes of its work: stack traces among it, with paths of this machine."""
+def clear_metadata(message: Any) -> None:
+    """Remove torch's notes from a protobuf, recursively: they contain stack traces with paths of this machine."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
         elif field.message_type:
-            for part in [value] if hasattr(value, "ListFields") else value:
-                clear_notes(part)
+            for child in [value] if hasattr(value, "ListFields") else value:
+                clear_metadata(child)
 
 
 def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
-    """Write all weights of the run, backbone included, with the metadata that rebuilding needs, and read them back.
+    """Write all weights of the run, backbone included, with the metadata that rebuilding the model needs.
 
-    Raises:
-        UserError: the bytes do not read back as the weights.
+    Raises UserError if the bytes do not read back as the same weights.
     """
     from safetensors.torch import load, save
 
     weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
     arguments = {"model_name": lct.split_model_id(run.config.model_id)[0], **lct.probe_model(run.config)[0]}
-    # No places of this machine.
+    # Without paths of this machine.
     options = {
         name: value for name, value in run.config.as_plain().items() if not isinstance(getattr(run.config, name), Path)
     }
     meta = run.meta | {"classes": run.gallery.class_names, "options": options, "timm": arguments}
     data = save(weights, metadata={"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
-    again = load(data)
-    if again.keys() != weights.keys() or not all(torch.equal(again[key], weights[key]) for key in weights):
+    read_back = load(data)
+    if read_back.keys() != weights.keys() or not all(torch.equal(read_back[key], weights[key]) for key in weights):
         raise lct.UserError("what was written is not what is read", str(path), "try again")
     lct.write_bytes(path, data)
 
 
 def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
-    """Write checkpoint_best.pth and prototypes.npz into a folder, as lct-dino-3.py does, for the programs that read its runs.
+    """Write checkpoint_best.pth and prototypes.npz into a folder as lct-dino-3.py does, for the programs that read its runs.
 
-    The vectors are of the embedding alone: what a gallery joins to it of the features is left out.
-
-    Raises:
-        UserError: its network cannot be that of the run.
+    The vectors hold the embedding only, without the features that a gallery may append. Raises UserError if its network cannot be
+    that of the run.
     """
     config = run.config
     defaults = run.model.backbone.model.pretrained_cfg
@@ -215,20 +211,20 @@ def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
         if not is_met:
             raise lct.UserError(f"{problem}, which lct-dino-3.py does not", f"--run {run.path}", f"train with {flag}")
     names = run.gallery.class_names
-    number = {name: label for label, name in enumerate(names)}
-    by_name = {"hidden": "0", "norm": "1", "output": "3"}  # of a layer, its place in EmbedNet's head
+    label_of = {name: label for label, name in enumerate(names)}
+    layer_index = {"hidden": "0", "norm": "1", "output": "3"}  # index of each layer in EmbedNet's head
     weights = {f"backbone.{key}": value for key, value in run.model.backbone.model.state_dict().items()}
     for key, value in run.model.head.state_dict().items():
         layer, _, kind = key.partition(".")
-        weights[f"head.{by_name[layer]}.{kind}"] = value[:, :, 0] if value.ndim == 3 else value
+        weights[f"head.{layer_index[layer]}.{kind}"] = value[:, :, 0] if value.ndim == 3 else value
     stacks, centroids = (
         nn.functional.normalize(torch.from_numpy(vectors[:, : config.emb_dim])).numpy()
         for vectors in (run.gallery.stacks, run.gallery.centroids)
     )
     payload = {
         "model": weights,
-        "arc": {"W": torch.from_numpy(centroids)},  # the directions of the classes
-        "cls2id": number,
+        "arc": {"W": torch.from_numpy(centroids)},  # class directions, in place of ArcFace's weights
+        "cls2id": label_of,
         "model_name": config.model_id,
         "emb_dim": config.emb_dim,
         "img_size": config.img_size,
@@ -238,68 +234,68 @@ def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
     lct.create_out_dir(folder, "--out")
     with lct.atomic_file(folder / lct.BEST_NAME) as file:
         torch.save(payload, file)
-    of_class = {name: stacks[run.gallery.stack_labels == label] for name, label in number.items()}
-    known = {name: rows for name, rows in of_class.items() if len(rows)}
-    tables = {"centroids": {name: centroids[number[name]] for name in known}, "stacks": known}
+    stacks_by_class = {name: stacks[run.gallery.stack_labels == label] for name, label in label_of.items()}
+    filled = {name: rows for name, rows in stacks_by_class.items() if len(rows)}
+    tables = {"centroids": {name: centroids[label_of[name]] for name in filled}, "stacks": filled}
     with lct.atomic_file(folder / "prototypes.npz") as file:
-        np.savez_compressed(file, **tables, cls2id=number, id2cls=dict(enumerate(names)))
+        np.savez_compressed(file, **tables, cls2id=label_of, id2cls=dict(enumerate(names)))
 
 
 def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     """Return half of the gallery's references, NUM_CROPS at most, in the views that they were embedded in.
 
-    Raises:
-        UserError: none of them is there.
+    Raises UserError if none of their crops can be read.
     """
     gallery = run.gallery
     views = gallery.stack_views.tolist()
-    # Enrolled crops have absolute paths, and their masks are not where those of the run's own data are.
-    known = [row for row, path in enumerate(gallery.stack_paths) if not (views[row] and Path(path).is_absolute())]
-    count = min(NUM_CROPS, -(-len(known) // 2))
-    chosen = [known[place] for place in np.linspace(0, len(known) - 1, count).astype(int)]
-    config, paths = dataclasses.replace(run.config, data_root=data_root), [gallery.stack_paths[i] for i in chosen]
+    # Not masked views of enrolled crops (absolute paths): their masks are not where those of the training data are.
+    usable = [row for row, path in enumerate(gallery.stack_paths) if not (views[row] and Path(path).is_absolute())]
+    count = min(NUM_CROPS, -(-len(usable) // 2))
+    positions = [usable[index] for index in np.linspace(0, len(usable) - 1, count).astype(int)]
+    config = dataclasses.replace(run.config, data_root=data_root)
+    paths = [gallery.stack_paths[position] for position in positions]
     files, _ = lct.list_mask_files(config, {lct.class_folder(path, config.splits) for path in paths})
     masks = [next((files[key] for key in lct.mask_names(config, path) if key in files), path) for path in paths]
-    tables, zeros = [lct.PathTable(column) for column in (paths, masks)], np.zeros(len(paths), np.int32)
+    tables = [lct.PathTable(column) for column in (paths, masks)]
+    zeros = np.zeros(len(paths), np.int32)
     records = lct.Records(
         data_root, ("reference",), tables[0], zeros, zeros, zeros, config.masks_dirname, config.image_bits, tables[1]
     )
     dataset = lct.CropDataset(records, run.transform())
-    crops = [dataset[lct.SampleKey(row, (), views[position])][0] for row, position in enumerate(chosen)]
+    crops = [dataset[lct.SampleKey(row, (), views[position])][0] for row, position in enumerate(positions)]
     readable = [index for index, crop in enumerate(crops) if crop is not None]
     if not readable:
         reason = f"none of the run's crops is left in {data_root} to check the file with"
         raise lct.UserError(reason, f"--run {run.path}", "give --data_root DIR, where they are now")
-    return References(np.array(chosen)[readable], np.stack([crops[index] for index in readable]))
+    return References(np.array(positions)[readable], np.stack([crops[index] for index in readable]))
 
 
 def format_checks(checks: dict[str, float], run: lct.TrainedRun, options: ExportOptions) -> str:
-    """Say how far a file is from PyTorch and from the gallery's references, and what to do where that is far."""
+    """Return a line on how far a file is from PyTorch and from the gallery, and a warning with a remedy if the gallery differs."""
     cosines = f"mean cosine {checks['mean_cosine']:.4f}, least {checks['least_cosine']:.4f}"
     text = f"checked on {checks['references']} references: cosines differ from PyTorch by {checks['difference']:.1g} at most; with"
     text += f" what the gallery has stored, {cosines}, {checks['changed_answers']} of their answers change"
     precision = run.meta.get("precision", "float32")
     if precision == "float32" and checks["least_cosine"] > 1 - TOLERANCE:
         return text
-    made = f"it was embedded in {precision}" if precision != "float32" else "they have changed"
+    cause = f"it was embedded in {precision}" if precision != "float32" else "they have changed"
     flags = lct.format_flags(options, ("run", "data_root"))
     remedy = shlex.join(["python", lct.SCRIPT_NAME, "prototypes", *flags, "--precision", "fp32"])
-    return f"{text}\nwarning: the gallery is not what the file makes of its crops: {made}; {remedy} makes it anew"
+    return f"{text}\nwarning: the gallery is not what the file makes of its crops: {cause}; {remedy} makes it anew"
 
 
-def check_place(options: ExportOptions) -> Path:
-    """Return the file to write, or the folder of the predecessor's files; it may replace nothing but an earlier export.
+def check_output_path(options: ExportOptions) -> Path:
+    """Return the file to write, or the folder of the predecessor's files.
 
-    Raises:
-        UserError: something else is there, or it lies among crops or in a run.
+    Raises UserError if anything but an earlier export is there, or if it lies among crops or in a run.
     """
     is_folder = options.format == "predecessor"
-    path = usual = options.run / ("predecessor" if is_folder else f"model.{options.format}")
-    if options.out is not None and options.out.resolve() != usual.resolve():
+    path = default_path = options.run / ("predecessor" if is_folder else f"model.{options.format}")
+    if options.out is not None and options.out.resolve() != default_path.resolve():
         path = options.out
         data_root = options.data_root or lct.read_run_config(options.run).data_root
         lct.check_outside(path, options.said("out"), {"data_root": data_root})
-    if is_folder and path != usual and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if is_folder and path != default_path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
     if path.is_dir() and not is_folder:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
@@ -312,9 +308,9 @@ def check_place(options: ExportOptions) -> Path:
 
 
 def export_run(options: ExportOptions) -> None:
-    """Write a finished run for other programs, once it is known to answer as PyTorch does."""
+    """Load a finished run and write it in the chosen format."""
     lct.check_given(options)
-    path = check_place(options)
+    path = check_output_path(options)
     run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
     lct.merge_lora(run.model.backbone.model)
     if options.format == "predecessor":
