@@ -1,4 +1,4 @@
-"""The hand tools of the demo, and things that are none, as polygons of materials. No program: demo.py draws with it."""
+"""The hand tools of the demo and some unknown objects, as polygons with materials. Not a program: demo.py draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Stock:
-    """The colours in which the kit has one class, RGB."""
+    """The RGB colours that one class has in the kit."""
 
     grip: tuple[int, int, int]
     metal: tuple[int, int, int]
@@ -21,27 +21,27 @@ class Stock:
 
 @dataclass(frozen=True)
 class Material:
-    """What a part is made of."""
+    """The surface of a part."""
 
     colour: tuple[float, float, float]  # RGB, 0..255
     gloss: float  # strength of highlights, 0 = chalk, 1 = chrome
-    bevel: float  # width of the rounded edge, in tool lengths; half the part's width makes a rod, 0 a flat mark
+    bevel: float  # width of the rounded edge in tool lengths; half the width of the part makes a rod, 0 a flat mark
 
 
 @dataclass(frozen=True)
 class Part:
     """One piece of a tool."""
 
-    outline: np.ndarray  # (N, 2), tool lengths, x along the tool
+    outline: np.ndarray  # (N, 2) in tool lengths, x along the tool
     material: Material
-    holes: tuple[np.ndarray, ...] = ()  # cut out of this part only; may reach over its outline to make a jaw
+    holes: tuple[np.ndarray, ...] = ()  # cut out of this part only; may reach beyond its outline to form a jaw
 
 
-# Shapes: all in tool lengths, x along the tool.
+# Shapes, in tool lengths, x along the tool.
 
 
 def circle(centre: tuple[float, float], radius: float, corners: int = 30, phase: float = 0.0) -> np.ndarray:
-    """Return the corners (N, 2) of a polygon that is nearly a circle."""
+    """Return the corners (N, 2) of a regular polygon, by default nearly a circle; `phase` in radians turns it."""
     angles = phase + np.arange(corners) * (2 * math.pi / corners)
     return np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], axis=1)
 
@@ -60,7 +60,7 @@ def _smooth(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 2)
 
 
 def bend(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 3) -> np.ndarray:
-    """Round the corners of an open line, which keeps its two ends."""
+    """Round the corners of an open line; its two ends stay in place."""
     points = np.asarray(points, dtype=np.float64)
     for _ in range(rounds):
         points = np.concatenate([points[:1], _smooth(points, 1)[1:-3], points[-1:]])
@@ -68,24 +68,24 @@ def bend(points: Sequence[tuple[float, float]] | np.ndarray, rounds: int = 3) ->
 
 
 def _profile(*stations: tuple[float, float]) -> np.ndarray:
-    """Return the outline of a turned piece: (x, half width) stations mirrored at the axis."""
+    """Return the outline of a lathe-turned piece from its stations (x, half width), mirrored at the x axis."""
     upper = np.array(stations, dtype=np.float64)
     return np.concatenate([upper, upper[::-1] * (1, -1)])
 
 
 def _tube(path: Sequence[tuple[float, float]] | np.ndarray, *half_widths: float) -> np.ndarray:
-    """Return the outline of a band along a path; half widths are spread evenly over its length."""
+    """Return the outline of a band along a path; the half widths apply at even distances along it."""
     path = np.asarray(path, dtype=np.float64)
-    direction = np.gradient(path, axis=0)
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True) + 1e-9
+    tangent = np.gradient(path, axis=0)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-9
     length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))])
     width = np.interp(length / length[-1], np.linspace(0, 1, len(half_widths)), half_widths)
-    offset = np.stack([-direction[:, 1], direction[:, 0]], axis=1) * width[:, None]
+    offset = np.stack([-tangent[:, 1], tangent[:, 0]], axis=1) * width[:, None]
     return np.concatenate([path + offset, (path - offset)[::-1]])
 
 
 def rotation(angle: float) -> np.ndarray:
-    """Return the matrix (2, 2) that turns by an angle in radians."""
+    """Return the matrix (2, 2) that rotates by an angle in radians."""
     return np.array([(math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))])
 
 
@@ -99,7 +99,7 @@ def _turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _stripes(x_range: tuple[float, float], count: int, reach: float, slant: float, width: float) -> list[np.ndarray]:
-    """Return `count` cross lines from -reach to +reach: file teeth, knurls, grip ribs."""
+    """Return `count` lines across the tool from -reach to +reach: file teeth, knurls, grip ribs."""
     line = np.array(
         [(-slant - width, -reach), (-slant + width, -reach), (slant + width, reach), (slant - width, reach)]
     )
@@ -110,7 +110,7 @@ def _stripes(x_range: tuple[float, float], count: int, reach: float, slant: floa
 
 
 def tint(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[float, float, float]:
-    """Return a colour of the kit as one factory batch has it, a little off."""
+    """Return a colour of the kit a little off, as it varies between factory batches."""
     varied = np.array(colour, dtype=np.float64) * rng.uniform(0.82, 1.12) + rng.normal(0, 7, 3)
     return tuple(np.clip(varied, 8, 250).tolist())
 
@@ -128,12 +128,12 @@ def _shade(material: Material, factor: float) -> Material:
 
 
 def _mark(outlines: Iterable[np.ndarray], material: Material, factor: float) -> list[Part]:
-    """Return what is stamped, cut or printed into a surface: flat, in a darker or lighter tone."""
+    """Return marks that are stamped, cut or printed into a surface: flat parts in a darker or lighter tone."""
     flat = dataclasses.replace(_shade(material, factor), gloss=0.0, bevel=0.0)
     return [Part(outline, flat) for outline in outlines]
 
 
-# Tools: one function per class; every call is another make and size of it. Points stand in rows, not one a line:
+# Tools: one function per class; each call returns another make and size. The formatter would put every point on a line:
 # fmt: off
 
 
@@ -169,21 +169,21 @@ def _make_combination_wrench(rng: np.random.Generator, stock: Stock) -> list[Par
     jaw = rng.uniform(0.078, 0.105)
     gap = jaw * rng.uniform(0.45, 0.6)
     tilt = rng.choice([-1, 1]) * rng.uniform(0.2, 0.32)
-    left = (-0.5 + ring, 0.0)
-    right = (0.5 - jaw, 0.0)
+    ring_centre = (-0.5 + ring, 0.0)
+    jaw_centre = (0.5 - jaw, 0.0)
     notch = np.array([(-jaw * 0.25, 0), (-jaw * 0.05, -gap), (jaw * 1.5, -gap), (jaw * 1.5, gap), (-jaw * 0.05, gap)])
     open_end = _smooth(jaw * np.array([
         (-1.1, -0.45), (-0.3, -1.05), (0.6, -1.08), (1.05, -0.75), (1.0, 0.75), (0.6, 1.0), (-0.3, 1.05), (-1.1, 0.45),
     ]))
-    ring_hole = circle(left, ring * rng.uniform(0.58, 0.68), int(rng.choice([6, 12])), rng.uniform(0, 1))
-    body = _profile((left[0] + ring * 0.8, shaft * 1.15), (-0.25, shaft), (0.2, shaft * 1.05),
-                    (right[0] - jaw * 0.3, shaft * 1.5))
+    ring_hole = circle(ring_centre, ring * rng.uniform(0.58, 0.68), int(rng.choice([6, 12])), rng.uniform(0, 1))
+    body = _profile((ring_centre[0] + ring * 0.8, shaft * 1.15), (-0.25, shaft), (0.2, shaft * 1.05),
+                    (jaw_centre[0] - jaw * 0.3, shaft * 1.5))
     parts = [
         Part(body, metal),
-        Part(_turn(open_end, tilt) + right, metal, (_turn(notch, tilt) + right,)),
-        Part(circle(left, ring), metal, (ring_hole,)),
+        Part(_turn(open_end, tilt) + jaw_centre, metal, (_turn(notch, tilt) + jaw_centre,)),
+        Part(circle(ring_centre, ring), metal, (ring_hole,)),
     ]
-    if rng.random() < 0.75:  # the recessed panel with the size stamped in
+    if rng.random() < 0.75:  # a recessed panel with the size stamped in
         panel = _smooth(_profile((-0.22, shaft * 0.5), (0.2, shaft * 0.55)))
         stamps = [_box(x, -shaft * 0.25, x + 0.012, shaft * 0.25) for x in (-0.03, 0.0, 0.02)]
         parts += [Part(panel, _shade(metal, rng.uniform(0.7, 0.88))), *_mark(stamps, metal, 0.5)]
@@ -191,12 +191,11 @@ def _make_combination_wrench(rng: np.random.Generator, stock: Stock) -> list[Par
 
 
 def _make_file(rng: np.random.Generator, stock: Stock) -> list[Part]:
-    metal = _metal(rng, 0.012, stock)
+    metal = _shade(_metal(rng, 0.012, stock), 0.82)  # steel full of teeth looks darker than polished steel
     handle = _grip(rng, 0.04, stock)
     width = rng.uniform(0.038, 0.06)
     start = rng.uniform(-0.2, -0.12)
     tip = rng.uniform(0.25, 1.0)
-    metal = _shade(metal, 0.82)  # steel full of teeth looks darker than polished steel
     blade = _profile((start, width * 0.45), (start + 0.05, width), (0.2, width), (0.47, width * tip),
                      (0.5, width * tip * 0.85))
     reach = width * 0.86
@@ -299,7 +298,7 @@ def _make_oil_can(rng: np.random.Generator, stock: Stock) -> list[Part]:
 
 
 def _pincer(rng: np.random.Generator, stock: Stock, jaw: np.ndarray, opening: float, length: float) -> list[Part]:
-    """Return two mirrored arms that cross at the origin; `jaw` is the upper jaw on the +x side."""
+    """Return two mirrored arms, crossed at the origin and opened by `opening` radians each; `jaw` is the upper one, towards +x."""
     metal = _metal(rng, 0.02, stock)
     sleeve = _grip(rng, 0.026, stock)
     spread = rng.uniform(0.1, 0.17)
@@ -307,12 +306,12 @@ def _pincer(rng: np.random.Generator, stock: Stock, jaw: np.ndarray, opening: fl
     curve = bend([(0.03, -0.012), (-0.08, 0.05), (-length * 0.45, spread), (-length * 0.8, spread * 0.95),
                    (-length, spread * rng.uniform(0.7, 1.15))])
     grip = curve[len(curve) // 4 :]
-    inlay = Material(_shade(sleeve, 0.5).colour, 0.4, 0.015) if rng.random() < 0.4 else None
     arm = [
         Part(_tube(curve, 0.045, width * 0.75, width * 0.7), metal), Part(_smooth(jaw * (1, -1), 1), metal),
         Part(_smooth(_tube(grip, width, width * 1.1, width * 1.15, width * 0.8), 1), sleeve),
     ]
-    if inlay:
+    if rng.random() < 0.4:
+        inlay = Material(_shade(sleeve, 0.5).colour, 0.4, 0.015)
         arm.append(Part(_tube(grip[3:-3], width * 0.35), inlay))
     pivot = rng.uniform(0.032, 0.042)
     return [
@@ -414,7 +413,7 @@ def _make_speed_brace(rng: np.random.Generator, stock: Stock) -> list[Part]:
     right = rng.uniform(0.08, 0.18)
     slope = rng.uniform(0.02, 0.07)
     path = [(-0.42, 0), (left - slope, 0), (left + slope, throw), (right - slope, throw), (right + slope, 0), (0.42, 0)]
-    halved = [point for a, b in itertools.pairwise(path) for point in (a, tuple(np.add(a, b) / 2))]  # bends less
+    halved = [point for a, b in itertools.pairwise(path) for point in (a, tuple(np.add(a, b) / 2))]  # for tighter bends
     radius = rng.uniform(0.036, 0.05)
     handle = _profile((-0.5, radius * 0.6), (-0.49, radius), (-0.45, radius), (-0.4, radius * 0.6), (-0.37, radius * 0.45))
     socket = rng.uniform(0.026, 0.038)
@@ -424,11 +423,11 @@ def _make_speed_brace(rng: np.random.Generator, stock: Stock) -> list[Part]:
         Part(_smooth(handle), knob),
         Part(_profile((0.37, width), (0.4, socket), (0.5, socket)), _shade(metal, 0.9)),
         *_mark([_box(0.455, -socket, 0.463, socket)], metal, 0.5),
-        Part(_smooth(sleeve, 1), knob),  # turns in the hand
+        Part(_smooth(sleeve, 1), knob),  # a sleeve that turns in the hand
     ]
 
 
-# Strangers are of no class: the mug lies on the workbench, the others, in any colour, set the thresholds.
+# Unknown objects: the mug lies on the workbench; the other kinds, in random colours, set the thresholds.
 
 
 def _make_mug(rng: np.random.Generator, stock: Stock) -> list[Part]:
@@ -463,11 +462,11 @@ def _make_scissors(rng: np.random.Generator, stock: Stock) -> list[Part]:
     opening = rng.uniform(0.05, 0.3)
     ring = rng.uniform(0.1, 0.13)
     blade = np.array([(-0.27, -0.08), (-0.26, -0.04), (0.0, 0.045), (0.5, 0.0), (0.0, -0.03)])
-    eye, hole = (circle((0, 0), share) * (ring * 1.25, ring) + (-0.36, -ring * 0.9) for share in (1.0, 0.66))
+    eye, hole = (circle((0, 0), radius) * (ring * 1.25, ring) + (-0.36, -ring * 0.9) for radius in (1.0, 0.66))
     parts = [Part(circle((0, 0), 0.025), _shade(metal, 0.7))]
     for side in (1, -1):
-        blade_, eye_, hole_ = (_turn(outline * (1, side), side * opening) for outline in (blade, eye, hole))
-        parts = [Part(blade_, metal), Part(eye_, plastic, (hole_,)), *parts]
+        turned = [_turn(outline * (1, side), side * opening) for outline in (blade, eye, hole)]
+        parts = [Part(turned[0], metal), Part(turned[1], plastic, (turned[2],)), *parts]
     return parts
 
 
@@ -490,7 +489,7 @@ def _make_watch(rng: np.random.Generator, stock: Stock) -> list[Part]:
     stations = ((-0.5, 0.4), (-0.46, 0.55), (0, 0.8), (0.44, 0.5), (0.5, 0.4))
     hands = [_tube([(0, 0), reach * radius * direction(rng.uniform(0, 2 * math.pi))], 0.012) for reach in (0.45, 0.7)]
     return [
-        Part(_smooth(_profile(*((x, share * radius) for x, share in stations))), strap),
+        Part(_smooth(_profile(*((x, width * radius) for x, width in stations))), strap),
         Part(_box(-0.02, radius, 0.02, radius * 1.15), case), Part(circle((0, 0), radius), case),
         Part(circle((0, 0), radius * 0.82), dial), *(Part(hand, Material((150, 40, 40), 0.2, 0.0)) for hand in hands),
     ]
@@ -503,7 +502,7 @@ _CHROME = (206, 210, 216)
 SATIN = (165, 168, 172)
 _DARK = (74, 76, 82)
 _BRASS = (190, 168, 110)
-# A colour-coded kit, as aviation workshops keep them: colour is a real cue, on benches that are mostly neutral.
+# A colour-coded kit, as in aviation workshops: colour is a real cue, on benches that are mostly neutral.
 TOOLS: dict[str, tuple[Callable[[np.random.Generator, Stock], list[Part]], Stock]] = {
     "adjustable_wrench": (_make_adjustable_wrench, Stock((28, 82, 172), SATIN)),
     "combination_wrench": (_make_combination_wrench, Stock((120, 96, 168), (150, 128, 186))),
@@ -518,6 +517,6 @@ TOOLS: dict[str, tuple[Callable[[np.random.Generator, Stock], list[Part]], Stock
     "speed_brace": (_make_speed_brace, Stock((150, 30, 80), SATIN)),
 }
 CLASS_NAMES = tuple(TOOLS)
-STRANGERS = {"pencil": _make_pencil, "scissors": _make_scissors, "tape": _make_tape, "watch": _make_watch}
-STRANGER = "mug"
-ON_WORKBENCH = TOOLS | {STRANGER: (_make_mug, Stock((230, 226, 216), (74, 46, 28)))}
+UNKNOWN_KINDS = {"pencil": _make_pencil, "scissors": _make_scissors, "tape": _make_tape, "watch": _make_watch}
+UNKNOWN_ON_WORKBENCH = "mug"
+ON_WORKBENCH = TOOLS | {UNKNOWN_ON_WORKBENCH: (_make_mug, Stock((230, 226, 216), (74, 46, 28)))}

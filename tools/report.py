@@ -1,13 +1,13 @@
-"""Makes report.html of a run, or one page that compares several, of the files in their folders alone.
+"""Write report.html for one run, or one page that compares several runs, from the files in their folders alone.
 
     python tools/report.py RUN                   RUN/report.html
     python tools/report.py RUN1 RUN2 ...         compare.html in the current folder
-    --out FILE                                   the page goes there
-    --data_root DIR                              the pictures lie there now
+    --out FILE                                   where to write the page
+    --data_root DIR                              where the images are now
 
-Needs neither torch nor the script that trained. A file that a run lacks costs the sections that it feeds. A page opens offline,
-and its bytes are a function of its input: no clock, no random state. Text from the data counts as hostile: everything is escaped,
-and the page runs our one script, which reads no data but what it finds in the page.
+Needs neither torch nor the training script. A missing file costs only the sections that need it. A page works offline, and its
+bytes depend on the input alone: no clock, no random state. Text from the data counts as hostile: everything is escaped, and the
+only script in the page reads nothing but the page.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from report_comparison import describe_comparison
 from report_page import describe_run
 from run_files import Pictures, ReportError, Shot, format_gain, format_number, parse_options, read_run
 
-MARK = (
-    b'<meta name="generator" content="lct_dino3 report">'  # a file that holds it near its beginning may be overwritten
-)
+MARK = b'<meta name="generator" content="lct_dino3 report">'  # a file with this near its start may be overwritten
 
 
 def render(context: dict[str, Any], thumbnail: Callable[[Shot | None], str | None]) -> bytes:
-    """Return a page. A name may carry bytes that are no Unicode (lone surrogates): shown escaped, never a crash."""
+    """Return a page as UTF-8. Names with lone surrogates (bytes that are not Unicode) are shown escaped, never a crash."""
     import jinja2
     from markupsafe import Markup
 
@@ -44,11 +42,10 @@ def render(context: dict[str, Any], thumbnail: Callable[[Shot | None], str | Non
     def breakable(name: str) -> str:
         return Markup("<wbr>").join(re.split(r"(?<=[_./-])(?=.)", name))
 
-    strict = jinja2.StrictUndefined  # a name that the template misspells is a bug, not an empty cell
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent),
         autoescape=True,
-        undefined=strict,
+        undefined=jinja2.StrictUndefined,  # a misspelled name in the template is a bug, not an empty cell
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -59,13 +56,13 @@ def render(context: dict[str, Any], thumbnail: Callable[[Shot | None], str | Non
     return environment.get_template("report.html.j2").render(context).encode("utf-8", "backslashreplace")
 
 
-def write_page(path: Path, page: bytes, *, is_ours: bool) -> None:
-    """Write a page whole; a file that is no such page is left alone unless its place is `is_ours`."""
+def write_page(path: Path, page: bytes, *, may_overwrite: bool) -> None:
+    """Write a page atomically. Raises ReportError, also for an existing file without MARK unless `may_overwrite`."""
     if path.is_dir():
         raise ReportError(f"--out {path} is a folder: give the path of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.exists() and not is_ours:
+        if path.exists() and not may_overwrite:
             with open(path, "rb") as file:
                 if MARK not in file.read(4096):
                     raise ReportError(f"{path} is not a page of this tool and is not overwritten: give another --out")
@@ -77,12 +74,12 @@ def write_page(path: Path, page: bytes, *, is_ours: bool) -> None:
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror}; give --out FILE elsewhere") from error
     finally:
-        with contextlib.suppress(OSError):  # a disk that is read-only has none
+        with contextlib.suppress(OSError):  # a read-only disk refuses even to delete a missing file
             temporary.unlink(missing_ok=True)
 
 
 def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> Path:
-    """Make the page of one run, or of several together; return its path."""
+    """Write the page of one run, or the comparison of several, and return its path."""
     runs = [read_run(folder) for folder in folders]
     pictures = [Pictures(run, data_root) for run in runs]
     if len(runs) == 1:
@@ -96,14 +93,14 @@ def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> 
 
         page = render(describe_comparison(runs), find_picture)
     for run in runs:
-        data_root = Path(run.config["options"]["data_root"])
-        if path.resolve().is_relative_to(data_root.resolve()):
-            raise ReportError(f"--out {path} lies inside data_root {data_root}: give another --out")
+        run_data_root = Path(run.config["options"]["data_root"])
+        if path.resolve().is_relative_to(run_data_root.resolve()):
+            raise ReportError(f"--out {path} lies inside data_root {run_data_root}: give another --out")
     for source in pictures if path.exists() else ():
         if not source.root.is_dir():
-            what = f"{source.root} is gone, and {path} with its pictures stays as it is"
-            raise ReportError(f"{what}: --data_root DIR says where they are now, --out FILE makes a page without")
-    write_page(path, page, is_ours=out is None and len(runs) == 1)
+            problem = f"{source.root} is gone, and {path} with its pictures stays as it is"
+            raise ReportError(f"{problem}: --data_root DIR says where they are now, --out FILE makes a page without")
+    write_page(path, page, may_overwrite=out is None and len(runs) == 1)
     if missing := sum(source.num_missing for source in pictures):
         print(
             f"note: pictures that cannot be read: {missing:,}; --data_root DIR says where they are now", file=sys.stderr
@@ -112,7 +109,7 @@ def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make a page; return the exit code: 0 done, 2 a run or file that cannot be used."""
+    """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="report.py", description="Make one page of a run, or one that compares several.", allow_abbrev=False
     )
@@ -129,12 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:  # of a file that is sound JSON, of another form
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # valid JSON whose structure is wrong
         place = traceback.extract_tb(error.__traceback__)[-1].name
         names = ", ".join(map(str, options.runs))
         print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)

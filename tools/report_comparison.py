@@ -1,4 +1,4 @@
-"""What the page that compares several runs shows, as values for report.html.j2. No program."""
+"""The values that report.html.j2 shows when it compares several runs. Not a program."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ from run_files import (
     name_training,
 )
 
-SIGNIFICANCE = 0.05  # of the sign test between two runs
-# Options that say where and how a run was made, not which.
+SIGNIFICANCE = 0.05  # level of the sign test between two runs
+# Options that say where and how a run was started; a difference in them is not listed.
 PLACE_OPTIONS = {"command", "config", "out_dir", "resume", "overwrite", "experiment_name", "clearml_task_name"}
-# Figures of which more is not better: one is had at the cost of the other, and the last is no merit of the training.
+# Figures without a best run: the first two trade against each other, and training does not change the last.
 WITHOUT_BEST = ("Answered above thresholds", "Right among those", "Frozen backbone, best baseline")
 
 
 def describe_comparison(runs: list[Run]) -> dict[str, Any]:
-    """Return what the template shows of several runs."""
+    """Return the variables of the template for the comparison of several runs."""
     names = name_runs([run.path for run in runs])
     answers = [choose_answers(run) for run in runs]
-    paths = [path for path in answers[0] if all(path in table for table in answers)]
-    paths = [path for path in paths if len({table[path].class_name for table in answers}) == 1]
-    images = [[table[path] for table in answers] for path in paths]
+    common = [[table[path] for table in answers] for path in answers[0] if all(path in table for table in answers)]
+    images = [items for items in common if len({item.class_name for item in items}) == 1]  # one answer per run each
     classes = [name for name in runs[0].class_names if all(name in run.label_of for run in runs)]
     return {
         "runs": [
@@ -64,25 +63,24 @@ def describe_comparison(runs: list[Run]) -> dict[str, Any]:
 
 
 def name_runs(paths: list[Path]) -> list[str]:
-    """Return the names of the folders, with as many of those around them as it takes to tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+    """Return a unique name for each folder: its last path components, as few as tell the folders apart."""
+    components = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, components)) + 1):
+        names = ["/".join(parts[-length:]) for parts in components]
         if len(set(names)) == len(names):
             return names
     raise ReportError("one run is given twice: there is nothing to compare")
 
 
 def choose_answers(run: Run) -> dict[str, Prediction]:
-    """Return one answer a test image, by path: the one to the crop as it was cut, where the run judges it masked as well."""
+    """Return one prediction per test image, by path; of an image tested in both views, that of the `bbox` view."""
     return {item.shot.path: item for item in sorted(run.predictions, key=lambda item: item.shot.view != "mask")}
 
 
 def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, str]:
-    """Say whether the run that is right most often is measurably ahead of the next one, on the images that all have tested.
+    """Return whether the run with the most right answers on the common test images is significantly ahead of the second.
 
-    Measurably: of the images that only one of the two gets right, so many are the leader's that a fair coin would do it in less
-    than SIGNIFICANCE of all cases.
+    Significant: the sign test on the images that only one of the two gets right gives p < SIGNIFICANCE / (number of runs - 1).
     """
     if not images:
         note = (
@@ -91,37 +89,37 @@ def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, st
         )
         return {"verdict": "No test image in common", "tone": "plain", "note": note}
     is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
-    totals = is_right.sum(axis=0)
-    first, second = np.argsort(-totals, kind="stable")[:2].tolist()
+    accuracies = is_right.mean(axis=0)
+    first, second = np.argsort(-accuracies, kind="stable")[:2].tolist()
     wins = int((is_right[:, first] & ~is_right[:, second]).sum())
     losses = int((is_right[:, second] & ~is_right[:, first]).sum())
-    chance = sign_test(wins, losses)
-    is_ahead = chance < SIGNIFICANCE / (len(names) - 1)
-    shares = ", ".join(f"{name} {total / len(images):.3f}" for name, total in zip(names, totals.tolist(), strict=True))
+    p_value = sign_test(wins, losses)
+    is_ahead = p_value < SIGNIFICANCE / (len(names) - 1)
+    scores = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in zip(names, accuracies.tolist(), strict=True))
     note = (
-        f"Accuracy on the {len(images):,} test images that all runs have in common: {shares}. {names[first]} is right on {wins:,}"
+        f"Accuracy on the {len(images):,} test images that all runs have in common: {scores}. {names[first]} is right on {wins:,}"
         f" of them where {names[second]} is wrong, and {names[second]} on {losses:,} where {names[first]} is wrong; a fair coin"
-        f" would divide them so unevenly in {float(f'{100 * chance:.2g}'):g} % of cases."
+        f" would divide them so unevenly in {float(f'{100 * p_value:.2g}'):g} % of cases."
     )
     verdict = f"{names[first]} is ahead of {names[second]}" if is_ahead else "No run is measurably ahead"
     return {"verdict": verdict, "tone": "good" if is_ahead else "plain", "note": note}
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return how often a fair coin divides so many throws at least so unevenly."""
+    """Return the two-sided p-value of the sign test: how often a fair coin splits the throws at least as unevenly."""
     count = wins + losses
-    tail = sum(math.comb(count, number) for number in range(min(wins, losses) + 1))
+    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**count)
 
 
 def tally_answers(images: list[list[Prediction]]) -> list[tuple[tuple[bool, ...], int]]:
-    """Return which runs are right, and on how many images: all of them first, none of them last."""
+    """Return (which runs are right, number of images), most images first; all right comes first, all wrong last."""
     counts = Counter(tuple(item.is_right for item in items) for items in images)
     return sorted(counts.items(), key=lambda entry: (not all(entry[0]), not any(entry[0]), -entry[1]))
 
 
 def group_disagreements(images: list[list[Prediction]]) -> list[dict[str, Any]]:
-    """Return the images with different answers by who is right, those first whose wrong answers are surest."""
+    """Return the images with different answers, grouped by which runs are right; most confident wrong answers first."""
     groups: dict[tuple[bool, ...], list[list[Prediction]]] = {}
     for items in images:
         if len({item.answer for item in items}) > 1:
@@ -134,7 +132,7 @@ def group_disagreements(images: list[list[Prediction]]) -> list[dict[str, Any]]:
 
 
 def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return the key figures side by side as rows of {name, values, best}; values are numbers or text."""
+    """Return the key figures of all runs as rows of {name, values, best, is_score}; values are numbers or text."""
     scores = {
         "Accuracy, prototypes": [run.figures.scores.get("acc") for run in runs],
         "Accuracy, classifier": [run.figures.scores.get("classifier_acc") for run in runs],
@@ -149,7 +147,7 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
         scores["Right among those"] = [item and item["thresholds"]["precision"]["value"] for item in measured]
     baselines = [run.figures.baseline.get(run.figures.scored, {}) for run in runs]
     scores["Frozen backbone, best baseline"] = [
-        run.figures.test["baseline"]["acc"]  # of the verdict: the one that is best on val
+        run.figures.test["baseline"]["acc"]  # the one in the verdict, chosen on val
         if run.figures.test
         else max((item[f"{key}_acc"] for key in BASELINE_NAMES if item.get(f"{key}_acc") is not None), default=None)
         for run, item in zip(runs, baselines, strict=True)
@@ -159,13 +157,12 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
         known = [value for value in values if value is not None]
         best = max(known) if len(set(known)) > 1 and name not in WITHOUT_BEST else None
         rows.append({"name": name, "values": values, "best": best, "is_score": True})
-    epochs = [run.figures.epochs for run in runs]
     texts = {
         "Measured on": [f"{run.figures.scored}, {run.count(run.figures.scored):,} images" for run in runs],
         "Best epoch": [
             f"{run.figures.best['epoch']} of {len(run.figures.epochs)}" if run.figures.best else "–" for run in runs
         ],
-        "Training": [format_duration(sum(epoch["seconds"] for epoch in items)) for items in epochs],
+        "Training": [format_duration(sum(epoch["seconds"] for epoch in run.figures.epochs)) for run in runs],
         "Matcher": [name_matcher(run.figures.prototypes) for run in runs],
         "Backbone": [name_training(run.config["options"]) for run in runs],
         "Images": [f"{sum(map(run.count, SPLIT_NAMES)):,} of {len(run.class_names):,} classes" for run in runs],
@@ -174,7 +171,7 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def overlay_curves(names: list[str], runs: list[Run]) -> list[dict[str, Any]]:
-    """Return the charts of train and val, each with one line a run."""
+    """Return the charts of train and val over epochs, with one line per run."""
     colors = make_colors(len(runs))
     titles = (
         ("Loss on train", "train", "loss"),
@@ -195,9 +192,9 @@ def overlay_curves(names: list[str], runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def list_gains(runs: list[Run], classes: list[str], images: list[list[Prediction]]) -> list[dict[str, Any]]:
-    """Return recall and F1 of the common classes by run, and what each run gains over the first; largest gain first.
+    """Return recall and F1 of the common classes by run, and the gains over the first run; largest F1 gain of the last run first.
 
-    Of the images that all have tested; where there are none, of each run's own.
+    Counts the common test images; without any, the images on which each run was scored.
     """
     tables = [
         score_classes([items[i] for items in images]) if images else run.figures.per_class for i, run in enumerate(runs)
@@ -217,18 +214,18 @@ def list_gains(runs: list[Run], classes: list[str], images: list[list[Prediction
 
 
 def score_classes(items: list[Prediction]) -> dict[str, dict[str, Any]]:
-    """Return support, recall and F1 of each class that occurs."""
+    """Return support, recall and F1 of each true class."""
     support = Counter(item.class_name for item in items)
-    given = Counter(item.answer for item in items)
+    predicted = Counter(item.answer for item in items)
     hits = Counter(item.class_name for item in items if item.is_right)
     return {
-        name: {"support": count, "recall": hits[name] / count, "f1": 2 * hits[name] / (count + given[name])}
+        name: {"support": count, "recall": hits[name] / count, "f1": 2 * hits[name] / (count + predicted[name])}
         for name, count in support.items()
     }
 
 
 def list_circumstances(run: Run) -> dict[str, Any]:
-    """Return what can differ between runs besides options."""
+    """Return the facts besides options in which runs can differ: data, model, versions, device."""
     groups = {"data": run.config["data"], "model": run.config["model"], "version of": run.config["versions"]}
     facts = {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}
     facts.pop("data classes")
@@ -236,11 +233,7 @@ def list_circumstances(run: Run) -> dict[str, Any]:
 
 
 def list_differences(tables: list[dict[str, Any]], ignored: set[str]) -> list[tuple[str, list[Any]]]:
-    """Return the entries whose values are not the same everywhere."""
-    rows = [
-        (name, [table.get(name, "–") for table in tables])
-        for name in sorted({name for table in tables for name in table})
-    ]
-    return [
-        (name, values) for name, values in rows if name not in ignored and any(value != values[0] for value in values)
-    ]
+    """Return (name, values) of the entries that differ between the tables, without the `ignored` names."""
+    names = sorted({name for table in tables for name in table} - ignored)
+    rows = [(name, [table.get(name, "–") for table in tables]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]

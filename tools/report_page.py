@@ -1,4 +1,4 @@
-"""What the page of one run shows: header, curves, classes, map, errors, trust, data; values for report.html.j2. No program."""
+"""The values that report.html.j2 shows of one run: header, curves, classes, map, errors, trust, data. Not a program."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from run_files import (
 )
 
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
-FEW_IMAGES = 10  # below, one image moves the recall of a class by more than ten points
-MAP_MAX_POINTS = 1_500  # t-SNE of 1,500 x 128 takes seconds, and more dots only cover each other
-MIN_TSNE_POINTS = 50  # fewer are placed by PCA: they make no neighbourhoods, and scikit-learn takes a second to import
-MAP_THUMB_PX = 48  # a multiple of 16: JPEG chroma blocks then never bleed into the neighbouring cell of the sprite
+FEW_IMAGES = 10  # with fewer, one image moves the recall of a class by more than ten points
+MAP_MAX_POINTS = 1_500  # t-SNE of 1,500 x 128 takes seconds; more dots would only cover each other
+MIN_TSNE_POINTS = 50  # fewer are placed by PCA: they form no neighbourhoods, and scikit-learn takes a second to import
+MAP_THUMB_PX = 48  # a multiple of 16, so that no JPEG chroma block bleeds into the neighbouring cell of the sprite
 MAP_SPRITE_COLUMNS = 40
-MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000, 660, 22  # px of a wide screen; the style sheet has the same proportion
-MAX_CONFLICT_GROUPS = 12  # label conflicts shown as pictures; the list below them has all
-MAX_MATRIX_CLASSES = 60  # beyond, a cell is smaller than a finger and a name smaller than a reader's patience
-MAX_CLASSES_BESIDE_PAIRS = 20  # up to here the matrix leaves room for the list of pairs beside it
-MAX_VIEW_CLASSES = 12  # whose recall with and without background differs most
-CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # SVG user units of the plot in a 480 x 250 chart
-MAX_DOTTED_EPOCHS = 40  # dots show the single epoch, but clutter a long run
+MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000, 660, 22  # px on a wide screen; the style sheet has the same ratio
+MAX_CONFLICT_GROUPS = 12  # label conflicts shown as images; the list below them has all
+MAX_MATRIX_CLASSES = 60  # with more, the cells and names are too small to use
+MAX_CLASSES_BESIDE_PAIRS = 20  # with more, the list of pairs does not fit beside the matrix
+MAX_VIEW_CLASSES = 12  # classes listed because their recall differs most with and without background
+CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 44, 470, 10, 206  # plot area in a chart of 480 x 250 SVG user units
+MAX_DOTTED_EPOCHS = 40  # dots mark single epochs, but clutter longer runs
 
 
 def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
-    """Return what the template shows of one run."""
+    """Return the variables of the template for the page of one run."""
     num_shots = len({item.shot.path for item in run.predictions})
     return {
         "class_names": run.class_names,
@@ -77,7 +77,7 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
 
 
 def view_header(run: Run) -> dict[str, Any]:
-    """Return verdict, key figures and the bars that compare the trained model with the frozen backbone."""
+    """Return the verdict, the key figures, and the bars that compare the trained model with the frozen backbone."""
     figures = run.figures
     verdict, _, note = run.verdict.partition(": ")
     if figures.test and figures.measured and figures.prototypes:
@@ -102,39 +102,40 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
     """Return the key figures as (label, value, note)."""
     figures = run.figures
     best = figures.best
-    by = "prototypes" if figures.test else "the classifier"
+    predictor = "prototypes" if figures.test else "the classifier"
     best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
-    in_split = {split: run.count(split) for split in SPLIT_NAMES}
-    in_class = [sum(run.counts[split][name] for split in SPLIT_NAMES) for name in run.class_names]
+    split_sizes = {split: run.count(split) for split in SPLIT_NAMES}
+    class_sizes = [sum(run.counts[split][name] for split in SPLIT_NAMES) for name in run.class_names]
+    size_note = ", ".join(f"{count:,} {split}" for split, count in split_sizes.items() if count)
     scores = (
-        ("Accuracy", "acc", f"prototypes, {in_split['test']:,} test images" if figures.test else "prototypes, val"),
-        ("Macro F1", "f1_macro", f"{by}, {figures.scored}"),
-        ("Macro ROC AUC", "auc_macro", f"{by}, {figures.scored}"),
+        ("Accuracy", "acc", f"prototypes, {split_sizes['test']:,} test images" if figures.test else "prototypes, val"),
+        ("Macro F1", "f1_macro", f"{predictor}, {figures.scored}"),
+        ("Macro ROC AUC", "auc_macro", f"{predictor}, {figures.scored}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {figures.scored}"),
         ("Classifier accuracy", "classifier_acc", f"trained one, {figures.scored}"),
     )
     return [
         *((label, format_number(figures.scores.get(key)), note) for label, key, note in scores),
         ("Best epoch", f"{best['epoch']}" if best else "–", best_note),
-        ("Images", f"{sum(in_class):,}", ", ".join(f"{count:,} {split}" for split, count in in_split.items() if count)),
-        ("Classes", f"{len(run.class_names):,}", f"{min(in_class):,} to {max(in_class):,} images each"),
+        ("Images", f"{sum(class_sizes):,}", size_note),
+        ("Classes", f"{len(run.class_names):,}", f"{min(class_sizes):,} to {max(class_sizes):,} images each"),
     ]
 
 
 def list_facts(run: Run) -> list[tuple[str, Any]]:
-    """Return how the run was made as (name, value)."""
+    """Return the settings and circumstances of the run as (name, value)."""
     figures = run.figures
     options = run.config["options"]
     seconds = sum(epoch["seconds"] for epoch in figures.epochs)
     started = None if figures.started is None else datetime.fromtimestamp(figures.started, tz=UTC)
-    made = figures.prototypes
+    prototypes = figures.prototypes
     return [
         ("Model", options["model_id"]),
         ("Backbone", name_training(options)),
         ("Embedding", options["emb_dim"]),
         ("Image size", options["img_size"]),
-        ("Matcher", name_matcher(made)),
-        ("References", f"{made['refs']:,}, {made['prototypes']:,} prototypes" if made else "–"),
+        ("Matcher", name_matcher(prototypes)),
+        ("References", f"{prototypes['refs']:,}, {prototypes['prototypes']:,} prototypes" if prototypes else "–"),
         ("Epochs", f"{len(figures.epochs)} of {options['epochs']}, {format_duration(seconds)}"),
         ("Seed", options["seed"]),
         ("Device", run.config["device"]),
@@ -153,12 +154,12 @@ class Line(NamedTuple):
 
 
 def view_curves(figures: Figures) -> dict[str, Any]:
-    """Return the four charts, and the name of the frozen baseline that the accuracy chart shows."""
+    """Return the four charts over epochs, and the name of the frozen baseline in the accuracy chart."""
     frozen = figures.baseline.get("val", {})
     scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
     baseline = max(scores, key=scores.__getitem__, default=None)
     if figures.test and scores:
-        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one of the verdict
+        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one in the verdict
     titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
     best = figures.best["epoch"] if figures.best else None
     charts = []
@@ -168,14 +169,14 @@ def view_curves(figures: Figures) -> dict[str, Any]:
             for split in ("train", "val")
         ]
         if key == "acc":
-            matched = {epoch["epoch"]: epoch["val"].get("proto_acc") for epoch in figures.epochs}
-            lines.append(Line("val, prototypes", "var(--proto)", matched))
+            proto_acc = {epoch["epoch"]: epoch["val"].get("proto_acc") for epoch in figures.epochs}
+            lines.append(Line("val, prototypes", "var(--proto)", proto_acc))
         charts.append(draw_chart(title, lines, best, scores.get(baseline) if key == "acc" else None))
     return {"charts": charts, "baseline": baseline}
 
 
 def draw_chart(title: str, lines: list[Line], best: int | None = None, level: float | None = None) -> dict[str, Any]:
-    """Return where a chart of lines over epochs has ticks, lines, best epoch and horizontal `level`, in SVG units."""
+    """Return a chart of lines over epochs in SVG units: ticks, lines, hover areas, best epoch and horizontal `level`."""
     epochs = sorted({epoch for line in lines for epoch in line.values})
     values = [value for line in lines for value in line.values.values() if value is not None]
     values += [] if level is None else [level]
@@ -189,26 +190,22 @@ def draw_chart(title: str, lines: list[Line], best: int | None = None, level: fl
     def y_of(value: float) -> float:
         return round(float(np.interp(value, (y_ticks[0][0], y_ticks[-1][0]), (CHART_BOTTOM, CHART_TOP))), 1)
 
-    drawn = []
+    paths = []
     for line in lines:
-        row = [(epoch, line.values.get(epoch)) for epoch in epochs]
-        places = [None if value is None else f"{x_of(epoch)} {y_of(value)}" for epoch, value in row]
-        dots = "".join(f"M{place}h0" for place in places if place) if len(epochs) <= MAX_DOTTED_EPOCHS else ""
-        drawn.append({"ink": line.ink, "path": draw_line(places), "dots": dots})
-    edges = [
-        x_of(epochs[0] - pad),
-        *(x_of(sum(pair) / 2) for pair in itertools.pairwise(epochs)),
-        x_of(epochs[-1] + pad),
-    ]
+        series = [(epoch, line.values.get(epoch)) for epoch in epochs]
+        points = [None if value is None else f"{x_of(epoch)} {y_of(value)}" for epoch, value in series]
+        dots = "".join(f"M{point}h0" for point in points if point) if len(epochs) <= MAX_DOTTED_EPOCHS else ""
+        paths.append({"ink": line.ink, "path": draw_line(points), "dots": dots})
+    borders = [epochs[0] - pad, *(sum(pair) / 2 for pair in itertools.pairwise(epochs)), epochs[-1] + pad]
     hits = []
-    for epoch, (low, high) in zip(epochs, itertools.pairwise(edges), strict=True):
-        values_here = [f"{line.name} {format_number(line.values.get(epoch))}" for line in lines]
-        hits.append({"x": low, "width": round(high - low, 1), "text": "\n".join([f"epoch {epoch}", *values_here])})
+    for epoch, (low, high) in zip(epochs, itertools.pairwise(map(x_of, borders)), strict=True):
+        readings = [f"{line.name} {format_number(line.values.get(epoch))}" for line in lines]
+        hits.append({"x": low, "width": round(high - low, 1), "text": "\n".join([f"epoch {epoch}", *readings])})
     return {
         "title": title,
         "x_ticks": [(x_of(tick), text) for tick, text in x_ticks],
         "y_ticks": [(y_of(tick), text) for tick, text in y_ticks],
-        "lines": [line for line in drawn if line["path"]],
+        "lines": [path for path in paths if path["path"]],
         "hits": hits if values else [],
         "best": None if best is None else x_of(best),
         "level": None if level is None else y_of(level),
@@ -216,7 +213,7 @@ def draw_chart(title: str, lines: list[Line], best: int | None = None, level: fl
 
 
 def make_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[float, str]]:
-    """Return (value, text) of up to ten ticks that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
+    """Return up to ten ticks (value, text) that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
     if low == high:
         low, high = low - 0.05, high + 0.05
     power = 10.0 ** math.floor(math.log10((high - low) / 8))
@@ -227,17 +224,17 @@ def make_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[f
     return [(number * step, f"{number * step:.{decimals}f}") for number in range(first, last + 1)]
 
 
-def draw_line(places: list[str | None]) -> str:
-    """Return the SVG path through places; None leaves a gap, and `h0` makes a dot of a place between two gaps."""
-    steps = itertools.pairwise([None, *places])
-    return "".join(f"L{place}" if before else f"M{place}h0" for before, place in steps if place)
+def draw_line(points: list[str | None]) -> str:
+    """Return the SVG path through "x y" points; None leaves a gap, and `h0` shows a point between two gaps as a dot."""
+    pairs = itertools.pairwise([None, *points])
+    return "".join(f"L{point}" if previous else f"M{point}h0" for previous, point in pairs if point)
 
 
 def view_calibration(figures: Figures) -> dict[str, Any] | None:
-    """Return reliability over bins of probability, where it comes from, and the expected calibration error."""
+    """Return reliability by bin of probability, the source of its unknown objects, and the expected calibration error."""
     if figures.measured is None:
         return None
-    # Without pictures of no class the strangers of the test are too easily told; those of heads that did not know them are not.
+    # Classes that the embedder was trained on are too easy as unknown objects: prefer heads that were trained without them.
     is_easy = figures.measured["open_set"]["trained_on_them"]
     source = figures.unseen if is_easy and figures.unseen else figures.measured
     bins = source["reliability"]
@@ -251,7 +248,7 @@ def view_calibration(figures: Figures) -> dict[str, Any] | None:
 
 
 def view_sessions(test: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the test images that look as if taken in one session with a training image, closest first, and accuracy without."""
+    """Return the test images that seem to share a session with a training image, closest first, and the accuracy without them."""
     if not test or not test.get("without_same_session", {}).get("pairs"):
         return None
     without = test["without_same_session"]
@@ -268,7 +265,7 @@ def view_sessions(test: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def list_classes(run: Run) -> list[dict[str, Any]]:
-    """Return one row a class: images by split, scores of the split that the page leads with, threshold."""
+    """Return one row per class: images by split, scores on the split `figures.scored`, threshold."""
     rows = []
     for label, name in enumerate(run.class_names):
         scores = run.figures.per_class.get(name, {})
@@ -280,7 +277,7 @@ def list_classes(run: Run) -> list[dict[str, Any]]:
 
 
 def view_confusion(run: Run) -> dict[str, Any] | None:
-    """Return the matrix, unless it is too large to be read, and the most confused pairs."""
+    """Return the confusion matrix, unless it is too large to read, and the most confused pairs."""
     if not run.predictions:
         return None
     num_classes = len(run.class_names)
@@ -297,12 +294,12 @@ def view_confusion(run: Run) -> dict[str, Any] | None:
     is_drawn = num_classes <= MAX_MATRIX_CLASSES
     is_beside = num_classes <= MAX_CLASSES_BESIDE_PAIRS
     names = [shorten(name, 30) for name in run.class_names]
-    room = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
+    width = (720 if is_beside else 1080) - 8 * max(map(len, names))  # px beside the names, on a screen 1,280 px wide
     return {
         "matrix": matrix.tolist() if is_drawn else None,
         "totals": totals.tolist(),
         "names": names,
-        "cell": min(40, room // num_classes),  # px: fits without scrolling
+        "cell": min(40, width // num_classes),  # px: fits without scrolling
         "is_beside": is_beside,
         "pairs": pairs[: 12 if is_drawn else 50],
         "num_pairs": len(pairs),
@@ -310,86 +307,86 @@ def view_confusion(run: Run) -> dict[str, Any] | None:
 
 
 def view_map(run: Run, pictures: Pictures) -> dict[str, Any] | None:
-    """Return the images of the map with their place in it; test images are drawn last, on top."""
+    """Return the images of the embedding map with their positions; test images come last and are drawn on top."""
     table = run.embeddings
     if table is None or not len(table.labels):
         return None
     chosen = choose_map_rows(table)
-    places = project(table.embeddings[chosen])
-    low = places.min(axis=0)
-    spread = np.maximum(places.max(axis=0) - low, 1e-12)
-    places = MAP_MARGIN + (places - low) / spread * (np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * MAP_MARGIN)
+    positions = project(table.embeddings[chosen])
+    low = positions.min(axis=0)
+    spread = np.maximum(positions.max(axis=0) - low, 1e-12)
+    positions = MAP_MARGIN + (positions - low) / spread * (np.array([MAP_WIDTH, MAP_HEIGHT]) - 2 * MAP_MARGIN)
     order = np.argsort([SPLIT_NAMES.index(split) for split in table.splits[chosen]], kind="stable")
     rows = chosen[order].tolist()
-    places = places[order]
-    size = (min(len(rows), MAP_SPRITE_COLUMNS), math.ceil(len(rows) / MAP_SPRITE_COLUMNS))
+    positions = positions[order]
+    size = (min(len(rows), MAP_SPRITE_COLUMNS), math.ceil(len(rows) / MAP_SPRITE_COLUMNS))  # cells: columns, rows
     answers = {item.shot: item for item in run.predictions}
     sprite = Image.new("RGB", (size[0] * MAP_THUMB_PX, size[1] * MAP_THUMB_PX), (226, 228, 232))
     points = []
-    for index, (row, (x, y)) in enumerate(zip(rows, places.tolist(), strict=True)):
+    for index, (row, (x, y)) in enumerate(zip(rows, positions.tolist(), strict=True)):
         shot = Shot(table.paths[row], table.views[row])
         label = int(table.labels[row])
         split = str(table.splits[row])
         answer = answers.get(shot) if split == "test" else None
-        said = "" if answer is None else ", recognised" if answer.is_right else f", taken for {answer.answer}"
+        outcome = "" if answer is None else ", recognised" if answer.is_right else f", taken for {answer.answer}"
         masked = " (masked)" if shot.view == "mask" else ""
         points.append({
             "style": f"{place_in_map(x, y)}; --thumb: {place_in_sprite(index, size)}",
             "label": label,
             "split": split,
             "is_error": answer is not None and not answer.is_right,
-            "text": f"{run.class_names[label]}\n{split}{said}\n{shot.path}{masked}",
+            "text": f"{run.class_names[label]}\n{split}{outcome}\n{shot.path}{masked}",
         })  # fmt: skip
         paste_thumbnail(sprite, pictures.load(shot, MAP_THUMB_PX), index)
     return {
         "points": points,
         "num_rows": len(table.labels),
         "num_errors": sum(point["is_error"] for point in points),
-        "sprite": jpeg_uri(sprite),  # one JPEG: a third of the bytes of single files, which are mostly headers
+        "sprite": jpeg_uri(sprite),  # takes a third of the bytes of single JPEGs, which are mostly headers
         "size": size,
-        "names": place_names(run.class_names, places, table.labels[rows]),
+        "names": place_names(run.class_names, positions, table.labels[rows]),
         "counts": [sum(run.counts[split][name] for split in SPLIT_NAMES) for name in run.class_names],
         "splits": [split for split in SPLIT_NAMES if (table.splits == split).any()],
     }
 
 
 def choose_map_rows(table: Embeddings) -> np.ndarray:
-    """Return at most MAP_MAX_POINTS rows: even steps through the rows sorted by class and split keep their shares."""
+    """Return at most MAP_MAX_POINTS row indices: even steps through rows sorted by class and split keep the proportions."""
     order = np.lexsort((table.splits, table.labels))
     steps = np.linspace(0, len(order) - 1, min(len(order), MAP_MAX_POINTS)).astype(int)
     return np.sort(order[steps])
 
 
 def project(embeddings: np.ndarray) -> np.ndarray:
-    """Place embeddings (N, D) in the plane (N, 2): t-SNE, or PCA where t-SNE has too little to work on."""
+    """Project embeddings (N, D) onto a plane (N, 2): by t-SNE, or by PCA if there are too few or all are nearly equal."""
     centered = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
     is_collapsed = float(centered.std()) < 1e-6  # t-SNE divides by the spread of its PCA start
     if len(embeddings) < MIN_TSNE_POINTS or embeddings.shape[1] < 2 or is_collapsed:
-        components, sizes, _ = np.linalg.svd(centered, full_matrices=False)
-        places = (components * sizes)[:, :2]
-        return np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+        left_vectors, singular_values, _ = np.linalg.svd(centered, full_matrices=False)
+        scores = (left_vectors * singular_values)[:, :2]
+        return np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
-    # One thread: the order in which OpenMP adds up is not fixed, and t-SNE blows a last bit up into another map.
+    # One thread: OpenMP sums in no fixed order, and t-SNE amplifies a difference in the last bit into another map.
     with threadpool_limits(limits=1):
         return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
 
 
 def place_in_map(x: float, y: float) -> str:
-    """Return the CSS position of a place in the map."""
+    """Return the CSS position of a point in the map."""
     return f"left: {100 * x / MAP_WIDTH:.2f}%; top: {100 * y / MAP_HEIGHT:.2f}%"
 
 
 def place_in_sprite(index: int, size: tuple[int, int]) -> str:
-    """Return the background-position that shows one cell of a grid of `size` (columns, rows)."""
+    """Return the CSS background-position that shows one cell of a sprite of `size` (columns, rows)."""
     row, column = divmod(index, MAP_SPRITE_COLUMNS)
     return f"{100 * column / max(1, size[0] - 1):.3f}% {100 * row / max(1, size[1] - 1):.3f}%"
 
 
 def paste_thumbnail(sprite: Image.Image, image: Image.Image | None, index: int) -> None:
-    """Put a picture, gray where it is missing, into the middle of its cell of the sprite."""
+    """Paste an image into the middle of its cell of the sprite; a missing image becomes a gray square."""
     image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
     row, column = divmod(index, MAP_SPRITE_COLUMNS)
     x = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
@@ -397,19 +394,19 @@ def paste_thumbnail(sprite: Image.Image, image: Image.Image | None, index: int) 
     sprite.paste(image, (x, y))
 
 
-def place_names(class_names: tuple[str, ...], places: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    """Put class names beside their points, large classes first; a name with no free place is left to the legend."""
-    boxes: list[tuple[float, float, float]] = []  # x, y, half width of the names that have a place
+def place_names(class_names: tuple[str, ...], positions: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    """Place class names beside their points, large classes first; a name that fits nowhere is only in the legend."""
+    boxes: list[tuple[float, float, float]] = []  # x, y, half width of the names placed so far
     names = []
     for label in sorted(np.unique(labels).tolist(), key=lambda label: -(labels == label).sum()):
         text = shorten(class_names[label], 24)
         half = 6.5 * sum(1.05 if ord(character) > 0x2E80 else 0.62 for character in text)  # px at 13 px; CJK is wider
-        spots = places[labels == label]
-        distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
+        points = positions[labels == label]
+        distances = np.linalg.norm(points[:, None] - points[None], axis=2)
         from_medoid = distances[distances.sum(axis=1).argmin()]
-        spots = spots[from_medoid <= np.median(from_medoid)]  # the heart of the class: strays carry no name away
-        x = float(np.clip(np.median(spots[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
-        above, middle, below = np.quantile(spots[:, 1], (0.05, 0.5, 0.95)).tolist()
+        points = points[from_medoid <= np.median(from_medoid)]  # outliers do not pull the name away
+        x = float(np.clip(np.median(points[:, 0]), half + 4, max(half + 4, MAP_WIDTH - half - 4)))
+        above, middle, below = np.quantile(points[:, 1], (0.05, 0.5, 0.95)).tolist()
         for y in (above - 14, below + 16, middle - 4, middle - 22, middle + 14):
             is_free = all(abs(x - other_x) > half + width or abs(y - other_y) > 16 for other_x, other_y, width in boxes)
             if is_free and 10 < y < MAP_HEIGHT - 10:
@@ -420,7 +417,7 @@ def place_names(class_names: tuple[str, ...], places: np.ndarray, labels: np.nda
 
 
 def view_errors(run: Run) -> dict[str, Any]:
-    """Return the test images that are wrong, surest first, next to what misled the matcher and what it missed."""
+    """Return the wrong test images, most confident first, each with the reference that misled the matcher and the one it missed."""
     wrong = sorted((item for item in run.predictions if not item.is_right), key=lambda item: -item.probability)
     cards = []
     for item in wrong[:MAX_CARDS]:
@@ -434,7 +431,7 @@ def view_errors(run: Run) -> dict[str, Any]:
 
 
 def compare_views(run: Run) -> dict[str, Any] | None:
-    """Return how the same test crops fare as they are and masked, and those about which the two disagree, surest first."""
+    """Return the results on the same test crops in both views, and the crops with different answers, most confident first."""
     figures = run.figures.views
     by_view = {
         view: {item.shot.path: item for item in run.view_predictions if item.shot.view == view}
@@ -443,8 +440,8 @@ def compare_views(run: Run) -> dict[str, Any] | None:
     pairs = [(item, by_view["mask"][path]) for path, item in by_view["bbox"].items() if path in by_view["mask"]]
     if figures is None or not pairs:
         return None
-    differ = [pair for pair in pairs if pair[0].answer != pair[1].answer]
-    differ.sort(key=lambda pair: -pair[0].probability - pair[1].probability)
+    disagreements = [pair for pair in pairs if pair[0].answer != pair[1].answer]
+    disagreements.sort(key=lambda pair: -pair[0].probability - pair[1].probability)
     is_right = np.array([(plain.is_right, masked.is_right) for plain, masked in pairs]).T
     tallies = {
         "both ways": is_right.all(axis=0),
@@ -461,15 +458,15 @@ def compare_views(run: Run) -> dict[str, Any] | None:
     classes.sort(key=lambda row: (-abs(row["recall"][1] - row["recall"][0]), -row["count"]))
     return {
         "figures": figures,
-        "cards": differ[:MAX_CARDS],
-        "num_differ": len(differ),
+        "cards": disagreements[:MAX_CARDS],
+        "num_differ": len(disagreements),
         "tallies": {name: int(tally.sum()) for name, tally in tallies.items()},
         "classes": classes[:MAX_VIEW_CLASSES],
     }
 
 
 def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the tables of the section on trust: figures with intervals, ways to tell unknown objects, answers at a precision."""
+    """Return the tables of the trust section: figures with intervals, ways to detect unknown objects, answers at a precision."""
     if measured is None:
         return None
     rows = []
@@ -485,7 +482,7 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
     return {
         "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
         "unknown": unknown,
-        "passed": [(source["unknown_passed"], whose) for whose, source in sources if "unknown_passed" in source],
+        "passed": [(source["unknown_passed"], subject) for subject, source in sources if "unknown_passed" in source],
         "source": measured["open_set"]["source"],
         "answers": measured["answers"],
         "thresholds": measured["thresholds"],
@@ -494,7 +491,7 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
 
 
 def view_data(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the scan found: facts, warnings, findings by heading with one line an item, and conflicts as pictures."""
+    """Return the results of the scan: facts, warnings, findings by heading with one line per item, label conflicts as images."""
     if data is None:
         return None
     masks = data["masks"]

@@ -1,4 +1,4 @@
-"""The files that a run leaves, as its report reads them, with their pictures and words. No program; needs no torch."""
+"""Reads the files of a run for its report, loads thumbnails and formats figures. Not a program; needs no torch."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ BASELINE_NAMES = {
     "nn1": "nearest neighbour",
     "centroid": "nearest centroid",
 }
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
-MAX_PIXELS = 100_000_000  # a header that claims more is refused before anything is decoded
-PADDING_GRAY = 114  # what the background of a masked crop, and what is transparent, is shown as
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # otherwise Pillow tries 40 decoders, Ghostscript among them
+MAX_PIXELS = 100_000_000  # an image whose header claims more is refused before decoding
+PADDING_GRAY = 114  # replaces the background of a masked crop, and transparent pixels
 ORIENTATION = 0x0112  # EXIF tag
-MASK_LEVEL = 127  # brighter pixels of a mask, more opaque ones of a cutout, are the object
+MASK_LEVEL = 127  # pixels above it are the object: brightness in a mask, opacity in a cutout
 CARD_THUMB_PX = 96
-MAX_CARDS = 48  # pictures of wrong answers in a section
+MAX_CARDS = 48  # images of wrong answers per section
 MAX_LISTED = 200
-GOLDEN_ANGLE = 137.508  # degrees; multiples of it never come close to each other on the colour circle
-# Ten hues that stay apart on white and on near-black; more classes walk the colour circle by the golden angle.
+GOLDEN_ANGLE = 137.508  # degrees; its multiples never come close to each other on the colour circle
+# Ten hues that stay distinct on white and on near-black; more classes take hues at multiples of the golden angle.
 TEN_COLORS = (
     *("#4c78c8", "#e0812b", "#3f9e5b", "#cf4b4b", "#8d6bc0"),
     *("#a0705a", "#d573b5", "#7f868f", "#a8a32c", "#2ba5b5"),
@@ -48,11 +48,11 @@ TEN_COLORS = (
 
 
 class ReportError(Exception):
-    """A folder or file that no page can be made of; the text is one sentence for people."""
+    """A folder or file cannot be used for a page; the message is one sentence for the user."""
 
 
 class Shot(NamedTuple):
-    """What a picture shows: a crop as it was cut (view `bbox`), or with its background replaced (`mask`)."""
+    """One view of a crop: as it was cut (`bbox`), or with its background replaced (`mask`)."""
 
     path: str  # relative to data_root
     view: str
@@ -60,11 +60,11 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of predictions.csv: what the gallery answers to a crop whose class is known."""
+    """A row of predictions.csv: the answer of the gallery to a crop of known class."""
 
     shot: Shot
     class_name: str
-    answer: str  # the nearest class, whatever its threshold says
+    answer: str  # the nearest class, even if below its threshold
     cosine: float
     probability: float
     class_cosine: float
@@ -74,7 +74,7 @@ class Prediction:
 
     @property
     def is_right(self) -> bool:
-        """Whether the answer is the class."""
+        """Whether the answer is the true class."""
         return self.answer == self.class_name
 
 
@@ -87,12 +87,12 @@ class Embeddings:
     paths: list[str]  # (N,)
     views: list[str]  # (N,)
     splits: np.ndarray  # (N,) str
-    masks: list[str]  # (N,) '' where there is none
+    masks: list[str]  # (N,) paths relative to data_root, '' without a mask
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run, picked from its events; a resumed run repeats epochs and the last one counts."""
+    """The figures of a run, from its events; if a resumed run repeated an epoch, its last event counts."""
 
     epochs: list[dict[str, Any]]  # epoch_end events, by epoch
     best: dict[str, Any] | None  # best_update event
@@ -103,14 +103,14 @@ class Figures:
     measured: dict[str, Any] | None  # measured event
     unseen: dict[str, Any] | None  # unseen_classes event
     started: float | None  # seconds since 1970
-    scored: str  # the split that the page leads with: test, else val
-    scores: dict[str, Any]  # of that split: acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
-    per_class: dict[str, dict[str, Any]]  # of that split, by class name
+    scored: str  # the split of the scores below: test, else val
+    scores: dict[str, Any]  # acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
+    per_class: dict[str, dict[str, Any]]  # by class name
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that the files of a run say."""
+    """The contents of a run's files."""
 
     path: Path
     config: dict[str, Any]
@@ -119,11 +119,11 @@ class Run:
     counts: dict[str, dict[str, int]]  # images of each class, by split
     data_report: dict[str, Any] | None
     thresholds: dict[str, float]  # similarity below which the answer is `unknown`, by class
-    pooled: frozenset[str]  # classes whose threshold is that of all classes together
+    pooled: frozenset[str]  # classes that use one common threshold, fitted on all classes together
     predictions: list[Prediction]
-    view_predictions: list[Prediction]  # test crops that have a mask, each as `bbox` and as `mask`
+    view_predictions: list[Prediction]  # test crops with a mask, each in both views
     embeddings: Embeddings | None
-    label_of: dict[str, int]  # number of each class
+    label_of: dict[str, int]  # by class name
 
     def count(self, split: str) -> int:
         """Return the number of images in a split."""
@@ -131,19 +131,19 @@ class Run:
 
     @property
     def missing_test(self) -> str:
-        """Why there is nothing to say about single test images."""
+        """The reason why a page shows no single test images."""
         return "There is no predictions.csv in the run's folder" if self.count("test") else "No test split"
 
     @property
     def verdict(self) -> str:
-        """What the training was good for, in a few words."""
+        """Whether training helped, in a few words."""
         if self.figures.test:
             return self.figures.test["verdict"]
         return "no test split, no verdict" if self.figures.prototypes else "not finished, no verdict yet"
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run; all but config.json and metrics.jsonl may be missing."""
+    """Read the files of a run; only config.json and metrics.jsonl must exist. Raises ReportError."""
     if missing := [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]:
         raise ReportError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
     config = read_file(folder / "config.json", read_json)
@@ -169,14 +169,14 @@ def read_run(folder: Path) -> Run:
         embeddings=read_file(folder / "embeddings.npz", read_embeddings),
         label_of={name: label for label, name in enumerate(names)},
     )
-    named = {name for item in run.predictions + run.view_predictions for name in (item.class_name, item.answer)}
-    if strange := sorted(named - set(names)):
-        raise ReportError(f"{folder / 'predictions.csv'} names a class that the run does not have: {strange[0]}")
+    predicted = {name for item in run.predictions + run.view_predictions for name in (item.class_name, item.answer)}
+    if unknown := sorted(predicted - set(names)):
+        raise ReportError(f"{folder / 'predictions.csv'} names a class that the run does not have: {unknown[0]}")
     return run
 
 
 def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
-    """Return what `read` makes of a file, None where there is none."""
+    """Return `read(path)`, None for a missing file. Raises ReportError for one that cannot be read."""
     if not path.exists():
         return None
     try:
@@ -188,12 +188,12 @@ def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file."""
+    """Return the contents of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a damaged line, such as the half one that a kill leaves, is left out."""
+    """Return the events of metrics.jsonl without damaged lines, such as one that a killed run wrote only half."""
     events = []
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -204,13 +204,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file; nothing in it is executed."""
+    """Return the arrays of an .npz file; pickled objects, which could run code, are refused."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """Return the content of embeddings.npz."""
+    """Return the contents of embeddings.npz."""
     arrays = read_arrays(path)
     return Embeddings(
         embeddings=arrays["embeddings"],
@@ -245,8 +245,8 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def collect_figures(events: list[dict[str, Any]]) -> Figures:
-    """Pick the figures of a run from its events."""
-    last = {event["event"]: event for event in events}  # a later event replaces an earlier one of its kind
+    """Collect the figures of a run from its events."""
+    last = {event["event"]: event for event in events}  # a later event replaces an earlier one of the same kind
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
     best = last.get("best_update")
     test = last.get("test_end")
@@ -274,7 +274,7 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
 
 
 class Pictures:
-    """Thumbnails of the crops of a run; one that was deleted or damaged since training is missing, and counted."""
+    """Thumbnails of a run's crops. `num_missing` counts those that were deleted or damaged since training."""
 
     def __init__(self, run: Run, data_root: Path | None) -> None:
         options = run.config["options"]
@@ -286,15 +286,14 @@ class Pictures:
             self._masks.update(zip(run.embeddings.paths, run.embeddings.masks, strict=True))
 
     def load(self, shot: Shot, size: int) -> Image.Image | None:
-        """Return a crop with its longer side at most `size`, gray outside the mask; None if it cannot be had."""
+        """Return a crop, its longer side at most `size` px, gray outside the mask; None if it cannot be read."""
         try:
             image = load_thumbnail(self.root / shot.path, size)
         except Exception:  # decoders raise anything from KeyError to struct.error on a damaged file
             self.num_missing += 1
             return None
-        mask_path = self._masks.get(shot.path, "") if shot.view == "mask" else ""
-        if mask_path:
-            is_alpha = Path(mask_path).parent.name != self._masks_dirname  # a cutout, or a crop with a mask of its own
+        if shot.view == "mask" and (mask_path := self._masks.get(shot.path)):
+            is_alpha = Path(mask_path).parent.name != self._masks_dirname  # a cutout, or a crop with an alpha channel
             try:
                 mask = load_mask(self.root / mask_path, is_alpha, image.size)
             except Exception:  # as above
@@ -304,14 +303,14 @@ class Pictures:
         return image
 
     def uri(self, shot: Shot | None) -> str | None:
-        """Return a thumbnail as a data URI."""
+        """Return a thumbnail as a data URI, None without an image."""
         image = self.load(shot, CARD_THUMB_PX) if shot else None
         return jpeg_uri(image) if image else None
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open an image file; its pixels are decoded when they are first used."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would wait for a writer for ever
+    """Open an image file; its pixels are decoded on first use. Raises ValueError if it is not a regular file or too large."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would block until something writes to it
         raise ValueError("is no regular file")
     image = Image.open(path, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
@@ -320,10 +319,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def load_thumbnail(path: Path, size: int) -> Image.Image:
-    """Return an upright RGB image with its longer side at most `size`; gray shows through what is transparent."""
+    """Return an upright RGB image, its longer side at most `size` px; transparent pixels become gray."""
     with open_picture(path) as source:
         image = source
-        if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's own conversion clips to white
+        if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's conversion clips to white
             values = np.asarray(image, dtype=np.float64)
             is_16_bit = image.mode.startswith("I;16") or values.max() > 255
             factor = 1 / 257 if is_16_bit else 255 if image.mode == "F" and values.max() <= 1 else 1
@@ -333,14 +332,14 @@ def load_thumbnail(path: Path, size: int) -> Image.Image:
             image.alpha_composite(source.convert("RGBA"))
         if image.mode != "RGB" and image.format != "JPEG":
             image = image.convert("RGB")  # palettes cannot be resized
-        image.thumbnail((size, size))  # a JPEG is decoded at an eighth of its size where that is enough
+        image.thumbnail((size, size))  # decodes a JPEG at down to an eighth of its size
         image = image.convert("RGB")
-        image.getexif()[ORIENTATION] = source.getexif().get(ORIENTATION, 1)  # read last: a TIFF turns itself upright
+        image.getexif()[ORIENTATION] = source.getexif().get(ORIENTATION, 1)  # read last: Pillow turns a TIFF upright
         return ImageOps.exif_transpose(image)
 
 
 def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:
-    """Return the mask of a thumbnail as 8-bit gray: 255 is object."""
+    """Return the mask of a thumbnail of `size` as 8-bit gray, 255 = object."""
     with open_picture(path) as image:
         upright = ImageOps.exif_transpose(image)
         if is_alpha:
@@ -348,19 +347,19 @@ def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:
         elif upright.mode in ("1", "L"):
             mask = upright.convert("L")
         else:
-            mask = Image.fromarray(np.asarray(upright.convert("RGB")).max(axis=2))  # drawn in colours
+            mask = Image.fromarray(np.asarray(upright.convert("RGB")).max(axis=2))  # a mask in colours
         return mask.point(lambda value: 255 if value > MASK_LEVEL else 0).resize(size, Image.Resampling.BOX)
 
 
 def jpeg_uri(image: Image.Image) -> str:
-    """Return an image as a data URI."""
+    """Return an image as the data URI of a JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line says; of an option that there is not, the one that is spelled nearly like it is named."""
+    """Parse the command line; the error for an unknown option suggests the closest one."""
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -370,57 +369,57 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 def format_number(value: float | None) -> str:
-    """Three decimals; a dash where there is no figure, as for an absent class."""
+    """Format with three decimals; a missing figure, e.g. of an absent class, becomes a dash."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def format_gain(value: float | None) -> str:
-    """Three decimals with a sign; nothing has none."""
+    """Format with three decimals and a sign; a gain that rounds to zero becomes `0`."""
     return "–" if value is None else "0" if abs(value) < 0.0005 else f"{value:+.3f}".replace("-", "−")
 
 
 def format_duration(seconds: float) -> str:
-    """Hours and minutes, minutes and seconds, or seconds."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Format as hours and minutes, minutes and seconds, or seconds."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole_seconds:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle: the names of similar classes often differ at their ends."""
+    """Cut a text in the middle, because the names of similar classes often differ at their ends."""
     return text if len(text) <= limit else f"{text[: limit * 3 // 5]}…{text[-(limit * 2 // 5 - 1) :]}"
 
 
 def capitalize(text: str) -> str:
-    """Make the first letter a capital, and leave the others."""
+    """Make the first letter a capital and keep the others."""
     return text[:1].upper() + text[1:]
 
 
 def name_training(options: dict[str, Any]) -> str:
-    """Return in words which part of the backbone is trained."""
+    """Describe which part of the backbone is trained."""
     if not options["freeze_backbone"]:
         return "fine-tuned"
-    blocks = options.get("unfreeze_blocks")
-    if blocks:
+    if blocks := options.get("unfreeze_blocks"):
         return f"fine-tuned in its last {blocks} blocks" if blocks > 1 else "fine-tuned in its last block"
-    rank = options.get("lora_rank")
-    return f"LoRA of rank {rank}" if rank else "frozen"
+    return f"LoRA of rank {options['lora_rank']}" if options.get("lora_rank") else "frozen"
 
 
 def name_matcher(prototypes: dict[str, Any] | None) -> str:
-    """Return in words how a query is matched, from the proto_end event."""
+    """Describe how a query is matched, from the proto_end event."""
     if prototypes is None:
         return "–"
-    words = MATCHER_NAMES[prototypes["matcher"]]
+    matcher = MATCHER_NAMES[prototypes["matcher"]]
     if prototypes["matcher"] == "knn":
         k = prototypes["knn_k"]
-        words = "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
+        matcher = "nearest reference" if k == 1 else f"mean of the {k} nearest references of a class"
     weight = prototypes.get("feature_weight")
-    return f"{words}; {weight:.0%} of a cosine from features of the backbone" if weight else words
+    return f"{matcher}; {weight:.0%} of a cosine from features of the backbone" if weight else matcher
 
 
 def make_colors(count: int) -> list[str]:
-    """Return colours for that many classes or runs."""
+    """Return `count` CSS colours, for classes or runs."""
     if count <= len(TEN_COLORS):
         return list(TEN_COLORS[:count])
     tones = ((62, 50), (48, 40), (58, 63))  # saturation and lightness alternate: 40 hues alone are too close
