@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "lct_dino3.py"
 IMAGES_PER_KIND = 40  # of unknown objects
 # A small ResNet learns the drawn tools from scratch in a minute; with a margin of 0.30 it would need several. With eleven classes,
 # a scale of 30 saturates too early: unknown objects then look more like tools. Val images do not show how similar an unknown object
-# can get, so --unknown_dir sets the thresholds, with other kinds of objects than the one on the photo.
+# can get, so the images in --unknown_dir set the thresholds; they show other kinds of objects than the one on the photo.
 TRAIN_FLAGS = {
     "--group_regex": r"^(shot\d+)_",
     "--target_precision": "0.92",

@@ -36,7 +36,7 @@ def describe_comparison(runs: list[Run]) -> dict[str, Any]:
     names = name_runs([run.path for run in runs])
     answers = [choose_answers(run) for run in runs]
     common = [[table[path] for table in answers] for path in answers[0] if all(path in table for table in answers)]
-    images = [items for items in common if len({item.class_name for item in items}) == 1]  # one answer per run each
+    images = [items for items in common if len({item.class_name for item in items}) == 1]  # (images, runs)
     classes = [name for name in runs[0].class_names if all(name in run.label_of for run in runs)]
     return {
         "runs": [
@@ -88,7 +88,7 @@ def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, st
             " difference may be theirs: compare runs with the same data, --seed, --group_regex and shares of the splits."
         )
         return {"verdict": "No test image in common", "tone": "plain", "note": note}
-    is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
+    is_right = np.array([[item.is_right for item in items] for items in images])
     accuracies = is_right.mean(axis=0)
     first, second = np.argsort(-accuracies, kind="stable")[:2].tolist()
     wins = int((is_right[:, first] & ~is_right[:, second]).sum())
@@ -113,7 +113,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def tally_answers(images: list[list[Prediction]]) -> list[tuple[tuple[bool, ...], int]]:
-    """Return (which runs are right, number of images), most images first; all right comes first, all wrong last."""
+    """Return (which runs are right, number of images), all right first, all wrong last, the others by falling number."""
     counts = Counter(tuple(item.is_right for item in items) for items in images)
     return sorted(counts.items(), key=lambda entry: (not all(entry[0]), not any(entry[0]), -entry[1]))
 
