@@ -88,7 +88,7 @@ def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, st
             " difference may be theirs: compare runs with the same data, --seed, --group_regex and shares of the splits."
         )
         return {"verdict": "No test image in common", "tone": "plain", "note": note}
-    is_right = np.array([[item.is_right for item in items] for items in images])
+    is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
     accuracies = is_right.mean(axis=0)
     first, second = np.argsort(-accuracies, kind="stable")[:2].tolist()
     wins = int((is_right[:, first] & ~is_right[:, second]).sum())
