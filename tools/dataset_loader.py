@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Bring sets of meshes onto this disk: known ones by download, a drawn one, or folders that are there.
+"""Data sets of meshes: download the known ones, draw the toy set, or use existing folders; and voxelise them for modelit.py.
 
-    python tools/dataset_loader.py                  a menu; it also takes its answers from a pipe
+    python tools/dataset_loader.py                  a menu; its answers may also come from a pipe
 
-modelit.py calls `load_dataset`. Downloads go on where they were interrupted, and nothing leaves the folder of the data set when an
-archive is unpacked. Folders that this file has made carry a marker; only these are ever deleted.
+Interrupted downloads continue where they stopped, and archives are unpacked into the folder of the data set only. Folders made here
+carry a marker file; no others are ever deleted.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lct_dino3 as lct
 
-MARKER_NAME = ".modelit_dataset.json"  # a folder that holds it was made here
+MARKER_NAME = ".modelit_dataset.json"  # in each folder that was made here
 TOY_NAME = "toy"
-TOY_SHAPES = 60  # of each class
+TOY_SHAPES = 60  # per class
 DOWNLOAD_TRIES = 4
-TRY_AGAIN_SECONDS = 1.0  # before the second try; twice as long before each further one
+TRY_AGAIN_SECONDS = 1.0  # before the second try; doubled before each further one
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 20
 MAX_UNPACKED_BYTES = 50 << 30  # ModelNet40 unpacks to 10 GB
-MAX_RATIO = 200  # of a file to what it takes in the archive; meshes as text have 3 to 10
+MAX_RATIO = 200  # unpacked to packed size of a file; meshes as text have 3 to 10
 RATIO_FREE_BYTES = 10 << 20  # smaller files may have any ratio
 MAX_FILES = 1_000_000
 NEEDS_LOGIN = (
@@ -58,16 +58,16 @@ NEEDS_LOGIN = (
 
 
 class Link(NamedTuple):
-    """Where a known data set comes from."""
+    """A known data set and its source."""
 
-    url: str  # '' = it cannot be fetched
-    text: str
+    url: str  # '' = no download
+    text: str  # shown in the menu
     classes: tuple[str, ...] = ()  # only these are used; () = all
-    folder: str = ""  # of another data set that it is a part of
-    sha256: str = ""  # '' = its publisher gives none
+    folder: str = ""  # name of the larger data set that contains it
+    sha256: str = ""  # '' = none is published
 
 
-# The addresses are those of https://modelnet.cs.princeton.edu.
+# Addresses from https://modelnet.cs.princeton.edu.
 MODELNET10_URL = "http://3dvision.princeton.edu/projects/2014/3DShapeNets/ModelNet10.zip"
 DATASET_LINKS: dict[str, Link] = {
     TOY_NAME: Link("", f"drawn here: chairs, tables, lamps, monitors, {TOY_SHAPES} each"),
@@ -81,19 +81,15 @@ DATASET_LINKS: dict[str, Link] = {
 
 
 def list_available_datasets() -> dict[str, str]:
-    """Return the names of the known data sets, and what each is."""
+    """Return the known data sets: description by name."""
     return {name: link.text for name, link in DATASET_LINKS.items()}
 
 
 def load_dataset(source: str | Path, download_path: str | Path = "datasets") -> list[Path]:
-    """Return the folders of meshes that a name or a path stands for; a known data set that is not here yet is fetched.
+    """Return the folders of meshes of a data set; fetch or draw it into `download_path` first if necessary.
 
-    Args:
-        source: a folder, or a name of `DATASET_LINKS`; a folder of that name wins.
-        download_path: folder that data sets are kept in.
-
-    Raises:
-        UserError: neither a folder nor known; it needs a login; or it cannot be fetched.
+    `source` is a folder, or a name in `DATASET_LINKS`; a folder of that name takes precedence. Raises UserError if it is neither,
+    needs a login, or cannot be fetched.
     """
     path = Path(source)
     if path.is_dir():
@@ -117,31 +113,31 @@ def load_dataset(source: str | Path, download_path: str | Path = "datasets") -> 
             fill_folder(folder, link)
     if not link.classes:
         return [folder]
-    wanted = [found for found in sorted(folder.rglob("*")) if found.is_dir() and found.name in link.classes]
-    if not wanted:
+    class_folders = [path for path in sorted(folder.rglob("*")) if path.is_dir() and path.name in link.classes]
+    if not class_folders:
         raise lct.UserError(f"has no class {' '.join(link.classes)}", str(folder), "clear it, and load it again")
-    return wanted
+    return class_folders
 
 
 def fill_folder(folder: Path, link: Link) -> None:
-    """Draw or fetch a data set beside `folder`, and give it that name when all of it is there."""
-    fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a start that was killed; this process has the lock
+    """Fetch or draw a data set in a temporary folder, and rename that to `folder` when it is complete."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process; this one has the lock
     if link.url:
         archive = folder.with_name(f"{folder.name}.zip")
         download_file(link.url, archive, link.sha256)
-        extract_archive(archive, fresh)
+        extract_archive(archive, temporary)
     else:
-        draw_toy_set(fresh)
-    lct.write_json(fresh / MARKER_NAME, {"source": link.url or "drawn", "time": time.strftime("%Y-%m-%d %H:%M:%S")})
-    fresh.rename(folder)
+        draw_toy_set(temporary)
+    lct.write_json(temporary / MARKER_NAME, {"source": link.url or "drawn", "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+    temporary.rename(folder)
     lct.sync_folder(folder.parent)
     if link.url:
         archive.unlink()
 
 
 def clear_dataset_cache(download_path: str | Path = "datasets") -> list[str]:
-    """Delete the data sets that were made here, and what is left of downloads; return their names. Other folders stay."""
+    """Delete the data sets made here and the remains of downloads, and no other folders; return the names of the data sets."""
     root = Path(download_path)
     if not root.is_dir():
         return []
@@ -158,11 +154,7 @@ def clear_dataset_cache(download_path: str | Path = "datasets") -> list[str]:
 
 
 def select_local_dataset() -> Path | None:
-    """Ask for a folder in a window; None if none is chosen.
-
-    Raises:
-        UserError: there is no PyQt5, or no display.
-    """
+    """Ask for a folder in a window; return None if none is chosen. Raises UserError without PyQt5 or a display."""
     remedy = "pip install PyQt5, or give the path: --dataset DIR"
     try:
         from PyQt5.QtWidgets import QApplication, QFileDialog
@@ -180,40 +172,38 @@ def select_local_dataset() -> Path | None:
 
 
 def download_file(url: str, path: Path, sha256: str = "") -> None:
-    """Fetch a file over HTTP; what a failure leaves in `<path>.part` is where the next try goes on.
+    """Fetch a file over HTTP; after a failure, the next try continues from `<path>.part`.
 
-    Raises:
-        UserError: the server cannot be reached, refuses, or has sent something else than it said.
+    Raises UserError if the server cannot be reached or refuses, the file has another SHA-256, or the disk is full.
     """
     part = path.with_name(f"{path.name}.part")
-    problem: Exception | None = None
-    for number in range(DOWNLOAD_TRIES):
-        if number:
-            time.sleep(TRY_AGAIN_SECONDS * 2 ** (number - 1))
+    last_error: Exception | None = None
+    for attempt in range(DOWNLOAD_TRIES):
+        if attempt:
+            time.sleep(TRY_AGAIN_SECONDS * 2 ** (attempt - 1))
         try:
             _fetch_rest(url, part)
             break
         except urllib.error.HTTPError as error:
-            problem = error
+            last_error = error
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise _download_error(url, error) from error
         except (http.client.HTTPException, ValueError) as error:  # cut off, or no HTTP
-            problem = error
+            last_error = error
         except OSError as error:  # no route, refused, reset, timed out, cut off
-            is_of_disk = isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == errno.ENOSPC
-            if is_of_disk:
+            is_disk_error = isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == errno.ENOSPC
+            if is_disk_error:
                 raise lct.write_error(part, error, 0) from error
-            problem = error
+            last_error = error
     else:
-        raise _download_error(url, problem) from problem
+        raise _download_error(url, last_error) from last_error
     if sha256:
         with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256:
             part.unlink()
-            raise lct.UserError(
-                f"has SHA-256 {found}, not {sha256}", url, "it is deleted; try again, or tell its publisher"
-            )
+            remedy = "it is deleted; try again, or tell its publisher"
+            raise lct.UserError(f"has SHA-256 {digest}, not {sha256}", url, remedy)
     part.replace(path)
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
     lct.sync_folder(path.parent)
@@ -226,35 +216,33 @@ def _download_error(url: str, error: Exception | None) -> lct.UserError:
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append what is missing; a file that has changed on the server is fetched from its beginning."""
-    note = part.with_name(f"{part.name}.json")
-    known: dict[str, Any] = {}
+    """Append the missing bytes of a file, or fetch it from the start if it has changed on the server."""
+    state_path = part.with_name(f"{part.name}.json")
+    saved: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(note.read_text(encoding="utf-8"))
-    start = part.stat().st_size if part.is_file() and known.get("url") == url and known.get("validator") else 0
+        saved = json.loads(state_path.read_text(encoding="utf-8"))
+    start = part.stat().st_size if part.is_file() and saved.get("url") == url and saved.get("validator") else 0
     request = urllib.request.Request(url, headers={"User-Agent": "modelit"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-        request.add_header("If-Range", known["validator"])
+        request.add_header("If-Range", saved["validator"])
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and known.get("length") == start:
-            return  # all of it was there
+        if error.code == 416 and saved.get("length") == start:
+            return  # already complete
         if error.code == 416:
-            note.unlink(missing_ok=True)
+            state_path.unlink(missing_ok=True)
         raise
     with response:
-        is_rest = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        start = start if is_rest else 0
+        is_partial = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        start = start if is_partial else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None else None
-        entity_tag = response.headers.get("ETag", "")
-        # A weak tag promises no equal bytes.
-        strong = (
-            entity_tag if entity_tag and not entity_tag.startswith("W/") else response.headers.get("Last-Modified", "")
-        )
-        lct.write_json(note, {"url": url, "validator": strong, "length": total})
+        validator = response.headers.get("ETag", "")
+        if not validator or validator.startswith("W/"):  # a weak tag does not promise equal bytes
+            validator = response.headers.get("Last-Modified", "")
+        lct.write_json(state_path, {"url": url, "validator": validator, "length": total})
         bar = lct.progress((), total or 0, url.rpartition("/")[2], unit="B")
         bar.unit_scale = True
         bar.update(start)
@@ -271,25 +259,24 @@ def _fetch_rest(url: str, part: Path) -> None:
 
 
 def extract_archive(archive: Path, folder: Path) -> None:
-    """Unpack the meshes and texts of a zip archive into a new folder.
+    """Unpack a zip archive into a new folder.
 
-    Raises:
-        UserError: it is damaged, or holds a path that leads out of the folder, a link, or far more than its size promises. What
-            was unpacked is removed.
+    Raises UserError, and removes the folder, if the archive is damaged, does not fit on the disk, or holds a link, a path outside
+    the folder, or far more than its size promises.
     """
     try:
         with zipfile.ZipFile(archive) as file:
             members = [info for info in file.infolist() if not info.is_dir()]
             _check_members(archive, members)
             folder.mkdir(parents=True)
-            room = shutil.disk_usage(folder).free
+            free = shutil.disk_usage(folder).free
             needed = sum(info.file_size for info in members)
-            if needed > room:
-                raise lct.UserError(f"unpacks to {needed:,} bytes, and {room:,} are free", str(folder), "make room")
+            if needed > free:
+                raise lct.UserError(f"unpacks to {needed:,} bytes, and {free:,} are free", str(folder), "make room")
             for info in lct.progress(members, len(members), "unpacking", unit="file"):
                 target = folder.joinpath(*PurePosixPath(info.filename).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads no more than file_size says
+                with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads at most file_size bytes
                     shutil.copyfileobj(source, copy, CHUNK_BYTES)
     except (
         *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError),
@@ -297,13 +284,12 @@ def extract_archive(archive: Path, folder: Path) -> None:
     ) as error:
         shutil.rmtree(folder, ignore_errors=True)
         archive.unlink(missing_ok=True)
-        raise lct.UserError(
-            f"is damaged: {error}", str(archive), "it is deleted; start again to fetch it anew"
-        ) from error
-    except OSError as error:  # the disk is full, or the archive names what cannot be there: a file below a file
+        remedy = "it is deleted; start again to fetch it anew"
+        raise lct.UserError(f"is damaged: {error}", str(archive), remedy) from error
+    except OSError as error:  # the disk is full, or a path in the archive is impossible, e.g. a file below a file
         shutil.rmtree(folder, ignore_errors=True)
-        what = f"cannot be unpacked: {error.strerror or error}"
-        raise lct.UserError(what, str(archive), "make room, or delete it and start again") from error
+        problem = f"cannot be unpacked: {error.strerror or error}"
+        raise lct.UserError(problem, str(archive), "make room, or delete it and start again") from error
     except lct.UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -317,65 +303,66 @@ def _check_members(archive: Path, members: Sequence[zipfile.ZipInfo]) -> None:
         path = PurePosixPath(info.filename)
         mode = info.external_attr >> 16
         total += info.file_size
-        leads_out = path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename
+        is_outside = path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in info.filename
         is_bomb = info.file_size > max(RATIO_FREE_BYTES, MAX_RATIO * info.compress_size)
         is_plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
-        refusals = (
-            (leads_out, "leads out of the folder"),
+        checks = (
+            (is_outside, "leads out of the folder"),
             (not is_plain, "is a link or a device"),
             (is_bomb, f"would unpack to {info.file_size:,} bytes from {info.compress_size:,}"),
             (path in names, "is there twice"),
             (total > MAX_UNPACKED_BYTES or len(members) > MAX_FILES, "is one too many: the archive is far too large"),
         )
-        for is_wrong, what in refusals:
-            if is_wrong:
-                raise lct.UserError(f"{info.filename!r} in it {what}", str(archive), remedy)
+        for is_bad, problem in checks:
+            if is_bad:
+                raise lct.UserError(f"{info.filename!r} in it {problem}", str(archive), remedy)
         names.add(path)
 
 
-# --- the drawn set
+# --- the toy set
 
 
 class Solid:
-    """A body that is drawn of boxes and turned columns, which become polygons of an .off file."""
+    """A body of boxes and round columns, as vertices and polygons of an .off file."""
 
     def __init__(self) -> None:
         self.vertices: list[tuple[float, float, float]] = []
         self.polygons: list[list[int]] = []
 
     def add_prism(self, bottom: np.ndarray, top: np.ndarray) -> None:
-        """Add a body between two polygons of equally many corners, each (N, 3), counter-clockwise from above."""
-        first = len(self.vertices)
+        """Add the body between two polygons with equally many corners, each (N, 3), counter-clockwise from above."""
         count = len(bottom)
+        low = len(self.vertices)  # the first corner of the bottom
+        high = low + count
         self.vertices += [tuple(corner) for corner in (*bottom.tolist(), *top.tolist())]
-        self.polygons.append([first + corner for corner in reversed(range(count))])
-        self.polygons.append([first + count + corner for corner in range(count)])
+        self.polygons.append([low + corner for corner in reversed(range(count))])
+        self.polygons.append([high + corner for corner in range(count)])
         for corner in range(count):
-            after = (corner + 1) % count
-            self.polygons.append([first + corner, first + after, first + count + after, first + count + corner])
+            following = (corner + 1) % count
+            self.polygons.append([low + corner, low + following, high + following, high + corner])
 
     def add_box(self, low: Sequence[float], high: Sequence[float]) -> None:
-        """Add a box between two corners."""
+        """Add a box between two opposite corners."""
         corners = np.array([[low[0], low[1]], [high[0], low[1]], [high[0], high[1]], [low[0], high[1]]])
         bottom, top = (np.column_stack([corners, np.full(4, z)]) for z in (low[2], high[2]))
         self.add_prism(bottom, top)
 
     def add_column(self, radii: tuple[float, float], heights: tuple[float, float]) -> None:
-        """Add a round column about the vertical axis: radius and height of its foot and of its top."""
+        """Add a round column about the vertical axis; `radii` and `heights` are those of its bottom and its top."""
         angles = np.arange(20) * np.pi / 10
         circle = np.column_stack([np.cos(angles), np.sin(angles)])
-        rings = [np.column_stack([r * circle, np.full(20, z)]) for r, z in zip(radii, heights, strict=True)]
-        self.add_prism(*rings)
+        bottom, top = (np.column_stack([r * circle, np.full(20, z)]) for r, z in zip(radii, heights, strict=True))
+        self.add_prism(bottom, top)
 
     def add_legs(self, half: tuple[float, float], thickness: float, height: float) -> None:
-        """Add four legs at the corners of a rectangle with these half sides."""
+        """Add four legs at the corners of a rectangle whose half sides are `half`."""
         for x in (-half[0], half[0] - thickness):
             for y in (-half[1], half[1] - thickness):
                 self.add_box((x, y, 0), (x + thickness, y + thickness, height))
 
 
 def draw_chair(rng: np.random.Generator) -> Solid:
-    """Draw a seat on four legs with a back, some with arms."""
+    """Draw a chair: a seat on four legs with a back, and in some cases arms."""
     solid = Solid()
     width, depth = rng.uniform(0.22, 0.3, 2)
     seat, back, thickness = rng.uniform(0.38, 0.52), rng.uniform(0.85, 1.15), rng.uniform(0.06, 0.09)
@@ -390,7 +377,7 @@ def draw_chair(rng: np.random.Generator) -> Solid:
 
 
 def draw_table(rng: np.random.Generator) -> Solid:
-    """Draw a top on four legs, or on a column with a foot."""
+    """Draw a table: a top on four legs, or on a column with a foot."""
     solid = Solid()
     width, depth = rng.uniform(0.42, 0.6), rng.uniform(0.3, 0.45)
     height, thickness = rng.uniform(0.5, 0.75), rng.uniform(0.06, 0.1)
@@ -404,7 +391,7 @@ def draw_table(rng: np.random.Generator) -> Solid:
 
 
 def draw_lamp(rng: np.random.Generator) -> Solid:
-    """Draw a foot, a pole and a shade."""
+    """Draw a lamp: a foot, a pole and a shade."""
     solid = Solid()
     height, foot = rng.uniform(1.0, 1.4), rng.uniform(0.16, 0.26)
     shade, shade_height = rng.uniform(0.22, 0.34), rng.uniform(0.25, 0.4)
@@ -415,7 +402,7 @@ def draw_lamp(rng: np.random.Generator) -> Solid:
 
 
 def draw_monitor(rng: np.random.Generator) -> Solid:
-    """Draw a screen on a stand."""
+    """Draw a monitor: a screen on a stand."""
     solid = Solid()
     width, height, thickness = rng.uniform(0.45, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.05, 0.1)
     stand, foot = rng.uniform(0.12, 0.25), rng.uniform(0.18, 0.3)
@@ -429,20 +416,20 @@ TOY_CLASSES = {"chair": draw_chair, "lamp": draw_lamp, "monitor": draw_monitor, 
 
 
 def draw_toy_set(folder: Path, count: int = TOY_SHAPES) -> None:
-    """Draw `count` shapes of each class as `<class>/<class>_0001.off`; always the same ones."""
-    for position, (name, draw) in enumerate(TOY_CLASSES.items()):
+    """Draw `count` shapes of each class as `<class>/<class>_0001.off`, the same ones in every call."""
+    for label, (name, draw) in enumerate(TOY_CLASSES.items()):
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            solid = draw(np.random.default_rng((position, number)))
+            solid = draw(np.random.default_rng((label, number)))
             text = format_off(np.array(solid.vertices), solid.polygons)
             (folder / name / f"{name}_{number + 1:04}.off").write_text(text, encoding="ascii")
 
 
-# --- voxels of a data set; the options are those of modelit.py
+# --- voxels of a data set; `options` are those of modelit.py
 
 
 class Shapes(NamedTuple):
-    """Voxels of all meshes that can be used."""
+    """The voxels of all usable meshes."""
 
     packed: np.ndarray  # uint8 (N, voxel_size**3 / 8)
     labels: np.ndarray  # int64 (N,)
@@ -450,19 +437,18 @@ class Shapes(NamedTuple):
     class_names: list[str]
 
     def grids(self, rows: np.ndarray, size: int) -> np.ndarray:
-        """Return float32 (B, 1, size, size, size)."""
+        """Unpack the voxels of B rows, float32 (B, 1, size, size, size)."""
         bits = np.unpackbits(self.packed[rows], axis=1)[:, : size**3]
         return bits.reshape(-1, 1, size, size, size).astype(np.float32)
 
 
 def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
-    """Return path, class and whether a folder named test holds it; what is hidden is passed over.
+    """Return path, class name and whether it is in a folder named test, for each mesh that is not hidden.
 
-    Raises:
-        UserError: there are none.
+    Raises UserError if there are none.
     """
-    found = []
-    seen = set()  # `modelnet10 chairs` names the chairs twice: one of a pair would be held out, and the other learned
+    meshes = []
+    seen = set()  # `modelnet10 chairs` lists each chair twice: it could be held out and trained on
     folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
     for folder in folders:
         for path in sorted(folder.rglob("*")):
@@ -471,42 +457,41 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
             if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
                 continue
             seen.add(path.resolve())
-            # Of ModelNet10/chair/train/chair_0001.off the class is chair; in a folder without others it is that folder's name.
+            # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
             names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
-            found.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
-    if not found:
+            meshes.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
+    if not meshes:
         remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
         raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
     if options.max_samples:
         counts: Counter[str] = Counter()
-        ranks = []
-        for _, name, _ in found:
+        ranks = []  # of each mesh in its class
+        for _, name, _ in meshes:
             ranks.append(counts[name])
             counts[name] += 1
         chosen = np.argsort(ranks, kind="stable")[: options.max_samples]
-        found = [found[row] for row in sorted(chosen.tolist())]
-    return found
+        meshes = [meshes[row] for row in sorted(chosen.tolist())]
+    return meshes
 
 
 def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[tuple[str, str]]]:
-    """Voxelise what is not on disk yet, and decide what is held out; return also which meshes cannot be used, and why.
+    """Voxelise the meshes that are not in the cache, and choose the held-out ones; return also path and problem of unusable meshes.
 
-    Raises:
-        UserError: fewer than two meshes can be used.
+    Raises UserError if fewer than two meshes are usable.
     """
-    found = list_meshes(options)
+    meshes = list_meshes(options)
     kind = f"{options.voxel_mode} {options.voxel_size} {VOXELS_VERSION}"
     memory = lct.FileMemory(options.download_path / ".voxels")
-    known = memory.recall(kind)
-    stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path, _, _ in found)]
-    names = [str(path.resolve()) for path, _, _ in found]
+    cached = memory.recall(kind)
+    stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path, _, _ in meshes)]
+    names = [str(path.resolve()) for path, _, _ in meshes]
     voxels: list[bytes | str | None] = [
-        known[name][2] if name in known and known[name][:2] == stamp else None
+        cached[name][2] if name in cached and cached[name][:2] == stamp else None
         for name, stamp in zip(names, stamps, strict=True)
     ]
-    waiting = [row for row, packed in enumerate(voxels) if packed is None]
+    missing = [row for row, packed in enumerate(voxels) if packed is None]
     try:
-        for row, packed in zip(waiting, voxelize_files([found[row][0] for row in waiting], options), strict=True):
+        for row, packed in zip(missing, voxelize_files([meshes[row][0] for row in missing], options), strict=True):
             voxels[row] = packed
             if isinstance(packed, bytes):
                 memory.learn(kind, names[row], stamps[row], packed)
@@ -517,13 +502,13 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
         log(f"left out: {name}: {reason}")
     usable = [row for row, packed in enumerate(voxels) if isinstance(packed, bytes)]
     if len(usable) < 2:
-        what = f"has too few meshes that can be used: {len(usable)} of {len(found)}"
-        raise lct.UserError(what, f"--dataset {' '.join(options.dataset)}", "give two or more")
+        problem = f"has too few meshes that can be used: {len(usable)} of {len(meshes)}"
+        raise lct.UserError(problem, f"--dataset {' '.join(options.dataset)}", "give two or more")
     if len(problems) > 5:
         log(f"left out: {len(problems) - 5:,} more, see problems.json")
-    class_names = sorted({found[row][1] for row in usable})
-    labels = np.array([class_names.index(found[row][1]) for row in usable])
-    held_out = np.array([found[row][2] for row in usable])
+    class_names = sorted({meshes[row][1] for row in usable})
+    labels = np.array([class_names.index(meshes[row][1]) for row in usable])
+    held_out = np.array([meshes[row][2] for row in usable])
     if not held_out.any() or held_out.all():
         shares = (1 - options.val_split, options.val_split, 0.0)
         held_out = lct.assign_splits(labels, np.arange(len(labels)), shares, options.seed) == 1
@@ -532,13 +517,12 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
 
 
 def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]:
-    """Yield the voxels of each file, or why there are none."""
+    """Yield the packed voxels of each file, or the reason why it cannot be used."""
     voxelize = functools.partial(voxelize_file, size=options.voxel_size, is_solid=options.voxel_mode == "solid")
     if not options.num_workers or len(paths) < 2:
         yield from map(voxelize, lct.progress(paths, len(paths), "voxels", unit="mesh"))
         return
-    # spawn: a fork of a process whose torch has threads can hang.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork can hang, because torch has threads
     workers = lct.count_workers(options.num_workers)
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
@@ -559,7 +543,7 @@ class LoaderOptions(lct.Options):
 
 
 def read_answers() -> Iterator[str]:
-    """Yield what is typed, or comes through a pipe, until it ends or is 0."""
+    """Yield answers, typed or from a pipe, until the input ends or one is 0 or q."""
     while True:
         print("number or name, 0 = end: ", end="", flush=True)
         answer = sys.stdin.readline()
@@ -571,17 +555,17 @@ def read_answers() -> Iterator[str]:
 
 
 def run_menu(options: LoaderOptions) -> None:
-    """Ask what is to be done, until the answers end; a failure is told, and from a pipe is the exit code."""
+    """Run entries of the menu until the answers end; report failures, and raise UserError at the end if the answers are piped."""
     names = list(DATASET_LINKS)
     actions = [*names, "choose a folder", "clear"]
+    texts = {"choose a folder": "in a window", "clear": f"delete what was fetched to {options.download_path}"}
     for number, name in enumerate(actions, start=1):
-        text = {"choose a folder": "in a window", "clear": f"delete what was fetched to {options.download_path}"}
-        print(f"{number:3}  {name:<16}{text.get(name) or DATASET_LINKS[name].text}")
+        print(f"{number:3}  {name:<16}{texts.get(name) or DATASET_LINKS[name].text}")
     num_failures = 0
     for answer in read_answers():
-        chosen = actions[int(answer) - 1] if answer.isdecimal() and 0 < int(answer) <= len(actions) else answer
+        action = actions[int(answer) - 1] if answer.isdecimal() and 0 < int(answer) <= len(actions) else answer
         try:
-            print(do_action(chosen, options.download_path))
+            print(run_action(action, options.download_path))
         except lct.UserError as error:
             num_failures += 1
             print(f"error: {error}", file=sys.stderr)
@@ -589,17 +573,17 @@ def run_menu(options: LoaderOptions) -> None:
         raise lct.UserError(f"answers that failed: {num_failures}", "the menu", "mend what is said above")
 
 
-def do_action(chosen: str, download_path: Path) -> str:
-    """Do one entry of the menu, and return what to say of it."""
-    if chosen == "clear":
+def run_action(action: str, download_path: Path) -> str:
+    """Run an entry of the menu, and return the line to print."""
+    if action == "clear":
         return f"deleted: {' '.join(clear_dataset_cache(download_path)) or 'nothing'}"
-    if chosen == "choose a folder":
+    if action == "choose a folder":
         return f"chosen: {select_local_dataset() or 'none'}"
-    return f"ready: {' '.join(map(str, load_dataset(chosen, download_path)))}"
+    return f"ready: {' '.join(map(str, load_dataset(action, download_path)))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show the menu, and return the exit code."""
+    """Run the menu; return the exit code."""
     return lct.run_program("dataset_loader", LoaderOptions, run_menu, argv)
 
 

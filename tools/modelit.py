@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Shapes from words: a conditional VAE-GAN over voxels learns from meshes, and turns a prompt into a mesh.
+"""Text to 3D shapes: a conditional VAE-GAN over voxels learns from meshes and turns a prompt into a mesh.
 
     python tools/modelit.py --mode train --dataset toy --epochs 60 --voxel_size 16 --text_encoder hash
     python tools/modelit.py --mode generate --prompt "3d model of a chair" --output chair.obj --preview chair.png
     python tools/modelit.py --mode analyze --prompts prompts.txt
 
-Training keeps its state in --checkpoint after every epoch; the same command continues, and ends on the CPU bit for bit as if it had
-never been stopped. The checkpoint holds the architecture and the text encoder's name, so that generate needs no other flags.
+Training saves its state to --checkpoint after every epoch. The same command resumes it; on the CPU the result is bit for bit that
+of an uninterrupted run. The checkpoint holds the architecture and the name of the text encoder, so generate needs no other flags.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: sets environment variables that torch reads at import
 
 # isort: split
 import numpy as np
@@ -43,7 +43,7 @@ from meshes import (
     draw_voxels,
     encode_mesh,
     encode_png,
-    mesh_voxels,
+    extract_surface,
 )
 from PIL import Image
 from torch import nn
@@ -54,13 +54,13 @@ from voxel_gan import (
     ENCODER_NAMES,
     CVAE_Conditional,
     TrainState,
+    compute_iou,
     embed_prompts,
     fits_architecture,
-    intersect_over_union,
     kl_divergence,
-    read_latent,
+    make_latents,
     restore_state,
-    score_means,
+    score_baselines,
     start_state,
     take_step,
 )
@@ -77,13 +77,13 @@ CHECKPOINT_FORM = {
     "model": {str: torch.Tensor},
     "discriminator": {str: torch.Tensor},
 }
-# What a class is called in training; a prompt of `generate` may say it in any of these ways, or another.
+# Prompts for a class name in training; a prompt for `generate` may be worded differently.
 TEMPLATES = ("a {}", "a 3d model of a {}", "3d model of a {}", "{}", "generate a {}")
-GOOD_IOU, BAD_IOU = 0.7, 0.5  # of the verdict
-COLLAPSED_KL = 0.01  # nats a latent dimension, below which the decoder learns nothing from z
-LAST_LR = 0.02  # of --lr
-JUDGED_SAMPLES = 64  # drawn from the prior when training ends
-JUDGED_REFERENCES = 2000  # training shapes that they are compared with
+GOOD_IOU, BAD_IOU = 0.7, 0.5  # verdicts: "good" from the first on, "bad" up to the second
+COLLAPSED_KL = 0.01  # nats per latent dimension; below it the decoder learns nothing from z
+LAST_LR = 0.02  # where the cosine schedule ends, as a fraction of --lr
+JUDGED_SAMPLES = 64  # drawn from the prior at the end of training; more if there are more classes
+JUDGED_REFERENCES = 2000  # training shapes, at most, that the samples are compared with
 MESH_KINDS = ("obj", "ply", "stl", "glb")
 CURVES = {
     "reconstruction": ("recon",),
@@ -93,10 +93,10 @@ CURVES = {
 }
 SHEET_CLASSES = 6
 SHEET_SAMPLES = 3
-SHEET_SIDE = 120  # px of a picture
-PREVIEW_SIDE = 300
-SHEETS = 3  # while a run lasts
-SIGMA = 0.5  # voxels; a rod of one voxel vanishes from 0.6 on
+SHEET_SIDE = 120  # px per picture
+PREVIEW_SIDE = 300  # px per picture
+SHEETS = 3  # per run, evenly spaced, the last at the end
+SIGMA = 0.5  # voxels; from 0.6 on, a rod one voxel thick vanishes
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,9 @@ class ModelitOptions(lct.Options):
 
 
 def check_options(options: ModelitOptions) -> None:
-    """Check what can be known of the options before anything is read.
+    """Check the options before anything is read.
 
-    Raises:
-        UserError: the layers cannot divide the grid, options contradict each other, or a file is missing.
+    Raises UserError if the layers cannot halve the grid, options contradict each other, or a file is missing.
     """
     lct.check_given(options)
     if options.prompt is not None and options.prompts is not None:
@@ -188,20 +187,19 @@ def check_options(options: ModelitOptions) -> None:
     if options.resume and options.overwrite:
         raise lct.UserError("contradict each other", "--resume, --overwrite", "give one of them")
     for name in ("num_encoder_layers", "num_decoder_layers", "disc_num_layers"):
-        layers = getattr(options, name)
-        step = 2**layers
-        if options.mode == "train" and options.voxel_size % step:
-            below = options.voxel_size // step * step
-            values = " or ".join(str(value) for value in (below, below + step) if value)
-            most = (options.voxel_size & -options.voxel_size).bit_length() - 1
-            remedy = f"give --voxel_size {values}" + (f", or --{name} {most} or fewer" if most else "")
-            raise lct.UserError(
-                f"{layers} layers cannot halve {options.voxel_size} evenly", f"--{name} {layers}", remedy
-            )
+        num_layers = getattr(options, name)
+        divisor = 2**num_layers
+        if options.mode == "train" and options.voxel_size % divisor:
+            lower = options.voxel_size // divisor * divisor
+            sizes = " or ".join(str(size) for size in (lower, lower + divisor) if size)
+            max_layers = (options.voxel_size & -options.voxel_size).bit_length() - 1
+            remedy = f"give --voxel_size {sizes}" + (f", or --{name} {max_layers} or fewer" if max_layers else "")
+            problem = f"{num_layers} layers cannot halve {options.voxel_size} evenly"
+            raise lct.UserError(problem, f"--{name} {num_layers}", remedy)
 
 
 def choose_runtime(options: ModelitOptions) -> lct.Runtime:
-    """Return where numbers are computed; a GPU that is not there is said, and costs nothing else."""
+    """Return the device and precision to compute with; if --device gpu finds no GPU, say so and use the CPU."""
     available = torch.cuda.device_count()
     if options.device == "gpu" and not available:
         lct.show("--device gpu: there is none; it goes on with the CPU")
@@ -213,7 +211,7 @@ def choose_runtime(options: ModelitOptions) -> lct.Runtime:
 
 
 def read_prompts(options: ModelitOptions) -> list[str]:
-    """Return the prompts of --prompts or --prompt; none is an empty list."""
+    """Return the prompts of --prompts or --prompt, [] without either. Raises UserError if the file holds none."""
     if options.prompts is None:
         return [options.prompt] if options.prompt and options.prompt.strip() else []
     lines = options.prompts.read_text(encoding="utf-8-sig", errors="replace").splitlines()
@@ -228,7 +226,7 @@ def read_prompts(options: ModelitOptions) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """What does not change while training."""
+    """Everything that stays the same during training."""
 
     options: ModelitOptions
     runtime: lct.Runtime
@@ -240,7 +238,7 @@ class Job:
     identity: dict[str, Any]
 
     def save(self, state: TrainState) -> None:
-        """Write --checkpoint."""
+        """Write the state to --checkpoint."""
         options = self.options
         payload = {
             "epoch": state.epoch,
@@ -249,7 +247,7 @@ class Job:
             "identity": self.identity,
             "run": self.folder.name,
             "class_names": self.shapes.class_names,
-            "text": text_source(options),
+            "text": describe_encoder(options),
             "model": state.model.state_dict(),
             "discriminator": state.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
@@ -258,32 +256,32 @@ class Job:
         lct.write_checkpoint(options.checkpoint, payload)
 
 
-def text_source(options: ModelitOptions) -> dict[str, Any]:
-    """Return what a checkpoint says of the text encoder."""
+def describe_encoder(options: ModelitOptions) -> dict[str, Any]:
+    """Return the text encoder as a checkpoint stores it."""
     return {"encoder": options.text_encoder, "pretrained": options.clip_pretrained}
 
 
 def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
-    """Train one epoch; return means over its steps. All randomness follows from the seed and the epoch."""
+    """Train one epoch; return the means of its metrics over the steps. All randomness is a function of the seed and the epoch."""
     options = job.options
     device = job.runtime.device
     lct.seed_torch(options.seed, 1, state.epoch)
     state.model.train()
     state.discriminator.train()
-    generate = state.model
+    model = state.model
     if job.runtime.num_gpus > 1:
-        generate = nn.DataParallel(state.model, list(range(job.runtime.num_gpus)))
+        model = nn.DataParallel(state.model, list(range(job.runtime.num_gpus)))
     rows = np.flatnonzero(~job.shapes.held_out)
     rows = rows[torch.randperm(len(rows)).numpy()]
     borders = lct.batch_borders(len(rows), options.batch_size)
     autocast = functools.partial(
         torch.autocast, device.type, dtype=job.runtime.dtype, enabled=job.runtime.dtype != torch.float32
     )
-    # With the rate of the first epochs to the end, the IoU of the toy set stays at .87; so it is .93.
+    # Cosine decay: the IoU of the toy set reaches .93, and .87 at a constant learning rate.
     factor = LAST_LR + (1 - LAST_LR) * (1 + math.cos(math.pi * state.epoch / options.epochs)) / 2
     for optimizer in state.optimizers:
         lct.set_learning_rate(optimizer, factor)
-    warmup = min(1.0, (state.epoch + 1) / (options.kl_warmup_epochs + 1))
+    kl_warmup = min(1.0, (state.epoch + 1) / (options.kl_warmup_epochs + 1))
     pos_weight = torch.tensor(options.pos_weight, device=device)
     totals: dict[str, torch.Tensor] = {}
     counts: Counter[str] = Counter()
@@ -295,30 +293,30 @@ def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
         prompts = lct.send(job.prompts[labels, torch.randint(len(TEMPLATES), (len(batch),))], device)
         has_prompt = lct.send(torch.rand(len(batch)) >= options.cond_dropout, device)
         with autocast():
-            logits, mean, log_variance = generate(voxels, prompts, has_prompt)
+            logits, mean, log_variance = model(voxels, prompts, has_prompt)
         logits = logits.float()
         fakes = logits.sigmoid()
-        # Without gradient: the empty condition is the generator's to learn.
+        # Detached: the condition for no prompt learns through the generator alone.
         condition = state.model.make_condition(prompts, has_prompt).detach()
         with autocast():
             fake_scores = state.discriminator(fakes, condition)
-        losses = {
+        metrics = {
             "recon": F.binary_cross_entropy_with_logits(logits, voxels, pos_weight=pos_weight),
             "kl": kl_divergence(mean, log_variance),
             "adv": F.softplus(-fake_scores.float()).mean(),  # -log D(fake)
         }
-        loss = options.recon_weight * losses["recon"] + warmup * options.kl_weight * losses["kl"]
-        take_step(state, 0, loss + options.lambda_adv * losses["adv"])
-        losses["iou"] = intersect_over_union(fakes.detach(), voxels).mean()
+        loss = options.recon_weight * metrics["recon"] + kl_warmup * options.kl_weight * metrics["kl"]
+        take_step(state, 0, loss + options.lambda_adv * metrics["adv"])
+        metrics["iou"] = compute_iou(fakes.detach(), voxels).mean()
         if step % options.g_steps == 0:
             with autocast():
                 real_scores = state.discriminator(voxels, condition)
                 fake_scores = state.discriminator(fakes.detach(), condition)
-            losses["disc"] = (F.softplus(-real_scores.float()) + F.softplus(fake_scores.float())).mean()
-            take_step(state, 1, losses["disc"])
-            losses["disc_real_acc"] = (real_scores > 0).float().mean()
-            losses["disc_fake_acc"] = (fake_scores < 0).float().mean()
-        for name, value in losses.items():
+            metrics["disc"] = (F.softplus(-real_scores.float()) + F.softplus(fake_scores.float())).mean()
+            take_step(state, 1, metrics["disc"])
+            metrics["disc_real_acc"] = (real_scores > 0).float().mean()
+            metrics["disc_fake_acc"] = (fake_scores < 0).float().mean()
+        for name, value in metrics.items():
             totals[name] = totals.get(name, 0) + value.detach()
             counts[name] += 1
     return {name: (total / counts[name]).item() for name, total in totals.items()}
@@ -326,46 +324,43 @@ def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
 
 @torch.inference_mode()
 def score_held_out(job: Job, state: TrainState) -> float:
-    """Return the mean IoU of held-out shapes and what becomes of them through the mean of z; NaN if none are held out."""
+    """Return the mean IoU of held-out shapes with their reconstructions from the mean of z; NaN if none is held out."""
     state.model.eval()
     rows = np.flatnonzero(job.shapes.held_out)
-    scores = []
+    ious = []
     for start in range(0, len(rows), job.options.batch_size):
         batch = rows[start : start + job.options.batch_size]
         voxels = torch.from_numpy(job.shapes.grids(batch, job.options.voxel_size)).to(job.runtime.device)
         prompts = job.prompts[torch.from_numpy(job.shapes.labels[batch]), 0].to(job.runtime.device)
         logits, _, _ = state.model(voxels, prompts, torch.ones(len(batch), dtype=torch.bool, device=voxels.device))
-        scores.append(intersect_over_union(logits.float().sigmoid(), voxels))
-    return torch.cat(scores).mean().item() if scores else math.nan
+        ious.append(compute_iou(logits.float().sigmoid(), voxels))
+    return torch.cat(ious).mean().item() if ious else math.nan
 
 
 def fit(job: Job, state: TrainState) -> None:
-    """Train the epochs that are left, and record each.
-
-    Raises:
-        Diverged: a loss is no longer finite. Nothing of it is saved then.
-    """
+    """Train the remaining epochs and record each. Raises Diverged if a loss is not finite; that epoch is not saved."""
     options = job.options
-    sheet_epochs = {round(options.epochs * part / SHEETS) for part in range(1, SHEETS)}
+    sheet_epochs = {round(options.epochs * number / SHEETS) for number in range(1, SHEETS)}
     while state.epoch < options.epochs:
         started = time.monotonic()
-        figures = train_epoch(job, state)
-        if not all(map(math.isfinite, figures.values())):
-            what = f"the loss is not finite in epoch {state.epoch + 1}; {options.checkpoint} is as it was after epoch"
-            raise lct.Diverged(f"{what} {state.epoch}; lower --lr, or give --use_batch_norm")
-        figures["val_iou"] = score_held_out(job, state)
+        metrics = train_epoch(job, state)
+        if not all(map(math.isfinite, metrics.values())):
+            problem = f"the loss is not finite in epoch {state.epoch + 1}"
+            saved = f"{options.checkpoint} is as it was after epoch {state.epoch}"
+            raise lct.Diverged(f"{problem}; {saved}; lower --lr, or give --use_batch_norm")
+        metrics["val_iou"] = score_held_out(job, state)
         state.epoch += 1
         seconds = time.monotonic() - started
         with lct.SIGNALS.hold():
-            job.run.event("epoch_end", epoch=state.epoch, **figures, **job.baselines, seconds=seconds)
+            job.run.event("epoch_end", epoch=state.epoch, **metrics, **job.baselines, seconds=seconds)
             job.save(state)
         names = ("recon", "kl", "adv", "disc_real_acc", "disc_fake_acc", "iou", "val_iou")
-        shown = "  ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
-        job.run.log(f"epoch {state.epoch:4}  {shown}  {seconds:.1f} s")
-        if figures["kl"] < COLLAPSED_KL and state.epoch > options.kl_warmup_epochs:
-            knob = f"lower --kl_weight {options.kl_weight:g}, or raise --kl_warmup_epochs {options.kl_warmup_epochs}"
+        summary = "  ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+        job.run.log(f"epoch {state.epoch:4}  {summary}  {seconds:.1f} s")
+        if metrics["kl"] < COLLAPSED_KL and state.epoch > options.kl_warmup_epochs:
+            remedy = f"lower --kl_weight {options.kl_weight:g}, or raise --kl_warmup_epochs {options.kl_warmup_epochs}"
             job.run.log(
-                f"warning: the posterior has collapsed (KL {figures['kl']:.4f}): all z give the same shape; {knob}"
+                f"warning: the posterior has collapsed (KL {metrics['kl']:.4f}): all z give the same shape; {remedy}"
             )
         if state.epoch in sheet_epochs:
             write_pictures(job, state)
@@ -373,48 +368,46 @@ def fit(job: Job, state: TrainState) -> None:
 
 @torch.inference_mode()
 def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
-    """Return what becomes of z from the prior and the prompt of each class.
+    """Judge samples that are generated from the prior, in turn for the prompt of each class.
 
-    `adherence` is the share whose nearest training shape, by IoU, has the class that the prompt names; `closed` of those whose mesh
-    is watertight and not empty; `nearest_iou` the mean IoU with that shape.
+    Returns the number of `samples`; `adherence`, the fraction whose nearest training shape by IoU has the prompted class;
+    `nearest_iou`, their mean IoU with that shape; and `closed`, the fraction whose mesh is watertight and not empty.
     """
     options = job.options
     state.model.eval()
     generator = torch.Generator().manual_seed(options.seed)
     num_classes = len(job.shapes.class_names)
-    train = np.flatnonzero(~job.shapes.held_out)
-    train = np.random.default_rng(options.seed).permutation(train)[:JUDGED_REFERENCES]
+    train_rows = np.flatnonzero(~job.shapes.held_out)
+    train_rows = np.random.default_rng(options.seed).permutation(train_rows)[:JUDGED_REFERENCES]
     labels = np.arange(max(JUDGED_SAMPLES, num_classes)) % num_classes
-    samples = []
-    closed = []
+    grids = []
+    is_closed = []
     for label in labels:
         z = torch.randn(1, options.latent_dim, generator=generator).to(job.runtime.device)
         probabilities = state.model.generate(z, job.prompts[label, :1].to(job.runtime.device)).cpu()
-        samples.append((probabilities >= 0.5).flatten())
+        grids.append((probabilities >= 0.5).flatten())
         try:
-            _, warning = mesh_voxels(probabilities[0, 0].numpy(), 0.5, SIGMA)
-            closed.append(not warning)  # else nothing of it reaches the level
+            _, warning = extract_surface(probabilities[0, 0].numpy(), 0.5, SIGMA)
+            is_closed.append(not warning)  # a warning: no voxel reaches the level
         except MeshError:
-            closed.append(False)
-    filled = torch.stack(samples).float()
-    overlaps = []
-    for start in range(0, len(train), 64):  # all at once, 2,000 grids of 128^3 would take 16 GB
-        references = torch.from_numpy(job.shapes.grids(train[start : start + 64], options.voxel_size)).flatten(1)
-        shared = references @ filled.T
-        overlaps.append(shared / (references.sum(dim=1, keepdim=True) + filled.sum(dim=1) - shared))
-    nearest = torch.cat(overlaps).max(dim=0)  # over training shapes
-    adherent = job.shapes.labels[train[nearest.indices.numpy()]] == labels
-    means = {"adherence": adherent.mean(), "closed": np.mean(closed), "nearest_iou": nearest.values.mean()}
+            is_closed.append(False)
+    samples = torch.stack(grids).float()
+    ious = []
+    for start in range(0, len(train_rows), 64):  # in blocks: 2,000 grids of 128^3 take 16 GB
+        references = torch.from_numpy(job.shapes.grids(train_rows[start : start + 64], options.voxel_size)).flatten(1)
+        intersection = references @ samples.T
+        ious.append(intersection / (references.sum(dim=1, keepdim=True) + samples.sum(dim=1) - intersection))
+    nearest = torch.cat(ious).max(dim=0)  # over training shapes
+    is_adherent = job.shapes.labels[train_rows[nearest.indices.numpy()]] == labels
+    means = {"adherence": is_adherent.mean(), "closed": np.mean(is_closed), "nearest_iou": nearest.values.mean()}
     return {"samples": len(labels), **{name: float(value) for name, value in means.items()}}
 
 
 @torch.inference_mode()
 def write_pictures(job: Job, state: TrainState) -> None:
-    """Write the curves, and a sheet: of each class a held-out shape, what becomes of it, and samples."""
-    records = [event for event in lct.read_events(job.run.path) if event["event"] == "epoch_end"]
-    panels = {
-        title: {name: [event.get(name) for event in records] for name in names} for title, names in CURVES.items()
-    }
+    """Write the curves, and a sheet with a held-out shape of each class, its reconstruction, and samples of the class."""
+    epochs = [event for event in lct.read_events(job.run.path) if event["event"] == "epoch_end"]
+    panels = {title: {name: [epoch.get(name) for epoch in epochs] for name in names} for title, names in CURVES.items()}
     lct.write_bytes(job.run.path / "curves.png", encode_png(draw_curves(panels)))
     device = job.runtime.device
     state.model.eval()
@@ -422,10 +415,10 @@ def write_pictures(job: Job, state: TrainState) -> None:
     z = torch.randn(SHEET_SAMPLES, job.options.latent_dim, generator=generator).to(device)
     rows = []
     for label, name in enumerate(job.shapes.class_names[:SHEET_CLASSES]):
-        of_class = job.shapes.labels == label
-        held_out = np.flatnonzero(of_class & job.shapes.held_out)
-        row = (held_out if len(held_out) else np.flatnonzero(of_class))[:1]
-        voxels = job.shapes.grids(row, job.options.voxel_size)
+        in_class = job.shapes.labels == label
+        held_out = np.flatnonzero(in_class & job.shapes.held_out)
+        example = (held_out if len(held_out) else np.flatnonzero(in_class))[:1]
+        voxels = job.shapes.grids(example, job.options.voxel_size)
         prompt = job.prompts[label, :1].to(device)
         logits, _, _ = state.model(
             torch.from_numpy(voxels).to(device), prompt, torch.ones(1, dtype=torch.bool, device=device)
@@ -440,11 +433,7 @@ def write_pictures(job: Job, state: TrainState) -> None:
 
 
 def read_state(path: Path, remedy: str) -> dict[str, Any]:
-    """Return what a checkpoint holds.
-
-    Raises:
-        UserError: there is none, or it is damaged, or of another program; with the remedy.
-    """
+    """Read a checkpoint. Raises UserError, with `remedy`, if it is missing, damaged, or not of this program."""
     where = f"--checkpoint {path}"
     if not path.is_file():
         raise lct.UserError("is not a file" if path.exists() else "does not exist", where, remedy)
@@ -458,7 +447,7 @@ def read_state(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def train(options: ModelitOptions) -> None:
-    """Train, or go on; whatever way it ends, the run's folder is copied to where its held-out IoU belongs."""
+    """Train or resume a run; when it ends or is interrupted, copy its folder to the one of its verdict."""
     payload = None
     if options.resume or (options.checkpoint.exists() and not options.overwrite):
         payload = read_state(options.checkpoint, "give another --checkpoint, or start afresh with --overwrite")
@@ -480,7 +469,7 @@ def train(options: ModelitOptions) -> None:
             remedy = "use the settings of that run, give another --checkpoint, or start afresh with --overwrite"
             raise lct.UserError(error.what, error.where, remedy) from error
     texts = [template.format(name.replace("_", " ")) for name in shapes.class_names for template in TEMPLATES]
-    prompts = torch.from_numpy(embed_prompts(texts, text_source(options), options.cond_dim))
+    prompts = torch.from_numpy(embed_prompts(texts, describe_encoder(options), options.cond_dim))
     prompts = prompts.reshape(len(shapes.class_names), len(TEMPLATES), -1)
     folder = options.out_dir / (payload["run"] if payload else time.strftime("run_%Y-%m-%d_%H-%M-%S"))
     try:
@@ -490,16 +479,16 @@ def train(options: ModelitOptions) -> None:
                 run.path / "config.json", {"options": plain, "identity": identity, "device": runtime.describe()}
             )
             lct.write_json(run.path / "problems.json", [{"path": path, "reason": reason} for path, reason in problems])
-            job = Job(options, runtime, shapes, prompts, score_means(shapes, options.voxel_size), run, folder, identity)
-            train_run(job, payload)
+            baselines = score_baselines(shapes, options.voxel_size)
+            train_run(Job(options, runtime, shapes, prompts, baselines, run, folder, identity), payload)
     except lct.Interrupted:
-        keep_verdict(options, folder)
+        copy_to_verdict(options, folder)
         raise
-    keep_verdict(options, folder)
+    copy_to_verdict(options, folder)
 
 
 def train_run(job: Job, payload: dict[str, Any] | None) -> None:
-    """Train a run to its end, and judge it."""
+    """Train a run to its end, resuming from `payload` if it is not None, and judge its samples."""
     options = job.options
     shapes = job.shapes
     state = start_state(options, job.runtime)
@@ -511,7 +500,7 @@ def train_run(job: Job, payload: dict[str, Any] | None) -> None:
     else:
         if options.checkpoint.exists():
             options.checkpoint.rename(lct.name_aside(options.checkpoint, "old"))
-        job.save(state)  # so that a run that is killed in its first epoch goes on in its folder
+        job.save(state)  # a run killed in its first epoch then resumes in the same folder
         job.run.event("run_start", seed=options.seed, classes=shapes.class_names)
     counts = f"{(~shapes.held_out).sum():,} shapes train, {shapes.held_out.sum():,} are held out"
     classes = ", ".join(shapes.class_names[:8]) + (" ..." if len(shapes.class_names) > 8 else "")
@@ -519,51 +508,51 @@ def train_run(job: Job, payload: dict[str, Any] | None) -> None:
     job.run.log(f"on {job.runtime.describe()}; text encoder: {ENCODER_NAMES[options.text_encoder]}")
     fit(job, state)
     write_pictures(job, state)
-    figures = judge_samples(job, state)
-    job.run.event("samples_end", epoch=state.epoch, **figures)
+    metrics = judge_samples(job, state)
+    job.run.event("samples_end", epoch=state.epoch, **metrics)
     means = f"mean shape {job.baselines['mean_shape']:.3f}, class mean {job.baselines['class_mean']:.3f}"
     kind = "held-out" if shapes.held_out.any() else "training (nothing is held out)"
     job.run.log(f"{kind} IoU without learning: {means}")
     job.run.log(
-        f"{figures['samples']} samples from the prior: {figures['adherence']:.0%} are nearest to a shape of their prompt's class"
-        f" (IoU {figures['nearest_iou']:.2f}), {figures['closed']:.0%} give a watertight mesh"
+        f"{metrics['samples']} samples from the prior: {metrics['adherence']:.0%} are nearest to a shape of their prompt's class"
+        f" (IoU {metrics['nearest_iou']:.2f}), {metrics['closed']:.0%} give a watertight mesh"
     )
 
 
-def keep_verdict(options: ModelitOptions, folder: Path) -> None:
-    """Copy the run's folder, with its weights, to out_dir/good, neutral or bad; without a finished epoch there is no verdict."""
-    records = [event for event in lct.read_events(folder / "logs") if event["event"] == "epoch_end"]
-    if not records:
+def copy_to_verdict(options: ModelitOptions, folder: Path) -> None:
+    """Copy the folder of a run, with its weights, to good/, neutral/ or bad/ in --out_dir, if an epoch is finished."""
+    epochs = [event for event in lct.read_events(folder / "logs") if event["event"] == "epoch_end"]
+    if not epochs:
         return
-    name = "val_iou" if records[-1]["val_iou"] is not None else "iou"
-    score = records[-1][name]
-    verdict = "good" if score >= GOOD_IOU else "bad" if score <= BAD_IOU else "neutral"
+    name = "val_iou" if epochs[-1]["val_iou"] is not None else "iou"
+    iou = epochs[-1][name]
+    verdict = "good" if iou >= GOOD_IOU else "bad" if iou <= BAD_IOU else "neutral"
+    target = options.out_dir / verdict / folder.name
     with lct.SIGNALS.hold():
         lct.copy_checkpoint(options.checkpoint, folder / "weights" / options.checkpoint.name)
-        for other in ("good", "neutral", "bad"):
-            shutil.rmtree(options.out_dir / other / folder.name, ignore_errors=True)
-        fresh = options.out_dir / verdict / f".{folder.name}.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns(".*"))
-        fresh.rename(options.out_dir / verdict / folder.name)
+        for old_verdict in ("good", "neutral", "bad"):
+            shutil.rmtree(options.out_dir / old_verdict / folder.name, ignore_errors=True)
+        temporary = target.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(".*"))
+        temporary.rename(target)
     kind = "held-out" if name == "val_iou" else "training (nothing is held out)"
-    lct.show(f"{verdict}: {kind} IoU {score:.3f}; {options.out_dir / verdict / folder.name}")
+    lct.show(f"{verdict}: {kind} IoU {iou:.3f}; {target}")
 
 
 # --- generate
 
 
 def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_Conditional, dict[str, Any]]:
-    """Return the trained generator, and the checkpoint that it comes from.
+    """Return the trained generator and its checkpoint.
 
-    Raises:
-        UserError: there is no checkpoint, or it was trained with another architecture or text encoder than is asked for.
+    Raises UserError if there is no checkpoint, or if a given option names another architecture or text encoder.
     """
     payload = read_state(options.checkpoint, "train first: --mode train, or name another --checkpoint")
     for name, trained in (*payload["architecture"].items(), ("text_encoder", payload["text"]["encoder"])):
         if name in options.origins and getattr(options, name) != trained:
             raise lct.UserError(f"{options.checkpoint} was trained with {trained}", options.said(name), "leave it out")
-    if "clip_pretrained" in options.origins:  # the same weights from another place
+    if "clip_pretrained" in options.origins:  # the same weights at another place
         payload["text"]["pretrained"] = options.clip_pretrained
     model = CVAE_Conditional(payload["architecture"])
     model.load_state_dict(payload["model"])
@@ -571,11 +560,7 @@ def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_
 
 
 def generate(options: ModelitOptions) -> None:
-    """Write a mesh for each prompt and each z.
-
-    Raises:
-        UserError: the kind of file is unknown, a shape is empty, or no closed surface comes out.
-    """
+    """Write a mesh for each prompt and z. Raises UserError for an unknown file type, an empty shape, or an open surface."""
     if options.preview is not None and options.preview.suffix.lower() != ".png":
         raise lct.UserError("is no PNG", options.said("preview"), "end it in .png")
     kind = options.format or options.output.suffix.lower().removeprefix(".")
@@ -587,9 +572,8 @@ def generate(options: ModelitOptions) -> None:
     vectors: list[torch.Tensor | None] = [None]
     encoder = payload["text"]["encoder"]
     if prompts:
-        embedded = embed_prompts(prompts, payload["text"], payload["architecture"]["cond_dim"])
-        vectors = list(torch.from_numpy(embedded))
-    z = read_latent(options, payload["architecture"]["latent_dim"])
+        vectors = list(torch.from_numpy(embed_prompts(prompts, payload["text"], payload["architecture"]["cond_dim"])))
+    z = make_latents(options, payload["architecture"]["latent_dim"])
     pairs = list(itertools.product(range(len(vectors)), range(len(z))))
     numbers = [f"_{number:03}" if len(pairs) > 1 else "" for number in range(1, len(pairs) + 1)]
     suffix = options.output.suffix if options.output.suffix.lower() == f".{kind}" else f".{kind}"
@@ -599,38 +583,37 @@ def generate(options: ModelitOptions) -> None:
     if options.preview is not None:
         lct.check_replaceable(options.preview, f"--preview {options.preview}")
     lct.create_out_dir(options.output.parent, "--output")
-    cells = []
+    captioned_meshes = []
     for path, (row, sample) in zip(paths, pairs, strict=True):
-        prompt = prompts[row] if prompts else None
+        caption = prompts[row] if prompts else "no prompt"
         vector = vectors[row]
         with torch.inference_mode():
             condition = None if vector is None else vector[None].to(runtime.device)
             probabilities = model.generate(z[sample : sample + 1].to(runtime.device), condition, options.guidance)
-        said = f"prompt: {prompt}" if prompts else "no prompt"
+        prompt = f"prompt: {caption}" if prompts else "no prompt"
         try:
-            mesh, warning = mesh_voxels(probabilities[0, 0].cpu().numpy(), options.level, options.sigma)
+            mesh, warning = extract_surface(probabilities[0, 0].cpu().numpy(), options.level, options.sigma)
         except MeshError as error:
             remedy = "train longer, or take another --latent_seed, --prompt or --guidance"
-            raise lct.UserError(str(error), f"{said}, sample {sample}", remedy) from error
-        seed = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
-        source = f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}"
-        comments = [said, f"{seed}, sample {sample}", source]
-        lct.write_bytes(path, encode_mesh(mesh, kind, comments))
+            raise lct.UserError(str(error), f"{prompt}, sample {sample}", remedy) from error
+        latent = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
+        model_name = f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}"
+        lct.write_bytes(path, encode_mesh(mesh, kind, [prompt, f"{latent}, sample {sample}", model_name]))
         if warning:
             lct.show(f"warning: {path}: {warning}")
-        lct.show(f"{path}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces, watertight; {said}")
-        cells.append((prompt or "no prompt", mesh))
+        lct.show(f"{path}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces, watertight; {prompt}")
+        captioned_meshes.append((caption, mesh))
     if encoder == "hash" and prompts:
         lct.show(f"text encoder: {ENCODER_NAMES['hash']}")
     if options.preview or options.show:
         columns = len(z) if len(z) > 1 and prompts else 4
-        pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in cells]
+        pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in captioned_meshes]
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-        keep_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
+        save_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
 
 
-def keep_picture(options: ModelitOptions, path: Path | None, picture: Image.Image) -> None:
-    """Write a picture, and show it if that is asked for."""
+def save_picture(options: ModelitOptions, path: Path | None, picture: Image.Image) -> None:
+    """Write a picture if `path` is not None, and open it in a window with --show."""
     if path is not None:
         lct.create_out_dir(path.parent, "--preview")
         lct.write_bytes(path, encode_png(picture))
@@ -643,9 +626,9 @@ def keep_picture(options: ModelitOptions, path: Path | None, picture: Image.Imag
 
 
 def analyze(options: ModelitOptions) -> None:
-    """Write the embeddings of prompts, their cosines, and their two principal components."""
+    """Write the embeddings of prompts, their cosines, and their first two principal components."""
     prompts = read_prompts(options)
-    text = text_source(options)
+    text = describe_encoder(options)
     cond_dim = options.cond_dim
     if options.checkpoint.exists():
         payload = read_state(options.checkpoint, "name another --checkpoint")
@@ -653,43 +636,42 @@ def analyze(options: ModelitOptions) -> None:
         cond_dim = payload["architecture"]["cond_dim"] if "cond_dim" not in options.origins else cond_dim
         prompts = prompts or [TEMPLATES[2].format(name.replace("_", " ")) for name in payload["class_names"]]
     if len(prompts) < 2:
-        raise lct.UserError(
-            f"there are {len(prompts)} prompts to compare", "--prompts", "give a file with several, one a line"
-        )
+        problem = f"there are {len(prompts)} prompts to compare"
+        raise lct.UserError(problem, "--prompts", "give a file with several, one a line")
     vectors = embed_prompts(prompts, text, cond_dim).astype(np.float64)
     cosines = vectors @ vectors.T
     centred = vectors - vectors.mean(axis=0)
-    _, scales, axes = np.linalg.svd(centred, full_matrices=False)
-    # The sign of an axis is free: its largest number is positive, so that the same prompts give the same picture.
+    _, singular_values, axes = np.linalg.svd(centred, full_matrices=False)
+    # The sign of an axis is arbitrary; its largest entry is made positive, so that the same prompts give the same picture.
     axes = axes[:2] * np.sign(np.take_along_axis(axes[:2], np.abs(axes[:2]).argmax(axis=1)[:, None], axis=1))
     points = centred @ axes.T
-    explained = (scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12)
+    explained = (singular_values[:2] ** 2).sum() / max((singular_values**2).sum(), 1e-12)
     folder = options.out_dir / "analysis"
     lct.create_out_dir(folder)
     tables = {"embeddings": (vectors, range(cond_dim)), "cosine": (cosines, prompts), "pca": (points, ("x", "y"))}
-    for name, (values, heads) in tables.items():
+    for name, (values, columns) in tables.items():
         text_file = io.StringIO()
         writer = csv.writer(text_file, lineterminator="\n")
-        writer.writerow(["prompt", *heads])
+        writer.writerow(["prompt", *columns])
         writer.writerows(
             [prompt, *(f"{value:.6f}" for value in row)] for prompt, row in zip(prompts, values, strict=True)
         )
         lct.write_bytes(folder / f"{name}.csv", text_file.getvalue().encode("utf-8", "backslashreplace"))
-    keep_picture(options, folder / "cosine.png", draw_matrix(cosines, prompts))
-    keep_picture(options, folder / "pca.png", draw_points(points, prompts))
+    save_picture(options, folder / "cosine.png", draw_matrix(cosines, prompts))
+    save_picture(options, folder / "pca.png", draw_points(points, prompts))
     encoder = ENCODER_NAMES[text["encoder"]]
     lct.show(f"{len(prompts)} prompts, text encoder: {encoder}; two components hold {explained:.0%} of the variance")
 
 
 def run_mode(options: ModelitOptions) -> None:
-    """Do what --mode says."""
+    """Run the mode of --mode."""
     check_options(options)
     lct.keep_freed_memory()
     {"train": train, "generate": generate, "analyze": analyze}[options.mode](options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, generate or analyze as the command line says, and return the exit code."""
+    """Train, generate or analyze, as the command line says; return the exit code."""
     return lct.run_program("modelit", ModelitOptions, run_mode, argv)
 
 

@@ -1,7 +1,7 @@
-"""The networks of modelit.py: text encoders, a conditional VAE over voxels, the discriminator of its shapes, and their optimizers.
+"""The networks of modelit.py: text encoders, a conditional VAE over voxels, its discriminator, and their optimizers.
 
-An architecture is a dictionary of the options that `ARCHITECTURE` names; a checkpoint holds it. B shapes are float32 (B, 1, size,
-size, size), and a condition is (B, cond_dim): a unit vector, the embedded prompt.
+An architecture is a dict of the options named in `ARCHITECTURE`; checkpoints store it. Voxels are float32 (B, 1, size, size, size).
+Conditions are float32 (B, cond_dim): embedded prompts of unit norm, or the learned condition of the model for no prompt.
 """
 
 from __future__ import annotations
@@ -32,25 +32,20 @@ ARCHITECTURE = (
     *("voxel_size", "cond_dim", "latent_dim", "hidden_channels", "num_encoder_layers", "num_decoder_layers"),
     *("use_batch_norm", "dropout_rate", "disc_hidden_channels", "disc_num_layers"),
 )
-CLIP_MODEL = "ViT-B-32"  # its text embeddings have the 512 numbers of --cond_dim
+CLIP_MODEL = "ViT-B-32"  # its text embeddings have 512 numbers, the default of --cond_dim
 ENCODER_NAMES = {
     "openclip": f"open_clip {CLIP_MODEL}",
     "hash": "hash of letters, which knows spellings and no meanings",
 }
-LR_INPUTS = 64  # a layer with no more inputs has the whole rate
-MAX_GRADIENT_NORM = 1.0  # of the generator; without BatchNorm one bad batch at lr 5e-3 otherwise costs epochs
+LR_INPUTS = 64  # layers with at most this many inputs train at the full learning rate
+MAX_GRADIENT_NORM = 1.0  # per network; without it and BatchNorm, one bad batch at lr 5e-3 costs the generator epochs
 
 
 def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -> np.ndarray:
-    """Return unit vectors, float32 (N, cond_dim).
+    """Embed N prompts as unit vectors, float32 (N, cond_dim).
 
-    Args:
-        prompts: N texts.
-        text: `encoder` and `pretrained`, as the options name them.
-        cond_dim: numbers of a vector.
-
-    Raises:
-        UserError: open_clip or its weights are not there, or give another number of numbers.
+    `text["encoder"]` and `text["pretrained"]` are the values of --text_encoder and --clip_pretrained. Raises UserError if open_clip
+    or its weights are missing, or if its embeddings do not have `cond_dim` numbers.
     """
     if text["encoder"] == "hash":
         return np.stack([_hash_prompt(prompt, cond_dim) for prompt in prompts])
@@ -65,9 +60,9 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
     import huggingface_hub.constants as hub_constants
 
     was_offline = hub_constants.HF_HUB_OFFLINE
-    logging.disable(logging.ERROR)  # of each of ten tries; what matters is said below
+    logging.disable(logging.ERROR)  # the hub client logs each of ten retries; the UserError below says what matters
     try:
-        try:  # what lies in the cache needs no network; asking the hub first costs a minute of retries where there is none
+        try:  # cached weights need no network; asking the hub first costs a minute of retries when offline
             hub_constants.HF_HUB_OFFLINE = True
             model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
         except (OSError, RuntimeError, ValueError):
@@ -78,12 +73,12 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
             model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
     except MemoryError:
         raise
-    except Exception as error:  # whatever a hub, a damaged file or a wrong name provokes
-        what = f"the text encoder has no weights: {lct.printable(str(error)).split('. ')[0][:200]}"
+    except Exception as error:  # the hub, a damaged file and an unknown name raise many types
+        problem = f"the text encoder has no weights: {lct.printable(str(error)).split('. ')[0][:200]}"
         if Path(text["pretrained"]).is_file():
-            what = f"the file holds no weights of {CLIP_MODEL}"
+            problem = f"the file holds no weights of {CLIP_MODEL}"
         remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
-        raise lct.UserError(what, where, remedy) from error
+        raise lct.UserError(problem, where, remedy) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
         logging.disable(logging.NOTSET)
@@ -95,33 +90,34 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
 
 
 def _hash_prompt(prompt: str, cond_dim: int) -> np.ndarray:
-    """Sum a random vector of each three letters in a row, of words that are not in every prompt: chairs is near chair."""
+    """Sum one random vector per letter trigram, so that chairs is near chair; words that most prompts share are left out."""
     words = re.findall(r"\w+", prompt.lower())
     words = [word for word in words if word not in ("a", "an", "the", "of", "3d", "model", "generate")] or words or [""]
-    total = np.zeros(cond_dim)
+    vector = np.zeros(cond_dim)
     for word in words:
         padded = f"<{word}>"
         for start in range(max(1, len(padded) - 2)):
             digest = hashlib.blake2b(padded[start : start + 3].encode(), digest_size=8).digest()
-            total += np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(cond_dim)
-    return (total / np.linalg.norm(total)).astype(np.float32)
+            vector += np.random.default_rng(int.from_bytes(digest, "little")).standard_normal(cond_dim)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def intersect_over_union(probabilities: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Return the IoU of each shape (B,), of what has a probability of 0.5 or more."""
-    filled = (probabilities >= 0.5).flatten(1)
-    wanted = (voxels >= 0.5).flatten(1)
-    union = (filled | wanted).sum(dim=1)
-    return torch.where(union > 0, (filled & wanted).sum(dim=1) / union.clamp(min=1), 1.0)
+def compute_iou(probabilities: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each shape, (B,), with voxels filled from a probability of 0.5 on; two empty shapes have IoU 1."""
+    predicted = (probabilities >= 0.5).flatten(1)
+    target = (voxels >= 0.5).flatten(1)
+    union = (predicted | target).sum(dim=1)
+    return torch.where(union > 0, (predicted & target).sum(dim=1) / union.clamp(min=1), 1.0)
 
 
-def score_means(shapes: Any, size: int) -> dict[str, float]:
-    """Return the held-out IoU in `Shapes` of two answers that need no learning: the mean of all training shapes, and of the class.
+def score_baselines(shapes: Any, size: int) -> dict[str, float]:
+    """Return the IoU of two predictions without learning: the mean training shape, and the mean training shape of the class.
 
-    Each mean is cut at the level that does best on the training shapes.
+    `shapes` is a `Shapes` of dataset_loader.py; its held-out shapes are scored, or the training shapes if none is held out. Each
+    mean is thresholded at the level that does best on the first 200 training shapes.
     """
-    train = np.flatnonzero(~shapes.held_out)
-    judged = np.flatnonzero(shapes.held_out)
+    train_rows = np.flatnonzero(~shapes.held_out)
+    val_rows = np.flatnonzero(shapes.held_out)
 
     def grid(row: int) -> torch.Tensor:
         return torch.from_numpy(shapes.grids(np.array([row]), size))
@@ -130,40 +126,40 @@ def score_means(shapes: Any, size: int) -> dict[str, float]:
     scores = {}
     for name, labels in groups.items():
         means: dict[int, torch.Tensor] = {}
-        for label in np.unique(labels[train]).tolist():
-            rows = train[labels[train] == label]
+        for label in np.unique(labels[train_rows]).tolist():
+            rows = train_rows[labels[train_rows] == label]
             total = np.zeros((1, 1, size, size, size), np.float32)
             for start in range(0, len(rows), 64):
                 total += shapes.grids(rows[start : start + 64], size).sum(axis=0)
             means[label] = torch.from_numpy(total / len(rows))
 
         def score(rows: np.ndarray, level: float, labels: np.ndarray = labels, means: dict = means) -> float:
-            values = [
-                intersect_over_union(means[labels[row]] + (0.5 - level), grid(row)).item()
+            ious = [
+                compute_iou(means[labels[row]] + (0.5 - level), grid(row)).item()
                 for row in rows
-                if labels[row] in means  # a class that is only held out has no mean
+                if labels[row] in means  # a class without training shapes has no mean
             ]
-            return float(np.mean(values)) if values else math.nan
+            return float(np.mean(ious)) if ious else math.nan
 
-        level = max(np.arange(1, 10) / 10, key=functools.partial(score, train[:200]))
-        scores[name] = score(judged if len(judged) else train, level)
+        level = max(np.arange(1, 10) / 10, key=functools.partial(score, train_rows[:200]))
+        scores[name] = score(val_rows if len(val_rows) else train_rows, level)
     return scores
 
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Return KL(q(z|x) || N(0, 1)) in nats a latent dimension, averaged over the batch."""
+    """Return KL(q(z|x) || N(0, 1)) in nats per latent dimension, averaged over the batch."""
     mean = mean.float()
     log_variance = log_variance.float()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
-def layer_channels(first: int, layers: int) -> list[int]:
-    """Return the channels of each layer, the grid being halved from one to the next."""
-    return [first * min(2**layer, 8) for layer in range(layers)]
+def layer_channels(first: int, num_layers: int) -> list[int]:
+    """Return the channels of each layer: twice as many in each further one, up to eight times the first."""
+    return [first * min(2**layer, 8) for layer in range(num_layers)]
 
 
 def make_block(convolution: nn.Module, channels: int, architecture: dict[str, Any]) -> list[nn.Module]:
-    """Return a convolution with what follows it."""
+    """Return a convolution followed by BatchNorm, LeakyReLU and dropout, as far as the architecture has them."""
     block = [convolution]
     if architecture["use_batch_norm"]:
         block.append(nn.BatchNorm3d(channels))
@@ -174,23 +170,21 @@ def make_block(convolution: nn.Module, channels: int, architecture: dict[str, An
 
 
 def make_tower(channels: Sequence[int], architecture: dict[str, Any]) -> nn.Sequential:
-    """Return layers that halve the grid, one for each number of channels, and flatten what is left."""
+    """Return layers that each halve the grid, one for each number of channels, and a final Flatten."""
     layers: list[nn.Module] = []
-    for before, after in zip((1, *channels[:-1]), channels, strict=True):
-        layers += make_block(nn.Conv3d(before, after, 4, stride=2, padding=1), after, architecture)
+    for inputs, outputs in zip((1, *channels[:-1]), channels, strict=True):
+        layers += make_block(nn.Conv3d(inputs, outputs, 4, stride=2, padding=1), outputs, architecture)
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def read_latent(options: Any, latent_dim: int) -> torch.Tensor:
-    """Return z (num_samples, latent_dim): drawn from the seed, or read; the options are those of modelit.py.
+def make_latents(options: Any, latent_dim: int) -> torch.Tensor:
+    """Return z (num_samples, latent_dim): drawn with --latent_seed, or read from --z; `options` are those of modelit.py.
 
-    Raises:
-        UserError: the file holds no such array.
+    Raises UserError if the file does not hold such an array.
     """
     if options.z is None:
-        return torch.randn(
-            options.num_samples, latent_dim, generator=torch.Generator().manual_seed(options.latent_seed)
-        )
+        generator = torch.Generator().manual_seed(options.latent_seed)
+        return torch.randn(options.num_samples, latent_dim, generator=generator)
     try:
         values = np.load(options.z, allow_pickle=False)
         with np.errstate(over="ignore"):  # infinity is refused below
@@ -199,17 +193,16 @@ def read_latent(options: Any, latent_dim: int) -> torch.Tensor:
         reason = str(error).partition(". ")[0]
         raise lct.UserError(f"cannot be read: {reason}", options.said("z"), "write numbers with numpy.save") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) or not torch.isfinite(z).all():
-        what = f"has the shape {values.shape}, or numbers that are not finite"
-        raise lct.UserError(
-            what, options.said("z"), f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
-        )
+        problem = f"has the shape {values.shape}, or numbers that are not finite"
+        remedy = f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
+        raise lct.UserError(problem, options.said("z"), remedy)
     if "num_samples" in options.origins and options.num_samples != len(z):
         raise lct.UserError(f"--z has {len(z)} rows", options.said("num_samples"), "leave it out")
     return z
 
 
 class VoxelEncoder(nn.Module):
-    """Voxels and condition -> mean and log variance of z."""
+    """Maps voxels and a condition to the mean and log variance of z."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
@@ -219,36 +212,36 @@ class VoxelEncoder(nn.Module):
         self.posterior = nn.Linear(channels[-1] * side**3 + architecture["cond_dim"], 2 * architecture["latent_dim"])
 
     def forward(self, voxels: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and log variance, each (B, latent_dim), of voxels (B, 1, size, size, size)."""
+        """Return mean and log variance, each (B, latent_dim)."""
         mean, log_variance = self.posterior(torch.cat([self.tower(voxels), condition], dim=1)).chunk(2, dim=1)
         return mean, log_variance.clamp(-10, 10)
 
 
 class ConditionalVoxelDecoder(nn.Module):
-    """z and condition -> logits of voxels."""
+    """Maps z and a condition to the logits of voxels."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
         channels = layer_channels(architecture["hidden_channels"], architecture["num_decoder_layers"])[::-1]
         side = architecture["voxel_size"] >> len(channels)
-        inputs = architecture["latent_dim"] + architecture["cond_dim"]
-        self.start = nn.Sequential(nn.Linear(inputs, channels[0] * side**3), nn.LeakyReLU(0.2))
+        num_inputs = architecture["latent_dim"] + architecture["cond_dim"]
+        self.start = nn.Sequential(nn.Linear(num_inputs, channels[0] * side**3), nn.LeakyReLU(0.2))
         self.grid = nn.Unflatten(1, (channels[0], side, side, side))
         layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(channels):
-            layers += make_block(nn.ConvTranspose3d(before, after, 4, stride=2, padding=1), after, architecture)
+        for inputs, outputs in itertools.pairwise(channels):
+            layers += make_block(nn.ConvTranspose3d(inputs, outputs, 4, stride=2, padding=1), outputs, architecture)
         self.layers = nn.Sequential(*layers, nn.ConvTranspose3d(channels[-1], 1, 4, stride=2, padding=1))
 
     def forward(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Return logits (B, 1, size, size, size)."""
-        # As large as z, so that neither drowns the other. In the encoder it stays small: a step of Adam at lr 5e-3 would otherwise
-        # move the mean of z by several units, and KL begin at 60 nats a dimension.
+        # Scaled so that its entries are as large as those of z, and neither drowns the other. The encoder does not scale it: a step
+        # of Adam at lr 5e-3 would move the mean of z by several units, and KL would start at 60 nats per dimension.
         scaled = condition * condition.shape[1] ** 0.5
         return self.layers(self.grid(self.start(torch.cat([z, scaled], dim=1))))
 
 
-class CVAE_Conditional(nn.Module):  # noqa: N801  the name that its users know
-    """The generator: encoder, decoder, and the condition that stands for no prompt."""
+class CVAE_Conditional(nn.Module):  # noqa: N801  the name that users know
+    """The generator: encoder, decoder, and the learned condition for no prompt."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
@@ -257,32 +250,32 @@ class CVAE_Conditional(nn.Module):  # noqa: N801  the name that its users know
         self.empty = nn.Parameter(torch.zeros(architecture["cond_dim"]))
 
     def make_condition(self, prompts: torch.Tensor, has_prompt: torch.Tensor) -> torch.Tensor:
-        """Return the condition of embedded prompts (B, cond_dim), and the learned one where `has_prompt` (B,) says so."""
+        """Return conditions (B, cond_dim): the embedded prompt where `has_prompt` (B,) is true, else the learned one."""
         return torch.where(has_prompt[:, None], prompts, self.empty)
 
     def forward(
         self, voxels: torch.Tensor, prompts: torch.Tensor, has_prompt: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Return logits, mean and log variance; in evaluation z is the mean."""
+        """Return logits, mean and log variance; z is drawn in training, and is the mean in evaluation."""
         condition = self.make_condition(prompts, has_prompt)
         mean, log_variance = self.encoder(voxels, condition)
         z = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
         return self.decoder(z, condition), mean, log_variance
 
     def generate(self, z: torch.Tensor, prompts: torch.Tensor | None, guidance: float = 1.0) -> torch.Tensor:
-        """Return probabilities (B, 1, size, size, size) of z and prompts; None = without prompt."""
-        nothing = self.empty.expand(len(z), -1)
+        """Return probabilities (B, 1, size, size, size) for z and embedded prompts; None = without prompt."""
+        empty = self.empty.expand(len(z), -1)
         if prompts is None:
-            return self.decoder(z, nothing).float().sigmoid()
+            return self.decoder(z, empty).float().sigmoid()
         logits = self.decoder(z, self.make_condition(prompts, torch.ones(len(z), dtype=torch.bool, device=z.device)))
         if guidance != 1.0:  # classifier-free guidance, arXiv:2207.12598
-            without = self.decoder(z, nothing)
-            logits = without + guidance * (logits - without)
+            unconditional = self.decoder(z, empty)
+            logits = unconditional + guidance * (logits - unconditional)
         return logits.float().sigmoid()
 
 
 class Discriminator(nn.Module):
-    """Voxels as probabilities, and a prompt -> logit of being a real shape of that prompt."""
+    """Maps voxel probabilities and a condition to the logit of being a real shape of that prompt."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
         super().__init__()
@@ -296,25 +289,25 @@ class Discriminator(nn.Module):
         return self.score(torch.cat([self.tower(voxels), condition], dim=1)).flatten()
 
 
-# --- how they are trained
+# --- training
 
 
 @dataclass
 class TrainState:
-    """All that changes while training."""
+    """Everything that changes during training."""
 
     model: CVAE_Conditional
     discriminator: Discriminator
-    optimizers: list[torch.optim.Optimizer]  # of both, in this order
-    scalers: list[torch.amp.GradScaler]
+    optimizers: list[torch.optim.Optimizer]  # of model and discriminator
+    scalers: list[torch.amp.GradScaler]  # one per optimizer
     epoch: int = 0  # finished epochs
 
 
 def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Return one group a learning rate: that of a layer falls with the root of its inputs.
+    """Return one parameter group per learning rate; the rate of a layer falls with the square root of its number of inputs.
 
-    Adam moves each weight by the rate, whatever its size, and 5e-3 is a quarter of the weights that a layer of thousands of inputs
-    starts with: KL passes 1,000 nats at 32^3 with the default networks else.
+    Adam moves each weight by about the learning rate, whatever its size, and 5e-3 is a quarter of the initial weights of a layer
+    with thousands of inputs. At one rate for all layers, KL exceeds 1,000 nats at 32^3 with the default networks.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for layer in network.modules():
@@ -329,7 +322,7 @@ def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 
 def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
-    """Return the state before the first epoch; the options are those of modelit.py."""
+    """Return the state before the first epoch; `options` are those of modelit.py."""
     architecture = {name: getattr(options, name) for name in ARCHITECTURE}
     lct.seed_torch(options.seed, 0)
     model = CVAE_Conditional(architecture).to(runtime.device)
@@ -338,13 +331,13 @@ def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
         torch.optim.Adam(parameter_groups(network, lr))
         for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
     ]
-    # One scaler an optimizer: a step of one that is left out, since a gradient overflowed, says nothing of the other.
+    # One scaler per optimizer: if the gradients of one overflow, only its scale must fall.
     return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
 
 
 def fits_architecture(payload: dict[str, Any]) -> bool:
-    """Return whether the weights of a checkpoint are those of the architecture that it names."""
-    with torch.device("meta"):  # shapes alone
+    """Return whether the weights in a checkpoint have the names and shapes of its architecture."""
+    with torch.device("meta"):  # shapes without memory
         networks = {"model": CVAE_Conditional, "discriminator": Discriminator}
         expected = {name: network(payload["architecture"]).state_dict() for name, network in networks.items()}
     return all(
@@ -355,7 +348,7 @@ def fits_architecture(payload: dict[str, Any]) -> bool:
 
 
 def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
-    """Put a checkpoint into the state."""
+    """Load a checkpoint into the state."""
     state.epoch = payload["epoch"]
     state.model.load_state_dict(payload["model"])
     state.discriminator.load_state_dict(payload["discriminator"])
@@ -366,10 +359,10 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
             scaler.load_state_dict(saved)
 
 
-def take_step(state: TrainState, position: int, loss: torch.Tensor) -> None:
-    """Let one of the two optimizers step; gradients that its loss leaves in the other's weights are dropped before they count."""
-    optimizer = state.optimizers[position]
-    scaler = state.scalers[position]
+def take_step(state: TrainState, index: int, loss: torch.Tensor) -> None:
+    """Step one of the two optimizers. Gradients that its loss leaves in the other network are zeroed by the other's next step."""
+    optimizer = state.optimizers[index]
+    scaler = state.scalers[index]
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)

@@ -282,7 +282,7 @@ def test_baselines_are_those_of_a_loop(toys: Path, here: Path) -> None:
     levels = np.arange(1, 10) / 10
     level = max(levels, key=lambda level: sum(sum(score(members, level - 1e-6)) for score, members, _ in judged))
     expected = np.mean([value for score, _, rows in judged for value in score(rows, level - 1e-6)])
-    assert modelit.score_means(shapes, options.voxel_size)["class_mean"] == pytest.approx(expected, abs=1e-5)
+    assert modelit.score_baselines(shapes, options.voxel_size)["class_mean"] == pytest.approx(expected, abs=1e-5)
 
 
 # --- the model
@@ -294,7 +294,7 @@ def test_iou_and_kl_are_those_of_the_books() -> None:
         torch.rand(3, 1, 4, 4, 4, generator=generator),
         torch.rand(3, 1, 4, 4, 4, generator=generator).round(),
     )
-    found = voxel_gan.intersect_over_union(probabilities, voxels)
+    found = voxel_gan.compute_iou(probabilities, voxels)
     for row in range(3):
         first = {i for i, value in enumerate(probabilities[row].flatten()) if value >= 0.5}
         second = {i for i, value in enumerate(voxels[row].flatten()) if value == 1}
@@ -475,7 +475,7 @@ PLANS = (
     kill("score_held_out", 1, number=15),
     kill("take_step", 4, number=2),
     kill("judge_samples", 1),
-    kill("keep_verdict", 1),
+    kill("copy_to_verdict", 1),
 )
 
 
