@@ -475,7 +475,7 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
 
 
 def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[tuple[str, str]]]:
-    """Voxelise the meshes that are not in the cache, and choose the held-out ones; return also path and problem of unusable meshes.
+    """Voxelise the meshes that are not in the cache, and choose which are held out; also return path and problem of unusable ones.
 
     Raises UserError if fewer than two meshes are usable.
     """

@@ -22,7 +22,7 @@ MESH_SUFFIXES = (".off", ".obj", ".ply", ".stl")
 VOXELS_VERSION = 1  # raise it when `voxelize` changes: voxels cached on disk by another version are not used
 SAMPLE_SPACING = 0.5  # voxels between samples of a surface; they can miss only voxels that it grazes at a corner
 MAX_SAMPLES = 2_000_000  # points on a surface at a time: 48 MB
-# Numbers of steps along an edge. Triangles with equal numbers are sampled together, with at most half as many again as needed.
+# Numbers of steps along an edge. Triangles with equal numbers are sampled together, each with at most 1.5 times the steps it needs.
 STEP_COUNTS = np.unique(np.concatenate([2 ** np.arange(14), 3 * 2 ** np.arange(13)]))
 MIN_POINTS = 100  # a smaller point cloud does not show a shape
 MAX_COORDINATE = 1e30  # squares and quotients of larger coordinates can overflow float64
@@ -173,7 +173,7 @@ def format_off(vertices: np.ndarray, polygons: Sequence[Sequence[int]]) -> str:
 
 
 def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield points on triangles (N, 3, 3), at most `spacing` apart, in batches of up to MAX_SAMPLES points.
+    """Yield points on triangles (N, 3, 3), at most `spacing` apart, in batches of about MAX_SAMPLES points at most.
 
     A batch is the points (P, M, 3), the rows (P,) of their P triangles, the order (P, 3) of the corners of each triangle, and the
     barycentric coordinates (M, 3) of the points in this order, which are the same for all P triangles.
@@ -202,7 +202,7 @@ def voxelize(mesh: Mesh, size: int, is_solid: bool) -> np.ndarray:
     """
     triangles = mesh.vertices[mesh.faces] if len(mesh.faces) else mesh.vertices[:, None]  # a point cloud has no faces
     low, high = triangles.min(axis=(0, 1)), triangles.max(axis=(0, 1))
-    # Slightly smaller than the grid, so that the outermost plane lies in the last voxel, and shifted up by nearly half of the gap:
+    # Slightly smaller than the grid, so that the outermost plane lies in the last voxel, and off centre by nearly half of the gap:
     # otherwise rounding errors put a plane between two voxels, such as the middle of a symmetric mesh, on either side.
     scale = size * (1 - 1e-6) / (high - low).max()
     triangles = (triangles - (low + high) / 2) * scale + size / 2 + size * 4.9e-7

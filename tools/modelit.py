@@ -79,7 +79,7 @@ CHECKPOINT_FORM = {
 }
 # Prompts for a class name in training; a prompt for `generate` may be worded differently.
 TEMPLATES = ("a {}", "a 3d model of a {}", "3d model of a {}", "{}", "generate a {}")
-GOOD_IOU, BAD_IOU = 0.7, 0.5  # verdicts: "good" from the first on, "bad" up to the second
+GOOD_IOU, BAD_IOU = 0.7, 0.5  # verdicts: "good" at the first or above, "bad" at the second or below
 COLLAPSED_KL = 0.01  # nats per latent dimension; below it the decoder learns nothing from z
 LAST_LR = 0.02  # where the cosine schedule ends, as a fraction of --lr
 JUDGED_SAMPLES = 64  # drawn from the prior at the end of training; more if there are more classes
@@ -277,7 +277,7 @@ def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
     autocast = functools.partial(
         torch.autocast, device.type, dtype=job.runtime.dtype, enabled=job.runtime.dtype != torch.float32
     )
-    # Cosine decay: the IoU of the toy set reaches .93, and .87 at a constant learning rate.
+    # With the cosine decay the IoU of the toy set reaches .93; at a constant learning rate it stays at .87.
     factor = LAST_LR + (1 - LAST_LR) * (1 + math.cos(math.pi * state.epoch / options.epochs)) / 2
     for optimizer in state.optimizers:
         lct.set_learning_rate(optimizer, factor)

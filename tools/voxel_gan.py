@@ -331,7 +331,7 @@ def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
         torch.optim.Adam(parameter_groups(network, lr))
         for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
     ]
-    # One scaler per optimizer: if the gradients of one overflow, only its scale must fall.
+    # One scaler per optimizer: an overflow in one network must not lower the scale of the other.
     return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
 
 
@@ -360,7 +360,7 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
 
 
 def take_step(state: TrainState, index: int, loss: torch.Tensor) -> None:
-    """Step one of the two optimizers. Gradients that its loss leaves in the other network are zeroed by the other's next step."""
+    """Step one of the two optimizers. Gradients that its loss leaves in the other network are zeroed before that network steps."""
     optimizer = state.optimizers[index]
     scaler = state.scalers[index]
     optimizer.zero_grad()
