@@ -1,4 +1,4 @@
-"""Small data drawn in milliseconds, and ways to call the script: in this process, or as a user does."""
+"""Small data sets drawn in milliseconds, and functions that run the script in this process or in another, as users do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
 
-# Two processes run the tests, on two cores; and the last bits of a sum depend on the number of threads.
+# Two processes run the tests on two cores, and the last bits of a sum depend on the number of threads.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import numpy as np
@@ -33,13 +33,13 @@ from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "lct_dino3.py"
-# Runs on data whose classes are taken for each other: a figure of the wrong images, weights or epoch is another number.
+# Runs on classes that are easily confused, so that metrics of the wrong images, weights or epoch differ.
 HARD_CLASSES = ("hammer", "pliers", "side cutter", "wrench", "бокорезы")
 HARD_RUN = (
     "--model_id test_resnet --img_size 32 --emb_dim 32 --heads 2 --precision fp32 --gpus 0 --workers 0 --save_every 1"
     r" --val_split 0.35 --test_split 0.25 --target_precision 0.85 --seed 1 --group_regex ^\d+_(shot\d+)"
 ).split()
-HARD_RUNS = {  # with --patience, so that the best epoch is not the last
+HARD_RUNS = {  # --patience makes the best epoch another one than the last
     "plain": "--epochs 20 --patience 3 --batch 12 --cache_views 0 --unknown_dir unknown",
     "tuned": "--epochs 40 --patience 3 --batch 64 --accumulate_grad_batches 2 --no-freeze_backbone --ema_decay 0.7 --lr 3e-3"
     " --unknown_dir unknown",  # one step an epoch
@@ -47,15 +47,15 @@ HARD_RUNS = {  # with --patience, so that the best epoch is not the last
     "cached": "--epochs 20 --patience 3 --batch 12 --cache_views 2",
 }
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-# The smallest real training job: where a refusal is expected and does not come, the test ends soon all the same.
+# The smallest real training job: a test that expects a refusal ends soon even if none comes.
 TINY_RUN = "--model_id test_resnet --no-pretrained --img_size 32 --batch 16 --epochs 1 --save_every 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
-# A script that starts the tests with `&` has them ignore Ctrl-C, and with them all that they start.
+# A shell that starts the tests with `&` makes them, and every process they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
-    """Draw one picture of class `kind`: its own colour and number of corners; all else varies with the seed."""
+    """Draw an image of class `kind`, which sets the colour and the number of corners; the rest varies with the seed."""
     rng = np.random.default_rng((kind, *seed))
     background = Image.fromarray(rng.integers(40, 216, (5, 5, 3), dtype=np.uint8))
     image = background.resize((side, side), Image.Resampling.BICUBIC)
@@ -70,7 +70,7 @@ def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
 
 
 def make_dataset(root: Path, classes: dict[str, int], seed: int = 0, side: int = 56, suffix: str = ".png") -> Path:
-    """Draw `classes` {name: number of images} into `root/<name>/0000.png`...; the same arguments, the same bytes."""
+    """Draw `classes` {name: number of images} as `root/<name>/0000.png`...; equal arguments give equal bytes."""
     for kind, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for index in range(count):
@@ -81,23 +81,23 @@ def make_dataset(root: Path, classes: dict[str, int], seed: int = 0, side: int =
 def draw_confusable(
     hue: float, corners: int, rng: np.random.Generator, spread: float, saturation: float = 1.0
 ) -> tuple[Image.Image, Image.Image]:
-    """Draw a polygon whose hue is off by `spread` of the circle on average, and its mask."""
+    """Draw a polygon and its mask; the standard deviation of the hue is `spread` of the colour circle."""
     size = (44, 36)
     noise = Image.fromarray(rng.integers(30, 226, (4, 5, 3), dtype=np.uint8))
     image, mask = noise.resize(size, Image.Resampling.BICUBIC), Image.new("L", size)
-    seen = (hue + spread * rng.normal()) % 1, saturation * rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
+    hsv = (hue + spread * rng.normal()) % 1, saturation * rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
     angles = rng.uniform(0, math.tau) + np.arange(corners) * math.tau / corners
     centre, radius = rng.uniform(0.4, 0.6, 2) * size, rng.uniform(11, 17)
     points = [tuple(point) for point in (centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).tolist()]
-    ImageDraw.Draw(image).polygon(points, fill=tuple(round(255 * value) for value in colorsys.hsv_to_rgb(*seen)))
+    ImageDraw.Draw(image).polygon(points, fill=tuple(round(255 * value) for value in colorsys.hsv_to_rgb(*hsv)))
     ImageDraw.Draw(mask).polygon(points, fill=255)
     return image, mask
 
 
 def make_hard_dataset(folder: Path) -> None:
-    """Draw `data`, 60 images of each of five classes that are taken for each other, and `unknown`, 40 things of no class.
+    """Draw `data`, 60 images of each of five easily confused classes, and `unknown`, 40 images of other objects.
 
-    Files are called <number>_shot<shot>.png; every fourth shot has two frames. Four of five crops have a mask.
+    Files are named <number>_shot<shot>.png; every fourth shot has two frames. Four of five crops have a mask.
     """
     rng, shots = np.random.default_rng(0), [shot for shot in range(1, 300) for _ in range(1 + (shot % 4 == 0))]
     for kind, name in enumerate(HARD_CLASSES):
@@ -116,7 +116,7 @@ def make_hard_dataset(folder: Path) -> None:
 
 
 def make_backbone(folder: Path) -> Path:
-    """Write weights of the small backbone: random ones, whose BatchNorms have seen the data; return the file."""
+    """Write a file with the small backbone and return its path: random weights, BatchNorm statistics of the data."""
     import timm
     import torch
 
@@ -132,14 +132,14 @@ def make_backbone(folder: Path) -> Path:
 
 
 def image_bytes(image: Image.Image, file_format: str, **options: object) -> bytes:
-    """Return an image as the bytes of a file."""
+    """Encode an image as a file and return the bytes."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Return what lies in a folder: names with the bytes and times of files, to assert that nothing was touched."""
+    """Return times and bytes of all files in a folder, by path, to assert that nothing was touched."""
     entries = sorted(folder.rglob("*")) if folder.is_dir() else []
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
@@ -150,7 +150,7 @@ def snapshot(folder: Path) -> dict[str, object]:
 def run_cli(
     *args: object, cwd: Path | None = None, env: dict | None = None, python: tuple[str, ...] = (), timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run the script as a user does; `python` are flags of the interpreter."""
+    """Run the script as a user does; `python` holds flags of the interpreter."""
     return subprocess.run(
         [sys.executable, *python, str(SCRIPT), *map(str, args)],
         cwd=cwd,
@@ -163,7 +163,7 @@ def run_cli(
 
 
 def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
-    """Start a run, send SIGTERM to its process group after its first epoch; return exit code, stderr and the group's number."""
+    """Start a run and send SIGTERM to its process group after the first epoch; return exit code, stderr and group id."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
         stdout=subprocess.DEVNULL,
@@ -183,18 +183,18 @@ def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
 
 
 def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
-    """Run `main`, of the script or of the tool that it would start, in this process, without leaving its signal handlers behind."""
+    """Run `main` of the script, or of the tool that the arguments name, in this process; restore the signal handlers after it."""
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    lct.PROGRESS_LOG = lct.ProgressLog()  # its time begins with the program, which is not imported anew
+    lct.PROGRESS_LOG = lct.ProgressLog()  # its clock starts with the import, which does not happen again
     try:
         with warnings.catch_warnings():
-            words = [str(arg) for arg in args]
+            argv = [str(arg) for arg in args]
             if main is None:
-                main, words, _ = find_main(lct, words)
-            return main(words)
+                main, argv, _ = find_main(lct, argv)
+            return main(argv)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -207,23 +207,23 @@ def call_main() -> Callable[..., int]:
 
 
 def our_modules() -> list[ModuleType]:
-    """Return the script and the tools that are loaded."""
+    """Return the imported modules of the script and the tools."""
     folders = (REPO, REPO / "tools")
-    named = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
-    return [module for module, file in named if file and Path(file).resolve().parent in folders]
+    modules = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    return [module for module, file in modules if file and Path(file).resolve().parent in folders]
 
 
 @dataclass
 class Patched:
-    """A name of ours that stands for something else while a test runs."""
+    """A name of the script or a tool, patched while a test runs."""
 
     name: str
     value: object
-    calls: list[tuple] = field(default_factory=list)  # their arguments, where it is a function
+    calls: list[tuple] = field(default_factory=list)  # arguments of each call, if the value is a function
     is_read: bool = False
 
     def __call__(self, *args: object, **options: object) -> object:
-        """Note a call and do it."""
+        """Record a call and make it."""
         self.calls.append(args)
         self.is_read = True
         return self.value(*args, **options)
@@ -231,22 +231,22 @@ class Patched:
 
 @pytest.fixture
 def patch_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Patched]]:
-    """Return `patch(module, name, value)`, which patches wherever a name of ours lives, and fails if nothing has used it.
+    """Return `patch(module, name, value)`, which patches a name in every file that has it; the test fails if nothing uses it.
 
-    A test that patches a name otherwise goes on passing when the name moves to another file, and tests nothing any more. A function
-    must have been called; of any other value a function of ours that names it. Without `value` calls of the real one are noted.
+    Without this check, a test whose patched name moves to another file keeps passing and tests nothing. A function counts as used if
+    it is called, any other value if a function that names it is called. Without `value`, calls of the original are recorded.
     """
     patched: list[Patched] = []
-    ours = (str(SCRIPT), str(REPO / "tools"))
+    paths = (str(SCRIPT), str(REPO / "tools"))
     before = sys.getprofile()
 
     def note_call(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(ours):
+        if event == "call" and frame.f_code.co_filename.startswith(paths):
             for item in patched:
                 item.is_read |= item.name in frame.f_code.co_names and not inspect.isroutine(item.value)
 
     def patch(module: ModuleType, name: str, value: object = None) -> Patched:
-        owners = [own for own in {module, *our_modules()} if name in vars(own)]
+        owners = [owner for owner in {module, *our_modules()} if name in vars(owner)]
         assert owners, f"none of our files has the name {name}"
         item = Patched(name, vars(owners[0])[name] if value is None else value)
         patched.append(item)
@@ -266,13 +266,13 @@ def patch_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Patche
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of eight images. Shared by all tests: read only."""
+    """Three classes of eight images; shared by all tests, read-only."""
     return make_dataset(tmp_path_factory.mktemp("small") / "data", {"hammer": 8, "pliers": 8, "wrench": 8})
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 42 images together, and one that is broken. Shared by all tests: read only."""
+    """Three classes with 42 images in total and a broken file; shared by all tests, read-only."""
     root = make_dataset(tmp_path_factory.mktemp("data") / "data", {"молоток": 14, "side cutter": 11, "wrench": 17})
     (root / "wrench" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     return root
@@ -280,7 +280,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data`, 42 images in three classes of unequal size, and `run`, an epoch on it. Shared by all tests: read only."""
+    """A folder with `data`, 42 images in three unequal classes, and `run`, an epoch on it; shared by all tests, read-only."""
     folder = tmp_path_factory.mktemp("tiny")
     make_dataset(folder / "data", {"axe": 16, "bit": 12, "клещи": 14})
     assert run_main("--data_root", folder / "data", "--out_dir", folder / "run", *TINY_RUN) == 0
@@ -289,7 +289,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hard_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, `unknown` and `backbone.pth` of `make_hard_dataset`. Shared by all tests: read only."""
+    """A folder with `data` and `unknown` of `make_hard_dataset`, and `backbone.pth`; shared by all tests, read-only."""
     folder = tmp_path_factory.mktemp("hard")
     make_hard_dataset(folder)
     make_backbone(folder)
@@ -298,14 +298,14 @@ def hard_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hard_run(hard_data: Path) -> Callable[[str], Path]:
-    """Return a function from a name of HARD_RUNS to the folder of that run, trained when it is first asked for: read only."""
+    """Return a function that trains a run of HARD_RUNS when it is first asked for and returns its folder; read-only."""
 
     @functools.cache
     def train(name: str) -> Path:
         out_dir = hard_data / name
         options = [hard_data / word if word == "unknown" else word for word in HARD_RUNS[name].split()]
-        places = ("--data_root", hard_data / "data", "--out_dir", out_dir)
-        assert run_main(*places, "--backbone_weights", hard_data / "backbone.pth", *HARD_RUN, *options) == 0
+        folders = ("--data_root", hard_data / "data", "--out_dir", out_dir)
+        assert run_main(*folders, "--backbone_weights", hard_data / "backbone.pth", *HARD_RUN, *options) == 0
         return out_dir
 
     return train
@@ -313,7 +313,7 @@ def hard_run(hard_data: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """A process that runs the script as often as needed, and imports torch once."""
+    """A process that imports torch once and runs the script as often as needed."""
     nursery = Nursery(tmp_path_factory.mktemp("output"))
     yield nursery
     nursery.close()
@@ -321,14 +321,14 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real inputs, which lie beside the repository on the machines of this project only."""
+    """The real data sets beside the repository, on the machines of this project only."""
     if not SHARED_DATA.is_dir():
         pytest.skip("shared/data is not on this machine")
     return SHARED_DATA
 
 
 def browse(path: Path, width: int = 1280) -> tuple[str, str]:
-    """Return the page after its scripts have run in a window, and what the browser said about it."""
+    """Open a page in a browser window; return its HTML after its scripts have run, and the browser's messages."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("chromium is not installed")
@@ -341,7 +341,7 @@ def browse(path: Path, width: int = 1280) -> tuple[str, str]:
     return result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
 
 
-# A script for `probe`: whether a page is as narrow as its window, and whether each picture lies whole in its frame.
+# A script for `probe`: whether the page is no wider than its window, and whether every image lies inside its frame.
 FITS = """[
   document.documentElement.scrollWidth <= innerWidth,
   [...document.querySelectorAll(".frame img")].every(image => {
@@ -353,8 +353,8 @@ FITS = """[
 
 
 def probe(page: Path, script: str, width: int = 1280) -> str:
-    """Return what a script finds in a page once it has loaded."""
-    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text("utf-8"))  # the policy would not let the probe run
+    """Evaluate a JavaScript expression in a page once it has loaded; return the result as text."""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text("utf-8"))  # the content policy would block the script
     copy = page.with_name("probe.html")
     on_load = f"<script>onload = () => {{ document.title = {script}; }}</script></body>"
     copy.write_text(text.replace('loading="lazy"', "").replace("</body>", on_load), "utf-8")

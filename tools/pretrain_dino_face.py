@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
 # isort: split
 import pretrain_utils
@@ -21,7 +21,7 @@ class FaceOptions(pretrain_utils.PretrainOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pre-train as the command line says, and return the exit code."""
+    """Run the command line; return the exit code."""
     return lct.run_program("pretrain_dino_face", FaceOptions, pretrain_utils.pretrain, argv)
 
 

@@ -164,7 +164,7 @@ def test_sinkhorn_uses_all_outputs_equally_often_and_leaves_the_centre_out() -> 
     ratio = (plan.log() - logits / 0.1).numpy()  # of the form a_n + b_k: only rows and columns are scaled
     residual = ratio - ratio.mean(0) - ratio.mean(1, keepdims=True) + ratio.mean()
     assert np.abs(residual).max() < 1e-3
-    assert losses.mutual_information(target.plain(logits)) < losses.mutual_information(plan)
+    assert losses.mutual_information(target.softmax(logits)) < losses.mutual_information(plan)
 
 
 def test_the_centre_moves_once_a_step_by_all_that_the_teacher_says() -> None:
@@ -343,16 +343,16 @@ def test_colours_change_as_torchvision_changes_them() -> None:
     tensor = torch.from_numpy(view).permute(2, 0, 1).float() / 255
     how = views.Augmentation(16, 8, 0, (1.0, 1.0), (1.0, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     for jitter in ((0.3, 0, 0, 0), (0, -0.5, 0, 0), (0, 0, 0.5, 0), (0.2, 0.3, -0.4, 0)):
-        matrix = how._colour_map(view, np.array(jitter, dtype=float), is_gray=False)
+        matrix = how._colour_matrix(view, np.array(jitter, dtype=float), is_gray=False)
         found = view @ matrix[:, :3].T + matrix[:, 3]
         brightness, contrast, saturation = 1 + 0.4 * np.array(jitter[:3])
         expected = reference.adjust_brightness(tensor, brightness)
         expected = reference.adjust_saturation(reference.adjust_contrast(expected, contrast), saturation)
         np.testing.assert_allclose(found, expected.permute(1, 2, 0).numpy() * 255, atol=1.0)
-    matrix = how._colour_map(view, np.array([0, 0, 0, 1.0]), is_gray=False)
+    matrix = how._colour_matrix(view, np.array([0, 0, 0, 1.0]), is_gray=False)
     np.testing.assert_allclose(matrix[:, :3] @ np.full(3, 99.0) + matrix[:, 3], 99.0, atol=0.5)
     assert not np.allclose(matrix[:, :3] @ [200.0, 50.0, 50.0], [200.0, 50.0, 50.0], atol=5)
-    gray = how._colour_map(view, np.zeros(4), is_gray=True)
+    gray = how._colour_matrix(view, np.zeros(4), is_gray=True)
     np.testing.assert_allclose(gray[:, :3] @ [10.0, 20.0, 30.0], np.full(3, views.LUMA @ [10, 20, 30]))
 
 

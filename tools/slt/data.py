@@ -1,4 +1,4 @@
-"""The crops of a run: which there are, which can be read, which are held out, and what is known of some of them."""
+"""The crops of a run: lists and checks them, holds some out, and reads the labelled ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
 # isort: split
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 from slt.options import PretrainOptions
 from slt.views import Images, resize
 
-HELD_OUT_IMAGES = 512  # that two-view retrieval is measured on, and
-HELD_OUT_SHARE = 0.1  # no more than this share of the crops, where there are no labelled ones
-KNN_IMAGES = 4000  # labelled crops kept in memory
-MAX_UNREADABLE = 0.1  # share of the files
+HELD_OUT_IMAGES = 512  # most crops for two-view retrieval
+HELD_OUT_SHARE = 0.1  # largest share of the crops to hold out, if no labelled crops serve instead
+KNN_IMAGES = 4000  # most crops of a labelled folder to keep in memory
+MAX_UNREADABLE = 0.1  # tolerated share of the files
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,24 @@ class Data:
 
     train: Images
     held_out: Images
-    fingerprint: str  # of the names and sizes of the files
+    fingerprint: str  # of names and sizes of all files, and of the choice of crops to train on
     gallery: LabelledImages | None
-    queries: LabelledImages | None  # None = the gallery answers for itself, one left out at a time
+    queries: LabelledImages | None  # None: k-NN classifies each gallery crop by the others
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Crops whose class is known; nothing is trained on the classes."""
+    """Crops with labels, for evaluation only."""
 
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     labels: np.ndarray  # (N,) int64
 
 
 def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
-    """Return absolute path and size of the images that --train-dir names, each once.
+    """Return absolute path and size in bytes of each image in --train-dir, sorted and without duplicates.
 
     Raises:
-        UserError: a path that is no image, or none at all.
+        UserError: a file is no image, or there are fewer than two images.
     """
     files: dict[str, int] = {}
     for source in options.train_dir:
@@ -70,12 +70,10 @@ def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
 
 
 def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int], np.ndarray | None]:
-    """Decode every image once; return the numbers of those that can be used and, if a side is given, their squares.
-
-    `where` says in a message what has named them.
+    """Decode every image once; return the indices of the readable ones and, unless side is 0, squares uint8 (N, side, side, 3).
 
     Raises:
-        UserError: too many cannot be read.
+        UserError: more than MAX_UNREADABLE of the images cannot be read; the message places them at `where`.
     """
 
     def read(path: str) -> np.ndarray | str | None:
@@ -85,85 +83,83 @@ def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int],
             return str(error)
         return resize(torch.from_numpy(image)[None].permute(0, 3, 1, 2), side) if side else None
 
-    squares, good, bad = [], [], []
-    for number, (path, result) in enumerate(
-        lct.progress(lct.map_in_threads(read, paths), len(paths), "reading", "image")
-    ):
+    squares = []
+    readable = []
+    problems = []
+    results = lct.progress(lct.map_in_threads(read, paths), len(paths), "reading", "image")
+    for index, (path, result) in enumerate(results):
         if isinstance(result, str):
-            bad.append(f"{path}: {result}")
-            lct.show(f"warning: left out: {bad[-1]}")
+            problems.append(f"{path}: {result}")
+            lct.show(f"warning: left out: {problems[-1]}")
         else:
-            good.append(number)
+            readable.append(index)
             squares.append(result)
-    if len(bad) > MAX_UNREADABLE * len(paths):
-        problem = f"{len(bad)} of {len(paths)} images cannot be read, such as {bad[0]}"
+    if len(problems) > MAX_UNREADABLE * len(paths):
+        problem = f"{len(problems)} of {len(paths)} images cannot be read, such as {problems[0]}"
         raise lct.UserError(problem, where, "mend or remove them; a few are left out")
-    return good, np.stack(squares) if side else None
+    return readable, np.stack(squares) if side else None
 
 
 def read_data(options: PretrainOptions) -> Data:
-    """List and check the crops, and hold out some of them where there are no labelled ones to measure on.
+    """List and check the crops; without labelled crops, hold out some of them for two-view retrieval.
 
     Raises:
-        UserError: too few, too many that cannot be read, or labelled folders that are none.
+        UserError: there are too few crops, too many of them cannot be read, or a labelled folder has no usable classes.
     """
     files = list_files(options)
     paths = [path for path, _ in files]
-    good, squares = check_files(paths, options.source_size, options.place("train_dir"))
+    readable, squares = check_files(paths, options.source_size, options.place("train_dir"))
     gallery = queries = None
     labelled_paths: list[str] = []
     if options.knn_dir:
         gallery, labelled_paths, names = read_labelled(options, options.knn_dir[0], None)
         if len(options.knn_dir) > 1:
             queries, labelled_paths, _ = read_labelled(options, options.knn_dir[1], names)
-    order = np.random.default_rng((0, options.seed)).permutation(len(good))
-    num_held_out = 0 if labelled_paths else min(HELD_OUT_IMAGES, max(2, int(HELD_OUT_SHARE * len(good))))
-    chosen, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    order = np.random.default_rng((0, options.seed)).permutation(len(readable))
+    num_held_out = 0 if labelled_paths else min(HELD_OUT_IMAGES, max(2, int(HELD_OUT_SHARE * len(readable))))
+    train_rows = np.sort(order[num_held_out:])
 
-    def take(rows: np.ndarray) -> Images:
-        return Images([paths[good[row]] for row in rows], None if squares is None else squares[rows])
+    def select(rows: np.ndarray) -> Images:
+        return Images([paths[readable[row]] for row in rows], None if squares is None else squares[rows])
 
     if labelled_paths:
-        picked = labelled_paths[:: -(-len(labelled_paths) // HELD_OUT_IMAGES)]
-        readable, held_out_squares = check_files(picked, options.source_size, options.place("knn_dir"))
-        held_out_images = Images([picked[number] for number in readable], held_out_squares)
+        sample = labelled_paths[:: -(-len(labelled_paths) // HELD_OUT_IMAGES)]
+        sample_indices, sample_squares = check_files(sample, options.source_size, options.place("knn_dir"))
+        held_out = Images([sample[index] for index in sample_indices], sample_squares)
     else:
-        held_out_images = take(held_out)
-    if len(chosen) < options.batch_size:
-        where = options.said("batch_size")
-        raise lct.UserError(f"is more than the {len(chosen)} crops to train on", where, "lower it, or give more crops")
-    fingerprint = lct.fingerprint([[Path(path).name, size] for path, size in files], [int(row) for row in chosen])
-    return Data(take(chosen), held_out_images, fingerprint, gallery, queries)
+        held_out = select(np.sort(order[:num_held_out]))
+    if len(train_rows) < options.batch_size:
+        problem = f"is more than the {len(train_rows)} crops to train on"
+        raise lct.UserError(problem, options.said("batch_size"), "lower it, or give more crops")
+    fingerprint = lct.fingerprint([[Path(path).name, size] for path, size in files], train_rows.tolist())
+    return Data(select(train_rows), held_out, fingerprint, gallery, queries)
 
 
 def read_labelled(
     options: PretrainOptions, folder: Path, names: list[str] | None
 ) -> tuple[LabelledImages, list[str], list[str]]:
-    """Return the crops of a folder of classes, their paths, and the names of the classes.
+    """Read a folder of labelled crops; return the crops, their paths, and the class names that labels index.
 
     Args:
-        options: for their size.
-        folder: one folder a class, as lct_dino3.py has it.
-        names: classes of the gallery; others cannot be answered.
+        options: give the size of the crops.
+        folder: holds a folder per class, as for lct_dino3.py.
+        names: class names of the gallery when queries are read; None for the gallery itself.
 
     Raises:
-        UserError: it holds no classes, or classes that the gallery lacks.
+        UserError: a gallery has fewer than two classes, or queries have classes that the gallery lacks.
     """
     listing = lct.list_images(folder)
     where = f"{options.place('knn_dir')} {folder}"
-    folders = [listing.class_of(path) for path in listing.paths]
-    classes = sorted(set(folders))
+    class_names = [listing.class_of(path) for path in listing.paths]
+    classes = sorted(set(class_names))
     if names is None and len(classes) < 2:
         raise lct.UserError(f"holds {len(classes)} folders of images, and classes need two", where, "a folder a class")
-    if lacking := sorted(set(classes) - set(names or classes)):
-        raise lct.UserError(f"has classes that the gallery lacks: {', '.join(lacking[:3])}", where, "leave them out")
+    if unknown := sorted(set(classes) - set(names or classes)):
+        raise lct.UserError(f"has classes that the gallery lacks: {', '.join(unknown[:3])}", where, "leave them out")
     names = names or classes
     rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES) or 1)
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
-    good, squares = check_files(paths, options.image_size, where)
-    labels = np.array([names.index(folders[rows[number]]) for number in good], dtype=np.int64)
-    return (
-        LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels),
-        [paths[number] for number in good],
-        names,
-    )
+    readable, squares = check_files(paths, options.image_size, where)
+    labels = np.array([names.index(class_names[rows[index]]) for index in readable], dtype=np.int64)
+    images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels)
+    return images, [paths[index] for index in readable], names

@@ -1,4 +1,4 @@
-"""What features are worth without training on them: two-view retrieval, k nearest neighbours, and what pixels and colours give."""
+"""Measures of features that need no training: two-view retrieval and k-NN accuracy; pixel and colour features as baselines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 
 NEIGHBOURS = 5
-TEMPERATURE = 0.07  # of the neighbours' votes, as DINO has it
-PIXEL_SIDE = 16  # px of the small pictures that are compared as they are
-COLOUR_BINS = 8  # a channel of the joint histogram
+TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO
+PIXEL_SIDE = 16  # px of the downscaled images whose pixels are the features
+COLOUR_BINS = 8  # per channel of the joint histogram
 
 
 def two_view_retrieval(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return how often the nearest of the second views is that of the same image, of features (N, D) each, their mean removed."""
+    """Return the share of first views whose nearest second view is of the same image; features (N, D) each, joint mean removed."""
     mean = torch.cat([first, second]).mean(dim=0)
     cosines = F.normalize(first - mean, dim=1) @ F.normalize(second - mean, dim=1).T
     return (cosines.argmax(dim=1) == torch.arange(len(first), device=cosines.device)).double().mean().item()
@@ -22,21 +22,21 @@ def two_view_retrieval(first: torch.Tensor, second: torch.Tensor) -> float:
 def knn_accuracy(
     gallery: np.ndarray, gallery_labels: np.ndarray, queries: np.ndarray | None, query_labels: np.ndarray | None
 ) -> float:
-    """Return the share of queries that their NEIGHBOURS nearest in the gallery give the right class, weighted by cosine.
+    """Return the accuracy of queries classified by their NEIGHBOURS nearest gallery features, whose votes are weighted by cosine.
 
     Args:
-        gallery: features (N, D), which standardise all features.
+        gallery: features (N, D); their mean and deviation standardise all features.
         gallery_labels: (N,).
-        queries: features (M, D); None = each of the gallery, which then does not vote for itself.
+        queries: features (M, D); None classifies each gallery feature by the other ones.
         query_labels: (M,).
     """
     mean = gallery.mean(axis=0)
     deviation = gallery.std(axis=0) + 1e-6
-    unit = [
+    gallery_unit, query_unit = (
         F.normalize(torch.from_numpy((features - mean) / deviation).float(), dim=1)
         for features in (gallery, gallery if queries is None else queries)
-    ]
-    cosines = unit[1] @ unit[0].T
+    )
+    cosines = query_unit @ gallery_unit.T
     if queries is None:
         cosines.fill_diagonal_(-np.inf)
         query_labels = gallery_labels
@@ -48,15 +48,15 @@ def knn_accuracy(
 
 
 def pixel_features(images: torch.Tensor) -> np.ndarray:
-    """Return images uint8 (N, 3, H, W) as pictures of PIXEL_SIDE px, float32 (N, D)."""
+    """Return the pixels of uint8 images (N, 3, H, W) downscaled to PIXEL_SIDE px, float32 (N, D)."""
     small = F.interpolate(images, (PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
     return small.flatten(1).float().numpy()
 
 
 def colour_features(images: torch.Tensor) -> np.ndarray:
-    """Return the joint colour histograms of images uint8 (N, 3, H, W), float32 (N, COLOUR_BINS ** 3)."""
-    steps = (images.long() * COLOUR_BINS) // 256
-    cells = ((steps[:, 0] * COLOUR_BINS + steps[:, 1]) * COLOUR_BINS + steps[:, 2]).flatten(1)
+    """Return the joint colour histograms of uint8 images (N, 3, H, W), float32 (N, COLOUR_BINS ** 3)."""
+    bins = (images.long() * COLOUR_BINS) // 256
+    cells = ((bins[:, 0] * COLOUR_BINS + bins[:, 1]) * COLOUR_BINS + bins[:, 2]).flatten(1)
     counts = torch.zeros(len(images), COLOUR_BINS**3)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    return (counts / cells.shape[1]).sqrt().numpy()  # as Hellinger's distance: a background does not drown all else
+    return (counts / cells.shape[1]).sqrt().numpy()  # roots, as in Hellinger's distance: no bin drowns the rest

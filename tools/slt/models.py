@@ -1,4 +1,4 @@
-"""The ViT that pretrain_dino_face.py and pretrain_dino_hands.py train, its head, and how others load and use what they export."""
+"""The ViT and the head that pretrain_dino_face.py and pretrain_dino_hands.py train, and functions to load and use the exports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
 # isort: split
 import torch
@@ -18,16 +18,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-ARCHITECTURE = "slt_vitsmall_patch16"  # name of the model in exported files, whatever its geometry
+ARCHITECTURE = "slt_vitsmall_patch16"  # name of the model in exported files, for every geometry
 GEOMETRY = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 EXPORT_WANTED = "give a file that --export-backbone has written"
-TOKEN_STD = 0.02  # of class, mask and position tokens at the start, as timm has it
+TOKEN_STD = 0.02  # initial deviation of the mask token, as of timm's position embeddings
 
 
 def init_linear(module: nn.Module) -> None:
-    """Give the linear layers and patch embeddings in a module weights of standard deviation 1 / sqrt(fan_in), biases 0.
+    """Initialise the linear layers and patch embeddings of a module: weights of deviation 1 / sqrt(fan_in), biases 0.
 
-    Timm's 0.02 is made for widths of some thousand: at 96, signals shrink by five with each layer, and nothing is learned.
+    timm's deviation of 0.02 suits widths of some thousand: at 96, each layer shrinks its signal by five, and nothing is learned.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -38,7 +38,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 class ViTSmallPatch16(VisionTransformer):
-    """timm's VisionTransformer without classifier, and with a learned token that stands for masked patches."""
+    """timm's VisionTransformer without classifier, with a learned token in place of masked patches."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class ViTSmallPatch16(VisionTransformer):
         nn.init.trunc_normal_(self.mask_token, std=TOKEN_STD)
 
     def encode(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
-        """Return tokens (B, 1 + N, embed_dim), the class token first, of normalised images (B, 3, H, W).
+        """Return the tokens (B, 1 + N, embed_dim) of normalised images (B, 3, H, W), the class token first.
 
         Args:
-            images: their sides are multiples of patch_size.
-            masks: bool (B, N), row by row; nothing of the pixels of a masked patch is seen.
+            images: sides are multiples of patch_size.
+            masks: bool (B, N), patches row by row; the pixels of a masked patch have no effect.
         """
         patches = self.patch_embed(images)  # (B, H / patch, W / patch, embed_dim)
         if masks is not None:
@@ -80,7 +80,7 @@ class ViTSmallPatch16(VisionTransformer):
 
 
 class DinoHead(nn.Module):
-    """The projection head of DINO: three layers, an L2 bottleneck, and a last layer whose rows have unit length."""
+    """DINO's projection head: an MLP of three layers, L2 normalisation, and a last layer with rows of unit length."""
 
     def __init__(self, in_dim: int, hidden_dim: int, bottleneck_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class DinoHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(out_dim, bottleneck_dim) / math.sqrt(bottleneck_dim))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits (..., out_dim), which are cosines, of tokens (..., in_dim)."""
+        """Return the logits (..., out_dim) of tokens (..., in_dim); they are cosines."""
         return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
 def check_geometry(geometry: Mapping[str, Any]) -> str:
-    """Return what is wrong with the geometry of a ViT, or ''."""
+    """Describe what is wrong with the geometry of a ViT; return '' if it is valid."""
     if geometry["image_size"] % geometry["patch_size"]:
         return f"{geometry['image_size']} px is not a multiple of patches of {geometry['patch_size']} px"
     if geometry["embed_dim"] % geometry["num_heads"]:
@@ -109,14 +109,10 @@ def check_geometry(geometry: Mapping[str, Any]) -> str:
 
 
 def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return weights and metadata of an exported backbone, never executing anything in the file.
-
-    Args:
-        path: the file.
-        where: what names it, for messages.
+    """Read weights and metadata of an exported backbone without executing anything in the file; messages call it `where`.
 
     Raises:
-        UserError: it is missing, damaged, or no export.
+        UserError: the file is missing, damaged, or no export.
     """
     if not path.is_file():
         raise lct.UserError("there is no such file", where, EXPORT_WANTED)
@@ -125,7 +121,7 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+    except Exception as error:  # zip, pickle, I/O and other errors of damaged or foreign files
         problem = f"cannot be read as an exported backbone: {str(error).split('. ')[0][:200]}"
         raise lct.UserError(problem, where, EXPORT_WANTED) from error
     geometry = {name: (int, float) if name == "mlp_ratio" else int for name in GEOMETRY}
@@ -138,33 +134,28 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
 
 
 def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Load weights that have to fit a model.
+    """Load weights into a model.
 
     Raises:
-        UserError: naming the tensors that are missing, foreign, or of another shape.
+        UserError: names the tensors that are missing, unexpected, or of another shape.
     """
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
-    if unfit:
-        named = ", ".join(
-            f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]
-        )
-        raise lct.UserError(f"{len(unfit)} of its tensors do not fit the model: {named}", where, EXPORT_WANTED)
+    keys = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
+    if keys:
+        examples = ", ".join(f"{k} {shapes.get(k, 'none')} instead of {expected.get(k, 'none')}" for k in keys[:4])
+        raise lct.UserError(f"{len(keys)} of its tensors do not fit the model: {examples}", where, EXPORT_WANTED)
     model.load_state_dict(weights)
 
 
 def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
-    """Build the model of an exported backbone with the geometry that the file says, in eval mode.
-
-    Args:
-        spec: `file::PATH:slt_vitsmall_patch16`.
+    """Build the model of an exported backbone in eval mode; `spec` is `file::PATH:slt_vitsmall_patch16`.
 
     Raises:
-        UserError: the words are others, the file is missing or no export, or its weights do not fit its geometry.
+        UserError: the spec has another form, the file is missing or no export, or its weights do not fit its geometry.
     """
     remedy = f"write file::PATH:{ARCHITECTURE}"
-    path, _, architecture = spec.removeprefix("file::").rpartition(":")  # a path may hold colons itself
+    path, _, architecture = spec.removeprefix("file::").rpartition(":")  # the path may contain colons
     if not spec.startswith("file::") or not path:
         raise lct.UserError("names no file", spec, remedy)
     if architecture != ARCHITECTURE:
@@ -174,7 +165,7 @@ def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
     try:
         problem = check_geometry(geometry)
         model = None if problem else ViTSmallPatch16(**geometry)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # whatever stands there for numbers
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # e.g. sizes of 0 or below
         problem = str(error)
     if problem:
         raise lct.UserError(f"its geometry makes no model: {problem}", path, EXPORT_WANTED)
@@ -183,15 +174,15 @@ def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
 
 
 class MultiStreamEncoder(nn.Module):
-    """Fuse crops of face and hands, frame by frame, with the pose: a backbone a stream, a projection each, their sum, a norm."""
+    """Fuses face and hand crops and the pose frame by frame: a backbone and a projection per stream, their sum, a LayerNorm."""
 
     def __init__(
         self, backbones: Mapping[str, ViTSmallPatch16], d_model: int = 512, pose_dim: int | None = None
     ) -> None:
         """Args:
-        backbones: by stream: face, hand_left, hand_right, or some of them.
+        backbones: backbone of each stream in use, of face, hand_left and hand_right.
         d_model: width of the output.
-        pose_dim: numbers a frame in the pose; None = it is not used.
+        pose_dim: values per frame of the pose; None ignores the pose.
         """
         super().__init__()
         self.backbones = nn.ModuleDict(backbones)
@@ -210,20 +201,20 @@ class MultiStreamEncoder(nn.Module):
         pose: torch.Tensor | None = None,
         masks: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return (B, T, d_model).
+        """Return the fused features (B, T, d_model).
 
         Args:
-            face: normalised crops (B, T, 3, H, W), as are those of the hands.
-            hand_left: of a stream without backbone nothing is used.
-            hand_right: as the left one.
-            pose: (B, T, pose_dim), or more dimensions that are flattened to it.
-            masks: by stream bool (B, T): where it was seen. Elsewhere a learned vector stands for it.
+            face: normalised crops (B, T, 3, H, W), like both hands; crops of a stream without backbone are ignored.
+            hand_left: see `face`.
+            hand_right: see `face`.
+            pose: (B, T, pose_dim), or more dimensions that flatten to it.
+            masks: bool (B, T) of a stream: True where it was seen; a learned vector replaces it elsewhere.
         """
         streams = {"face": face, "hand_left": hand_left, "hand_right": hand_right, "pose": pose}
         fused = 0
         for name, projection in self.projections.items():
-            values = streams[name].flatten(2) if name == "pose" else self._embed(name, streams[name])
-            projected = projection(values)
+            features = streams[name].flatten(2) if name == "pose" else self._embed(name, streams[name])
+            projected = projection(features)
             if masks is not None and name in masks:
                 projected = torch.where(masks[name][:, :, None], projected, self.missing[name])
             fused = fused + projected

@@ -1,4 +1,4 @@
-"""The options of pre-training, what `--preset small` makes of them, and what is refused before anything is read."""
+"""The options of pre-training, the values of `--preset small`, and the checks made before any image is read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
 # isort: split
 import torch
 from slt.models import check_geometry
 from slt.views import Augmentation
 
-OWN_FILES = ("params.json", "metrics.jsonl", "views.png")  # one of them in output_dir: it is ours
-FIXED_NAMES = {"params.json", "artifacts.json", "train.log", "views.png"}  # of files in output_dir
-# For some thousand crops and one CPU core: found by a study, and measured in tools/README.md.
+MARKER_FILES = ("params.json", "metrics.jsonl", "views.png")  # any of them marks an output_dir as a run of pre-training
+FIXED_NAMES = {"params.json", "artifacts.json", "train.log", "views.png"}  # files that a run writes to output_dir
+# For some thousand crops and one CPU core; found in a study and measured in tools/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         **{"image_size": 32, "source_size": 64, "patch_size": 8, "vit_embed_dim": 96, "vit_depth": 3},
@@ -42,7 +42,7 @@ class PretrainOptions(lct.Options):
 
     word_break: ClassVar[str] = "-"
 
-    # A table: what an option is for, then what it may be.
+    # A table: default and purpose of each option, then its group and allowed values.
     # fmt: off
     config: Path | None = lct.option(None, "TOML, JSON or YAML with options; what is typed wins",
         "data", metavar="FILE", once=True)
@@ -149,20 +149,19 @@ class PretrainOptions(lct.Options):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """Arguments of the model."""
+        """Arguments of `ViTSmallPatch16`."""
         names = ("vit_embed_dim", "vit_depth", "vit_num_heads", "vit_mlp_ratio")
         vit = {name.removeprefix("vit_"): getattr(self, name) for name in names}
         return {"image_size": self.image_size, "patch_size": self.patch_size, **vit}
 
     @property
     def augmentation(self) -> Augmentation:
-        """How views are made."""
+        """The augmentation of the training views; an option is named like its field, some with `aug_` in front."""
         names = [field.name for field in dataclasses.fields(Augmentation)]
-        own = {name: f"aug_{name}" if hasattr(self, f"aug_{name}") else name for name in names}
-        return Augmentation(**{name: getattr(self, option) for name, option in own.items()})
+        return Augmentation(**{n: getattr(self, f"aug_{n}" if hasattr(self, f"aug_{n}") else n) for n in names})
 
 
-# What may change from one start to the next of the same run.
+# Options that may change when a run is resumed.
 FREE_OPTIONS = frozenset(
     "config train_dir output_dir num_workers dataset_pin_memory dataset_persistent_workers preset resume overwrite"
     " export_backbone init_from dry_run stop_on_collapse checkpoint_best_name checkpoint_last_name checkpoint_history_file"
@@ -171,7 +170,7 @@ FREE_OPTIONS = frozenset(
 
 
 def apply_preset(options: PretrainOptions) -> PretrainOptions:
-    """Return the options with those of the preset where nothing was given; warm-up and the like follow a given --epochs."""
+    """Return the options with the preset's values where none is given; warm-up and freezing scale with a given --epochs."""
     if options.preset is None:
         return options
     preset = dict(PRESETS[options.preset])
@@ -184,21 +183,21 @@ def apply_preset(options: PretrainOptions) -> PretrainOptions:
 
 
 def check_options(options: PretrainOptions) -> None:
-    """Check everything that can be known without reading images; writes nothing.
+    """Check everything that can be checked without reading images; writes nothing.
 
     Raises:
-        UserError: options that contradict each other, or paths that are missing, of the wrong kind, or somebody else's.
+        UserError: options contradict each other, or a path is missing, of the wrong kind, or in use for something else.
     """
     lct.check_given(options)
     names = [options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file]
     odd_names = [name for name in names if not name or name[0] == "." or "/" in name]
-    local_rest = options.local_crop_size % options.patch_size
+    geometry_problem = check_geometry(options.geometry)
     # fmt: off
-    # Whether something is wrong, which options it concerns, what is wrong, and what to do.
+    # Whether to refuse, the options concerned, the problem, and the remedy.
     refusals = (
-        (bool(problem := check_geometry(options.geometry)), ("image_size", "patch_size", "vit_embed_dim", "vit_num_heads"),
-            problem, "give sizes that divide"),
-        (options.num_local_crops > 0 and local_rest > 0, ("local_crop_size", "patch_size"),
+        (bool(geometry_problem), ("image_size", "patch_size", "vit_embed_dim", "vit_num_heads"),
+            geometry_problem, "give sizes that divide"),
+        (options.num_local_crops > 0 and options.local_crop_size % options.patch_size > 0, ("local_crop_size", "patch_size"),
             f"{options.local_crop_size} px is not a multiple of patches of {options.patch_size} px", "give sizes that divide"),
         (options.global_crop_scale[0] > options.global_crop_scale[1], ("global_crop_scale",), "begins above its end",
             "give the lower share first"),
@@ -218,25 +217,26 @@ def check_options(options: PretrainOptions) -> None:
         (options.device == "cuda" and not torch.cuda.is_available(), ("device",), "torch finds no GPU here", "give --device cpu"),
     )
     # fmt: on
-    for is_wrong, flags, what, remedy in refusals:
+    for is_wrong, flags, problem, remedy in refusals:
         if is_wrong:
-            raise lct.UserError(what, ", ".join(map(options.place, flags)), remedy)
+            raise lct.UserError(problem, ", ".join(map(options.place, flags)), remedy)
     for name in ("train_dir", "knn_dir"):
         for path in getattr(options, name):
             if not path.exists() or (name == "knn_dir" and not path.is_dir()):
-                what = "is a file, not a folder" if path.exists() else "does not exist"
-                raise lct.UserError(what, f"{options.place(name)} {path}", "check the path")
+                problem = "is a file, not a folder" if path.exists() else "does not exist"
+                raise lct.UserError(problem, f"{options.place(name)} {path}", "check the path")
     check_output(options)
 
 
 def check_output(options: PretrainOptions) -> None:
-    """Refuse an output_dir that cannot be written to, holds something else, or lies among the images; and such an export."""
-    output, where = options.output_dir.resolve(), options.said("output_dir")
+    """Refuse an output_dir that is not writable, holds other things, or lies among the images; check --export-backbone likewise."""
+    output = options.output_dir.resolve()
+    where = options.said("output_dir")
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     sources = [path.resolve() for path in (*options.train_dir, *options.knn_dir) if path.is_dir()]
-    own = (*OWN_FILES, options.checkpoint_history_file)
+    markers = (*MARKER_FILES, options.checkpoint_history_file)
     is_used = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())
-    is_foreign = is_used and not any((output / name).exists() for name in own)
+    is_foreign = is_used and not any((output / name).exists() for name in markers)
     # fmt: off
     refusals = (
         (any(output == source or source in output.parents for source in sources),
@@ -249,25 +249,22 @@ def check_output(options: PretrainOptions) -> None:
         (is_foreign, "is neither empty nor a run of pre-training", "choose a new folder"),
     )
     # fmt: on
-    for is_wrong, what, remedy in refusals:
+    for is_wrong, problem, remedy in refusals:
         if is_wrong:
-            raise lct.UserError(what, where, remedy)
+            raise lct.UserError(problem, where, remedy)
     export = options.export_backbone
     if export is None:
         return
-    kept = {*FIXED_NAMES, options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file}
-    where, path = options.said("export_backbone"), export.resolve()
-    if (
-        export.is_dir()
-        or path.suffix == ".json"
-        or {path, path.with_suffix(".json")} & {output / name for name in ("", *kept)}
-    ):
+    names = {*FIXED_NAMES, options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file}
+    taken = {output / name for name in ("", *names)}
+    where = options.said("export_backbone")
+    path = export.resolve()
+    if export.is_dir() or path.suffix == ".json" or {path, path.with_suffix(".json")} & taken:
         problem = "is a folder, is named .json, or is a file of the run itself"
         raise lct.UserError(problem, where, "give a name such as backbone.pt")
     folder = next(parent for parent in path.parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise lct.UserError(
-            f"{folder} is not a folder that can be written to", where, "give a place in a folder of your own"
-        )
+        problem = f"{folder} is not a folder that can be written to"
+        raise lct.UserError(problem, where, "give a place in a folder of your own")
     lct.check_replaceable(export, where)
     lct.check_replaceable(export.with_suffix(".json"), f"{export.with_suffix('.json')}, beside --export-backbone")

@@ -1,4 +1,4 @@
-"""Views of images: each is a function of (seed, epoch, index), made in the loader's workers, whose number changes nothing."""
+"""Random views of images: a function of (seed, epoch, index), so that the number of loader workers does not change them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
 # isort: split
 import cv2
@@ -20,28 +20,28 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-# First words of the seeds, so that no two uses of (seed, epoch, index) share their numbers.
+# First entries of the random seeds, so that order, views and masks draw from separate streams.
 ORDER, VIEWS, MASKS = 1, 2, 3
-ASPECT = (3 / 4, 4 / 3)  # of crops, as in torchvision's RandomResizedCrop
-BLUR_SIGMA = (0.1, 2.0)  # px in a view of 224 px, as in DINO
+ASPECT = (3 / 4, 4 / 3)  # range of the aspect ratio of crops, as in torchvision's RandomResizedCrop
+BLUR_SIGMA = (0.1, 2.0)  # range, in px of a view of 224 px, as in DINO
 SOLARIZE_FROM = 128
-MASK_PROBABILITY = 0.5  # of a global view, and
-MASK_SPREAD = 0.2  # half the range of the masked share around its mean: as in iBOT
-BLOCK_ASPECT = 0.3  # of a masked block at least, as in BEiT
+MASK_PROBABILITY = 0.5  # share of the global views that are masked, as in iBOT
+MASK_SPREAD = 0.2  # largest deviation of the masked share from its mean, as in iBOT
+BLOCK_ASPECT = 0.3  # lowest aspect ratio of a masked block, as in BEiT; the highest is its inverse
 BLOCK_TRIES = 10
-YARDSTICK = {
+EVAL_AUGMENTATION = {
     **{"global_crop_scale": (0.5, 1.0), "local_crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
     **{"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.02, "color_jitter_prob": 0.8},
 }
 LUMA = np.array(lct.LUMA)
-# Of the NTSC colour space, where a turn about the first axis changes hues and leaves grays as they are.
+# From RGB to YIQ, NTSC's colour space: a rotation about its first axis changes hues and leaves grays alone.
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(TO_YIQ)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views differ from their image; probabilities are those of each view."""
+    """Parameters of random views; each probability applies to every view on its own."""
 
     image_size: int  # px of a global view
     local_crop_size: int
@@ -51,22 +51,22 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
-    hue: float = 0.0  # in turns
+    hue: float = 0.0  # full turns
     color_jitter_prob: float = 0.0
     grayscale_prob: float = 0.0
     gaussian_blur_prob: float = 0.0
     solarize_prob: float = 0.0
     hflip_prob: float = 0.0
 
-    def yardstick(self) -> Augmentation:
-        """Return the mild one that two-view retrieval is measured with, whatever is trained with.
+    def for_evaluation(self) -> Augmentation:
+        """Return the mild augmentation that two-view retrieval uses for every training augmentation.
 
-        Under views as strong as those of the training, features that have learned to overlook colours would look good.
+        With views as strong as those of training, features that ignore colours would score well.
         """
-        return Augmentation(self.image_size, self.local_crop_size, 0, **YARDSTICK)
+        return Augmentation(self.image_size, self.local_crop_size, 0, **EVAL_AUGMENTATION)
 
     def draw_view(self, image: torch.Tensor, side: int, scale: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        """Return a random view uint8 (side, side, 3) of an image uint8 (1, 3, H, W)."""
+        """Draw a random view uint8 (side, side, 3) of a uint8 image (1, 3, H, W); `scale` is the range of its share of the area."""
         height, width = image.shape[2:]
         draws = rng.random(16)
         area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
@@ -81,7 +81,7 @@ class Augmentation:
         is_gray = draws[6] < self.grayscale_prob
         if draws[5] < self.color_jitter_prob or is_gray:
             jitter = draws[7:11] if draws[5] < self.color_jitter_prob else np.full(4, 0.5)
-            view = cv2.transform(np.ascontiguousarray(view), self._colour_map(view, 2 * jitter - 1, is_gray))
+            view = cv2.transform(np.ascontiguousarray(view), self._colour_matrix(view, 2 * jitter - 1, is_gray))
         if draws[11] < self.gaussian_blur_prob:
             sigma = (BLUR_SIGMA[0] + draws[12] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])) * side / 224
             view = cv2.GaussianBlur(np.ascontiguousarray(view), (0, 0), max(sigma, 0.05))
@@ -89,19 +89,19 @@ class Augmentation:
             view = np.where(view >= SOLARIZE_FROM, 255 - view, view)
         return np.ascontiguousarray(view)
 
-    def _colour_map(self, view: np.ndarray, jitter: np.ndarray, is_gray: bool) -> np.ndarray:
-        """Return a matrix (3, 4) that changes brightness, contrast, saturation and hue of RGB in one product.
+    def _colour_matrix(self, view: np.ndarray, jitter: np.ndarray, is_gray: bool) -> np.ndarray:
+        """Return an affine matrix (3, 4) that changes brightness, contrast, saturation and hue of RGB at once.
 
-        Each is linear but for the offset of the contrast; hue turns in YIQ. Values are clipped once, at the end.
+        All four are linear except for the offset of the contrast; hue rotates in YIQ. One product clips values only once.
         """
         brightness, contrast, saturation = 1 + jitter[:3] * (self.brightness, self.contrast, self.saturation)
         angle = jitter[3] * self.hue * math.tau
-        turn = np.array(
+        rotate = np.array(
             [[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]], dtype=np.float64
         )
         to_gray = np.tile(LUMA, (3, 1))
         saturate = saturation * np.eye(3) + (1 - saturation) * to_gray
-        matrix = FROM_YIQ @ turn @ TO_YIQ @ saturate * (brightness * contrast)
+        matrix = FROM_YIQ @ rotate @ TO_YIQ @ saturate * (brightness * contrast)
         offset = (1 - contrast) * brightness * float(LUMA @ cv2.mean(view if view.flags.forc else view.copy())[:3])
         if is_gray:
             matrix = to_gray @ matrix
@@ -109,19 +109,19 @@ class Augmentation:
 
 
 def resize(image: torch.Tensor, side: int) -> np.ndarray:
-    """Return an image uint8 (1, 3, H, W) as a square uint8 (side, side, 3), antialiased; its aspect is not kept."""
+    """Resize a uint8 image (1, 3, H, W) to a square uint8 (side, side, 3), antialiased; the aspect ratio is not kept."""
     if image.shape[2:] != (side, side):
         image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
     return image[0].permute(1, 2, 0).numpy()
 
 
 def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> np.ndarray:
-    """Return a mask of patches bool (grid * grid,) made of blocks, MASK_PROBABILITY that there are any."""
+    """Draw a mask of patches, bool (grid * grid,), made of blocks; it is empty with probability 1 - MASK_PROBABILITY."""
     mask = np.zeros((grid, grid), dtype=bool)
     if rng.random() >= MASK_PROBABILITY:
         return mask.reshape(-1)
-    low, high = max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD)
-    target = max(1, round(rng.uniform(low, high) * grid * grid))
+    ratio = rng.uniform(max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD))
+    target = max(1, round(ratio * grid * grid))
     for _ in range(BLOCK_TRIES):
         missing = target - int(mask.sum())
         if missing <= 0:
@@ -138,7 +138,7 @@ def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> n
 
 
 class Images:
-    """Images by number: decoded when asked for, or once, as small squares in memory that workers share."""
+    """Images by index: decoded at each read, or already decoded to small squares in memory that workers share."""
 
     def __init__(self, paths: Sequence[str], pixels: np.ndarray | None = None) -> None:
         self.paths = lct.PathTable(paths)
@@ -148,10 +148,10 @@ class Images:
         return len(self.paths)
 
     def read(self, index: int) -> torch.Tensor:
-        """Return an image uint8 (1, 3, H, W), channels last in memory.
+        """Return the uint8 image (1, 3, H, W) of an index, channels last in memory.
 
         Raises:
-            UserError: it could be read when the run began, and cannot any more.
+            UserError: the image was readable at the start of the run and no longer is.
         """
         if self.pixels is not None:
             image = self.pixels[index]
@@ -165,47 +165,47 @@ class Images:
 
 
 class ViewKey(NamedTuple):
-    """Which views of which image."""
+    """Identifies the views of an image in an epoch."""
 
-    epoch: int  # from 1; 0 = those that evaluation looks at
+    epoch: int  # from 1; 0 for evaluation
     index: int
 
 
 class ViewBatch(NamedTuple):
-    """What a loader yields; views of one kind of all images follow each other."""
+    """A batch from the loader; the first axis counts the views of an image, the second the images."""
 
     global_views: torch.Tensor  # uint8 (2, B, 3, S, S)
     local_views: torch.Tensor  # uint8 (L, B, 3, s, s)
-    masks: torch.Tensor  # bool (2, B, N): patches that the student does not see
+    masks: torch.Tensor  # bool (2, B, N): patches of the global views hidden from the student
 
 
 class ViewDataset(Dataset):
-    """Two global views of an image, its local views, and masks of the global ones."""
+    """Global views of each image, its local views, and masks of the global views."""
 
     def __init__(self, images: Images, augmentation: Augmentation, seed: int, grid: int, mask_ratio: float) -> None:
         self.images = images
         self.augmentation = augmentation
         self.seed = seed
-        self.grid = grid  # patches a side of a global view
-        self.mask_ratio = mask_ratio  # 0 = nothing is masked
+        self.grid = grid  # patches per side of a global view
+        self.mask_ratio = mask_ratio  # mean share of masked patches; 0: no masks
 
     def __getitem__(self, key: ViewKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng((VIEWS, self.seed, *key))
         image = self.images.read(key.index)
-        how = self.augmentation
-        global_views = [how.draw_view(image, how.image_size, how.global_crop_scale, rng) for _ in range(2)]
-        num_local = how.num_local_crops
-        local_views = [how.draw_view(image, how.local_crop_size, how.local_crop_scale, rng) for _ in range(num_local)]
+        aug = self.augmentation
+        global_views = [aug.draw_view(image, aug.image_size, aug.global_crop_scale, rng) for _ in range(2)]
+        side = aug.local_crop_size
+        local_views = np.zeros((aug.num_local_crops, side, side, 3), np.uint8)
+        for view in local_views:
+            view[...] = aug.draw_view(image, side, aug.local_crop_scale, rng)
         masks = np.zeros((2, self.grid**2), dtype=bool)
         if self.mask_ratio:
             rng = np.random.default_rng((MASKS, self.seed, *key))
             masks = np.stack([draw_block_mask(rng, self.grid, self.mask_ratio) for _ in range(2)])
-        local_shape = (0, how.local_crop_size, how.local_crop_size, 3)
-        local = np.stack(local_views) if local_views else np.zeros(local_shape, np.uint8)
-        return np.stack(global_views), local, masks
+        return np.stack(global_views), local_views, masks
 
     def __getitems__(self, keys: Sequence[ViewKey]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | lct.UserError:
-        """Return the samples of a batch, or what is wrong: of what a worker raises, torch passes on the traceback alone."""
+        """Return the samples of a batch, or the UserError: torch passes on only the traceback of an error raised in a worker."""
         try:
             return [self[key] for key in keys]
         except lct.UserError as error:
@@ -215,17 +215,17 @@ class ViewDataset(Dataset):
     def collate(
         samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]] | lct.UserError,
     ) -> ViewBatch | lct.UserError:
-        """Stack the views of a batch; an error is passed on."""
+        """Stack samples to a batch; pass an error on."""
         if isinstance(samples, lct.UserError):
             return samples
         global_views, local_views, masks = (
-            torch.from_numpy(np.stack(parts, axis=1)) for parts in zip(*samples, strict=True)
+            torch.from_numpy(np.stack(arrays, axis=1)) for arrays in zip(*samples, strict=True)
         )
         return ViewBatch(global_views.permute(0, 1, 4, 2, 3), local_views.permute(0, 1, 4, 2, 3), masks)
 
 
 class EpochBatches:
-    """The batches of one epoch from some position on: set before each pass, so that one loader serves all of them."""
+    """Batch sampler of one epoch; set `epoch` and `first`, the batch to begin with, before each pass of the one loader."""
 
     def __init__(self, num_images: int, batch_size: int, seed: int, is_shuffled: bool) -> None:
         self.num_images = num_images
@@ -237,7 +237,7 @@ class EpochBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Steps an epoch; images that fill no batch are left out, others in each epoch."""
+        """Batches per epoch; images that do not fill a batch are left out, with shuffling other ones in each epoch."""
         return self.num_images // self.batch_size
 
     def __len__(self) -> int:
