@@ -233,8 +233,8 @@ class Patched:
 def patch_used(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Patched]]:
     """Return `patch(module, name, value)`, which patches a name in every file that has it; the test fails if nothing uses it.
 
-    Without this check, a test whose patched name moves to another file keeps passing and tests nothing. A function counts as used if
-    it is called, any other value if a function that names it is called. Without `value`, calls of the original are recorded.
+    Without this check, a test whose patched name moves to another file keeps passing and tests nothing. A function counts as used
+    if it is called, another value if a function that names it is called. Without `value`, calls of the original are recorded.
     """
     patched: list[Patched] = []
     paths = (str(SCRIPT), str(REPO / "tools"))
@@ -363,6 +363,7 @@ def probe(page: Path, script: str, width: int = 1280) -> str:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The module tests/benchmarks/gpu.py, with its temporary files in tmp_path."""
     monkeypatch.syspath_prepend(REPO / "tests/benchmarks")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return importlib.import_module("gpu")

@@ -1,7 +1,7 @@
-"""Runs of the script that are killed at a chosen call, forked from one process that has imported everything: torch takes 4 s.
+"""Runs of the script that die at a chosen call, forked from one process that has imported everything, because torch takes 4 s.
 
-`python tests/killing.py` is that process: it reads a job a line from stdin, runs it in a child, and answers with its exit code.
-Tests talk to it through `Nursery`.
+`python tests/killing.py` is this process: it reads one job per line from stdin, runs it in a child and prints the exit code.
+Tests use it through `Nursery`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-# What a run imports when it needs it, and a fork then has already.
+# Modules that a run imports on demand; the parent imports them before it forks.
 LAZY = (
     "albumentations cv2 jinja2 scipy.fft scipy.optimize scipy.sparse.csgraph"
     " scipy.stats sklearn.cluster sklearn.linear_model sklearn.manifold sklearn.pipeline sklearn.preprocessing timm"
     " torchvision.transforms.v2 yaml"
 )
-# Calls at which a run can be told to die; the soak draws among all calls of all of them.
+# Functions at whose calls a run can die; the soak test draws from all calls of all of them.
 TARGETS = (
     "read_deep_rgb list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
     " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.fetch check_finite score_epoch compute_metrics"
@@ -41,13 +41,13 @@ TARGETS = (
 
 
 def resolve(root: Any, name: str) -> tuple[Any, str]:
-    """Return the object that holds the last part of a dotted name, and that part."""
+    """Return the object that holds the last attribute of a dotted name, and the name of the attribute."""
     *path, last = name.split(".")
     return functools.reduce(getattr, path, root), last
 
 
 def install(module: Any, name: str, action: Any) -> None:
-    """Have `action(number of the call, call)` stand in for a function of the script or of a library it uses."""
+    """Replace a function of the script, or of a library it uses, by `action(number of the call, call, arguments)`."""
     owner, last = resolve(module, name)
     original = getattr(owner, last, None) or getattr(__builtins__, last)
     count = itertools.count(1)
@@ -60,7 +60,7 @@ def install(module: Any, name: str, action: Any) -> None:
 
 
 class Trap:
-    """Gets a signal while it is destroyed, where Python drops exceptions."""
+    """Sends a signal to this process from `__del__`, where Python drops exceptions."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -72,22 +72,21 @@ class Trap:
 
 
 def die_at(plan: dict[str, Any]) -> Any:
-    """Return the action that sends this process a signal before, after or half-way through its nth call."""
+    """Return an action that sends this process a signal before, after or halfway through the nth call."""
 
     def action(number: int, call: Any, args: tuple) -> Any:
         if number != plan["nth"]:
             return call()
         when = plan.get("when", "before")
-        if when == "half":  # of a write, as when the machine loses power
+        if when == "half":  # writes half of the bytes first, as when the machine loses power
             os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
         if when == "swallowed":
             Trap(plan["signal"])
             return call()
         result = call() if when == "after" else None
         for press in range(plan.get("times", 1)):
-            time.sleep(
-                plan.get("gap", 0.6) * (press > 0)
-            )  # a second press of Ctrl-C comes later than an echo of the first
+            # A second press of Ctrl-C comes later than an echo of the first.
+            time.sleep(plan.get("gap", 0.6) * (press > 0))
             os.kill(os.getpid(), plan["signal"])
         return result if when == "after" else call()
 
@@ -95,7 +94,7 @@ def die_at(plan: dict[str, Any]) -> Any:
 
 
 def fail_at(plan: dict[str, Any]) -> Any:
-    """Return the action that raises an error instead of its nth call, and of all later ones if `on` is set."""
+    """Return an action that raises an error instead of the nth call, and instead of all later ones if `on` is set."""
 
     def action(number: int, call: Any, args: tuple) -> Any:
         if number == plan["nth"] or (plan.get("on") and number > plan["nth"]):
@@ -108,7 +107,7 @@ def fail_at(plan: dict[str, Any]) -> Any:
 
 
 def do_at(plan: dict[str, Any]) -> Any:
-    """Return the action that does something to the world before its nth call, and before all later ones if `on` is set."""
+    """Return an action that has a side effect before the nth call, and before all later ones if `on` is set."""
 
     def action(number: int, call: Any, args: tuple) -> Any:
         if number == plan["nth"] or (plan.get("on") and number > plan["nth"]):
@@ -122,43 +121,43 @@ def do_at(plan: dict[str, Any]) -> Any:
 
 
 def count_calls(module: Any, path: Path) -> None:
-    """Count the calls of all targets, and write the numbers when the run is over."""
-    numbers: collections.Counter[str] = collections.Counter()
+    """Count the calls of all targets; `module.count_calls_done` writes the counts to a JSON file."""
+    counts: collections.Counter[str] = collections.Counter()
 
     def counting(name: str) -> Any:
         def action(number: int, call: Any, _: tuple) -> Any:
-            numbers[name] = number
+            counts[name] = number
             return call()
 
         return action
 
     for name in TARGETS:
         install(module, name, counting(name))
-    module.count_calls_done = lambda: path.write_text(json.dumps(numbers))
+    module.count_calls_done = lambda: path.write_text(json.dumps(counts))
 
 
-def find_main(module: Any, words: list[str]) -> tuple[Any, list[str], Any]:
-    """Return what the script runs for the words of a command line, the words for it, and its module: a tool stands for itself."""
-    if words and (REPO / "tools" / f"{words[0]}.py").is_file():
-        module, words = importlib.import_module(words[0]), words[1:]
-    return module.main, words, module
+def find_main(module: Any, argv: list[str]) -> tuple[Any, list[str], Any]:
+    """Return `main` of the tool that the first argument names, else of the script, with its arguments and its module."""
+    if argv and (REPO / "tools" / f"{argv[0]}.py").is_file():
+        module, argv = importlib.import_module(argv[0]), argv[1:]
+    return module.main, argv, module
 
 
 def run_child(module: Any, job: dict[str, Any]) -> int:
-    """Do one job in a forked process and return its exit code."""
+    """Run a job in this forked process and return the exit code."""
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.setpgid(0, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
-    if job.get("deaf"):  # a pipe that nobody reads any more
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests started with nohup ignore it
+    if job.get("deaf"):  # output goes to a pipe without a reader
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
     os.environ.update(job.get("env", {}))
-    main, words, module = find_main(module, job["argv"])
+    main, argv, module = find_main(module, job["argv"])
     if "count" in job:
         count_calls(module, Path(job["count"]))
     if "file_limit" in job:
@@ -172,18 +171,18 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
         install(module, plan["at"], next((kinds[key] for key in plan if key in kinds), do_at)(plan))
     if "ranks" in job:
         os.environ.update(job["env"])
-        signal.alarm(400)  # a process that waits for others forever
+        signal.alarm(400)  # seconds; ends a rank that waits for the others forever
     if "function" in job:
         file, name = job["function"]
         return getattr(importlib.import_module(file), name)(*job["argv"])
-    code = main(words)
+    code = main(argv)
     if "count" in job:
         module.count_calls_done()
     return code
 
 
 def serve() -> None:
-    """Read jobs and fork a child for each, one job at a time, or one for each of its `ranks`; only exit codes come back."""
+    """Read jobs one by one; fork a child for each, or for each of its `ranks`, and print the exit codes."""
     sys.path[:0] = [str(REPO), str(REPO / "tools")]
     module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
     for name in LAZY.split():
@@ -192,13 +191,13 @@ def serve() -> None:
         raise RuntimeError("a process with threads must not be forked")
     for line in sys.stdin:
         job = json.loads(line)
-        children = [fork_child(module, {**job, **own}) for own in job.get("ranks", [{}])]
+        children = [fork_child(module, {**job, **rank_job}) for rank_job in job.get("ranks", [{}])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(*codes, flush=True)
 
 
 def fork_child(module: Any, job: dict[str, Any]) -> int:
-    """Start one job in a forked process and return that one's number."""
+    """Fork a child process that runs a job; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -214,7 +213,7 @@ def fork_child(module: Any, job: dict[str, Any]) -> int:
 
 
 class Nursery:
-    """The tests' end: start the process once, and have it run the script as often as needed."""
+    """Starts the forking process once and runs the script in its children as often as tests need."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, itertools.count()
@@ -223,13 +222,13 @@ class Nursery:
         )
 
     def run(self, *argv: object, **job: Any) -> tuple[int, str]:
-        """Run the script, return exit code (negative: killed by that signal) and what it printed."""
+        """Run the script; return the exit code, negative for the signal that killed it, and the output."""
         output = self._folder / f"output{next(self._number)}.txt"
-        job = {"argv": [str(word) for word in argv], "output": str(output), **job}
+        job = {"argv": [str(arg) for arg in argv], "output": str(output), **job}
         return self._ask(job)[0], output.read_text("utf-8", "replace")
 
     def run_team(self, *argv: object, ranks: list[dict[str, Any]], **job: Any) -> list[tuple[int, str]]:
-        """Run the script in several processes, as torchrun starts them; a plan for each. Return exit code and text of each."""
+        """Run the script as torchrun does, with a process for each job of `ranks`; return exit code and output of each."""
         import torch.distributed as dist
 
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent holds it
@@ -237,11 +236,12 @@ class Nursery:
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         env |= {name: str(len(ranks)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         output = self._folder / f"output{next(self._number)}"
-        for rank, own in enumerate(ranks):
-            own |= {"env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "output": f"{output}.{rank}.txt"}
-        codes = self._ask({"argv": [str(word) for word in argv], "ranks": ranks, **job})
+        for rank, rank_job in enumerate(ranks):
+            rank_job |= {"env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "output": f"{output}.{rank}.txt"}
+        codes = self._ask({"argv": [str(arg) for arg in argv], "ranks": ranks, **job})
         return [
-            (code, Path(own["output"]).read_text("utf-8", "replace")) for code, own in zip(codes, ranks, strict=True)
+            (code, Path(rank_job["output"]).read_text("utf-8", "replace"))
+            for code, rank_job in zip(codes, ranks, strict=True)
         ]
 
     def _ask(self, job: dict[str, Any]) -> list[int]:
@@ -250,31 +250,31 @@ class Nursery:
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("the process that forks the runs has died")
-        return [int(word) for word in answer.split()]
+        return [int(code) for code in answer.split()]
 
     def close(self) -> None:
-        """End the process."""
+        """End the forking process."""
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
 
 def kill(at: str, nth: int, number: int = signal.SIGKILL, **more: Any) -> dict[str, Any]:
-    """Describe a signal at the nth call of a function."""
+    """Return the plan of a signal at the nth call of a function."""
     return {"at": at, "nth": nth, "signal": int(number), **more}
 
 
-def do(at: str, nth: int, **what: Any) -> dict[str, Any]:
-    """Describe what happens to the world at the nth call of a function: `shell`, `worker_signal`, or `add` to what it returns."""
-    return {"at": at, "nth": nth, **what}
+def do(at: str, nth: int, **effect: Any) -> dict[str, Any]:
+    """Return the plan of a side effect at the nth call of a function: `shell`, `worker_signal`, or `add` to its return value."""
+    return {"at": at, "nth": nth, **effect}
 
 
 def fail(at: str, nth: int, **more: Any) -> dict[str, Any]:
-    """Describe an error at the nth call of a function."""
+    """Return the plan of an error at the nth call of a function."""
     return {"at": at, "nth": nth, **more}
 
 
 def read_run(out_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, comparable value) of everything in a finished run that must not depend on how it was interrupted."""
+    """Yield (name, comparable value) of everything in a finished run that interruptions must not change."""
     import numpy as np
     import torch
 
@@ -305,7 +305,7 @@ def read_run(out_dir: Path) -> Iterator[tuple[str, Any]]:
 
 
 def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dicts and lists with their path."""
+    """Yield (path, leaf) of nested dicts and lists."""
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flatten(item, f"{name}/{key}")
@@ -314,7 +314,7 @@ def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Return the names of what differs between two finished runs."""
+    """Return the names of the values that differ between two finished runs."""
     a, b = dict(read_run(first)), dict(read_run(second))
     return sorted({name for name in a.keys() | b.keys() if name not in a or name not in b or a[name] != b[name]})
 

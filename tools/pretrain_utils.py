@@ -461,7 +461,7 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
 
 
 def write_artifacts(job: Job, state: State, export: dict[str, Any] | None = None) -> None:
-    """Write artifacts.json with path, SHA-256, size in bytes and metadata of checkpoints and exports; `export` describes a new one."""
+    """Write artifacts.json: path, SHA-256, size in bytes and metadata of checkpoints and exports; `export` describes a new one."""
     options = job.options
     position = {"epoch": state.epoch, "step": state.step, "batches": state.batches}
     artifacts = [
