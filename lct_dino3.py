@@ -1702,7 +1702,7 @@ class FileMemory:
             for is_last_try in (False, True) if rows else ():
                 try:
                     if self._is_damaged:
-                        self.path.unlink()
+                        self.path.unlink(missing_ok=True)
                         self.path.with_name(f"{MEMORY_NAME}-journal").unlink(missing_ok=True)
                         self._is_damaged = False
                     with self._open_table("rwc") as table:

@@ -459,7 +459,7 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
             seen.add(path.resolve())
             # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
             names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
-            meshes.append((path, names[-1] if names else "shape", "test" in parts[:-1] or folder.name == "test"))
+            meshes.append((path, names[-1] if names else "shape", "test" in (folder.resolve().name, *parts[:-1])))
     if not meshes:
         remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
         raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
@@ -483,7 +483,7 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
     kind = f"{options.voxel_mode} {options.voxel_size} {VOXELS_VERSION}"
     memory = lct.FileMemory(options.download_path / ".voxels")
     cached = memory.recall(kind)
-    stamps = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path, _, _ in meshes)]
+    stamps = list(map(tuple, lct.stat_files(Path(), [str(path) for path, _, _ in meshes]).tolist()))
     names = [str(path.resolve()) for path, _, _ in meshes]
     voxels: list[bytes | str | None] = [
         cached[name][2] if name in cached and cached[name][:2] == stamp else None

@@ -295,7 +295,10 @@ def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
     for place in (folder, *folder.parents[:2]):
         for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
             try:
-                text = read_file(path)[:MAX_NAMES_BYTES].decode("utf-8-sig")
+                data = read_file(path)
+                if len(data) > MAX_NAMES_BYTES:
+                    continue
+                text = decode_text(data)
                 is_list = path.name in YOLO_NAMES_FILES
                 # BaseLoader leaves scalars as text: a class may be called `no`.
                 content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)

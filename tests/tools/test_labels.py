@@ -534,12 +534,13 @@ def test_label_studio_exports_yolo_of_uploaded_photos_by_names_of_its_own(tmp_pa
     """As its server 1.23 writes them; photos of the same name there are not told apart, and named."""
     (tmp_path / "labels").mkdir()
     (tmp_path / "notes.json").write_text('{"categories": [], "info": {}}')
-    (tmp_path / "classes.txt").write_text("nut\nbolt\n")
+    (tmp_path / "classes.txt").write_text("nut\nbolt\n", encoding="utf-16")  # as Notepad saves "Unicode"
     for name in ("1a2b3c4d-a_b", "0badc0de-%D0%B3", "1a2b3c4e__c", "1a2b3c4f-twice", "1a2b3c5f-twice", "1a2b3c4d-own"):
         (tmp_path / "labels" / f"{name}.txt").write_text("1 0.5 0.5 0.2 0.2\n")
     photos = ["a_b.jpg", "г.jpg", "c.png", "twice.jpg", "own.jpg", "1a2b3c4d-own.jpg"]
     found = labels.read_objects(tmp_path, photos)
     assert [photos[number] for number, _ in found.objects] == ["a_b.jpg", "г.jpg", "c.png", "1a2b3c4d-own.jpg"]
+    assert list(found.class_names.values()) == ["nut", "bolt"]
     assert [problem.image for problem in found.problems] == ["labels/1a2b3c4f-twice.txt", "labels/1a2b3c5f-twice.txt"]
     with pytest.raises(labels.LabelError, match=r"has no \.txt of these images"):
         labels.read_objects(tmp_path, ["x.jpg"])

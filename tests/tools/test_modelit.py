@@ -251,7 +251,9 @@ def test_voxels_do_not_depend_on_processes(toys: Path, here: Path) -> None:
     assert (first.packed == second.packed).all()
 
 
-def test_folders_named_test_are_held_out_else_a_share_of_each_class(toys: Path, here: Path) -> None:
+def test_folders_named_test_are_held_out_else_a_share_of_each_class(
+    toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes, _ = load(toys, "--val_split", 0.34)
     assert np.bincount(shapes.labels[shapes.held_out]).tolist() == [2, 2, 2, 2]
     for name in ("chair", "lamp"):
@@ -259,10 +261,15 @@ def test_folders_named_test_are_held_out_else_a_share_of_each_class(toys: Path, 
             (here / "net" / name / split).mkdir(parents=True)
             for number in numbers:
                 shutil.copy(toys / name / f"{name}_{number:04}.off", here / "net" / name / split)
-    shapes, _ = load(here / "net")
+    (here / "net/chair/train/gone.off").symlink_to("nowhere.off")
+    shapes, problems = load(here / "net")
+    assert [Path(name).name for name, _ in problems] == ["nowhere.off"]
     assert shapes.class_names == ["chair", "lamp"] and shapes.labels.tolist() == [0] * 4 + [1] * 4
     assert shapes.held_out.tolist() == [True, False, False, False] * 2
     assert np.bincount(load(toys, "--max_samples", 8)[0].labels).tolist() == [2, 2, 2, 2]
+    monkeypatch.chdir(here / "net/lamp/test")
+    options = lct.parse_options(modelit.ModelitOptions, ["--dataset", "."], "modelit")
+    assert dataset_loader.list_meshes(options) == [(Path("lamp_0004.off"), "shape", True)]
 
 
 def test_baselines_are_those_of_a_loop(toys: Path, here: Path) -> None:

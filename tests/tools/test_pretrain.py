@@ -837,6 +837,7 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--output-dir {crops}", "lies inside the images"),
         ("--output-dir {one}", "is neither empty nor a run"),
         ("--knn-dir {one}", "classes need two"),
+        ("--knn-dir {crops}/.. {empty}", "empty: holds no folders of images"),
         ("--knn-dir {spoiled}", "spoiled: 2 of 4 images cannot be read"),
         ("--resume", "there is no such checkpoint\n  start afresh with --overwrite, without --resume"),
         ("--resume {text}", "cannot be read as a checkpoint: File is not a zip file\n  start afresh with --overwrite"),

@@ -154,6 +154,8 @@ def read_labelled(
     classes = sorted(set(class_names))
     if names is None and len(classes) < 2:
         raise lct.UserError(f"holds {len(classes)} folders of images, and classes need two", where, "a folder a class")
+    if not classes:
+        raise lct.UserError("holds no folders of images", where, "a folder a class")
     if unknown := sorted(set(classes) - set(names or classes)):
         raise lct.UserError(f"has classes that the gallery lacks: {', '.join(unknown[:3])}", where, "leave them out")
     names = names or classes
