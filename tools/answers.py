@@ -1,4 +1,4 @@
-"""What `prelabel` is to answer, and its answers, which are on disk and are read image by image. No program."""
+"""The units that `prelabel` answers, and its answers, stored on disk and read image by image. No program."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ import lct_dino3 as lct
 import numpy as np
 
 ANSWER_FORM = {"unit": str, "size": [int], "objects": [list], "problems": [list]}
-UNIT_OBJECTS = 256  # of one image that are cut at a time; with more it is decoded again: bounds what waits in a loader
+UNIT_OBJECTS = 256  # of one image, cut after one decode; bounds the crops that wait in a loader
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The images and the objects found in them: image i has objects `borders[i]` to `borders[i + 1]`."""
+    """The images and the objects detected in them: image i has the objects `borders[i]:borders[i + 1]`."""
 
     root: Path
     paths: lct.PathTable  # (M,) relative to root
     stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
-    image_ids: list[Any]  # (M,) those of the COCO file, else from 1 on
-    sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 where it claims none
-    objects: lct.PathTable  # (N,) JSON as `geometry.to_pixels` reads it: flat in memory, whatever polygons it holds
+    image_ids: list[Any]  # (M,) from the COCO file, else 1, 2, ...
+    sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 if it claims none
+    objects: lct.PathTable  # (N,) JSON for `geometry.to_pixels`: compact in memory, even with polygons
     borders: np.ndarray  # (M + 1,) int64
-    problems: list[Problem]  # known so far
-    notes: list[str]  # worth a line in the log
-    image_bits: tuple[int, ...] = ()  # of `find_photo_bits`, or those of the run
+    problems: list[Problem]  # known before any image is read
+    notes: list[str]  # lines for the log
+    image_bits: tuple[int, ...] = ()  # from `find_photo_bits`, or the run's
 
     def list_with_objects(self) -> list[str]:
         """Return the paths of the images that have objects."""
@@ -50,31 +50,31 @@ class Detections:
 
 
 class Unit(NamedTuple):
-    """Some objects of one image, answered together."""
+    """Consecutive objects of one image, answered together."""
 
     image: int
     first: int
     last: int  # exclusive
-    digest: str  # of the image's path, size and time, and of the objects: the name of the answers on disk
+    digest: str  # over the image's path, size and time, and the objects: key of the answers on disk
 
 
 def plan_units(detections: Detections) -> list[Unit]:
-    """Return what is to be answered: an image each, in parts if it has many objects; one without objects is a unit too."""
+    """Return the units to answer: one for each image, even without objects; several for an image with many objects."""
     units = []
     for image in range(len(detections.paths)):
-        low, high = detections.borders[image : image + 2].tolist()
+        start, end = detections.borders[image : image + 2].tolist()
         head = f"{detections.paths[image]}\n{detections.stamps[image].tolist()}{detections.sizes[image].tolist()}"
-        for first in range(low, max(high, low + 1), UNIT_OBJECTS):
-            last = min(first + UNIT_OBJECTS, high)
-            digest = hashlib.blake2b(f"{head}\n{first - low}".encode(), digest_size=12)
-            for source in range(first, last):
-                digest.update(detections.objects[source].encode() + b"\n")
+        for first in range(start, max(end, start + 1), UNIT_OBJECTS):
+            last = min(first + UNIT_OBJECTS, end)
+            digest = hashlib.blake2b(f"{head}\n{first - start}".encode(), digest_size=12)
+            for index in range(first, last):
+                digest.update(detections.objects[index].encode() + b"\n")
             units.append(Unit(image, first, last, digest.hexdigest()))
     return units
 
 
 def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
-    """Return the units in groups of about `batch` crops; they do not depend on what is answered already."""
+    """Return the units in groups of about `batch` crops, the same whichever units are answered already."""
     groups: list[list[Unit]] = []
     room = 0
     for unit in units:
@@ -89,30 +89,30 @@ def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
 class Prelabel(NamedTuple):
     """An object and its answer."""
 
-    source: int  # number of the object in the detections
+    source: int  # index of the object in the detections
     box: Sequence[float]  # x, y, width, height in px of the upright image, clipped
-    has_mask: bool  # it was judged by
+    has_mask: bool  # the crop was matched with a mask
     label: int  # most similar class
-    is_known: bool  # the similarity reaches the threshold of that class; else the answer is `unknown`
+    is_known: bool  # `cosine` reaches the threshold of that class; otherwise the answer is `unknown`
     cosine: float  # similarity to that class, by the gallery's matcher
-    probability: float  # that this answer is right, and the object of a known class at all
-    runner_up: int  # second class, -1 if there is but one
-    margin: float  # cosine less that of the runner-up; 2 if there is none
-    reference: int  # nearest reference of that class, a position in the stacks
-    rival: int  # nearest reference of the runner-up, -1 if there is none
+    probability: float  # that the object is of a known class and this class is right
+    runner_up: int  # second most similar class, -1 if the gallery has only one class
+    margin: float  # cosine minus the runner-up's; 2 without a runner-up
+    reference: int  # nearest reference of that class, an index into the gallery's stacks
+    rival: int  # nearest reference of the runner-up, -1 without a runner-up
 
 
 class AnsweredImage(NamedTuple):
     """An image and the answers for its objects."""
 
-    image: int
+    image: int  # index in the detections
     path: str
     size: tuple[int, int]  # width, height
     objects: list[Prelabel]
 
 
 def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
-    """Return the fields of `Prelabel` from `label` on, for embeddings (N, D)."""
+    """Return for each of the embeddings (N, D) the fields of `Prelabel` from `label` on."""
     if not len(embeddings):
         return []
     scores = gallery.scores(embeddings)
@@ -133,19 +133,19 @@ def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
 
 
 class AnswerFile:
-    """Answers on disk, a line a unit, in the order in which they came; in memory is only where each starts.
+    """Answers on disk, one line per unit, in the order of writing; memory holds only the offset of each line.
 
-    The first line says what they are a function of besides images and objects. With another one the file starts afresh.
+    The first line holds a key of everything besides images and objects that answers depend on. Another key starts the file afresh.
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        self._starts: dict[str, int] = {}  # digest of a unit -> where its line starts
+        self._starts: dict[str, int] = {}  # digest of a unit -> offset of its line
         header = (json.dumps({"key": key}) + "\n").encode()
         if not self._read_starts(path, header):
             lct.write_bytes(path, header)
         self._log = lct.LineFile(path)
         self._end = path.stat().st_size
-        self._file = open(path, "rb")  # noqa: SIM115  closed below
+        self._file = open(path, "rb")  # noqa: SIM115  closed by `close`
 
     def _read_starts(self, path: Path, header: bytes) -> bool:
         if not path.is_file():
@@ -155,9 +155,9 @@ class AnswerFile:
                 return False
             start = file.tell()
             for line in file:
-                if not line.endswith(b"\n"):  # `LineFile` cuts it off
+                if not line.endswith(b"\n"):  # half a line, which `LineFile` cuts off
                     break
-                with contextlib.suppress(ValueError, RecursionError):  # a damaged line is answered again
+                with contextlib.suppress(ValueError, RecursionError):  # the unit of a damaged line is answered again
                     record = json.loads(line)
                     lct.check_form(record, ANSWER_FORM)
                     self._starts[record["unit"]] = start
@@ -168,16 +168,16 @@ class AnswerFile:
         return digest in self._starts
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the answers of some units, all or none.
+        """Append the answers of some units, all or none.
 
         Raises:
-            UserError: the disk is full; what was there before stays.
+            UserError: the disk is full; earlier answers stay.
         """
         lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
         self._log.append("".join(lines))
         for record, line in zip(records, lines, strict=True):
             self._starts[record["unit"]] = self._end
-            self._end += len(line)  # ASCII
+            self._end += len(line)  # in bytes, because JSON is ASCII
 
     def read(self, digest: str) -> dict[str, Any]:
         """Return the answers of a unit."""
@@ -204,7 +204,7 @@ class Prelabels:
     def __iter__(self) -> Iterator[AnsweredImage]:
         for image, units in itertools.groupby(self.units, key=operator.attrgetter("image")):
             records = [self.answers.read(unit.digest) for unit in units]
-            if 0 in records[0]["size"]:  # it cannot be used; `problems` tells why
+            if 0 in records[0]["size"]:  # the image cannot be used; `problems` says why
                 continue
             first = int(self.detections.borders[image])
             rows = itertools.chain.from_iterable(record["objects"] for record in records)
@@ -212,43 +212,42 @@ class Prelabels:
             yield AnsweredImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what got no answer or a worse one, and why."""
+        """Yield a problem for each image or object that has no answer or a less certain one."""
         yield from self.detections.problems
         for unit in self.units:
-            path = self.detections.paths[unit.image]
             first = int(self.detections.borders[unit.image])
-            for source, reason in self.answers.read(unit.digest)["problems"]:
-                detection_id = None if source < 0 else self.detection(first + source).get("id")
-                yield Problem(path, detection_id, reason)
+            for offset, reason in self.answers.read(unit.digest)["problems"]:
+                detection_id = None if offset < 0 else self.detection(first + offset).get("id")
+                yield Problem(self.detections.paths[unit.image], detection_id, reason)
 
-    def detection(self, source: int) -> dict[str, Any]:
+    def detection(self, index: int) -> dict[str, Any]:
         """Return an object as it was in the detections."""
-        return json.loads(self.detections.objects[source])
+        return json.loads(self.detections.objects[index])
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the labels: all classes, and last the one of an object that is none of them."""
+        """Return the label names: all classes, and last a name that no class has, for unknown objects."""
         unknown = "unknown"
         while unknown in self.gallery.class_names:
             unknown += "_"
         return (*self.gallery.class_names, unknown)
 
     def number(self, prelabel: Prelabel) -> int:
-        """Return the position of an object's label in `names`."""
+        """Return the index of an object's label in `names`."""
         return prelabel.label if prelabel.is_known else len(self.names) - 1
 
-    def doubt(self, prelabel: Prelabel) -> float:
-        """Return how little the similarities would have to change for another answer, in cosine."""
+    def decision_margin(self, prelabel: Prelabel) -> float:
+        """Return the smallest change of cosine that would give another answer."""
         distance = abs(prelabel.cosine - float(self.gallery.thresholds[prelabel.label]))
         return min(distance, prelabel.margin) if prelabel.is_known else distance
 
     @property
     def model(self) -> str:
-        """Return what annotation tools are told of the model."""
+        """Return the model's id and weights hash, for annotation tools."""
         return f"{self.meta['model_id']} {self.meta['weights_hash']}"
 
     def label_set(self) -> label_writers.LabelSet:
-        """Return the answers as labels.py writes them."""
+        """Return the answers in the form that label_writers.py takes."""
         description = f"pre-labels by {lct.SCRIPT_NAME}"
         return label_writers.LabelSet(self.detections.root, self.names, self.model, description, self._labelled_images)
 

@@ -1,4 +1,4 @@
-"""What `crop` remembers of its crops: `crops.jsonl` in --out, and what a job that was interrupted has done since. No program."""
+"""The records that `crop` keeps of its crops: `crops.jsonl` in --out, and the progress of an interrupted job. No program."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lct_dino3 as lct
 
-RECORDS_NAME = "crops.jsonl"  # a line a crop; a folder that holds it is ours
-# A line a photo, which is on disk before its crops are written: whatever a kill leaves is known to be ours.
+RECORDS_NAME = "crops.jsonl"  # one line per crop; a folder with this file was made by `crop`
+# One line per photo, on disk before its crops are written: after a kill, `crop` recognises every file that it wrote.
 PROGRESS_NAME = ".crops.progress.jsonl"
 RECORD_FORM = {
     **dict.fromkeys("file class photo sha256 key".split(), str),
@@ -24,11 +24,11 @@ RECORD_FORM = {
 
 
 class Records:
-    """What `crops.jsonl` and an interrupted job say of the crops in --out, a JSON text a crop by photo."""
+    """The records of the crops in --out, as JSON texts by photo, from `crops.jsonl` and an interrupted job."""
 
     def __init__(self, out: Path) -> None:
         self.crops: dict[str, list[str]] = {}
-        self.stale: dict[str, list[str]] = {}  # of each photo whose files may not have been written
+        self.stale: dict[str, list[str]] = {}  # earlier records of each photo whose files may not have been written
         self.photo_bytes: dict[str, int] = {}
         for record in read_lines(out / RECORDS_NAME):
             self.crops.setdefault(record["photo"], []).append(to_line(record))
@@ -39,29 +39,29 @@ class Records:
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
 
     def check_photos(self, images: Path, paths: Sequence[str], sizes: Sequence[int]) -> None:
-        """Refuse photos that have the names of others, as cameras give them, whose crops would be taken for theirs.
+        """Refuse a photo with the name of another one cut earlier, as cameras reuse names: its crops would replace the earlier ones.
 
         Args:
-            images: the folder of the photos.
-            paths: of the photos, relative to it.
+            images: folder of the photos.
+            paths: of the photos, relative to `images`.
             sizes: of the photos, in bytes.
 
         Raises:
-            UserError: naming the first.
+            UserError: naming the first such photo.
         """
         for path, num_bytes in zip(paths, sizes, strict=True):
-            before = self.photo_bytes.get(path, num_bytes)
-            if before != num_bytes:
-                what = f"is not the photo that was cut before: it has {num_bytes:,} bytes, that one had {before:,}"
+            earlier = self.photo_bytes.get(path, num_bytes)
+            if earlier != num_bytes:
+                problem = f"is not the photo that was cut before: it has {num_bytes:,} bytes, that one had {earlier:,}"
                 remedy = "choose another --out, or give the folder above both sets of photos as --images"
-                raise lct.UserError(what, str(images / path), remedy)
+                raise lct.UserError(problem, str(images / path), remedy)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file of ours; half a line at its end, which a kill leaves, is passed over.
+    """Yield the lines of `crops.jsonl` or of the progress file, where a kill may leave half a line at the end, which is skipped.
 
     Raises:
-        UserError: a line is not what this tool writes.
+        UserError: a line that this tool cannot have written.
     """
     is_progress = path.name == PROGRESS_NAME
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
@@ -75,16 +75,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 for record in entry["crops"] if is_progress else [entry]:
                     check_record(record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"line {number} is damaged: {error}"
-                raise lct.UserError(what, str(path), "restore the file, or choose a new --out") from error
+                problem = f"line {number} is damaged: {error}"
+                raise lct.UserError(problem, str(path), "restore the file, or choose a new --out") from error
             yield entry
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Refuse a record that this tool cannot have written: it says which files are removed.
+    """Refuse a record that this tool cannot have written, because records decide which files are removed.
 
     Raises:
-        ValueError: it lacks something, or its files lie elsewhere.
+        ValueError: a field is missing, or a file is not below the folder.
     """
     lct.check_form(record, RECORD_FORM)
     is_below = all(not name.startswith("/") and ".." not in name.split("/") for name, _ in list_files(record))
@@ -94,16 +94,16 @@ def check_record(record: dict[str, Any]) -> None:
 
 
 def list_files(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the names of a crop and, if it has one, of its mask, each with the hash of what was written."""
+    """Return the file names of a crop and of its mask, if any, each with the hash of the file as written."""
     pairs = [(record["file"], record["sha256"]), (record["mask"], record["mask_sha256"])]
     return [(name, digest) for name, digest in pairs if name]
 
 
 def parse_number(file: str) -> str:
-    """Return the number that the name of a crop ends in."""
+    """Return the number at the end of a crop's file name, as text."""
     return Path(file).stem.rpartition("_")[2]
 
 
 def to_line(value: Any) -> str:
-    """Return a value as one line of JSON, in ASCII."""
+    """Return a value as one line of ASCII JSON, without a newline."""
     return json.dumps(value, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""What `crop` and `prelabel` ask of photos before they cut objects from them. No program."""
+"""Bit depth and size of photos, which `crop` and `prelabel` need before they cut objects from them. No program."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 
 
 def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
-    """Return how many bits photos of more than 8 a channel really use, as the scan finds them over a data set; () without such."""
-    looks = lct.map_in_threads(read_highest, [root / path for path in paths])
-    with lct.progress(looks, len(paths), "looking for more than 8 bits", unit="photo") as bar:
+    """Return how many bits a channel photos of more than 8 bits really use, as in the scan of a data set; () without such photos."""
+    results = lct.map_in_threads(read_highest_value, [root / path for path in paths])
+    with lct.progress(results, len(paths), "looking for more than 8 bits", unit="photo") as bar:
         highest = np.array([value for _, value in bar], dtype=np.int64)
     bits = lct.find_image_bits(highest)
     if bits and bits != (16,):
@@ -25,24 +25,25 @@ def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
     return bits
 
 
-def read_highest(path: Path) -> int:
-    """Return the highest value in a photo, 0 in one of 8 bits a channel or one that cannot be read."""
+def read_highest_value(path: Path) -> int:
+    """Return the highest value in a photo; 0 if the photo has 8 bits a channel or cannot be read."""
     try:
         with open(path, "rb") as file:
-            if file.read(2) == b"\xff\xd8":  # JPEG: most photos need not be read twice
+            if file.read(2) == b"\xff\xd8":  # JPEG has 8 bits; this spares most photos a second read
                 return 0
         data = lct.read_file(path)
         with lct.opened_image(data) as image:
             return lct.highest_value(image, data)
     except (OSError, lct.ImageError):
-        return 0  # whoever cuts it says why
+        return 0  # cutting it will report why
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Return width and height of an image once it is upright, without decoding it.
+    """Return width and height of the upright image, without decoding it.
 
     Raises:
         ImageError: with the reason.
     """
     with lct.opened_image(lct.read_file(path)) as image:
+        # 0x0112: EXIF orientation, of which 5 to 8 swap the sides.
         return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size

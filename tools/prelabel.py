@@ -1,7 +1,7 @@
 """Give every detected object a class of a finished run, or `unknown`, for annotation tools.
 
-Objects are cut from their photos, matched against the gallery of the run, and written in the formats of labels.py, together with a
-page that shows the least certain ones first. Answers are remembered in --out: the same command continues where it was interrupted.
+Cuts objects from photos, matches them against the gallery of the run, and writes the formats of label_writers.py and a review page,
+which shows the least certain answers first. Answers are stored in --out: the same command continues an interrupted job.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from photos import find_photo_bits, read_image_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lct_dino3 as lct  # before torch: it sets what torch reads when it is imported
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads on import
 
 # isort: split
 import numpy as np
@@ -50,8 +50,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-ANSWERS_NAME = ".progress.jsonl"  # what is answered so far; a folder that holds it is ours
-WRITTEN_NAME = ".written.jsonl"  # path and digest of each label file: what differs was corrected by people
+ANSWERS_NAME = ".progress.jsonl"  # answers so far; a folder with this file was made by this tool
+WRITTEN_NAME = ".written.jsonl"  # path and digest of each label file; people have corrected those that differ
 REVIEW_CARDS = 200  # a morning's work
 REVIEW_PROBLEMS = 200
 REVIEW_THUMB_PX = 160
@@ -93,86 +93,85 @@ class PrelabelOptions(lct.RunOptions):
 
 
 def check_options(options: PrelabelOptions) -> None:
-    """Check everything that can be known of the options without reading images; writes nothing.
+    """Check the options as far as possible without reading images; writes nothing.
 
     Raises:
-        UserError: a format that is none, or a file or folder that is missing, of the wrong kind, or holds something else.
+        UserError: an unknown format, or a file or folder that is missing, of the wrong kind, or holds something else.
     """
-    for word in options.formats.split(","):
-        if word not in label_writers.WRITERS:
-            reason = f"{word or 'an empty name'} is no format of labels"
-            raise lct.UserError(reason, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
+    for name in options.formats.split(","):
+        if name not in label_writers.WRITERS:
+            problem = f"{name or 'an empty name'} is no format of labels"
+            raise lct.UserError(problem, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
     lct.check_given(options)
     if options.detections is not None and not options.detections.exists():
         raise lct.UserError("does not exist", options.said("detections"), "check the path")
     out = options.out.resolve()
-    images = options.images.resolve()
     data_root = lct.read_run_config(options.run).data_root
-    lct.check_outside(out, options.said("out"), {"--images": images, "the run's data_root": data_root})
+    lct.check_outside(out, options.said("out"), {"--images": options.images, "the run's data_root": data_root})
     if out.exists() and not out.is_dir():
         raise lct.UserError("is a file, not a folder", options.said("out"), "choose another path")
     is_used = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if is_used and not (out / ANSWERS_NAME).exists():
         raise lct.UserError("is neither empty nor a folder of pre-labels", options.said("out"), "choose a new folder")
     if options.detections is not None and options.detections.resolve().is_relative_to(out):
-        reason = "lies in --out, where what is written would take its place"
-        raise lct.UserError(reason, options.said("detections"), "choose another --out")
+        problem = "lies in --out, where what is written would take its place"
+        raise lct.UserError(problem, options.said("detections"), "choose another --out")
     if options.overwrite and out in (Path.cwd(), *Path.cwd().parents):
-        what = "is the current folder, which --overwrite would move aside"
-        raise lct.UserError(what, options.said("out"), "start from another folder")
-    holds = [name for name in ("run", "images") if getattr(options, name).resolve().is_relative_to(out)]
-    if holds:
-        raise lct.UserError(f"holds --{holds[0]}", options.said("out"), "choose another folder")
+        problem = "is the current folder, which --overwrite would move aside"
+        raise lct.UserError(problem, options.said("out"), "start from another folder")
+    for name in ("run", "images"):
+        if getattr(options, name).resolve().is_relative_to(out):
+            raise lct.UserError(f"holds --{name}", options.said("out"), "choose another folder")
     if not options.overwrite:
         check_corrections(options)
 
 
 def check_corrections(options: PrelabelOptions) -> None:
-    """See that no label file which would be written anew was changed by others since it was written.
+    """Check that each label file about to be overwritten is still as this tool wrote it.
 
     Raises:
-        UserError: one was; it names the first.
+        UserError: naming the first file that is not.
     """
-    written = read_written(options.out)
+    digests = read_written(options.out)
     for name in options.formats.split(","):
         folder = options.out / name
         paths = sorted(folder.rglob("*")) if folder.is_dir() else [*options.out.glob("objects.csv")] * (name == "csv")
         for path in paths:
             is_label = path.is_file() and not path.is_symlink() and path.name[0] != "." and path.suffix != ".cache"
             relative = path.relative_to(options.out).as_posix()
-            if is_label and digest_bytes(path.read_bytes()) not in written.get(relative, ()):
-                what = "was changed after it was written" if written else "may hold corrections"
+            if is_label and digest_bytes(path.read_bytes()) not in digests.get(relative, ()):
+                problem = "was changed after it was written" if digests else "may hold corrections"
                 raise lct.UserError(
-                    f"{what}, and would be written anew",
+                    f"{problem}, and would be written anew",
                     str(path),
                     "give another --out, or --overwrite, which moves the old one aside",
                 )
 
 
 def read_written(out: Path) -> dict[str, list[str]]:
-    """Return the digests of all that was ever written to a path in --out."""
-    written: dict[str, list[str]] = {}
+    """Return for each path in --out the digests of everything ever written there."""
+    digests: dict[str, list[str]] = {}
     if (out / WRITTEN_NAME).is_file():
         for line in (out / WRITTEN_NAME).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # half a line, of a kill
+            with contextlib.suppress(ValueError, TypeError):  # half a line, left by a kill
                 path, digest = json.loads(line)
-                written.setdefault(path, []).append(digest)
-    return written
+                digests.setdefault(path, []).append(digest)
+    return digests
 
 
 def digest_bytes(data: bytes) -> str:
-    """Return what tells the content of a file from any other."""
+    """Return the digest of a file's content, 24 hex digits."""
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-# --- what is to be answered
+# --- reading detections
 
 
 def read_detections(options: PrelabelOptions) -> Detections:
-    """List the images, and the objects that the detections name in them; no image is opened.
+    """List the images and the objects detected in them; opens no image.
 
     Raises:
-        UserError: no images, nothing to read, a file that is not what it should be, or no object at all.
+        UserError: no images, detections that cannot be read, or no object at all.
     """
     tree = lct.list_image_tree(options.images)
     source = options.detections
@@ -180,29 +179,29 @@ def read_detections(options: PrelabelOptions) -> Detections:
         instead = f", only {lct.describe_ignored(tree.ignored)}" if tree.ignored else ""
         raise lct.UserError(f"holds no images{instead}", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
-        found = read_objects(source, tree.paths)
+        detected = read_objects(source, tree.paths)
     except LabelError as error:
         raise lct.UserError(error.what, f"--detections {error.where}", error.remedy) from error
-    if not found.objects:
-        why = f": {found.problems[0]}" if found.problems else ""
+    if not detected.objects:
+        reason = f": {detected.problems[0]}" if detected.problems else ""
         remedy = "give a file with boxes of these images, or leave --detections out: then each image is one object"
-        raise lct.UserError(f"holds no objects in these images{why}", f"--detections {source}", remedy)
-    paths = [tree.paths[number] for number in found.images]
-    problems = [Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+        raise lct.UserError(f"holds no objects in these images{reason}", f"--detections {source}", remedy)
+    paths = [tree.paths[index] for index in detected.images]
+    problems = [Problem(path, None, reason) for path, reason in tree.problems] + detected.problems
     for name in dict.fromkeys(options.formats.split(",")):
         problems.extend(label_writers.WRITERS[name].find_problems(paths))
-    image_numbers = np.array([number for number, _ in found.objects], dtype=np.int64)
-    order = np.argsort(image_numbers, kind="stable")
+    image_indices = np.array([image for image, _ in detected.objects], dtype=np.int64)
+    order = np.argsort(image_indices, kind="stable")
     return Detections(
         root=options.images,
         paths=lct.PathTable(paths),
         stamps=lct.stat_files(options.images, paths),
-        image_ids=found.image_ids,
-        sizes=np.array(found.sizes, dtype=np.int64).reshape(-1, 2),
-        objects=lct.PathTable([found.objects[index][1] for index in order.tolist()]),
-        borders=np.concatenate([[0], np.cumsum(np.bincount(image_numbers, minlength=len(paths)))]),
+        image_ids=detected.image_ids,
+        sizes=np.array(detected.sizes, dtype=np.int64).reshape(-1, 2),
+        objects=lct.PathTable([detected.objects[index][1] for index in order.tolist()]),
+        borders=np.concatenate([[0], np.cumsum(np.bincount(image_indices, minlength=len(paths)))]),
         problems=problems,
-        notes=found.notes + ([f"passed over: {lct.describe_ignored(tree.ignored)}"] if tree.ignored else []),
+        notes=detected.notes + ([f"passed over: {lct.describe_ignored(tree.ignored)}"] if tree.ignored else []),
     )
 
 
@@ -210,24 +209,24 @@ def read_detections(options: PrelabelOptions) -> Detections:
 
 
 class Cut(NamedTuple):
-    """What a loader learns of a unit, besides the crops."""
+    """A unit whose crops are cut; the crops themselves are kept apart."""
 
     unit: Unit
-    size: tuple[int, int]  # width and height of the upright image; 0, 0 = it cannot be used
-    # Of each crop: its object; x, y, width, height in px, clipped, not padded; whether it was cut with a mask.
+    size: tuple[int, int]  # width and height of the upright image; 0, 0 = the image cannot be used
+    # For each crop: index of the object; x, y, width, height in px, clipped, not padded; whether it was cut with a mask.
     objects: list[tuple[int, tuple[float, ...], bool]]
-    problems: list[tuple[int, str]]  # object, or -1 for the whole image
+    problems: list[tuple[int, str]]  # index of the object, or -1 for the whole image; the reason
 
 
 class CutBatch(NamedTuple):
-    """What a loader yields."""
+    """A batch of the loader."""
 
-    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units in turn
+    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units, unit after unit
     cuts: list[Cut]
 
 
 class DetectionDataset(Dataset):
-    """Crops by `Unit`: one decode of an image gives all of them."""
+    """Crops of detected objects, indexed by `Unit`: one decode of the image gives all crops of a unit."""
 
     def __init__(self, detections: Detections, run: lct.TrainedRun, box_pad: float) -> None:
         self.detections = detections
@@ -244,63 +243,64 @@ class DetectionDataset(Dataset):
             size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
         except lct.ImageError as error:
             return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
-        claimed = tuple(self.detections.sizes[unit.image].tolist())
-        low, high = self.detections.borders[unit.image : unit.image + 2].tolist()
-        objects = (geometry.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(low, high))
+        claimed_size = tuple(self.detections.sizes[unit.image].tolist())
+        start, end = self.detections.borders[unit.image : unit.image + 2].tolist()
+        objects = (geometry.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(start, end))
         try:
-            doubt = geometry.check_size(size, claimed, objects)
+            doubt = geometry.check_size(size, claimed_size, objects)
         except geometry.BoxError as error:
             return [], Cut(unit, (0, 0), [], [(-1, str(error))])
-        cut = Cut(unit, size, [], [(-1, doubt)] if doubt and unit.first == low else [])
-        crops = (self._cut_object(image, source, cut) for source in range(unit.first, unit.last))
+        cut = Cut(unit, size, [], [(-1, doubt)] if doubt and unit.first == start else [])
+        crops = (self._cut_object(image, index, cut) for index in range(unit.first, unit.last))
         return [crop for crop in crops if crop is not None], cut
 
-    def _cut_object(self, image: np.ndarray, source: int, cut: Cut) -> np.ndarray | None:
-        """Return the crop of an object, and enter it in `cut`; or enter why there is none."""
-        detection = json.loads(self.detections.objects[source])
+    def _cut_object(self, image: np.ndarray, index: int, cut: Cut) -> np.ndarray | None:
+        """Return the crop of an object and add it to `cut.objects`; on failure return None and add the reason to `cut.problems`."""
+        detection = json.loads(self.detections.objects[index])
         try:
             cutting = geometry.cut_object(image, detection, self.box_pad, self.uses_masks)
             mask = None if cutting.mask is None else cutting.mask.astype(np.uint8) * 255
             crop = self.transform(cutting.pixels, mask, 0)
         except (geometry.BoxError, lct.ImageError) as error:
-            cut.problems.append((source, str(error)))
+            cut.problems.append((index, str(error)))
             return None
         if cutting.problem:
-            cut.problems.append((source, f"{cutting.problem}; it is judged with its background"))
-        cut.objects.append((source, cutting.box, mask is not None))
+            cut.problems.append((index, f"{cutting.problem}; it is judged with its background"))
+        cut.objects.append((index, cutting.box, mask is not None))
         return crop
 
     def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:
-        """Stack the crops of all units."""
-        crops = [crop for crops_of_unit, _ in samples for crop in crops_of_unit]
+        """Stack the crops of all units into one batch."""
+        crops = [crop for unit_crops, _ in samples for crop in unit_crops]
         stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
         return CutBatch(torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples])
 
 
 def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
-    """Answer every object that --out does not hold an answer for yet."""
+    """Answer every object that has no answer in --out yet; return all answers."""
     units = plan_units(detections)
-    arrays = run.gallery.arrays().values()
-    # An answer is a function of these, besides the image and the object; 3 is the version of the answers.
+    # An answer depends on these settings, its image and its object alone; 3 is the version of the answers.
     settings = [
         3,
-        lct.fingerprint(run.meta, *arrays),
+        lct.fingerprint(run.meta, *run.gallery.arrays().values()),
         run.meta["weights_hash"],
         str(run.model.backbone.dtype),
         run.runtime.device.type,
+        options.box_pad,
+        *detections.image_bits,
     ]
-    key = hashlib.sha256(json.dumps([*settings, options.box_pad, *detections.image_bits]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
-    waiting = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
-    num_done = len(units) - sum(map(len, waiting))
+    pending = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
+    num_done = len(units) - sum(map(len, pending))
     if num_done:
         lct.show(f"{num_done:,} of {len(units):,} images are answered already")
-    if waiting:
+    if pending:
         bar = lct.progress((), len(units), "pre-labelling", unit="image")
         bar.update(num_done)
         with contextlib.closing(bar):
-            for records in answer_batches(run, detections, waiting, options):
+            for records in answer_batches(run, detections, pending, options):
                 answers.append(records)
                 bar.update(len(records))
     return Prelabels(detections, units, answers, run.gallery, run.meta, options.box_pad)
@@ -309,21 +309,22 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
 def answer_batches(
     run: lct.TrainedRun, detections: Detections, groups: list[list[Unit]], options: PrelabelOptions
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of each group of units, in the first process; those that torchrun has started take turns."""
+    """Yield in rank 0 the records of each group of units; the ranks that torchrun has started take turns at the groups."""
     dataset = DetectionDataset(detections, run, options.box_pad)
     batch_size = -(-options.batch // lct.get_world_size())
 
     def answer(batch: CutBatch) -> list[dict[str, Any]]:
         embeddings = np.zeros((0, 1), np.float32)
         if len(batch.images):
-            photos = [detections.paths[cut.unit.image] for cut in batch.cuts for _ in cut.objects]
-            embeddings = run.embed(batch.images, photos.__getitem__, batch_size)
-        fields = iter(answer_crops(run.gallery, embeddings))
+            paths = [detections.paths[cut.unit.image] for cut in batch.cuts for _ in cut.objects]
+            embeddings = run.embed(batch.images, paths.__getitem__, batch_size)
+        answers = iter(answer_crops(run.gallery, embeddings))
         records = []
         for cut in batch.cuts:
-            first = int(detections.borders[cut.unit.image])  # objects are numbered from there: others may come or go
-            objects = [[source - first, box, has_mask, *next(fields)] for source, box, has_mask in cut.objects]
-            problems = [(source if source < 0 else source - first, reason) for source, reason in cut.problems]
+            # Records count objects within their image: the answers stay valid when other images come or go.
+            first = int(detections.borders[cut.unit.image])
+            objects = [[index - first, box, has_mask, *next(answers)] for index, box, has_mask in cut.objects]
+            problems = [(index if index < 0 else index - first, reason) for index, reason in cut.problems]
             records.append({"unit": cut.unit.digest, "size": cut.size, "objects": objects, "problems": problems})
         return records
 
@@ -334,47 +335,46 @@ def answer_batches(
 
 
 def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
-    """Write the labels in one format: each file appears whole, or a folder of very many files all at once.
+    """Write the labels in one format: each file atomically, or a folder of very many files as a whole.
 
-    What is written is noted down before it takes its place: a job that is killed in between knows its own files.
+    The path and digest of each file are logged before it takes its place: after a kill, the next job recognises the files.
     """
     writer = label_writers.WRITERS[name]
-    fresh = out / f".{name}.{os.getpid()}.tmp"
-    folder = fresh if writer.is_exchanged else out
-    notes: list[str] = []
+    new_folder = out / f".{name}.{os.getpid()}.tmp"
+    lines: list[str] = []
     with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
-        take_note = notes.append if writer.is_exchanged else log.append
+        log_line = lines.append if writer.is_exchanged else log.append
         for path, content in writer.write(labels):
-            target = folder / path
+            target = (new_folder if writer.is_exchanged else out) / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 _replace_link(target, content)
                 continue
             with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
-                take_note(_write_pieces(file, path, content))
-        if notes:
-            log.append("".join(notes))
+                log_line(_write_chunks(file, path, content))
+        if lines:
+            log.append("".join(lines))
     if writer.is_exchanged:
-        old = out / f".{name}.old.{os.getpid()}.tmp"
+        old_folder = out / f".{name}.old.{os.getpid()}.tmp"
         if (out / name).exists():
-            (out / name).rename(old)
-        (fresh / name).rename(out / name)
+            (out / name).rename(old_folder)
+        (new_folder / name).rename(out / name)
         lct.sync_folder(out)
-        shutil.rmtree(old, ignore_errors=True)
-        fresh.rmdir()
+        shutil.rmtree(old_folder, ignore_errors=True)
+        new_folder.rmdir()
 
 
 def _replace_link(link: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):  # a file system may have no links
+    with contextlib.suppress(OSError):  # some file systems have no links
         if link.is_symlink():
             link.unlink()
         link.symlink_to(target.resolve(), target_is_directory=target.is_dir())
 
 
-def _write_pieces(file: BinaryIO, path: str, pieces: Iterable[str]) -> str:
-    """Write a file, and return the line that notes it down."""
+def _write_chunks(file: BinaryIO, path: str, chunks: Iterable[str]) -> str:
+    """Write a file, and return its line for the log."""
     digest = hashlib.blake2b(digest_size=12)
-    for text in pieces:
+    for text in chunks:
         data = text.encode("utf-8", "backslashreplace")
         digest.update(data)
         file.write(data)
@@ -382,10 +382,10 @@ def _write_pieces(file: BinaryIO, path: str, pieces: Iterable[str]) -> str:
 
 
 def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: PrelabelOptions) -> dict[str, Any]:
-    """Write the answers in every format that is asked for, the problems and the review page; return the summary.
+    """Write the labels in every requested format, the problems and the review page; return the summary.
 
     Raises:
-        UserError: there is no answer at all.
+        UserError: no object has an answer.
     """
     problems = [problem._asdict() for problem in prelabels.problems()]
     lct.write_json(options.out / "problems.json", problems)
@@ -429,22 +429,22 @@ def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: Prelabel
 
 
 def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path, path: Path) -> None:
-    """Write the objects whose answer is easiest to overturn as one self-contained page, the least certain first.
+    """Write one self-contained page of the objects whose answers are easiest to overturn, the least certain first.
 
     Args:
-        prelabels: all answers; they are read once.
-        summary: what `write_prelabels` counted.
-        data_root: that of the run, for the pictures of the references; they are left out where it has gone.
-        path: the page.
+        prelabels: all answers; read once.
+        summary: counts by `write_prelabels`.
+        data_root: data_root of the run, for the pictures of references; the page lacks them if it is gone.
+        path: file of the page.
     """
     import jinja2
 
     pairs = ((image, item) for image in prelabels for item in image.objects)
-    chosen = heapq.nsmallest(REVIEW_CARDS, pairs, key=lambda pair: prelabels.doubt(pair[1]))
-    bar = lct.progress(chosen, len(chosen), "review", unit="object")
+    least_certain = heapq.nsmallest(REVIEW_CARDS, pairs, key=lambda pair: prelabels.decision_margin(pair[1]))
+    bar = lct.progress(least_certain, len(least_certain), "review", unit="object")
     cards = [_make_card(prelabels, data_root, image, item) for image, item in bar]
     problems = list(itertools.islice(prelabels.problems(), REVIEW_PROBLEMS))
-    # Names may hold markup: they are escaped. A name that the template misspells is a bug, not an empty cell.
+    # Names may hold markup, so they are escaped. StrictUndefined: a name misspelled in the template raises.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -455,7 +455,7 @@ def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path,
 
 
 def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item: Prelabel) -> dict[str, Any]:
-    """Return what the page shows of an object; pictures are data URIs, None where a file is gone."""
+    """Return the values that the page shows of an object; pictures are data URIs, or None if the file is gone."""
     gallery = prelabels.gallery
     has_second = item.runner_up >= 0
     threshold = float(gallery.thresholds[item.label])
@@ -486,7 +486,7 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
 
 
 def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None, bits: Sequence[int] = ()) -> str | None:
-    """Return a small picture, or the part of it between left, top, right, bottom; None if it was deleted or damaged meanwhile."""
+    """Return a thumbnail of an image, or of its part left, top, right, bottom, as a data URI; None if it is gone or damaged."""
     try:
         picture = Image.fromarray(lct.load_image(path, bits)).crop(edges)
     except lct.ImageError:
@@ -498,7 +498,7 @@ def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None, bi
 
 
 def label_photos(options: PrelabelOptions) -> None:
-    """Give every detected object a class or `unknown`, and write that for annotation tools; continues where it was interrupted."""
+    """Give every detected object a class or `unknown`, and write labels for annotation tools; continues an interrupted job."""
     check_options(options)
     lct.keep_freed_memory()
     runtime = lct.make_runtime(options.gpus, options.precision)
@@ -506,19 +506,18 @@ def label_photos(options: PrelabelOptions) -> None:
     run = lct.load_run(options.run, runtime, options.backbone_weights)
     bits = run.config.image_bits or lct.from_first(find_photo_bits, options.images, detections.list_with_objects())
     detections = dataclasses.replace(detections, image_bits=bits)
-    if lct.get_rank():  # the first process records what all answer
+    if lct.get_rank():  # only rank 0 writes
         deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
         return
     if options.overwrite and options.out.exists():
         old = lct.move_aside(options.out)
         lct.show(f"the old labels are moved to {old}")
         lct.create_out_dir(options.out, "--out")
-        with contextlib.suppress(FileNotFoundError):
-            # Answers are no labels: they need not be found again.
+        with contextlib.suppress(FileNotFoundError):  # the answers stay valid: only the labels are written anew
             (old / ANSWERS_NAME).rename(options.out / ANSWERS_NAME)
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
-        for pattern in ("", "*/", "coco/annotations/"):  # of a job that was killed while it wrote
+        for pattern in ("", "*/", "coco/annotations/"):  # leftovers of a job killed while writing
             for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for note in detections.notes:
@@ -535,14 +534,14 @@ def label_photos(options: PrelabelOptions) -> None:
         f"{counts}: {summary['unknown']:,} unknown, {lct.count_of(summary['problems'], 'problem')} (problems.json)\n"
         f"written: {options.out}; begin with review.html"
     )
-    for name in label_writers.WRITERS:
-        explanation = label_writers.WRITERS[name].explain(options.images, options.out)
+    for name, writer in label_writers.WRITERS.items():
+        explanation = writer.explain(options.images, options.out)
         if name in options.formats.split(",") and explanation:
             lct.show(explanation)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pre-label as the command line says, and return the exit code."""
+    """Pre-label with command-line arguments, and return the exit code."""
     return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, is_shared=True)
 
 
