@@ -1,9 +1,9 @@
-"""Cut labelled photos into one folder of crops a class, to train on; labels that were corrected move, add and remove crops.
+"""Cut labelled photos into one folder of crops a class, to train on; corrected labels move, add and remove crops.
 
     python lct_dino3.py crop --images PHOTOS --labels labels.json --out DATA
 
-Crops are cut by the function that `prelabel` cuts with. `crops.jsonl` in --out remembers each with the hash of its file: the same
-command continues where it was interrupted, and what a person has put there, edited or deleted is left as it is.
+Cuts with the same function as `prelabel`. `crops.jsonl` in --out records each crop with the hash of its file: the same command
+continues an interrupted job, and leaves alone the files that a person has added, edited or deleted.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ import lct_dino3 as lct
 import numpy as np
 from PIL import Image
 
-VERSION = 1  # of how crops are cut and written; another one cuts all of them anew
+VERSION = 1  # of cutting and writing crops; another version cuts all of them anew
 JPEG_QUALITY = 95
-MAX_NAME_BYTES = 160  # of the photo in a file's name of at most 255, in which number, suffix and process stand too
-SAME_OBJECT = 0.5  # overlap (IoU) from which a box is that of an earlier crop, drawn anew
-GROUP_REGEX = r"^(.+)_\d+\.jpg$"  # the photo of a crop: greedy, as photos may end in numbers too
-SHOWN = 5  # problems that are printed, and kinds of files; problems.json has all problems
+MAX_NAME_BYTES = 160  # of the photo's name in a file name, which also has number, suffix and process id: at most 255
+SAME_OBJECT = 0.5  # IoU from which a box counts as a redrawn box of an earlier crop
+GROUP_REGEX = r"^(.+)_\d+\.jpg$"  # the photo of a crop: greedy, because names of photos may end in numbers too
+MAX_SHOWN = 5  # problems printed, and kinds of ignored files; problems.json has all problems
 LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".yaml", ".yml", ".names", ".data")  # may lie beside photos
 
 
@@ -71,16 +71,16 @@ class CropOptions(lct.Options):
 
 
 def unknown_folder(out: Path) -> Path:
-    """Return where crops of no class go: beside --out, as each folder in it would be trained as a class."""
+    """Return the folder for crops of no class: beside --out, because each folder inside would be trained as a class."""
     out = out.resolve()
     return out.with_name(f"{out.name}_unknown")
 
 
 def check_options(options: CropOptions) -> None:
-    """Check everything that can be known of the options without reading labels; writes nothing.
+    """Check the options as far as possible without reading labels; writes nothing.
 
     Raises:
-        UserError: a file or folder that is missing, of the wrong kind, or holds something else.
+        UserError: a file or folder is missing, of the wrong kind, or holds something else.
     """
     lct.check_given(options)
     if not options.labels.exists():
@@ -95,24 +95,24 @@ def check_options(options: CropOptions) -> None:
             raise lct.UserError(f"{folder} is a file, not a folder", where, "choose another path")
         is_used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
         if is_used and not any((options.out / name).exists() for name in (RECORDS_NAME, PROGRESS_NAME)):
-            what = f"{folder} is neither empty nor made by this tool: it has no {RECORDS_NAME}"
-            raise lct.UserError(what, where, "choose a new folder")
+            problem = f"{folder} is neither empty nor made by this tool: it has no {RECORDS_NAME}"
+            raise lct.UserError(problem, where, "choose a new folder")
 
 
-# --- what is to be cut
+# --- reading labels
 
 
 class Photo(NamedTuple):
-    """A photo, the objects in it, and the crops of it that there are."""
+    """A photo, the objects in it, and its earlier crops."""
 
     path: str  # relative to --images
     num_bytes: int
-    claimed: tuple[int, int]  # width and height by the labels; 0 = they claim none
-    objects: list[tuple[str, str]]  # JSON as `geometry.cut_object` reads it once it is loaded, and its class
-    key: str  # of all that decides about its crops
+    claimed: tuple[int, int]  # width and height that the labels claim; 0 = no claim
+    objects: list[tuple[str, str]]  # JSON for `geometry.cut_object`, class
+    key: str  # hash of everything that the crops depend on
     crops: list[dict[str, Any]]  # records of `crops.jsonl`
-    stale: list[dict[str, Any]]  # those that were to be replaced when a job was interrupted
-    was_interrupted: bool  # its files may not have been written
+    stale: list[dict[str, Any]]  # records that an interrupted job was replacing
+    was_interrupted: bool  # the files may not have been written
 
 
 @dataclass
@@ -122,79 +122,79 @@ class Labelled:
     paths: list[str]
     num_bytes: list[int]
     claimed: list[tuple[int, int]]
-    objects: list[list[tuple[str, str]]]  # of each photo: JSON, class
+    objects: list[list[tuple[str, str]]]  # for each photo: JSON, class
     folders: dict[str, str]  # class -> name of its folder
-    unknown: set[str]  # classes that are none
+    unknown: set[str]  # names given with --unknown
     problems: list[Problem]
     notes: list[str]
 
 
 def read_labelled(options: CropOptions) -> Labelled:
-    """List the photos and the objects that the labels name in them, each with its class; no photo is opened.
+    """List the photos that the labels name and their objects, each with its class; opens no photo.
 
     Raises:
-        UserError: no photos, labels that cannot be read, no object with a class, or two classes with one folder.
+        UserError: no photos, labels that cannot be read, no object with a class, or two classes with the same folder.
     """
     tree = lct.list_image_tree(options.images)
     if not tree.paths:
         raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
-        found = read_labels(options.labels, tree.paths)
+        labels = read_labels(options.labels, tree.paths)
     except LabelError as error:
         raise lct.UserError(error.what, f"--labels {error.where}", error.remedy) from error
-    paths = [tree.paths[number] for number in found.images]
-    problems = [Problem(path, None, reason) for path, reason in tree.problems] + found.problems
+    paths = [tree.paths[index] for index in labels.images]
+    problems = [Problem(path, None, reason) for path, reason in tree.problems] + labels.problems
     objects: list[list[tuple[str, str]]] = [[] for _ in paths]
-    for number, text in found.objects:
+    for index, text in labels.objects:
         detection = json.loads(text)
         try:
             if detection.get("iscrowd") == 1:
                 raise geometry.BoxError("is a crowd of objects, not one")
-            name = find_class_name(found.class_names, detection.get("category_id"))
+            name = find_class_name(labels.class_names, detection.get("category_id"))
         except geometry.BoxError as error:
-            problems.append(Problem(paths[number], detection.get("id"), str(error)))
+            problems.append(Problem(paths[index], detection.get("id"), str(error)))
             continue
-        objects[number].append((text, unicodedata.normalize("NFC", name)))
+        objects[index].append((text, unicodedata.normalize("NFC", name)))
     folders = {name: name_folder(name) for name in dict.fromkeys(name for items in objects for _, name in items)}
     if not folders:
-        why = f": {problems[0]}" if problems else ""
-        raise lct.UserError(f"holds no object of a class{why}", options.said("labels"), "check --images and --labels")
-    names_of: dict[str, str] = {}
+        first = f": {problems[0]}" if problems else ""
+        raise lct.UserError(f"holds no object of a class{first}", options.said("labels"), "check --images and --labels")
+    class_of_folder: dict[str, str] = {}
     for name, folder in folders.items():
-        other = names_of.setdefault(folder, name)
-        if other != name:
-            what = f"has the classes {other!r} and {name!r}, whose crops would go to one folder {folder}"
-            raise lct.UserError(what, options.said("labels"), "rename one of them in the labels")
+        earlier = class_of_folder.setdefault(folder, name)
+        if earlier != name:
+            problem = f"has the classes {earlier!r} and {name!r}, whose crops would go to one folder {folder}"
+            raise lct.UserError(problem, options.said("labels"), "rename one of them in the labels")
     num_bytes = lct.stat_files(options.images, paths)[:, 0].tolist()
     ignored = [(kind, count) for kind, count in tree.ignored.most_common() if kind not in LABEL_SUFFIXES]
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:SHOWN])
-    notes = [*found.notes, *([lct.printable(f"passed over, as they are no images: {counts}")] if ignored else [])]
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:MAX_SHOWN])
+    notes = [*labels.notes, *([lct.printable(f"passed over, as they are no images: {counts}")] if ignored else [])]
     unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
-    return Labelled(paths, num_bytes, found.sizes, objects, folders, unknown, problems, notes)
+    return Labelled(paths, num_bytes, labels.sizes, objects, folders, unknown, problems, notes)
 
 
 def name_folder(class_name: str) -> str:
-    """Return a class's name as that of a folder: on one level, not hidden, without control characters.
+    """Return the folder name of a class: on one level, not hidden, without control characters.
 
     Raises:
-        UserError: it is too long.
+        UserError: the name is too long.
     """
-    odd = ("Cc", "Cs", "Zl", "Zp")  # what the scan takes no folder with
-    name = "".join("_" if char in "/\\" or unicodedata.category(char) in odd else char for char in class_name).strip()
-    name = re.sub(r"^\.+", lambda match: "_" * len(match[0]), name)
+    refused = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories that the scan refuses in folder names
+    name = "".join("_" if char in "/\\" or unicodedata.category(char) in refused else char for char in class_name)
+    name = re.sub(r"^\.+", lambda match: "_" * len(match[0]), name.strip())
     if len(name.encode()) > MAX_NAME_BYTES:
         raise lct.UserError("is too long for the name of a folder", f"class {name[:60]}...", "shorten it in the labels")
     return name
 
 
 def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> Iterator[Photo]:
-    """Yield the photos that the labels name, with what they say now and what was cut before."""
+    """Yield each photo that the labels name, with its objects in the labels and its earlier crops."""
     rows = zip(labelled.paths, labelled.num_bytes, labelled.claimed, labelled.objects, strict=True)
     for path, num_bytes, claimed, objects in rows:
         crops = [json.loads(text) for text in records.crops.get(path, ())]
         stale = [json.loads(text) for text in records.stale.get(path, ())]
-        flags = [name in labelled.unknown for _, name in objects]
-        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, flags, *options.image_bits)
+        unknown = [name in labelled.unknown for _, name in objects]
+        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, unknown, *options.image_bits)
         yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.stale)
 
 
@@ -202,32 +202,32 @@ def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> I
 
 
 class NewCrop(NamedTuple):
-    """An object as it is to be written."""
+    """A crop of an object, not written yet."""
 
-    id: Any  # in the labels
+    id: Any  # of the object in the labels
     class_name: str
     box: tuple[float, ...]  # x, y, width, height in px of the upright photo, clipped, not padded
     jpeg: bytes
-    mask: bytes | None  # PNG; empty = it would hide nothing, and the scan refuses such; None = the labels have none
+    mask: bytes | None  # PNG; b"" = hides nothing, which the scan refuses; None = the labels have no mask
 
 
 @dataclass
 class CutPhoto:
-    """What was cut from a photo, and how its earlier crops were found."""
+    """The new crops of a photo, and the state of its earlier ones."""
 
     photo: Photo
-    crops: list[NewCrop] | None  # None = what is there stays
-    # Each earlier crop, and whether it is `sound`, `edited` by a person, or `gone`.
+    crops: list[NewCrop] | None  # None = the earlier crops stay
+    # Record of each earlier crop, and whether the crop is `sound`, `edited` by a person, or `gone`.
     states: list[tuple[dict[str, Any], str]]
     problems: list[Problem] = field(default_factory=list)
 
 
 class Cutter:
-    """Cuts the crops of a photo, if they are not there yet; works in threads and writes nothing."""
+    """Cuts the crops of a photo unless they are up to date; runs in threads and writes nothing."""
 
     def __init__(self, options: CropOptions) -> None:
         self.images = options.images
-        self.roots = {False: options.out, True: unknown_folder(options.out)}  # of crops of no class too
+        self.roots = {False: options.out, True: unknown_folder(options.out)}  # True: of crops of no class
         self.box_pad = options.box_pad
         self.image_bits = options.image_bits
 
@@ -240,7 +240,7 @@ class Cutter:
         return cut
 
     def _inspect(self, photo: Photo) -> list[tuple[dict[str, Any], str]]:
-        """Return the earlier crops that there are; of several that one file had, the one that it holds now."""
+        """Return the earlier crops and their states; of several records of one file, only the one that matches the file."""
         by_file: dict[Path, list[dict[str, Any]]] = {}
         for record in (*photo.crops, *photo.stale):
             by_file.setdefault(self.roots[record["unknown"]] / record["file"], []).append(record)
@@ -249,12 +249,12 @@ class Cutter:
             sound = next(filter(self._is_sound, versions), None)
             if sound is not None or path.exists():
                 states.append((sound or versions[0], "sound" if sound else "edited"))
-            elif "gone" in versions[0] or not photo.was_interrupted:  # else it was about to be written, or removed
+            elif "gone" in versions[0] or not photo.was_interrupted:  # else the job never wrote it, or removed it
                 states.append(({**versions[0], "gone": True}, "gone"))
         return states
 
     def _is_sound(self, record: dict[str, Any]) -> bool:
-        """Say whether a crop and its mask are as they were written."""
+        """Whether a crop and its mask are as they were written."""
         root = self.roots[record["unknown"]]
         try:
             return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in list_files(record))
@@ -262,6 +262,7 @@ class Cutter:
             return False
 
     def _cut(self, cut: CutPhoto) -> None:
+        """Fill in the new crops of a photo, and the problems."""
         photo = cut.photo
         try:
             image = lct.load_image(self.images / photo.path, self.image_bits)
@@ -285,21 +286,20 @@ class Cutter:
             if cutting.problem:
                 reason = f"{cutting.problem}; it is cut without a mask"
                 cut.problems.append(Problem(photo.path, detection.get("id"), reason))
-            mask = cutting.mask
-            mask = mask if mask is None else b"" if mask.all() else encode_png(mask)
+            mask = None if cutting.mask is None else b"" if cutting.mask.all() else encode_png(cutting.mask)
             cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
 
 
 def hash_bytes(data: bytes) -> str:
-    """Return the SHA-256 of what a file holds, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Return pixels uint8 (h, w, 3) as JPEG, with the colour of every pixel.
+    """Encode pixels uint8 (h, w, 3) as JPEG without chroma subsampling.
 
     Raises:
-        ValueError: a side is longer than JPEG can have.
+        ValueError: a side is longer than JPEG allows.
     """
     import simplejpeg
 
@@ -308,25 +308,25 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def encode_png(mask: np.ndarray) -> bytes:
-    """Return a mask bool (h, w) as PNG of one bit a pixel."""
+    """Encode a mask bool (h, w) as PNG of one bit a pixel."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """Return which earlier crop each new one is: that of the most similar box, of the same class if several are as similar."""
+    """Match new crops to earlier ones, greedily by IoU of their boxes, in ties the same class first: new index -> earlier index."""
     if not crops or not records:
         return {}
     new = np.array([crop.box for crop in crops], dtype=np.float64)[:, None]
     old = np.array([record["box"] for record in records], dtype=np.float64)[None]
-    low = np.maximum(new[..., :2], old[..., :2])
-    high = np.minimum(new[..., :2] + new[..., 2:], old[..., :2] + old[..., 2:])
-    common = np.clip(high - low, 0, None).prod(axis=-1)
-    overlap = common / (new[..., 2:].prod(axis=-1) + old[..., 2:].prod(axis=-1) - common)
+    top_left = np.maximum(new[..., :2], old[..., :2])
+    bottom_right = np.minimum(new[..., :2] + new[..., 2:], old[..., :2] + old[..., 2:])
+    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=-1)
+    iou = intersection / (new[..., 2:].prod(axis=-1) + old[..., 2:].prod(axis=-1) - intersection)
     candidates = [
-        (-round(overlap[i, j], 2), crops[i].class_name != records[j]["class"], i, j)
-        for i, j in np.argwhere(overlap >= SAME_OBJECT).tolist()
+        (-round(iou[i, j], 2), crops[i].class_name != records[j]["class"], i, j)
+        for i, j in np.argwhere(iou >= SAME_OBJECT).tolist()
     ]
     matches: dict[int, int] = {}
     for _, _, i, j in sorted(candidates):
@@ -340,16 +340,16 @@ def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> 
 
 @dataclass
 class Change:
-    """What is to become of the crops of a photo."""
+    """The new records of a photo's crops, and the files to write and remove for them."""
 
     photo: str
     records: list[dict[str, Any]] = field(default_factory=list)
     writes: dict[Path, bytes] = field(default_factory=dict)
     removals: list[Path] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)  # then crops that a person has changed
+    problems: list[Problem] = field(default_factory=list)  # of cutting, then crops that a person has changed
 
     def carry_out(self) -> None:
-        """Write what is new, then remove what it replaces.
+        """Write the new files, then remove the old ones.
 
         Raises:
             UserError: a file or folder cannot be written or removed.
@@ -361,27 +361,27 @@ class Change:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                what = f"cannot be removed: {error.strerror}"
-                raise lct.UserError(what, str(path), "make it writable; the same command continues") from error
-            with contextlib.suppress(OSError):  # what is not empty stays
-                path.parent.rmdir()  # an empty one would be a class without images
+                problem = f"cannot be removed: {error.strerror}"
+                raise lct.UserError(problem, str(path), "make it writable; the same command continues") from error
+            with contextlib.suppress(OSError):  # folders that are not empty stay
+                path.parent.rmdir()  # an empty folder would be a class without images
                 path.parent.parent.rmdir()
 
 
 class Planner:
-    """Decides which file each crop has; knows all names that are taken."""
+    """Chooses the file of each crop; knows all names that are taken."""
 
     def __init__(self, labelled: Labelled, cutter: Cutter, records: Records) -> None:
         self.labelled = labelled
         self.roots = cutter.roots
-        self._stems: dict[str, str] = {}  # photo -> what the names of its crops begin with
+        self._stems: dict[str, str] = {}  # photo -> start of the file names of its crops
         for photo, lines in (*records.stale.items(), *records.crops.items()):
             if lines:
                 self._stems[photo] = Path(json.loads(lines[0])["file"]).stem.rpartition("_")[0]
         self._taken = {stem.casefold() for stem in self._stems.values()}
 
     def stem(self, photo: str) -> str:
-        """Return what the names of a photo's crops begin with: its path on one level, as no other photo has it."""
+        """Return the start of the file names of a photo's crops: its path on one level, unique among the photos."""
         if photo not in self._stems:
             flat = unicodedata.normalize("NFC", photo.rpartition(".")[0].replace("/", "__"))
             if len(flat.encode()) > MAX_NAME_BYTES or flat.casefold() in self._taken:
@@ -392,39 +392,39 @@ class Planner:
         return self._stems[photo]
 
     def plan(self, cut: CutPhoto) -> Change:
-        """Return what is to be written and removed so that the crops of a photo are those that were cut."""
+        """Return the change that replaces the earlier crops of a photo by the new ones, except those that a person has changed."""
         change = Change(cut.photo.path, problems=list(cut.problems))
         if cut.crops is None:
             change.records = [record for record, _ in cut.states]
-            change.problems += [tell_by_hand(record, state, "") for record, state in cut.states if state != "sound"]
+            change.problems += [report_edit(record, state, "") for record, state in cut.states if state != "sound"]
             return change
         sound = [record for record, state in cut.states if state == "sound"]
         contents = {self.roots[item["unknown"]] / name: digest for item in sound for name, digest in list_files(item)}
         last_number = max((int(parse_number(record["file"])) for record, _ in cut.states), default=0)
         new_names = (f"{self.stem(cut.photo.path)}_{number}" for number in itertools.count(last_number + 1))
         matches = match_crops(cut.crops, [record for record, _ in cut.states])
-        drawn_masks: set[Path] = set()
-        # A photo with problems is cut again, so that they are named again.
+        moved_masks: set[Path] = set()
+        # Without a key, a photo with problems is cut again by the next call, which then reports them again.
         key = "" if cut.problems else cut.photo.key
         for index, crop in enumerate(cut.crops):
             old, state = cut.states[matches[index]] if index in matches else (None, "")
             if state in ("edited", "gone"):
-                # Where the labels say something else it is looked at again, and told again.
+                # Without a key, the next call reports again that the labels disagree.
                 is_same = old["class"] == crop.class_name
                 change.records.append({**old, "key": key if is_same else ""})
-                now = "" if is_same else f"; the labels now say {crop.class_name}"
-                change.problems.append(tell_by_hand(old, state, now))
+                addition = "" if is_same else f"; the labels now say {crop.class_name}"
+                change.problems.append(report_edit(old, state, addition))
                 continue
             if crop.mask is None and old and not old["unknown"] and old["sha256"] == hash_bytes(crop.jpeg):
-                # Labels of boxes alone, as annotation tools give them back, take no mask from the same crop; one that
-                # someone else has drawn since, such as SAM-2, moves with it.
+                # Annotation tools may give back boxes without masks: an unchanged crop then keeps its mask. A mask that
+                # someone else, such as SAM-2, has drawn since moves with its crop.
                 file = self.roots[False] / old["file"]
-                drawn = file.parents[1] / "masks" / f"{file.stem}_mask.png"
-                is_left = crop.class_name not in (old["class"], *self.labelled.unknown) and drawn.is_file()
-                if old["mask"] or is_left:
-                    crop = crop._replace(mask=drawn.read_bytes())
-                if is_left and not old["mask"]:
-                    drawn_masks.add(drawn)
+                mask_path = file.parents[1] / "masks" / f"{file.stem}_mask.png"
+                is_moved = crop.class_name not in (old["class"], *self.labelled.unknown) and mask_path.is_file()
+                if old["mask"] or is_moved:
+                    crop = crop._replace(mask=mask_path.read_bytes())
+                if is_moved and not old["mask"]:
+                    moved_masks.add(mask_path)
             taken = {Path(item["file"]).stem for item in change.records}
             names = itertools.chain([Path(old["file"]).stem] if old else [], new_names)
             names = itertools.filterfalse(taken.__contains__, names)
@@ -438,13 +438,13 @@ class Planner:
         for index, (record, state) in enumerate(cut.states):
             if state == "edited" and index not in matches.values():
                 change.records.append(record)
-                change.problems.append(tell_by_hand(record, state, "; the labels no longer have it"))
-        change.removals = sorted((contents.keys() | drawn_masks) - change.writes.keys())
+                change.problems.append(report_edit(record, state, "; the labels no longer have it"))
+        change.removals = sorted((contents.keys() | moved_masks) - change.writes.keys())
         change.writes = {path: data for path, data in change.writes.items() if contents.get(path) != hash_bytes(data)}
         return change
 
     def _place(self, crop: NewCrop, photo: Photo, names: Iterator[str], may_replace: set[Path]) -> dict[str, Any]:
-        """Return the record of a crop, which has the first of some names whose file nothing else has."""
+        """Return the record of a crop, under the first of the names whose file does not exist or is in `may_replace`."""
         is_unknown = crop.class_name in self.labelled.unknown
         folder = self.labelled.folders[crop.class_name]
 
@@ -457,7 +457,7 @@ class Planner:
             if is_free(file):
                 break
         mask = f"{folder}/masks/{name}_mask.png"
-        # A folder of unknown objects is read with all that lies below it; a mask that someone else has drawn stays.
+        # A folder of unknown objects is read with its subfolders, so it has no masks; a mask that someone else has drawn stays.
         has_mask = bool(crop.mask) and not is_unknown and is_free(mask)
         return {
             "file": file,
@@ -473,16 +473,16 @@ class Planner:
         }
 
 
-def tell_by_hand(record: dict[str, Any], state: str, now: str) -> Problem:
-    """Return what to tell of a crop that a person has changed; `now` is what the labels say of it."""
-    done = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
-    return Problem(record["photo"], record["id"], f"has a crop {record['file']} that {done}{now}")
+def report_edit(record: dict[str, Any], state: str, addition: str) -> Problem:
+    """Return the problem of a crop that a person has edited or removed; `addition` is appended to its text."""
+    verb = "was edited by hand and is kept" if state == "edited" else "was removed by hand and stays so"
+    return Problem(record["photo"], record["id"], f"has a crop {record['file']} that {verb}{addition}")
 
 
 def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[Problem]:
-    """Make the crops be those of the labels, photo by photo; return what is to be told of them.
+    """Make the crops follow the labels, photo by photo; return the problems.
 
-    The records of a photo are on disk before its files are touched: whatever a kill leaves is known to be ours.
+    The records of a photo are on disk before its files change: after a kill, every file is known to be written by this tool.
     """
     cutter = Cutter(options)
     planner = Planner(labelled, cutter, records)
@@ -491,8 +491,8 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
     problems: list[Problem] = []
     photos = plan_photos(options, labelled, records)
     with contextlib.closing(progress_log), contextlib.closing(bar):
-        while portion := list(itertools.islice(photos, 4 * lct.count_cores())):
-            changes = [planner.plan(cut) for _, cut in lct.map_in_threads(cutter, portion)]
+        while chunk := list(itertools.islice(photos, 4 * lct.count_cores())):
+            changes = [planner.plan(cut) for _, cut in lct.map_in_threads(cutter, chunk)]
             changed = [change for change in changes if change.writes or change.removals]
             entries = [{"photo": change.photo, "crops": change.records} for change in changed]
             if entries:
@@ -502,29 +502,29 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
             for change in changes:
                 records.crops[change.photo] = [to_line(record) for record in change.records]
                 problems += change.problems
-            bar.update(len(portion))
+            bar.update(len(chunk))
     return problems
 
 
 def write_records(options: CropOptions, records: Records) -> Counter[str]:
-    """Write `crops.jsonl`; return how many crops there are, and how many were added, removed, moved and cut anew."""
+    """Write `crops.jsonl`; return the number of crops, and of crops added, removed, moved and cut anew."""
     path = options.out / RECORDS_NAME
-    # A crop keeps its name when it moves to another class.
-    before = {Path(record["file"]).name: record for record in read_lines(path)}
+    # By file name, which a crop keeps when it moves to another class.
+    earlier = {Path(record["file"]).name: record for record in read_lines(path)}
     lines = [text for photo in sorted(records.crops) for text in records.crops[photo]]
     counts: Counter[str] = Counter()
     for record in map(json.loads, lines):
-        is_there = "gone" not in record
-        counts.update(crops=is_there, unknown=is_there and record["unknown"], masks=is_there and bool(record["mask"]))
-        counts[name_change(before.pop(Path(record["file"]).name, None), record)] += 1
-    counts["removed"] = len(before)
+        exists = "gone" not in record
+        counts.update(crops=exists, unknown=exists and record["unknown"], masks=exists and bool(record["mask"]))
+        counts[name_change(earlier.pop(Path(record["file"]).name, None), record)] += 1
+    counts["removed"] = len(earlier)
     lct.write_bytes(path, "".join(f"{text}\n" for text in lines).encode())
     (options.out / PROGRESS_NAME).unlink(missing_ok=True)
     return counts
 
 
 def name_change(old: dict[str, Any] | None, record: dict[str, Any]) -> str:
-    """Return what has become of a crop since the last call."""
+    """Return how a crop has changed since the last call, as a key of the counts."""
     if old is None:
         return "added"
     if (old["file"], old["unknown"]) != (record["file"], record["unknown"]):
@@ -534,23 +534,22 @@ def name_change(old: dict[str, Any] | None, record: dict[str, Any]) -> str:
 
 
 def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
-    """Refuse a class folder that a person has filled: with a folder `cropped` in it, the images beside that would be passed over.
+    """Refuse a class folder that a person has filled: a subfolder `cropped` would hide the images beside it from training.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the folder.
     """
     for folder in folders:
         path = options.out / folder
         if path.is_dir() and not (path / "cropped").exists():
-            names = [entry.name for entry in lct.visible_entries(path)]
-            images = [name for name in names if name.lower().endswith(lct.IMAGE_SUFFIXES)]
+            images = [file.name for file in lct.visible_entries(path) if file.name.lower().endswith(lct.IMAGE_SUFFIXES)]
             if images:
-                what = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
-                raise lct.UserError(what, str(path), "move them into a folder cropped there")
+                problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
+                raise lct.UserError(problem, str(path), "move them into a folder cropped there")
 
 
 def crop_photos(options: CropOptions) -> None:
-    """Cut labelled photos into one folder of crops a class; a second call makes the crops follow the labels."""
+    """Cut labelled photos into one folder of crops a class; a later call makes the crops follow corrected labels."""
     check_options(options)
     labelled = read_labelled(options)
     check_folders(options, labelled.folders.values())
@@ -559,28 +558,28 @@ def crop_photos(options: CropOptions) -> None:
         records = Records(options.out)
         records.check_photos(options.images, labelled.paths, labelled.num_bytes)
         for root in (options.out, unknown_folder(options.out)):
-            for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # of a job that was killed while it wrote
+            for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # leftovers of a job killed while writing
                 for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
                     leftover.unlink()
         for note in labelled.notes:
             lct.show(note)
         if not options.image_bits:
-            with_objects = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
-            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, with_objects))
+            paths = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
+            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, paths))
         num_objects = sum(map(len, labelled.objects))
-        counts = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
-        lct.show(f"{' in '.join(counts)}, {lct.count_of(len(labelled.folders), 'class')}")
+        totals = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
+        lct.show(f"{' in '.join(totals)}, {lct.count_of(len(labelled.folders), 'class')}")
         problems = labelled.problems + cut_photos(options, labelled, records)
         lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
         counts = write_records(options, records)
-    others = records.crops.keys() - set(labelled.paths)
-    tell_end(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in others))
+    unlabelled = records.crops.keys() - set(labelled.paths)
+    print_summary(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in unlabelled))
 
 
-def tell_end(
-    options: CropOptions, labelled: Labelled, counts: Counter[str], problems: Sequence[Problem], num_others: int
+def print_summary(
+    options: CropOptions, labelled: Labelled, counts: Counter[str], problems: Sequence[Problem], num_unlabelled: int
 ) -> None:
-    """Print what there is, what has changed, what is wrong, and how to go on.
+    """Print the problems, the numbers of crops and of changes, and the command to train on the crops.
 
     Raises:
         UserError: there is no crop of a class.
@@ -588,37 +587,37 @@ def tell_end(
     if counts["crops"] == counts["unknown"]:
         first = f": {problems[0]}" if problems else ""
         if counts["unknown"]:
-            what = f"has {counts['unknown']:,} crops of no class, and none of a class: all labels are of --unknown"
-            raise lct.UserError(what, options.said("out"), "name fewer classes with --unknown")
+            reason = f"has {counts['unknown']:,} crops of no class, and none of a class: all labels are of --unknown"
+            raise lct.UserError(reason, options.said("out"), "name fewer classes with --unknown")
         raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
-    for problem in problems[:SHOWN]:
+    for problem in problems[:MAX_SHOWN]:
         lct.show(lct.printable(f"  {problem}"))
-    if len(problems) > SHOWN:
-        lct.show(f"  and {len(problems) - SHOWN:,} more")
-    if num_others:
-        lct.show(f"crops of photos that these labels do not name, which stay: {num_others:,}")
-    idle = sorted(labelled.unknown - labelled.folders.keys())
-    if idle:
-        lct.show(f"warning: --unknown {shlex.join(idle)}: no object is of such a class")
-    strays = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in labelled.unknown]
-    if strays:
-        names = ", ".join(map(repr, strays))
-        lct.show(f"warning: {names} will be trained as a class; --unknown {shlex.join(strays)} sets it apart")
-    changes = ", ".join(f"{counts[word]:,} {word}" for word in ("added", "removed", "moved", "cut anew"))
+    if len(problems) > MAX_SHOWN:
+        lct.show(f"  and {len(problems) - MAX_SHOWN:,} more")
+    if num_unlabelled:
+        lct.show(f"crops of photos that these labels do not name, which stay: {num_unlabelled:,}")
+    unused = sorted(labelled.unknown - labelled.folders.keys())
+    if unused:
+        lct.show(f"warning: --unknown {shlex.join(unused)}: no object is of such a class")
+    suspects = [name for name in labelled.folders if name.lower() in lct.UNKNOWN_NAMES and name not in labelled.unknown]
+    if suspects:
+        names = ", ".join(map(repr, suspects))
+        lct.show(f"warning: {names} will be trained as a class; --unknown {shlex.join(suspects)} sets it apart")
+    changes = ", ".join(f"{counts[change]:,} {change}" for change in ("added", "removed", "moved", "cut anew"))
     lct.show(
         f"{lct.count_of(counts['crops'], 'crop')}, {counts['masks']:,} with a mask, {counts['unknown']:,} of no class: {changes};"
         f" {lct.count_of(len(problems), 'problem')} (problems.json)\nwritten: {options.out}; train with"
     )
-    words = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
-    words += ["--group_regex", GROUP_REGEX]
-    # For the photos that its run will label.
-    words += ["--image_bits", *options.image_bits] if options.image_bits else []
-    words += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
-    lct.show(shlex.join(map(str, words)))
+    command = ["python", lct.SCRIPT_NAME, "--data_root", options.out, "--out_dir", f"{options.out.resolve()}_run"]
+    command += ["--group_regex", GROUP_REGEX]
+    # The crops have 8 bits; the run needs the bits for the photos that it will label.
+    command += ["--image_bits", *options.image_bits] if options.image_bits else []
+    command += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
+    lct.show(shlex.join(map(str, command)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Cut crops as the command line says, and return the exit code."""
+    """Cut crops with command-line arguments, and return the exit code."""
     return lct.run_program("crop", CropOptions, crop_photos, argv)
 
 

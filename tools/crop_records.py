@@ -39,7 +39,7 @@ class Records:
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
 
     def check_photos(self, images: Path, paths: Sequence[str], sizes: Sequence[int]) -> None:
-        """Refuse a photo with the name of another one cut earlier, as cameras reuse names: its crops would replace the earlier ones.
+        """Refuse a photo with the name of a different, earlier one, as cameras reuse names: it would take over the earlier crops.
 
         Args:
             images: folder of the photos.

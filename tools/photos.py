@@ -15,7 +15,7 @@ import numpy as np
 
 
 def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
-    """Return how many bits a channel photos of more than 8 bits really use, as in the scan of a data set; () without such photos."""
+    """Return how many bits a channel photos of more than 8 bits really use, found like those of a data set; () without any."""
     results = lct.map_in_threads(read_highest_value, [root / path for path in paths])
     with lct.progress(results, len(paths), "looking for more than 8 bits", unit="photo") as bar:
         highest = np.array([value for _, value in bar], dtype=np.int64)
@@ -45,5 +45,5 @@ def read_image_size(path: Path) -> tuple[int, int]:
         ImageError: with the reason.
     """
     with lct.opened_image(lct.read_file(path)) as image:
-        # 0x0112: EXIF orientation, of which 5 to 8 swap the sides.
+        # EXIF orientations 5 to 8 swap the sides.
         return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
