@@ -4,9 +4,9 @@
     python tools/track.py RUN --tensorboard              into RUN/tensorboard; show it with: tensorboard --logdir RUN
     python tools/track.py RUN --clearml                  on the server that clearml-init has set up, else offline into RUN/clearml
 
-`--use_clearml` and `--use_tensorboard` of training start this beside the run. It follows RUN/metrics.jsonl from its first line and
-ends when the run has ended. That file is the queue: whatever happens here, the run neither notices nor waits, and the same command
-records all of it again. Knows files alone: nothing of the script, no torch.
+`--use_clearml` and `--use_tensorboard` of training start this program beside the run. It follows RUN/metrics.jsonl from the first
+line and ends when the run has ended. The file is the queue: whatever happens here, the run neither notices nor waits, and the same
+command records the whole run again. Reads files only: imports neither the script nor torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import itertools
 import json
 import os
 import signal
@@ -27,19 +28,19 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.5
-SILENT_SECONDS = 60.0  # without an answer of ClearML: whatever it waits for, it waits in vain
-CLOSE_SECONDS = 300.0  # in which files can be uploaded at the end
-RUN_WAITS_SECONDS = 4.4  # at the end for this program, where the run has started it
-MAX_CLASSES = 1000  # beyond, neither figures by class nor a confusion matrix: it would have a million numbers
-MAX_TABLE_CLASSES = 30  # beyond, TensorBoard gets the confusions that are most frequent, not a table of all
+SILENT_SECONDS = 60.0  # longest wait for an answer of ClearML
+CLOSE_SECONDS = 300.0  # longest wait for uploads at the end
+RUN_WAITS_SECONDS = 4.4  # longest time to finish if the run has started this program, which it kills after 4.5 s
+MAX_CLASSES = 1000  # with more classes, no figures by class and no confusion matrix, which would have a million entries
+MAX_TABLE_CLASSES = 30  # with more classes, TensorBoard shows the most frequent confusions instead of the matrix
 DEFAULT_PROJECT = "DINOv3-Embeddings"
-# Files of a run, with the event after which they are whole.
+# Artifacts of a run, by the event after which the files are complete.
 ARTIFACTS = {
     "run_start": ("config.json", "data_report.json"),
     "proto_end": ("prototypes.npz", "checkpoint_best.pth"),
     "run_end": ("report.html",),
 }
-# What ClearML would otherwise patch or look for in this process: the run is another one.
+# Integrations of ClearML that would patch or inspect this process: all are off, because the run is another process.
 CLEARML_BINDINGS = (
     "detect_repository matplotlib tensorflow tensorboard pytorch xgboost scikit fastai lightgbm hydra tfdefines joblib megengine"
     " catboost gradio jsonargparse"
@@ -47,7 +48,7 @@ CLEARML_BINDINGS = (
 
 
 def say(text: str) -> None:
-    """Print a line for people; ClearML's own printing goes nowhere."""
+    """Print a line with the time, past the redirection of `sys.stdout` that silences ClearML."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=sys.__stdout__, flush=True)
 
 
@@ -55,18 +56,18 @@ def say(text: str) -> None:
 
 
 def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
-    """Yield each record of metrics.jsonl, and those that come, until the last one is `run_end` or the process has gone.
+    """Yield the records of metrics.jsonl as they are written, until the last one is `run_end` or the process is gone.
 
-    A run that goes back to an earlier epoch writes the file anew: it is then read from its first line again, without what is known.
+    A run that goes back to an earlier epoch replaces the file: it is then read from the first line, without the lines already seen.
     """
     is_child = pid is not None and os.getppid() == pid
-    known: set[bytes] = set()
+    seen: set[bytes] = set()
     inode = 0
     offset = 0
-    last = ""
+    last_event = ""
     while True:
-        # Before reading: what the run wrote last is read then.
-        has_gone = pid is not None and not is_running(pid, is_child)
+        # Asked before reading, so that the last lines of the run are read.
+        is_gone = pid is not None and not is_running(pid, is_child)
         data = b""
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -78,37 +79,37 @@ def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
         complete = data[: data.rfind(b"\n") + 1]
         offset += len(complete)
         for line in complete.splitlines():
-            if line in known:
+            if line in seen:
                 continue
-            known.add(line)
+            seen.add(line)
             with contextlib.suppress(ValueError):  # a damaged line
                 record = json.loads(line)
                 if isinstance(record, dict) and "event" in record:
-                    last = record["event"]
+                    last_event = record["event"]
                     yield record
-        if has_gone or (last == "run_end" and len(complete) == len(data)):
+        if is_gone or (last_event == "run_end" and len(complete) == len(data)):
             return
         time.sleep(POLL_SECONDS)
 
 
 def is_running(pid: int, is_child: bool) -> bool:
-    """Say whether a process is there; a parent that has gone, even as a zombie, has left its children to another."""
+    """Whether a process exists. A parent that has ended, even one that is a zombie, has passed its children to another process."""
     if is_child:
         return os.getppid() == pid
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # the process of another user
         return True
     return True
 
 
-# What is recorded.
+# Figures and where they are recorded.
 
 
 def list_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (title, series, value) of every figure of an epoch that is defined: by split, and by split and class."""
+    """Return (title, series, value) of every defined figure of an epoch: by split, and by split and class."""
     scalars = []
     for group, figures in record.items():
         if not isinstance(figures, dict):
@@ -123,20 +124,20 @@ def list_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def read_confusion(run: Path, class_names: Sequence[str]) -> list[list[int]] | None:
-    """Return how often class i was answered with class j on the test, from predictions.csv; None where there is nothing to show."""
+    """Return how often class i was answered with class j on the test, from predictions.csv; None without that file."""
     path = run / "predictions.csv"
     if not path.exists() or len(class_names) > MAX_CLASSES:
         return None
-    number = {name: index for index, name in enumerate(class_names)}
+    index_of = {name: index for index, name in enumerate(class_names)}
     matrix = [[0] * len(class_names) for _ in class_names]
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            matrix[number[row["class"]]][number[row["answer"]]] += 1
+            matrix[index_of[row["class"]]][index_of[row["answer"]]] += 1
     return matrix
 
 
 class TensorBoard:
-    """Writes RUN/tensorboard anew from the first record on: nothing is there twice, however often this is started."""
+    """Writes RUN/tensorboard anew from the first record on: nothing appears twice, however often this program is started."""
 
     def __init__(self, run: Path) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -146,7 +147,7 @@ class TensorBoard:
             path.unlink()
         self._writer = EventFileWriter(str(folder))
         self._last_epoch = 0
-        self._forget_from(0)  # of a viewer that knows the old file
+        self._forget_from(0)  # for a viewer that has read the old file
 
     def start(self, options: dict[str, Any], when: float) -> None:
         """Show the options of the run."""
@@ -154,7 +155,7 @@ class TensorBoard:
         self._add_text("options", "\n".join(["| option | value |", "|---|---|", *rows]), 0, when)
 
     def add_scalars(self, scalars: Sequence[tuple[str, str, float]], epoch: int, when: float) -> None:
-        """Write the figures of an epoch; one that is done again takes the place of the old one."""
+        """Write the figures of an epoch; those of a repeated epoch replace the old ones."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if epoch <= self._last_epoch:
@@ -164,33 +165,32 @@ class TensorBoard:
         self._add(Summary(value=values), epoch, when)
 
     def add_figures(self, figures: dict[str, float], when: float) -> None:
-        """Write the final figures, at the last epoch."""
+        """Write the final figures at the last epoch."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._add(Summary(value=values), self._last_epoch, when)
 
     def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
-        """Write the confusion matrix of the test as a table; of many classes the most frequent confusions."""
+        """Write the test's confusion matrix as a table, or with many classes its most frequent confusions."""
         if len(names) <= MAX_TABLE_CLASSES:
             lines = ["| true \\ answered | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
             lines += [
                 f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, matrix, strict=True)
             ]
         else:
-            pairs = Counter(
-                {(a, b): n for a, row in zip(names, matrix, strict=True) for b, n in zip(names, row, strict=True)}
-            )
-            wrong = [(pair, count) for pair, count in pairs.most_common() if pair[0] != pair[1] and count][:100]
+            cells = itertools.chain.from_iterable(matrix)
+            counts = Counter(dict(zip(itertools.product(names, repeat=2), cells, strict=True)))
+            wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1] and count][:100]
             lines = ["| true | answered | images |", "|---|---|---|"]
             lines += [f"| {true} | {answered} | {count} |" for (true, answered), count in wrong]
         self._add_text("test confusion", "\n".join(lines), self._last_epoch, when)
 
     def add_artifact(self, path: Path) -> None:
-        """Files of the run lie beside the log already."""
+        """Do nothing: the files of the run lie beside the log already."""
 
     def close(self, status: str, when: float) -> None:
-        """Write how the run ended, and finish the file."""
+        """Write the status of the run, and finish the file."""
         self._add_text("status", status, self._last_epoch, when)
         self._writer.close()
 
@@ -220,7 +220,7 @@ class TensorBoard:
 class ClearML:
     """A task on the ClearML server, or offline in RUN/clearml.
 
-    A call that fails or gets no answer starts this program again, offline, from the first record on.
+    A call that fails or gets no answer restarts this program offline, from the first record on.
     """
 
     def __init__(self, run: Path, options: argparse.Namespace) -> None:
@@ -231,10 +231,10 @@ class ClearML:
         self._task: Any = None
         os.environ.setdefault("CLEARML_LOG_LEVEL", "ERROR")
         os.environ["CLEARML_CACHE_DIR"] = str(self._folder)  # offline sessions go there too
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  ClearML prints
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for what ClearML prints
 
     def start(self, options: dict[str, Any], when: float) -> None:
-        """Open the task: the one of an earlier start where the server has it."""
+        """Open the task; continue the task of an earlier start unless offline."""
         with self._limited(SILENT_SECONDS):
             from clearml import Task
             from clearml.config import config_obj
@@ -244,18 +244,16 @@ class ClearML:
                 self._options.offline = True
                 say(f"ClearML: {obstacle}; recording offline into {self._folder}")
             Task.set_offline(self._options.offline)
-            # Its reporter would be another process, that can outlive us.
+            # A reporter in a subprocess could outlive this process.
             config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
-            memory = self._folder / "task_id.txt"
-            earlier = memory.read_text() if memory.exists() and not self._options.offline else ""
+            id_path = self._folder / "task_id.txt"
+            earlier_id = id_path.read_text() if id_path.exists() and not self._options.offline else ""
             name = options.get("clearml_task_name") or options.get("experiment_name") or self._run.resolve().name
             self._task = Task.init(
                 project_name=self._options.project or options.get("clearml_project") or DEFAULT_PROJECT,
                 task_name=self._options.task or name,
-                reuse_last_task_id=earlier or False,
-                continue_last_task=0
-                if earlier
-                else False,  # 0: epochs keep their numbers, and take the place of the old ones
+                reuse_last_task_id=earlier_id or False,
+                continue_last_task=0 if earlier_id else False,  # 0: epochs keep their numbers and replace the old ones
                 auto_connect_arg_parser=False,
                 auto_connect_frameworks=dict.fromkeys(CLEARML_BINDINGS.split(), False),
                 auto_resource_monitoring=False,
@@ -263,7 +261,7 @@ class ClearML:
             )
             self._task.connect({name: str(value) for name, value in options.items()}, name="options")
             if not self._options.offline:
-                memory.write_text(self._task.id)
+                id_path.write_text(self._task.id)
                 say(f"ClearML: recording into task {self._task.id}")
 
     def add_scalars(self, scalars: Sequence[tuple[str, str, float]], epoch: int, when: float) -> None:
@@ -279,7 +277,7 @@ class ClearML:
                 self._task.get_logger().report_single_value(name, value)
 
     def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
-        """Report the confusion matrix of the test, rows true and columns answered."""
+        """Report the test's confusion matrix, with the true classes as rows."""
         labels = {"xlabels": list(names), "ylabels": list(names), "xaxis": "predicted", "yaxis": "true"}
         with self._limited(SILENT_SECONDS):
             self._task.get_logger().report_confusion_matrix("test", "confusion", matrix, iteration=0, **labels)
@@ -292,7 +290,7 @@ class ClearML:
     def close(self, status: str, when: float) -> None:
         """Finish the task as completed, stopped or failed."""
         with self._limited(CLOSE_SECONDS):
-            self._task.flush(wait_for_uploads=True)  # marking stopped would drop what is still queued
+            self._task.flush(wait_for_uploads=True)  # `mark_stopped` drops queued reports
             if status == "interrupted":
                 self._task.mark_stopped()
             elif status != "completed":
@@ -301,31 +299,31 @@ class ClearML:
 
     @contextlib.contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
+        """Fall back if the block raises or takes longer than `seconds`."""
         timer = threading.Timer(seconds, self._fall_back, [f"no answer for {seconds:.0f} s"])
         timer.daemon = True
         timer.start()
         try:
             yield
-        except Exception as error:  # whatever ClearML raises
+        except Exception as error:  # ClearML raises errors of many kinds
             self._fall_back(f"{type(error).__name__}: {error}")
         finally:
             timer.cancel()
 
     def _fall_back(self, reason: str) -> None:
-        """Start this program again, offline; if it was, without ClearML."""
+        """Restart this program offline; if it is offline already, without ClearML."""
         reason = " ".join(reason.split())[:200]
-        words = sys.argv[1:]
         if not self._options.offline:
             say(f"ClearML: {reason}; recording offline into {self._folder}")
-            words = [*words, "--offline"]
+            arguments = [*sys.argv[1:], "--offline"]
         else:
             say(f"ClearML: {reason}; recording to ClearML stops here")
-            words = [word for word in words if word != "--clearml"]
-        os.execv(sys.executable, [sys.executable, __file__, *words])
+            arguments = [argument for argument in sys.argv[1:] if argument != "--clearml"]
+        os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
 
 def find_clearml_obstacle() -> str:
-    """Return why no ClearML server can be used, or '' when one answers within 3 s."""
+    """Return why no ClearML server can be used, or '' if one answers within 3 s."""
     import socket
     from urllib.parse import urlsplit
 
@@ -341,7 +339,7 @@ def find_clearml_obstacle() -> str:
     port = host.port or (443 if host.scheme == "https" else 80)
     try:
         with socket.create_connection((host.hostname, port), timeout=3) as connection:
-            if host.scheme != "https":  # a host that accepts and never answers would block Task.init for minutes
+            if host.scheme != "https":  # a host that accepts but never answers would block Task.init for minutes
                 connection.sendall(f"GET /debug.ping HTTP/1.0\r\nHost: {host.hostname}\r\n\r\n".encode())
                 if not connection.recv(1):
                     return f"{host.hostname}:{port} closes the connection"
@@ -354,7 +352,7 @@ def find_clearml_obstacle() -> str:
 
 
 class Recording:
-    """Hands what a run writes on to where it is recorded; a method for each event that counts."""
+    """Passes the records of a run to the sinks; one method for each kind of event."""
 
     def __init__(self, run: Path, sinks: Sequence[TensorBoard | ClearML]) -> None:
         self.status = "the run has not begun"
@@ -362,11 +360,11 @@ class Recording:
         self._sinks = sinks
         self._class_names: list[str] = []
         self._is_open = False
-        self._when = time.time()  # of the last record
-        self._sent: dict[str, int] = {}  # artifacts: time of the file that was handed on
+        self._when = time.time()  # time of the last record
+        self._sent: dict[str, int] = {}  # name of an artifact -> mtime in ns of the file that was recorded
 
     def take(self, record: dict[str, Any]) -> None:
-        """Record one line of metrics.jsonl, and the files that are whole with it."""
+        """Record one line of metrics.jsonl, and the files that are complete after its event."""
         event = record["event"]
         self._when = record.get("time", self._when)
         handle = {
@@ -413,13 +411,13 @@ class Recording:
             sink.add_confusion(matrix, self._class_names, self._when)
 
     def close(self) -> None:
-        """Finish what was opened, by the `run_start` that holds the options."""
+        """Close the sinks, if a `run_start` has opened them."""
         for sink in self._sinks if self._is_open else ():
             sink.close(self.status, self._when)
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return what the command line says; of an option that there is not, the one that is spelled nearly like it is named."""
+    """Parse the command line; the error for an unknown option names the closest one."""
     options, unknown = parser.parse_known_args()
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -429,7 +427,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Read the command line, record the run, and return the exit code."""
+    """Record the run that the command line names; ends the process."""
     parser = argparse.ArgumentParser(
         prog="python tools/track.py", description="Record a run in ClearML or TensorBoard.", allow_abbrev=False
     )
@@ -447,7 +445,7 @@ def main() -> int:
         parser.error("give --clearml, --tensorboard or both")
     if not (options.run / "metrics.jsonl").exists():
         parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
-    with contextlib.suppress(OSError, ValueError):  # a run of ours may not have written it yet
+    with contextlib.suppress(OSError, ValueError):  # the run may not have written it yet
         if "num_devices" in json.loads((options.run / "config.json").read_text("utf-8")):
             parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -467,14 +465,14 @@ def main() -> int:
             recording.take(record)
     except KeyboardInterrupt:
         recording.status = "interrupted"
-    if options.pid is not None:  # the run waits no longer, if it is still there
+    if options.pid is not None:  # the run, if it still exists, waits no longer than this
         timer = threading.Timer(RUN_WAITS_SECONDS, os._exit, [1])
         timer.daemon = True
         timer.start()
     recording.close()
     if sinks and options.pid is None:
         say(f"recorded: {options.run}, {recording.status}")
-    # ClearML's threads may wait for a server that does not answer: all that can be sent has been.
+    # Without waiting for ClearML's threads, which may wait for a silent server: everything that can be sent is sent.
     os._exit(0 if sinks else 2)
 
 
