@@ -26,7 +26,7 @@ import lct_dino3 as lct
 import numpy as np
 
 ANSWER_FORM = {"unit": str, "size": [int], "objects": [list], "problems": [list]}
-UNIT_OBJECTS = 256  # of one image, cut after one decode; bounds the crops that wait in a loader
+UNIT_OBJECTS = 256  # of one image in a unit, decoded once for each unit; bounds the crops that wait in a loader
 
 
 @dataclass(frozen=True)

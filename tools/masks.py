@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Draw the masks that are missing with SAM-2, and show crops and masks on one sheet.
+"""Draw missing masks with SAM-2, and show crops and masks on one sheet.
 
     python lct_dino3.py masks --data_root DATA --out_dir MASKS --sam2_ckpt sam2.1_hiera_large.pt
-    python lct_dino3.py masks --data_root DATA --out_dir MASKS --no-draw      only the sheet, of the masks that there are
+    python lct_dino3.py masks --data_root DATA --out_dir MASKS --no-draw      only the sheet, of the existing masks
 
-`--auto_generate_masks` of training starts this. A mask goes to `<class>/masks/<stem>_mask.png`, or below --masks_out. Each is on
-disk before the next crop is begun, and `masks.jsonl` in out_dir remembers every attempt: whenever this is stopped, the same
-command does only the rest, and crops that were refused with the same settings are not tried again.
+`--auto_generate_masks` of training starts this program. A mask goes to `<class>/masks/<stem>_mask.png`, or below --masks_out. Each
+is on disk before the next crop is begun, and `masks.jsonl` in out_dir records every attempt: after an interruption the same
+command does only the remaining crops, and does not retry crops that were refused with the same settings.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lct_dino3 as lct
 
-MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # of a file that `lct.atomic_file` writes
-MASK_AREA_RANGE = (0.02, 0.98)  # share of a crop that its object can fill
-SPECK_SHARE = 0.01  # of the largest part; the smaller jaw of pliers cut in two by a finger is far larger
-HOLE_SHARE = 0.005  # of the object; the eye of a wrench, the finger ring of scissors are larger
-SAM2_BOX_INSET = 0.02  # share of the side by which the box prompt lies inside the crop
-# Its build would otherwise fetch a second torch (2.6 GB) and compile a CUDA extension that single images do not need.
+MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # the longest name that `lct.atomic_file` can write
+MASK_AREA_RANGE = (0.02, 0.98)  # plausible share of a crop that its object fills
+SPECK_SHARE = 0.01  # of the largest part's area; the smaller jaw of pliers cut in two by a finger is far larger
+HOLE_SHARE = 0.005  # of the object's area; the eye of a wrench and the finger ring of scissors are larger
+SAM2_BOX_INSET = 0.02  # distance of the box prompt from the edges of the crop, as a share of the side
+# A plain install would fetch a second torch (2.6 GB) and compile a CUDA extension that single images do not need.
 SAM2_INSTALL = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
 SAM2_URLS = {  # https://github.com/facebookresearch/sam2/blob/main/checkpoints/download_ckpts.sh
     "sam2": "https://dl.fbaipublicfiles.com/segment_anything_2/072824",
@@ -54,7 +54,7 @@ SAM2_SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
 MASKS_OUT_REMEDY = "give --masks_out DIR, a folder of your own that the masks go to"
 PREVIEW_CROPS = 60  # on the sheet
 PREVIEW_COLUMNS = 3  # crops a row
-PREVIEW_SIDE = 176  # px of a picture
+PREVIEW_SIDE = 176  # px of a panel
 PREVIEW_PAPER = "#ffffff"
 PREVIEW_EMPTY = "#e8eaee"
 PREVIEW_GRAY = "#6b7280"
@@ -71,7 +71,7 @@ class MaskOptions(lct.Options):
         needed=True, folder=lct.DATA_TREE)
     out_dir: Path | None = lct.option(None, "where masks.jsonl, masks_preview.png and data_report.json go", "data", metavar="DIR",
         needed=True)
-    # What decides which crops are looked at, as in training.
+    # Options that decide which crops are used, as in training.
     class_map: Path | None = lct.same_option("class_map")
     exclude: tuple[str, ...] = lct.same_option("exclude")
     data_fraction: float = lct.same_option("data_fraction")
@@ -87,8 +87,8 @@ class MaskOptions(lct.Options):
     draw: bool = lct.option(True, "draw what is missing; --no-draw only shows what there is", "masks")
     sam2_cfg: str = lct.same_option("sam2_cfg")
     sam2_ckpt: Path | None = lct.option(None, "checkpoint of SAM-2 that belongs to the config", "masks", metavar="FILE")
-    # The automatic mask generator of sam2 keeps predicted IoUs from 0.8 on (pred_iou_thresh). Strict is safe: a crop without
-    # mask is shown as it is, while a wrong mask hides the object.
+    # sam2's automatic mask generator keeps predicted IoUs from 0.8 (pred_iou_thresh). Strict is safe: a crop without a mask is
+    # used whole, while a wrong mask hides the object.
     mask_min_score: float = lct.option(0.8, "IoU that SAM-2 must predict for a mask to be written", "masks", low=0.0, high=1.0)
     mask_cleanup: bool = lct.option(True, "remove specks and fill small holes of drawn masks", "masks")
     gpus: int | None = lct.same_option("gpus")
@@ -99,12 +99,12 @@ class MaskOptions(lct.Options):
 
 
 def draw_masks(options: MaskOptions) -> None:
-    """Draw a mask for every crop that has none, show them in masks_preview.png, and say in data_report.json what there is."""
+    """Draw a mask for every crop without one, show crops and masks in masks_preview.png, and write data_report.json."""
     lct.check_given(options)
     lct.check_out_dir(options)
     out_dir = options.out_dir
     if options.gpus == 0:
-        # sam2 fills its tables on any GPU that it sees, while it is imported and built for the CPU too.
+        # While sam2 is imported and built, even for the CPU, it fills its tables on any visible GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     is_checked = options.draw and options.sam2_ckpt is not None
     if is_checked:
@@ -126,7 +126,7 @@ def draw_masks(options: MaskOptions) -> None:
             scan.memory.save()
         preview_masks(scan, out_dir)
         written = [str(out_dir / "masks_preview.png")]
-        if not (out_dir / "metrics.jsonl").exists():  # the data report of a run is that of its first start
+        if not (out_dir / "metrics.jsonl").exists():  # a run keeps the data report of its first start
             lct.write_json(out_dir / "data_report.json", scan.report)
             written.append(str(out_dir / "data_report.json"))
     lct.show(format_mask_table(scan.report))
@@ -135,10 +135,10 @@ def draw_masks(options: MaskOptions) -> None:
 
 
 def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
-    """Return a request for each record without mask. A file that was refused as a mask stays: the new one has another name."""
+    """Return a request for each record without a mask. A file refused as a mask stays: the new mask gets another name."""
     records = scan.records
     root = (options.masks_out or options.data_root).absolute()
-    stems = Counter(
+    num_crops = Counter(
         (lct.class_folder(path, options.splits), Path(path).stem)
         for path in (*scan.listing.paths, *scan.listing.excluded)
     )
@@ -148,7 +148,7 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
         folder = lct.class_folder(path, options.splits)
         crop = Path(path)
         names = [f"{crop.name}_mask.png"]
-        if stems[folder, crop.stem] == 1:
+        if num_crops[folder, crop.stem] == 1:
             names.insert(0, f"{crop.stem}_mask.png")
         targets = [root / folder / options.masks_dirname / name for name in names]
         free = [target for target in targets if not target.exists()]
@@ -158,7 +158,7 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
 
 
 def format_mask_table(report: dict[str, Any]) -> str:
-    """Return per class how many crops have a mask, how many of those SAM-2 drew, what it failed at, and what is missing."""
+    """Return a table of each class's crops: all, with a mask, drawn by SAM-2, not drawn because refused, without a mask."""
     rows = {
         name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
         for name, row in report["classes"].items()
@@ -167,26 +167,26 @@ def format_mask_table(report: dict[str, Any]) -> str:
 
 
 class MaskRequest(NamedTuple):
-    """A crop that wants a mask."""
+    """A crop that needs a mask."""
 
-    path: str  # relative to data_root, for names and records
-    source: Path  # the crop's file
-    target: Path  # where the mask goes; its folder need not exist
+    path: str  # relative to data_root, for records and captions
+    source: Path  # file of the crop
+    target: Path  # file of the mask; the folder need not exist
     image_bits: tuple[int, ...] = ()
 
 
 class MaskOutcome(NamedTuple):
-    """What became of a request."""
+    """The outcome of a request."""
 
     path: str
-    score: float  # IoU with the true mask as the model predicts it; NaN when there is no mask or nothing is known
-    area: float  # share of the crop, likewise
-    reason: str  # '' = written; else why it was refused
+    score: float  # IoU with the true mask, predicted by the model; NaN without a mask, or if unknown
+    area: float  # share of the crop; NaN likewise
+    reason: str  # '' = written; otherwise why it was refused
 
 
 class _Crop(NamedTuple):
-    square: np.ndarray  # uint8 (side, side, 3), squashed to what the model sees
-    height: int  # px of the crop itself
+    square: np.ndarray  # uint8 (side, side, 3), resized to the model's input
+    height: int  # px, before resizing
     width: int
 
 
@@ -196,16 +196,16 @@ class _MaskJob(NamedTuple):
     mtime_ns: int
 
 
-# What SAM-2 needs: the package, a config of it, and the checkpoint that belongs to the config.
+# SAM-2: the package, one of its configs, and the checkpoint for that config.
 
 
 def check_sam2(options: MaskOptions) -> None:
-    """Check all that is needed to draw masks before any work: package, config, checkpoint, and that they fit together.
+    """Check before any work that masks can be drawn: package, config, checkpoint, and that they fit together.
 
-    The checkpoint's names and shapes are read, not its hundreds of megabytes: 3 s for the large model.
+    Reads the names and shapes in the checkpoint, not its hundreds of megabytes: 3 s for the large model.
 
     Raises:
-        UserError: with the command that gets what is missing.
+        UserError: with the command that fetches what is missing.
     """
     _import_sam2()
     _find_sam2_checkpoint(options)
@@ -217,7 +217,7 @@ def _import_sam2() -> None:
         with _quiet_sam2():
             import sam2.build_sam
             import sam2.sam2_image_predictor  # noqa: F401
-    except Exception as error:  # it raises RuntimeError when a clone of its repository shadows it
+    except Exception as error:  # RuntimeError if a clone of the sam2 repository shadows the package
         _raise_if_memory_is_short(error)
         problem = f"cannot be imported: {lct.printable(str(error)).split('. ')[0][:200]}"
         remedy = SAM2_INSTALL
@@ -229,22 +229,22 @@ def _import_sam2() -> None:
 
 @contextlib.contextmanager
 def _quiet_sam2() -> Iterator[None]:
-    """Keep sam2 from the log: it tells the root logger of every image, which gives that a handler, and uses old parts of torch."""
+    """Silence sam2: it logs every image to the root logger, which thereby gets a handler, and makes torch warn of old calls."""
     handler = logging.NullHandler()
-    disabled = logging.root.manager.disable
+    level = logging.root.manager.disable
     logging.root.addHandler(handler)
-    logging.disable(max(disabled, logging.INFO))
+    logging.disable(max(level, logging.INFO))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
+        logging.disable(level)
         logging.root.removeHandler(handler)
 
 
 def _raise_if_memory_is_short(error: Exception) -> None:
-    """Raise what says so, where a failure comes from want of memory, as on a GPU that others fill; Hydra wraps it in its own."""
+    """Raise the out-of-memory error behind `error`, if any, as on a GPU that others fill; Hydra wraps it in errors of its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(cause):
@@ -253,7 +253,7 @@ def _raise_if_memory_is_short(error: Exception) -> None:
 
 
 def _build_sam2(options: MaskOptions) -> torch.nn.Module:
-    """Return the model of --sam2_cfg on the CPU, with random weights; Hydra and the random generator are left as they were."""
+    """Build the model of --sam2_cfg on the CPU with random weights; leaves Hydra and the random generator as they were."""
     import sam2
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -270,10 +270,10 @@ def _build_sam2(options: MaskOptions) -> torch.nn.Module:
             initialize_config_module("sam2", version_base="1.2")
             return build_sam2(options.sam2_cfg, None, device="cpu")
     except MissingConfigException as error:
-        nearest = difflib.get_close_matches(options.sam2_cfg, known, n=1)
-        remedy = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
+        closest = difflib.get_close_matches(options.sam2_cfg, known, n=1)
+        remedy = f"did you mean {closest[0]}?" if closest else f"it has {', '.join(known)}"
         raise lct.UserError("is no config of the sam2 package", options.said("sam2_cfg"), remedy) from error
-    except Exception as error:  # Hydra, OmegaConf and the constructors: whatever a config of another kind provokes
+    except Exception as error:  # a config of another kind can cause any error, in Hydra, OmegaConf or the constructors
         _raise_if_memory_is_short(error)
         problem = f"cannot be built: {lct.printable(str(error)).split('. ')[0][:200]}"
         raise lct.UserError(problem, options.said("sam2_cfg"), f"give one of {', '.join(known)}") from error
@@ -282,7 +282,7 @@ def _build_sam2(options: MaskOptions) -> torch.nn.Module:
 
 
 def _how_to_get_checkpoint(sam2_cfg: str) -> str:
-    """Return the command that fetches the official checkpoint of a config, and the flag to go with it."""
+    """Return the command that fetches the official checkpoint of a config, and the flag that names it."""
     match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
     if not match:
         return "give the checkpoint that was trained with this config"
@@ -302,17 +302,17 @@ def _find_sam2_checkpoint(options: MaskOptions) -> Path:
 
 
 def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Map the checkpoint into memory, never executing anything in it, and compare it with the model tensor by tensor.
+    """Map the checkpoint into memory without executing anything in it, and check that its tensors fit the model.
 
     Raises:
-        UserError: missing, unreadable, not of SAM-2, or of another config.
+        UserError: the checkpoint is missing, unreadable, not of SAM-2, or of another config.
     """
     path = _find_sam2_checkpoint(options)
     where = f"--sam2_ckpt {path}"
     remedy = _how_to_get_checkpoint(options.sam2_cfg)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and I/O errors: whatever a damaged or foreign file provokes
+    except Exception as error:  # a damaged or foreign file can cause any error: zip, pickle, I/O
         _raise_if_memory_is_short(error)
         is_foreign = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
         reason = "it is not what torch.save writes" if is_foreign else lct.printable(str(error)).split(". ")[0][:200]
@@ -320,18 +320,18 @@ def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str
     weights = payload.get("model") if isinstance(payload, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise lct.UserError("is no checkpoint of SAM-2: it has no 'model' with tensors", where, remedy)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    given = {name: value.shape for name, value in weights.items()}
-    unfit = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    actual = {name: value.shape for name, value in weights.items()}
+    unfit = [name for name in expected | actual if expected.get(name) != actual.get(name)]
     if unfit:
-        first = lct.printable(", ".join(map(str, unfit[:3])))
-        problem = f"{len(unfit)} tensors are missing, foreign or of another shape ({first}, ...)"
+        examples = lct.printable(", ".join(map(str, unfit[:3])))
+        problem = f"{len(unfit)} tensors are missing, foreign or of another shape ({examples}, ...)"
         raise lct.UserError(f"does not fit --sam2_cfg {options.sam2_cfg}: {problem}", where, remedy)
     return weights
 
 
 class Sam2:
-    """SAM-2 that is asked one question: what is the object that fills this crop?"""
+    """SAM-2, prompted for the one object that fills a crop."""
 
     def __init__(self, options: MaskOptions, runtime: lct.Runtime) -> None:
         _import_sam2()
@@ -341,12 +341,12 @@ class Sam2:
         model.load_state_dict(_read_sam2_weights(options, model))
         self.side = model.image_size
         self._device = runtime.device
-        self._is_bf16 = runtime.dtype == torch.bfloat16  # fp16, which older GPUs get, is not what it was made for
+        self._is_bf16 = runtime.dtype == torch.bfloat16  # SAM-2 is not made for fp16, which older GPUs use
         with _quiet_sam2():
             self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
 
     def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,) and mask logits float32 (3, 256, 256)."""
+        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,), mask logits float32 (3, 256, 256)."""
         low = self.side * SAM2_BOX_INSET
         high = self.side * (1 - SAM2_BOX_INSET)
         with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
@@ -364,14 +364,14 @@ class Sam2:
 
 
 def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
-    """Return which of M candidates to take: the best predicted IoU among those of plausible area, else among all."""
+    """Return the index of the best of M candidates: highest predicted IoU among those of plausible area, else among all."""
     low, high = MASK_AREA_RANGE
     scores = np.nan_to_num(scores, nan=-1.0)
-    return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # an IoU is at most 1
+    return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # 10: more than any IoU
 
 
 def judge_mask(score: float, area: float, min_score: float) -> str:
-    """Return why a mask is refused, or ''."""
+    """Return why a mask is refused, or '' if it is accepted."""
     low, high = MASK_AREA_RANGE
     if not score >= min_score:  # also NaN
         return f"score {score:.2f} is below --mask_min_score {min_score:g}"
@@ -381,10 +381,10 @@ def judge_mask(score: float, area: float, min_score: float) -> str:
 
 
 def clean_mask(mask: np.ndarray) -> np.ndarray:
-    """Return bool (H, W) without specks and small holes; large parts and the eye of a wrench or a finger ring remain.
+    """Return bool (H, W) without specks and small holes; large parts, the eye of a wrench and finger rings remain.
 
-    A speck touches the rest not even by a corner and is smaller than SPECK_SHARE of the largest part; a hole is background
-    enclosed by the object and smaller than HOLE_SHARE of the object.
+    A speck touches no other part, not even at a corner, and is smaller than SPECK_SHARE of the largest part; a small hole is
+    background enclosed by the object and smaller than HOLE_SHARE of the object.
     """
     from scipy.ndimage import label
 
@@ -402,33 +402,33 @@ def clean_mask(mask: np.ndarray) -> np.ndarray:
 def _draw_mask(
     sam2: Sam2, path: str, crop: _Crop | lct.ImageError, options: MaskOptions
 ) -> tuple[MaskOutcome, np.ndarray | None]:
-    """Return what became of a crop, and its mask, bool (H, W), unless it is refused."""
+    """Return the outcome for a crop, and its mask, bool (H, W), or None if refused."""
     if isinstance(crop, lct.ImageError):
         return MaskOutcome(path, math.nan, math.nan, str(crop)), None
     scores, logits = sam2.propose(crop.square)
-    chosen = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
-    # As sam2 does it: the logits are enlarged, not the mask, which gives smooth outlines.
-    candidate = torch.from_numpy(logits[chosen])[None, None]
+    best = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
+    # Like sam2, enlarges the logits instead of the mask, which gives smooth outlines.
+    candidate = torch.from_numpy(logits[best])[None, None]
     enlarged = torch.nn.functional.interpolate(candidate, (crop.height, crop.width), mode="bilinear")
     mask = enlarged[0, 0].numpy() > 0
     if options.mask_cleanup:
         mask = clean_mask(mask)
-    score = float(scores[chosen])
+    score = float(scores[best])
     area = float(mask.mean())
     reason = judge_mask(score, area, options.mask_min_score)
     return MaskOutcome(path, score, area, reason), None if reason else mask
 
 
-# The whole job, which can be stopped anywhere.
+# Drawing all masks; it can be interrupted anywhere.
 
 
 def generate_masks(
     options: MaskOptions, runtime: lct.Runtime, requests: Sequence[MaskRequest]
 ) -> dict[str, MaskOutcome]:
-    """Draw the masks that are asked for, and return what became of every request, by path.
+    """Draw the requested masks, and return the outcome of every request by path.
 
-    A mask file that exists is never touched, and a crop that was refused with the same settings is not tried again. Each mask
-    is on disk before the next crop is begun: whenever this is stopped, the next call does only the rest.
+    Never touches an existing mask file, and does not retry a crop that was refused with the same settings. Each mask is on disk
+    before the next crop is begun: after an interruption the next call does only the remaining crops.
 
     Raises:
         UserError: something is missing or does not fit together (see `check_sam2`), or a mask cannot be written.
@@ -450,16 +450,9 @@ def generate_masks(
     ):
         for job, crop in zip(jobs, crops, strict=True):
             outcome, mask = _draw_mask(sam2, job.request.path, crop, options)
-            # The record goes first: a mask on disk then never lacks its score, and a record whose mask is not there is done again.
-            values = (
-                outcome.path,
-                job.size,
-                job.mtime_ns,
-                outcome.score,
-                outcome.area,
-                outcome.reason or None,
-                settings,
-            )
+            # The record goes first: a mask on disk then always has a score, and a record whose mask is missing is done again.
+            file_state = (job.size, job.mtime_ns)
+            values = (outcome.path, *file_state, outcome.score, outcome.area, outcome.reason or None, settings)
             record = lct.to_json(dict(zip(lct.MASK_RECORD_KEYS, values, strict=True)))
             log.append(json.dumps(record, ensure_ascii=False) + "\n")
             if mask is not None:
@@ -472,27 +465,27 @@ def generate_masks(
 def _plan_jobs(
     options: MaskOptions, requests: Sequence[MaskRequest]
 ) -> tuple[dict[str, MaskOutcome], list[_MaskJob], str]:
-    """Return the outcomes that are known already, what is left to do, and the settings key that new records carry."""
+    """Return the outcomes already known, the jobs left to do, and the hash of the settings for new records."""
     records = lct.read_mask_log(options.out_dir)
     outcomes = {}
     missing = []
     for request in requests:
         if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
             outcomes[request.path] = MaskOutcome(request.path, math.nan, math.nan, "the name of its mask is too long")
-        elif request.target.exists():  # drawn by us, or put there by someone since we refused it
+        elif request.target.exists():  # drawn by an earlier call, or by someone else since it was refused
             record = records.get(request.path)
-            is_ours = record is not None and not record["reason"]
+            was_drawn = record is not None and not record["reason"]
             unknown = MaskOutcome(request.path, math.nan, math.nan, "")
-            outcomes[request.path] = to_outcome(record) if is_ours else unknown
+            outcomes[request.path] = to_outcome(record) if was_drawn else unknown
         else:
             missing.append(request)
-    settings = _hash_settings(options) if missing else ""  # reads the whole checkpoint: a second
+    settings = _hash_settings(options) if missing else ""  # reads the whole checkpoint, which takes a second
     jobs = []
     for request in missing:
         try:
             status = request.source.stat()
             job = _MaskJob(request, status.st_size, status.st_mtime_ns)
-        except OSError:  # reading it will say why
+        except OSError:  # reading the crop will report why
             job = _MaskJob(request, -1, -1)
         record = records.get(request.path)
         state = (job.size, job.mtime_ns, settings)
@@ -504,13 +497,13 @@ def _plan_jobs(
 
 
 def to_outcome(record: dict[str, Any]) -> MaskOutcome:
-    """Return the outcome that a record of masks.jsonl holds."""
+    """Return a record of masks.jsonl as an outcome."""
     score, area = (math.nan if record[key] is None else record[key] for key in ("score", "area"))
     return MaskOutcome(record["path"], score, area, record["reason"] or "")
 
 
 def _hash_settings(options: MaskOptions) -> str:
-    """Return 16 hex digits over all that decides whether a mask is accepted, not where it was drawn."""
+    """Return a hash of all that decides whether a mask is accepted, 16 hex digits; the device does not count."""
     with open(_find_sam2_checkpoint(options), "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     recipe = (SAM2_BOX_INSET, MASK_AREA_RANGE, SPECK_SHARE, HOLE_SHARE)
@@ -519,22 +512,22 @@ def _hash_settings(options: MaskOptions) -> str:
 
 
 def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
-    """Yield `read(item)` in order, threads being a few items ahead; closing it drops what has not been begun."""
+    """Yield `read(item)` in order, while threads read a few items ahead; closing it drops the reads not yet begun."""
     pool = ThreadPoolExecutor(num_threads)
-    waiting = deque()
+    futures = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > 2 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(read, item))
+            if len(futures) > 2 * num_threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
-    """Read a crop at the size that the model sees, so that what waits for the model is small whatever the file holds."""
+    """Read a crop and resize it to the model's input, so that waiting crops are small however large the file is."""
     try:
         image = lct.load_image(job.request.source, job.request.image_bits)
     except lct.ImageError as error:
@@ -544,7 +537,7 @@ def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
 
 
 def _write_mask(target: Path, mask: np.ndarray) -> None:
-    """Write bool (H, W) as an 8-bit PNG of 0 and 255, whole."""
+    """Write bool (H, W) atomically as an 8-bit PNG of 0 and 255."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lct.atomic_file(target) as file:
@@ -557,7 +550,7 @@ def _write_mask(target: Path, mask: np.ndarray) -> None:
 
 
 class MaskPreview(NamedTuple):
-    """One crop on the sheet."""
+    """A crop on the sheet."""
 
     caption: str
     image: np.ndarray  # uint8 (H, W, 3)
@@ -566,40 +559,41 @@ class MaskPreview(NamedTuple):
 
 
 def preview_masks(scan: lct.Scan, out_dir: Path) -> None:
-    """Write masks_preview.png: crops that SAM-2 was least sure of first, then masks that were there, spread over the classes."""
+    """Write masks_preview.png: first the crops with the lowest scores of SAM-2, then other masks, spread over the classes."""
     records = scan.records
-    row_of = {records.paths[row]: row for row in range(len(records.paths))}
+    row_of = {path: row for row, path in enumerate(records.paths)}
     drawn = [to_outcome(record) for path, record in lct.read_mask_log(out_dir).items() if path in row_of]
     drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
     chosen = [(row_of[outcome.path], outcome) for outcome in drawn[:PREVIEW_CROPS]]
-    known = {outcome.path for outcome in drawn}
-    others = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in known]
-    spread = np.linspace(0, len(others) - 1, min(len(others), PREVIEW_CROPS - len(chosen))).astype(int).tolist()
+    drawn_paths = {outcome.path for outcome in drawn}
+    other_rows = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in drawn_paths]
+    num_others = min(len(other_rows), PREVIEW_CROPS - len(chosen))
+    spread = np.linspace(0, len(other_rows) - 1, num_others).astype(int).tolist()
     items = []
-    for row, outcome in chosen + [(others[i], None) for i in spread]:
+    for row, outcome in chosen + [(other_rows[i], None) for i in spread]:
         with contextlib.suppress(lct.ImageError):  # gone since the scan
             image, mask, _ = lct.load_crop(records, row, 1)
             score = f"   {outcome.score:.2f}" if outcome else ""
-            note = outcome.reason if outcome and mask is None else ""  # refused once, and drawn by hand since: no note
+            note = outcome.reason if outcome and mask is None else ""  # no note if drawn by hand since the refusal
             items.append(MaskPreview(records.paths[row] + score, image, mask, note))
     order = "the lowest scores first" if chosen else "spread over the classes"
     write_masks_preview(out_dir / "masks_preview.png", items, len(row_of), order)
 
 
 def write_masks_preview(path: Path, items: Sequence[MaskPreview], total: int, order: str) -> None:
-    """Write a contact sheet as PNG of some of `total` crops, in an order told in words."""
+    """Write a contact sheet of some of `total` crops as PNG; its title states their `order`."""
     columns = max(1, min(PREVIEW_COLUMNS, len(items)))
     num_refused = sum(bool(item.note) for item in items)
-    # From crop to crop, in px: pictures, text, gap.
-    across = 3 * PREVIEW_SIDE + 32
-    down = PREVIEW_SIDE + (64 if num_refused else 44)
-    sheet = Image.new("RGB", (max(24 + columns * across, 640), 72 + -(-len(items) // columns) * down), PREVIEW_PAPER)
+    # Distances from crop to crop in px: panels, text, gap.
+    step_x = 3 * PREVIEW_SIDE + 32
+    step_y = PREVIEW_SIDE + (64 if num_refused else 44)
+    sheet = Image.new("RGB", (max(24 + columns * step_x, 640), 72 + -(-len(items) // columns) * step_y), PREVIEW_PAPER)
     draw = ImageDraw.Draw(sheet)
     title = f"{len(items):,} of {total:,} crops, {order}" + (f"; {num_refused:,} refused" if num_refused else "")
     draw.text((24, 16), title, "black", load_font(20))
     draw.text((24, 44), "crop  |  mask  |  masked crop", PREVIEW_GRAY, load_font(13))
     for index, item in enumerate(items):
-        _draw_preview(sheet, (24 + index % columns * across, 72 + index // columns * down), item)
+        _draw_preview(sheet, (24 + index % columns * step_x, 72 + index // columns * step_y), item)
     with lct.atomic_file(path) as file:
         sheet.save(file, "PNG")
 
@@ -630,7 +624,7 @@ def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview
 
 @functools.cache
 def load_font(size: int) -> Any:
-    """Return a font of the system that has Cyrillic and Greek; else Pillow's own, which shows boxes for them."""
+    """Return a system font with Cyrillic and Greek, else Pillow's default, which shows boxes for them."""
     for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
@@ -638,7 +632,7 @@ def load_font(size: int) -> Any:
 
 
 def fit_text(text: str, font: Any, width: int) -> str:
-    """Return `text` on one line of at most `width` px, by taking out its middle: a path tells most at its ends."""
+    """Return `text` on one line of at most `width` px, shortened in the middle, because the ends of a path tell most."""
     text = lct.printable(text)
     if font.getlength(text) <= width:
         return text

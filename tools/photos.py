@@ -15,7 +15,7 @@ import numpy as np
 
 
 def find_photo_bits(root: Path, paths: Sequence[str]) -> tuple[int, ...]:
-    """Return how many bits a channel photos of more than 8 bits really use, found like those of a data set; () without any."""
+    """Return the bits a channel that photos of more than 8 really use, found as in the scan of a data set; () without any."""
     results = lct.map_in_threads(read_highest_value, [root / path for path in paths])
     with lct.progress(results, len(paths), "looking for more than 8 bits", unit="photo") as bar:
         highest = np.array([value for _, value in bar], dtype=np.int64)

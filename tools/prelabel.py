@@ -209,7 +209,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
 
 
 class Cut(NamedTuple):
-    """A unit whose crops are cut; the crops themselves are kept apart."""
+    """The outcome of cutting a unit, apart from the pixels of its crops."""
 
     unit: Unit
     size: tuple[int, int]  # width and height of the upright image; 0, 0 = the image cannot be used
@@ -486,7 +486,7 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
 
 
 def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None, bits: Sequence[int] = ()) -> str | None:
-    """Return a thumbnail of an image, or of its part left, top, right, bottom, as a data URI; None if it is gone or damaged."""
+    """Return a thumbnail of an image, or of the part left, top, right, bottom, as a data URI; None if it is gone or damaged."""
     try:
         picture = Image.fromarray(lct.load_image(path, bits)).crop(edges)
     except lct.ImageError:

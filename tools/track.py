@@ -30,7 +30,7 @@ from typing import Any
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 60.0  # longest wait for an answer of ClearML
 CLOSE_SECONDS = 300.0  # longest wait for uploads at the end
-RUN_WAITS_SECONDS = 4.4  # longest time to finish if the run has started this program, which it kills after 4.5 s
+RUN_WAITS_SECONDS = 4.4  # longest time to finish when the run waits, which kills this program after 4.5 s
 MAX_CLASSES = 1000  # with more classes, no figures by class and no confusion matrix, which would have a million entries
 MAX_TABLE_CLASSES = 30  # with more classes, TensorBoard shows the most frequent confusions instead of the matrix
 DEFAULT_PROJECT = "DINOv3-Embeddings"
@@ -124,7 +124,7 @@ def list_scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def read_confusion(run: Path, class_names: Sequence[str]) -> list[list[int]] | None:
-    """Return how often class i was answered with class j on the test, from predictions.csv; None without that file."""
+    """Return how often test images of class i were answered with j; None without predictions.csv or with too many classes."""
     path = run / "predictions.csv"
     if not path.exists() or len(class_names) > MAX_CLASSES:
         return None
