@@ -70,12 +70,6 @@ class CropOptions(lct.Options):
     debug: bool = lct.same_option("debug")
 
 
-def unknown_folder(out: Path) -> Path:
-    """Return the folder for crops of no class: beside --out, because each folder inside would be trained as a class."""
-    out = out.resolve()
-    return out.with_name(f"{out.name}_unknown")
-
-
 def check_options(options: CropOptions) -> None:
     """Check the options as far as possible without reading labels; writes nothing.
 
@@ -97,6 +91,12 @@ def check_options(options: CropOptions) -> None:
         if is_used and not any((options.out / name).exists() for name in (RECORDS_NAME, PROGRESS_NAME)):
             problem = f"{folder} is neither empty nor made by this tool: it has no {RECORDS_NAME}"
             raise lct.UserError(problem, where, "choose a new folder")
+
+
+def unknown_folder(out: Path) -> Path:
+    """Return the folder for crops of no class: beside --out, because each folder inside would be trained as a class."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}_unknown")
 
 
 # --- reading labels
@@ -479,6 +479,54 @@ def report_edit(record: dict[str, Any], state: str, addition: str) -> Problem:
     return Problem(record["photo"], record["id"], f"has a crop {record['file']} that {verb}{addition}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Cut crops with command-line arguments, and return the exit code."""
+    return lct.run_program("crop", CropOptions, crop_photos, argv)
+
+
+def crop_photos(options: CropOptions) -> None:
+    """Cut labelled photos into one folder of crops a class; a later call makes the crops follow corrected labels."""
+    check_options(options)
+    labelled = read_labelled(options)
+    check_folders(options, labelled.folders.values())
+    lct.create_out_dir(options.out, "--out")
+    with lct.lock_directory(options.out, "--out"):
+        records = Records(options.out)
+        records.check_photos(options.images, labelled.paths, labelled.num_bytes)
+        for root in (options.out, unknown_folder(options.out)):
+            for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # leftovers of a job killed while writing
+                for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
+                    leftover.unlink()
+        for note in labelled.notes:
+            lct.show(note)
+        if not options.image_bits:
+            paths = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
+            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, paths))
+        num_objects = sum(map(len, labelled.objects))
+        totals = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
+        lct.show(f"{' in '.join(totals)}, {lct.count_of(len(labelled.folders), 'class')}")
+        problems = labelled.problems + cut_photos(options, labelled, records)
+        lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
+        counts = write_records(options, records)
+    unlabelled = records.crops.keys() - set(labelled.paths)
+    print_summary(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in unlabelled))
+
+
+def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
+    """Refuse a class folder that a person has filled: a subfolder `cropped` would hide the images beside it from training.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    for folder in folders:
+        path = options.out / folder
+        if path.is_dir() and not (path / "cropped").exists():
+            images = [file.name for file in lct.visible_entries(path) if file.name.lower().endswith(lct.IMAGE_SUFFIXES)]
+            if images:
+                problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
+                raise lct.UserError(problem, str(path), "move them into a folder cropped there")
+
+
 def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[Problem]:
     """Make the crops follow the labels, photo by photo; return the problems.
 
@@ -533,49 +581,6 @@ def name_change(old: dict[str, Any] | None, record: dict[str, Any]) -> str:
     return "unchanged" if is_same else "cut anew"
 
 
-def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
-    """Refuse a class folder that a person has filled: a subfolder `cropped` would hide the images beside it from training.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    for folder in folders:
-        path = options.out / folder
-        if path.is_dir() and not (path / "cropped").exists():
-            images = [file.name for file in lct.visible_entries(path) if file.name.lower().endswith(lct.IMAGE_SUFFIXES)]
-            if images:
-                problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
-                raise lct.UserError(problem, str(path), "move them into a folder cropped there")
-
-
-def crop_photos(options: CropOptions) -> None:
-    """Cut labelled photos into one folder of crops a class; a later call makes the crops follow corrected labels."""
-    check_options(options)
-    labelled = read_labelled(options)
-    check_folders(options, labelled.folders.values())
-    lct.create_out_dir(options.out, "--out")
-    with lct.lock_directory(options.out, "--out"):
-        records = Records(options.out)
-        records.check_photos(options.images, labelled.paths, labelled.num_bytes)
-        for root in (options.out, unknown_folder(options.out)):
-            for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # leftovers of a job killed while writing
-                for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):
-                    leftover.unlink()
-        for note in labelled.notes:
-            lct.show(note)
-        if not options.image_bits:
-            paths = [path for path, items in zip(labelled.paths, labelled.objects, strict=True) if items]
-            options = dataclasses.replace(options, image_bits=find_photo_bits(options.images, paths))
-        num_objects = sum(map(len, labelled.objects))
-        totals = [lct.count_of(num_objects, "object"), lct.count_of(len(labelled.paths), "photo")]
-        lct.show(f"{' in '.join(totals)}, {lct.count_of(len(labelled.folders), 'class')}")
-        problems = labelled.problems + cut_photos(options, labelled, records)
-        lct.write_json(options.out / "problems.json", [problem._asdict() for problem in problems])
-        counts = write_records(options, records)
-    unlabelled = records.crops.keys() - set(labelled.paths)
-    print_summary(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in unlabelled))
-
-
 def print_summary(
     options: CropOptions, labelled: Labelled, counts: Counter[str], problems: Sequence[Problem], num_unlabelled: int
 ) -> None:
@@ -614,11 +619,6 @@ def print_summary(
     command += ["--image_bits", *options.image_bits] if options.image_bits else []
     command += ["--unknown_dir", unknown_folder(options.out)] if counts["unknown"] else []
     lct.show(shlex.join(map(str, command)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Cut crops with command-line arguments, and return the exit code."""
-    return lct.run_program("crop", CropOptions, crop_photos, argv)
 
 
 if __name__ == "__main__":

@@ -209,12 +209,6 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
     lct.sync_folder(path.parent)
 
 
-def _download_error(url: str, error: Exception | None) -> lct.UserError:
-    reason = lct.printable(str(getattr(error, "reason", "") or error or type(error).__name__).partition("\n")[0])
-    remedy = "check the network and start again: it goes on where it stopped; or unpack it yourself and give its folder"
-    return lct.UserError(f"cannot be fetched: {reason}", url, remedy)
-
-
 def _fetch_rest(url: str, part: Path) -> None:
     """Append the missing bytes of a file, or fetch it from the start if it has changed on the server."""
     state_path = part.with_name(f"{part.name}.json")
@@ -253,6 +247,12 @@ def _fetch_rest(url: str, part: Path) -> None:
     size = part.stat().st_size
     if total is not None and size != total:
         raise ConnectionError(f"ended after {size:,} of {total:,} bytes")
+
+
+def _download_error(url: str, error: Exception | None) -> lct.UserError:
+    reason = lct.printable(str(getattr(error, "reason", "") or error or type(error).__name__).partition("\n")[0])
+    remedy = "check the network and start again: it goes on where it stopped; or unpack it yourself and give its folder"
+    return lct.UserError(f"cannot be fetched: {reason}", url, remedy)
 
 
 # --- archives
@@ -442,38 +442,6 @@ class Shapes(NamedTuple):
         return bits.reshape(-1, 1, size, size, size).astype(np.float32)
 
 
-def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
-    """Return path, class name and whether it is in a folder named test, for each mesh that is not hidden.
-
-    Raises UserError if there are none.
-    """
-    meshes = []
-    seen = set()  # `modelnet10 chairs` lists each chair twice: it could be held out and trained on
-    folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            parts = path.relative_to(folder).parts
-            is_hidden = any(part.startswith(".") for part in parts)
-            if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
-            names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
-            meshes.append((path, names[-1] if names else "shape", "test" in (folder.resolve().name, *parts[:-1])))
-    if not meshes:
-        remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
-        raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
-    if options.max_samples:
-        counts: Counter[str] = Counter()
-        ranks = []  # of each mesh in its class
-        for _, name, _ in meshes:
-            ranks.append(counts[name])
-            counts[name] += 1
-        chosen = np.argsort(ranks, kind="stable")[: options.max_samples]
-        meshes = [meshes[row] for row in sorted(chosen.tolist())]
-    return meshes
-
-
 def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[tuple[str, str]]]:
     """Voxelise the meshes that are not in the cache, and choose which are held out; also return path and problem of unusable ones.
 
@@ -516,6 +484,38 @@ def load_shapes(options: Any, log: Callable[[str], None]) -> tuple[Shapes, list[
     return Shapes(packed, labels, held_out, class_names), problems
 
 
+def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
+    """Return path, class name and whether it is in a folder named test, for each mesh that is not hidden.
+
+    Raises UserError if there are none.
+    """
+    meshes = []
+    seen = set()  # `modelnet10 chairs` lists each chair twice: it could be held out and trained on
+    folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            parts = path.relative_to(folder).parts
+            is_hidden = any(part.startswith(".") for part in parts)
+            if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
+            names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
+            meshes.append((path, names[-1] if names else "shape", "test" in (folder.resolve().name, *parts[:-1])))
+    if not meshes:
+        remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
+        raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
+    if options.max_samples:
+        counts: Counter[str] = Counter()
+        ranks = []  # of each mesh in its class
+        for _, name, _ in meshes:
+            ranks.append(counts[name])
+            counts[name] += 1
+        chosen = np.argsort(ranks, kind="stable")[: options.max_samples]
+        meshes = [meshes[row] for row in sorted(chosen.tolist())]
+    return meshes
+
+
 def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]:
     """Yield the packed voxels of each file, or the reason why it cannot be used."""
     voxelize = functools.partial(voxelize_file, size=options.voxel_size, is_solid=options.voxel_mode == "solid")
@@ -542,16 +542,9 @@ class LoaderOptions(lct.Options):
     debug: bool = lct.same_option("debug")
 
 
-def read_answers() -> Iterator[str]:
-    """Yield answers, typed or from a pipe, until the input ends or one is 0 or q."""
-    while True:
-        print("number or name, 0 = end: ", end="", flush=True)
-        answer = sys.stdin.readline()
-        if not answer or answer.strip() in ("0", "q"):
-            print()
-            return
-        if answer.strip():
-            yield answer.strip()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the menu; return the exit code."""
+    return lct.run_program("dataset_loader", LoaderOptions, run_menu, argv)
 
 
 def run_menu(options: LoaderOptions) -> None:
@@ -573,6 +566,18 @@ def run_menu(options: LoaderOptions) -> None:
         raise lct.UserError(f"answers that failed: {num_failures}", "the menu", "mend what is said above")
 
 
+def read_answers() -> Iterator[str]:
+    """Yield answers, typed or from a pipe, until the input ends or one is 0 or q."""
+    while True:
+        print("number or name, 0 = end: ", end="", flush=True)
+        answer = sys.stdin.readline()
+        if not answer or answer.strip() in ("0", "q"):
+            print()
+            return
+        if answer.strip():
+            yield answer.strip()
+
+
 def run_action(action: str, download_path: Path) -> str:
     """Run an entry of the menu, and return the line to print."""
     if action == "clear":
@@ -580,11 +585,6 @@ def run_action(action: str, download_path: Path) -> str:
     if action == "choose a folder":
         return f"chosen: {select_local_dataset() or 'none'}"
     return f"ready: {' '.join(map(str, load_dataset(action, download_path)))}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the menu; return the exit code."""
-    return lct.run_program("dataset_loader", LoaderOptions, run_menu, argv)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,27 @@ OUTLINE = 3  # line width of a drawn box, px in an image of 1,000 px
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
+def show_workbench(images: Path, out: Path) -> str:
+    """Draw the pre-labels of the photo into workbench.jpg, and return a sentence on how many are right."""
+    labels = json.loads((out / "coco" / "annotations" / "instances_default.json").read_text(encoding="utf-8"))
+    truth = json.loads((images / "truth.json").read_text(encoding="utf-8"))
+    name_of = {category["id"]: category["name"] for category in labels["categories"]}  # the last one is `unknown`
+    answers = {}
+    objects = []
+    for item in labels["annotations"]:
+        name = name_of[item["category_id"]]
+        is_known = item["category_id"] < len(name_of)
+        answers[str(item["attributes"]["detection_id"])] = name
+        text = f"{name} {item['score']:.2f}" if is_known else name
+        objects.append((item["bbox"], item["category_id"] - 1 if is_known else -1, text))
+    with Image.open(images / labels["images"][0]["file_name"]) as photo:
+        picture = encode_jpeg(draw_prelabels(photo, objects))
+    temporary = out / f".workbench.jpg.{os.getpid()}.tmp"  # the next prelabel removes it if this process is killed
+    temporary.write_bytes(picture)
+    temporary.replace(out / "workbench.jpg")
+    return describe_answers(truth, answers)
+
+
 def draw_prelabels(image: Image.Image, objects: Sequence[tuple[Sequence[float], int, str]]) -> Image.Image:
     """Return an RGB copy of an image of any mode, with labelled boxes in the colours of their classes.
 
@@ -79,6 +100,16 @@ def draw_prelabels(image: Image.Image, objects: Sequence[tuple[Sequence[float], 
     return drawn
 
 
+def load_font(size: int) -> Any:
+    """Return a font of the system, else Pillow's default font."""
+    for name in FONT_NAMES:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
 def _place_tag(
     size: tuple[float, float], frame: Rectangle, image_size: tuple[int, int], occupied: list[Rectangle]
 ) -> Rectangle:
@@ -100,37 +131,6 @@ def _place_tag(
         return sum(max(0.0, w) * max(0.0, h) for w, h in overlaps)
 
     return min(places, key=hidden_area)
-
-
-def load_font(size: int) -> Any:
-    """Return a font of the system, else Pillow's default font."""
-    for name in FONT_NAMES:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
-def show_workbench(images: Path, out: Path) -> str:
-    """Draw the pre-labels of the photo into workbench.jpg, and return a sentence on how many are right."""
-    labels = json.loads((out / "coco" / "annotations" / "instances_default.json").read_text(encoding="utf-8"))
-    truth = json.loads((images / "truth.json").read_text(encoding="utf-8"))
-    name_of = {category["id"]: category["name"] for category in labels["categories"]}  # the last one is `unknown`
-    answers = {}
-    objects = []
-    for item in labels["annotations"]:
-        name = name_of[item["category_id"]]
-        is_known = item["category_id"] < len(name_of)
-        answers[str(item["attributes"]["detection_id"])] = name
-        text = f"{name} {item['score']:.2f}" if is_known else name
-        objects.append((item["bbox"], item["category_id"] - 1 if is_known else -1, text))
-    with Image.open(images / labels["images"][0]["file_name"]) as photo:
-        picture = encode_jpeg(draw_prelabels(photo, objects))
-    temporary = out / f".workbench.jpg.{os.getpid()}.tmp"  # the next prelabel removes it if this process is killed
-    temporary.write_bytes(picture)
-    temporary.replace(out / "workbench.jpg")
-    return describe_answers(truth, answers)
 
 
 def describe_answers(truth: dict[str, str], answers: dict[str, str]) -> str:
@@ -170,20 +170,25 @@ class Starter:
             raise SystemExit(code if code > 0 else 128 - code)
 
 
-def show(text: str) -> None:
-    """Print without buffering, because the started commands print to the same stream."""
-    print(text, flush=True)
-
-
-def draw_once(folder: Path, content: str, draw: Callable[[Path], None]) -> None:
-    """Draw the content of a folder unless the folder exists; it gets its name only when the drawing is complete."""
-    if folder.exists():
-        return
-    show(f"drawing {content} into {folder}")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    draw(unfinished)
-    unfinished.rename(folder)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw what is missing, train or continue, and pre-label the photo. Raises SystemExit with the code of a failed command."""
+    options, train_arguments = parse_command_line(argv)
+    starter = Starter()
+    seed = options.seed
+    draw_once(options.data_root, "eleven hand tools", lambda f: draw_dataset(f, options.images_per_class, seed))
+    draw_once(options.unknown_dir, "things of no class", lambda f: draw_unknown_objects(f, IMAGES_PER_KIND, seed))
+    draw_once(options.images, "a photo of a workbench", lambda f: draw_workbench(f, seed))
+    hardware = {"--gpus": options.gpus, "--workers": options.workers}
+    hardware = {name: value for name, value in hardware.items() if value is not None}
+    shared = ("data_root", "out_dir", "unknown_dir", "seed")
+    flags = {f"--{name}": getattr(options, name) for name in shared} | TRAIN_FLAGS
+    typed = {argument.split("=")[0] for argument in train_arguments}
+    flags = {name: value for name, value in flags.items() if name not in typed} | hardware
+    starter.run(*to_arguments(flags), *train_arguments)
+    detections = options.images / "detections.json"
+    folders = {"--run": options.out_dir, "--images": options.images, "--detections": detections, "--out": options.out}
+    starter.run("prelabel", *to_arguments(folders | {"--box_pad": options.box_pad} | hardware))
+    show(f"{show_workbench(options.images, options.out)}\ndrawn: {options.out / 'workbench.jpg'}")
 
 
 def parse_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -215,30 +220,25 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, 
     return options, train_arguments
 
 
+def draw_once(folder: Path, content: str, draw: Callable[[Path], None]) -> None:
+    """Draw the content of a folder unless the folder exists; it gets its name only when the drawing is complete."""
+    if folder.exists():
+        return
+    show(f"drawing {content} into {folder}")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    draw(unfinished)
+    unfinished.rename(folder)
+
+
+def show(text: str) -> None:
+    """Print without buffering, because the started commands print to the same stream."""
+    print(text, flush=True)
+
+
 def to_arguments(flags: dict[str, Any]) -> list[str]:
     """Return flags and their values as arguments of a command line; a flag whose value is None stands alone."""
     return [part for name, value in flags.items() for part in ((name,) if value is None else (name, str(value)))]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw what is missing, train or continue, and pre-label the photo. Raises SystemExit with the code of a failed command."""
-    options, train_arguments = parse_command_line(argv)
-    starter = Starter()
-    seed = options.seed
-    draw_once(options.data_root, "eleven hand tools", lambda f: draw_dataset(f, options.images_per_class, seed))
-    draw_once(options.unknown_dir, "things of no class", lambda f: draw_unknown_objects(f, IMAGES_PER_KIND, seed))
-    draw_once(options.images, "a photo of a workbench", lambda f: draw_workbench(f, seed))
-    hardware = {"--gpus": options.gpus, "--workers": options.workers}
-    hardware = {name: value for name, value in hardware.items() if value is not None}
-    shared = ("data_root", "out_dir", "unknown_dir", "seed")
-    flags = {f"--{name}": getattr(options, name) for name in shared} | TRAIN_FLAGS
-    typed = {argument.split("=")[0] for argument in train_arguments}
-    flags = {name: value for name, value in flags.items() if name not in typed} | hardware
-    starter.run(*to_arguments(flags), *train_arguments)
-    detections = options.images / "detections.json"
-    folders = {"--run": options.out_dir, "--images": options.images, "--detections": detections, "--out": options.out}
-    starter.run("prelabel", *to_arguments(folders | {"--box_pad": options.box_pad} | hardware))
-    show(f"{show_workbench(options.images, options.out)}\ndrawn: {options.out / 'workbench.jpg'}")
 
 
 if __name__ == "__main__":

@@ -90,105 +90,54 @@ class References(NamedTuple):
     crops: np.ndarray  # uint8 (n, img_size, img_size, 3 or 4), as the model sees them
 
 
-def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict[str, float]:
-    """Write the run as one ONNX file with dynamic batch; return its difference from PyTorch and the figures of `compare_stored`.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export as the command line says, and return the exit code."""
+    return lct.run_program("export", ExportOptions, export_run, argv)
 
-    Raises UserError if a package is missing, or if the file differs from PyTorch by more than TOLERANCE.
+
+def export_run(options: ExportOptions) -> None:
+    """Load a finished run and write it in the chosen format."""
+    lct.check_given(options)
+    path = check_output_path(options)
+    run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
+    lct.merge_lora(run.model.backbone.model)
+    if options.format == "predecessor":
+        export_predecessor(run, path)
+        lct.show(f"written: {path / lct.BEST_NAME}, {path / 'prototypes.npz'}")
+        return
+    lct.create_out_dir(path.absolute().parent, "--out")
+    if options.format == "onnx":
+        checks = export_onnx(run, path, load_references(run, options.data_root or run.config.data_root))
+        lct.show(format_checks(checks, run, options))
+        lct.show(f"read by onnxruntime {MIN_ONNXRUNTIME} and newer (opset {OPSET})")
+    else:
+        export_safetensors(run, path)
+    if transforms := lct.production_transforms(run.config):
+        lct.show(f"warning: a crop must go through these before it is fitted: {json.dumps(transforms)}")
+    lct.show(f"written: {path}, {path.stat().st_size:,} bytes")
+
+
+def check_output_path(options: ExportOptions) -> Path:
+    """Return the file to write, or the folder of the predecessor's files.
+
+    Raises UserError if anything but an earlier export is there, or if it lies among crops or in a run.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        remedy = "pip install onnx onnxscript onnxruntime"
-        raise lct.UserError(f"needs the package {error.name}", "--format onnx", remedy) from error
-    model = ExportedModel(run).cpu().eval()
-    crops = references.crops
-    example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
-    for package in ("torch.onnx", "onnxscript"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # torch's exporter warns about its own code
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            input_names=["images"],
-            output_names=OUTPUT_NAMES,
-        )
-    proto = program.model_proto
-    clear_metadata(proto)
-    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    differences = []
-    for batch in (crops[:1], crops):  # two batch sizes, as it is dynamic
-        with torch.inference_mode():
-            embeddings, scores, *_ = (output.numpy() for output in model(torch.from_numpy(batch)))
-        exported_embeddings, exported_scores, *_ = session.run(OUTPUT_NAMES, {"images": batch})
-        differences.append(np.abs(exported_scores - scores).max())
-        differences.append((1 - (exported_embeddings * embeddings).sum(axis=1)).max())
-    difference = float(np.max(differences))
-    if not difference <= TOLERANCE:  # also if NaN
-        reason = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
-        raise lct.UserError(reason, str(path), "try --format safetensors, and tell us model_id and versions")
-    checks = {"difference": difference, **compare_stored(run.gallery, references.positions, exported_embeddings)}
-    meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
-    meta |= {"min_onnxruntime": MIN_ONNXRUNTIME, "checks": checks}
-    onnx.helper.set_model_props(proto, {"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
-    lct.write_bytes(path, proto.SerializeToString())
-    return checks
-
-
-def compare_stored(gallery: lct.Gallery, positions: np.ndarray, embeddings: np.ndarray) -> dict[str, float]:
-    """Compare references as stored in the gallery, `positions` (n,), with `embeddings` (n, D) of their crops from an exported file.
-
-    Returns:
-        references n; mean_cosine and least_cosine of the pairs; changed_answers, including to or from `unknown`, of a gallery
-        without these references, so that none matches itself.
-    """
-    stored = gallery.stacks[positions]
-    cosines = (stored * embeddings).sum(axis=1)
-    rows = np.delete(np.arange(len(gallery.stacks)), positions)
-    reduced = dataclasses.replace(gallery, stacks=gallery.stacks[rows], stack_labels=gallery.stack_labels[rows])
-    answers = []
-    for queries in (stored, embeddings):
-        labels, best = reduced.answer(queries)
-        answers.append(np.where(best >= gallery.thresholds[labels], labels, -1))
-    figures = {"references": len(positions), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
-    return figures | {"changed_answers": int((answers[0] != answers[1]).sum())}
-
-
-def clear_metadata(message: Any) -> None:
-    """Remove torch's notes from a protobuf, recursively: they contain stack traces with paths of this machine."""
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type:
-            for child in [value] if hasattr(value, "ListFields") else value:
-                clear_metadata(child)
-
-
-def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
-    """Write all weights of the run, backbone included, with the metadata that rebuilding the model needs.
-
-    Raises UserError if the bytes do not read back as the same weights.
-    """
-    from safetensors.torch import load, save
-
-    weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
-    arguments = {"model_name": lct.split_model_id(run.config.model_id)[0], **lct.probe_model(run.config)[0]}
-    # Without paths of this machine.
-    options = {
-        name: value for name, value in run.config.as_plain().items() if not isinstance(getattr(run.config, name), Path)
-    }
-    meta = run.meta | {"classes": run.gallery.class_names, "options": options, "timm": arguments}
-    data = save(weights, metadata={"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
-    read_back = load(data)
-    if read_back.keys() != weights.keys() or not all(torch.equal(read_back[key], weights[key]) for key in weights):
-        raise lct.UserError("what was written is not what is read", str(path), "try again")
-    lct.write_bytes(path, data)
+    is_folder = options.format == "predecessor"
+    path = default_path = options.run / ("predecessor" if is_folder else f"model.{options.format}")
+    if options.out is not None and options.out.resolve() != default_path.resolve():
+        path = options.out
+        data_root = options.data_root or lct.read_run_config(options.run).data_root
+        lct.check_outside(path, options.said("out"), {"data_root": data_root})
+    if is_folder and path != default_path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
+    if path.is_dir() and not is_folder:
+        raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
+    if not is_folder:
+        lct.check_replaceable(path, f"--out {path}", EXPORT_MARKS[options.format])
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise lct.UserError("cannot be written to", str(parent), "give --out FILE elsewhere")
+    return path
 
 
 def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
@@ -241,6 +190,86 @@ def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
         np.savez_compressed(file, **tables, cls2id=label_of, id2cls=dict(enumerate(names)))
 
 
+def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict[str, float]:
+    """Write the run as one ONNX file with dynamic batch; return its difference from PyTorch and the figures of `compare_stored`.
+
+    Raises UserError if a package is missing, or if the file differs from PyTorch by more than TOLERANCE.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        remedy = "pip install onnx onnxscript onnxruntime"
+        raise lct.UserError(f"needs the package {error.name}", "--format onnx", remedy) from error
+    model = ExportedModel(run).cpu().eval()
+    crops = references.crops
+    example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
+    for package in ("torch.onnx", "onnxscript"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own code
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=["images"],
+            output_names=OUTPUT_NAMES,
+        )
+    proto = program.model_proto
+    clear_metadata(proto)
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    differences = []
+    for batch in (crops[:1], crops):  # two batch sizes, as it is dynamic
+        with torch.inference_mode():
+            embeddings, scores, *_ = (output.numpy() for output in model(torch.from_numpy(batch)))
+        exported_embeddings, exported_scores, *_ = session.run(OUTPUT_NAMES, {"images": batch})
+        differences.append(np.abs(exported_scores - scores).max())
+        differences.append((1 - (exported_embeddings * embeddings).sum(axis=1)).max())
+    difference = float(np.max(differences))
+    if not difference <= TOLERANCE:  # also if NaN
+        reason = f"the file answers otherwise than PyTorch: cosines differ by {difference:.2g}"
+        raise lct.UserError(reason, str(path), "try --format safetensors, and tell us model_id and versions")
+    checks = {"difference": difference, **compare_stored(run.gallery, references.positions, exported_embeddings)}
+    meta = run.meta | {"classes": run.gallery.class_names, "thresholds": run.gallery.thresholds}
+    meta |= {"min_onnxruntime": MIN_ONNXRUNTIME, "checks": checks}
+    onnx.helper.set_model_props(proto, {"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
+    lct.write_bytes(path, proto.SerializeToString())
+    return checks
+
+
+def clear_metadata(message: Any) -> None:
+    """Remove torch's notes from a protobuf, recursively: they contain stack traces with paths of this machine."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                clear_metadata(child)
+
+
+def compare_stored(gallery: lct.Gallery, positions: np.ndarray, embeddings: np.ndarray) -> dict[str, float]:
+    """Compare references as stored in the gallery, `positions` (n,), with `embeddings` (n, D) of their crops from an exported file.
+
+    Returns:
+        references n; mean_cosine and least_cosine of the pairs; changed_answers, including to or from `unknown`, of a gallery
+        without these references, so that none matches itself.
+    """
+    stored = gallery.stacks[positions]
+    cosines = (stored * embeddings).sum(axis=1)
+    rows = np.delete(np.arange(len(gallery.stacks)), positions)
+    reduced = dataclasses.replace(gallery, stacks=gallery.stacks[rows], stack_labels=gallery.stack_labels[rows])
+    answers = []
+    for queries in (stored, embeddings):
+        labels, best = reduced.answer(queries)
+        answers.append(np.where(best >= gallery.thresholds[labels], labels, -1))
+    figures = {"references": len(positions), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
+    return figures | {"changed_answers": int((answers[0] != answers[1]).sum())}
+
+
 def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     """Return half of the gallery's references, NUM_CROPS at most, in the views that they were embedded in.
 
@@ -284,54 +313,25 @@ def format_checks(checks: dict[str, float], run: lct.TrainedRun, options: Export
     return f"{text}\nwarning: the gallery is not what the file makes of its crops: {cause}; {remedy} makes it anew"
 
 
-def check_output_path(options: ExportOptions) -> Path:
-    """Return the file to write, or the folder of the predecessor's files.
+def export_safetensors(run: lct.TrainedRun, path: Path) -> None:
+    """Write all weights of the run, backbone included, with the metadata that rebuilding the model needs.
 
-    Raises UserError if anything but an earlier export is there, or if it lies among crops or in a run.
+    Raises UserError if the bytes do not read back as the same weights.
     """
-    is_folder = options.format == "predecessor"
-    path = default_path = options.run / ("predecessor" if is_folder else f"model.{options.format}")
-    if options.out is not None and options.out.resolve() != default_path.resolve():
-        path = options.out
-        data_root = options.data_root or lct.read_run_config(options.run).data_root
-        lct.check_outside(path, options.said("out"), {"data_root": data_root})
-    if is_folder and path != default_path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
-    if path.is_dir() and not is_folder:
-        raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
-    if not is_folder:
-        lct.check_replaceable(path, f"--out {path}", EXPORT_MARKS[options.format])
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise lct.UserError("cannot be written to", str(parent), "give --out FILE elsewhere")
-    return path
+    from safetensors.torch import load, save
 
-
-def export_run(options: ExportOptions) -> None:
-    """Load a finished run and write it in the chosen format."""
-    lct.check_given(options)
-    path = check_output_path(options)
-    run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
-    lct.merge_lora(run.model.backbone.model)
-    if options.format == "predecessor":
-        export_predecessor(run, path)
-        lct.show(f"written: {path / lct.BEST_NAME}, {path / 'prototypes.npz'}")
-        return
-    lct.create_out_dir(path.absolute().parent, "--out")
-    if options.format == "onnx":
-        checks = export_onnx(run, path, load_references(run, options.data_root or run.config.data_root))
-        lct.show(format_checks(checks, run, options))
-        lct.show(f"read by onnxruntime {MIN_ONNXRUNTIME} and newer (opset {OPSET})")
-    else:
-        export_safetensors(run, path)
-    if transforms := lct.production_transforms(run.config):
-        lct.show(f"warning: a crop must go through these before it is fitted: {json.dumps(transforms)}")
-    lct.show(f"written: {path}, {path.stat().st_size:,} bytes")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export as the command line says, and return the exit code."""
-    return lct.run_program("export", ExportOptions, export_run, argv)
+    weights = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
+    arguments = {"model_name": lct.split_model_id(run.config.model_id)[0], **lct.probe_model(run.config)[0]}
+    # Without paths of this machine.
+    options = {
+        name: value for name, value in run.config.as_plain().items() if not isinstance(getattr(run.config, name), Path)
+    }
+    meta = run.meta | {"classes": run.gallery.class_names, "options": options, "timm": arguments}
+    data = save(weights, metadata={"lct_dino3": json.dumps(lct.to_json(meta), ensure_ascii=False)})
+    read_back = load(data)
+    if read_back.keys() != weights.keys() or not all(torch.equal(read_back[key], weights[key]) for key in weights):
+        raise lct.UserError("what was written is not what is read", str(path), "try again")
+    lct.write_bytes(path, data)
 
 
 if __name__ == "__main__":

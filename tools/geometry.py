@@ -18,30 +18,6 @@ class BoxError(ValueError):
     """An object that cannot be cut from its image; the text is the reason."""
 
 
-def printable(text: str) -> str:
-    """Return text on one line, with escapes for control characters and undecodable bytes."""
-    escaped = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
-    return escaped.encode("utf-8", "backslashreplace").decode()
-
-
-def plain_id(value: Any) -> Any:
-    """Return an id, as an int if it is a whole float: ids of a table with missing values are read as floats."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """Return a detection in COCO's form: `bbox` x, y, width, height and any `segmentation`, in px of the upright image."""
-    if "yolo" in detection:
-        x, y, w, h = detection["yolo"]
-        return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
-    if "yolo_polygon" in detection:
-        points = np.array(detection["yolo_polygon"]) * np.tile([width, height], len(detection["yolo_polygon"]) // 2)
-        return {**detection, "segmentation": [np.round(points, 3).tolist()]}
-    return detection
-
-
 def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iterable[dict[str, Any]]) -> str | None:
     """Compare the image size that a label file claims with the real one; return a warning if the boxes may be wrong, else None.
 
@@ -76,161 +52,6 @@ def check_size(size: tuple[int, int], claimed: tuple[int, int], detections: Iter
     if stored < upright:
         return None
     return f"{reason}, before the EXIF rotation; its boxes are taken for those of the upright image"
-
-
-def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the box x, y, width, height of a detection in px, clipped to the image; without a box, the bounds of its mask.
-
-    Raises BoxError if it has neither, or its box is not four numbers, has no area or lies outside the image.
-    """
-    box = detection.get("bbox")
-    segmentation = detection.get("segmentation")
-    if box is None or box == [] or (box == [0, 0, 0, 0] and segmentation):
-        box = _find_bounds(segmentation, width, height)
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise BoxError("has a box that is not four numbers")
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        raise BoxError("has a box of no size")
-    left = max(0.0, x)
-    top = max(0.0, y)
-    right = min(float(width), x + w)
-    bottom = min(float(height), y + h)
-    if right <= left or bottom <= top:
-        raise BoxError(f"has a box outside its image of {width} x {height} px")
-    return left, top, right - left, bottom - top
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e9 < value < 1e9  # excludes NaN, infinity, huge integers
-
-
-def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
-    """Return the bounding box x, y, width, height of a segmentation."""
-    if isinstance(segmentation, list):
-        points = np.concatenate(_read_polygons(segmentation))
-        return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
-    mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
-    rows = np.flatnonzero(mask.any(axis=1))
-    columns = np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        raise BoxError("has no box, and an empty mask")
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-
-
-def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
-    """Return each polygon x, y, x, y, ... of a mask as float64 (n, 2), without those of one or two points, which cover nothing."""
-    if not segmentation:
-        raise BoxError("has neither a box nor a mask")
-    is_flat = all(map(_is_number, segmentation))  # one polygon, not in a list
-    polygons = []
-    for numbers in [segmentation] if is_flat else segmentation:
-        are_numbers = isinstance(numbers, list) and all(map(_is_number, numbers))
-        if not are_numbers or (len(numbers) % 2 and len(numbers) > 5):
-            raise BoxError("has a polygon that is not pairs of numbers")
-        if len(numbers) > 5:
-            polygons.append(np.array(numbers, dtype=np.float64).reshape(-1, 2))
-    if not polygons:
-        raise BoxError("has a mask without three points")
-    return polygons
-
-
-def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tuple[int, int, int, int]:
-    """Grow a box x, y, width, height by `padding` of its sides and return left, top, right, bottom in whole px inside the image.
-
-    Edges are rounded to the nearest pixel, not outwards: with the six digits of a YOLO file an edge at 100 becomes 99.998.
-    """
-    x, y, w, h = box
-    left = min(max(0, round(x - padding * w)), width - 1)
-    top = min(max(0, round(y - padding * h)), height - 1)
-    right = min(width, round(x + w + padding * w))
-    bottom = min(height, round(y + h + padding * h))
-    return left, top, max(right, left + 1), max(bottom, top + 1)
-
-
-def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
-    """Decode a window of a COCO segmentation: polygons, or run lengths, compressed or not.
-
-    Args:
-        segmentation: as in the file.
-        size: width and height of the image.
-        window: left, top, right, bottom.
-
-    Returns:
-        bool (bottom - top, right - left).
-
-    Raises:
-        BoxError: not such a segmentation, or one for another image size.
-    """
-    width, height = size
-    left, top, right, bottom = window
-    if isinstance(segmentation, dict):
-        if segmentation.get("size") != [height, width]:
-            claimed = printable(str(segmentation.get("size")))[:40]
-            raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
-        counts = segmentation.get("counts")
-        counts = unpack_rle(counts) if isinstance(counts, str) else counts
-        return decode_rle(counts, width, height)[top:bottom, left:right]
-    if not isinstance(segmentation, list):
-        raise BoxError("has neither a box nor a mask")
-    mask = np.zeros((bottom - top, right - left), dtype=bool)
-    for points in _read_polygons(segmentation):
-        mask |= fill_polygon(points - (left, top), right - left, bottom - top)
-    return mask
-
-
-def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return the pixels whose centre lies inside a polygon of corners (n, 2), bool (H, W); pixel 0 spans 0 to 1.
-
-    Pillow and OpenCV also draw the outline, which enlarges every mask by half a pixel on each side.
-    """
-    # Number, mod 2, of edges that cross the row between the centres of the previous pixel and this one.
-    crossings = np.zeros((height, width + 1), dtype=np.uint8)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        low, high = np.clip(np.ceil(np.sort([y0, y1]) - 0.5), 0, height).astype(int)
-        if low < high:
-            rows = np.arange(low, high)
-            columns = np.ceil(x0 + (rows + 0.5 - y0) * ((x1 - x0) / (y1 - y0)) - 0.5)
-            crossings[rows, np.clip(columns, 0, width).astype(int)] ^= 1
-    return np.bitwise_xor.accumulate(crossings[:, :width], axis=1).astype(bool)
-
-
-def unpack_rle(text: str) -> list[int]:
-    """Decode COCO's compressed run lengths: 5 bits per character, low bits first; the fourth and later are relative to two before.
-
-    Source: rleFrString in common/maskApi.c of pycocotools. pycocotools is not called because its `decode` returns uninitialised
-    memory as the rest of a mask whose run lengths add up to less than the image. Raises BoxError if a number has more than 60 bits.
-    """
-    counts: list[int] = []
-    value = 0
-    shift = 0
-    for char in text:
-        bits = ord(char) - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if shift > 60:
-            raise BoxError("has a mask whose run lengths are damaged")
-        if not bits & 0x20:  # the last character of a number
-            value -= (bits & 0x10) << (shift - 4)  # its sign
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = 0
-            shift = 0
-    return counts
-
-
-def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
-    """Return the mask bool (H, W) of run lengths that go down the columns and start with background.
-
-    Raises BoxError if they are not whole numbers that add up to the image.
-    """
-    size = width * height
-    counts = [plain_id(count) for count in counts] if isinstance(counts, list) else None
-    if counts is None or not all(type(count) is int and 0 <= count <= size for count in counts):
-        raise BoxError("has a mask whose run lengths are not whole numbers")
-    if sum(counts) != size:
-        raise BoxError("has a mask whose run lengths do not add up to the image")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
 
 
 def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -> dict[str, Any]:
@@ -284,3 +105,182 @@ def cut_object(image: np.ndarray, detection: dict[str, Any], padding: float, wit
             problem = str(error)
     left, top, right, bottom = window
     return Cutting(box, image[top:bottom, left:right], mask, problem)
+
+
+def to_pixels(detection: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """Return a detection in COCO's form: `bbox` x, y, width, height and any `segmentation`, in px of the upright image."""
+    if "yolo" in detection:
+        x, y, w, h = detection["yolo"]
+        return {**detection, "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
+    if "yolo_polygon" in detection:
+        points = np.array(detection["yolo_polygon"]) * np.tile([width, height], len(detection["yolo_polygon"]) // 2)
+        return {**detection, "segmentation": [np.round(points, 3).tolist()]}
+    return detection
+
+
+def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """Return the box x, y, width, height of a detection in px, clipped to the image; without a box, the bounds of its mask.
+
+    Raises BoxError if it has neither, or its box is not four numbers, has no area or lies outside the image.
+    """
+    box = detection.get("bbox")
+    segmentation = detection.get("segmentation")
+    if box is None or box == [] or (box == [0, 0, 0, 0] and segmentation):
+        box = _find_bounds(segmentation, width, height)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise BoxError("has a box that is not four numbers")
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise BoxError("has a box of no size")
+    left = max(0.0, x)
+    top = max(0.0, y)
+    right = min(float(width), x + w)
+    bottom = min(float(height), y + h)
+    if right <= left or bottom <= top:
+        raise BoxError(f"has a box outside its image of {width} x {height} px")
+    return left, top, right - left, bottom - top
+
+
+def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
+    """Return the bounding box x, y, width, height of a segmentation."""
+    if isinstance(segmentation, list):
+        points = np.concatenate(_read_polygons(segmentation))
+        return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
+    mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        raise BoxError("has no box, and an empty mask")
+    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+
+
+def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
+    """Decode a window of a COCO segmentation: polygons, or run lengths, compressed or not.
+
+    Args:
+        segmentation: as in the file.
+        size: width and height of the image.
+        window: left, top, right, bottom.
+
+    Returns:
+        bool (bottom - top, right - left).
+
+    Raises:
+        BoxError: not such a segmentation, or one for another image size.
+    """
+    width, height = size
+    left, top, right, bottom = window
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != [height, width]:
+            claimed = printable(str(segmentation.get("size")))[:40]
+            raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
+        counts = segmentation.get("counts")
+        counts = unpack_rle(counts) if isinstance(counts, str) else counts
+        return decode_rle(counts, width, height)[top:bottom, left:right]
+    if not isinstance(segmentation, list):
+        raise BoxError("has neither a box nor a mask")
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
+    for points in _read_polygons(segmentation):
+        mask |= fill_polygon(points - (left, top), right - left, bottom - top)
+    return mask
+
+
+def printable(text: str) -> str:
+    """Return text on one line, with escapes for control characters and undecodable bytes."""
+    escaped = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+    return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+def unpack_rle(text: str) -> list[int]:
+    """Decode COCO's compressed run lengths: 5 bits per character, low bits first; the fourth and later are relative to two before.
+
+    Source: rleFrString in common/maskApi.c of pycocotools. pycocotools is not called because its `decode` returns uninitialised
+    memory as the rest of a mask whose run lengths add up to less than the image. Raises BoxError if a number has more than 60 bits.
+    """
+    counts: list[int] = []
+    value = 0
+    shift = 0
+    for char in text:
+        bits = ord(char) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if shift > 60:
+            raise BoxError("has a mask whose run lengths are damaged")
+        if not bits & 0x20:  # the last character of a number
+            value -= (bits & 0x10) << (shift - 4)  # its sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = 0
+            shift = 0
+    return counts
+
+
+def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
+    """Return the mask bool (H, W) of run lengths that go down the columns and start with background.
+
+    Raises BoxError if they are not whole numbers that add up to the image.
+    """
+    size = width * height
+    counts = [plain_id(count) for count in counts] if isinstance(counts, list) else None
+    if counts is None or not all(type(count) is int and 0 <= count <= size for count in counts):
+        raise BoxError("has a mask whose run lengths are not whole numbers")
+    if sum(counts) != size:
+        raise BoxError("has a mask whose run lengths do not add up to the image")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def plain_id(value: Any) -> Any:
+    """Return an id, as an int if it is a whole float: ids of a table with missing values are read as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
+    """Return each polygon x, y, x, y, ... of a mask as float64 (n, 2), without those of one or two points, which cover nothing."""
+    if not segmentation:
+        raise BoxError("has neither a box nor a mask")
+    is_flat = all(map(_is_number, segmentation))  # one polygon, not in a list
+    polygons = []
+    for numbers in [segmentation] if is_flat else segmentation:
+        are_numbers = isinstance(numbers, list) and all(map(_is_number, numbers))
+        if not are_numbers or (len(numbers) % 2 and len(numbers) > 5):
+            raise BoxError("has a polygon that is not pairs of numbers")
+        if len(numbers) > 5:
+            polygons.append(np.array(numbers, dtype=np.float64).reshape(-1, 2))
+    if not polygons:
+        raise BoxError("has a mask without three points")
+    return polygons
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e9 < value < 1e9  # excludes NaN, infinity, huge integers
+
+
+def fill_polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return the pixels whose centre lies inside a polygon of corners (n, 2), bool (H, W); pixel 0 spans 0 to 1.
+
+    Pillow and OpenCV also draw the outline, which enlarges every mask by half a pixel on each side.
+    """
+    # Number, mod 2, of edges that cross the row between the centres of the previous pixel and this one.
+    crossings = np.zeros((height, width + 1), dtype=np.uint8)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        low, high = np.clip(np.ceil(np.sort([y0, y1]) - 0.5), 0, height).astype(int)
+        if low < high:
+            rows = np.arange(low, high)
+            columns = np.ceil(x0 + (rows + 0.5 - y0) * ((x1 - x0) / (y1 - y0)) - 0.5)
+            crossings[rows, np.clip(columns, 0, width).astype(int)] ^= 1
+    return np.bitwise_xor.accumulate(crossings[:, :width], axis=1).astype(bool)
+
+
+def pad_box(box: Sequence[float], padding: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """Grow a box x, y, width, height by `padding` of its sides and return left, top, right, bottom in whole px inside the image.
+
+    Edges are rounded to the nearest pixel, not outwards: with the six digits of a YOLO file an edge at 100 becomes 99.998.
+    """
+    x, y, w, h = box
+    left = min(max(0, round(x - padding * w)), width - 1)
+    top = min(max(0, round(y - padding * h)), height - 1)
+    right = min(width, round(x + w + padding * w))
+    bottom = min(height, round(y + h + padding * h))
+    return left, top, max(right, left + 1), max(bottom, top + 1)

@@ -64,11 +64,6 @@ class FoundObjects:
     class_names: dict[str, str] | None = None
 
 
-def category_key(category: Any) -> str:
-    """Return a category id as text, the same for 3, 3.0 and "3"."""
-    return str(plain_id(category))
-
-
 def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
     """Return the name of an object's class. Raises BoxError if it has no class, or one without a name."""
     if category in (None, ""):
@@ -78,6 +73,11 @@ def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
     if not isinstance(name, str) or not name.strip():
         raise BoxError(f"has a class {printable(str(category))[:40]} without a name")
     return name
+
+
+def category_key(category: Any) -> str:
+    """Return a category id as text, the same for 3, 3.0 and "3"."""
+    return str(plain_id(category))
 
 
 def list_images(image_paths: Sequence[str]) -> FoundObjects:
@@ -114,23 +114,6 @@ class Annotation(NamedTuple):
     image_id: Any
     id: Any
     text: str
-
-
-def make_annotation(item: dict[str, Any]) -> Annotation:
-    """Reduce a COCO annotation to the keys that are used."""
-    keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
-    needed = {key: item[key] for key in keys if key in item}
-    if "category_id" in needed:
-        needed["category_id"] = plain_id(needed["category_id"])
-    ids = [plain_id(item.get(key)) for key in ("image_id", "id")]
-    ids = [value if isinstance(value, (int, float, str)) else None for value in ids]
-    return Annotation(*ids, json.dumps(needed, separators=(",", ":")))
-
-
-def _normalize_id(value: Any) -> Any:
-    """Return an id, as an int if it is a whole number in text: 7 for 7, "7" and "7.0"."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.0+)?", value)
-    return int(value.partition(".")[0]) if is_number else value
 
 
 class Rows:
@@ -279,3 +262,20 @@ def _find_candidates(name: str, index_of: dict[str, int]) -> dict[str | None, in
             if suffix in index_of:
                 candidates["/".join(folders[:depth])] = index_of[suffix]
     return candidates
+
+
+def _normalize_id(value: Any) -> Any:
+    """Return an id, as an int if it is a whole number in text: 7 for 7, "7" and "7.0"."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.0+)?", value)
+    return int(value.partition(".")[0]) if is_number else value
+
+
+def make_annotation(item: dict[str, Any]) -> Annotation:
+    """Reduce a COCO annotation to the keys that are used."""
+    keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
+    needed = {key: item[key] for key in keys if key in item}
+    if "category_id" in needed:
+        needed["category_id"] = plain_id(needed["category_id"])
+    ids = [plain_id(item.get(key)) for key in ("image_id", "id")]
+    ids = [value if isinstance(value, (int, float, str)) else None for value in ids]
+    return Annotation(*ids, json.dumps(needed, separators=(",", ":")))

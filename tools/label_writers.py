@@ -101,29 +101,6 @@ def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:
     return {"image_id": image.image_id, "category_id": item.label + 1, "bbox": item.box, "score": item.score}
 
 
-def _json_array(items: Iterable[Any]) -> Iterator[str]:
-    """Yield a JSON array, one item per line."""
-    yield "["
-    for index, item in enumerate(items):
-        yield (",\n" if index else "") + _to_json(item)
-    yield "]"
-
-
-def _to_json(value: Any) -> str:
-    try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except ValueError:  # a detector's score may be NaN, which JSON lacks
-        return json.dumps(_without_nan(value), separators=(",", ":"))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
     """Yield the folder yolo: data.yaml, classes.txt, labels/, confidences/ with a line per line of labels/, and links in images/.
 
@@ -161,11 +138,6 @@ def find_equal_stems(paths: Sequence[str]) -> Iterator[Problem]:
         first = by_stem.setdefault(path.rpartition(".")[0], path)
         if first != path:
             yield Problem(path, None, f"has the same .txt in yolo/ as {first}, and is left out there")
-
-
-def _xml(text: Any) -> str:
-    """Escape text for XML; control characters, which XML cannot hold, become backslash escapes."""
-    return escape(printable(str(text)), {'"': "&quot;"})
 
 
 def write_cvat(labels: LabelSet) -> Iterator[LabelFile]:
@@ -209,6 +181,34 @@ def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
     head = '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n'
     yield "labelstudio/config.xml", [head, f"{values}  </RectangleLabels>\n</View>\n"]
     yield "labelstudio/tasks.json", _json_array(_labelstudio_task(labels, image) for image in labels.images())
+
+
+def _xml(text: Any) -> str:
+    """Escape text for XML; control characters, which XML cannot hold, become backslash escapes."""
+    return escape(printable(str(text)), {'"': "&quot;"})
+
+
+def _json_array(items: Iterable[Any]) -> Iterator[str]:
+    """Yield a JSON array, one item per line."""
+    yield "["
+    for index, item in enumerate(items):
+        yield (",\n" if index else "") + _to_json(item)
+    yield "]"
+
+
+def _to_json(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a detector's score may be NaN, which JSON lacks
+        return json.dumps(_without_nan(value), separators=(",", ":"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:

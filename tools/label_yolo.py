@@ -99,6 +99,50 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     return detections
 
 
+def read_yolo_names(folder: Path) -> dict[str, str]:
+    """Return class names by `category_key`, from a .yaml or list of names in a folder of labels or up to two above; else {}."""
+    for content in _read_descriptions(folder):
+        names = content if isinstance(content, list) else content.get("names")
+        if names and isinstance(names, (dict, list)):
+            items = names.items() if isinstance(names, dict) else enumerate(names)
+            return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
+    return {}
+
+
+def read_keypoint_values(folder: Path) -> int | None:
+    """Return how many keypoint values follow a box: `kpt_shape` of a .yaml, keypoints times 2 or 3.
+
+    0 = a .yaml has names but no kpt_shape, None = no .yaml has either.
+    """
+    descriptions = [content for content in _read_descriptions(folder) if isinstance(content, dict)]
+    for content in descriptions:
+        shape = content.get("kpt_shape")
+        if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
+            return int(shape[0]) * int(shape[1])
+    return 0 if any("names" in content for content in descriptions) else None
+
+
+def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
+    """Yield the files that may describe labels, the nearest first: a dict from YAML, or the lines of a list of names."""
+    import yaml
+
+    folder = folder.absolute()
+    for place in (folder, *folder.parents[:2]):
+        for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
+            try:
+                data = read_file(path)
+                if len(data) > MAX_NAMES_BYTES:
+                    continue
+                text = decode_text(data)
+                is_list = path.name in YOLO_NAMES_FILES
+                # BaseLoader leaves scalars as text: a class may be called `no`.
+                content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
+            except (OSError, yaml.YAMLError, RecursionError, ValueError):
+                continue
+            if is_list or isinstance(content, dict):
+                yield content
+
+
 def find_uploads(folder: Path, image_paths: Sequence[str]) -> dict[str, Path]:
     """Return the .txt files that Label Studio exported for uploaded photos, by the stem that each photo had before the upload."""
     stems = {name.rpartition(".")[0].rpartition("/")[2] for name in image_paths}
@@ -107,11 +151,6 @@ def find_uploads(folder: Path, image_paths: Sequence[str]) -> dict[str, Path]:
         if path.stem not in stems and (upload := UPLOADED.fullmatch(path.stem)):
             uploads.setdefault(unquote(upload[1]), []).append(path)
     return {stem: paths[0] for stem, paths in uploads.items() if len(paths) == 1}
-
-
-def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:
-    """Return number and text of the lines that are not blank."""
-    return ((index, line) for index, line in enumerate(decode_text(data, "replace").splitlines(), 1) if line.strip())
 
 
 def _find_yolo_files(name: str) -> Iterator[str]:
@@ -135,6 +174,11 @@ def flat_name(path: str) -> str:
     return f"{name[:50]}-{hashlib.blake2b(path.encode('utf-8', 'surrogatepass'), digest_size=12).hexdigest()}"
 
 
+def _number_lines(data: bytes) -> Iterator[tuple[int, str]]:
+    """Return number and text of the lines that are not blank."""
+    return ((index, line) for index, line in enumerate(decode_text(data, "replace").splitlines(), 1) if line.strip())
+
+
 def parse_yolo_line(line: str) -> tuple[int, list[float]]:
     """Return the class id of a line, and the numbers after it. Raises BoxError if it is not of numbers, or has too few."""
     try:
@@ -146,6 +190,41 @@ def parse_yolo_line(line: str) -> tuple[int, list[float]]:
     if len(numbers) < 4:
         raise BoxError(f"has {len(numbers) + 1} numbers; a box has 5 or 6")
     return int(category_id), numbers
+
+
+def _interpret_lines(
+    lines: Sequence[tuple[int, str]],
+    usual_readings: set[tuple[Any, ...]],
+    num_keypoint_values: int | None,
+    image_paths: Sequence[str],
+    detections: FoundObjects,
+) -> None:
+    """Add the objects of lines to `detections`, each by the readings that fit the most lines; these must agree on the shape."""
+    num_unused = 0
+    for index, text in lines:
+        number, category_id, numbers = json.loads(text)
+        readings = read_yolo_numbers(numbers, num_keypoint_values)
+        likely = [reading for key, reading in readings.items() if key in usual_readings]
+        if not likely and all(size == 4 for size, _ in readings.values()):  # certainly a box
+            likely = list(readings.values())
+        if len({size for size, _ in likely}) != 1:
+            reason = "neither shares of the image's sides nor what may follow them: a confidence, a track id, keypoints"
+            if readings:
+                reason = "not what those of the other lines are"
+            if likely:
+                reason = "perhaps corners, perhaps a box and keypoints: a data.yaml with names tells, by kpt_shape or without it"
+            reason = f"has {len(numbers)} numbers after its class, which are {reason}"
+            detections.problems.append(Problem(image_paths[index], f"line {number}", reason))
+            continue
+        size, score = likely[0]
+        score = score if all(other == score for _, other in likely) else None
+        num_unused += len(numbers) - size - (score is not None) > 0
+        shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
+        detection = {"id": number, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
+        detections.objects.append((index, json.dumps(detection, separators=(",", ":"))))
+    if num_unused:
+        reason = "a track id, keypoints, or what may be a confidence or an id"
+        detections.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
 
 
 def read_yolo_numbers(numbers: Sequence[float], num_keypoint_values: int | None = None) -> Readings:
@@ -227,82 +306,3 @@ def _is_outline(numbers: Sequence[float]) -> bool:
     # Edges cross if the ends of each lie on different sides of the other.
     is_between = sides * np.roll(sides, -1, axis=1) < 0
     return len(np.unique(corners, axis=0)) == len(corners) and not (is_between & is_between.T).any()
-
-
-def _interpret_lines(
-    lines: Sequence[tuple[int, str]],
-    usual_readings: set[tuple[Any, ...]],
-    num_keypoint_values: int | None,
-    image_paths: Sequence[str],
-    detections: FoundObjects,
-) -> None:
-    """Add the objects of lines to `detections`, each by the readings that fit the most lines; these must agree on the shape."""
-    num_unused = 0
-    for index, text in lines:
-        number, category_id, numbers = json.loads(text)
-        readings = read_yolo_numbers(numbers, num_keypoint_values)
-        likely = [reading for key, reading in readings.items() if key in usual_readings]
-        if not likely and all(size == 4 for size, _ in readings.values()):  # certainly a box
-            likely = list(readings.values())
-        if len({size for size, _ in likely}) != 1:
-            reason = "neither shares of the image's sides nor what may follow them: a confidence, a track id, keypoints"
-            if readings:
-                reason = "not what those of the other lines are"
-            if likely:
-                reason = "perhaps corners, perhaps a box and keypoints: a data.yaml with names tells, by kpt_shape or without it"
-            reason = f"has {len(numbers)} numbers after its class, which are {reason}"
-            detections.problems.append(Problem(image_paths[index], f"line {number}", reason))
-            continue
-        size, score = likely[0]
-        score = score if all(other == score for _, other in likely) else None
-        num_unused += len(numbers) - size - (score is not None) > 0
-        shape = {"yolo" if size == 4 else "yolo_polygon": numbers[:size]}
-        detection = {"id": number, "category_id": category_id, **shape, **({} if score is None else {"score": score})}
-        detections.objects.append((index, json.dumps(detection, separators=(",", ":"))))
-    if num_unused:
-        reason = "a track id, keypoints, or what may be a confidence or an id"
-        detections.notes.append(f"lines whose numbers after box or corners are not used: {num_unused:,}; {reason}")
-
-
-def read_yolo_names(folder: Path) -> dict[str, str]:
-    """Return class names by `category_key`, from a .yaml or list of names in a folder of labels or up to two above; else {}."""
-    for content in _read_descriptions(folder):
-        names = content if isinstance(content, list) else content.get("names")
-        if names and isinstance(names, (dict, list)):
-            items = names.items() if isinstance(names, dict) else enumerate(names)
-            return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
-    return {}
-
-
-def read_keypoint_values(folder: Path) -> int | None:
-    """Return how many keypoint values follow a box: `kpt_shape` of a .yaml, keypoints times 2 or 3.
-
-    0 = a .yaml has names but no kpt_shape, None = no .yaml has either.
-    """
-    descriptions = [content for content in _read_descriptions(folder) if isinstance(content, dict)]
-    for content in descriptions:
-        shape = content.get("kpt_shape")
-        if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
-            return int(shape[0]) * int(shape[1])
-    return 0 if any("names" in content for content in descriptions) else None
-
-
-def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
-    """Yield the files that may describe labels, the nearest first: a dict from YAML, or the lines of a list of names."""
-    import yaml
-
-    folder = folder.absolute()
-    for place in (folder, *folder.parents[:2]):
-        for path in sorted((*place.glob("*.yaml"), *place.glob("*.yml"), *(place / name for name in YOLO_NAMES_FILES))):
-            try:
-                data = read_file(path)
-                if len(data) > MAX_NAMES_BYTES:
-                    continue
-                text = decode_text(data)
-                is_list = path.name in YOLO_NAMES_FILES
-                # BaseLoader leaves scalars as text: a class may be called `no`.
-                content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
-            except (OSError, yaml.YAMLError, RecursionError, ValueError):
-                continue
-            if is_list or isinstance(content, dict):
-                yield content

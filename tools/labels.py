@@ -45,6 +45,15 @@ VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # at
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # a cell that a spreadsheet computes, quoted or not
 
 
+def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Read objects as `read_objects` does, and raise LabelError also if their classes have no names."""
+    detections = read_objects(source, image_paths)
+    if detections.class_names == {} and detections.objects:
+        place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
+        raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
+    return detections
+
+
 def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObjects:
     """Read the objects of images from a label file or folder, without opening the images.
 
@@ -63,179 +72,6 @@ def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObject
         return detections
     kind = "folder" if source.is_dir() else source.suffix.lower()
     return READERS.get(kind, read_json)(source, image_paths)
-
-
-def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Read objects as `read_objects` does, and raise LabelError also if their classes have no names."""
-    detections = read_objects(source, image_paths)
-    if detections.class_names == {} and detections.objects:
-        place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
-        raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
-    return detections
-
-
-def _compact_annotation(item: dict[str, Any]) -> Any:
-    """Turn an annotation into JSON text as soon as it is parsed: as lists of floats, polygons take forty times the memory.
-
-    An image or the data of a task may have a key image_id too, so an annotation with a file_name stays a dict until `match_images`.
-    """
-    is_annotation = "image_id" in item and not item.keys().isdisjoint(("bbox", "segmentation", "category_id"))
-    return make_annotation(item) if is_annotation and "file_name" not in item else item
-
-
-def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
-    """Read a file of COCO, Label Studio, LabelMe or VIA. Raises LabelError if it is none of these, or names none of the images."""
-    try:
-        data = read_file(path)
-        if not data:
-            raise ValueError("the file is empty")
-        content = json.loads(data, object_hook=_compact_annotation)
-    except (OSError, ValueError, RecursionError) as error:
-        raise make_read_error(path, error, "JSON") from error
-    tasks = content if isinstance(content, list) else [content]  # a Label Studio storage has one file per task
-    if tasks and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
-        return _read_labelstudio(path, tasks, image_paths)
-    if isinstance(content, dict) and isinstance(content.get("shapes"), list):
-        return _read_labelme(path, [(path.name, content)], image_paths)
-    if (photos := _list_via_photos(path, content)) is not None:
-        return _read_via(path, photos, image_paths)
-    if isinstance(content, list):
-        raise _make_list_error(path, content)
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
-    detections = match_images(path, content["images"], content["annotations"], image_paths)
-    categories = content.get("categories")
-    detections.class_names = {}
-    for item in categories if isinstance(categories, list) else ():
-        if isinstance(item, dict) and {"id", "name"} <= item.keys():
-            key = category_key(item["id"])
-            if detections.class_names.setdefault(key, item["name"]) != item["name"]:
-                detections.class_names[key] = None
-                detections.notes.append(
-                    f"several categories have the id {printable(key)[:40]}: what its objects are is not certain"
-                )
-    return detections
-
-
-def _make_list_error(path: Path, content: list[Any]) -> LabelError:
-    """Return the error for a JSON list that does not hold tasks of Label Studio."""
-    first = content[0] if content else None
-    if not isinstance(first, dict) or "image_id" in first:
-        reason = "is a list of results, which does not say which images they are of"
-        remedy = 'give a COCO file {"images": [...], "annotations": [...]}, whose annotations this list is'
-        return LabelError(reason, str(path), remedy)
-    lists = [value for value in first.values() if isinstance(value, list)]
-    if any("original_width" in item for items in lists for item in items if isinstance(item, dict)):
-        return LabelError("is of Label Studio's JSON-MIN", str(path), "export as JSON or COCO there")
-    return LabelError("is a list, but none of tasks of Label Studio", str(path), READ_REMEDY)
-
-
-def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
-    """Read the regions of each task's last annotation that was not cancelled, else of its last prediction."""
-    rows = Rows()
-    for task in tasks:
-        urls = [value for value in task["data"].values() if isinstance(value, str)]
-        url = next((value for value in urls if "/" in value), urls[0] if urls else "")
-        path_of_url, _, query = url.partition("?")
-        local_paths = parse_qs(query).get("d")  # /data/local-files/?d=PATH
-        # With a leading '/', since it starts from the document root or a server: it is matched by its end.
-        rows.add_image("/" + (local_paths[0] if local_paths else unquote(path_of_url)).lstrip("/"))
-        # Predictions first, so that the last result is an annotation if there is one.
-        groups = [value for value in map(task.get, ("predictions", "annotations")) if isinstance(value, list)]
-        results = [result for group in groups for result in group if isinstance(result, dict)]
-        valid = [result for result in results if not result.get("was_cancelled")]
-        regions = valid[-1].get("result") if valid else None
-        regions = [region for region in regions if isinstance(region, dict)] if isinstance(regions, list) else []
-        # A shape may have its class in a second region with the same id and place.
-        labelled = {str(region.get("id")) for region in regions if str(region.get("type")).endswith("labels")}
-        for region in regions:
-            kind = str(region.get("type"))
-            value = region.get("value")
-            names = value.get(kind) if isinstance(value, dict) and kind.endswith("labels") else None
-            is_bare = kind in LABELSTUDIO_SHAPES and str(region.get("id")) not in labelled
-            if is_bare or kind.endswith("labels"):
-                name = str(names[0]) if isinstance(names, list) and names else ""
-                rows.add_object(region.get("id"), name, _read_region, region)
-    return rows.match(path, image_paths)
-
-
-def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
-    """Decode the bytes of a Label Studio brush mask to bool (H, W).
-
-    The bit stream: number of values (32 bits), bits per value less 1 (5), four bit lengths of counts, each less 1 (4 each); then
-    runs: a bit that is set if one value is repeated, which of the lengths the count has (2), the count less 1, the value or values.
-    The values are red, green, blue and opacity of each pixel. Raises BoxError if the stream has another size, or is cut off.
-    """
-    position = 0
-
-    def take(num_bits: int, count: int = 1) -> np.ndarray:
-        nonlocal position
-        groups = bits[position : position + num_bits * count].reshape(count, num_bits)  # ValueError if cut off
-        position += num_bits * count
-        return groups @ (1 << np.arange(num_bits)[::-1])
-
-    try:
-        bits = np.unpackbits(np.array(data, dtype=np.uint8))
-        num_values = int(take(32)[0])
-        if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
-            raise BoxError("has a brush mask of another size than its image")
-        num_bits = int(take(5)[0]) + 1
-        count_bits = (take(4, 4) + 1).tolist()
-        values = np.empty(num_values, np.min_scalar_type(2**num_bits - 1))
-        done = 0
-        while done < num_values:
-            is_repeated = take(1)[0]
-            count = int(take(count_bits[take(2)[0]])[0]) + 1
-            values[done : done + count] = take(num_bits) if is_repeated else take(num_bits, count)
-            done += count
-    except BoxError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise BoxError("has a brush mask that is cut off, or not of bytes") from error
-    return values.reshape(height, width, 4)[..., 3] > 0
-
-
-def _read_region(region: dict[str, Any]) -> dict[str, Any]:
-    """Return the shape of a region in fractions of the image's sides; a region has percent, and rotates about its first corner."""
-    value = region["value"]
-    names = value.get(region["type"])
-    if isinstance(names, list) and len(names) > 1:
-        raise BoxError(f"has {len(names)} classes")
-    if region.get("image_rotation"):
-        raise BoxError("is drawn on its image turned, which says not surely where it lies on the upright one")
-    if value.get("format") == "rle":
-        sides = [int(region[key]) for key in ("original_width", "original_height")]
-        return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
-    if "points" in value:
-        return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
-    if "radiusX" in value:
-        sides = [float(region[key]) for key in ("original_width", "original_height")] * 2
-        ellipse = [
-            float(value[key]) / 100 * side for key, side in zip(("x", "y", "radiusX", "radiusY"), sides, strict=True)
-        ]
-        return _bound_ellipse(*ellipse, float(value.get("rotation") or 0))
-    if not {"x", "y", "width", "height"} <= value.keys():
-        raise BoxError("is neither a rectangle, a polygon nor an ellipse")
-    x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
-    if degrees := float(value.get("rotation") or 0):
-        sides = [float(region[key]) for key in ("original_width", "original_height")]
-        corners = rotate_box([x * sides[0], y * sides[1], w * sides[0], h * sides[1]], degrees, (0.0, 0.0))
-        return {"yolo_polygon": [number / side for number, side in zip(corners, sides * 4, strict=True)]}
-    return {"yolo": [x + w / 2, y + h / 2, w, h]}
-
-
-def rotate_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
-    """Rotate a box x, y, w, h clockwise about `pivot`, in fractions of its sides; return the corners x1, y1 ... y4 in px."""
-    x, y, width, height = bbox
-    cos = math.cos(math.radians(degrees))
-    sin = math.sin(math.radians(degrees))
-    corners = []
-    for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
-        right = (along - pivot[0]) * width
-        below = (down - pivot[1]) * height
-        corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
-    return corners
 
 
 def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -280,17 +116,6 @@ def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[s
     _check_mask(left, top, width, height, sides)
     mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # by rows, so transposed
     return encode_rle(mask, left, top, sides["width"], sides["height"])
-
-
-def _make_shape_error(kind: str, num_points: int = 0) -> BoxError:
-    points = f" of {num_points} points" if num_points else ""
-    return BoxError(f"has the shape {printable(kind)[:40]}{points}, neither a box nor a polygon")
-
-
-def _check_mask(left: int, top: int, width: int, height: int, sides: dict[str, int]) -> None:
-    is_inside = left >= 0 and top >= 0 and left + width <= sides["width"] and top + height <= sides["height"]
-    if not is_inside or width <= 0 or height <= 0:
-        raise BoxError("has a mask outside its image")
 
 
 def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -340,6 +165,223 @@ def read_folder(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     if len(paths) == 1:
         return read_json(paths[0], image_paths)
     return _read_labelme_folder(folder, paths, image_paths) if paths else read_yolo(folder, image_paths)
+
+
+def read_json(path: Path, image_paths: Sequence[str]) -> FoundObjects:
+    """Read a file of COCO, Label Studio, LabelMe or VIA. Raises LabelError if it is none of these, or names none of the images."""
+    try:
+        data = read_file(path)
+        if not data:
+            raise ValueError("the file is empty")
+        content = json.loads(data, object_hook=_compact_annotation)
+    except (OSError, ValueError, RecursionError) as error:
+        raise make_read_error(path, error, "JSON") from error
+    tasks = content if isinstance(content, list) else [content]  # a Label Studio storage has one file per task
+    if tasks and all(isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks):
+        return _read_labelstudio(path, tasks, image_paths)
+    if isinstance(content, dict) and isinstance(content.get("shapes"), list):
+        return _read_labelme(path, [(path.name, content)], image_paths)
+    if (photos := _list_via_photos(path, content)) is not None:
+        return _read_via(path, photos, image_paths)
+    if isinstance(content, list):
+        raise _make_list_error(path, content)
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise LabelError(f"is no COCO file: it has no list {key}", str(path), READ_REMEDY)
+    detections = match_images(path, content["images"], content["annotations"], image_paths)
+    categories = content.get("categories")
+    detections.class_names = {}
+    for item in categories if isinstance(categories, list) else ():
+        if isinstance(item, dict) and {"id", "name"} <= item.keys():
+            key = category_key(item["id"])
+            if detections.class_names.setdefault(key, item["name"]) != item["name"]:
+                detections.class_names[key] = None
+                detections.notes.append(
+                    f"several categories have the id {printable(key)[:40]}: what its objects are is not certain"
+                )
+    return detections
+
+
+def _compact_annotation(item: dict[str, Any]) -> Any:
+    """Turn an annotation into JSON text as soon as it is parsed: as lists of floats, polygons take forty times the memory.
+
+    An image or the data of a task may have a key image_id too, so an annotation with a file_name stays a dict until `match_images`.
+    """
+    is_annotation = "image_id" in item and not item.keys().isdisjoint(("bbox", "segmentation", "category_id"))
+    return make_annotation(item) if is_annotation and "file_name" not in item else item
+
+
+def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
+    """Read the regions of each task's last annotation that was not cancelled, else of its last prediction."""
+    rows = Rows()
+    for task in tasks:
+        urls = [value for value in task["data"].values() if isinstance(value, str)]
+        url = next((value for value in urls if "/" in value), urls[0] if urls else "")
+        path_of_url, _, query = url.partition("?")
+        local_paths = parse_qs(query).get("d")  # /data/local-files/?d=PATH
+        # With a leading '/', since it starts from the document root or a server: it is matched by its end.
+        rows.add_image("/" + (local_paths[0] if local_paths else unquote(path_of_url)).lstrip("/"))
+        # Predictions first, so that the last result is an annotation if there is one.
+        groups = [value for value in map(task.get, ("predictions", "annotations")) if isinstance(value, list)]
+        results = [result for group in groups for result in group if isinstance(result, dict)]
+        valid = [result for result in results if not result.get("was_cancelled")]
+        regions = valid[-1].get("result") if valid else None
+        regions = [region for region in regions if isinstance(region, dict)] if isinstance(regions, list) else []
+        # A shape may have its class in a second region with the same id and place.
+        labelled = {str(region.get("id")) for region in regions if str(region.get("type")).endswith("labels")}
+        for region in regions:
+            kind = str(region.get("type"))
+            value = region.get("value")
+            names = value.get(kind) if isinstance(value, dict) and kind.endswith("labels") else None
+            is_bare = kind in LABELSTUDIO_SHAPES and str(region.get("id")) not in labelled
+            if is_bare or kind.endswith("labels"):
+                name = str(names[0]) if isinstance(names, list) and names else ""
+                rows.add_object(region.get("id"), name, _read_region, region)
+    return rows.match(path, image_paths)
+
+
+def _read_region(region: dict[str, Any]) -> dict[str, Any]:
+    """Return the shape of a region in fractions of the image's sides; a region has percent, and rotates about its first corner."""
+    value = region["value"]
+    names = value.get(region["type"])
+    if isinstance(names, list) and len(names) > 1:
+        raise BoxError(f"has {len(names)} classes")
+    if region.get("image_rotation"):
+        raise BoxError("is drawn on its image turned, which says not surely where it lies on the upright one")
+    if value.get("format") == "rle":
+        sides = [int(region[key]) for key in ("original_width", "original_height")]
+        return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
+    if "points" in value:
+        return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
+    if "radiusX" in value:
+        sides = [float(region[key]) for key in ("original_width", "original_height")] * 2
+        ellipse = [
+            float(value[key]) / 100 * side for key, side in zip(("x", "y", "radiusX", "radiusY"), sides, strict=True)
+        ]
+        return _bound_ellipse(*ellipse, float(value.get("rotation") or 0))
+    if not {"x", "y", "width", "height"} <= value.keys():
+        raise BoxError("is neither a rectangle, a polygon nor an ellipse")
+    x, y, w, h = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
+    if degrees := float(value.get("rotation") or 0):
+        sides = [float(region[key]) for key in ("original_width", "original_height")]
+        corners = rotate_box([x * sides[0], y * sides[1], w * sides[0], h * sides[1]], degrees, (0.0, 0.0))
+        return {"yolo_polygon": [number / side for number, side in zip(corners, sides * 4, strict=True)]}
+    return {"yolo": [x + w / 2, y + h / 2, w, h]}
+
+
+def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
+    """Decode the bytes of a Label Studio brush mask to bool (H, W).
+
+    The bit stream: number of values (32 bits), bits per value less 1 (5), four bit lengths of counts, each less 1 (4 each); then
+    runs: a bit that is set if one value is repeated, which of the lengths the count has (2), the count less 1, the value or values.
+    The values are red, green, blue and opacity of each pixel. Raises BoxError if the stream has another size, or is cut off.
+    """
+    position = 0
+
+    def take(num_bits: int, count: int = 1) -> np.ndarray:
+        nonlocal position
+        groups = bits[position : position + num_bits * count].reshape(count, num_bits)  # ValueError if cut off
+        position += num_bits * count
+        return groups @ (1 << np.arange(num_bits)[::-1])
+
+    try:
+        bits = np.unpackbits(np.array(data, dtype=np.uint8))
+        num_values = int(take(32)[0])
+        if num_values != 4 * width * height or num_values > 4 * MAX_MASK_PIXELS:
+            raise BoxError("has a brush mask of another size than its image")
+        num_bits = int(take(5)[0]) + 1
+        count_bits = (take(4, 4) + 1).tolist()
+        values = np.empty(num_values, np.min_scalar_type(2**num_bits - 1))
+        done = 0
+        while done < num_values:
+            is_repeated = take(1)[0]
+            count = int(take(count_bits[take(2)[0]])[0]) + 1
+            values[done : done + count] = take(num_bits) if is_repeated else take(num_bits, count)
+            done += count
+    except BoxError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise BoxError("has a brush mask that is cut off, or not of bytes") from error
+    return values.reshape(height, width, 4)[..., 3] > 0
+
+
+def rotate_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Rotate a box x, y, w, h clockwise about `pivot`, in fractions of its sides; return the corners x1, y1 ... y4 in px."""
+    x, y, width, height = bbox
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
+    corners = []
+    for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
+        right = (along - pivot[0]) * width
+        below = (down - pivot[1]) * height
+        corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
+    return corners
+
+
+def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
+    """Return the photos of a project or an export of VIA 2, None for another file. Raises LabelError for a project of VIA 3."""
+    if not isinstance(content, dict):
+        return None
+    if {"project", "metadata", "view"} <= content.keys():
+        raise LabelError("is a project of VIA 3, which is not read", str(path), "export its annotations as COCO there")
+    photos = content.get("_via_img_metadata", content)
+    photos = list(photos.values()) if isinstance(photos, dict) else [None]
+    is_via = bool(photos) and all(isinstance(item, dict) and {"filename", "regions"} <= item.keys() for item in photos)
+    return photos if is_via else None
+
+
+def _read_via(path: Path, photos: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
+    """Read the regions of a VIA file; their class is the attribute named in VIA_CLASS_NAMES, or the only attribute."""
+    regions_by_photo: list[list[dict[str, Any]]] = []
+    for photo in photos:
+        regions = photo["regions"]
+        regions = regions.values() if isinstance(regions, dict) else regions if isinstance(regions, list) else ()
+        regions_by_photo.append([region if isinstance(region, dict) else {} for region in regions])
+    region_attributes = [region.get("region_attributes") for regions in regions_by_photo for region in regions]
+    attributes = list(dict.fromkeys(name for item in region_attributes if isinstance(item, dict) for name in item))
+    class_attributes = [name for wanted in VIA_CLASS_NAMES for name in attributes if name.strip().lower() == wanted]
+    if len(attributes) > 1 and not class_attributes:
+        reason = f"has regions with the attributes {', '.join(attributes[:5])}, and none is called class"
+        raise LabelError(reason, str(path), "call the one that is the class so")
+    rows = Rows()
+    for photo, regions in zip(photos, regions_by_photo, strict=True):
+        rows.add_image(photo["filename"])
+        for index, region in enumerate(regions, 1):
+            values = region.get("region_attributes")
+            value = values.get((class_attributes or attributes)[0]) if isinstance(values, dict) and attributes else None
+            if isinstance(value, dict):  # check boxes
+                ticked = [name for name, is_ticked in value.items() if is_ticked]
+                value = ticked[0] if len(ticked) == 1 else None
+            rows.add_object(index, str(value or ""), _read_via_shape, region.get("shape_attributes"))
+    return rows.match(path, image_paths)
+
+
+def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    kind = shape["name"]
+    if kind == "rect":
+        return {"bbox": [float(shape[key]) for key in ("x", "y", "width", "height")]}
+    if kind == "polygon":
+        points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
+        return {"segmentation": [[float(number) for point in points for number in point]]}
+    if kind == "circle":
+        return _bound_ellipse(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
+    if kind == "ellipse":
+        ellipse = [float(shape[key]) for key in ("cx", "cy", "rx", "ry")]
+        return _bound_ellipse(*ellipse, math.degrees(float(shape.get("theta", 0))))
+    raise _make_shape_error(str(kind))
+
+
+def _make_list_error(path: Path, content: list[Any]) -> LabelError:
+    """Return the error for a JSON list that does not hold tasks of Label Studio."""
+    first = content[0] if content else None
+    if not isinstance(first, dict) or "image_id" in first:
+        reason = "is a list of results, which does not say which images they are of"
+        remedy = 'give a COCO file {"images": [...], "annotations": [...]}, whose annotations this list is'
+        return LabelError(reason, str(path), remedy)
+    lists = [value for value in first.values() if isinstance(value, list)]
+    if any("original_width" in item for items in lists for item in items if isinstance(item, dict)):
+        return LabelError("is of Label Studio's JSON-MIN", str(path), "export as JSON or COCO there")
+    return LabelError("is a list, but none of tasks of Label Studio", str(path), READ_REMEDY)
 
 
 def _read_labelme_folder(folder: Path, paths: Sequence[Path], image_paths: Sequence[str]) -> FoundObjects:
@@ -407,6 +449,20 @@ def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[st
     return {"bbox": [left, top, abs(x1 - x0), abs(y1 - y0)]}
 
 
+def _make_shape_error(kind: str, num_points: int = 0) -> BoxError:
+    points = f" of {num_points} points" if num_points else ""
+    return BoxError(f"has the shape {printable(kind)[:40]}{points}, neither a box nor a polygon")
+
+
+def _bound_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> dict[str, Any]:
+    """Return the bounding box of an ellipse that is rotated about its centre."""
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
+    half_width = math.hypot(radius_x * cos, radius_y * sin)
+    half_height = math.hypot(radius_x * sin, radius_y * cos)
+    return {"bbox": [x - half_width, y - half_height, 2 * half_width, 2 * half_height]}
+
+
 def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) -> dict[str, Any]:
     """Decode a mask from a base64 PNG of its box."""
     from PIL import Image
@@ -420,66 +476,10 @@ def _read_labelme_mask(text: str, left: int, top: int, sides: dict[str, int]) ->
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 
-def _bound_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> dict[str, Any]:
-    """Return the bounding box of an ellipse that is rotated about its centre."""
-    cos = math.cos(math.radians(degrees))
-    sin = math.sin(math.radians(degrees))
-    half_width = math.hypot(radius_x * cos, radius_y * sin)
-    half_height = math.hypot(radius_x * sin, radius_y * cos)
-    return {"bbox": [x - half_width, y - half_height, 2 * half_width, 2 * half_height]}
-
-
-def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:
-    """Return the photos of a project or an export of VIA 2, None for another file. Raises LabelError for a project of VIA 3."""
-    if not isinstance(content, dict):
-        return None
-    if {"project", "metadata", "view"} <= content.keys():
-        raise LabelError("is a project of VIA 3, which is not read", str(path), "export its annotations as COCO there")
-    photos = content.get("_via_img_metadata", content)
-    photos = list(photos.values()) if isinstance(photos, dict) else [None]
-    is_via = bool(photos) and all(isinstance(item, dict) and {"filename", "regions"} <= item.keys() for item in photos)
-    return photos if is_via else None
-
-
-def _read_via(path: Path, photos: list[dict[str, Any]], image_paths: Sequence[str]) -> FoundObjects:
-    """Read the regions of a VIA file; their class is the attribute named in VIA_CLASS_NAMES, or the only attribute."""
-    regions_by_photo: list[list[dict[str, Any]]] = []
-    for photo in photos:
-        regions = photo["regions"]
-        regions = regions.values() if isinstance(regions, dict) else regions if isinstance(regions, list) else ()
-        regions_by_photo.append([region if isinstance(region, dict) else {} for region in regions])
-    region_attributes = [region.get("region_attributes") for regions in regions_by_photo for region in regions]
-    attributes = list(dict.fromkeys(name for item in region_attributes if isinstance(item, dict) for name in item))
-    class_attributes = [name for wanted in VIA_CLASS_NAMES for name in attributes if name.strip().lower() == wanted]
-    if len(attributes) > 1 and not class_attributes:
-        reason = f"has regions with the attributes {', '.join(attributes[:5])}, and none is called class"
-        raise LabelError(reason, str(path), "call the one that is the class so")
-    rows = Rows()
-    for photo, regions in zip(photos, regions_by_photo, strict=True):
-        rows.add_image(photo["filename"])
-        for index, region in enumerate(regions, 1):
-            values = region.get("region_attributes")
-            value = values.get((class_attributes or attributes)[0]) if isinstance(values, dict) and attributes else None
-            if isinstance(value, dict):  # check boxes
-                ticked = [name for name, is_ticked in value.items() if is_ticked]
-                value = ticked[0] if len(ticked) == 1 else None
-            rows.add_object(index, str(value or ""), _read_via_shape, region.get("shape_attributes"))
-    return rows.match(path, image_paths)
-
-
-def _read_via_shape(shape: dict[str, Any]) -> dict[str, Any]:
-    kind = shape["name"]
-    if kind == "rect":
-        return {"bbox": [float(shape[key]) for key in ("x", "y", "width", "height")]}
-    if kind == "polygon":
-        points = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
-        return {"segmentation": [[float(number) for point in points for number in point]]}
-    if kind == "circle":
-        return _bound_ellipse(*(float(shape[key]) for key in ("cx", "cy", "r", "r")))
-    if kind == "ellipse":
-        ellipse = [float(shape[key]) for key in ("cx", "cy", "rx", "ry")]
-        return _bound_ellipse(*ellipse, math.degrees(float(shape.get("theta", 0))))
-    raise _make_shape_error(str(kind))
+def _check_mask(left: int, top: int, width: int, height: int, sides: dict[str, int]) -> None:
+    is_inside = left >= 0 and top >= 0 and left + width <= sides["width"] and top + height <= sides["height"]
+    if not is_inside or width <= 0 or height <= 0:
+        raise BoxError("has a mask outside its image")
 
 
 # Readers by "folder" or suffix; a file with any other suffix is read as JSON.

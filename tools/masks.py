@@ -134,6 +134,24 @@ def draw_masks(options: MaskOptions) -> None:
     lct.show(f"written: {', '.join(written)}")
 
 
+def format_mask_table(report: dict[str, Any]) -> str:
+    """Return a table of each class's crops: all, with a mask, drawn by SAM-2, not drawn because refused, without a mask."""
+    rows = {
+        name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
+        for name, row in report["classes"].items()
+    }
+    return lct.format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11)
+
+
+class MaskRequest(NamedTuple):
+    """A crop that needs a mask."""
+
+    path: str  # relative to data_root, for records and captions
+    source: Path  # file of the crop
+    target: Path  # file of the mask; the folder need not exist
+    image_bits: tuple[int, ...] = ()
+
+
 def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
     """Return a request for each record without a mask. A file refused as a mask stays: the new mask gets another name."""
     records = scan.records
@@ -155,24 +173,6 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
         if free:
             requests.append(MaskRequest(path, options.data_root / path, free[0], records.image_bits))
     return requests
-
-
-def format_mask_table(report: dict[str, Any]) -> str:
-    """Return a table of each class's crops: all, with a mask, drawn by SAM-2, not drawn because refused, without a mask."""
-    rows = {
-        name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
-        for name, row in report["classes"].items()
-    }
-    return lct.format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11)
-
-
-class MaskRequest(NamedTuple):
-    """A crop that needs a mask."""
-
-    path: str  # relative to data_root, for records and captions
-    source: Path  # file of the crop
-    target: Path  # file of the mask; the folder need not exist
-    image_bits: tuple[int, ...] = ()
 
 
 class MaskOutcome(NamedTuple):
@@ -212,6 +212,36 @@ def check_sam2(options: MaskOptions) -> None:
     _read_sam2_weights(options, _build_sam2(options))
 
 
+class Sam2:
+    """SAM-2, prompted for the one object that fills a crop."""
+
+    def __init__(self, options: MaskOptions, runtime: lct.Runtime) -> None:
+        _import_sam2()
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        model = _build_sam2(options)
+        model.load_state_dict(_read_sam2_weights(options, model))
+        self.side = model.image_size
+        self._device = runtime.device
+        self._is_bf16 = runtime.dtype == torch.bfloat16  # SAM-2 is not made for fp16, which older GPUs use
+        with _quiet_sam2():
+            self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
+
+    def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,), mask logits float32 (3, 256, 256)."""
+        low = self.side * SAM2_BOX_INSET
+        high = self.side * (1 - SAM2_BOX_INSET)
+        with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
+            self._predictor.set_image(square)
+            _, scores, logits = self._predictor.predict(
+                box=np.array([low, low, high, high], np.float32),
+                point_coords=np.array([[self.side / 2, self.side / 2]], np.float32),
+                point_labels=np.array([1]),  # 1 = on the object
+                multimask_output=True,
+            )
+        return scores, logits
+
+
 def _import_sam2() -> None:
     try:
         with _quiet_sam2():
@@ -225,31 +255,6 @@ def _import_sam2() -> None:
             problem = "is not installed"
             remedy = f"{SAM2_INSTALL}  (it takes the torch that is here)"
         raise lct.UserError(problem, "the package sam2", remedy) from error
-
-
-@contextlib.contextmanager
-def _quiet_sam2() -> Iterator[None]:
-    """Silence sam2: it logs every image to the root logger, which thereby gets a handler, and makes torch warn of old calls."""
-    handler = logging.NullHandler()
-    level = logging.root.manager.disable
-    logging.root.addHandler(handler)
-    logging.disable(max(level, logging.INFO))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.removeHandler(handler)
-
-
-def _raise_if_memory_is_short(error: Exception) -> None:
-    """Raise the out-of-memory error behind `error`, if any, as on a GPU that others fill; Hydra wraps it in errors of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(cause):
-            raise cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _build_sam2(options: MaskOptions) -> torch.nn.Module:
@@ -281,24 +286,20 @@ def _build_sam2(options: MaskOptions) -> torch.nn.Module:
         GlobalHydra.instance().hydra = hydra
 
 
-def _how_to_get_checkpoint(sam2_cfg: str) -> str:
-    """Return the command that fetches the official checkpoint of a config, and the flag that names it."""
-    match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
-    if not match:
-        return "give the checkpoint that was trained with this config"
-    name = f"{match[1]}_hiera_{SAM2_SIZES[match[2]]}.pt"
-    return f"curl -LO {SAM2_URLS[match[1]]}/{name}  and then  --sam2_ckpt {name}"
-
-
-def _find_sam2_checkpoint(options: MaskOptions) -> Path:
-    path = options.sam2_ckpt
-    remedy = _how_to_get_checkpoint(options.sam2_cfg)
-    if path is None:
-        raise lct.UserError("is missing: masks are drawn by SAM-2", "--sam2_ckpt", remedy)
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        raise lct.UserError(problem, f"--sam2_ckpt {path}", remedy)
-    return path
+@contextlib.contextmanager
+def _quiet_sam2() -> Iterator[None]:
+    """Silence sam2: it logs every image to the root logger, which thereby gets a handler, and makes torch warn of old calls."""
+    handler = logging.NullHandler()
+    level = logging.root.manager.disable
+    logging.root.addHandler(handler)
+    logging.disable(max(level, logging.INFO))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        logging.root.removeHandler(handler)
 
 
 def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -330,37 +331,56 @@ def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str
     return weights
 
 
-class Sam2:
-    """SAM-2, prompted for the one object that fills a crop."""
+def _find_sam2_checkpoint(options: MaskOptions) -> Path:
+    path = options.sam2_ckpt
+    remedy = _how_to_get_checkpoint(options.sam2_cfg)
+    if path is None:
+        raise lct.UserError("is missing: masks are drawn by SAM-2", "--sam2_ckpt", remedy)
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise lct.UserError(problem, f"--sam2_ckpt {path}", remedy)
+    return path
 
-    def __init__(self, options: MaskOptions, runtime: lct.Runtime) -> None:
-        _import_sam2()
-        from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-        model = _build_sam2(options)
-        model.load_state_dict(_read_sam2_weights(options, model))
-        self.side = model.image_size
-        self._device = runtime.device
-        self._is_bf16 = runtime.dtype == torch.bfloat16  # SAM-2 is not made for fp16, which older GPUs use
-        with _quiet_sam2():
-            self._predictor = SAM2ImagePredictor(model.to(runtime.device).eval())
+def _how_to_get_checkpoint(sam2_cfg: str) -> str:
+    """Return the command that fetches the official checkpoint of a config, and the flag that names it."""
+    match = re.search(r"(sam2(?:\.1)?)_hiera_(t|s|b\+|l)(?:\.yaml)?$", sam2_cfg)
+    if not match:
+        return "give the checkpoint that was trained with this config"
+    name = f"{match[1]}_hiera_{SAM2_SIZES[match[2]]}.pt"
+    return f"curl -LO {SAM2_URLS[match[1]]}/{name}  and then  --sam2_ckpt {name}"
 
-    def propose(self, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return three candidates for uint8 (side, side, 3): predicted IoUs float32 (3,), mask logits float32 (3, 256, 256)."""
-        low = self.side * SAM2_BOX_INSET
-        high = self.side * (1 - SAM2_BOX_INSET)
-        with _quiet_sam2(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
-            self._predictor.set_image(square)
-            _, scores, logits = self._predictor.predict(
-                box=np.array([low, low, high, high], np.float32),
-                point_coords=np.array([[self.side / 2, self.side / 2]], np.float32),
-                point_labels=np.array([1]),  # 1 = on the object
-                multimask_output=True,
-            )
-        return scores, logits
+
+def _raise_if_memory_is_short(error: Exception) -> None:
+    """Raise the out-of-memory error behind `error`, if any, as on a GPU that others fill; Hydra wraps it in errors of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(cause):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 # From candidates to a mask.
+
+
+def _draw_mask(
+    sam2: Sam2, path: str, crop: _Crop | lct.ImageError, options: MaskOptions
+) -> tuple[MaskOutcome, np.ndarray | None]:
+    """Return the outcome for a crop, and its mask, bool (H, W), or None if refused."""
+    if isinstance(crop, lct.ImageError):
+        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
+    scores, logits = sam2.propose(crop.square)
+    best = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
+    # Like sam2, enlarges the logits instead of the mask, which gives smooth outlines.
+    candidate = torch.from_numpy(logits[best])[None, None]
+    enlarged = torch.nn.functional.interpolate(candidate, (crop.height, crop.width), mode="bilinear")
+    mask = enlarged[0, 0].numpy() > 0
+    if options.mask_cleanup:
+        mask = clean_mask(mask)
+    score = float(scores[best])
+    area = float(mask.mean())
+    reason = judge_mask(score, area, options.mask_min_score)
+    return MaskOutcome(path, score, area, reason), None if reason else mask
 
 
 def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
@@ -368,16 +388,6 @@ def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
     low, high = MASK_AREA_RANGE
     scores = np.nan_to_num(scores, nan=-1.0)
     return int(np.argmax(scores + 10.0 * ((areas >= low) & (areas <= high))))  # 10: more than any IoU
-
-
-def judge_mask(score: float, area: float, min_score: float) -> str:
-    """Return why a mask is refused, or '' if it is accepted."""
-    low, high = MASK_AREA_RANGE
-    if not score >= min_score:  # also NaN
-        return f"score {score:.2f} is below --mask_min_score {min_score:g}"
-    if area < low:
-        return f"covers {area:.1%} of the crop, less than {low:.0%}"
-    return f"covers {area:.1%} of the crop, more than {high:.0%}" if area > high else ""
 
 
 def clean_mask(mask: np.ndarray) -> np.ndarray:
@@ -399,24 +409,14 @@ def clean_mask(mask: np.ndarray) -> np.ndarray:
     return cleaned | fill[holes]
 
 
-def _draw_mask(
-    sam2: Sam2, path: str, crop: _Crop | lct.ImageError, options: MaskOptions
-) -> tuple[MaskOutcome, np.ndarray | None]:
-    """Return the outcome for a crop, and its mask, bool (H, W), or None if refused."""
-    if isinstance(crop, lct.ImageError):
-        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
-    scores, logits = sam2.propose(crop.square)
-    best = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
-    # Like sam2, enlarges the logits instead of the mask, which gives smooth outlines.
-    candidate = torch.from_numpy(logits[best])[None, None]
-    enlarged = torch.nn.functional.interpolate(candidate, (crop.height, crop.width), mode="bilinear")
-    mask = enlarged[0, 0].numpy() > 0
-    if options.mask_cleanup:
-        mask = clean_mask(mask)
-    score = float(scores[best])
-    area = float(mask.mean())
-    reason = judge_mask(score, area, options.mask_min_score)
-    return MaskOutcome(path, score, area, reason), None if reason else mask
+def judge_mask(score: float, area: float, min_score: float) -> str:
+    """Return why a mask is refused, or '' if it is accepted."""
+    low, high = MASK_AREA_RANGE
+    if not score >= min_score:  # also NaN
+        return f"score {score:.2f} is below --mask_min_score {min_score:g}"
+    if area < low:
+        return f"covers {area:.1%} of the crop, less than {low:.0%}"
+    return f"covers {area:.1%} of the crop, more than {high:.0%}" if area > high else ""
 
 
 # Drawing all masks; it can be interrupted anywhere.
@@ -511,6 +511,16 @@ def _hash_settings(options: MaskOptions) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
+def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
+    """Read a crop and resize it to the model's input, so that waiting crops are small however large the file is."""
+    try:
+        image = lct.load_image(job.request.source, job.request.image_bits)
+    except lct.ImageError as error:
+        return error
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
+
+
 def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
     """Yield `read(item)` in order, while threads read a few items ahead; closing it drops the reads not yet begun."""
     pool = ThreadPoolExecutor(num_threads)
@@ -524,16 +534,6 @@ def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: i
             yield futures.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
-    """Read a crop and resize it to the model's input, so that waiting crops are small however large the file is."""
-    try:
-        image = lct.load_image(job.request.source, job.request.image_bits)
-    except lct.ImageError as error:
-        return error
-    square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
 
 
 def _write_mask(target: Path, mask: np.ndarray) -> None:

@@ -172,27 +172,12 @@ def format_off(vertices: np.ndarray, polygons: Sequence[Sequence[int]]) -> str:
 # --- voxels
 
 
-def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield points on triangles (N, 3, 3), at most `spacing` apart, in batches of about MAX_SAMPLES points at most.
-
-    A batch is the points (P, M, 3), the rows (P,) of their P triangles, the order (P, 3) of the corners of each triangle, and the
-    barycentric coordinates (M, 3) of the points in this order, which are the same for all P triangles.
-    """
-    edges = triangles - np.roll(triangles, -1, axis=1)  # between each corner and the next
-    lengths = np.linalg.norm(edges, axis=2)
-    order = (lengths.argmin(axis=1)[:, None] + np.arange(3)) % 3
-    # The points lie on lines from the shortest edge to the opposite corner, so that a sliver needs few of them.
-    min_steps = np.stack([lengths.min(axis=1), lengths.max(axis=1)], axis=1) / spacing
-    steps = STEP_COUNTS[np.searchsorted(STEP_COUNTS[:-1], min_steps)]
-    for across, along in np.unique(steps, axis=0):
-        u, v = np.meshgrid(np.arange(across + 1) / across, np.arange(along + 1) / along)
-        weights = np.stack([(1 - u) * (1 - v), u * (1 - v), v], axis=-1).reshape(-1, 3)
-        members = np.flatnonzero((steps == (across, along)).all(axis=1))
-        batch_size = max(1, MAX_SAMPLES // len(weights))
-        for start in range(0, len(members), batch_size):
-            rows = members[start : start + batch_size]
-            points = weights @ np.take_along_axis(triangles[rows], order[rows, :, None], axis=1)
-            yield points, rows, order[rows], weights
+def voxelize_file(path: Path, size: int, is_solid: bool) -> bytes | str:
+    """Return the voxels of a file as packed bits, or the reason why it cannot be used."""
+    try:
+        return np.packbits(voxelize(read_mesh(path), size, is_solid)).tobytes()
+    except (MeshError, OSError) as error:
+        return str(error)
 
 
 def voxelize(mesh: Mesh, size: int, is_solid: bool) -> np.ndarray:
@@ -221,6 +206,29 @@ def voxelize(mesh: Mesh, size: int, is_solid: bool) -> np.ndarray:
     return grid
 
 
+def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield points on triangles (N, 3, 3), at most `spacing` apart, in batches of about MAX_SAMPLES points at most.
+
+    A batch is the points (P, M, 3), the rows (P,) of their P triangles, the order (P, 3) of the corners of each triangle, and the
+    barycentric coordinates (M, 3) of the points in this order, which are the same for all P triangles.
+    """
+    edges = triangles - np.roll(triangles, -1, axis=1)  # between each corner and the next
+    lengths = np.linalg.norm(edges, axis=2)
+    order = (lengths.argmin(axis=1)[:, None] + np.arange(3)) % 3
+    # The points lie on lines from the shortest edge to the opposite corner, so that a sliver needs few of them.
+    min_steps = np.stack([lengths.min(axis=1), lengths.max(axis=1)], axis=1) / spacing
+    steps = STEP_COUNTS[np.searchsorted(STEP_COUNTS[:-1], min_steps)]
+    for across, along in np.unique(steps, axis=0):
+        u, v = np.meshgrid(np.arange(across + 1) / across, np.arange(along + 1) / along)
+        weights = np.stack([(1 - u) * (1 - v), u * (1 - v), v], axis=-1).reshape(-1, 3)
+        members = np.flatnonzero((steps == (across, along)).all(axis=1))
+        batch_size = max(1, MAX_SAMPLES // len(weights))
+        for start in range(0, len(members), batch_size):
+            rows = members[start : start + batch_size]
+            points = weights @ np.take_along_axis(triangles[rows], order[rows, :, None], axis=1)
+            yield points, rows, order[rows], weights
+
+
 def _close_gaps(grid: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Fill the gaps between neighbouring points of a point cloud."""
     from scipy.ndimage import binary_closing
@@ -231,14 +239,6 @@ def _close_gaps(grid: np.ndarray, points: np.ndarray) -> np.ndarray:
     # Padded, because closing erodes voxels at the border.
     closed = binary_closing(np.pad(grid, radius), np.ones((3, 3, 3)), iterations=radius)
     return closed[(slice(radius, -radius),) * 3]
-
-
-def voxelize_file(path: Path, size: int, is_solid: bool) -> bytes | str:
-    """Return the voxels of a file as packed bits, or the reason why it cannot be used."""
-    try:
-        return np.packbits(voxelize(read_mesh(path), size, is_solid)).tobytes()
-    except (MeshError, OSError) as error:
-        return str(error)
 
 
 def extract_surface(probabilities: np.ndarray, level: float, sigma: float) -> tuple[Any, str]:
@@ -291,13 +291,13 @@ def encode_mesh(mesh: Any, kind: str, comments: Sequence[str]) -> bytes:
 # --- drawing
 
 
-@functools.cache
-def load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return a font of 12 px: a system font with Cyrillic and Greek, or else the default font of Pillow, which has neither."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 12)
-    return ImageFont.load_default(12)
+def draw_voxels(probabilities: np.ndarray, sigma: float, side: int) -> Image.Image | None:
+    """Draw the surface of probabilities (size, size, size); return None if they have none."""
+    try:
+        mesh, _ = extract_surface(probabilities, 0.5, sigma)
+    except MeshError:
+        return None
+    return draw_mesh(mesh, side)
 
 
 def draw_mesh(mesh: Any, side: int) -> Image.Image:
@@ -333,15 +333,6 @@ def draw_mesh(mesh: Any, side: int) -> Image.Image:
     colour = np.where(np.isfinite(depths)[:, None], (0.3 + 0.7 * brightness[:, None]) * CLAY, PAPER)
     picture = Image.fromarray(colour.reshape(2 * side, 2 * side, 3).astype(np.uint8))
     return picture.resize((side, side), Image.Resampling.BOX)
-
-
-def draw_voxels(probabilities: np.ndarray, sigma: float, side: int) -> Image.Image | None:
-    """Draw the surface of probabilities (size, size, size); return None if they have none."""
-    try:
-        mesh, _ = extract_surface(probabilities, 0.5, sigma)
-    except MeshError:
-        return None
-    return draw_mesh(mesh, side)
 
 
 def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: int) -> Image.Image:
@@ -418,6 +409,15 @@ def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[index % len(COLOURS)])
         pen.text((x, y - 8), name[:32], INK, font, anchor="mb")
     return picture
+
+
+@functools.cache
+def load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font of 12 px: a system font with Cyrillic and Greek, or else the default font of Pillow, which has neither."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    return ImageFont.load_default(12)
 
 
 def encode_png(picture: Image.Image) -> bytes:

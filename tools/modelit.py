@@ -256,9 +256,125 @@ class Job:
         lct.write_checkpoint(options.checkpoint, payload)
 
 
+def train(options: ModelitOptions) -> None:
+    """Train or resume a run; when it ends or is interrupted, copy its folder to the one of its verdict."""
+    payload = None
+    if options.resume or (options.checkpoint.exists() and not options.overwrite):
+        payload = read_state(options.checkpoint, "give another --checkpoint, or start afresh with --overwrite")
+    lct.create_out_dir(options.checkpoint.parent, "--checkpoint")
+    runtime = choose_runtime(options)
+    shapes, problems = load_shapes(options, lct.show)
+    plain = options.as_plain()
+    identity = {
+        field.name: plain[field.name] for field in lct.option_fields(type(options)) if field.metadata.get("fixed")
+    }
+    identity |= {
+        "class_names": shapes.class_names,
+        "data": lct.fingerprint(shapes.packed, shapes.labels, shapes.held_out),
+    }
+    if payload is not None:
+        try:
+            lct.check_identity(options.checkpoint, payload["identity"], identity)
+        except lct.UserError as error:
+            remedy = "use the settings of that run, give another --checkpoint, or start afresh with --overwrite"
+            raise lct.UserError(error.what, error.where, remedy) from error
+    texts = [template.format(name.replace("_", " ")) for name in shapes.class_names for template in TEMPLATES]
+    prompts = torch.from_numpy(embed_prompts(texts, describe_encoder(options), options.cond_dim))
+    prompts = prompts.reshape(len(shapes.class_names), len(TEMPLATES), -1)
+    folder = options.out_dir / (payload["run"] if payload else time.strftime("run_%Y-%m-%d_%H-%M-%S"))
+    try:
+        with lct.RunDirectory(folder / "logs") as run:
+            (folder / "weights").mkdir(exist_ok=True)
+            lct.write_json(
+                run.path / "config.json", {"options": plain, "identity": identity, "device": runtime.describe()}
+            )
+            lct.write_json(run.path / "problems.json", [{"path": path, "reason": reason} for path, reason in problems])
+            baselines = score_baselines(shapes, options.voxel_size)
+            train_run(Job(options, runtime, shapes, prompts, baselines, run, folder, identity), payload)
+    except lct.Interrupted:
+        copy_to_verdict(options, folder)
+        raise
+    copy_to_verdict(options, folder)
+
+
+def read_state(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint. Raises UserError, with `remedy`, if it is missing, damaged, or not of this program."""
+    where = f"--checkpoint {path}"
+    if not path.is_file():
+        raise lct.UserError("is not a file" if path.exists() else "does not exist", where, remedy)
+    try:
+        payload = lct.load_checkpoint(path, CHECKPOINT_FORM)
+    except lct.UserError as error:
+        raise lct.UserError(error.what, where, remedy) from error
+    if payload["text"]["encoder"] not in ENCODER_NAMES or not fits_architecture(payload):
+        raise lct.UserError("holds other weights than it says, or a text encoder that is not known", where, remedy)
+    return payload
+
+
 def describe_encoder(options: ModelitOptions) -> dict[str, Any]:
     """Return the text encoder as a checkpoint stores it."""
     return {"encoder": options.text_encoder, "pretrained": options.clip_pretrained}
+
+
+def train_run(job: Job, payload: dict[str, Any] | None) -> None:
+    """Train a run to its end, resuming from `payload` if it is not None, and judge its samples."""
+    options = job.options
+    shapes = job.shapes
+    state = start_state(options, job.runtime)
+    if payload is not None:
+        restore_state(state, payload)
+        job.run.forget_epochs_after(state.epoch)
+        job.run.event("resumed", epoch=state.epoch)
+        job.run.log(f"goes on after epoch {state.epoch} of {options.checkpoint}")
+    else:
+        if options.checkpoint.exists():
+            options.checkpoint.rename(lct.name_aside(options.checkpoint, "old"))
+        job.save(state)  # a run killed in its first epoch then resumes in the same folder
+        job.run.event("run_start", seed=options.seed, classes=shapes.class_names)
+    counts = f"{(~shapes.held_out).sum():,} shapes train, {shapes.held_out.sum():,} are held out"
+    classes = ", ".join(shapes.class_names[:8]) + (" ..." if len(shapes.class_names) > 8 else "")
+    job.run.log(f"{counts}; {len(shapes.class_names)} classes: {classes}")
+    job.run.log(f"on {job.runtime.describe()}; text encoder: {ENCODER_NAMES[options.text_encoder]}")
+    fit(job, state)
+    write_pictures(job, state)
+    metrics = judge_samples(job, state)
+    job.run.event("samples_end", epoch=state.epoch, **metrics)
+    means = f"mean shape {job.baselines['mean_shape']:.3f}, class mean {job.baselines['class_mean']:.3f}"
+    kind = "held-out" if shapes.held_out.any() else "training (nothing is held out)"
+    job.run.log(f"{kind} IoU without learning: {means}")
+    job.run.log(
+        f"{metrics['samples']} samples from the prior: {metrics['adherence']:.0%} are nearest to a shape of their prompt's class"
+        f" (IoU {metrics['nearest_iou']:.2f}), {metrics['closed']:.0%} give a watertight mesh"
+    )
+
+
+def fit(job: Job, state: TrainState) -> None:
+    """Train the remaining epochs and record each. Raises Diverged if a loss is not finite; that epoch is not saved."""
+    options = job.options
+    sheet_epochs = {round(options.epochs * number / SHEETS) for number in range(1, SHEETS)}
+    while state.epoch < options.epochs:
+        started = time.monotonic()
+        metrics = train_epoch(job, state)
+        if not all(map(math.isfinite, metrics.values())):
+            problem = f"the loss is not finite in epoch {state.epoch + 1}"
+            saved = f"{options.checkpoint} is as it was after epoch {state.epoch}"
+            raise lct.Diverged(f"{problem}; {saved}; lower --lr, or give --use_batch_norm")
+        metrics["val_iou"] = score_held_out(job, state)
+        state.epoch += 1
+        seconds = time.monotonic() - started
+        with lct.SIGNALS.hold():
+            job.run.event("epoch_end", epoch=state.epoch, **metrics, **job.baselines, seconds=seconds)
+            job.save(state)
+        names = ("recon", "kl", "adv", "disc_real_acc", "disc_fake_acc", "iou", "val_iou")
+        summary = "  ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+        job.run.log(f"epoch {state.epoch:4}  {summary}  {seconds:.1f} s")
+        if metrics["kl"] < COLLAPSED_KL and state.epoch > options.kl_warmup_epochs:
+            remedy = f"lower --kl_weight {options.kl_weight:g}, or raise --kl_warmup_epochs {options.kl_warmup_epochs}"
+            job.run.log(
+                f"warning: the posterior has collapsed (KL {metrics['kl']:.4f}): all z give the same shape; {remedy}"
+            )
+        if state.epoch in sheet_epochs:
+            write_pictures(job, state)
 
 
 def train_epoch(job: Job, state: TrainState) -> dict[str, float]:
@@ -337,33 +453,33 @@ def score_held_out(job: Job, state: TrainState) -> float:
     return torch.cat(ious).mean().item() if ious else math.nan
 
 
-def fit(job: Job, state: TrainState) -> None:
-    """Train the remaining epochs and record each. Raises Diverged if a loss is not finite; that epoch is not saved."""
-    options = job.options
-    sheet_epochs = {round(options.epochs * number / SHEETS) for number in range(1, SHEETS)}
-    while state.epoch < options.epochs:
-        started = time.monotonic()
-        metrics = train_epoch(job, state)
-        if not all(map(math.isfinite, metrics.values())):
-            problem = f"the loss is not finite in epoch {state.epoch + 1}"
-            saved = f"{options.checkpoint} is as it was after epoch {state.epoch}"
-            raise lct.Diverged(f"{problem}; {saved}; lower --lr, or give --use_batch_norm")
-        metrics["val_iou"] = score_held_out(job, state)
-        state.epoch += 1
-        seconds = time.monotonic() - started
-        with lct.SIGNALS.hold():
-            job.run.event("epoch_end", epoch=state.epoch, **metrics, **job.baselines, seconds=seconds)
-            job.save(state)
-        names = ("recon", "kl", "adv", "disc_real_acc", "disc_fake_acc", "iou", "val_iou")
-        summary = "  ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
-        job.run.log(f"epoch {state.epoch:4}  {summary}  {seconds:.1f} s")
-        if metrics["kl"] < COLLAPSED_KL and state.epoch > options.kl_warmup_epochs:
-            remedy = f"lower --kl_weight {options.kl_weight:g}, or raise --kl_warmup_epochs {options.kl_warmup_epochs}"
-            job.run.log(
-                f"warning: the posterior has collapsed (KL {metrics['kl']:.4f}): all z give the same shape; {remedy}"
-            )
-        if state.epoch in sheet_epochs:
-            write_pictures(job, state)
+@torch.inference_mode()
+def write_pictures(job: Job, state: TrainState) -> None:
+    """Write the curves, and a sheet with a held-out shape of each class, its reconstruction, and samples of the class."""
+    epochs = [event for event in lct.read_events(job.run.path) if event["event"] == "epoch_end"]
+    panels = {title: {name: [epoch.get(name) for epoch in epochs] for name in names} for title, names in CURVES.items()}
+    lct.write_bytes(job.run.path / "curves.png", encode_png(draw_curves(panels)))
+    device = job.runtime.device
+    state.model.eval()
+    generator = torch.Generator().manual_seed(job.options.seed)
+    z = torch.randn(SHEET_SAMPLES, job.options.latent_dim, generator=generator).to(device)
+    rows = []
+    for label, name in enumerate(job.shapes.class_names[:SHEET_CLASSES]):
+        in_class = job.shapes.labels == label
+        held_out = np.flatnonzero(in_class & job.shapes.held_out)
+        example = (held_out if len(held_out) else np.flatnonzero(in_class))[:1]
+        voxels = job.shapes.grids(example, job.options.voxel_size)
+        prompt = job.prompts[label, :1].to(device)
+        logits, _, _ = state.model(
+            torch.from_numpy(voxels).to(device), prompt, torch.ones(1, dtype=torch.bool, device=device)
+        )
+        samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
+        grids = [voxels[0, 0], logits.float().sigmoid().cpu().numpy()[0, 0], *samples[:, 0]]
+        captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
+        pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
+        rows.append(list(zip(captions, pictures, strict=True)))
+    sheet = encode_png(draw_sheet(rows, SHEET_SIDE))
+    lct.write_bytes(job.run.path / f"samples_ep{state.epoch:04}.png", sheet)
 
 
 @torch.inference_mode()
@@ -403,122 +519,6 @@ def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
     return {"samples": len(labels), **{name: float(value) for name, value in means.items()}}
 
 
-@torch.inference_mode()
-def write_pictures(job: Job, state: TrainState) -> None:
-    """Write the curves, and a sheet with a held-out shape of each class, its reconstruction, and samples of the class."""
-    epochs = [event for event in lct.read_events(job.run.path) if event["event"] == "epoch_end"]
-    panels = {title: {name: [epoch.get(name) for epoch in epochs] for name in names} for title, names in CURVES.items()}
-    lct.write_bytes(job.run.path / "curves.png", encode_png(draw_curves(panels)))
-    device = job.runtime.device
-    state.model.eval()
-    generator = torch.Generator().manual_seed(job.options.seed)
-    z = torch.randn(SHEET_SAMPLES, job.options.latent_dim, generator=generator).to(device)
-    rows = []
-    for label, name in enumerate(job.shapes.class_names[:SHEET_CLASSES]):
-        in_class = job.shapes.labels == label
-        held_out = np.flatnonzero(in_class & job.shapes.held_out)
-        example = (held_out if len(held_out) else np.flatnonzero(in_class))[:1]
-        voxels = job.shapes.grids(example, job.options.voxel_size)
-        prompt = job.prompts[label, :1].to(device)
-        logits, _, _ = state.model(
-            torch.from_numpy(voxels).to(device), prompt, torch.ones(1, dtype=torch.bool, device=device)
-        )
-        samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
-        grids = [voxels[0, 0], logits.float().sigmoid().cpu().numpy()[0, 0], *samples[:, 0]]
-        captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
-        pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
-        rows.append(list(zip(captions, pictures, strict=True)))
-    sheet = encode_png(draw_sheet(rows, SHEET_SIDE))
-    lct.write_bytes(job.run.path / f"samples_ep{state.epoch:04}.png", sheet)
-
-
-def read_state(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a checkpoint. Raises UserError, with `remedy`, if it is missing, damaged, or not of this program."""
-    where = f"--checkpoint {path}"
-    if not path.is_file():
-        raise lct.UserError("is not a file" if path.exists() else "does not exist", where, remedy)
-    try:
-        payload = lct.load_checkpoint(path, CHECKPOINT_FORM)
-    except lct.UserError as error:
-        raise lct.UserError(error.what, where, remedy) from error
-    if payload["text"]["encoder"] not in ENCODER_NAMES or not fits_architecture(payload):
-        raise lct.UserError("holds other weights than it says, or a text encoder that is not known", where, remedy)
-    return payload
-
-
-def train(options: ModelitOptions) -> None:
-    """Train or resume a run; when it ends or is interrupted, copy its folder to the one of its verdict."""
-    payload = None
-    if options.resume or (options.checkpoint.exists() and not options.overwrite):
-        payload = read_state(options.checkpoint, "give another --checkpoint, or start afresh with --overwrite")
-    lct.create_out_dir(options.checkpoint.parent, "--checkpoint")
-    runtime = choose_runtime(options)
-    shapes, problems = load_shapes(options, lct.show)
-    plain = options.as_plain()
-    identity = {
-        field.name: plain[field.name] for field in lct.option_fields(type(options)) if field.metadata.get("fixed")
-    }
-    identity |= {
-        "class_names": shapes.class_names,
-        "data": lct.fingerprint(shapes.packed, shapes.labels, shapes.held_out),
-    }
-    if payload is not None:
-        try:
-            lct.check_identity(options.checkpoint, payload["identity"], identity)
-        except lct.UserError as error:
-            remedy = "use the settings of that run, give another --checkpoint, or start afresh with --overwrite"
-            raise lct.UserError(error.what, error.where, remedy) from error
-    texts = [template.format(name.replace("_", " ")) for name in shapes.class_names for template in TEMPLATES]
-    prompts = torch.from_numpy(embed_prompts(texts, describe_encoder(options), options.cond_dim))
-    prompts = prompts.reshape(len(shapes.class_names), len(TEMPLATES), -1)
-    folder = options.out_dir / (payload["run"] if payload else time.strftime("run_%Y-%m-%d_%H-%M-%S"))
-    try:
-        with lct.RunDirectory(folder / "logs") as run:
-            (folder / "weights").mkdir(exist_ok=True)
-            lct.write_json(
-                run.path / "config.json", {"options": plain, "identity": identity, "device": runtime.describe()}
-            )
-            lct.write_json(run.path / "problems.json", [{"path": path, "reason": reason} for path, reason in problems])
-            baselines = score_baselines(shapes, options.voxel_size)
-            train_run(Job(options, runtime, shapes, prompts, baselines, run, folder, identity), payload)
-    except lct.Interrupted:
-        copy_to_verdict(options, folder)
-        raise
-    copy_to_verdict(options, folder)
-
-
-def train_run(job: Job, payload: dict[str, Any] | None) -> None:
-    """Train a run to its end, resuming from `payload` if it is not None, and judge its samples."""
-    options = job.options
-    shapes = job.shapes
-    state = start_state(options, job.runtime)
-    if payload is not None:
-        restore_state(state, payload)
-        job.run.forget_epochs_after(state.epoch)
-        job.run.event("resumed", epoch=state.epoch)
-        job.run.log(f"goes on after epoch {state.epoch} of {options.checkpoint}")
-    else:
-        if options.checkpoint.exists():
-            options.checkpoint.rename(lct.name_aside(options.checkpoint, "old"))
-        job.save(state)  # a run killed in its first epoch then resumes in the same folder
-        job.run.event("run_start", seed=options.seed, classes=shapes.class_names)
-    counts = f"{(~shapes.held_out).sum():,} shapes train, {shapes.held_out.sum():,} are held out"
-    classes = ", ".join(shapes.class_names[:8]) + (" ..." if len(shapes.class_names) > 8 else "")
-    job.run.log(f"{counts}; {len(shapes.class_names)} classes: {classes}")
-    job.run.log(f"on {job.runtime.describe()}; text encoder: {ENCODER_NAMES[options.text_encoder]}")
-    fit(job, state)
-    write_pictures(job, state)
-    metrics = judge_samples(job, state)
-    job.run.event("samples_end", epoch=state.epoch, **metrics)
-    means = f"mean shape {job.baselines['mean_shape']:.3f}, class mean {job.baselines['class_mean']:.3f}"
-    kind = "held-out" if shapes.held_out.any() else "training (nothing is held out)"
-    job.run.log(f"{kind} IoU without learning: {means}")
-    job.run.log(
-        f"{metrics['samples']} samples from the prior: {metrics['adherence']:.0%} are nearest to a shape of their prompt's class"
-        f" (IoU {metrics['nearest_iou']:.2f}), {metrics['closed']:.0%} give a watertight mesh"
-    )
-
-
 def copy_to_verdict(options: ModelitOptions, folder: Path) -> None:
     """Copy the folder of a run, with its weights, to good/, neutral/ or bad/ in --out_dir, if an epoch is finished."""
     epochs = [event for event in lct.read_events(folder / "logs") if event["event"] == "epoch_end"]
@@ -541,22 +541,6 @@ def copy_to_verdict(options: ModelitOptions, folder: Path) -> None:
 
 
 # --- generate
-
-
-def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_Conditional, dict[str, Any]]:
-    """Return the trained generator and its checkpoint.
-
-    Raises UserError if there is no checkpoint, or if a given option names another architecture or text encoder.
-    """
-    payload = read_state(options.checkpoint, "train first: --mode train, or name another --checkpoint")
-    for name, trained in (*payload["architecture"].items(), ("text_encoder", payload["text"]["encoder"])):
-        if name in options.origins and getattr(options, name) != trained:
-            raise lct.UserError(f"{options.checkpoint} was trained with {trained}", options.said(name), "leave it out")
-    if "clip_pretrained" in options.origins:  # the same weights at another place
-        payload["text"]["pretrained"] = options.clip_pretrained
-    model = CVAE_Conditional(payload["architecture"])
-    model.load_state_dict(payload["model"])
-    return model.to(runtime.device).eval(), payload
 
 
 def generate(options: ModelitOptions) -> None:
@@ -612,6 +596,22 @@ def generate(options: ModelitOptions) -> None:
         save_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
 
 
+def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_Conditional, dict[str, Any]]:
+    """Return the trained generator and its checkpoint.
+
+    Raises UserError if there is no checkpoint, or if a given option names another architecture or text encoder.
+    """
+    payload = read_state(options.checkpoint, "train first: --mode train, or name another --checkpoint")
+    for name, trained in (*payload["architecture"].items(), ("text_encoder", payload["text"]["encoder"])):
+        if name in options.origins and getattr(options, name) != trained:
+            raise lct.UserError(f"{options.checkpoint} was trained with {trained}", options.said(name), "leave it out")
+    if "clip_pretrained" in options.origins:  # the same weights at another place
+        payload["text"]["pretrained"] = options.clip_pretrained
+    model = CVAE_Conditional(payload["architecture"])
+    model.load_state_dict(payload["model"])
+    return model.to(runtime.device).eval(), payload
+
+
 def save_picture(options: ModelitOptions, path: Path | None, picture: Image.Image) -> None:
     """Write a picture if `path` is not None, and open it in a window with --show."""
     if path is not None:
@@ -623,6 +623,18 @@ def save_picture(options: ModelitOptions, path: Path | None, picture: Image.Imag
 
 
 # --- analyze
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, generate or analyze, as the command line says; return the exit code."""
+    return lct.run_program("modelit", ModelitOptions, run_mode, argv)
+
+
+def run_mode(options: ModelitOptions) -> None:
+    """Run the mode of --mode."""
+    check_options(options)
+    lct.keep_freed_memory()
+    {"train": train, "generate": generate, "analyze": analyze}[options.mode](options)
 
 
 def analyze(options: ModelitOptions) -> None:
@@ -661,18 +673,6 @@ def analyze(options: ModelitOptions) -> None:
     save_picture(options, folder / "pca.png", draw_points(points, prompts))
     encoder = ENCODER_NAMES[text["encoder"]]
     lct.show(f"{len(prompts)} prompts, text encoder: {encoder}; two components hold {explained:.0%} of the variance")
-
-
-def run_mode(options: ModelitOptions) -> None:
-    """Run the mode of --mode."""
-    check_options(options)
-    lct.keep_freed_memory()
-    {"train": train, "generate": generate, "analyze": analyze}[options.mode](options)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, generate or analyze, as the command line says; return the exit code."""
-    return lct.run_program("modelit", ModelitOptions, run_mode, argv)
 
 
 if __name__ == "__main__":

@@ -334,51 +334,52 @@ def answer_batches(
 # --- writing
 
 
-def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
-    """Write the labels in one format: each file atomically, or a folder of very many files as a whole.
-
-    The path and digest of each file are logged before it takes its place: after a kill, the next job recognises the files.
-    """
-    writer = label_writers.WRITERS[name]
-    new_folder = out / f".{name}.{os.getpid()}.tmp"
-    lines: list[str] = []
-    with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
-        log_line = lines.append if writer.is_exchanged else log.append
-        for path, content in writer.write(labels):
-            target = (new_folder if writer.is_exchanged else out) / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                _replace_link(target, content)
-                continue
-            with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
-                log_line(_write_chunks(file, path, content))
-        if lines:
-            log.append("".join(lines))
-    if writer.is_exchanged:
-        old_folder = out / f".{name}.old.{os.getpid()}.tmp"
-        if (out / name).exists():
-            (out / name).rename(old_folder)
-        (new_folder / name).rename(out / name)
-        lct.sync_folder(out)
-        shutil.rmtree(old_folder, ignore_errors=True)
-        new_folder.rmdir()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pre-label with command-line arguments, and return the exit code."""
+    return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, is_shared=True)
 
 
-def _replace_link(link: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems have no links
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(target.resolve(), target_is_directory=target.is_dir())
-
-
-def _write_chunks(file: BinaryIO, path: str, chunks: Iterable[str]) -> str:
-    """Write a file, and return its line for the log."""
-    digest = hashlib.blake2b(digest_size=12)
-    for text in chunks:
-        data = text.encode("utf-8", "backslashreplace")
-        digest.update(data)
-        file.write(data)
-    return json.dumps([path, digest.hexdigest()]) + "\n"
+def label_photos(options: PrelabelOptions) -> None:
+    """Give every detected object a class or `unknown`, and write labels for annotation tools; continues an interrupted job."""
+    check_options(options)
+    lct.keep_freed_memory()
+    runtime = lct.make_runtime(options.gpus, options.precision)
+    detections = lct.from_first(read_detections, options)
+    run = lct.load_run(options.run, runtime, options.backbone_weights)
+    bits = run.config.image_bits or lct.from_first(find_photo_bits, options.images, detections.list_with_objects())
+    detections = dataclasses.replace(detections, image_bits=bits)
+    if lct.get_rank():  # only rank 0 writes
+        deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
+        return
+    if options.overwrite and options.out.exists():
+        old = lct.move_aside(options.out)
+        lct.show(f"the old labels are moved to {old}")
+        lct.create_out_dir(options.out, "--out")
+        with contextlib.suppress(FileNotFoundError):  # the answers stay valid: only the labels are written anew
+            (old / ANSWERS_NAME).rename(options.out / ANSWERS_NAME)
+    lct.create_out_dir(options.out, "--out")
+    with lct.lock_directory(options.out, "--out"):
+        for pattern in ("", "*/", "coco/annotations/"):  # leftovers of a job killed while writing
+            for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for note in detections.notes:
+            lct.show(note)
+        lct.show(
+            f"{lct.count_of(len(detections.objects), 'object')} in {lct.count_of(len(detections.paths), 'image')},"
+            f" on {run.runtime.describe()}"
+        )
+        prelabels = answer_objects(run, detections, options)
+        with contextlib.closing(prelabels.answers):
+            summary = write_prelabels(prelabels, run, options)
+    counts = f"{lct.count_of(summary['objects'], 'object')} in {lct.count_of(summary['images'], 'image')}"
+    lct.show(
+        f"{counts}: {summary['unknown']:,} unknown, {lct.count_of(summary['problems'], 'problem')} (problems.json)\n"
+        f"written: {options.out}; begin with review.html"
+    )
+    for name, writer in label_writers.WRITERS.items():
+        explanation = writer.explain(options.images, options.out)
+        if name in options.formats.split(",") and explanation:
+            lct.show(explanation)
 
 
 def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: PrelabelOptions) -> dict[str, Any]:
@@ -426,6 +427,53 @@ def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: Prelabel
     lct.write_json(options.out / "summary.json", summary)
     write_review(prelabels, summary, run.config.data_root, options.out / "review.html")
     return summary
+
+
+def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
+    """Write the labels in one format: each file atomically, or a folder of very many files as a whole.
+
+    The path and digest of each file are logged before it takes its place: after a kill, the next job recognises the files.
+    """
+    writer = label_writers.WRITERS[name]
+    new_folder = out / f".{name}.{os.getpid()}.tmp"
+    lines: list[str] = []
+    with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
+        log_line = lines.append if writer.is_exchanged else log.append
+        for path, content in writer.write(labels):
+            target = (new_folder if writer.is_exchanged else out) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                _replace_link(target, content)
+                continue
+            with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
+                log_line(_write_chunks(file, path, content))
+        if lines:
+            log.append("".join(lines))
+    if writer.is_exchanged:
+        old_folder = out / f".{name}.old.{os.getpid()}.tmp"
+        if (out / name).exists():
+            (out / name).rename(old_folder)
+        (new_folder / name).rename(out / name)
+        lct.sync_folder(out)
+        shutil.rmtree(old_folder, ignore_errors=True)
+        new_folder.rmdir()
+
+
+def _replace_link(link: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems have no links
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(target.resolve(), target_is_directory=target.is_dir())
+
+
+def _write_chunks(file: BinaryIO, path: str, chunks: Iterable[str]) -> str:
+    """Write a file, and return its line for the log."""
+    digest = hashlib.blake2b(digest_size=12)
+    for text in chunks:
+        data = text.encode("utf-8", "backslashreplace")
+        digest.update(data)
+        file.write(data)
+    return json.dumps([path, digest.hexdigest()]) + "\n"
 
 
 def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path, path: Path) -> None:
@@ -495,54 +543,6 @@ def _make_picture(path: Path, edges: tuple[int, int, int, int] | None = None, bi
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def label_photos(options: PrelabelOptions) -> None:
-    """Give every detected object a class or `unknown`, and write labels for annotation tools; continues an interrupted job."""
-    check_options(options)
-    lct.keep_freed_memory()
-    runtime = lct.make_runtime(options.gpus, options.precision)
-    detections = lct.from_first(read_detections, options)
-    run = lct.load_run(options.run, runtime, options.backbone_weights)
-    bits = run.config.image_bits or lct.from_first(find_photo_bits, options.images, detections.list_with_objects())
-    detections = dataclasses.replace(detections, image_bits=bits)
-    if lct.get_rank():  # only rank 0 writes
-        deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
-        return
-    if options.overwrite and options.out.exists():
-        old = lct.move_aside(options.out)
-        lct.show(f"the old labels are moved to {old}")
-        lct.create_out_dir(options.out, "--out")
-        with contextlib.suppress(FileNotFoundError):  # the answers stay valid: only the labels are written anew
-            (old / ANSWERS_NAME).rename(options.out / ANSWERS_NAME)
-    lct.create_out_dir(options.out, "--out")
-    with lct.lock_directory(options.out, "--out"):
-        for pattern in ("", "*/", "coco/annotations/"):  # leftovers of a job killed while writing
-            for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for note in detections.notes:
-            lct.show(note)
-        lct.show(
-            f"{lct.count_of(len(detections.objects), 'object')} in {lct.count_of(len(detections.paths), 'image')},"
-            f" on {run.runtime.describe()}"
-        )
-        prelabels = answer_objects(run, detections, options)
-        with contextlib.closing(prelabels.answers):
-            summary = write_prelabels(prelabels, run, options)
-    counts = f"{lct.count_of(summary['objects'], 'object')} in {lct.count_of(summary['images'], 'image')}"
-    lct.show(
-        f"{counts}: {summary['unknown']:,} unknown, {lct.count_of(summary['problems'], 'problem')} (problems.json)\n"
-        f"written: {options.out}; begin with review.html"
-    )
-    for name, writer in label_writers.WRITERS.items():
-        explanation = writer.explain(options.images, options.out)
-        if name in options.formats.split(",") and explanation:
-            lct.show(explanation)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Pre-label with command-line arguments, and return the exit code."""
-    return lct.run_program("prelabel", PrelabelOptions, label_photos, argv, is_shared=True)
 
 
 if __name__ == "__main__":

@@ -219,68 +219,35 @@ def build_state(options: PretrainOptions, device: torch.device) -> State:
 # --- training
 
 
-def compute_losses(job: Job, state: State, batch: ViewBatch) -> tuple[torch.Tensor, ...]:
-    """Return the loss of a step and its terms, the figures of TALLY without the gradient norm."""
-    options = job.options
-    global_views, local_views, masks = (lct.send(tensor, job.runtime.device) for tensor in batch)
-    is_ibot = options.algorithm == "ibot"
-    with job.autocast():
-        with torch.no_grad():
-            teacher_tokens = state.teacher.encode(global_views)
-            class_target = state.targets["class"](state.teacher.head(teacher_tokens[:, :, 0]).flatten(0, 1))
-        tokens = state.student.encode(global_views, masks if is_ibot else None)
-        class_tokens = tokens[:, :, 0]
-        if len(local_views):
-            class_tokens = torch.cat([class_tokens, state.student.encode(local_views)[:, :, 0]])
-        logits = state.student.head(class_tokens)
-    loss_class = losses.class_loss(logits, class_target.unflatten(0, (2, -1)), options.student_temp)
-    loss_patch = koleo = loss_class.new_zeros(())
-    if is_ibot:
-        with job.autocast():
-            with torch.no_grad():  # all patches: the masked ones are too few for Sinkhorn and bias the centre
-                patch_target = state.targets["patch"](state.teacher.patch_head(teacher_tokens[:, :, 1:]).flatten(0, 2))
-            patch_logits = state.student.patch_head(tokens[:, :, 1:][masks])
-        # Each masked view counts the same, however many of its patches are masked.
-        weights = (masks / masks.sum(-1, keepdim=True).clamp_min(1))[masks] / (len(masks) * masks.shape[1])
-        loss_patch = losses.patch_loss(patch_logits, patch_target[masks.flatten()], weights, options.student_temp)
-    if options.koleo_weight:
-        koleo = (losses.koleo_loss(class_tokens[0]) + losses.koleo_loss(class_tokens[1])) / 2
-    loss = loss_class + options.patch_loss_weight * loss_patch + options.koleo_weight * koleo
-    return loss, loss_class, loss_patch, koleo
+def baseline_features(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return features that need no network: downscaled images and colour histograms."""
+    return {"pixels": measures.pixel_features(images), "colours": measures.colour_features(images)}
 
 
-def train_step(job: Job, state: State, batch: ViewBatch) -> torch.Tensor:
-    """Take one optimizer step and update the teacher; return the figures of TALLY, float64 (5,)."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = job.schedule.learning_rate(state.step)
-    loss, *terms = compute_losses(job, state, batch)
-    state.optimizer.zero_grad()
-    loss.backward()
-    if job.schedule.freezes_last_layer(state.step):
-        for head in (state.student.head, state.student.patch_head):
-            head.prototypes.grad = None
-    grad_norm = nn.utils.clip_grad_norm_(state.student.parameters(), job.options.clip_grad_norm or math.inf)
-    state.optimizer.step()
-    update_teacher(state.teacher, state.student, job.schedule.momentum(state.step))
-    state.step += 1
-    state.batches += 1
-    return torch.stack([figure.detach().double() for figure in (loss, *terms, grad_norm)])
+def fit(job: Job, state: State) -> None:
+    """Train the remaining epochs; evaluate and save after each.
 
-
-def make_loader(job: Job) -> DataLoader:
-    """Build the loader of training views; each pass yields the batches that `job.batches` is set to."""
-    options = job.options
-    grid = options.image_size // options.patch_size
-    mask_ratio = options.patch_mask_ratio if options.algorithm == "ibot" else 0.0
-    return DataLoader(
-        ViewDataset(job.data.train, options.augmentation, options.seed, grid, mask_ratio),
-        batch_sampler=job.batches,
-        collate_fn=ViewDataset.collate,
-        num_workers=options.num_workers,
-        worker_init_fn=lct.start_worker,
-        persistent_workers=options.dataset_persistent_workers and options.num_workers > 0,
-        pin_memory=options.dataset_pin_memory and job.runtime.device.type == "cuda",
-    )
+    Raises:
+        Diverged: the loss is not finite, or the features collapse and --stop-on-collapse is given.
+    """
+    loaders = [make_loader(job)]
+    while state.epoch < job.options.epochs:
+        began = time.monotonic()
+        state.student.train()
+        train_epoch(job, state, loaders)
+        check_finite(job, state)
+        figures = dict(zip(TALLY, (state.tally / job.batches.per_epoch).tolist(), strict=True)) | evaluate(job, state)
+        collapse = find_collapse(job, state, figures)
+        with lct.SIGNALS.hold():
+            state.epoch += 1
+            state.batches = 0
+            state.tally.zero_()
+            finish_epoch(job, state, figures, collapse)
+        job.run.log(format_epoch(job, state, figures, time.monotonic() - began))
+        if collapse:
+            job.run.log(f"warning: {collapse}")
+        if collapse and job.options.stop_on_collapse:
+            raise lct.Diverged(f"{collapse}; stopped after epoch {state.epoch} (--stop-on-collapse)")
 
 
 def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
@@ -315,6 +282,70 @@ def train_epoch(job: Job, state: State, loaders: list[DataLoader]) -> None:
         lct.SIGNALS.check()
 
 
+def make_loader(job: Job) -> DataLoader:
+    """Build the loader of training views; each pass yields the batches that `job.batches` is set to."""
+    options = job.options
+    grid = options.image_size // options.patch_size
+    mask_ratio = options.patch_mask_ratio if options.algorithm == "ibot" else 0.0
+    return DataLoader(
+        ViewDataset(job.data.train, options.augmentation, options.seed, grid, mask_ratio),
+        batch_sampler=job.batches,
+        collate_fn=ViewDataset.collate,
+        num_workers=options.num_workers,
+        worker_init_fn=lct.start_worker,
+        persistent_workers=options.dataset_persistent_workers and options.num_workers > 0,
+        pin_memory=options.dataset_pin_memory and job.runtime.device.type == "cuda",
+    )
+
+
+def train_step(job: Job, state: State, batch: ViewBatch) -> torch.Tensor:
+    """Take one optimizer step and update the teacher; return the figures of TALLY, float64 (5,)."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = job.schedule.learning_rate(state.step)
+    loss, *terms = compute_losses(job, state, batch)
+    state.optimizer.zero_grad()
+    loss.backward()
+    if job.schedule.freezes_last_layer(state.step):
+        for head in (state.student.head, state.student.patch_head):
+            head.prototypes.grad = None
+    grad_norm = nn.utils.clip_grad_norm_(state.student.parameters(), job.options.clip_grad_norm or math.inf)
+    state.optimizer.step()
+    update_teacher(state.teacher, state.student, job.schedule.momentum(state.step))
+    state.step += 1
+    state.batches += 1
+    return torch.stack([figure.detach().double() for figure in (loss, *terms, grad_norm)])
+
+
+def compute_losses(job: Job, state: State, batch: ViewBatch) -> tuple[torch.Tensor, ...]:
+    """Return the loss of a step and its terms, the figures of TALLY without the gradient norm."""
+    options = job.options
+    global_views, local_views, masks = (lct.send(tensor, job.runtime.device) for tensor in batch)
+    is_ibot = options.algorithm == "ibot"
+    with job.autocast():
+        with torch.no_grad():
+            teacher_tokens = state.teacher.encode(global_views)
+            class_target = state.targets["class"](state.teacher.head(teacher_tokens[:, :, 0]).flatten(0, 1))
+        tokens = state.student.encode(global_views, masks if is_ibot else None)
+        class_tokens = tokens[:, :, 0]
+        if len(local_views):
+            class_tokens = torch.cat([class_tokens, state.student.encode(local_views)[:, :, 0]])
+        logits = state.student.head(class_tokens)
+    loss_class = losses.class_loss(logits, class_target.unflatten(0, (2, -1)), options.student_temp)
+    loss_patch = koleo = loss_class.new_zeros(())
+    if is_ibot:
+        with job.autocast():
+            with torch.no_grad():  # all patches: the masked ones are too few for Sinkhorn and bias the centre
+                patch_target = state.targets["patch"](state.teacher.patch_head(teacher_tokens[:, :, 1:]).flatten(0, 2))
+            patch_logits = state.student.patch_head(tokens[:, :, 1:][masks])
+        # Each masked view counts the same, however many of its patches are masked.
+        weights = (masks / masks.sum(-1, keepdim=True).clamp_min(1))[masks] / (len(masks) * masks.shape[1])
+        loss_patch = losses.patch_loss(patch_logits, patch_target[masks.flatten()], weights, options.student_temp)
+    if options.koleo_weight:
+        koleo = (losses.koleo_loss(class_tokens[0]) + losses.koleo_loss(class_tokens[1])) / 2
+    loss = loss_class + options.patch_loss_weight * loss_patch + options.koleo_weight * koleo
+    return loss, loss_class, loss_patch, koleo
+
+
 def check_finite(job: Job, state: State) -> None:
     """Check that the figures of the epoch so far are finite; waits for the device.
 
@@ -327,19 +358,6 @@ def check_finite(job: Job, state: State) -> None:
     fallback = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
     advice = f"lower --learning-rate or set --clip-grad-norm 1, {FRESH_RUN}"
     raise lct.Diverged(f"the loss is not finite at step {state.step} (epoch {state.epoch + 1}); {fallback}; {advice}")
-
-
-@torch.no_grad()
-def embed(job: Job, networks: Networks, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return class tokens and mean patch tokens of uint8 images (N, 3, S, S), each float32 (N, embed_dim) on the CPU."""
-    class_tokens = []
-    mean_patches = []
-    for chunk in images.split(EVAL_BATCH):
-        with job.autocast():
-            tokens = networks.encode(lct.send(chunk[None], job.runtime.device))[0].float()
-        class_tokens.append(tokens[:, 0].cpu())
-        mean_patches.append(tokens[:, 1:].mean(dim=1).cpu())
-    return torch.cat(class_tokens), torch.cat(mean_patches)
 
 
 def evaluate(job: Job, state: State) -> dict[str, float]:
@@ -361,6 +379,19 @@ def evaluate(job: Job, state: State) -> dict[str, float]:
     return figures | score_knn(job.data, extract_features)
 
 
+@torch.no_grad()
+def embed(job: Job, networks: Networks, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return class tokens and mean patch tokens of uint8 images (N, 3, S, S), each float32 (N, embed_dim) on the CPU."""
+    class_tokens = []
+    mean_patches = []
+    for chunk in images.split(EVAL_BATCH):
+        with job.autocast():
+            tokens = networks.encode(lct.send(chunk[None], job.runtime.device))[0].float()
+        class_tokens.append(tokens[:, 0].cpu())
+        mean_patches.append(tokens[:, 1:].mean(dim=1).cpu())
+    return torch.cat(class_tokens), torch.cat(mean_patches)
+
+
 def score_knn(data: Data, extract_features: Callable[[torch.Tensor], dict[str, np.ndarray]]) -> dict[str, float]:
     """Return the k-NN accuracy of each kind of features (N, D) of uint8 images (N, 3, S, S); empty without labelled crops."""
     if data.gallery is None:
@@ -372,11 +403,6 @@ def score_knn(data: Data, extract_features: Callable[[torch.Tensor], dict[str, n
         f"knn_{name}": measures.knn_accuracy(features, data.gallery.labels, query_features.get(name), query_labels)
         for name, features in gallery_features.items()
     }
-
-
-def baseline_features(images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Return features that need no network: downscaled images and colour histograms."""
-    return {"pixels": measures.pixel_features(images), "colours": measures.colour_features(images)}
 
 
 def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
@@ -393,32 +419,6 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
         signs.append(f"the teacher's answers hold {figures['information']:.2f} nats, less than {limit:.2f}")
     remedies = "--use-sinkhorn, --koleo-weight 0.1, a lower --teacher-temp, weaker --aug-*, larger --global-crop-scale"
     return f"collapsing: {' and '.join(signs)}; try {remedies}, {FRESH_RUN}" if signs else ""
-
-
-def fit(job: Job, state: State) -> None:
-    """Train the remaining epochs; evaluate and save after each.
-
-    Raises:
-        Diverged: the loss is not finite, or the features collapse and --stop-on-collapse is given.
-    """
-    loaders = [make_loader(job)]
-    while state.epoch < job.options.epochs:
-        began = time.monotonic()
-        state.student.train()
-        train_epoch(job, state, loaders)
-        check_finite(job, state)
-        figures = dict(zip(TALLY, (state.tally / job.batches.per_epoch).tolist(), strict=True)) | evaluate(job, state)
-        collapse = find_collapse(job, state, figures)
-        with lct.SIGNALS.hold():
-            state.epoch += 1
-            state.batches = 0
-            state.tally.zero_()
-            finish_epoch(job, state, figures, collapse)
-        job.run.log(format_epoch(job, state, figures, time.monotonic() - began))
-        if collapse:
-            job.run.log(f"warning: {collapse}")
-        if collapse and job.options.stop_on_collapse:
-            raise lct.Diverged(f"{collapse}; stopped after epoch {state.epoch} (--stop-on-collapse)")
 
 
 def finish_epoch(job: Job, state: State, figures: dict[str, float], collapse: str) -> None:
@@ -458,31 +458,6 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
 
 
 # --- files
-
-
-def write_artifacts(job: Job, state: State, export: dict[str, Any] | None = None) -> None:
-    """Write artifacts.json: path, SHA-256, size in bytes and metadata of checkpoints and exports; `export` describes a new one."""
-    options = job.options
-    position = {"epoch": state.epoch, "step": state.step, "batches": state.batches}
-    artifacts = [
-        ("checkpoint_last", options.output_dir / options.checkpoint_last_name, position),
-        ("checkpoint_best", options.output_dir / options.checkpoint_best_name, state.best),
-    ]
-    if export is not None:
-        artifacts.append(("backbone", options.export_backbone, export))
-    entries = {}
-    for kind, path, metadata in artifacts:
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            name, size = str(path.resolve()), path.stat().st_size
-            entries[name] = {"kind": kind, "path": name, "sha256": digest, "size": size, "metadata": metadata}
-    listing = options.output_dir / "artifacts.json"
-    with contextlib.suppress(OSError, ValueError):  # the file does not exist yet, or is damaged
-        for entry in lct.read_json(listing, {"artifacts": [{"kind": str, "path": str}]})["artifacts"]:
-            if entry["kind"] == "backbone":  # exports of earlier starts stay listed
-                entries.setdefault(entry["path"], entry)
-    lct.write_json(listing, {"artifacts": list(entries.values())})
 
 
 def describe_run(job: Job, networks: Networks) -> dict[str, Any]:
@@ -542,6 +517,31 @@ def export_best(job: Job, state: State) -> None:
     job.run.log(f"exported: {path} (epoch {best['epoch']})")
 
 
+def write_artifacts(job: Job, state: State, export: dict[str, Any] | None = None) -> None:
+    """Write artifacts.json: path, SHA-256, size in bytes and metadata of checkpoints and exports; `export` describes a new one."""
+    options = job.options
+    position = {"epoch": state.epoch, "step": state.step, "batches": state.batches}
+    artifacts = [
+        ("checkpoint_last", options.output_dir / options.checkpoint_last_name, position),
+        ("checkpoint_best", options.output_dir / options.checkpoint_best_name, state.best),
+    ]
+    if export is not None:
+        artifacts.append(("backbone", options.export_backbone, export))
+    entries = {}
+    for kind, path, metadata in artifacts:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name, size = str(path.resolve()), path.stat().st_size
+            entries[name] = {"kind": kind, "path": name, "sha256": digest, "size": size, "metadata": metadata}
+    listing = options.output_dir / "artifacts.json"
+    with contextlib.suppress(OSError, ValueError):  # the file does not exist yet, or is damaged
+        for entry in lct.read_json(listing, {"artifacts": [{"kind": str, "path": str}]})["artifacts"]:
+            if entry["kind"] == "backbone":  # exports of earlier starts stay listed
+                entries.setdefault(entry["path"], entry)
+    lct.write_json(listing, {"artifacts": list(entries.values())})
+
+
 def draw_sheet(dataset: ViewDataset) -> Image.Image:
     """Draw a sheet of views: each row shows an image, its global views and its local views."""
     side = max(64, dataset.augmentation.image_size)
@@ -555,46 +555,6 @@ def draw_sheet(dataset: ViewDataset) -> Image.Image:
 
 
 # --- run
-
-
-def choose_start(options: PretrainOptions) -> dict[str, Any] | None:
-    """Return the checkpoint to resume from, or None to start afresh; a run with a checkpoint starts afresh only with --overwrite.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged, or not one of pre-training.
-    """
-    last = options.output_dir / options.checkpoint_last_name
-    best = options.output_dir / options.checkpoint_best_name
-    path = last if options.resume in (None, "last") else Path(options.resume)
-    path = path / options.checkpoint_last_name if path.is_dir() else path
-    alternatives = [other for other in (last, best) if other.exists() and other != path]
-    if options.overwrite or (options.resume is None and not path.exists() and not alternatives):
-        return None
-    try:
-        return lct.load_checkpoint(path, CHECKPOINT_FORM)
-    except lct.UserError as error:
-        alternative = f"give --resume {alternatives[0]}, or " if alternatives else ""
-        remedy = f"{alternative}start afresh with --overwrite, without --resume"
-        raise lct.UserError(error.what, error.where, remedy) from error
-
-
-def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
-    """Return the options, the data and the metric that must not change when a run is resumed."""
-    fixed = {name: value for name, value in options.as_plain().items() if name not in FREE_OPTIONS}
-    return {**fixed, "data": data.fingerprint, "chosen_by": "knn_class" if data.gallery else "retrieval"}
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], options: PretrainOptions) -> None:
-    """Check that a checkpoint is of a run with the current identity.
-
-    Raises:
-        UserError: lists the differences as old -> new.
-    """
-    try:
-        lct.check_identity(options.output_dir / options.checkpoint_last_name, saved, current)
-    except lct.UserError as error:
-        remedy = "use the settings of that run, choose a new --output-dir, or start afresh with --overwrite"
-        raise lct.UserError(error.what, error.where, remedy) from error
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -646,6 +606,46 @@ def pretrain(options: PretrainOptions) -> None:
             raise
         best = f"best: epoch {state.best['epoch']}, {state.best['metric']} {state.best['value']:.3f}"
         run.log(f"{best}; {describe_start(state.start)}")
+
+
+def choose_start(options: PretrainOptions) -> dict[str, Any] | None:
+    """Return the checkpoint to resume from, or None to start afresh; a run with a checkpoint starts afresh only with --overwrite.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or not one of pre-training.
+    """
+    last = options.output_dir / options.checkpoint_last_name
+    best = options.output_dir / options.checkpoint_best_name
+    path = last if options.resume in (None, "last") else Path(options.resume)
+    path = path / options.checkpoint_last_name if path.is_dir() else path
+    alternatives = [other for other in (last, best) if other.exists() and other != path]
+    if options.overwrite or (options.resume is None and not path.exists() and not alternatives):
+        return None
+    try:
+        return lct.load_checkpoint(path, CHECKPOINT_FORM)
+    except lct.UserError as error:
+        alternative = f"give --resume {alternatives[0]}, or " if alternatives else ""
+        remedy = f"{alternative}start afresh with --overwrite, without --resume"
+        raise lct.UserError(error.what, error.where, remedy) from error
+
+
+def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
+    """Return the options, the data and the metric that must not change when a run is resumed."""
+    fixed = {name: value for name, value in options.as_plain().items() if name not in FREE_OPTIONS}
+    return {**fixed, "data": data.fingerprint, "chosen_by": "knn_class" if data.gallery else "retrieval"}
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], options: PretrainOptions) -> None:
+    """Check that a checkpoint is of a run with the current identity.
+
+    Raises:
+        UserError: lists the differences as old -> new.
+    """
+    try:
+        lct.check_identity(options.output_dir / options.checkpoint_last_name, saved, current)
+    except lct.UserError as error:
+        remedy = "use the settings of that run, choose a new --output-dir, or start afresh with --overwrite"
+        raise lct.UserError(error.what, error.where, remedy) from error
 
 
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:

@@ -31,6 +31,63 @@ from run_files import Pictures, ReportError, Shot, format_gain, format_number, p
 MARK = b'<meta name="generator" content="lct_dino3 report">'  # a file with this near its start may be overwritten
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="report.py", description="Make one page of a run, or one that compares several.", allow_abbrev=False
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="out_dir of a run; several are compared")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; compare.html for several runs)"
+    )
+    parser.add_argument(
+        "--data_root", type=Path, metavar="DIR", help="where the pictures are now (default: as in the run)"
+    )
+    options = parse_options(parser, argv)
+    try:
+        path = make_page(options.runs, options.out, options.data_root)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # valid JSON whose structure is wrong
+        place = traceback.extract_tb(error.__traceback__)[-1].name
+        names = ", ".join(map(str, options.runs))
+        print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)
+        return 2
+    print(f"written: {path}")
+    return 0
+
+
+def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> Path:
+    """Write the page of one run, or the comparison of several, and return its path."""
+    runs = [read_run(folder) for folder in folders]
+    pictures = [Pictures(run, data_root) for run in runs]
+    if len(runs) == 1:
+        path = out or folders[0] / "report.html"
+        page = render(describe_run(runs[0], pictures[0]), pictures[0].uri)
+    else:
+        path = out or Path("compare.html")
+
+        def find_picture(shot: Shot | None) -> str | None:
+            return next((uri for source in pictures if (uri := source.uri(shot))), None)
+
+        page = render(describe_comparison(runs), find_picture)
+    for run in runs:
+        run_data_root = Path(run.config["options"]["data_root"])
+        if path.resolve().is_relative_to(run_data_root.resolve()):
+            raise ReportError(f"--out {path} lies inside data_root {run_data_root}: give another --out")
+    for source in pictures if path.exists() else ():
+        if not source.root.is_dir():
+            problem = f"{source.root} is gone, and {path} with its pictures stays as it is"
+            raise ReportError(f"{problem}: --data_root DIR says where they are now, --out FILE makes a page without")
+    write_page(path, page, may_overwrite=out is None and len(runs) == 1)
+    if missing := sum(source.num_missing for source in pictures):
+        print(
+            f"note: pictures that cannot be read: {missing:,}; --data_root DIR says where they are now", file=sys.stderr
+        )
+    return path
+
+
 def render(context: dict[str, Any], thumbnail: Callable[[Shot | None], str | None]) -> bytes:
     """Return a page as UTF-8. Names with lone surrogates (bytes that are not Unicode) are shown escaped, never a crash."""
     import jinja2
@@ -76,63 +133,6 @@ def write_page(path: Path, page: bytes, *, may_overwrite: bool) -> None:
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses even to delete a missing file
             temporary.unlink(missing_ok=True)
-
-
-def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> Path:
-    """Write the page of one run, or the comparison of several, and return its path."""
-    runs = [read_run(folder) for folder in folders]
-    pictures = [Pictures(run, data_root) for run in runs]
-    if len(runs) == 1:
-        path = out or folders[0] / "report.html"
-        page = render(describe_run(runs[0], pictures[0]), pictures[0].uri)
-    else:
-        path = out or Path("compare.html")
-
-        def find_picture(shot: Shot | None) -> str | None:
-            return next((uri for source in pictures if (uri := source.uri(shot))), None)
-
-        page = render(describe_comparison(runs), find_picture)
-    for run in runs:
-        run_data_root = Path(run.config["options"]["data_root"])
-        if path.resolve().is_relative_to(run_data_root.resolve()):
-            raise ReportError(f"--out {path} lies inside data_root {run_data_root}: give another --out")
-    for source in pictures if path.exists() else ():
-        if not source.root.is_dir():
-            problem = f"{source.root} is gone, and {path} with its pictures stays as it is"
-            raise ReportError(f"{problem}: --data_root DIR says where they are now, --out FILE makes a page without")
-    write_page(path, page, may_overwrite=out is None and len(runs) == 1)
-    if missing := sum(source.num_missing for source in pictures):
-        print(
-            f"note: pictures that cannot be read: {missing:,}; --data_root DIR says where they are now", file=sys.stderr
-        )
-    return path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description="Make one page of a run, or one that compares several.", allow_abbrev=False
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="out_dir of a run; several are compared")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; compare.html for several runs)"
-    )
-    parser.add_argument(
-        "--data_root", type=Path, metavar="DIR", help="where the pictures are now (default: as in the run)"
-    )
-    options = parse_options(parser, argv)
-    try:
-        path = make_page(options.runs, options.out, options.data_root)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (LookupError, TypeError, AttributeError, ValueError) as error:  # valid JSON whose structure is wrong
-        place = traceback.extract_tb(error.__traceback__)[-1].name
-        names = ", ".join(map(str, options.runs))
-        print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)
-        return 2
-    print(f"written: {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -112,25 +112,6 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
-def tally_answers(images: list[list[Prediction]]) -> list[tuple[tuple[bool, ...], int]]:
-    """Return (which runs are right, number of images), all right first, all wrong last, the others by falling number."""
-    counts = Counter(tuple(item.is_right for item in items) for items in images)
-    return sorted(counts.items(), key=lambda entry: (not all(entry[0]), not any(entry[0]), -entry[1]))
-
-
-def group_disagreements(images: list[list[Prediction]]) -> list[dict[str, Any]]:
-    """Return the images with different answers, grouped by which runs are right; most confident wrong answers first."""
-    groups: dict[tuple[bool, ...], list[list[Prediction]]] = {}
-    for items in images:
-        if len({item.answer for item in items}) > 1:
-            groups.setdefault(tuple(item.is_right for item in items), []).append(items)
-    for group in groups.values():
-        group.sort(key=lambda items: -sum(item.probability for item in items if not item.is_right))
-    limit = max(6, MAX_CARDS // max(1, len(groups)))
-    ordered = sorted(groups.items(), key=lambda entry: (not any(entry[0]), -len(entry[1])))
-    return [{"is_right": pattern, "cards": group[:limit], "count": len(group)} for pattern, group in ordered]
-
-
 def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
     """Return the key figures of all runs as rows of {name, values, best, is_score}; values are numbers or text."""
     scores = {
@@ -224,12 +205,23 @@ def score_classes(items: list[Prediction]) -> dict[str, dict[str, Any]]:
     }
 
 
-def list_circumstances(run: Run) -> dict[str, Any]:
-    """Return the facts besides options in which runs can differ: data, model, versions, device."""
-    groups = {"data": run.config["data"], "model": run.config["model"], "version of": run.config["versions"]}
-    facts = {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}
-    facts.pop("data classes")
-    return facts | {"classes": len(run.class_names), "device": run.config["device"]}
+def tally_answers(images: list[list[Prediction]]) -> list[tuple[tuple[bool, ...], int]]:
+    """Return (which runs are right, number of images), all right first, all wrong last, the others by falling number."""
+    counts = Counter(tuple(item.is_right for item in items) for items in images)
+    return sorted(counts.items(), key=lambda entry: (not all(entry[0]), not any(entry[0]), -entry[1]))
+
+
+def group_disagreements(images: list[list[Prediction]]) -> list[dict[str, Any]]:
+    """Return the images with different answers, grouped by which runs are right; most confident wrong answers first."""
+    groups: dict[tuple[bool, ...], list[list[Prediction]]] = {}
+    for items in images:
+        if len({item.answer for item in items}) > 1:
+            groups.setdefault(tuple(item.is_right for item in items), []).append(items)
+    for group in groups.values():
+        group.sort(key=lambda items: -sum(item.probability for item in items if not item.is_right))
+    limit = max(6, MAX_CARDS // max(1, len(groups)))
+    ordered = sorted(groups.items(), key=lambda entry: (not any(entry[0]), -len(entry[1])))
+    return [{"is_right": pattern, "cards": group[:limit], "count": len(group)} for pattern, group in ordered]
 
 
 def list_differences(tables: list[dict[str, Any]], ignored: set[str]) -> list[tuple[str, list[Any]]]:
@@ -237,3 +229,11 @@ def list_differences(tables: list[dict[str, Any]], ignored: set[str]) -> list[tu
     names = sorted({name for table in tables for name in table} - ignored)
     rows = [(name, [table.get(name, "–") for table in tables]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def list_circumstances(run: Run) -> dict[str, Any]:
+    """Return the facts besides options in which runs can differ: data, model, versions, device."""
+    groups = {"data": run.config["data"], "model": run.config["model"], "version of": run.config["versions"]}
+    facts = {f"{group} {name}": value for group, values in groups.items() for name, value in values.items()}
+    facts.pop("data classes")
+    return facts | {"classes": len(run.class_names), "device": run.config["device"]}

@@ -145,125 +145,6 @@ def list_facts(run: Run) -> list[tuple[str, Any]]:
     ]
 
 
-class Line(NamedTuple):
-    """One line of a chart."""
-
-    name: str
-    ink: str  # CSS colour
-    values: dict[int, float | None]  # by epoch
-
-
-def view_curves(figures: Figures) -> dict[str, Any]:
-    """Return the four charts over epochs, and the name of the frozen baseline in the accuracy chart."""
-    frozen = figures.baseline.get("val", {})
-    scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
-    baseline = max(scores, key=scores.__getitem__, default=None)
-    if figures.test and scores:
-        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one in the verdict
-    titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
-    best = figures.best["epoch"] if figures.best else None
-    charts = []
-    for key, title in titles.items() if figures.epochs else ():
-        lines = [
-            Line(split, f"var(--{split})", {epoch["epoch"]: epoch[split].get(key) for epoch in figures.epochs})
-            for split in ("train", "val")
-        ]
-        if key == "acc":
-            proto_acc = {epoch["epoch"]: epoch["val"].get("proto_acc") for epoch in figures.epochs}
-            lines.append(Line("val, prototypes", "var(--proto)", proto_acc))
-        charts.append(draw_chart(title, lines, best, scores.get(baseline) if key == "acc" else None))
-    return {"charts": charts, "baseline": baseline}
-
-
-def draw_chart(title: str, lines: list[Line], best: int | None = None, level: float | None = None) -> dict[str, Any]:
-    """Return a chart of lines over epochs in SVG units: ticks, lines, hover areas, best epoch and horizontal `level`."""
-    epochs = sorted({epoch for line in lines for epoch in line.values})
-    values = [value for line in lines for value in line.values.values() if value is not None]
-    values += [] if level is None else [level]
-    y_ticks = make_ticks(min(values), max(values)) if values else [(0.0, ""), (1.0, "")]
-    x_ticks = [tick for tick in make_ticks(epochs[0], epochs[-1], least_step=1) if epochs[0] <= tick[0] <= epochs[-1]]
-    pad = 0.03 * (epochs[-1] - epochs[0]) or 0.5
-
-    def x_of(epoch: float) -> float:
-        return round(float(np.interp(epoch, (epochs[0] - pad, epochs[-1] + pad), (CHART_LEFT, CHART_RIGHT))), 1)
-
-    def y_of(value: float) -> float:
-        return round(float(np.interp(value, (y_ticks[0][0], y_ticks[-1][0]), (CHART_BOTTOM, CHART_TOP))), 1)
-
-    paths = []
-    for line in lines:
-        series = [(epoch, line.values.get(epoch)) for epoch in epochs]
-        points = [None if value is None else f"{x_of(epoch)} {y_of(value)}" for epoch, value in series]
-        dots = "".join(f"M{point}h0" for point in points if point) if len(epochs) <= MAX_DOTTED_EPOCHS else ""
-        paths.append({"ink": line.ink, "path": draw_line(points), "dots": dots})
-    borders = [epochs[0] - pad, *(sum(pair) / 2 for pair in itertools.pairwise(epochs)), epochs[-1] + pad]
-    hits = []
-    for epoch, (low, high) in zip(epochs, itertools.pairwise(map(x_of, borders)), strict=True):
-        readings = [f"{line.name} {format_number(line.values.get(epoch))}" for line in lines]
-        hits.append({"x": low, "width": round(high - low, 1), "text": "\n".join([f"epoch {epoch}", *readings])})
-    return {
-        "title": title,
-        "x_ticks": [(x_of(tick), text) for tick, text in x_ticks],
-        "y_ticks": [(y_of(tick), text) for tick, text in y_ticks],
-        "lines": [path for path in paths if path["path"]],
-        "hits": hits if values else [],
-        "best": None if best is None else x_of(best),
-        "level": None if level is None else y_of(level),
-    }
-
-
-def make_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[float, str]]:
-    """Return up to ten ticks (value, text) that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
-    if low == high:
-        low, high = low - 0.05, high + 0.05
-    power = 10.0 ** math.floor(math.log10((high - low) / 8))
-    step = max(least_step, next(factor * power for factor in (1, 2, 5, 10) if factor * power * 8 >= high - low))
-    decimals = max(0, -math.floor(math.log10(step)))
-    first = math.floor(low / step + 1e-9)  # 0.3 / 0.05 is 5.999
-    last = math.ceil(high / step - 1e-9)
-    return [(number * step, f"{number * step:.{decimals}f}") for number in range(first, last + 1)]
-
-
-def draw_line(points: list[str | None]) -> str:
-    """Return the SVG path through "x y" points; None leaves a gap, and `h0` shows a point between two gaps as a dot."""
-    pairs = itertools.pairwise([None, *points])
-    return "".join(f"L{point}" if previous else f"M{point}h0" for previous, point in pairs if point)
-
-
-def view_calibration(figures: Figures) -> dict[str, Any] | None:
-    """Return reliability by bin of probability, the source of its unknown objects, and the expected calibration error."""
-    if figures.measured is None:
-        return None
-    # Classes that the embedder was trained on are too easy as unknown objects: prefer heads that were trained without them.
-    is_easy = figures.measured["open_set"]["trained_on_them"]
-    source = figures.unseen if is_easy and figures.unseen else figures.measured
-    bins = source["reliability"]
-    return {
-        "bins": bins,
-        "source": source["open_set"]["source"],
-        "error": source["ece"],
-        "claimed": sum(row["share"] * row["probability"] for row in bins),
-        "right": sum(row["share"] * row["right"] for row in bins),
-    }
-
-
-def view_sessions(test: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the test images that seem to share a session with a training image, closest first, and the accuracy without them."""
-    if not test or not test.get("without_same_session", {}).get("pairs"):
-        return None
-    without = test["without_same_session"]
-    pairs = [
-        {"test": Shot(path, "bbox"), "train": Shot(pair["train"], "bbox"), "cosine": pair["cosine"]}
-        for path, pair in without["pairs"].items()
-    ]
-    return {
-        "count": test["images"] - without["images"],
-        "cards": pairs[:MAX_CARDS],
-        "acc": without["acc"],
-        "images": without["images"],
-    }
-
-
 def list_classes(run: Run) -> list[dict[str, Any]]:
     """Return one row per class: images by split, scores on the split `figures.scored`, threshold."""
     rows = []
@@ -374,11 +255,6 @@ def project(embeddings: np.ndarray) -> np.ndarray:
         return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
 
 
-def place_in_map(x: float, y: float) -> str:
-    """Return the CSS position of a point in the map."""
-    return f"left: {100 * x / MAP_WIDTH:.2f}%; top: {100 * y / MAP_HEIGHT:.2f}%"
-
-
 def place_in_sprite(index: int, size: tuple[int, int]) -> str:
     """Return the CSS background-position that shows one cell of a sprite of `size` (columns, rows)."""
     row, column = divmod(index, MAP_SPRITE_COLUMNS)
@@ -414,6 +290,11 @@ def place_names(class_names: tuple[str, ...], positions: np.ndarray, labels: np.
                 names.append({"label": label, "text": text, "style": place_in_map(x, y)})
                 break
     return names
+
+
+def place_in_map(x: float, y: float) -> str:
+    """Return the CSS position of a point in the map."""
+    return f"left: {100 * x / MAP_WIDTH:.2f}%; top: {100 * y / MAP_HEIGHT:.2f}%"
 
 
 def view_errors(run: Run) -> dict[str, Any]:
@@ -490,6 +371,40 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
     }
 
 
+def view_calibration(figures: Figures) -> dict[str, Any] | None:
+    """Return reliability by bin of probability, the source of its unknown objects, and the expected calibration error."""
+    if figures.measured is None:
+        return None
+    # Classes that the embedder was trained on are too easy as unknown objects: prefer heads that were trained without them.
+    is_easy = figures.measured["open_set"]["trained_on_them"]
+    source = figures.unseen if is_easy and figures.unseen else figures.measured
+    bins = source["reliability"]
+    return {
+        "bins": bins,
+        "source": source["open_set"]["source"],
+        "error": source["ece"],
+        "claimed": sum(row["share"] * row["probability"] for row in bins),
+        "right": sum(row["share"] * row["right"] for row in bins),
+    }
+
+
+def view_sessions(test: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the test images that seem to share a session with a training image, closest first, and the accuracy without them."""
+    if not test or not test.get("without_same_session", {}).get("pairs"):
+        return None
+    without = test["without_same_session"]
+    pairs = [
+        {"test": Shot(path, "bbox"), "train": Shot(pair["train"], "bbox"), "cosine": pair["cosine"]}
+        for path, pair in without["pairs"].items()
+    ]
+    return {
+        "count": test["images"] - without["images"],
+        "cards": pairs[:MAX_CARDS],
+        "acc": without["acc"],
+        "images": without["images"],
+    }
+
+
 def view_data(data: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the results of the scan: facts, warnings, findings by heading with one line per item, label conflicts as images."""
     if data is None:
@@ -520,3 +435,88 @@ def view_data(data: dict[str, Any] | None) -> dict[str, Any] | None:
     facts.append(("Colour modes", ", ".join(f"{mode} {count:,}" for mode, count in data["modes"].items())))
     conflicts = [[Shot(path, "bbox") for path in group] for group in data["label_conflicts"][:MAX_CONFLICT_GROUPS]]
     return {"facts": facts, "findings": findings, "warnings": data["warnings"], "conflicts": conflicts}
+
+
+class Line(NamedTuple):
+    """One line of a chart."""
+
+    name: str
+    ink: str  # CSS colour
+    values: dict[int, float | None]  # by epoch
+
+
+def view_curves(figures: Figures) -> dict[str, Any]:
+    """Return the four charts over epochs, and the name of the frozen baseline in the accuracy chart."""
+    frozen = figures.baseline.get("val", {})
+    scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
+    baseline = max(scores, key=scores.__getitem__, default=None)
+    if figures.test and scores:
+        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one in the verdict
+    titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
+    best = figures.best["epoch"] if figures.best else None
+    charts = []
+    for key, title in titles.items() if figures.epochs else ():
+        lines = [
+            Line(split, f"var(--{split})", {epoch["epoch"]: epoch[split].get(key) for epoch in figures.epochs})
+            for split in ("train", "val")
+        ]
+        if key == "acc":
+            proto_acc = {epoch["epoch"]: epoch["val"].get("proto_acc") for epoch in figures.epochs}
+            lines.append(Line("val, prototypes", "var(--proto)", proto_acc))
+        charts.append(draw_chart(title, lines, best, scores.get(baseline) if key == "acc" else None))
+    return {"charts": charts, "baseline": baseline}
+
+
+def draw_chart(title: str, lines: list[Line], best: int | None = None, level: float | None = None) -> dict[str, Any]:
+    """Return a chart of lines over epochs in SVG units: ticks, lines, hover areas, best epoch and horizontal `level`."""
+    epochs = sorted({epoch for line in lines for epoch in line.values})
+    values = [value for line in lines for value in line.values.values() if value is not None]
+    values += [] if level is None else [level]
+    y_ticks = make_ticks(min(values), max(values)) if values else [(0.0, ""), (1.0, "")]
+    x_ticks = [tick for tick in make_ticks(epochs[0], epochs[-1], least_step=1) if epochs[0] <= tick[0] <= epochs[-1]]
+    pad = 0.03 * (epochs[-1] - epochs[0]) or 0.5
+
+    def x_of(epoch: float) -> float:
+        return round(float(np.interp(epoch, (epochs[0] - pad, epochs[-1] + pad), (CHART_LEFT, CHART_RIGHT))), 1)
+
+    def y_of(value: float) -> float:
+        return round(float(np.interp(value, (y_ticks[0][0], y_ticks[-1][0]), (CHART_BOTTOM, CHART_TOP))), 1)
+
+    paths = []
+    for line in lines:
+        series = [(epoch, line.values.get(epoch)) for epoch in epochs]
+        points = [None if value is None else f"{x_of(epoch)} {y_of(value)}" for epoch, value in series]
+        dots = "".join(f"M{point}h0" for point in points if point) if len(epochs) <= MAX_DOTTED_EPOCHS else ""
+        paths.append({"ink": line.ink, "path": draw_line(points), "dots": dots})
+    borders = [epochs[0] - pad, *(sum(pair) / 2 for pair in itertools.pairwise(epochs)), epochs[-1] + pad]
+    hits = []
+    for epoch, (low, high) in zip(epochs, itertools.pairwise(map(x_of, borders)), strict=True):
+        readings = [f"{line.name} {format_number(line.values.get(epoch))}" for line in lines]
+        hits.append({"x": low, "width": round(high - low, 1), "text": "\n".join([f"epoch {epoch}", *readings])})
+    return {
+        "title": title,
+        "x_ticks": [(x_of(tick), text) for tick, text in x_ticks],
+        "y_ticks": [(y_of(tick), text) for tick, text in y_ticks],
+        "lines": [path for path in paths if path["path"]],
+        "hits": hits if values else [],
+        "best": None if best is None else x_of(best),
+        "level": None if level is None else y_of(level),
+    }
+
+
+def make_ticks(low: float, high: float, least_step: float = 0.0) -> list[tuple[float, str]]:
+    """Return up to ten ticks (value, text) that enclose a range, in steps of 1, 2 or 5 times a power of ten."""
+    if low == high:
+        low, high = low - 0.05, high + 0.05
+    power = 10.0 ** math.floor(math.log10((high - low) / 8))
+    step = max(least_step, next(factor * power for factor in (1, 2, 5, 10) if factor * power * 8 >= high - low))
+    decimals = max(0, -math.floor(math.log10(step)))
+    first = math.floor(low / step + 1e-9)  # 0.3 / 0.05 is 5.999
+    last = math.ceil(high / step - 1e-9)
+    return [(number * step, f"{number * step:.{decimals}f}") for number in range(first, last + 1)]
+
+
+def draw_line(points: list[str | None]) -> str:
+    """Return the SVG path through "x y" points; None leaves a gap, and `h0` shows a point between two gaps as a dot."""
+    pairs = itertools.pairwise([None, *points])
+    return "".join(f"L{point}" if previous else f"M{point}h0" for previous, point in pairs if point)

@@ -192,58 +192,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of metrics.jsonl without damaged lines, such as one that a killed run wrote only half."""
-    events = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "event" in record:
-                events.append(record)
-    return events
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file; pickled objects, which could run code, are refused."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
-def read_embeddings(path: Path) -> Embeddings:
-    """Return the contents of embeddings.npz."""
-    arrays = read_arrays(path)
-    return Embeddings(
-        embeddings=arrays["embeddings"],
-        labels=arrays["labels"],
-        paths=arrays["paths"].tolist(),
-        views=["mask" if view else "bbox" for view in arrays["views"].tolist()],
-        splits=arrays["splits"],
-        masks=arrays["masks"].tolist(),
-    )
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Return the rows of predictions.csv or predictions_by_view.csv."""
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        if "mask" not in (reader.fieldnames or ()):
-            raise ValueError("its header is not whole")
-        return [
-            Prediction(
-                shot=Shot(row["path"], row["view"]),
-                class_name=row["class"],
-                answer=row["answer"],
-                cosine=float(row["cosine"]),
-                probability=float(row["probability"]),
-                class_cosine=float(row["class_cosine"]),
-                nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
-                nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
-                mask=row["mask"],
-            )
-            for row in reader
-        ]
-
-
 def collect_figures(events: list[dict[str, Any]]) -> Figures:
     """Collect the figures of a run from its events."""
     last = {event["event"]: event for event in events}  # a later event replaces an earlier one of the same kind
@@ -271,6 +219,58 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
         scores=scores,
         per_class=per_class,
     )
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of metrics.jsonl without damaged lines, such as one that a killed run wrote only half."""
+    events = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "event" in record:
+                events.append(record)
+    return events
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Return the rows of predictions.csv or predictions_by_view.csv."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        if "mask" not in (reader.fieldnames or ()):
+            raise ValueError("its header is not whole")
+        return [
+            Prediction(
+                shot=Shot(row["path"], row["view"]),
+                class_name=row["class"],
+                answer=row["answer"],
+                cosine=float(row["cosine"]),
+                probability=float(row["probability"]),
+                class_cosine=float(row["class_cosine"]),
+                nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
+                nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
+                mask=row["mask"],
+            )
+            for row in reader
+        ]
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Return the contents of embeddings.npz."""
+    arrays = read_arrays(path)
+    return Embeddings(
+        embeddings=arrays["embeddings"],
+        labels=arrays["labels"],
+        paths=arrays["paths"].tolist(),
+        views=["mask" if view else "bbox" for view in arrays["views"].tolist()],
+        splits=arrays["splits"],
+        masks=arrays["masks"].tolist(),
+    )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file; pickled objects, which could run code, are refused."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 class Pictures:
@@ -308,16 +308,6 @@ class Pictures:
         return jpeg_uri(image) if image else None
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Open an image file; its pixels are decoded on first use. Raises ValueError if it is not a regular file or too large."""
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would block until something writes to it
-        raise ValueError("is no regular file")
-    image = Image.open(path, formats=IMAGE_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError("has too many pixels")
-    return image
-
-
 def load_thumbnail(path: Path, size: int) -> Image.Image:
     """Return an upright RGB image, its longer side at most `size` px; transparent pixels become gray."""
     with open_picture(path) as source:
@@ -349,6 +339,16 @@ def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:
         else:
             mask = Image.fromarray(np.asarray(upright.convert("RGB")).max(axis=2))  # a mask in colours
         return mask.point(lambda value: 255 if value > MASK_LEVEL else 0).resize(size, Image.Resampling.BOX)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open an image file; its pixels are decoded on first use. Raises ValueError if it is not a regular file or too large."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would block until something writes to it
+        raise ValueError("is no regular file")
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("has too many pixels")
+    return image
 
 
 def jpeg_uri(image: Image.Image) -> str:

@@ -416,16 +416,6 @@ class Recording:
             sink.close(self.status, self._when)
 
 
-def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; the error for an unknown option names the closest one."""
-    options, unknown = parser.parse_known_args()
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else ""))
-    return options
-
-
 def main() -> int:
     """Record the run that the command line names; ends the process."""
     parser = argparse.ArgumentParser(
@@ -474,6 +464,16 @@ def main() -> int:
         say(f"recorded: {options.run}, {recording.status}")
     # Without waiting for ClearML's threads, which may wait for a silent server: everything that can be sent is sent.
     os._exit(0 if sinks else 2)
+
+
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; the error for an unknown option names the closest one."""
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else ""))
+    return options
 
 
 if __name__ == "__main__":

@@ -102,14 +102,6 @@ def _hash_prompt(prompt: str, cond_dim: int) -> np.ndarray:
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def compute_iou(probabilities: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Return the IoU of each shape, (B,), with voxels filled from a probability of 0.5 on; two empty shapes have IoU 1."""
-    predicted = (probabilities >= 0.5).flatten(1)
-    target = (voxels >= 0.5).flatten(1)
-    union = (predicted | target).sum(dim=1)
-    return torch.where(union > 0, (predicted & target).sum(dim=1) / union.clamp(min=1), 1.0)
-
-
 def score_baselines(shapes: Any, size: int) -> dict[str, float]:
     """Return the IoU of two predictions without learning: the mean training shape, and the mean training shape of the class.
 
@@ -146,35 +138,19 @@ def score_baselines(shapes: Any, size: int) -> dict[str, float]:
     return scores
 
 
+def compute_iou(probabilities: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of each shape, (B,), with voxels filled from a probability of 0.5 on; two empty shapes have IoU 1."""
+    predicted = (probabilities >= 0.5).flatten(1)
+    target = (voxels >= 0.5).flatten(1)
+    union = (predicted | target).sum(dim=1)
+    return torch.where(union > 0, (predicted & target).sum(dim=1) / union.clamp(min=1), 1.0)
+
+
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """Return KL(q(z|x) || N(0, 1)) in nats per latent dimension, averaged over the batch."""
     mean = mean.float()
     log_variance = log_variance.float()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-
-
-def layer_channels(first: int, num_layers: int) -> list[int]:
-    """Return the channels of each layer: twice as many in each further one, up to eight times the first."""
-    return [first * min(2**layer, 8) for layer in range(num_layers)]
-
-
-def make_block(convolution: nn.Module, channels: int, architecture: dict[str, Any]) -> list[nn.Module]:
-    """Return a convolution followed by BatchNorm, LeakyReLU and dropout, as far as the architecture has them."""
-    block = [convolution]
-    if architecture["use_batch_norm"]:
-        block.append(nn.BatchNorm3d(channels))
-    block.append(nn.LeakyReLU(0.2))
-    if architecture["dropout_rate"]:
-        block.append(nn.Dropout3d(architecture["dropout_rate"]))
-    return block
-
-
-def make_tower(channels: Sequence[int], architecture: dict[str, Any]) -> nn.Sequential:
-    """Return layers that each halve the grid, one for each number of channels, and a final Flatten."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip((1, *channels[:-1]), channels, strict=True):
-        layers += make_block(nn.Conv3d(inputs, outputs, 4, stride=2, padding=1), outputs, architecture)
-    return nn.Sequential(*layers, nn.Flatten())
 
 
 def make_latents(options: Any, latent_dim: int) -> torch.Tensor:
@@ -289,6 +265,30 @@ class Discriminator(nn.Module):
         return self.score(torch.cat([self.tower(voxels), condition], dim=1)).flatten()
 
 
+def layer_channels(first: int, num_layers: int) -> list[int]:
+    """Return the channels of each layer: twice as many in each further one, up to eight times the first."""
+    return [first * min(2**layer, 8) for layer in range(num_layers)]
+
+
+def make_tower(channels: Sequence[int], architecture: dict[str, Any]) -> nn.Sequential:
+    """Return layers that each halve the grid, one for each number of channels, and a final Flatten."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip((1, *channels[:-1]), channels, strict=True):
+        layers += make_block(nn.Conv3d(inputs, outputs, 4, stride=2, padding=1), outputs, architecture)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def make_block(convolution: nn.Module, channels: int, architecture: dict[str, Any]) -> list[nn.Module]:
+    """Return a convolution followed by BatchNorm, LeakyReLU and dropout, as far as the architecture has them."""
+    block = [convolution]
+    if architecture["use_batch_norm"]:
+        block.append(nn.BatchNorm3d(channels))
+    block.append(nn.LeakyReLU(0.2))
+    if architecture["dropout_rate"]:
+        block.append(nn.Dropout3d(architecture["dropout_rate"]))
+    return block
+
+
 # --- training
 
 
@@ -301,6 +301,20 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]  # of model and discriminator
     scalers: list[torch.amp.GradScaler]  # one per optimizer
     epoch: int = 0  # finished epochs
+
+
+def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
+    """Return the state before the first epoch; `options` are those of modelit.py."""
+    architecture = {name: getattr(options, name) for name in ARCHITECTURE}
+    lct.seed_torch(options.seed, 0)
+    model = CVAE_Conditional(architecture).to(runtime.device)
+    discriminator = Discriminator(architecture).to(runtime.device)
+    optimizers = [
+        torch.optim.Adam(parameter_groups(network, lr))
+        for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
+    ]
+    # One scaler per optimizer: an overflow in one network must not lower the scale of the other.
+    return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
 
 
 def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -319,20 +333,6 @@ def parameter_groups(network: nn.Module, lr: float) -> list[dict[str, Any]]:
                 num_inputs = parameter[0].numel()
             groups.setdefault(lr * min(1.0, (LR_INPUTS / num_inputs) ** 0.5), []).append(parameter)
     return [{"params": parameters, "lr": rate, "peak_lr": rate} for rate, parameters in groups.items()]
-
-
-def start_state(options: Any, runtime: lct.Runtime) -> TrainState:
-    """Return the state before the first epoch; `options` are those of modelit.py."""
-    architecture = {name: getattr(options, name) for name in ARCHITECTURE}
-    lct.seed_torch(options.seed, 0)
-    model = CVAE_Conditional(architecture).to(runtime.device)
-    discriminator = Discriminator(architecture).to(runtime.device)
-    optimizers = [
-        torch.optim.Adam(parameter_groups(network, lr))
-        for network, lr in ((model, options.lr), (discriminator, options.lr * 0.1))
-    ]
-    # One scaler per optimizer: an overflow in one network must not lower the scale of the other.
-    return TrainState(model, discriminator, optimizers, [runtime.make_scaler() for _ in optimizers])
 
 
 def fits_architecture(payload: dict[str, Any]) -> bool:

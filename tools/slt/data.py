@@ -42,64 +42,6 @@ class LabelledImages:
     labels: np.ndarray  # (N,) int64
 
 
-def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
-    """Return absolute path and size in bytes of each image in --train-dir, sorted and without duplicates.
-
-    Raises:
-        UserError: a file is no image, or there are fewer than two images.
-    """
-    files: dict[str, int] = {}
-    for source in options.train_dir:
-        if source.is_dir():
-            tree = lct.list_image_tree(source)
-            for path, reason in tree.problems:
-                lct.show(f"warning: left out: {source / path}: {reason}")
-            sizes = lct.stat_files(source, tree.paths)[:, 0].tolist()
-            files |= {str((source / path).resolve()): size for path, size in zip(tree.paths, sizes, strict=True)}
-        elif source.suffix.lower() in lct.IMAGE_SUFFIXES:
-            files[str(source.resolve())] = source.stat().st_size
-        else:
-            remedy = f"give folders, or files of {' '.join(lct.IMAGE_SUFFIXES)}"
-            raise lct.UserError("is no image", f"{options.place('train_dir')} {source}", remedy)
-    where = f"{options.place('train_dir')} {' '.join(map(str, options.train_dir))}"
-    if not files:
-        raise lct.UserError("holds no images", where, f"of {' '.join(lct.IMAGE_SUFFIXES)}")
-    if len(files) == 1:
-        raise lct.UserError("holds one image, and learning needs others to tell it from", where, "give more")
-    return sorted(files.items())
-
-
-def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int], np.ndarray | None]:
-    """Decode every image once; return the indices of the readable ones and, unless side is 0, squares uint8 (N, side, side, 3).
-
-    Raises:
-        UserError: more than MAX_UNREADABLE of the images cannot be read; the message places them at `where`.
-    """
-
-    def read(path: str) -> np.ndarray | str | None:
-        try:
-            image = lct.load_image(path)
-        except lct.ImageError as error:
-            return str(error)
-        return resize(torch.from_numpy(image)[None].permute(0, 3, 1, 2), side) if side else None
-
-    squares = []
-    readable = []
-    problems = []
-    results = lct.progress(lct.map_in_threads(read, paths), len(paths), "reading", "image")
-    for index, (path, result) in enumerate(results):
-        if isinstance(result, str):
-            problems.append(f"{path}: {result}")
-            lct.show(f"warning: left out: {problems[-1]}")
-        else:
-            readable.append(index)
-            squares.append(result)
-    if len(problems) > MAX_UNREADABLE * len(paths):
-        problem = f"{len(problems)} of {len(paths)} images cannot be read, such as {problems[0]}"
-        raise lct.UserError(problem, where, "mend or remove them; a few are left out")
-    return readable, np.stack(squares) if side else None
-
-
 def read_data(options: PretrainOptions) -> Data:
     """List and check the crops; without labelled crops, hold out some of them for two-view retrieval.
 
@@ -135,6 +77,33 @@ def read_data(options: PretrainOptions) -> Data:
     return Data(select(train_rows), held_out, fingerprint, gallery, queries)
 
 
+def list_files(options: PretrainOptions) -> list[tuple[str, int]]:
+    """Return absolute path and size in bytes of each image in --train-dir, sorted and without duplicates.
+
+    Raises:
+        UserError: a file is no image, or there are fewer than two images.
+    """
+    files: dict[str, int] = {}
+    for source in options.train_dir:
+        if source.is_dir():
+            tree = lct.list_image_tree(source)
+            for path, reason in tree.problems:
+                lct.show(f"warning: left out: {source / path}: {reason}")
+            sizes = lct.stat_files(source, tree.paths)[:, 0].tolist()
+            files |= {str((source / path).resolve()): size for path, size in zip(tree.paths, sizes, strict=True)}
+        elif source.suffix.lower() in lct.IMAGE_SUFFIXES:
+            files[str(source.resolve())] = source.stat().st_size
+        else:
+            remedy = f"give folders, or files of {' '.join(lct.IMAGE_SUFFIXES)}"
+            raise lct.UserError("is no image", f"{options.place('train_dir')} {source}", remedy)
+    where = f"{options.place('train_dir')} {' '.join(map(str, options.train_dir))}"
+    if not files:
+        raise lct.UserError("holds no images", where, f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+    if len(files) == 1:
+        raise lct.UserError("holds one image, and learning needs others to tell it from", where, "give more")
+    return sorted(files.items())
+
+
 def read_labelled(
     options: PretrainOptions, folder: Path, names: list[str] | None
 ) -> tuple[LabelledImages, list[str], list[str]]:
@@ -165,3 +134,34 @@ def read_labelled(
     labels = np.array([names.index(class_names[rows[index]]) for index in readable], dtype=np.int64)
     images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels)
     return images, [paths[index] for index in readable], names
+
+
+def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int], np.ndarray | None]:
+    """Decode every image once; return the indices of the readable ones and, unless side is 0, squares uint8 (N, side, side, 3).
+
+    Raises:
+        UserError: more than MAX_UNREADABLE of the images cannot be read; the message places them at `where`.
+    """
+
+    def read(path: str) -> np.ndarray | str | None:
+        try:
+            image = lct.load_image(path)
+        except lct.ImageError as error:
+            return str(error)
+        return resize(torch.from_numpy(image)[None].permute(0, 3, 1, 2), side) if side else None
+
+    squares = []
+    readable = []
+    problems = []
+    results = lct.progress(lct.map_in_threads(read, paths), len(paths), "reading", "image")
+    for index, (path, result) in enumerate(results):
+        if isinstance(result, str):
+            problems.append(f"{path}: {result}")
+            lct.show(f"warning: left out: {problems[-1]}")
+        else:
+            readable.append(index)
+            squares.append(result)
+    if len(problems) > MAX_UNREADABLE * len(paths):
+        problem = f"{len(problems)} of {len(paths)} images cannot be read, such as {problems[0]}"
+        raise lct.UserError(problem, where, "mend or remove them; a few are left out")
+    return readable, np.stack(squares) if side else None

@@ -12,16 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
-    """Return the probabilities (N, K) closest to softmax(logits / temperature) that use all K outputs equally often in a batch."""
-    scaled = logits.float() / temperature
-    plan = (scaled - scaled.max()).exp()
-    for _ in range(num_iterations):
-        plan = plan / plan.sum(dim=0, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
-        plan = plan / plan.sum(dim=1, keepdim=True)
-    return plan
-
-
 class Target(nn.Module):
     """Turns the teacher's logits into the target distribution of the student; centring or Sinkhorn prevents collapse."""
 
@@ -53,6 +43,16 @@ class Target(nn.Module):
         probabilities = self.softmax(logits)
         self.center.lerp_(logits.float().mean(dim=0), 1 - self.center_momentum)
         return probabilities
+
+
+def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
+    """Return the probabilities (N, K) closest to softmax(logits / temperature) that use all K outputs equally often in a batch."""
+    scaled = logits.float() / temperature
+    plan = (scaled - scaled.max()).exp()
+    for _ in range(num_iterations):
+        plan = plan / plan.sum(dim=0, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
+        plan = plan / plan.sum(dim=1, keepdim=True)
+    return plan
 
 
 def class_loss(student: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:

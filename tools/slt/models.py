@@ -24,19 +24,6 @@ EXPORT_WANTED = "give a file that --export-backbone has written"
 TOKEN_STD = 0.02  # initial deviation of the mask token, as of timm's position embeddings
 
 
-def init_linear(module: nn.Module) -> None:
-    """Initialise the linear layers and patch embeddings of a module: weights of deviation 1 / sqrt(fan_in), biases 0.
-
-    timm's deviation of 0.02 suits widths of some thousand: at 96, each layer shrinks its signal by five, and nothing is learned.
-    """
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            fan_in = layer.weight[0].numel()
-            nn.init.trunc_normal_(layer.weight, std=1 / math.sqrt(fan_in), a=-2, b=2)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
 class ViTSmallPatch16(VisionTransformer):
     """timm's VisionTransformer without classifier, with a learned token in place of masked patches."""
 
@@ -99,13 +86,42 @@ class DinoHead(nn.Module):
         return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
-def check_geometry(geometry: Mapping[str, Any]) -> str:
-    """Describe what is wrong with the geometry of a ViT; return '' if it is valid."""
-    if geometry["image_size"] % geometry["patch_size"]:
-        return f"{geometry['image_size']} px is not a multiple of patches of {geometry['patch_size']} px"
-    if geometry["embed_dim"] % geometry["num_heads"]:
-        return f"{geometry['embed_dim']} dimensions are not a multiple of {geometry['num_heads']} heads"
-    return ""
+def init_linear(module: nn.Module) -> None:
+    """Initialise the linear layers and patch embeddings of a module: weights of deviation 1 / sqrt(fan_in), biases 0.
+
+    timm's deviation of 0.02 suits widths of some thousand: at 96, each layer shrinks its signal by five, and nothing is learned.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            fan_in = layer.weight[0].numel()
+            nn.init.trunc_normal_(layer.weight, std=1 / math.sqrt(fan_in), a=-2, b=2)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
+    """Build the model of an exported backbone in eval mode; `spec` is `file::PATH:slt_vitsmall_patch16`.
+
+    Raises:
+        UserError: the spec has another form, the file is missing or no export, or its weights do not fit its geometry.
+    """
+    remedy = f"write file::PATH:{ARCHITECTURE}"
+    path, _, architecture = spec.removeprefix("file::").rpartition(":")  # the path may contain colons
+    if not spec.startswith("file::") or not path:
+        raise lct.UserError("names no file", spec, remedy)
+    if architecture != ARCHITECTURE:
+        raise lct.UserError(f"{architecture} is no model that is known here", spec, remedy)
+    weights, metadata = read_backbone(Path(path), path)
+    geometry = {name: metadata["geometry"][name] for name in GEOMETRY}
+    try:
+        problem = check_geometry(geometry)
+        model = None if problem else ViTSmallPatch16(**geometry)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # e.g. sizes of 0 or below
+        problem = str(error)
+    if problem:
+        raise lct.UserError(f"its geometry makes no model: {problem}", path, EXPORT_WANTED)
+    fill_model(model, weights, path)
+    return model.eval()
 
 
 def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -133,6 +149,15 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
     return payload["model"], payload["metadata"]
 
 
+def check_geometry(geometry: Mapping[str, Any]) -> str:
+    """Describe what is wrong with the geometry of a ViT; return '' if it is valid."""
+    if geometry["image_size"] % geometry["patch_size"]:
+        return f"{geometry['image_size']} px is not a multiple of patches of {geometry['patch_size']} px"
+    if geometry["embed_dim"] % geometry["num_heads"]:
+        return f"{geometry['embed_dim']} dimensions are not a multiple of {geometry['num_heads']} heads"
+    return ""
+
+
 def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
     """Load weights into a model.
 
@@ -146,31 +171,6 @@ def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str
         examples = ", ".join(f"{k} {shapes.get(k, 'none')} instead of {expected.get(k, 'none')}" for k in keys[:4])
         raise lct.UserError(f"{len(keys)} of its tensors do not fit the model: {examples}", where, EXPORT_WANTED)
     model.load_state_dict(weights)
-
-
-def load_dinov2_backbone(spec: str) -> ViTSmallPatch16:
-    """Build the model of an exported backbone in eval mode; `spec` is `file::PATH:slt_vitsmall_patch16`.
-
-    Raises:
-        UserError: the spec has another form, the file is missing or no export, or its weights do not fit its geometry.
-    """
-    remedy = f"write file::PATH:{ARCHITECTURE}"
-    path, _, architecture = spec.removeprefix("file::").rpartition(":")  # the path may contain colons
-    if not spec.startswith("file::") or not path:
-        raise lct.UserError("names no file", spec, remedy)
-    if architecture != ARCHITECTURE:
-        raise lct.UserError(f"{architecture} is no model that is known here", spec, remedy)
-    weights, metadata = read_backbone(Path(path), path)
-    geometry = {name: metadata["geometry"][name] for name in GEOMETRY}
-    try:
-        problem = check_geometry(geometry)
-        model = None if problem else ViTSmallPatch16(**geometry)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # e.g. sizes of 0 or below
-        problem = str(error)
-    if problem:
-        raise lct.UserError(f"its geometry makes no model: {problem}", path, EXPORT_WANTED)
-    fill_model(model, weights, path)
-    return model.eval()
 
 
 class MultiStreamEncoder(nn.Module):

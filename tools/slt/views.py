@@ -115,28 +115,6 @@ def resize(image: torch.Tensor, side: int) -> np.ndarray:
     return image[0].permute(1, 2, 0).numpy()
 
 
-def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> np.ndarray:
-    """Draw a mask of patches, bool (grid * grid,), made of blocks; it is empty with probability 1 - MASK_PROBABILITY."""
-    mask = np.zeros((grid, grid), dtype=bool)
-    if rng.random() >= MASK_PROBABILITY:
-        return mask.reshape(-1)
-    ratio = rng.uniform(max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD))
-    target = max(1, round(ratio * grid * grid))
-    for _ in range(BLOCK_TRIES):
-        missing = target - int(mask.sum())
-        if missing <= 0:
-            break
-        area = rng.uniform(1, missing + 1)
-        aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
-        height = min(grid, max(1, round(math.sqrt(area * aspect))))
-        width = min(grid, max(1, round(math.sqrt(area / aspect))))
-        top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
-        block = mask[top : top + height, left : left + width]
-        if block.size - int(block.sum()) <= missing:
-            block[...] = True
-    return mask.reshape(-1)
-
-
 class Images:
     """Images by index: decoded at each read, or already decoded to small squares in memory that workers share."""
 
@@ -222,6 +200,28 @@ class ViewDataset(Dataset):
             torch.from_numpy(np.stack(arrays, axis=1)) for arrays in zip(*samples, strict=True)
         )
         return ViewBatch(global_views.permute(0, 1, 4, 2, 3), local_views.permute(0, 1, 4, 2, 3), masks)
+
+
+def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> np.ndarray:
+    """Draw a mask of patches, bool (grid * grid,), made of blocks; it is empty with probability 1 - MASK_PROBABILITY."""
+    mask = np.zeros((grid, grid), dtype=bool)
+    if rng.random() >= MASK_PROBABILITY:
+        return mask.reshape(-1)
+    ratio = rng.uniform(max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD))
+    target = max(1, round(ratio * grid * grid))
+    for _ in range(BLOCK_TRIES):
+        missing = target - int(mask.sum())
+        if missing <= 0:
+            break
+        area = rng.uniform(1, missing + 1)
+        aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
+        height = min(grid, max(1, round(math.sqrt(area * aspect))))
+        width = min(grid, max(1, round(math.sqrt(area / aspect))))
+        top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+        block = mask[top : top + height, left : left + width]
+        if block.size - int(block.sum()) <= missing:
+            block[...] = True
+    return mask.reshape(-1)
 
 
 class EpochBatches:
