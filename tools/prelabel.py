@@ -134,8 +134,7 @@ def check_corrections(options: PrelabelOptions) -> None:
     """
     digests = read_written(options.out)
     for name in options.formats.split(","):
-        folder = options.out / name
-        paths = sorted(folder.rglob("*")) if folder.is_dir() else [*options.out.glob("objects.csv")] * (name == "csv")
+        paths = sorted(options.out.glob("objects.csv" if name == "csv" else f"{name}/**/*"))
         for path in paths:
             is_label = path.is_file() and not path.is_symlink() and path.name[0] != "." and path.suffix != ".cache"
             relative = path.relative_to(options.out).as_posix()
@@ -293,12 +292,13 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
     pending = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
-    num_done = len(units) - sum(map(len, pending))
-    if num_done:
-        lct.show(f"{num_done:,} of {len(units):,} images are answered already")
+    num_images = len({unit.image for unit in units})
+    num_answered = num_images - len({unit.image for group in pending for unit in group})
+    if num_answered:
+        lct.show(f"{num_answered:,} of {num_images:,} images are answered already")
     if pending:
         bar = lct.progress((), len(units), "pre-labelling", unit="image")
-        bar.update(num_done)
+        bar.update(len(units) - sum(map(len, pending)))
         with contextlib.closing(bar):
             for records in answer_batches(run, detections, pending, options):
                 answers.append(records)

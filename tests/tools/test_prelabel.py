@@ -820,6 +820,9 @@ def test_corrections_are_never_written_over(
     assert call_main(*words) == 0 and outputs(out) == first  # nothing was corrected
     for name in ("yolo/labels/plain.txt", "cvat/annotations.xml", "objects.csv", "yolo/labels/new.txt"):
         path = out / name
+        if name == "objects.csv":  # a folder of that format's name is not ours
+            (out / "csv").mkdir()
+            (out / "csv" / "notes.txt").write_bytes(b"checked")
         path.write_bytes((path.read_bytes() if path.exists() else b"") + b"\n")
         error = refuse(call_main, capsys, *words)
         assert str(path) in error and "was changed after it was written" in error and "--overwrite" in error
