@@ -179,7 +179,7 @@ class Options:
         is_typed_no = name in self.origins and getattr(self, name) is False
         return self.flag(f"no-{name}" if is_typed_no else name)
 
-    def said(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """Return where an option was set, and its value."""
         return f"{self.place(name)} {getattr(self, name)}"
 
@@ -676,7 +676,7 @@ def needed_flags(options_class: type[Options]) -> list[str]:
 
 
 def _parse_word(field: dataclasses.Field, text: str) -> Any:
-    """Convert a command-line word to a value of an option; `none` and `auto` reset what a config file sets."""
+    """Convert a command-line word to a value; `none` and `auto` mean None if that is the default, to override a config file."""
     kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
@@ -685,7 +685,7 @@ def _parse_word(field: dataclasses.Field, text: str) -> Any:
     try:
         if kind is not dict:
             return kind(field.metadata.get("spelled", {}).get(text, text))
-        entries = load_yaml(text)  # JSON is valid YAML
+        entries = load_yaml(text)  # a `dict` option is a whole list of entries in one word; JSON is valid YAML
     except ValueError as error:
         problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
         raise argparse.ArgumentTypeError(problem) from error
@@ -1003,7 +1003,7 @@ def check_paths(config: Config) -> None:
         if config.backgrounds is None:
             remedy = "give their folder with --backgrounds DIR"
             raise UserError("needs pictures", config.place("insert_background_p"), remedy)
-        backgrounds, where = config.backgrounds.resolve(), config.said("backgrounds")
+        backgrounds, where = config.backgrounds.resolve(), config.describe("backgrounds")
         data_root, remedy = config.data_root.resolve(), "choose a folder of other pictures"
         if backgrounds.is_relative_to(data_root) or data_root.is_relative_to(backgrounds):
             problem = "and data_root lie one inside the other: crops would be put on crops, also of val and test"
@@ -1018,7 +1018,7 @@ def check_paths(config: Config) -> None:
         except re.error as error:
             num_groups, problem = 0, f"is no regular expression: {error}"
         if num_groups != 1:
-            raise UserError(problem, config.said("group_regex"), r"for example '^(shot\d+)_'")
+            raise UserError(problem, config.describe("group_regex"), r"for example '^(shot\d+)_'")
 
 
 def check_given(options: Options) -> None:
@@ -1051,7 +1051,7 @@ def check_predecessor(options: Options) -> None:
             with contextlib.suppress(OSError, ValueError):
                 config = load_json(read_regular(run / "config.json", MAX_CONFIG_BYTES))
             if is_predecessor_config(config):
-                raise UserError(f"is of {PREDECESSOR}", options.said(name), remedy.format(run=run))
+                raise UserError(f"is of {PREDECESSOR}", options.describe(name), remedy.format(run=run))
 
 
 PREDECESSOR = "lct-dino-3.py, which this script replaces"
@@ -1083,7 +1083,7 @@ def check_existing(options: Options, *names: str) -> None:
             remedies.append("check the path" if field.metadata[kind] is True else field.metadata[kind])
             if options.place(name) != options.flag(name):  # set in a config file
                 remedies = [f"give {options.flag(name)} PATH, where it is now"]
-            raise UserError(problem, options.said(name), remedies[0])
+            raise UserError(problem, options.describe(name), remedies[0])
 
 
 def check_out_dir(config: Options) -> None:
@@ -1113,9 +1113,9 @@ def check_out_dir(config: Options) -> None:
     # fmt: on
     for is_wrong, problem, remedy in refusals:
         if is_wrong:
-            raise UserError(problem, config.said("out_dir"), remedy)
+            raise UserError(problem, config.describe("out_dir"), remedy)
     if config.masks_out is not None and config.masks_out.resolve() != data_root:
-        check_outside(config.masks_out, config.said("masks_out"), {"data_root": data_root})
+        check_outside(config.masks_out, config.describe("masks_out"), {"data_root": data_root})
 
 
 OUTPUT_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
@@ -1139,7 +1139,7 @@ def locate_start(config: Config) -> Path | None:
     if not checkpoints:
         problem = "is neither a file nor a folder" if path.exists() else "does not exist"
         problem = "holds no checkpoint" if path.is_dir() else problem
-        raise UserError(problem, config.said("load_from"), "give the folder of a run, or a file")
+        raise UserError(problem, config.describe("load_from"), "give the folder of a run, or a file")
     return checkpoints[0]
 
 
@@ -1591,10 +1591,13 @@ def refuse_if_in_use(path: Path) -> None:
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
     """Take the lock of a folder; a with-block, `.lock.release()` or the end of this process releases it.
 
-    A probe only checks whether the lock is free, and does not record a holder. Raises UserError, which names the present holder.
+    With `is_probe`, the folder need not be writable and no holder is recorded; the caller releases at once. Raises UserError, which
+    names the present holder.
     """
-    lock, holder_path = filelock.FileLock(path / ".lock", thread_local=False), path / ".lock_holder"
-    where, holder = f"{flag} {path}", ""
+    lock = filelock.FileLock(path / ".lock", thread_local=False)  # another thread may release it
+    holder_path = path / ".lock_holder"
+    where = f"{flag} {path}"
+    holder = ""
     if not is_probe and not os.access(path, os.W_OK | os.X_OK):
         raise UserError("cannot be written to", where, "make it writable, or work with a copy of it")
     try:
@@ -2197,7 +2200,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     if not len(usable):
         path, reason = next(iter(health.reasons.items()))
         problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
-        raise UserError(problem, config.said("data_root"), "check that the files are whole")
+        raise UserError(problem, config.describe("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     label_of_class = {name: index for index, name in enumerate(names)}
     label_of = {path: label_of_class[class_of[listing.class_of(path)]] for path in listing.paths}
@@ -2246,7 +2249,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
     """Return the listing without excluded images, the class map, and the number of files per --exclude glob. Raises UserError."""
-    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.said("data_root")
+    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.describe("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         parent = config.data_root.absolute().parents[1 if config.data_root.name == "cropped" else 0]
@@ -2580,9 +2583,10 @@ def highest_value(image: Image.Image, data: bytes) -> int:
 
 
 def find_image_bits(highest: np.ndarray) -> tuple[int, ...]:
-    """Return how many bits a channel the deep images really use: (bits,), or () if there are none.
+    """Return how many bits the deep images (more than 8 bits a channel) really use: (bits,), or () if there are none.
 
-    `highest` (n,): highest value of each image, 0 if not deep. (8, bits): some deep images hold 8-bit values, no other is as dark.
+    `highest` (n,) is the highest value of each image, 0 if it is not deep. (8, bits): all images below a quarter of the range stay
+    below 256 and half of them reach 128, so they hold 8-bit values; the highest values of dark photos would scatter.
     """
     highest = highest[highest > 0]
     if not len(highest):
@@ -2943,10 +2947,13 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
     for names in by_case.values():
         if len(names) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
-    cut = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
-    if cut and (uncut := sorted({listing.class_of(path) for path in listing.paths} - cut)):
-        listed = ", ".join(uncut[:10]) + (f" and {len(uncut) - 10} more" if len(uncut) > 10 else "")
-        notes.append(f"{len(cut)} classes have cropped/, and {listed} not: images of these are used as they lie there")
+    with_cropped = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
+    without = sorted({listing.class_of(path) for path in listing.paths} - with_cropped)
+    if with_cropped and without:
+        listed = ", ".join(without[:10]) + (f" and {len(without) - 10} more" if len(without) > 10 else "")
+        notes.append(
+            f"{len(with_cropped)} classes have cropped/, and {listed} not: images of these are used as they lie there"
+        )
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
@@ -2971,7 +2978,7 @@ def describe_ignored(ignored: Counter[str]) -> str:
 
 
 def describe_duplicates(records: Records, duplicates: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the sets of duplicates as lists of paths, and those sets whose images lie in different classes."""
+    """Return the sets of duplicates by kind, and those sets joined over all kinds that span several classes, as lists of paths."""
 
     def sets_of(pairs: np.ndarray) -> list[np.ndarray]:
         components = find_components(len(records.labels), pairs)
@@ -3012,7 +3019,7 @@ def count_classes(
 
 def check_trainable(scan: Scan, config: Config) -> None:
     """Raise UserError for one class, a wrong --n_classes, known images in --unknown_dir, small classes or an empty split."""
-    where, records = config.said("data_root"), scan.records
+    where, records = config.describe("data_root"), scan.records
     num_classes = len(records.class_names)
     if num_classes < 2:
         problem = f"has one class only ({records.class_names[0]}); a recogniser needs two"
@@ -3025,7 +3032,7 @@ def check_trainable(scan: Scan, config: Config) -> None:
         if num_known := sum(f"{root}/{path}".startswith(f"{unknown_dir}/") for path in records.paths):
             problem = f"holds {num_known:,} of the images to train on, which have classes"
             remedy = "give a folder of other images, or leave these out: --exclude"
-            raise UserError(problem, config.said("unknown_dir"), remedy)
+            raise UserError(problem, config.describe("unknown_dir"), remedy)
     lines = []
     for name, row in scan.report["classes"].items():
         if row["usable"] < config.min_per_class:
@@ -3311,7 +3318,7 @@ def check_masks_usable(scan: Scan, config: Config) -> None:
     refused = scan.report["masks"]["refused"]
     first = f" ({len(refused)} are refused, the first: {refused[0]['path']}: {refused[0]['reason']})" if refused else ""
     problem = f"needs masks, and none of the {len(scan.records.labels):,} crops has a usable one{first}"
-    raise UserError(problem, config.said("crop_mode"), MASKS_REMEDY)
+    raise UserError(problem, config.describe("crop_mode"), MASKS_REMEDY)
 
 
 def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -3753,11 +3760,14 @@ def _build_policy(entry: ListEntry) -> Any:
 
 
 def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
-    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`."""
+    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`.
+
+    It is a step of `Transform._apply`: takes an image and a mask, and returns a dict of both.
+    """
     from torchvision.transforms import v2
 
     class Policy(getattr(v2, POLICIES[kind])):
-        def __reduce__(self) -> tuple[Any, ...]:
+        def __reduce__(self) -> tuple[Any, ...]:  # pickle finds no local class
             return make_policy, (kind, arguments, probability)
 
         def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
@@ -3780,7 +3790,7 @@ def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any
             return apply(image, transform_id, *args, **kwargs)
 
     policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
-    policy.kind = kind
+    policy.kind = kind  # its name in error messages
     return policy
 
 
@@ -3791,9 +3801,11 @@ def _build_transform(entry: ListEntry) -> Any:
 
     bases = (A.BasicTransform, A.BaseCompose, A.DualTransform, A.ImageOnlyTransform, A.Transform3D)
     classes = [value for value in vars(A).values() if inspect.isclass(value) and issubclass(value, bases)]
-    # Lower-case names, so that coarse_dropout, rgb_shift and RGBShift all match.
-    known, where = {value.__name__.lower(): value for value in classes if value not in bases}, entry.where
-    if "].transforms[" in where and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
+    # By lower-case name, which `entry.kind` is, without underscores: so coarse_dropout, rgb_shift and RGBShift all match.
+    known = {value.__name__.lower(): value for value in classes if value not in bases}
+    where = entry.where
+    is_nested = "].transforms[" in where
+    if is_nested and entry.kind in (*POLICIES, *DEVICE_TRANSFORMS):
         raise UserError(f"{entry.type} cannot stand inside another transform", where, "put it into the list itself")
     if entry.kind not in known:
         long_names = [transform.__name__ for transform in known.values()]
@@ -3812,7 +3824,7 @@ def _build_transform(entry: ListEntry) -> Any:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in parameters:
+    if isinstance(arguments.get("always_apply"), bool) and "p" in parameters:  # of albumentations 1
         arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
@@ -4198,17 +4210,17 @@ class CropDataset(Dataset):
             return None, key, f"is left out: {error}"
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
-        """Stack the samples that could be read, and collect the reasons of the failures."""
+        """Stack the samples that could be read; collect a reason for each file that could not, also of images used without it."""
         images = [image for image, _, _ in samples if image is not None]
         stacked = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         keys = [key for image, key, _ in samples if image is not None]
         rows = np.array([key.row for key in keys], dtype=np.int64)
         return Batch(
-            torch.from_numpy(stacked).permute(0, 3, 1, 2),
-            torch.from_numpy(self.records.labels[rows].astype(np.int64)),
-            torch.from_numpy(rows),
-            torch.tensor([key.view for key in keys], dtype=torch.uint8),
-            [(key.row, reason) for _, key, reason in samples if reason],
+            images=torch.from_numpy(stacked).permute(0, 3, 1, 2),
+            labels=torch.from_numpy(self.records.labels[rows].astype(np.int64)),
+            rows=torch.from_numpy(rows),
+            views=torch.tensor([key.view for key in keys], dtype=torch.uint8),
+            failures=[(key.row, reason) for _, key, reason in samples if reason],
         )
 
 
@@ -4605,7 +4617,7 @@ def adopt_geometry(config: Config) -> Config:
     values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
     values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
     adopted = {name: value for name, value in values.items() if name not in config.origins}
-    origins = {**config.origins, **dict.fromkeys(adopted, config.said("backbone_weights"))}
+    origins = {**config.origins, **dict.fromkeys(adopted, config.describe("backbone_weights"))}
     return dataclasses.replace(config, origins=origins, **adopted)
 
 
@@ -4703,7 +4715,7 @@ def load_timm_model(
         return timm.create_model(name, **settings), None
     pretrained_cfg = timm.models.get_pretrained_cfg(config.model_id)
     if not config.model_id.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
-        raise UserError("timm has no weights for it", config.said("model_id"), WEIGHTS_REMEDY)
+        raise UserError("timm has no weights for it", config.describe("model_id"), WEIGHTS_REMEDY)
 
     def fetch() -> nn.Module:
         with _Unfilled():
@@ -4729,7 +4741,7 @@ def load_timm_model(
         raise
     except Exception as error:  # hub, network and file errors of several libraries
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
-        raise UserError(problem, config.said("model_id"), WEIGHTS_REMEDY) from error
+        raise UserError(problem, config.describe("model_id"), WEIGHTS_REMEDY) from error
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
 
@@ -4739,7 +4751,7 @@ def read_start(config: Config) -> StartWeights | None:
     path = locate_start(config) or config.backbone_weights
     if path is None:
         return None
-    where = config.said("backbone_weights" if config.load_from is None else "load_from")
+    where = config.describe("backbone_weights" if config.load_from is None else "load_from")
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
     if shard := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
@@ -4925,12 +4937,12 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     if config.unfreeze_blocks > num_blocks:
         problem = f"has {num_blocks or 'no'} blocks that timm names"
         remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(problem, f"{where} {config.said('unfreeze_blocks')}", remedy)
+        raise UserError(problem, f"{where} {config.describe('unfreeze_blocks')}", remedy)
     if config.layer_decay < 1 and not num_blocks:
         raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
     if config.lora_rank and not attention_layers(model):
         remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", f"{where} {config.said('lora_rank')}", remedy)
+        raise UserError("has no attention layers", f"{where} {config.describe('lora_rank')}", remedy)
     return settings, shape[1]
 
 
@@ -5301,7 +5313,7 @@ def check_optimizer(config: Config) -> None:
     from timm.optim import get_optimizer_info, list_optimizers
 
     names = list_optimizers()
-    where = config.said("optimizer")
+    where = config.describe("optimizer")
     if config.optimizer not in names:
         fallback = "give one of timm.optim.list_optimizers(), such as adamw, lamb, lion or sgd"
         raise UserError("timm has no optimizer of this name", where, did_you_mean(config.optimizer, names, fallback))
@@ -5602,14 +5614,14 @@ def precision_threshold(
 ) -> float:
     """Return the lowest threshold above which new answers can be expected to have this precision, or one above all scores if none.
 
-    It lies below the lowest passing score (N,), by SCORE_ROUNDING of the backbone's `dtype` but at most half the way to the next
-    one, so that the same image passes in another batch too. Answers of equal score pass or fail together. `prior` (N,), the
-    precision expected at each score, counts as PRIOR_ANSWERS further answers: one error among few answers proves little.
+    `scores` and `is_right` are (N,). The threshold lies below the lowest passing score, by SCORE_ROUNDING of the backbone's `dtype`
+    but at most half the way to the next one, so that the same image passes in another batch too. Equal scores are treated alike.
+    `prior` (N,), the precision expected at each score, counts as PRIOR_ANSWERS further answers: one error in few proves little.
 
     The plain fraction of right answers above a threshold flatters, because chance helped to choose it. So the error rate is the
-    upper bound of Clopper and Pearson (1934) at BOUND_CONFIDENCE, or with a prior that quantile of the posterior. 95 % takes at
-    least 18 answers, all right. With val sets of 150 to 800 answers redrawn from 451 of hand tools and 420 of groceries, .945 to
-    .955 of all answers were right, .929 to .948 by the plain fraction; with sets of 70, .900 and .953.
+    upper bound of Clopper and Pearson (1934) at BOUND_CONFIDENCE, or, with a prior, the quantile of the posterior. 95 % takes at
+    least 18 answers, all right. Precision above thresholds for .95, set on val sets redrawn from 451 answers (hand tools) and 420
+    (groceries): .945 to .955 with 150 to 800 answers (plain fraction: .929 to .948); .900 and .953 with 70 (plain: .913 and .942).
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -5618,9 +5630,9 @@ def precision_threshold(
     if prior is not None:
         num_right = num_right + PRIOR_ANSWERS * prior[order]
         num_answers = num_answers + PRIOR_ANSWERS
-    is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
-    num_wrong = num_answers - num_right + (1 if prior is None else 1e-9)
-    error_rate = scipy.special.betaincinv(num_wrong, np.maximum(num_right, 1e-9), BOUND_CONFIDENCE)
+    is_last_of_score = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]  # cut where there are no answers
+    wrong_parameter = num_answers - num_right + (1 if prior is None else 1e-9)  # of the Beta distribution, above 0
+    error_rate = scipy.special.betaincinv(wrong_parameter, np.maximum(num_right, 1e-9), BOUND_CONFIDENCE)
     is_precise = error_rate <= 1 - precision if precision < 1 else num_right == num_answers  # no bound promises 100 %
     passing = np.flatnonzero(is_precise & is_last_of_score)
     if not len(passing):
@@ -6150,7 +6162,7 @@ class Gallery:
     centroids: np.ndarray  # (C, D) float32 unit norm
     prototypes: np.ndarray  # (P, D) float32 unit norm, grouped by class: the centroids, or several per class
     prototype_labels: np.ndarray  # (P,) int64
-    stacks: np.ndarray  # (N, D) float32 unit norm, grouped by class
+    stacks: np.ndarray  # (N, D) float32 unit norm, the references, grouped by class
     stack_labels: np.ndarray  # (N,) int64
     stack_paths: tuple[str, ...]
     stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
@@ -6161,10 +6173,10 @@ class Gallery:
     is_pooled: np.ndarray  # (C,) bool, the threshold is the pooled one, as the class has too few val answers
     is_enrolled: np.ndarray  # (C,) bool, the class was added after training
     offsets: np.ndarray  # (C,) float32, added to scores of enrolled classes, 0 for others; see `enrolment_offsets`
+    log_odds: np.ndarray  # (C, 2) float64, slope and intercept for answers of each class; see `fit_log_odds`
     spreads: tuple[float, float] = (0.0, 0.0)  # mean `class_spreads` of the references and of val; 0 = unknown
     val_thresholds: tuple[float, ...] = ()  # pooled over all classes, for each of PRECISION_TARGETS
-    log_odds: tuple[float, float] = (0.0, 0.0)  # slope and intercept; see `fit_log_odds`
-    # By number of crops that a class is enrolled with: its threshold, and the figures of `measure_enrolment` at that threshold.
+    # By number of crops that a class is enrolled with: its threshold and log-odds, and `measure_enrolment` at that threshold.
     enrolment: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     by_centroid: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `match_by_centroid`
     fusion: Fusion = NO_FUSION
@@ -6193,9 +6205,9 @@ class Gallery:
         """Return the most similar class of each of the queries (Q, D), and its score, (Q,) both."""
         return best_answers(self.scores, queries)
 
-    def probability(self, scores: np.ndarray) -> np.ndarray:
-        """Return the probability (n,) that answers with scores (n,) are right, if UNKNOWN_SHARE of all objects have no class."""
-        slope, intercept = self.log_odds
+    def probability(self, answers: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Return the probability (n,) that answers (n,) with scores (n,) are right, if UNKNOWN_SHARE of all objects are unknown."""
+        slope, intercept = self.log_odds[answers].T
         return scipy.special.expit(slope * scores.astype(np.float64) + intercept)
 
     def judge(self, queries: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -6334,6 +6346,7 @@ def build_gallery(
         is_pooled=np.ones(num_classes, bool),
         is_enrolled=np.zeros(num_classes, bool),
         offsets=np.zeros(num_classes, np.float32),
+        log_odds=np.zeros((num_classes, 2)),
     )
     if config.prototypes_per_class not in ("auto", "1"):
         gallery = split_classes(gallery, references, int(config.prototypes_per_class))
@@ -6428,14 +6441,19 @@ def calibrate(
         scores = np.concatenate([scores, stranger_scores])
         is_right = np.concatenate([is_right, np.zeros(len(stranger_scores), bool)])
     elif not unseen:
-        stranger_scores = score_without_class(gallery.scores, val)
+        _, stranger_scores = answer_without_class(gallery.scores, val)
     thresholds, is_pooled = fit_thresholds(answers, scores, is_right, precision, num_classes, dtype)
     enrolment = {}
     for num_crops, enrolled in unseen.get("enrolled", {}).items():
         enrolled_scores = (median + spread * np.array(enrolled["scores"])).astype(np.float32)
-        threshold = precision_threshold(enrolled_scores, np.array(enrolled["is_right"], bool), precision, dtype=dtype)
-        figures = enrolled["figures"] if enrolled["figures"]["target_precision"] == precision else None
-        enrolment[num_crops] = {"threshold": threshold, "figures": figures}
+        enrolled_right = np.array(enrolled["is_right"], bool)
+        figures = enrolled["figures"]
+        enrolment[num_crops] = {
+            "threshold": precision_threshold(enrolled_scores, enrolled_right, precision, dtype=dtype),
+            "log_odds": fit_log_odds(enrolled_scores, enrolled_right, stranger_scores),
+            "figures": figures if figures["target_precision"] == precision else None,
+        }
+    log_odds = fit_log_odds(scores[: len(val.rows)], is_right[: len(val.rows)], stranger_scores)
     reference_spread = mean_of_defined(class_spreads(gallery.stacks, gallery.stack_labels, num_classes))
     val_spread = mean_of_defined(class_spreads(val.values, val.labels, num_classes))
     return dataclasses.replace(
@@ -6444,7 +6462,7 @@ def calibrate(
         thresholds=thresholds,
         is_pooled=is_pooled,
         val_thresholds=tuple(precision_threshold(scores, is_right, level, dtype=dtype) for level in PRECISION_TARGETS),
-        log_odds=fit_log_odds(scores[: len(val.rows)], is_right[: len(val.rows)], stranger_scores),
+        log_odds=np.tile(log_odds, (num_classes, 1)),
         enrolment=enrolment,
         spreads=(0.0, 0.0) if math.isnan(reference_spread + val_spread) else (reference_spread, val_spread),
     )
@@ -6539,10 +6557,10 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
         return mean_intervals(test.rows, coverage=passed, precision=np.where(passed, is_right, np.nan))
 
     if unknown is None:
-        unknown_scores = score_without_class(gallery.scores, test)
+        unknown_answers, unknown_scores = answer_without_class(gallery.scores, test)
     else:
         unknown_answers, unknown_scores = gallery.answer(unknown)
-    probability = gallery.probability(np.append(scores, unknown_scores))
+    probability = gallery.probability(np.append(answers, unknown_answers), np.append(scores, unknown_scores))
     is_known = np.arange(len(probability)) < len(scores)
     bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
@@ -6567,15 +6585,16 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     return figures
 
 
-def score_without_class(score: Scorer, known: Embedded) -> np.ndarray:
-    """Return the best score (N,) of each query with its class held out, and all other classes of that fold of HELD_OUT_FOLDS."""
+def answer_without_class(score: Scorer, known: Embedded) -> tuple[np.ndarray, np.ndarray]:
+    """Return the answer to each query without its class and the others of that fold of HELD_OUT_FOLDS, and its score, (N,) both."""
     folds = known.labels % HELD_OUT_FOLDS
 
-    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray]:
+    def reduce(scores: np.ndarray, block: slice) -> tuple[np.ndarray, np.ndarray]:
         is_held_out = np.arange(scores.shape[1]) % HELD_OUT_FOLDS == folds[block, None]
-        return (np.where(is_held_out, -1.0, scores).max(axis=1),)
+        others = np.where(is_held_out, -1.0, scores)
+        return others.argmax(axis=1), others.max(axis=1)
 
-    return reduce_scores(score, known.values, reduce)[0]
+    return reduce_scores(score, known.values, reduce)
 
 
 def highest_softmax(logits: np.ndarray) -> np.ndarray:
@@ -6590,28 +6609,29 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one.
     """
     labels, scores = gallery.judge(embedded.values, embedded.labels)
+    answers, true_labels, runners_up = labels.T
     names = np.array(gallery.class_names, object)
     view_names = np.array(VIEW_NAMES)
     cosines = scores.astype(np.str_)  # the shortest text that reads back as the same float32
-    has_runner_up = labels[:, 2] != labels[:, 0]
+    has_runner_up = runners_up != answers
     rows = embedded.rows.tolist()
     columns = {
         "path": [records.paths[row] for row in rows],
         "view": view_names[embedded.views],
-        "class": names[labels[:, 1]],
-        "answer": names[labels[:, 0]],
-        "is_unknown": np.where(scores[:, 0] < gallery.thresholds[labels[:, 0]], "true", "false"),
+        "class": names[true_labels],
+        "answer": names[answers],
+        "is_unknown": np.where(scores[:, 0] < gallery.thresholds[answers], "true", "false"),
         "cosine": cosines[:, 0],
-        "probability": gallery.probability(scores[:, 0]).tolist(),
-        "runner_up": np.where(has_runner_up, names[labels[:, 2]], ""),
+        "probability": gallery.probability(answers, scores[:, 0]).tolist(),
+        "runner_up": np.where(has_runner_up, names[runners_up], ""),
         "runner_up_cosine": np.where(has_runner_up, cosines[:, 2], ""),
         "class_cosine": cosines[:, 1],
     }
-    for name, class_labels in (("nearest_reference", labels[:, 0]), ("nearest_of_class", labels[:, 1])):
+    for name, class_labels in (("nearest_reference", answers), ("nearest_of_class", true_labels)):
         nearest = nearest_references(gallery, embedded.values, class_labels)
         columns[name] = [gallery.stack_paths[position] for position in nearest]
         columns[f"{name}_view"] = view_names[gallery.stack_views[nearest]]
-    columns["mask"] = [records.mask_of(row, 1) for row in rows]
+    columns["mask"] = [records.mask_of(row, VIEW_NAMES.index("mask")) for row in rows]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -6648,14 +6668,16 @@ def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]
 
 
 # Fields of `Gallery` that `calibrate` sets.
-CALIBRATED = ("thresholds", "is_pooled", "temperature", "val_thresholds", "log_odds", "enrolment")
-# Arrays of prototypes.npz: field of `Gallery`, dtype kind and item size in bytes (0 = any), one letter for each axis of the shape.
+CALIBRATED_ARRAYS = ("thresholds", "is_pooled", "log_odds")
+CALIBRATED = (*CALIBRATED_ARRAYS, "temperature", "val_thresholds", "enrolment")
+# Arrays of prototypes.npz: field of `Gallery`, dtype kind and item size in bytes (0 = any), a letter or the length of each axis.
 GALLERY_ARRAYS = {
     "id2cls": ("class_names", "U0", "C"),
     "centroids": ("centroids", "f4", "CD"),
     "thresholds": ("thresholds", "f4", "C"),
     "is_enrolled": ("is_enrolled", "b1", "C"),
     "offsets": ("offsets", "f4", "C"),  # added to the scores of enrolled classes
+    "log_odds": ("log_odds", "f8", "C2"),  # slope and intercept
     "knn_counts": ("knn_counts", "i8", "C"),
     "prototypes": ("prototypes", "f4", "PD"),
     "prototype_labels": ("prototype_labels", "i8", "P"),
@@ -6676,12 +6698,11 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "format": PROTOTYPES_FORMAT,
         **meta,
         "temperature": gallery.temperature,
-        "log_odds": gallery.log_odds,  # slope and intercept
-        "enrolment": gallery.enrolment,  # thresholds by number of crops
+        "enrolment": gallery.enrolment,
         "spreads": gallery.spreads,
         "by_centroid": gallery.by_centroid,
         "val_thresholds": gallery.val_thresholds,
-        "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),
+        "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),  # names of the classes
     }
     texts = {"cls2id": {name: index for index, name in enumerate(gallery.class_names)}, "meta": to_json(meta)}
     with atomic_file(path) as file:
@@ -6816,12 +6837,12 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if meta.get("format", PROTOTYPES_FORMAT) != PROTOTYPES_FORMAT:
         raise ValueError(f"its meta says format {meta['format']}, not {PROTOTYPES_FORMAT}")
     missing = [f"array {name}" for name in ("meta", *GALLERY_ARRAYS) if name not in arrays]
-    keys = "by_centroid enrolment format log_odds pooled_thresholds spreads temperature val_thresholds".split()
+    keys = "by_centroid enrolment format pooled_thresholds spreads temperature val_thresholds".split()
     missing += [f"{key} in its meta" for key in keys if key not in meta]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     fields: dict[str, Any] = {}
-    lengths: dict[str, int] = {}
+    lengths = {"2": 2}
     for name, (field, kind, axes) in GALLERY_ARRAYS.items():
         array = arrays[name]
         if array.dtype.kind != kind[0] or kind[1] not in ("0", str(array.dtype.itemsize)):
@@ -6842,16 +6863,21 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     mean, projection, weight = (fields.pop(f"fusion.{key}") for key in ("mean", "projection", "weight"))
     if not 0 <= weight < 1 or lengths["K"] > lengths["D"]:
         raise ValueError("its feature_weight is not from 0 to 1, or its feature_projection is wider than its vectors")
-    slope, intercept = map(float, meta["log_odds"])
-    enrolment = meta["enrolment"].items()
+    enrolment = {
+        str(int(crops)): {
+            "threshold": float(entry["threshold"]),
+            "log_odds": np.array(entry["log_odds"], float).reshape(2),
+            "figures": entry["figures"],
+        }
+        for crops, entry in meta["enrolment"].items()
+    }
     reference_spread, val_spread = map(float, meta["spreads"])
     gallery = Gallery(
         **fields,
         temperature=float(meta["temperature"]),
         is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
         val_thresholds=tuple(map(float, meta["val_thresholds"])),
-        log_odds=(slope, intercept),
-        enrolment={str(int(crops)): {**entry, "threshold": float(entry["threshold"])} for crops, entry in enrolment},
+        enrolment=enrolment,
         fusion=Fusion(mean, projection, float(weight)),
         spreads=(reference_spread, val_spread),
         by_centroid=meta["by_centroid"],
@@ -7063,9 +7089,11 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     is_enrolled = np.append(gallery.is_enrolled, np.ones(num_new, bool))
     offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
     thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
+    log_odds = np.tile(gallery.log_odds[np.argmin(gallery.is_enrolled)], (num_new, 1))  # those of the trained classes
     for label in range(num_old, num_classes):
         if measured := find_enrolment_figures(gallery, len(np.unique(added.rows[added.labels == label]))):
             thresholds[label - num_old] = measured["threshold"]
+            log_odds[label - num_old] = measured["log_odds"]
     return dataclasses.replace(
         take_prototypes(gallery, prototypes),
         class_names=class_names,
@@ -7077,6 +7105,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         thresholds=np.append(gallery.thresholds, thresholds),
         is_enrolled=is_enrolled,
         offsets=offsets,
+        log_odds=np.concatenate([gallery.log_odds, log_odds]),
         knn_counts=np.append(gallery.knn_counts, new_counts),
         is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
     )
@@ -7089,10 +7118,8 @@ def match_by_centroid(gallery: Gallery) -> Gallery:
     """
     if not gallery.by_centroid:
         return gallery
-    fields = gallery.by_centroid | {
-        "thresholds": np.array(gallery.by_centroid["thresholds"], np.float32),
-        "is_pooled": np.array(gallery.by_centroid["is_pooled"], bool),
-    }
+    arrays = {name: np.array(gallery.by_centroid[name], getattr(gallery, name).dtype) for name in CALIBRATED_ARRAYS}
+    fields = gallery.by_centroid | arrays
     return dataclasses.replace(gallery, matcher="centroid", by_centroid={}, **fields)
 
 
@@ -7134,18 +7161,18 @@ def class_centroids(embeddings: np.ndarray, labels: np.ndarray, num_classes: int
     return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def enrolment_offsets(spreads: tuple[float, float], stacks: Embedded, num_classes: int) -> np.ndarray:
+def enrolment_offsets(spreads: tuple[float, float], references: Embedded, num_classes: int) -> np.ndarray:
     """Return the number to add to the scores of each class if it is enrolled, float32 (C,).
 
     Training pulls the images of its classes together; images of other classes lie wider apart, so an equally typical one has a
-    smaller cosine. OFFSET_WEIGHT times the excess of the class's spread over that of the training references, the first of
-    `spreads`, makes up for it. The spread of few crops is a guess: that of val is averaged in, as OFFSET_PRIOR_CROPS more crops.
+    smaller cosine. OFFSET_WEIGHT times the excess of the class's spread over that of the training references makes up for it. The
+    spread of few crops is a guess: that of val is averaged in, as OFFSET_PRIOR_CROPS more crops. `spreads` are these two.
     """
     reference_spread, val_spread = spreads
     if not reference_spread:  # not known
         return np.zeros(num_classes, np.float32)
-    num_more = np.bincount(stacks.labels, minlength=num_classes) - 1  # crops after the first
-    spread = np.nan_to_num(class_spreads(stacks.values, stacks.labels, num_classes))
+    num_more = np.maximum(np.bincount(references.labels, minlength=num_classes) - 1, 0)  # crops after the first
+    spread = np.nan_to_num(class_spreads(references.values, references.labels, num_classes))
     spread = (num_more * spread + OFFSET_PRIOR_CROPS * val_spread) / (num_more + OFFSET_PRIOR_CROPS)
     return (OFFSET_WEIGHT * (spread - reference_spread)).astype(np.float32)
 
@@ -7242,7 +7269,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     }
     fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[keep_masks["C"]]}
     if gallery.by_centroid:
-        by_class = {name: np.array(gallery.by_centroid[name])[keep_masks["C"]] for name in ("thresholds", "is_pooled")}
+        by_class = {name: np.array(gallery.by_centroid[name])[keep_masks["C"]] for name in CALIBRATED_ARRAYS}
         fields["by_centroid"] = gallery.by_centroid | by_class
     for field, kind, axes in GALLERY_ARRAYS.values():
         if axes[:1] in keep_masks:
@@ -7862,7 +7889,7 @@ def check_finite(job: Job, state: TrainState) -> None:
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return an epoch's record and per-class metrics. Raises UserError without training images, Diverged for val's loss."""
+    """Return an epoch's record and per-class metrics. Raises UserError without training images, Diverged if val diverged."""
     totals = state.tally.totals()
     names = job.records.class_names
     if not totals:
@@ -7872,8 +7899,8 @@ def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> t
         _, train, train_per_class = classify(lambda logits: logits, totals["logits"].numpy(), labels, names)
     else:
         train, train_per_class = compute_metrics(totals["answers"].numpy(), labels, names)
-    sizes = totals["sizes"].double()
-    # Mean over images of the optimised loss, with margin.
+    sizes = totals["sizes"].double()  # images of each step
+    # The loss that training minimises, ArcFace's margin included: mean over images.
     train = {"loss": float((totals["losses"].double() * sizes).sum() / sizes.sum()), **train}
     val, val_per_class, val_by_view = score_val(job, state.model, features)
     if not math.isfinite(val["loss"]):
@@ -8424,7 +8451,7 @@ def run_scan(config: Config) -> None:
     check_paths(config)
     check_transforms(config)
     if (config.out_dir / "metrics.jsonl").exists():
-        raise UserError("holds a run, whose data report would be lost", config.said("out_dir"), "choose another")
+        raise UserError("holds a run, whose data report would be lost", config.describe("out_dir"), "choose another")
     scan = scan_dataset(config)
     with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
@@ -8488,7 +8515,7 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     hint = f"for folders that are named as those of the run, give its {' '.join(flags)} too" if flags else ""
     if not num_known:
         problem = f"has no class of the gallery, only {', '.join(map(repr, foreign[:5]))}"
-        raise UserError(problem, config.said("data_root"), hint or f"it knows {', '.join(map(repr, names[:8]))}")
+        raise UserError(problem, config.describe("data_root"), hint or f"it knows {', '.join(map(repr, names[:8]))}")
     show(f"{count_of(len(records.paths), 'image')} of {config.data_root}, {count_of(num_known, 'known class')}")
     if foreign:
         show(f"not in the gallery, and so unknown objects: {', '.join(map(repr, foreign))}{hint and '; '}{hint}")
@@ -8564,12 +8591,12 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
     runtime = make_runtime(config.gpus, config.precision)
     run = load_model(config.run, read_run_config(config.run), runtime, config.backbone_weights)
     options = choose_options(run.config, config)
+    check_existing(options, "unknown_dir")
     records = from_first(scan_run_data, run, options)
     features = {
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
     if options.unknown_dir is not None:
-        check_existing(options, "unknown_dir")
         strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
         features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
@@ -8645,7 +8672,7 @@ def run_train(config: Config) -> None:
             job = dataclasses.replace(job, runtime=runtime)
             if info.weights_hash != job.info.weights_hash:
                 problem = f"its weights are {info.weights_hash} here, and {job.info.weights_hash} in the first process"
-                raise UserError(problem, config.said("model_id"), "give all machines the same weights")
+                raise UserError(problem, config.describe("model_id"), "give all machines the same weights")
         bank, state = start_training(job, backbone, point)
         if trackers := [f"--{name}" for name in ("clearml", "tensorboard") if getattr(config, f"use_{name}")]:
             task = config.clearml_task_name or config.experiment_name or config.out_dir.resolve().name
@@ -9147,9 +9174,14 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Diverged):
         return EXIT_DIVERGED, f"error: {failure}"
     if isinstance(failure, Interrupted):
-        starts = {"overwrite": (False,), "resume": (None, "last")}  # with any other value, a run starts elsewhere
+        continuing = {
+            "overwrite": (False,),
+            "resume": (None, "last"),
+        }  # values with which the command continues this run
         flags = [
-            f" without --{name}" for name, values in starts.items() if getattr(options, name, values[0]) not in values
+            f" without --{name}"
+            for name, values in continuing.items()
+            if getattr(options, name, values[0]) not in values
         ]
         again = f"the same command{''.join(flags)}"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
@@ -9157,8 +9189,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     if explained is not None:  # name an option of a config file by file and key
-        places = {f"--{name}": options.place(name) for name in options.origins}
-        where = re.sub(r"--\w+", lambda flag: places.get(flag[0], flag[0]), explained.where)
+        places = {options.flag(name): options.place(name) for name in options.origins}
+        where = re.sub(r"--\w[\w-]*", lambda flag: places.get(flag[0], flag[0]), explained.where)
         explained = UserError(explained.what, where, explained.remedy)
     return (EXIT_BUG, "") if explained is None else (EXIT_USER, f"error: {explained}")
 

@@ -586,17 +586,19 @@ def test_probabilities_are_fitted_on_val_and_on_strangers_that_the_embedder_has_
         strange = middle + (middle - low) * np.array(unseen["strangers"])
         assert {"1", "5", "20"} == set(unseen["enrolled"]) == set(run.meta["enrolment"])
     assert len(strange) > 10
-    every, weights = (
-        np.append(best, strange),
-        np.repeat([0.8 / len(best), 0.2 / len(strange)], [len(best), len(strange)]),
-    )
-    classifier = LogisticRegression().fit(
-        (every[:, None] - every.mean()) / every.std(),
-        np.append(is_right, np.zeros(len(strange), bool)),
-        weights * len(every),
-    )
-    expected = classifier.predict_proba((every[:, None] - every.mean()) / every.std())[:, 1]
+    every, expected = expected_probabilities(best, is_right, strange)
     np.testing.assert_allclose(probability_of(run, every), expected, atol=2e-3)
+
+
+def expected_probabilities(
+    known: np.ndarray, is_right: np.ndarray, strange: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return all scores, and what scikit-learn makes of them when strangers weigh a fifth."""
+    every = np.append(known, strange)
+    weights = np.repeat([0.8 / len(known), 0.2 / len(strange)], [len(known), len(strange)]) * len(every)
+    standardised = (every[:, None] - every.mean()) / every.std()
+    classifier = LogisticRegression().fit(standardised, np.append(is_right, np.zeros(len(strange), bool)), weights)
+    return every, classifier.predict_proba(standardised)[:, 1]
 
 
 def test_thresholds_are_fitted_on_val_and_one_half_of_the_strangers(run: Run) -> None:
@@ -674,8 +676,8 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
     return figures
 
 
-def probability_of(run: Run, scores: np.ndarray) -> np.ndarray:
-    slope, intercept = run.meta["log_odds"]
+def probability_of(run: Run, scores: np.ndarray, label: int = 0) -> np.ndarray:
+    slope, intercept = run.gallery["log_odds"][label]
     return 1 / (1 + np.exp(-(slope * scores + intercept)))
 
 
@@ -848,7 +850,7 @@ def test_masks_stay_with_their_crops_when_images_have_gone(
         np.testing.assert_allclose(own, other, atol=1e-5, err_msg=str(key))
 
 
-def test_an_enrolled_class_has_the_threshold_that_heads_without_some_classes_promise(
+def test_an_enrolled_class_has_the_threshold_and_the_odds_that_heads_without_some_classes_promise(
     runs: Callable[[str], Run], tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     """It cannot have one of its own: what might be taken for it is not known. A gallery of another precision has others."""
@@ -863,11 +865,20 @@ def test_an_enrolled_class_has_the_threshold_that_heads_without_some_classes_pro
     np.testing.assert_array_equal(thresholds[:5], run.gallery["thresholds"])
     best = run.scores(run.vectors(run.best, "val")).max(axis=1)
     middle, low = np.quantile(best, [0.5, 0.1])
-    unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]["enrolled"]["1"]
-    scores = (middle + (middle - low) * np.array(unseen["scores"])).astype(np.float32)
-    is_right = np.array(unseen["is_right"])
+    unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]
+    enrolled = unseen["enrolled"]["1"]
+    scores = (middle + (middle - low) * np.array(enrolled["scores"])).astype(np.float32)
+    is_right = np.array(enrolled["is_right"])
     expected = least_threshold(scores, is_right, run.options["target_precision"])
     assert_threshold(thresholds[5], scores, expected)
+    strange = middle + (middle - low) * np.array(unseen["strangers"])
+    if run.options["unknown_dir"]:
+        strange = run.scores(run.vectors(run.best, "fit")).max(axis=1)
+    every, expected = expected_probabilities(scores, is_right, strange)
+    grown = Run(tmp_path / "run")
+    np.testing.assert_allclose(probability_of(grown, every, 5), expected, atol=2e-3)
+    np.testing.assert_array_equal(grown.gallery["log_odds"][:5], run.gallery["log_odds"])
+    assert np.abs(probability_of(grown, every, 5) - probability_of(grown, every)).max() > 0.02, "others than before"
     said = capsys.readouterr().out
     assert "threshold of tongs, 1 crop: " in said and "where 85% were asked" in said
     assert call_main(*command, "--target_precision", "0.6") == 2

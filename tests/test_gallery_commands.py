@@ -266,6 +266,7 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
         stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
         thresholds=np.full(3, 2.0, np.float32), matcher="centroid", knn_counts=np.ones(3, np.int64), temperature=0.1,
         is_pooled=np.zeros(3, bool), is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32),
+        log_odds=np.zeros((3, 2)),
     )  # fmt: skip
     cosine = values @ values.T
     np.fill_diagonal(cosine, -np.inf)

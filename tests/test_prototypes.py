@@ -193,8 +193,9 @@ def test_a_gallery_with_enrolled_classes_answers_by_centroids_as_they_were_calib
         expected = plain.thresholds[place]
         np.testing.assert_array_equal(grown.thresholds, np.append(expected, expected.max()))
         assert np.array_equal(grown.is_pooled, np.append(plain.is_pooled[place], True))
-        for name in ("temperature", "val_thresholds", "log_odds"):
+        for name in ("temperature", "val_thresholds"):
             assert getattr(grown, name) == pytest.approx(getattr(plain, name))
+        np.testing.assert_array_equal(grown.log_odds, np.tile(plain.log_odds[0], (len(grown.class_names), 1)))
         lct.save_gallery(tmp_path / "grown.npz", grown, {})
         assert lct.load_gallery(tmp_path / "grown.npz")[0].matcher == "centroid"
 
@@ -326,11 +327,11 @@ def test_probabilities_are_those_of_objects_of_which_one_in_five_is_unknown() ->
     known = np.concatenate([right, wrong])
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     log_odds = lct.fit_log_odds(known, np.arange(3000) < 2700, strangers)
-    gallery = dataclasses.replace(gallery, log_odds=log_odds)
+    gallery = dataclasses.replace(gallery, log_odds=np.array([(0, 0), log_odds, (9, 9), (9, 9), (9, 9)]))
     scores = np.linspace(0.3, 0.9, 13)
     of_right, of_wrong = (np.exp(-((scores - mean) ** 2) / 0.02) for mean in (0.7, 0.5))
     expected = 0.72 * of_right / (0.72 * of_right + 0.28 * of_wrong)
-    np.testing.assert_allclose(gallery.probability(scores.astype(np.float32)), expected, atol=0.03)
+    np.testing.assert_allclose(gallery.probability(np.ones(13, int), scores.astype(np.float32)), expected, atol=0.03)
 
 
 def test_probabilities_where_all_or_none_are_right() -> None:
@@ -347,7 +348,9 @@ def test_a_class_taken_out_is_scored_by_the_others() -> None:
     val = make_embedded(10, 1)
     scores = gallery.scores(val.values)
     scores[np.arange(len(scores)), val.labels] = -1
-    np.testing.assert_array_equal(lct.score_without_class(gallery.scores, val), scores.max(axis=1))
+    answers, best = lct.answer_without_class(gallery.scores, val)
+    np.testing.assert_array_equal(best, scores.max(axis=1))
+    np.testing.assert_array_equal(answers, scores.argmax(axis=1))
 
 
 def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
@@ -373,6 +376,7 @@ def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
         "thresholds",
         "is_enrolled",
         "offsets",
+        "log_odds",
         "knn_counts",
         "matcher",
         "meta",

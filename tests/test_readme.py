@@ -206,7 +206,7 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
             class_names=("a", "b", "c"), centroids=centroids, prototypes=centroids, prototype_labels=np.arange(3),
             stacks=stacks, stack_labels=labels, stack_paths=("p",) * 18, stack_views=np.zeros(18, np.uint8),
             thresholds=thresholds, matcher=matcher, knn_counts=np.array([3, 1, 2]), temperature=0.1, is_pooled=np.zeros(3, bool),
-            is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32),
+            is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32), log_odds=np.array([(8, -4), (9, -5), (3, -1)], float),
         )  # fmt: skip
         if matcher == "prototypes":
             gallery = lct.split_classes(gallery, lct.Embedded(labels, labels, labels, stacks), 2)
@@ -223,3 +223,5 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
                 scores = gallery.scores(query[None])[0]
                 expected = "abc"[scores.argmax()] if scores.max() >= thresholds[scores.argmax()] else "unknown"
                 assert scope["name"] == expected
+                expected = gallery.probability(scores[None].argmax(axis=1), scores[None].max(axis=1))
+                assert scope["probability"] == pytest.approx(expected[0], abs=1e-5)

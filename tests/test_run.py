@@ -113,7 +113,7 @@ def test_predictions_follow_from_the_embeddings_and_the_gallery(run: Path) -> No
     names = gallery["id2cls"].tolist()
     assert table["class_names"].tolist() == names and str(gallery["matcher"]) in ("centroid", "knn")
     counts = gallery["knn_counts"] if str(gallery["matcher"]) == "knn" else None
-    slope, intercept = json.loads(str(gallery["meta"]))["log_odds"]
+    slope, intercept = gallery["log_odds"][0]
     with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     is_test = table["splits"] == "test"

@@ -121,7 +121,7 @@ def answer_crops(gallery: lct.Gallery, embeddings: np.ndarray) -> list[tuple]:
     labels = order[:, 0]
     best = scores[rows, labels]
     is_known = best >= gallery.thresholds[labels]
-    probabilities = gallery.probability(best)
+    probabilities = gallery.probability(labels, best)
     has_second = scores.shape[1] > 1
     seconds = order[:, 1] if has_second else np.full(len(rows), -1)
     margins = best - scores[rows, seconds] if has_second else np.full(len(rows), 2.0)

@@ -78,8 +78,8 @@ def check_options(options: CropOptions) -> None:
     """
     lct.check_given(options)
     if not options.labels.exists():
-        raise lct.UserError("does not exist", options.said("labels"), "check the path")
-    where = options.said("out")
+        raise lct.UserError("does not exist", options.describe("labels"), "check the path")
+    where = options.describe("out")
     images = options.images.resolve()
     for folder in (options.out.resolve(), unknown_folder(options.out)):
         lct.check_outside(folder, f"{options.place('out')} {folder}", {"--images": images})
@@ -137,7 +137,7 @@ def read_labelled(options: CropOptions) -> Labelled:
     """
     tree = lct.list_image_tree(options.images)
     if not tree.paths:
-        raise lct.UserError("holds no images", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+        raise lct.UserError("holds no images", options.describe("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
     try:
         labels = read_labels(options.labels, tree.paths)
     except LabelError as error:
@@ -158,13 +158,15 @@ def read_labelled(options: CropOptions) -> Labelled:
     folders = {name: name_folder(name) for name in dict.fromkeys(name for items in objects for _, name in items)}
     if not folders:
         first = f": {problems[0]}" if problems else ""
-        raise lct.UserError(f"holds no object of a class{first}", options.said("labels"), "check --images and --labels")
+        raise lct.UserError(
+            f"holds no object of a class{first}", options.describe("labels"), "check --images and --labels"
+        )
     class_of_folder: dict[str, str] = {}
     for name, folder in folders.items():
         earlier = class_of_folder.setdefault(folder, name)
         if earlier != name:
             problem = f"has the classes {earlier!r} and {name!r}, whose crops would go to one folder {folder}"
-            raise lct.UserError(problem, options.said("labels"), "rename one of them in the labels")
+            raise lct.UserError(problem, options.describe("labels"), "rename one of them in the labels")
     num_bytes = lct.stat_files(options.images, paths)[:, 0].tolist()
     ignored = [(kind, count) for kind, count in tree.ignored.most_common() if kind not in LABEL_SUFFIXES]
     counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:MAX_SHOWN])
@@ -593,8 +595,8 @@ def print_summary(
         first = f": {problems[0]}" if problems else ""
         if counts["unknown"]:
             reason = f"has {counts['unknown']:,} crops of no class, and none of a class: all labels are of --unknown"
-            raise lct.UserError(reason, options.said("out"), "name fewer classes with --unknown")
-        raise lct.UserError(f"holds not one crop of a class{first}", options.said("out"), "see problems.json in it")
+            raise lct.UserError(reason, options.describe("out"), "name fewer classes with --unknown")
+        raise lct.UserError(f"holds not one crop of a class{first}", options.describe("out"), "see problems.json in it")
     for problem in problems[:MAX_SHOWN]:
         lct.show(lct.printable(f"  {problem}"))
     if len(problems) > MAX_SHOWN:

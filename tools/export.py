@@ -64,8 +64,8 @@ class ExportedModel(nn.Module):
         self.recognizer = run.model
         self.fusion = run.gallery.fusion
         self.matcher = run.gallery.module
-        self.log_odds = run.gallery.log_odds
         self.register_buffer("thresholds", torch.from_numpy(run.gallery.thresholds))
+        self.register_buffer("log_odds", torch.from_numpy(run.gallery.log_odds).float())
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer images uint8 (N, H, W, 3 or 4).
@@ -78,8 +78,8 @@ class ExportedModel(nn.Module):
         embeddings = self.fusion(features, self.recognizer.embed(features))
         scores = self.matcher(embeddings)
         best, labels = scores.max(dim=1)
+        slope, intercept = self.log_odds[labels].unbind(dim=1)
         labels = torch.where(best >= self.thresholds[labels], labels, torch.full_like(labels, -1))
-        slope, intercept = self.log_odds
         return embeddings, scores, torch.sigmoid(slope * best + intercept), labels
 
 
@@ -120,15 +120,16 @@ def export_run(options: ExportOptions) -> None:
 def check_output_path(options: ExportOptions) -> Path:
     """Return the file to write, or the folder of the predecessor's files.
 
-    Raises UserError if anything but an earlier export is there, or if it lies among crops or in a run.
+    Raises UserError if a file there is no earlier export, if a folder given for the predecessor is not empty, or if --out lies
+    among crops or in a run.
     """
     is_folder = options.format == "predecessor"
     path = default_path = options.run / ("predecessor" if is_folder else f"model.{options.format}")
     if options.out is not None and options.out.resolve() != default_path.resolve():
         path = options.out
         data_root = options.data_root or lct.read_run_config(options.run).data_root
-        lct.check_outside(path, options.said("out"), {"data_root": data_root})
-    if is_folder and path != default_path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        lct.check_outside(path, options.describe("out"), {"data_root": data_root})
+    if is_folder and path != default_path and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
     if path.is_dir() and not is_folder:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")

@@ -277,11 +277,11 @@ def _build_sam2(options: MaskOptions) -> torch.nn.Module:
     except MissingConfigException as error:
         closest = difflib.get_close_matches(options.sam2_cfg, known, n=1)
         remedy = f"did you mean {closest[0]}?" if closest else f"it has {', '.join(known)}"
-        raise lct.UserError("is no config of the sam2 package", options.said("sam2_cfg"), remedy) from error
+        raise lct.UserError("is no config of the sam2 package", options.describe("sam2_cfg"), remedy) from error
     except Exception as error:  # a config of another kind can cause any error, in Hydra, OmegaConf or the constructors
         _raise_if_memory_is_short(error)
         problem = f"cannot be built: {lct.printable(str(error)).split('. ')[0][:200]}"
-        raise lct.UserError(problem, options.said("sam2_cfg"), f"give one of {', '.join(known)}") from error
+        raise lct.UserError(problem, options.describe("sam2_cfg"), f"give one of {', '.join(known)}") from error
     finally:
         GlobalHydra.instance().hydra = hydra
 

@@ -217,7 +217,7 @@ def read_prompts(options: ModelitOptions) -> list[str]:
     lines = options.prompts.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise lct.UserError("holds no prompt", options.said("prompts"), "write one a line")
+        raise lct.UserError("holds no prompt", options.describe("prompts"), "write one a line")
     return prompts
 
 
@@ -546,10 +546,10 @@ def copy_to_verdict(options: ModelitOptions, folder: Path) -> None:
 def generate(options: ModelitOptions) -> None:
     """Write a mesh for each prompt and z. Raises UserError for an unknown file type, an empty shape, or an open surface."""
     if options.preview is not None and options.preview.suffix.lower() != ".png":
-        raise lct.UserError("is no PNG", options.said("preview"), "end it in .png")
+        raise lct.UserError("is no PNG", options.describe("preview"), "end it in .png")
     kind = options.format or options.output.suffix.lower().removeprefix(".")
     if kind not in MESH_KINDS:
-        raise lct.UserError("is no kind of mesh", options.said("output"), f"end it in .{', .'.join(MESH_KINDS)}")
+        raise lct.UserError("is no kind of mesh", options.describe("output"), f"end it in .{', .'.join(MESH_KINDS)}")
     runtime = choose_runtime(options)
     model, payload = load_generator(options, runtime)
     prompts = read_prompts(options)
@@ -604,7 +604,9 @@ def load_generator(options: ModelitOptions, runtime: lct.Runtime) -> tuple[CVAE_
     payload = read_state(options.checkpoint, "train first: --mode train, or name another --checkpoint")
     for name, trained in (*payload["architecture"].items(), ("text_encoder", payload["text"]["encoder"])):
         if name in options.origins and getattr(options, name) != trained:
-            raise lct.UserError(f"{options.checkpoint} was trained with {trained}", options.said(name), "leave it out")
+            raise lct.UserError(
+                f"{options.checkpoint} was trained with {trained}", options.describe(name), "leave it out"
+            )
     if "clip_pretrained" in options.origins:  # the same weights at another place
         payload["text"]["pretrained"] = options.clip_pretrained
     model = CVAE_Conditional(payload["architecture"])

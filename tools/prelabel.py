@@ -96,32 +96,35 @@ def check_options(options: PrelabelOptions) -> None:
     """Check the options as far as possible without reading images; writes nothing.
 
     Raises:
-        UserError: an unknown format, or a file or folder that is missing, of the wrong kind, or holds something else.
+        UserError: an unknown format; a file or folder that is missing, of the wrong kind, or holds something else; an --out that
+            overlaps with the inputs, or holds labels that were changed since they were written.
     """
     for name in options.formats.split(","):
         if name not in label_writers.WRITERS:
             problem = f"{name or 'an empty name'} is no format of labels"
-            raise lct.UserError(problem, options.said("formats"), f"give some of {','.join(label_writers.WRITERS)}")
+            raise lct.UserError(problem, options.describe("formats"), f"give some of {','.join(label_writers.WRITERS)}")
     lct.check_given(options)
     if options.detections is not None and not options.detections.exists():
-        raise lct.UserError("does not exist", options.said("detections"), "check the path")
+        raise lct.UserError("does not exist", options.describe("detections"), "check the path")
     out = options.out.resolve()
     data_root = lct.read_run_config(options.run).data_root
-    lct.check_outside(out, options.said("out"), {"--images": options.images, "the run's data_root": data_root})
+    lct.check_outside(out, options.describe("out"), {"--images": options.images, "the run's data_root": data_root})
     if out.exists() and not out.is_dir():
-        raise lct.UserError("is a file, not a folder", options.said("out"), "choose another path")
+        raise lct.UserError("is a file, not a folder", options.describe("out"), "choose another path")
     is_used = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if is_used and not (out / ANSWERS_NAME).exists():
-        raise lct.UserError("is neither empty nor a folder of pre-labels", options.said("out"), "choose a new folder")
+        raise lct.UserError(
+            "is neither empty nor a folder of pre-labels", options.describe("out"), "choose a new folder"
+        )
     if options.detections is not None and options.detections.resolve().is_relative_to(out):
         problem = "lies in --out, where what is written would take its place"
-        raise lct.UserError(problem, options.said("detections"), "choose another --out")
+        raise lct.UserError(problem, options.describe("detections"), "choose another --out")
     if options.overwrite and out in (Path.cwd(), *Path.cwd().parents):
         problem = "is the current folder, which --overwrite would move aside"
-        raise lct.UserError(problem, options.said("out"), "start from another folder")
+        raise lct.UserError(problem, options.describe("out"), "start from another folder")
     for name in ("run", "images"):
         if getattr(options, name).resolve().is_relative_to(out):
-            raise lct.UserError(f"holds --{name}", options.said("out"), "choose another folder")
+            raise lct.UserError(f"holds --{name}", options.describe("out"), "choose another folder")
     if not options.overwrite:
         check_corrections(options)
 
@@ -176,7 +179,9 @@ def read_detections(options: PrelabelOptions) -> Detections:
     source = options.detections
     if not tree.paths:
         instead = f", only {lct.describe_ignored(tree.ignored)}" if tree.ignored else ""
-        raise lct.UserError(f"holds no images{instead}", options.said("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}")
+        raise lct.UserError(
+            f"holds no images{instead}", options.describe("images"), f"of {' '.join(lct.IMAGE_SUFFIXES)}"
+        )
     try:
         detected = read_objects(source, tree.paths)
     except LabelError as error:

@@ -196,7 +196,7 @@ def build_state(options: PretrainOptions, device: torch.device) -> State:
     lct.seed_torch(options.seed, 0)
     student = Networks(options)
     if options.init_from is not None:
-        where = options.said("init_from")
+        where = options.describe("init_from")
         weights, metadata = read_backbone(options.init_from, where)
         saved = metadata["geometry"]
         changed = [f"{k}: {saved[k]} -> {v}" for k, v in options.geometry.items() if saved[k] != v]

@@ -103,7 +103,9 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
     figures = run.figures
     best = figures.best
     predictor = "prototypes" if figures.test else "the classifier"
-    best_note = f"of {len(figures.epochs)}; {best['metric']} {best['value']:.3f}" if best else "none was named"
+    best_note = (
+        f"of {len(figures.epochs)}; {best['metric']} {format_number(best['value'])}" if best else "no epoch has ended"
+    )
     split_sizes = {split: run.count(split) for split in SPLIT_NAMES}
     class_sizes = [sum(run.counts[split][name] for split in SPLIT_NAMES) for name in run.class_names]
     size_note = ", ".join(f"{count:,} {split}" for split, count in split_sizes.items() if count)
@@ -112,7 +114,7 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
         ("Macro F1", "f1_macro", f"{predictor}, {figures.scored}"),
         ("Macro ROC AUC", "auc_macro", f"{predictor}, {figures.scored}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {figures.scored}"),
-        ("Classifier accuracy", "classifier_acc", f"trained one, {figures.scored}"),
+        ("Classifier accuracy", "classifier_acc", f"trained classifier, {figures.scored}"),
     )
     return [
         *((label, format_number(figures.scores.get(key)), note) for label, key, note in scores),
@@ -449,13 +451,13 @@ def view_curves(figures: Figures) -> dict[str, Any]:
     """Return the four charts over epochs, and the name of the frozen baseline in the accuracy chart."""
     frozen = figures.baseline.get("val", {})
     scores = {name: frozen[f"{key}_acc"] for key, name in BASELINE_NAMES.items() if f"{key}_acc" in frozen}
-    baseline = max(scores, key=scores.__getitem__, default=None)
-    if figures.test and scores:
-        baseline = BASELINE_NAMES[figures.test["baseline"]["name"]]  # the one in the verdict
+    baseline = max(scores, key=scores.__getitem__, default=None)  # also the one in the verdict
+    if not figures.epochs:
+        return {"charts": [], "baseline": baseline}
     titles = {"loss": "Loss", "acc": "Accuracy", "f1_macro": "Macro F1", "auc_macro": "Macro ROC AUC"}
     best = figures.best["epoch"] if figures.best else None
     charts = []
-    for key, title in titles.items() if figures.epochs else ():
+    for key, title in titles.items():
         lines = [
             Line(split, f"var(--{split})", {epoch["epoch"]: epoch[split].get(key) for epoch in figures.epochs})
             for split in ("train", "val")

@@ -183,7 +183,7 @@ def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
-        remedy = "the training command, started again, makes what a finished run leaves anew"
+        remedy = "start the training command again: it writes the files of a finished run anew"
         raise ReportError(f"{path} cannot be read: {reason}; {remedy}") from error
 
 

@@ -299,18 +299,18 @@ class ClearML:
 
     @contextlib.contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
-        """Fall back if the block raises or takes longer than `seconds`."""
-        timer = threading.Timer(seconds, self._fall_back, [f"no answer for {seconds:.0f} s"])
+        """Restart this program without the server (which never returns) if the block raises or takes longer than `seconds`."""
+        timer = threading.Timer(seconds, self._restart_offline, [f"no answer for {seconds:.0f} s"])
         timer.daemon = True
         timer.start()
         try:
             yield
         except Exception as error:  # ClearML raises errors of many kinds
-            self._fall_back(f"{type(error).__name__}: {error}")
+            self._restart_offline(f"{type(error).__name__}: {error}")
         finally:
             timer.cancel()
 
-    def _fall_back(self, reason: str) -> None:
+    def _restart_offline(self, reason: str) -> None:
         """Restart this program offline; if it is offline already, without ClearML."""
         reason = " ".join(reason.split())[:200]
         if not self._options.offline:

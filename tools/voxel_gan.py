@@ -167,13 +167,15 @@ def make_latents(options: Any, latent_dim: int) -> torch.Tensor:
             z = torch.from_numpy(np.atleast_2d(values).astype(np.float32, casting="same_kind"))
     except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
         reason = str(error).partition(". ")[0]
-        raise lct.UserError(f"cannot be read: {reason}", options.said("z"), "write numbers with numpy.save") from error
+        raise lct.UserError(
+            f"cannot be read: {reason}", options.describe("z"), "write numbers with numpy.save"
+        ) from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) or not torch.isfinite(z).all():
         problem = f"has the shape {values.shape}, or numbers that are not finite"
         remedy = f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
-        raise lct.UserError(problem, options.said("z"), remedy)
+        raise lct.UserError(problem, options.describe("z"), remedy)
     if "num_samples" in options.origins and options.num_samples != len(z):
-        raise lct.UserError(f"--z has {len(z)} rows", options.said("num_samples"), "leave it out")
+        raise lct.UserError(f"--z has {len(z)} rows", options.describe("num_samples"), "leave it out")
     return z
 
 

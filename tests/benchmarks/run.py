@@ -547,6 +547,7 @@ def make_gallery(num_classes: int, sizes: int | np.ndarray, matcher: str) -> lct
         is_pooled=np.ones(num_classes, bool),
         is_enrolled=np.zeros(num_classes, bool),
         offsets=np.zeros(num_classes, np.float32),
+        log_odds=np.zeros((num_classes, 2)),
     )
 
 

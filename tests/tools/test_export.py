@@ -44,7 +44,11 @@ def onnx_file(run_dir: Path) -> Path:
 
 
 # The last of three classes, as if it had been enrolled.
-ENROLLED = {"is_enrolled": np.array([False, False, True]), "offsets": np.float32([0, 0, 0.1])}
+ENROLLED = {
+    "is_enrolled": np.array([False, False, True]),
+    "offsets": np.float32([0, 0, 0.1]),
+    "log_odds": np.array([(9.0, -5.0), (9.0, -5.0), (4.0, -3.0)]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,9 @@ def test_exported_scores_are_those_of_the_gallery(trained: lct.TrainedRun, match
     np.testing.assert_allclose(embeddings, trained.embed(images.permute(0, 3, 1, 2), 4), atol=1e-5)
     expected = gallery.scores(embeddings)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    np.testing.assert_allclose(probability, gallery.probability(expected.max(axis=1)), atol=1e-4)
+    np.testing.assert_allclose(
+        probability, gallery.probability(expected.argmax(axis=1), expected.max(axis=1)), atol=1e-4
+    )
     answers = expected.argmax(axis=1)
     passed = expected.max(axis=1) >= gallery.thresholds[answers]
     assert labels.tolist() == np.where(passed, answers, -1).tolist()

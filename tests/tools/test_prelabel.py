@@ -264,7 +264,6 @@ def test_fiftyone_imports_every_box(
 
 def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, scene: Scene) -> None:
     content = np.load(finished_run / "prototypes.npz", allow_pickle=False)
-    meta = json.loads(str(content["meta"]))
     run = lct.load_run(finished_run, lct.make_runtime(0, "auto"))
     rows = read_rows(labelled)
     for row in rows:
@@ -279,7 +278,7 @@ def test_an_answer_is_what_the_formulas_say(labelled: Path, finished_run: Path, 
         else:
             scores = np.array([np.sort(cosine[labels == c])[-k:].mean() for c, k in enumerate(content["knn_counts"])])
         first, second = np.argsort(-scores)[:2]
-        slope, intercept = meta["log_odds"]
+        slope, intercept = content["log_odds"][first]
         name = content["id2cls"][first] if scores[first] >= content["thresholds"][first] else "unknown"
         assert row["class"] == name and row["best_class"] == content["id2cls"][first]
         assert row["runner_up"] == content["id2cls"][second]

@@ -904,6 +904,15 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     assert start(crops, out, "--epochs", 1, "--resume", out / "checkpoint_best.pt") == 0
     assert start(crops, out, "--epochs", 1, "--overwrite") == 0
     assert len(list(tmp_path.glob("run.old-*"))) == 1
+    capsys.readouterr()
+    draw_image(0, 1).save(out / "mine.png")
+    assert start(out / "mine.png", out, "--epochs", 1, "--overwrite") == 2
+    assert "holds the images, which --overwrite would move aside" in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text(f'export_backbone = "{out}/sub/backbone.pt"')
+    (out / "sub").mkdir()
+    (out / "sub" / "backbone.json").write_text("{}")
+    assert start(crops, out, "--epochs", 1, "--config", tmp_path / "run.toml") == 2
+    assert f"beside {tmp_path / 'run.toml'}: export_backbone: is no such file" in capsys.readouterr().err
     (out / "checkpoint_last.pt").unlink()  # what has been trained is never begun again unasked
     assert start(crops, out, "--epochs", 1) == 2
     assert f"give --resume {out / 'checkpoint_best.pt'}" in capsys.readouterr().err

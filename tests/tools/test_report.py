@@ -362,6 +362,13 @@ def test_lost_events_leave_dashes(tmp_path: Path) -> None:
     assert read_tiles(text)["Best epoch"] == "–" and "No epoch was finished" in text and "Not finished" in text
 
 
+def test_a_best_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
+    """As AUC where val times classes exceed the memory that the script takes for scores."""
+    run = MadeRun(tmp_path)
+    next(event for event in run.events if event["event"] == "best_update").update(metric="auc_macro", value=None)
+    assert "auc_macro –" in make_page(run.write())
+
+
 def test_half_a_line_of_a_killed_run_is_passed_over(tmp_path: Path) -> None:
     run = MadeRun(tmp_path).write()
     whole = make_page(run)

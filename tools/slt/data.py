@@ -72,7 +72,7 @@ def read_data(options: PretrainOptions) -> Data:
         held_out = select(np.sort(order[:num_held_out]))
     if len(train_rows) < options.batch_size:
         problem = f"is more than the {len(train_rows)} crops to train on"
-        raise lct.UserError(problem, options.said("batch_size"), "lower it, or give more crops")
+        raise lct.UserError(problem, options.describe("batch_size"), "lower it, or give more crops")
     fingerprint = lct.fingerprint([[Path(path).name, size] for path, size in files], train_rows.tolist())
     return Data(select(train_rows), held_out, fingerprint, gallery, queries)
 

@@ -229,19 +229,19 @@ def check_options(options: PretrainOptions) -> None:
 
 
 def check_output(options: PretrainOptions) -> None:
-    """Refuse an output_dir that is not writable, holds other things, or lies among the images; check --export-backbone likewise."""
+    """Refuse an output_dir that is not writable, holds other files or lies among the images, and an export over other files."""
     output = options.output_dir.resolve()
-    where = options.said("output_dir")
+    where = options.describe("output_dir")
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
-    sources = [path.resolve() for path in (*options.train_dir, *options.knn_dir) if path.is_dir()]
+    sources = [path.resolve() for path in (*options.train_dir, *options.knn_dir)]
     markers = (*MARKER_FILES, options.checkpoint_history_file)
     is_used = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())
     is_foreign = is_used and not any((output / name).exists() for name in markers)
     # fmt: off
     refusals = (
-        (any(output == source or source in output.parents for source in sources),
+        (any(output.is_relative_to(source) for source in sources),
             "lies inside the images, where its files would be taken for some", "choose a folder outside the data"),
-        (options.overwrite and any(output in source.parents for source in sources),
+        (options.overwrite and any(source.is_relative_to(output) for source in sources),
             "holds the images, which --overwrite would move aside", "choose another folder"),
         (output.exists() and not output.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
@@ -256,8 +256,8 @@ def check_output(options: PretrainOptions) -> None:
     if export is None:
         return
     names = {*FIXED_NAMES, options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file}
-    taken = {output / name for name in ("", *names)}
-    where = options.said("export_backbone")
+    taken = {output, *(output / name for name in names)}
+    where = options.describe("export_backbone")
     path = export.resolve()
     if export.is_dir() or path.suffix == ".json" or {path, path.with_suffix(".json")} & taken:
         problem = "is a folder, is named .json, or is a file of the run itself"
