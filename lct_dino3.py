@@ -7395,7 +7395,7 @@ class Job:
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
     store: SquareStore | None = None  # crops that are decoded already
-    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)  # row -> reason; failed after the scan
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> reason; failed after the scan
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -7412,11 +7412,12 @@ class Job:
         return CropDataset(self.records, self.transform(augment=True), self.backgrounds, self.store)
 
     def note_failures(self, failures: Sequence[tuple[int, str]]) -> None:
-        """Log the images and masks that could not be read, as (row, reason), each row once per run."""
+        """Log the images and masks that could not be read, as (row, reason), each image once per run."""
         for row, reason in failures:
-            if row not in self.unreadable:
-                self.unreadable[row] = reason
-                self.run.log(f"warning: {self.records.paths[row]} {reason}")
+            path = self.records.paths[row]
+            if path not in self.unreadable:
+                self.unreadable[path] = reason
+                self.run.log(f"warning: {path} {reason}")
 
 
 @contextlib.contextmanager
@@ -7883,7 +7884,8 @@ def save_state(job: Job, state: TrainState) -> None:
 
 def check_finite(job: Job, state: TrainState) -> None:
     """Check that the losses since the last check are finite; waits for the device. Raises Diverged, naming the first bad step."""
-    steps_ago = state.tally.fetch()
+    with SIGNALS.hold():  # a stop while the device is waited for would lose these steps
+        steps_ago = state.tally.fetch()
     if steps_ago is not None and get_rank() == 0:  # the loss is the same on every rank
         raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
@@ -7972,7 +7974,7 @@ def format_epoch(record: dict[str, Any], config: Config) -> str:
         remedy = f"keep what is decoded: --cache_crops {Config.cache_crops:g}"
     elif (workers := count_workers(config.workers)) < count_cores():
         remedy = f"raise --workers, {workers} of {count_cores()} cores"
-    elif config.trains_backbone:
+    elif config.trains_backbone or config.mixing != "none":
         remedy = "store smaller images, or add CPU cores"
     else:
         remedy = f"try --cache_views {CACHED_VIEWS}"
@@ -8110,7 +8112,7 @@ class UnseenHead(NamedTuple):
 
 
 def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure how an embedding handles classes that it was not trained on; ({}, {}) without test, or for too few or many images.
+    """Measure how an embedding handles classes that it was not trained on; ({}, {}) without test, with too few or many images.
 
     Holding classes out of the run itself would take more runs. Instead, heads of the same kind are trained on the clean features of
     the untrained backbone, each without one fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allows. Matcher
@@ -8127,18 +8129,23 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     """
     names, train = job.records.class_names, features["train"]
     folds = np.random.default_rng((job.config.seed, 9)).permutation(len(names)) % UNSEEN_FOLDS
-    steps = job.config.epochs * -(-len(train.rows) // job.config.batch)
+    steps = job.config.epochs * -(-len(train.rows) // (job.config.batch * job.config.accumulate_grad_batches))
     num_folds = max(1, min(UNSEEN_FOLDS, UNSEEN_STEPS // steps))
     if "test" not in features or len(names) < UNSEEN_FOLDS or len(train.rows) > UNSEEN_MAX_IMAGES:
         return {}, {}
+    for split in SPLIT_NAMES:  # each needs images of known classes and of left-out ones
+        folds_of_images = folds[features[split].labels]
+        if folds_of_images.min() >= num_folds or len(np.unique(folds_of_images)) < 2:
+            return {}, {}
     queries = concatenate_embedded([features["val"], features["test"]])
     is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
     heads = [answer_unseen(job, train, queries, is_test, np.flatnonzero(folds == fold)) for fold in range(num_folds)]
     masks = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]  # known, unknown
     open_set = measure_unknown(queries.rows, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
-    by_regression = measure_unknown(
-        queries.rows, [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)]
-    )
+    others = {}
+    if len(names) <= LOGREG_MAX_CLASSES:
+        by_regression = [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)]
+        others["frozen backbone, largest logit of logistic regression"] = measure_unknown(queries.rows, by_regression)
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
     columns_of_heads = []
@@ -8154,7 +8161,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
         "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
-        "open_set": {**open_set, "others": {"frozen backbone, largest logit of logistic regression": by_regression}},
+        "open_set": {**open_set, "others": others},
         **mean_intervals(
             np.concatenate([queries.rows[head.is_unseen & is_test] for head in heads]),
             unknown_passed=np.concatenate([head.is_accepted[head.is_unseen & is_test] for head in heads]).astype(float),
@@ -8211,13 +8218,15 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
             new_answers, new_best = enlarged.answer(answered.values)
             draws.append(((new_best - middle_after) / spread_after, new_answers >= len(seen), new_answers == labels))
         enrolled[num_crops] = tuple(map(np.stack, zip(*draws, strict=True)))
-    logits = score_by_regression(job, train.take(is_seen))(queries.values).max(axis=1)
+    logits = np.zeros(len(labels))
+    if len(names) <= LOGREG_MAX_CLASSES:
+        logits = score_by_regression(job, train.take(is_seen))(queries.values).max(axis=1)
     is_accepted = best >= gallery.thresholds[answers]
     return UnseenHead((best - middle) / spread, answers == labels, is_accepted, is_unseen, logits, enrolled)
 
 
 def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
-    """Return a head trained on the features of the `seen` classes, as the run trains its head, but on clean views only."""
+    """Return a head trained on the features of the `seen` classes, as the run does, but on clean views, each once an epoch."""
     config = dataclasses.replace(
         job.config, freeze_backbone=True, unfreeze_blocks=0, lora_rank=0, ema_decay=0.0, mixing="none", compile=False
     )
@@ -8227,7 +8236,7 @@ def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
     backbone = Backbone(nn.Identity(), job.info.mean, job.info.std)
     model = build_recognizer(config, len(seen), backbone, job.info).to(job.runtime.device)
     state = start_state(model, config, job.runtime)
-    borders = batch_borders(len(labels), config.batch)
+    borders = batch_borders(len(labels), config.batch * config.accumulate_grad_batches)
     num_epochs = max(1, min(config.epochs, UNSEEN_STEPS // (len(borders) - 1)))
     total_steps = num_epochs * (len(borders) - 1)
     model.train()
@@ -8417,7 +8426,7 @@ def judge_training(
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"
     caveat = ""
-    if p_value < SIGNIFICANCE:
+    if p_value < SIGNIFICANCE and (num_better > num_worse) == (gain["value"] > 0):  # with views, they may disagree
         outcome = "training helped" if gain["value"] > 0 else "training hurt"
     elif not low <= 0 <= high:
         caveat = f"; the sign test, which decides, has p = {p_value:.2f}"
@@ -8510,7 +8519,8 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     names = run.gallery.class_names
     foreign = [name for name in records.class_names if name not in names]
     num_known = len(records.class_names) - len(foreign)
-    given = {"class_map": run.config.class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
+    class_map = run.config.class_map and shlex.quote(str(run.config.class_map))
+    given = {"class_map": class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
     flags = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]
     hint = f"for folders that are named as those of the run, give its {' '.join(flags)} too" if flags else ""
     if not num_known:
@@ -8560,6 +8570,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         show(format_gallery(load_gallery(path)[0]))
         return
     added_names: Sequence[str] = ()
+    new_names: list[str] = []
     read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         if config.remove is None and config.add is None:
@@ -8571,12 +8582,12 @@ def run_prototypes(config: PrototypesOptions) -> None:
             gallery = remove_class(run.gallery, config.remove)
         elif config.add is not None:
             gallery, added_names = add_classes(run, config)
+            new_names = [name for name in added_names if name not in run.gallery.class_names]
         if gallery is None:
             return
         back_up_gallery(path, {*gallery.class_names, config.remove}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    new_names = [name for name in added_names if name not in run.gallery.class_names]
     if new_names and gallery.matcher != run.gallery.matcher:
         show("classes are matched by their centroids now: nearest references hardly find those that have few")
     for sentence in describe_enrolled(gallery, new_names):
@@ -8632,8 +8643,9 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
         raise UserError(f"thresholds of this gallery are for {target}", flag, remedy)
     records = from_first(lambda: scan_for_run(run, config.add, config).records)
     paths = [str((config.add / name).resolve()) for name in records.paths]
+    data_root = config.data_root or run.config.data_root
     stored = {
-        (run.gallery.class_names[label], str((run.config.data_root / path).resolve()))
+        (run.gallery.class_names[label], str((data_root / path).resolve()))
         for label, path in zip(run.gallery.stack_labels.tolist(), run.gallery.stack_paths, strict=True)
     }
     crops = zip(records.labels.tolist(), paths, strict=True)
@@ -8646,7 +8658,7 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
     with contextlib.suppress(OSError, ValueError):  # splits.json is needed for a warning only
         splits = read_json(run.path / "splits.json", {"val": {str: [str]}, "test": {str: [str]}})
         eval_paths = itertools.chain(*splits["val"].values(), *splits["test"].values())
-        resolved = {str((run.config.data_root / path).resolve()) for path in eval_paths}
+        resolved = {str((data_root / path).resolve()) for path in eval_paths}
         if num_eval := len(resolved.intersection(paths[row] for row in rows)):
             problem = f"{num_eval:,} of the crops are val or test images of the run, whose figures on them say nothing any more"
             show(f"warning: {problem}")
@@ -8767,7 +8779,7 @@ def plan_run(
 
 
 def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
-    """Return one sentence for each missing or damaged file of a finished run; finishing it once more writes them anew."""
+    """Return one sentence for each missing or damaged file of a finished run, and one on what follows; [] if there is none."""
 
     def check_predictions(path: Path) -> None:
         with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
@@ -8787,13 +8799,13 @@ def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
         checks["predictions.csv"] = check_predictions
     damage = []
     for name, check in checks.items():
+        if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
+            continue  # without embeddings.npz the number of rows is unknown
         try:
             if not (out_dir / name).is_file():
                 raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
             check(out_dir / name)
         except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
-            if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
-                continue  # without embeddings.npz the number of rows is unknown
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 
@@ -9174,17 +9186,11 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Diverged):
         return EXIT_DIVERGED, f"error: {failure}"
     if isinstance(failure, Interrupted):
-        continuing = {
-            "overwrite": (False,),
-            "resume": (None, "last"),
-        }  # values with which the command continues this run
-        flags = [
-            f" without --{name}"
-            for name, values in continuing.items()
-            if getattr(options, name, values[0]) not in values
-        ]
-        again = f"the same command{''.join(flags)}"
-        return 128 + failure.signal_number, f"interrupted ({failure}); {again} continues where it stopped"
+        again = "the same command"
+        again += " without --overwrite" if getattr(options, "overwrite", False) else ""
+        again += " without --resume" if getattr(options, "resume", None) not in (None, "last") else ""
+        again += " starts again" if options.command in COMMAND_OPTIONS else " continues where it stopped"
+        return 128 + failure.signal_number, f"interrupted ({failure}); {again}"
     if isinstance(failure, ToolFailed):
         return failure.code, f"error: {failure}"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
@@ -9210,11 +9216,12 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     cause = text.partition("\n")[0].split(". ")[0][:200]
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
-        dtypes = [name for name in ("precision",) if name in given]
-        where = " ".join(f"{options.flag(name)} {given[name]}" for name in sizes + dtypes)
-        remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}{', or give --precision bf16' if dtypes else ''},"
-        remedy += " and start afresh with --overwrite; if something else fills the memory, the same command continues"
-        return UserError(f"out of memory: {cause}", where, remedy)
+        where = " ".join(f"{options.flag(name)} {given[name]}" for name in (*sizes, "precision") if name in given)
+        remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}"
+        remedy += ", or give --precision bf16" if given.get("precision", "bf16") != "bf16" else ""
+        remedy += ", and start afresh with --overwrite" if "overwrite" in given else ""
+        remedy += "; if something else fills the memory, the same command continues"
+        return UserError("out of memory" + (f": {cause}" if cause else ""), where, remedy)
     if isinstance(error, RuntimeError) and SHARED_MEMORY.search(text):
         remedy = "give it more room (docker run --shm-size 8g, or --ipc host); the same command continues"
         return UserError(f"processes cannot share memory: {cause}", "/dev/shm", remedy)
@@ -9235,6 +9242,7 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
         return UserError(f"a process that reads images was killed: {text}", where, remedy)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         remedy = "make room" + (", or give a lower --cache_crops" if given.get("cache_crops") else "")
+        remedy = "make it writable" if error.errno == errno.EROFS else remedy
         places = (error.filename, *(given.get(name) for name in ("out_dir", "output_dir", "out", "run")), Path.cwd())
         unwritten = write_error(Path(next(filter(None, places))), error, 0)
         return UserError(unwritten.what, unwritten.where, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -726,6 +728,74 @@ def test_a_failure_on_a_gpu_is_told_by_its_cause(
     explained = lct.explain_failure(error, lct.Config())
     assert (explained is None) == (expected is None)
     assert expected is None or expected in str(explained)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (lct.Config(), "lower --batch or --img_size, or give --precision bf16, and start afresh with --overwrite; "),
+        (lct.Config(precision="bf16"), "lower --batch or --img_size, and start afresh with --overwrite; "),
+        (lct.EvaluateOptions(precision="bf16"), "lower --batch; "),
+    ],
+)
+def test_remedies_against_want_of_memory_are_those_that_there_are(options: lct.Options, remedy: str) -> None:
+    explained = lct.explain_failure(MemoryError(), options)
+    assert explained.what == "out of memory" and explained.remedy.startswith(remedy)
+
+
+def test_a_disk_that_is_read_only_is_not_full(tmp_path: Path) -> None:
+    remedies = [
+        lct.explain_failure(OSError(number, "", str(tmp_path / "a")), lct.Config()).remedy
+        for number in (errno.EROFS, errno.ENOSPC)
+    ]
+    assert remedies == ["make it writable", "make room, or give a lower --cache_crops"]
+
+
+def test_what_keeps_nothing_starts_again_after_an_interrupt() -> None:
+    def tell(options: lct.Options) -> str:
+        return lct.explain_end(lct.Interrupted(signal.SIGINT), options)[1]
+
+    assert tell(lct.EvaluateOptions(command="evaluate")).endswith("; the same command starts again")
+    again = tell(lct.Config(overwrite=True, resume="run/checkpoint_ep001.pth"))
+    assert again.endswith("; the same command without --overwrite without --resume continues where it stopped")
+    assert tell(lct.Config(resume="last")).endswith("; the same command continues where it stopped")
+
+
+def test_a_stop_while_losses_are_fetched_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the train figures of an epoch lack steps, or a short epoch has none at all."""
+    tally = lct.Tally()
+    for step in range(3):
+        tally.add(torch.tensor(float(step)), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    stack, handlers = torch.stack, {number: signal.getsignal(number) for number in (1, 2, 10, 15, 17)}
+
+    def interrupted_stack(tensors: Any, *rest: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return stack(tensors, *rest)
+
+    monkeypatch.setattr(torch, "stack", interrupted_stack)
+    lct.SIGNALS.catch()
+    try:
+        with pytest.raises(lct.Interrupted):
+            lct.check_finite(None, SimpleNamespace(tally=tally))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        lct.SIGNALS.__init__()
+    assert tally.totals()["losses"].tolist() == [0, 1, 2]
+
+
+def test_files_of_the_same_number_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    """Those of --unknown_dir have numbers of their own."""
+    config = lct.Config(data_root=tmp_path, out_dir=tmp_path / "run")
+    records = [
+        lct.Records(tmp_path, ("a",), lct.PathTable([name]), *(np.zeros(1, np.int32) for _ in range(3)))
+        for name in ("a/1.png", "mug.png")
+    ]
+    with lct.RunDirectory(tmp_path / "run") as run:
+        job = lct.Job(config, records[0], lct.make_runtime(0, "fp32"), run, None)
+        for of_split in records:
+            dataclasses.replace(job, records=of_split).note_failures([(0, "is gone")])
+    assert job.unreadable == {"a/1.png": "is gone", "mug.png": "is gone"}
 
 
 @pytest.mark.parametrize(("cache_crops", "num_lost"), [(0, 4), (8, 0)])

@@ -473,6 +473,15 @@ def test_verdict_compares_the_answers_to_the_same_images(num_better: int, num_wo
     )
 
 
+def test_a_test_and_a_mean_that_disagree_are_no_verdict() -> None:
+    """Of images seen in two views, many can be better by half, and few be worse by a whole."""
+    frozen = {f"{index}.jpg": 0.5 if index < 40 else float(index < 61) for index in range(100)}
+    trained = {path: float(int(path[:-4]) < 40) for path in frozen}
+    judged = lct.judge_training(BASELINE, frozen, trained)
+    assert judged["p_value"] < 0.05 and judged["gain"]["value"] < 0
+    assert judged["verdict"].startswith("no measurable difference: ")
+
+
 def test_there_is_no_verdict_on_images_that_the_frozen_backbone_never_saw() -> None:
     judged = lct.judge_training(BASELINE, {"gone.jpg": 1.0}, {"new.jpg": 1.0})
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +125,27 @@ def test_shots_of_one_session_are_found_across_the_split() -> None:
     assert lct.find_sessions(job, {"train": train}) == {}
 
 
+def test_accumulated_batches_are_one_to_the_heads_too() -> None:
+    job = make_job(epochs=2)
+    train = draw_features(job, 0.5)["train"]
+    configs = [dataclasses.replace(job.config, batch=32 // steps, accumulate_grad_batches=steps) for steps in (1, 4)]
+    whole, split = (lct.train_without(dataclasses.replace(job, config=own), train, np.arange(8)) for own in configs)
+    assert all(torch.equal(value, split.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_beyond_many_classes_no_regression_is_fitted(patch_used: Callable) -> None:
+    patch_used(lct, "LOGREG_MAX_CLASSES", NUM_CLASSES - 1)
+    job = make_job()
+    assert lct.measure_unseen(job, draw_features(job, 0.5))[0]["open_set"]["others"] == {}
+
+
 def test_where_there_is_too_little_nothing_is_measured() -> None:
     job = make_job()
     features = draw_features(job, 0.2)
     assert lct.measure_unseen(job, {split: features[split] for split in ("train", "val")}) == ({}, {})
+    for split in lct.SPLIT_NAMES:  # as in folders that people have filled: one class alone
+        of_one_class = {split: features[split].take(features[split].labels == 0)}
+        assert lct.measure_unseen(job, features | of_one_class) == ({}, {})
     few = {split: own.take(own.labels < 4) for split, own in features.items()}
     records = job.records
     small = lct.Records(

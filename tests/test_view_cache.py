@@ -126,7 +126,7 @@ def test_an_image_that_is_gone_is_left_out_and_named(data: Path) -> None:
     (job.run.path / "cached_views.json").unlink()
     with lct.RunDirectory(job.run.path) as run:
         cache = lct.ViewCache(dataclasses.replace(job, run=run), backbone, clean)
-    assert list(job.unreadable) == [row]
+    assert list(job.unreadable) == [job.records.paths[row]]
     shown = [
         cache.take([lct.SampleKey(row, (), 0, showing), lct.SampleKey(first, (), 0, 0)]).rows.tolist()
         for showing in range(3)
@@ -219,6 +219,7 @@ def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
     assert "--workers" in line(0.4, workers=0, cache_crops=0.0, train_augmentations=())
     assert "--cache_views" in line(0.4, workers=256)
     assert "--" not in line(0.4, workers=256, freeze_backbone=False).split("waiting")[1]
+    assert "--" not in line(0.4, workers=256, mixing="mixup").split("waiting")[1]
     assert "--out_dir" in line(0.4, cache_views=4)
 
 
