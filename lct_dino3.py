@@ -7513,7 +7513,7 @@ def open_store(job: Job, scan: Scan) -> SquareStore | None:
 
 
 def list_reused_crops(job: Job) -> list[tuple[int, int]]:
-    """Return the crops that the run reads more than once and fits to the same square each time: (row, view into VIEW_NAMES)."""
+    """Return the crops that the run fits to the same square in several epochs or views: (row, view into VIEW_NAMES)."""
     config, records = job.config, job.records
     train = records.rows("train")
     uses = []  # (augmented, rows)
@@ -7526,7 +7526,7 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
     crops: dict[tuple[int, int], None] = {}  # an ordered set
     for augment, rows in uses:
         is_cacheable = [job.transform(augment).is_cacheable(is_masked) for is_masked in (False, True)]
-        keys = eval_keys(records, rows, config.crop_mode)
+        keys = eval_keys(records, rows, config.crop_mode)  # for mix both views, either of which training may draw
         crops |= dict.fromkeys((key.row, key.view) for key in keys if is_cacheable[key.view])
     return list(crops)
 
@@ -7599,8 +7599,8 @@ class ViewCache:
         clean_keys = 2 * clean.rows + clean.views
         image_keys = 2 * self._rows + self._is_masked[0]
         order = np.argsort(clean_keys)
-        nearest = order[np.searchsorted(clean_keys[order], image_keys).clip(max=len(clean_keys) - 1)]
-        self._clean_index = np.where(clean_keys[nearest] == image_keys, nearest, -1)
+        candidates = order[np.searchsorted(clean_keys[order], image_keys).clip(max=len(clean_keys) - 1)]
+        self._clean_index = np.where(clean_keys[candidates] == image_keys, candidates, -1)
         self._clean = clean.values
         self._features = np.memmap(self._path, np.float16, "r", shape=self._shape)
 
@@ -7707,7 +7707,7 @@ class ViewCache:
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
             embedded = embed_batches(extract, dataset, batches, job.config, job.runtime, job.note_failures)
             bar = progress(embedded, len(batches), f"embedding view {view + 1} of {num_views}")
-            for batch, extracted in zip(batches, bar, strict=get_rank() == 0):
+            for batch, extracted in zip(batches, bar, strict=get_rank() == 0):  # other ranks embed, but get nothing
                 features = np.full((len(batch), feature_dim), np.nan, np.float16)
                 is_readable = np.isin([key.row for key in batch], extracted.rows)
                 features[is_readable] = extracted.values.clip(-FP16_MAX, FP16_MAX)
@@ -8124,8 +8124,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         auroc and fpr95 of telling left-out from known classes, and the same by other methods in `others`; ece and `reliability`: on
         test, of probabilities fitted on val with the strangers of the other heads; enrolment: see `measure_enrolment`.
 
-        Data for `calibrate`. strangers: quantiles of their val scores on `score_scale`; enrolled: by number of crops, the scores on
-        that scale and is_right of `answers_of_enrolled`, and the metrics at the target precision.
+        Data for `calibrate`. strangers: quantiles of the val scores of left-out classes, on `score_scale`; enrolled: by number of
+        crops, the scores on that scale and is_right of `answers_of_enrolled`, and the metrics at the target precision.
     """
     names, train = job.records.class_names, features["train"]
     folds = np.random.default_rng((job.config.seed, 9)).permutation(len(names)) % UNSEEN_FOLDS
@@ -8258,7 +8258,7 @@ def train_step(
     `network` maps images to features: the backbone as `Runtime.wrap` returns it, or nn.Identity if the batches hold features.
     `batches` are the micro-batches of the step. With a frozen backbone their features are concatenated, so that the loss equals
     that of one large batch. With a trained one, each has its own backward pass, weighted by its number of images, and BatchNorm
-    sees micro-batches. With several ranks, `batch.sizes` are the rows of each; features, loss and logits cover all ranks.
+    sees micro-batches. With several ranks, `batch.sizes` counts the images of each; features, loss and logits cover all ranks.
     """
     is_trained = any(parameter.requires_grad for parameter in state.model.backbone.parameters())
     indexed = list(enumerate(batches))
@@ -8494,13 +8494,14 @@ def run_evaluate(config: EvaluateOptions) -> None:
             return
         label_of = {name: label for label, name in enumerate(run.gallery.class_names)}
         labels = np.array([label_of.get(name, -1) for name in records.class_names])[embedded.labels]
-        test = embedded._replace(labels=labels).take(labels >= 0)
+        known = embedded._replace(labels=labels).take(labels >= 0)
+        # The run's own images of classes that were removed are no strangers: it was trained on them.
         strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
         if unknown is not None:
             strangers = np.concatenate([strangers, unknown.values])
-        figures = measure_gallery(run.gallery, test, strangers if len(strangers) else None)
+        figures = measure_gallery(run.gallery, known, strangers if len(strangers) else None)
         source = str((config.data_root or run.config.data_root).resolve())
-        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(test.rows)), **figures})
+        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(known.rows)), **figures})
         show(format_measures(figures))
         show(f"written: {run.path / 'evaluation.json'}")
 
@@ -8840,7 +8841,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
     config = job.config
     run = job.run
     records = job.records
-    is_fresh = records is scan.records
+    is_fresh = records is scan.records  # else they are those of splits.json
     scan.memory.save()
     write_bytes(run.path / SCRIPT_NAME, Path(__file__).read_bytes())
     optimizer = optimizer_settings(config)
@@ -8933,7 +8934,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
         if state.dtype != job.runtime.dtype:
             run.log(f"the backbone goes on in {name_dtype(state.dtype)}, as the run began")
         return bank, state
-    run.forget_epochs_after(-1)
+    run.forget_epochs_after(-1)  # left by a start that ended before its first checkpoint
     run.event("run_start", options=config.as_plain(), classes=list(job.records.class_names))
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(job.records.rows(split))}
     cached = None
@@ -8972,7 +8973,7 @@ def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[s
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
-    """With the best weights, export the prototypes, test classifier and gallery, judge the training, and start the report."""
+    """With the best weights, export the prototypes, test classifier and gallery, judge the training, and make the report."""
     run = job.run
     records = job.records
     model = state.model
@@ -9151,9 +9152,10 @@ def run_program(
 
 
 def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_shared: bool) -> int:
-    """Run a recipe with the parsed options. Exit codes: 0 done, 1 bug, 2 user, 3 diverged, 130 and 143 interrupted.
+    """Run a recipe with the parsed options, on all ranks if `is_shared`, else on rank 0; return the exit code.
 
-    Under torchrun one rank explains a failure, and all ranks return the same code.
+    0 done, 2 user, 3 diverged, 130 and 143 interrupted; a bug is raised again, for which Python exits with 1. Under torchrun one
+    rank explains a failure, and all ranks return the same code.
     """
     store = start_processes()
     warnings.filterwarnings("ignore", module="PIL")  # it warns of odd metadata; the data report has what matters
