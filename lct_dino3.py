@@ -4763,16 +4763,20 @@ def read_start(config: Config) -> StartWeights | None:
         if isinstance(state, dict) and {"identity", "format", "model"} <= state.keys():
             identity, state = state["identity"], state.get("average", state["model"])  # the weights that val judged
             class_names = identity["class_names"]
+        tensors = dict(walk_tensors(state))
     except MemoryError:
         raise
     except Exception as error:  # a wrong file raises pickle, zip, safetensors, key or I/O errors
         is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
-        reason = printable(str(error))[:200] if is_explained else "it is nothing that torch.save has written"
+        reason = (
+            printable(str(error))[:200]
+            if is_explained
+            else "torch.save has not written it, or it holds more than tensors, lists and dictionaries"
+        )
         raise UserError(f"cannot be read as weights: {reason}", where, STATE_DICT_REMEDY) from error
     if isinstance(state, dict) and {"student", "teacher", "format"} <= state.keys():
         remedy = "give the file that --export-backbone of the same pre-training command writes"
         raise UserError("is a checkpoint of pre-training", where, remedy)
-    tensors = dict(walk_tensors(state))
     if not class_names:
         metadata = state.get("metadata") if isinstance(state, dict) else None
         return StartWeights(where, path, tensors, metadata=metadata if isinstance(metadata, dict) else {})
@@ -4832,11 +4836,12 @@ def fill_backbone(model: nn.Module, start: StartWeights, log: Callable[[str], No
     if not tensors:
         problem = "cannot be read as weights: it holds no tensors by name, as a model saved whole does not"
         raise UserError(problem, start.where, STATE_DICT_REMEDY)
-    named = rename_hub_weights(tensors)
-    weights, prefix = choose_weights(named, expected)
+    renamed = rename_hub_weights(tensors)
+    weights, prefix = choose_weights(renamed, expected)
     check_weights_finite(weights, start.where)
     outside = (key.split(".") for key in tensors if not key.startswith(prefix))
-    unused = dict.fromkeys(".".join(names[: prefix.count(".")]) for names in outside)
+    unused = dict.fromkeys(".".join(names[: prefix.count(".")]) for names in outside)  # as many parts as the prefix has
+    # The authors' DINOv3 files have these biases even where they are zero, and timm's models have none then.
     for key in [key for key in weights if key.endswith("attn.qkv.bias") and "storage_tokens" in weights]:
         if key.replace("qkv.bias", "q_bias") not in expected and weights.pop(key).any():
             problem = f"has biases of queries and values that are not zero, and {architecture} has none"
@@ -4846,7 +4851,7 @@ def fill_backbone(model: nn.Module, start: StartWeights, log: Callable[[str], No
         weights = convert(weights, model) if convert else weights
     except Exception as error:  # key and shape errors in timm's code for the model
         problem = f"cannot be read as weights of {architecture}: {printable(str(error))[:200]}"
-        raise UserError(problem, start.where, name_fitting_model(named, architecture)) from error
+        raise UserError(problem, start.where, name_fitting_model(renamed, architecture)) from error
 
     def layer_prefixes(kind: str) -> tuple[str, ...]:
         names = model.pretrained_cfg.get(kind) or ()
@@ -4869,7 +4874,7 @@ def fill_backbone(model: nn.Module, start: StartWeights, log: Callable[[str], No
         model.load_state_dict(weights)
     except RuntimeError as error:  # one line for missing keys, one for unexpected keys, one for each wrong shape
         problems = [line.strip()[:200] for line in str(error).splitlines()[1:5]]
-        remedy = name_fitting_model(named, architecture)
+        remedy = name_fitting_model(renamed, architecture)
         raise UserError(f"does not fit {architecture}: {'; '.join(problems)}", start.where, remedy) from error
 
 
@@ -4883,15 +4888,19 @@ def complete_backbone(start: StartWeights, log: Callable[[str], None]) -> dict[s
         form = {"options": dict.fromkeys(("load_from", "backbone_weights"), (str, type(None)))}
         options = read_json(start.path.with_name("config.json"), form)["options"]
         files = {name: Path(options[name]) for name in form["options"] if options[name]}
+    for name, file in files.items():
+        if not file.exists():
+            remedy = f"put them back there, or correct {name} in {start.path.with_name('config.json')}"
+            raise UserError(f"the weights of its backbone are not at {file} any more", start.where, remedy)
     names = ("model_id", "pretrained", "pool", "img_size", "in_channels", "seed")
     config = Config(**{name: identity[name] for name in names if name in identity}, **files)
     model, source = load_timm_model(config, probe_model(config)[0], log)
     weights_hash = fingerprint(hash_tensors(model))
-    if weights_hash != identity["backbone_hash"]:
-        hashes = f"was {identity['backbone_hash']}, and is {weights_hash} here ({source or 'random weights'})"
+    if weights_hash != identity.get("backbone_hash"):
+        hashes = f"was {identity.get('backbone_hash')}, and is {weights_hash} here ({source or 'random weights'})"
         remedy = "give it in the folder of its run, with config.json beside it"
         raise UserError(f"its backbone, which is not stored in it, {hashes}", start.where, remedy)
-    if identity["lora_rank"]:
+    if identity.get("lora_rank"):
         add_lora(model, identity["lora_rank"])
     model.load_state_dict(start.backbone, strict=False)
     merge_lora(model)
@@ -4932,7 +4941,10 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
         options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
         problem = f"timm cannot build it: {printable(str(error))[:300]}"
-        raise UserError(problem, where, f"try another size or pooling{options_text}") from error
+        remedy = f"try another size or pooling{options_text}"
+        if "pretrained tag" in problem:  # what stands behind the dot
+            remedy = did_you_mean(name, timm.list_pretrained(f"{base}.*"))
+        raise UserError(problem, where, remedy) from error
     num_blocks = max(block_depths(model).values())
     if config.unfreeze_blocks > num_blocks:
         problem = f"has {num_blocks or 'no'} blocks that timm names"
@@ -4969,7 +4981,7 @@ def hash_tensors(module: nn.Module) -> dict[str, str]:
 
 
 def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename weights of DINOv2 and DINOv3 from transformers' names to their authors', which timm reads; leave others unchanged."""
+    """Rename weights of DINOv2 and DINOv3 from transformers' names to their authors', which timm reads; others stay."""
     markers = ("embeddings.cls_token", "stages.0.downsample_layers.0.weight")  # of a ViT, of a ConvNeXt
     base = next((key.removesuffix(marker) for key in tensors for marker in markers if key.endswith(marker)), None)
     if base is None:
@@ -5005,15 +5017,22 @@ def rename_hub_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
+        partners = [key.replace(".q.", f".{name}.") for name in "kv"]
+        if key.endswith("weight") and not renamed.keys() >= set(partners):
+            continue  # incomplete: loading names the layer
         query = renamed.pop(key)
         no_bias = torch.zeros_like(query)  # DINOv3's keys have none
-        key_and_value = [renamed.pop(key.replace(".q.", f".{name}."), no_bias) for name in "kv"]
+        key_and_value = [renamed.pop(partner, no_bias) for partner in partners]
         renamed[key.replace(".q.", ".qkv.")] = torch.cat([query, *key_and_value])
     return renamed
 
 
 def check_weights_finite(weights: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError if weights are not finite, with the names of up to four."""
+    if odd := [key for key, value in weights.items() if value.layout != torch.strided or "float8" in str(value.dtype)]:
+        raise UserError(
+            f"holds sparse or 8-bit tensors, such as {odd[0]}", where, "give weights in float32 or bfloat16"
+        )
     if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         problem = f"holds values that are not finite, in {', '.join(broken[:4])}"
         raise UserError(problem, where, "give weights of a training that went well")
@@ -5238,9 +5257,10 @@ def load_head(model: Recognizer, start: StartWeights, class_names: Sequence[str]
     if "head.hidden.weight" not in layers:  # trained layers after a random one would be no better than random
         layers = []
     loaded = {key: start.head[key] for key in layers}
-    common_classes = [name for name in class_names if name in start.class_names]
-    rows = [class_names.index(name) for name in common_classes]
-    old_rows = [start.class_names.index(name) for name in common_classes]
+    old_row_of = {name: row for row, name in enumerate(start.class_names)}
+    common_classes = [name for name in class_names if name in old_row_of]
+    rows = [row for row, name in enumerate(class_names) if name in old_row_of]
+    old_rows = [old_row_of[name] for name in common_classes]
     for key in common_keys:
         if common_classes and key.startswith("criterion."):  # one or several rows a class
             old = start.head[key]
@@ -5249,6 +5269,8 @@ def load_head(model: Recognizer, start: StartWeights, class_names: Sequence[str]
             if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
                 new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
                 loaded[key] = new
+    if "criterion.weight" not in loaded:  # biases mean nothing beside random vectors
+        loaded = {key: start.head[key] for key in layers}
     model.load_state_dict(loaded, strict=False)
     num_classes = len(common_classes) if len(loaded) > len(layers) else 0
     text = (
@@ -6299,13 +6321,11 @@ def fit_projection(features: Embedded) -> tuple[np.ndarray, np.ndarray]:
     _, labels = np.unique(features.labels, return_inverse=True)
     values = features.values.astype(np.float64)
     mean = values.mean(axis=0)
-    class_means = np.zeros((labels.max() + 1, values.shape[1]))
-    np.add.at(class_means, labels, values)
-    class_means /= np.bincount(labels)[:, None]
-    scatter, axes = np.linalg.eigh(ledoit_wolf(values - class_means[labels], assume_centered=True)[0])
-    if scatter[-1] <= 0:
+    class_means = sum_by_class(values, labels, labels.max() + 1) / np.bincount(labels)[:, None]
+    within_variance, axes = np.linalg.eigh(ledoit_wolf(values - class_means[labels], assume_centered=True)[0])
+    if within_variance[-1] <= 0:
         return mean.astype(np.float32), np.zeros((len(mean), 0), np.float32)
-    whitening = axes / np.maximum(scatter, 1e-6 * scatter[-1]) ** 0.25 @ axes.T
+    whitening = axes / np.maximum(within_variance, 1e-6 * within_variance[-1]) ** 0.25 @ axes.T
     centred = (values - mean) @ whitening
     variance, principal = np.linalg.eigh(centred.T @ centred)
     principal = principal[:, variance > 1e-6 * variance[-1]][:, -FEATURE_DIM:]
@@ -6319,8 +6339,9 @@ def build_gallery(
 ) -> Gallery:
     """Build a gallery whose centroids use all references, and choose its matcher on val; `calibrate` must follow.
 
-    The matcher, and its k of KNN_CHOICES, are those with the highest `match_quality`; the simpler wins ties. Held-out classes
-    cannot stand in for the vectors of strangers (U, D): the embedder was trained on them, and separates them too well.
+    Unless `config.matcher` names one, the matcher, and its k of KNN_CHOICES, are those with the highest `match_quality`; the
+    simpler wins ties. Without the vectors of `strangers` (U, D), accuracy on val decides: held-out classes cannot stand in for
+    them, because the embedder was trained on them and separates them too well.
     """
     num_classes = len(records.class_names)
     references = references.by_class()
@@ -6422,11 +6443,11 @@ def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gal
 def calibrate(
     gallery: Gallery, val: Embedded, precision: float, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
 ) -> Gallery:
-    """Return the gallery with temperature, thresholds and log-odds fitted to val and to objects of no class.
+    """Return the gallery with temperature fitted to val, thresholds to val and `strangers`, log-odds to val and unknown objects.
 
-    `strangers` (U, D) are vectors of such objects. Without them, their scores are those that `measure_unseen` found for classes new
-    to its heads, on the scale of this gallery's val scores; without these either, those of val crops whose classes are held out in
-    turn, though the embedder has seen them, and real strangers score higher. `dtype` is the compute dtype of the backbone.
+    `strangers` (U, D) are vectors of unknown objects. Without them, their scores are those that `measure_unseen` found for classes
+    new to its heads, on the scale of this gallery's val scores; without these either, those of val crops whose classes are held out
+    in turn, though the embedder has seen them, and real strangers score higher. `dtype` is the compute dtype of the backbone.
     """
     num_classes = len(gallery.class_names)
     answers, scores = gallery.answer(val.values)
@@ -6445,6 +6466,8 @@ def calibrate(
     thresholds, is_pooled = fit_thresholds(answers, scores, is_right, precision, num_classes, dtype)
     enrolment = {}
     for num_crops, enrolled in unseen.get("enrolled", {}).items():
+        if not enrolled["scores"]:
+            continue  # no val image was taken for an enrolled class
         enrolled_scores = (median + spread * np.array(enrolled["scores"])).astype(np.float32)
         enrolled_right = np.array(enrolled["is_right"], bool)
         figures = enrolled["figures"]
@@ -6842,7 +6865,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
     if missing:
         raise ValueError(f"it has no {missing[0]}")
     fields: dict[str, Any] = {}
-    lengths = {"2": 2}
+    lengths = {"2": 2}  # of axes, by their letter; "2" is a fixed length
     for name, (field, kind, axes) in GALLERY_ARRAYS.items():
         array = arrays[name]
         if array.dtype.kind != kind[0] or kind[1] not in ("0", str(array.dtype.itemsize)):
@@ -7062,7 +7085,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     Labels of the added crops index `names`, rows index `paths`. Each class that gets crops has the mean of all its references as
     centroid. Old classes keep their thresholds; a new one gets that of `measure_unseen` for as many crops, or the highest of the
     others. Scores of its crops among each other say too little: they are few, and the crops to compare them with are of training
-    classes, which the model separates too well. With a new class, the gallery matches by centroids, not by nearest references.
+    classes, which the model separates too well. With a new class, a gallery that chose nearest references matches by centroids.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7080,7 +7103,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.values.shape[1]), np.float32)])
     centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
     median_count = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
-    new_counts = count_nearest(np.bincount(stacks.labels)[num_old:], median_count, gallery.knn_k)
+    new_counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes)[num_old:], median_count, gallery.knn_k)
     prototypes = [gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, num_classes)]
     class_rows = rows_by_class(stacks.labels, num_classes)
     for label in changed.tolist():  # as many prototypes a class as before
@@ -7235,7 +7258,7 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
     sentences = []
     for label in map(gallery.class_names.index, names):
         nearest, _ = nearest_others(gallery.stacks, np.flatnonzero(gallery.stack_labels == label))
-        neighbours = gallery.stack_labels[nearest]
+        neighbours = gallery.stack_labels[nearest] if counts[label] > 1 else np.zeros(0, np.int64)  # one alone has none
         num_taken = np.bincount(neighbours[neighbours != label], minlength=len(counts))
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
@@ -8364,7 +8387,8 @@ def measure_enrolment(
     """
     figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall", "precision")}
     for head, other_heads in zip(heads, leave_one_out(heads), strict=True):
-        threshold = precision_threshold(*answers_of_enrolled(other_heads, is_test, num_crops), target_precision)
+        other_scores, other_right = answers_of_enrolled(other_heads, is_test, num_crops)
+        threshold = precision_threshold(other_scores, other_right, target_precision) if len(other_scores) else math.inf
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
             is_accepted = is_test & is_new & (scores >= threshold)
@@ -8664,7 +8688,14 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
             problem = f"{num_eval:,} of the crops are val or test images of the run, whose figures on them say nothing any more"
             show(f"warning: {problem}")
     added = embed_records(run, records, rows, config, run.embed)
-    return None if get_rank() else enrol(run.gallery, added, records.class_names, paths), records.class_names
+    if get_rank():
+        return None, ()
+    labels = np.unique(added.labels)
+    names = [records.class_names[label] for label in labels.tolist()]
+    if empty := sorted(set(records.class_names) - {records.class_names[label] for label in records.labels.tolist()}):
+        show(f"warning: without one usable crop, and not added: {', '.join(map(printable, empty))}")
+    added = added._replace(labels=np.searchsorted(labels, added.labels))
+    return enrol(run.gallery, added, names, paths), names
 
 
 def run_train(config: Config) -> None:

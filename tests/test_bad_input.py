@@ -217,7 +217,10 @@ def test_more_gpus_than_there_are(small_data, refuse):
     assert "--gpus 64" in text and f"this machine has {torch.cuda.device_count()}" in text
 
 
-@pytest.mark.parametrize("name, close", [("resnet10x", "resnet10t"), ("mobilnetv2_035", "mobilenetv2_035")])
+@pytest.mark.parametrize(
+    "name, close",
+    [("resnet10x", "resnet10t"), ("mobilnetv2_035", "mobilenetv2_035"), ("test_vit.r160", "test_vit.r160_in1k")],
+)
 def test_an_unknown_model_gets_the_closest_names(small_data, refuse, name, close):
     text = refuse(small_data, "--model_id", name)
     assert f"--model_id {name}" in text and close in text.split("did you mean")[1]

@@ -254,6 +254,20 @@ def test_bad_words_cost_one_sentence(
     assert text in capsys.readouterr().err
 
 
+def test_folders_without_a_usable_crop_are_not_enrolled(
+    run_dir: Path, trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    """Wherever they stand among the others."""
+    added = new_class(tmp_path / "more", "эскиз", 9)
+    for name in ("a_broken", "яяя"):
+        (added / name).mkdir()
+    (added / "a_broken" / "1.png").write_bytes(b"\x89PNG cut off")
+    assert call_main("prototypes", "--run", run_dir, "--add", added, *QUIET) == 0
+    assert "warning: without one usable crop, and not added: a_broken, яяя" in capsys.readouterr().out
+    gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert gallery.class_names[4:] == ("эскиз",) and len(gallery.knn_counts) == 5
+
+
 def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_class() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), (6, 4, 1))
@@ -274,6 +288,7 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
     for label, name in enumerate(gallery.class_names):
         counts = np.bincount(neighbours[labels == label], minlength=3)
         counts[label] = 0
+        counts *= name != "c"  # one crop has no other of its class, which says nothing
         sentences = lct.find_collisions(gallery, [name])
         assert len(sentences) == bool(counts.any())
         if sentences:

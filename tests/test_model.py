@@ -496,6 +496,19 @@ def test_prefixes_and_wrappers_come_off_before_timm_converts(
     assert model.pos_embed.shape[1] == 5, "interpolated by timm from 100 patches"
 
 
+def test_tensors_that_are_no_numbers_of_a_layer_are_refused_by_name(vit_state: dict, tmp_path: Path) -> None:
+    for odd in (torch.zeros(4, dtype=torch.float8_e4m3fn), torch.eye(4).to_sparse()):
+        with pytest.raises(lct.UserError, match=r"sparse or 8-bit tensors, such as norm\.weight"):
+            save_and_build(vit_state | {"norm.weight": odd}, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+
+
+def test_a_tree_that_holds_itself_is_no_file_of_weights(vit_state: dict, tmp_path: Path) -> None:
+    tree = {"model": vit_state}
+    tree["self"] = tree
+    with pytest.raises(lct.UserError, match="cannot be read as weights"):
+        save_and_build(tree, tmp_path / "a.pth", model_id="test_vit", img_size=32)
+
+
 def test_options_and_numbers_of_a_trainer_do_not_hinder(vit_state: dict, tmp_path: Path) -> None:
     tree = {"args": argparse.Namespace(lr=0.1, out=Path("x")), "best": np.float64(0.7), "hist": np.arange(3)}
     tree |= {"optimizer": {"state": {0: {"exp_avg": torch.full((3,), math.inf)}}}, "model": vit_state}
@@ -785,6 +798,17 @@ def test_several_directions_a_class_are_taken_by_class(sources: Path) -> None:
     before = model.criterion.weight.clone()
     lct.load_head(model, start, ("a", "b", "c"), print)
     assert torch.equal(model.criterion.weight, torch.cat((old[4:], before[2:4], old[:2])))
+
+
+def test_biases_without_their_vectors_are_not_taken(sources: Path) -> None:
+    model, _ = start_from(sources / "lora", ("a", "b", "c"), criterion="cross_entropy")
+    bias = {"criterion.bias": torch.ones_like(model.criterion.bias), "criterion.weight": torch.zeros(3, 5)}
+    before = model.criterion.bias.clone()
+    said: list[str] = []
+    lct.load_head(
+        model, lct.StartWeights("--load_from", sources, {}, bias, ("a", "b", "c")), ("a", "b", "c"), said.append
+    )
+    assert torch.equal(model.criterion.bias, before) and "the vectors of 0 of 3 classes" in said[0]
 
 
 def test_a_start_is_looked_for_below_models_too(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:

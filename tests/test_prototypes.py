@@ -343,6 +343,17 @@ def test_probabilities_where_all_or_none_are_right() -> None:
     assert slope == 0, "strangers that score higher than known objects make no probability that falls"
 
 
+def test_where_no_image_was_taken_for_an_enrolled_class_nothing_is_known() -> None:
+    """Else the threshold of no answers, which all scores pass, would be that of a new class."""
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
+    figures = {"target_precision": 0.95}
+    enrolled = {"1": {"scores": [], "is_right": [], "figures": figures}}
+    enrolled["5"] = {"scores": [0.5, 0.4], "is_right": [True, False], "figures": figures}
+    unseen = {"strangers": [-1.0, 0.0], "enrolled": enrolled}
+    gallery = lct.calibrate(gallery, make_embedded(10, 1), 0.95, None, unseen, torch.float32)
+    assert set(gallery.enrolment) == {"5"} and lct.find_enrolment_figures(gallery, 1) == gallery.enrolment["5"]
+
+
 def test_a_class_taken_out_is_scored_by_the_others() -> None:
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     val = make_embedded(10, 1)
