@@ -593,7 +593,7 @@ def print_summary(
     """
     if counts["crops"] == counts["unknown"]:
         first = f": {problems[0]}" if problems else ""
-        if counts["unknown"]:
+        if counts["unknown"] and labelled.folders.keys() <= labelled.unknown:
             reason = f"has {counts['unknown']:,} crops of no class, and none of a class: all labels are of --unknown"
             raise lct.UserError(reason, options.describe("out"), "name fewer classes with --unknown")
         raise lct.UserError(f"holds not one crop of a class{first}", options.describe("out"), "see problems.json in it")

@@ -589,6 +589,19 @@ def test_unknown_classes_lie_beside_the_data(photos: Path, tmp_path: Path, call_
     assert not (tmp_path / "data_unknown").exists() and len(lct.list_images(out).paths) == 5
 
 
+def test_unknown_crops_alone_are_explained(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
+    """Either there is no other class, or its objects cannot be cut."""
+    for rows, words in (
+        ("a.jpg,9,9,50,50,pliers", "all labels are of --unknown"),
+        ("a.jpg,9,9,50,50,pliers\na.jpg,900,9,50,50,hammer", "a.jpg (line 3) has a box outside"),
+    ):
+        source = tmp_path / "boxes.csv"
+        source.write_text(f"image,x,y,width,height,class\n{rows}\n")
+        assert call_main(*command(photos, source, tmp_path / "data", "--unknown", "pliers")) == 2
+        text = capsys.readouterr().err
+        assert words in text and ("name fewer classes" in text) == ("--unknown" in words), text
+
+
 def test_problems_are_named_one_by_one(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     (photos / "c.gif").write_bytes(b"GIF89a")
     (photos / "bench" / "film.mp4").write_bytes(b"x")
