@@ -417,6 +417,7 @@ class Planner:
                 addition = "" if is_same else f"; the labels now say {crop.class_name}"
                 change.problems.append(report_edit(old, state, addition))
                 continue
+            moves_mask = False
             if crop.mask is None and old and not old["unknown"] and old["sha256"] == hash_bytes(crop.jpeg):
                 # Annotation tools may give back boxes without masks: an unchanged crop then keeps its mask. A mask that
                 # someone else, such as SAM-2, has drawn since moves with its crop.
@@ -425,13 +426,14 @@ class Planner:
                 is_moved = crop.class_name not in (old["class"], *self.labelled.unknown) and mask_path.is_file()
                 if old["mask"] or is_moved:
                     crop = crop._replace(mask=mask_path.read_bytes())
-                if is_moved and not old["mask"]:
-                    moved_masks.add(mask_path)
+                moves_mask = is_moved and not old["mask"]
             taken = {Path(item["file"]).stem for item in change.records}
             names = itertools.chain([Path(old["file"]).stem] if old else [], new_names)
             names = itertools.filterfalse(taken.__contains__, names)
             record = self._place(crop, cut.photo, names, contents.keys() - change.writes.keys())
             change.records.append({**record, "key": key})
+            if moves_mask and record["mask"]:  # else another mask lies in its way, and both stay
+                moved_masks.add(mask_path)
             if crop.mask and not record["mask"] and not record["unknown"]:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
                 change.problems.append(Problem(cut.photo.path, crop.id, reason))

@@ -346,6 +346,24 @@ def test_a_mask_that_was_drawn_later_moves_with_its_crop(photos: Path, tmp_path:
     assert drawn[1][0].read_bytes() == drawn[1][1] and not (out / moved["mask"]).exists()
 
 
+def test_a_mask_moves_nowhere_if_another_mask_lies_there(
+    photos: Path, tmp_path: Path, call_main: Any, capsys: Any
+) -> None:
+    """The class changes with the box, so its mask stays behind; then the class changes back, and the new mask meets it."""
+    source, out, drawn = tmp_path / "boxes.csv", tmp_path / "data", {}
+    for name, width in (("pliers", 100), ("hammer", 90), ("pliers", 90)):
+        source.write_text(f"image,x,y,width,height,class\na.jpg,20,20,{width},80,{name}\n")
+        assert call_main(*command(photos, source, out)) == 0
+        path = out / name / "masks" / "a_1_mask.png"
+        if path not in drawn:
+            path.parent.mkdir()
+            Image.new("L", (width, 80), 255).save(path)
+            drawn[path] = path.read_bytes()
+    assert [record["file"] for record in read_records(out)] == ["pliers/cropped/a_1.jpg"]
+    assert {path: path.read_bytes() for path in drawn if path.exists()} == drawn and len(drawn) == 2
+    assert "whose mask someone else has drawn, which is kept" in capsys.readouterr().out
+
+
 def test_labels_of_boxes_alone_take_no_mask_away(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     """Annotation tools give boxes back for masks."""
     out = tmp_path / "data"
