@@ -326,7 +326,9 @@ def _read_sam2_weights(options: MaskOptions, model: torch.nn.Module) -> dict[str
     unfit = [name for name in expected | actual if expected.get(name) != actual.get(name)]
     if unfit:
         examples = lct.printable(", ".join(map(str, unfit[:3])))
-        problem = f"{len(unfit)} tensors are missing, foreign or of another shape ({examples}, ...)"
+        verb = "is" if len(unfit) == 1 else "are"
+        more = ", ..." if len(unfit) > 3 else ""
+        problem = f"{lct.count_of(len(unfit), 'tensor')} {verb} missing, foreign or of another shape ({examples}{more})"
         raise lct.UserError(f"does not fit --sam2_cfg {options.sam2_cfg}: {problem}", where, remedy)
     return weights
 
