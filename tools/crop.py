@@ -288,6 +288,7 @@ class Cutter:
             if cutting.problem:
                 reason = f"{cutting.problem}; it is cut without a mask"
                 cut.problems.append(Problem(photo.path, detection.get("id"), reason))
+            # b"": it hides nothing.
             mask = None if cutting.mask is None else b"" if cutting.mask.all() else encode_png(cutting.mask)
             cut.crops.append(NewCrop(detection.get("id"), class_name, cutting.box, jpeg, mask))
 
@@ -438,6 +439,7 @@ class Planner:
                 reason = f"has a crop {record['file']} whose mask someone else has drawn, which is kept"
                 change.problems.append(Problem(cut.photo.path, crop.id, reason))
             paths = [self.roots[record["unknown"]] / name for name, _ in list_files(record)]
+            # `list_files` names the mask only if the record has one.
             change.writes.update(zip(paths, (crop.jpeg, crop.mask), strict=False))
         for index, (record, state) in enumerate(cut.states):
             if state == "edited" and index not in matches.values():

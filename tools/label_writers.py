@@ -285,12 +285,12 @@ class Writer(NamedTuple):
     write: Callable[[LabelSet], Iterator[LabelFile]]
     find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # takes the image paths
     explain: Callable[[Path, Path], str] = _explain_nothing  # how to open the files; takes image root, --out
-    is_exchanged: bool = False  # has a file per image, so its folder is replaced as a whole, once complete
+    replaces_folder: bool = False  # there is a file per image, so the folder is replaced as a whole, once complete
 
 
 WRITERS = {
     "coco": Writer(write_coco),
-    "yolo": Writer(write_yolo, find_equal_stems, is_exchanged=True),
+    "yolo": Writer(write_yolo, find_equal_stems, replaces_folder=True),
     "cvat": Writer(write_cvat),
     "labelstudio": Writer(write_labelstudio, explain=explain_labelstudio),
     "csv": Writer(write_csv),

@@ -106,15 +106,15 @@ def draw_masks(options: MaskOptions) -> None:
     if options.gpus == 0:
         # While sam2 is imported and built, even for the CPU, it fills its tables on any visible GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    is_checked = options.draw and options.sam2_ckpt is not None
-    if is_checked:
+    is_sam2_checked = options.draw and options.sam2_ckpt is not None
+    if is_sam2_checked:
         check_sam2(options)
     runtime = lct.make_runtime(options.gpus, options.precision)
     scan = lct.scan_dataset(options)
     with lct.keep_memory(scan.memory):
         scan = lct.attach_masks(scan, options)
     requests = request_masks(scan, options) if options.draw else []
-    if requests and not is_checked:
+    if requests and not is_sam2_checked:  # without a checkpoint it is needed only if there is something to draw
         check_sam2(options)
     lct.create_out_dir(out_dir)
     with lct.lock_directory(out_dir):

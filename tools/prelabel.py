@@ -354,7 +354,8 @@ def label_photos(options: PrelabelOptions) -> None:
     bits = run.config.image_bits or lct.from_first(find_photo_bits, options.images, detections.list_with_objects())
     detections = dataclasses.replace(detections, image_bits=bits)
     if lct.get_rank():  # only rank 0 writes
-        deque(answer_batches(run, detections, lct.broadcast(None), options), maxlen=0)
+        groups = lct.broadcast(None)  # the pending groups, which `answer_objects` sends from rank 0
+        deque(answer_batches(run, detections, groups, options), maxlen=0)
         return
     if options.overwrite and options.out.exists():
         old = lct.move_aside(options.out)
@@ -443,18 +444,18 @@ def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
     new_folder = out / f".{name}.{os.getpid()}.tmp"
     lines: list[str] = []
     with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
-        log_line = lines.append if writer.is_exchanged else log.append
+        log_line = lines.append if writer.replaces_folder else log.append
         for path, content in writer.write(labels):
-            target = (new_folder if writer.is_exchanged else out) / path
+            target = (new_folder if writer.replaces_folder else out) / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 _replace_link(target, content)
                 continue
-            with open(target, "wb") if writer.is_exchanged else lct.atomic_file(target) as file:
+            with open(target, "wb") if writer.replaces_folder else lct.atomic_file(target) as file:
                 log_line(_write_chunks(file, path, content))
         if lines:
             log.append("".join(lines))
-    if writer.is_exchanged:
+    if writer.replaces_folder:
         old_folder = out / f".{name}.old.{os.getpid()}.tmp"
         if (out / name).exists():
             (out / name).rename(old_folder)
