@@ -52,7 +52,7 @@ class Detections:
 class Unit(NamedTuple):
     """Consecutive objects of one image, answered together."""
 
-    image: int
+    image_index: int
     first: int
     last: int  # exclusive
     digest: str  # over the image's path, size and time, and the objects: key of the answers on disk
@@ -89,7 +89,7 @@ def group_units(units: Sequence[Unit], batch: int) -> list[list[Unit]]:
 class Prelabel(NamedTuple):
     """An object and its answer."""
 
-    source: int  # index of the object in the detections
+    object_index: int  # in the detections
     box: Sequence[float]  # x, y, width, height in px of the upright image, clipped
     has_mask: bool  # the crop was matched with a mask
     label: int  # most similar class
@@ -105,7 +105,7 @@ class Prelabel(NamedTuple):
 class AnsweredImage(NamedTuple):
     """An image and the answers for its objects."""
 
-    image: int  # index in the detections
+    image_index: int  # in the detections
     path: str
     size: tuple[int, int]  # width, height
     objects: list[Prelabel]
@@ -202,23 +202,23 @@ class Prelabels:
     box_pad: float
 
     def __iter__(self) -> Iterator[AnsweredImage]:
-        for image, units in itertools.groupby(self.units, key=operator.attrgetter("image")):
+        for image_index, units in itertools.groupby(self.units, key=operator.attrgetter("image_index")):
             records = [self.answers.read(unit.digest) for unit in units]
             if 0 in records[0]["size"]:  # the image cannot be used; `problems` says why
                 continue
-            first = int(self.detections.borders[image])
+            first = int(self.detections.borders[image_index])
             rows = itertools.chain.from_iterable(record["objects"] for record in records)
             objects = [Prelabel(first + offset, *fields) for offset, *fields in rows]
-            yield AnsweredImage(image, self.detections.paths[image], tuple(records[0]["size"]), objects)
+            yield AnsweredImage(image_index, self.detections.paths[image_index], tuple(records[0]["size"]), objects)
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each image or object that has no answer or a less certain one."""
         yield from self.detections.problems
         for unit in self.units:
-            first = int(self.detections.borders[unit.image])
+            first = int(self.detections.borders[unit.image_index])
             for offset, reason in self.answers.read(unit.digest)["problems"]:
                 detection_id = None if offset < 0 else self.detection(first + offset).get("id")
-                yield Problem(self.detections.paths[unit.image], detection_id, reason)
+                yield Problem(self.detections.paths[unit.image_index], detection_id, reason)
 
     def detection(self, index: int) -> dict[str, Any]:
         """Return an object as it was in the detections."""
@@ -256,7 +256,7 @@ class Prelabels:
         for image in self:
             objects = []
             for item in image.objects:
-                detection = geometry.to_pixels(self.detection(item.source), *image.size)
+                detection = geometry.to_pixels(self.detection(item.object_index), *image.size)
                 has_second = item.runner_up >= 0
                 details = {
                     "best_class": gallery.class_names[item.label],
@@ -273,7 +273,7 @@ class Prelabels:
                 }
                 objects.append(
                     label_writers.LabelledObject(
-                        number=item.source,
+                        object_index=item.object_index,
                         box=item.box,
                         label=self.number(item),
                         score=item.probability,
@@ -282,5 +282,5 @@ class Prelabels:
                         is_crowd=detection.get("iscrowd") == 1,
                     )
                 )
-            image_id = self.detections.image_ids[image.image]
-            yield label_writers.LabelledImage(image.image, image_id, image.path, image.size, objects)
+            image_id = self.detections.image_ids[image.image_index]
+            yield label_writers.LabelledImage(image.image_index, image_id, image.path, image.size, objects)

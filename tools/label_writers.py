@@ -30,7 +30,7 @@ CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin",
 class LabelledObject(NamedTuple):
     """An object and its label."""
 
-    number: int  # index among all objects
+    object_index: int  # among all objects
     box: Sequence[float]  # x, y, width, height in px of the upright image
     label: int  # index into `LabelSet.names`
     score: float  # probability that the label is right, 0 to 1
@@ -42,7 +42,7 @@ class LabelledObject(NamedTuple):
 class LabelledImage(NamedTuple):
     """An image and its objects."""
 
-    number: int  # ascending with the path
+    image_index: int  # ascending with the path
     image_id: Any  # from the file that its objects came from
     path: str  # relative to the root, with '/'
     size: tuple[int, int]  # width, height
@@ -159,7 +159,7 @@ def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
     yield "</labels></task></meta>\n"
     for image in labels.images():
         width, height = image.size
-        yield f'<image id="{image.number}" name="{_xml(image.path)}" width="{width}" height="{height}">\n'
+        yield f'<image id="{image.image_index}" name="{_xml(image.path)}" width="{width}" height="{height}">\n'
         for item in image.objects:
             x, y, w, h = item.box
             edges = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
@@ -219,7 +219,7 @@ def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
         percent = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
         results.append(
             {
-                "id": f"object{item.number}",
+                "id": f"object{item.object_index}",
                 "type": "rectanglelabels",
                 "from_name": "label",
                 "to_name": "image",

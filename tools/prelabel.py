@@ -212,7 +212,7 @@ def read_detections(options: PrelabelOptions) -> Detections:
 # --- cutting
 
 
-class Cut(NamedTuple):
+class CutUnit(NamedTuple):
     """The outcome of cutting a unit, apart from the pixels of its crops."""
 
     unit: Unit
@@ -226,7 +226,7 @@ class CutBatch(NamedTuple):
     """A batch of the loader."""
 
     images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units, unit after unit
-    cuts: list[Cut]
+    cuts: list[CutUnit]
 
 
 class DetectionDataset(Dataset):
@@ -240,25 +240,25 @@ class DetectionDataset(Dataset):
         self.side = run.config.img_size
         self.image_bits = detections.image_bits
 
-    def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], Cut]:
-        path = self.detections.root / self.detections.paths[unit.image]
+    def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], CutUnit]:
+        path = self.detections.root / self.detections.paths[unit.image_index]
         try:
             image = lct.load_image(path, self.image_bits) if unit.last > unit.first else None
             size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
         except lct.ImageError as error:
-            return [], Cut(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
-        claimed_size = tuple(self.detections.sizes[unit.image].tolist())
-        start, end = self.detections.borders[unit.image : unit.image + 2].tolist()
+            return [], CutUnit(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
+        claimed_size = tuple(self.detections.sizes[unit.image_index].tolist())
+        start, end = self.detections.borders[unit.image_index : unit.image_index + 2].tolist()
         objects = (geometry.to_pixels(json.loads(self.detections.objects[i]), *size) for i in range(start, end))
         try:
             doubt = geometry.check_size(size, claimed_size, objects)
         except geometry.BoxError as error:
-            return [], Cut(unit, (0, 0), [], [(-1, str(error))])
-        cut = Cut(unit, size, [], [(-1, doubt)] if doubt and unit.first == start else [])
+            return [], CutUnit(unit, (0, 0), [], [(-1, str(error))])
+        cut = CutUnit(unit, size, [], [(-1, doubt)] if doubt and unit.first == start else [])
         crops = (self._cut_object(image, index, cut) for index in range(unit.first, unit.last))
         return [crop for crop in crops if crop is not None], cut
 
-    def _cut_object(self, image: np.ndarray, index: int, cut: Cut) -> np.ndarray | None:
+    def _cut_object(self, image: np.ndarray, index: int, cut: CutUnit) -> np.ndarray | None:
         """Return the crop of an object and add it to `cut.objects`; on failure return None and add the reason to `cut.problems`."""
         detection = json.loads(self.detections.objects[index])
         try:
@@ -273,7 +273,7 @@ class DetectionDataset(Dataset):
         cut.objects.append((index, cutting.box, mask is not None))
         return crop
 
-    def collate(self, samples: list[tuple[list[np.ndarray], Cut]]) -> CutBatch:
+    def collate(self, samples: list[tuple[list[np.ndarray], CutUnit]]) -> CutBatch:
         """Stack the crops of all units into one batch."""
         crops = [crop for unit_crops, _ in samples for crop in unit_crops]
         stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
@@ -297,8 +297,8 @@ def answer_objects(run: lct.TrainedRun, detections: Detections, options: Prelabe
     answers = AnswerFile(options.out / ANSWERS_NAME, key)
     groups = group_units(units, options.batch)
     pending = lct.broadcast([group for group in groups if not all(unit.digest in answers for unit in group)])
-    num_images = len({unit.image for unit in units})
-    num_answered = num_images - len({unit.image for group in pending for unit in group})
+    num_images = len({unit.image_index for unit in units})
+    num_answered = num_images - len({unit.image_index for group in pending for unit in group})
     if num_answered:
         lct.show(f"{num_answered:,} of {num_images:,} images are answered already")
     if pending:
@@ -321,13 +321,13 @@ def answer_batches(
     def answer(batch: CutBatch) -> list[dict[str, Any]]:
         embeddings = np.zeros((0, 1), np.float32)
         if len(batch.images):
-            paths = [detections.paths[cut.unit.image] for cut in batch.cuts for _ in cut.objects]
+            paths = [detections.paths[cut.unit.image_index] for cut in batch.cuts for _ in cut.objects]
             embeddings = run.embed(batch.images, paths.__getitem__, batch_size)
         answers = iter(answer_crops(run.gallery, embeddings))
         records = []
         for cut in batch.cuts:
             # Records count objects within their image: the answers stay valid when other images come or go.
-            first = int(detections.borders[cut.unit.image])
+            first = int(detections.borders[cut.unit.image_index])
             objects = [[index - first, box, has_mask, *next(answers)] for index, box, has_mask in cut.objects]
             problems = [(index if index < 0 else index - first, reason) for index, reason in cut.problems]
             records.append({"unit": cut.unit.digest, "size": cut.size, "objects": objects, "problems": problems})
