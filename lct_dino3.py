@@ -1282,7 +1282,8 @@ def check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except zip_errors as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: flipped bits made an offset negative
+        # Flipped bits raise EINVAL for a negative offset, and None in bz2.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise zipfile.BadZipFile(f"is damaged: {error}") from error
     if damaged is not None:
@@ -5746,6 +5747,7 @@ CHECKPOINT_FORM = {
     "tally": {str: torch.Tensor},
     "backbone_dtype": str,
 }
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)  # torch: RuntimeError
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
 
@@ -5828,7 +5830,7 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
         return
     weights = state.model.trained_state() | FOREIGN_GUARD
     if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
-        raise Diverged(describe_divergence(state.step, state.epoch + 1, path.parent))
+        raise Diverged(describe_divergence("a weight", state.step, state.epoch + 1, path.parent))
     payload = {
         "identity": identity,
         **{key: getattr(state, key) for key in PLAIN_STATE},
@@ -5842,15 +5844,15 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     write_checkpoint(path, payload)
 
 
-def describe_divergence(step: int, epoch: int, folder: Path) -> str:
-    """Return the text of Diverged: the step whose loss is not finite, and the checkpoint to resume from."""
+def describe_divergence(subject: str, step: int, epoch: int, folder: Path) -> str:
+    """Return the text of Diverged: what is not finite, at which step, and the checkpoint to resume from."""
     last = folder / LAST_NAME
     try:
         payload = load_checkpoint(last)
         advice = f"the last good checkpoint is {last} ({describe_position(*progress_of(payload))})"
     except UserError:
-        advice = "there is no checkpoint yet"
-    return f"the loss is not finite at step {step} (epoch {epoch}); {advice}; lower --lr"
+        advice = f"{last} cannot be read" if last.exists() else "there is no checkpoint yet"
+    return f"{subject} is not finite at step {step} (epoch {epoch}); {advice}; lower --lr"
 
 
 def describe_position(epoch: int, batches: int) -> str:
@@ -5955,7 +5957,9 @@ def find_resume_point(
     if point is None and damaged:
         lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
-    if point is None and (epochs := [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end"]):
+    if point is None and (
+        epochs := [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end" and "epoch" in row]
+    ):
         problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
         raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
     if point is None and resume == "last":
@@ -5973,6 +5977,8 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
     except MemoryError:
         raise
     except Exception as error:  # any zip, pickle or I/O error that a damaged or foreign file causes
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+            raise
         problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
         remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
         raise UserError(problem, str(path), remedy) from error
@@ -6015,7 +6021,8 @@ def keep_interrupted(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        with contextlib.suppress(OSError, zipfile.BadZipFile):  # none yet, or a damaged one
+        # OSError: none yet; BadZipFile: a damaged one; UserError: no room for the copy
+        with contextlib.suppress(OSError, zipfile.BadZipFile, UserError):
             copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)
         raise
     (folder / INTERRUPT_NAME).unlink(missing_ok=True)  # left by an earlier start of the run
@@ -7910,7 +7917,7 @@ def check_finite(job: Job, state: TrainState) -> None:
     with SIGNALS.hold():  # a stop while the device is waited for would lose these steps
         steps_ago = state.tally.fetch()
     if steps_ago is not None and get_rank() == 0:  # the loss is the same on every rank
-        raise Diverged(describe_divergence(state.step - steps_ago + 1, state.epoch + 1, job.run.path))
+        raise Diverged(describe_divergence("the loss", state.step - steps_ago + 1, state.epoch + 1, job.run.path))
 
 
 def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -7929,7 +7936,7 @@ def score_epoch(job: Job, state: TrainState, features: dict[str, Embedded]) -> t
     train = {"loss": float((totals["losses"].double() * sizes).sum() / sizes.sum()), **train}
     val, val_per_class, val_by_view = score_val(job, state.model, features)
     if not math.isfinite(val["loss"]):
-        raise Diverged(describe_divergence(state.step, state.epoch + 1, job.run.path))
+        raise Diverged(describe_divergence("the loss", state.step, state.epoch + 1, job.run.path))
     record = {"epoch": state.epoch + 1, "lr": state.optimizer.param_groups[0]["lr"], "train": train, "val": val}
     if val_by_view:
         record["val_by_view"] = val_by_view
@@ -9235,7 +9242,6 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
 
 
 SHARED_MEMORY = re.compile(r"/dev/shm|shared memory|unable to (write to|mmap)")
-OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 TOO_MANY_FILES = re.compile(re.escape(os.strerror(errno.EMFILE)), re.IGNORECASE)
 PEER_ENDED = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process|socket (closed|timeout)", re.IGNORECASE

@@ -159,6 +159,26 @@ def test_a_start_whose_head_is_not_finite_is_refused(run_of_them: Path, tmp_path
         lct.read_start(lct.Config(load_from=tmp_path / "start.pth"))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "there is no checkpoint yet"), (b"PK", "checkpoint_last.pth cannot be read;")]
+)
+def test_a_weight_that_is_not_finite_is_named_as_one_and_not_saved(
+    content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    config = lct.Config(emb_dim=4)
+    backbone = lct.Backbone(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), (0.5,) * 3, (0.5,) * 3)
+    info = lct.BackboneInfo("m", "random", "0", 6, 2, "avg", (0.5,) * 3, (0.5,) * 3, "area")
+    model = lct.build_recognizer(config, 3, backbone, info)
+    model.head.norm.weight.data[1] = float("nan")
+    state = lct.start_state(model, config, lct.training_runtime(config))
+    path = tmp_path / "checkpoint_last.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(lct.Diverged, match=f"^a weight is not finite at step 0 .*{words}"):
+        lct.save_checkpoint(path, state, {})
+    assert content is None or path.read_bytes() == content
+
+
 # --- fp16
 
 

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -290,6 +291,46 @@ def test_no_flipped_bit_and_no_cut_changes_what_is_loaded(tmp_path: Path) -> Non
         path.write_bytes(whole[:length])
         with pytest.raises(zipfile.BadZipFile):
             lct.check_zip(path)
+
+
+def test_a_flipped_method_of_compression_is_damage(tmp_path: Path) -> None:
+    path, name = tmp_path / "small.npz", b"a.npy"
+    np.savez_compressed(path, a=np.arange(3))
+    hurt = bytearray(path.read_bytes())
+    for header, field in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        start = hurt.index(header)
+        assert name in hurt[start : start + 80] and hurt[start + field] == zipfile.ZIP_DEFLATED
+        hurt[start + field] = zipfile.ZIP_BZIP2
+    path.write_bytes(hurt)
+    with pytest.raises(zipfile.BadZipFile, match="Invalid data stream"):
+        lct.check_zip(path)
+
+
+def test_a_sound_checkpoint_that_finds_no_memory_is_not_called_damaged(tmp_path: Path) -> None:
+    lct.write_checkpoint(tmp_path / "large.pth", {"weights": torch.zeros(1 << 25)})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), limits[1]))
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            lct.load_checkpoint(tmp_path / "large.pth", {"weights": torch.Tensor})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert lct.load_checkpoint(tmp_path / "large.pth", {"weights": torch.Tensor})["weights"].numel() == 1 << 25
+
+
+def test_an_interruption_without_room_for_its_copy_stays_an_interruption(tmp_path: Path) -> None:
+    lct.write_checkpoint(tmp_path / "checkpoint_last.pth", {"epoch": 1})
+    (tmp_path / f".checkpoint_interrupt.pth.{os.getpid()}.tmp").mkdir()  # where the copy would be written
+    with pytest.raises(lct.Interrupted), lct.keep_interrupted(tmp_path):
+        raise lct.Interrupted(INT)
+
+
+def test_an_event_without_its_epoch_does_not_hide_the_others(tmp_path: Path) -> None:
+    events = [{"event": "epoch_end"}, {"event": "epoch_end", "epoch": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    with pytest.raises(lct.UserError, match="2 epochs have been trained, and no checkpoint is left"):
+        lct.find_resume_point(tmp_path, None, overwrite=False)
 
 
 def test_flipped_bits_of_a_real_checkpoint_and_of_prototypes_change_nothing_that_is_loaded(
