@@ -4016,7 +4016,9 @@ def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | No
 # cannot be read is left out of its batch and reported.
 SQUARES_SYNC_BYTES = 1 << 28  # bytes written between fsyncs; a full disk may show only in an fsync
 LOADER_RESTARTS = 3  # restarts after killed workers, per epoch or pass over images
-LOADER_SECONDS = 600  # a batch may take; then the workers count as stuck and are killed
+LOADER_SECONDS = 600  # without a batch; then the workers count as stuck and are killed
+# Beginnings of torch's messages about a dead worker.
+DEAD_WORKER = ("DataLoader worker (pid", "Pin memory thread exited")
 
 
 class Batch(NamedTuple):
@@ -4205,7 +4207,8 @@ class CropDataset(Dataset):
                     image, mask = self.backgrounds.insert(image, mask, rng), None
                 except ImageError as error:
                     mask = mask if key.view else None
-                    problem = f"is used without the background that cannot be read any more: {error}"
+                    reason = f"is used without the background that cannot be read any more: {error}"
+                    problem = "; ".join(filter(None, (problem, reason)))
             return self.transform(image, mask, seed, key.augmented), key, problem
         except ImageError as error:
             return None, key, f"is left out: {error}"
@@ -4373,7 +4376,7 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch noticed a dead worker, or a batch cannot be fetched from one
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            if isinstance(error, RuntimeError) and not str(error).startswith(DEAD_WORKER):
                 raise
             reason = printable(str(error) or type(error).__name__)[:200]
             if is_stalled.is_set():
@@ -4385,6 +4388,7 @@ def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[st
                 print(f"process {get_rank()}: {warning}", file=sys.stderr, flush=True)
             else:
                 say(warning)
+            iterator = None  # ends the other workers before new ones start
 
 
 def eval_keys(records: Records, rows: np.ndarray, crop_mode: str) -> list[SampleKey]:

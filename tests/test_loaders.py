@@ -1,8 +1,11 @@
 """Section 08: order, seeds and batches are functions of (seed, epoch, row), not of the workers."""
 
 import dataclasses
+import inspect
+import multiprocessing
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,41 @@ def test_repetitions_of_an_image_in_one_epoch_are_augmented_differently(records:
     config = lct.Config(batch=4, balanced_per_class=True, samples_per_class=12)
     keys = [key for batch in lct.EpochSampler(records.rows("train"), records.labels, config) for key in batch]
     assert len({key.row for key in keys}) == 21 and len({(key.row, key.seed) for key in keys}) == len(keys) == 36
+
+
+def test_a_loader_that_lost_a_worker_ends_before_the_next_one_starts(
+    records: lct.Records, patch_used: Callable
+) -> None:
+    patch_used(lct, "count_cores", lambda: 2)
+    dataset = lct.CropDataset(records, lct.build_transform(32, augment=False))
+    batches = lct.cut_batches(lct.eval_keys(records, np.arange(21), "bbox"), 5)
+    alive = []
+
+    def read(_: int, taken: int) -> Iterable:
+        alive.append(len(multiprocessing.active_children()))
+        return lct.make_loader(dataset, batches[taken:], lct.Config(workers=2), CPU)
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    loaded = []
+    for batch in lct.outlive_workers(read, print):
+        if not loaded:
+            multiprocessing.active_children()[0].kill()
+        loaded += batch.rows.tolist()
+    signal.signal(signal.SIGCHLD, handler)
+    assert loaded == list(range(21)) and len(alive) > 1 and not any(alive)
+
+
+def test_a_dead_thread_that_pins_memory_is_a_dead_worker() -> None:
+    """torch pins memory on a machine with a GPU alone."""
+    error = RuntimeError("Pin memory thread exited unexpectedly")
+    assert str(error) in inspect.getsource(torch.utils.data.dataloader)
+
+    def read(failed: int, taken: int) -> Iterable:
+        yield from range(taken, 3)
+        if not failed:
+            raise error
+
+    assert list(lct.outlive_workers(read, print)) == [0, 1, 2]
 
 
 def test_an_unreadable_image_costs_itself_and_is_named(records: lct.Records, tmp_path: Path) -> None:

@@ -137,17 +137,21 @@ def test_a_large_crop_is_shrunk_before_it_is_put_on_a_picture(pictures: Path, ma
 
 def test_a_background_that_vanishes_costs_itself_alone(masked_data: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "pictures")
+    root = shutil.copytree(masked_data, tmp_path / "data")
     config = lct.Config(
-        data_root=masked_data, out_dir=tmp_path / "x", insert_background_p=1.0, backgrounds=tmp_path / "pictures"
+        data_root=root, out_dir=tmp_path / "x", insert_background_p=1.0, backgrounds=tmp_path / "pictures"
     )
-    records, backgrounds = (
-        lct.scan_dataset(config).records,
-        lct.scan_backgrounds(config, lct.FileMemory(config.out_dir)),
-    )
+    records = lct.attach_masks(lct.scan_dataset(config), config).records
+    backgrounds = lct.scan_backgrounds(config, lct.FileMemory(config.out_dir))
     shutil.rmtree(tmp_path / "pictures")
-    image, _, reason = lct.CropDataset(records, lct.build_transform(32, False), backgrounds)[lct.SampleKey(0, (1,), 0)]
-    assert "used without the background that cannot be read" in reason and ".png" in reason
-    assert np.array_equal(image, lct.fit_square(lct.load_image(records.root / records.paths[0]), 32))
+    dataset = lct.CropDataset(records, lct.build_transform(32, False), backgrounds)
+    plain, masked = (int(np.flatnonzero(records.has_mask == has_mask)[0]) for has_mask in (False, True))
+    image, _, reason = dataset[lct.SampleKey(plain, (1,), 0)]
+    assert reason.startswith("is used without the background that cannot be read") and ".png" in reason
+    assert np.array_equal(image, lct.fit_square(lct.load_image(root / records.paths[plain]), 32))
+    (root / records.masks[masked]).unlink()
+    _, _, reason = dataset[lct.SampleKey(masked, (1,), 1)]
+    assert "its mask cannot be read any more" in reason and "; is used without the background" in reason
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ GUARDS = {
         "tests/test_resume.py -k change_the_result_are_refused",
     ),
     "dead workers are replaced": (
-        'if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader',
-        'if True or str(error).startswith("DataLoader',
+        "if isinstance(error, RuntimeError) and not str(error).startswith(DEAD_WORKER",
+        "if True or str(error).startswith(DEAD_WORKER",
         "tests/test_resume.py -k loader_worker",
     ),
     "saved before validation": (
