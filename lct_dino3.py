@@ -1306,7 +1306,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears complete or not at all: temporary file, fsync, rename, fsync of the folder.
 
-    Raises UserError if it cannot be written; an earlier file of this name then stays as it is.
+    Raises UserError if it cannot be written; an earlier file of this name then stays as it is, unless only the fsync of the folder
+    failed.
     """
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -1423,15 +1424,17 @@ class LineFile:
     def append(self, text: str) -> None:
         """Write one or more lines. Raises UserError if the disk is full or gone, and leaves the file as it was."""
         data = memoryview(text.encode("utf-8", "backslashreplace"))
-        size, written = os.fstat(self._fd).st_size, 0
+        size, written = None, 0
         with SIGNALS.hold():
             try:
+                size = os.fstat(self._fd).st_size
                 while written < len(data):
                     written += os.write(self._fd, data[written:])
                 os.fsync(self._fd)
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, size)
+                if size is not None:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd, size)
                 raise write_error(self.path, error, written) from error
 
     def close(self) -> None:
@@ -4043,7 +4046,7 @@ class SampleKey(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """Seed of the augmentation, 0 without `words`. A property, so that workers spend the 18 us, not the main process."""
+        """Seed of the augmentation, 0 without `entropy`. A property, so that workers spend the 18 us, not the main process."""
         return int(np.random.SeedSequence(self.entropy).generate_state(1, np.uint64)[0]) if self.entropy else 0
 
 
@@ -4100,7 +4103,8 @@ class SquareFile:
         with self._guard:
             self.failure, self.room = failure, 0
             if self._file is not None:
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     self._file.truncate(0)
 
@@ -4214,7 +4218,10 @@ class CropDataset(Dataset):
             return None, key, f"is left out: {error}"
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
-        """Stack the samples that could be read; collect a reason for each file that could not, also of images used without it."""
+        """Stack the images that could be read; collect the reasons why files could not.
+
+        Those are also of masks and backgrounds that an image is used without.
+        """
         images = [image for image, _, _ in samples if image is not None]
         stacked = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         keys = [key for image, key, _ in samples if image is not None]
@@ -5351,7 +5358,7 @@ def check_optimizer(config: Config) -> None:
         raise UserError("draws random numbers that no checkpoint has, so that no run could be continued", where, remedy)
     try:
         group = build_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
-    except TypeError:  # the optimizer lacks a setting
+    except (TypeError, IndexError):  # the optimizer lacks a setting, or needs more betas
         group = {}
     except (AssertionError, ImportError, RuntimeError) as error:  # raised by apex and bitsandbytes
         raise UserError(f"cannot be had here: {printable(str(error))[:200]}", where, remedy) from error

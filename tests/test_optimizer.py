@@ -239,6 +239,11 @@ def test_betas_and_eps_reach_the_optimizer_that_has_them() -> None:
         lct.check_optimizer(dataclasses.replace(config, optimizer="lion", eps=1e-3))
 
 
+def test_an_optimizer_that_needs_more_betas_is_refused_with_two() -> None:
+    with pytest.raises(lct.UserError, match="betas: adan has no such setting"):
+        lct.check_optimizer(lct.Config(optimizer="adan", betas=(0.9, 0.99)))
+
+
 @pytest.mark.parametrize("name, part", [("adamww", "did you mean adamw"), ("adahessian", "another training loop")])
 def test_names_of_optimizers_are_checked(name: str, part: str) -> None:
     with pytest.raises(lct.UserError, match=part):

@@ -981,6 +981,13 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path: Path, monkeyp
     assert (tmp_path / "log").read_text() == "first\nthird\n"
 
 
+def test_a_log_that_is_gone_is_told_as_one_that_cannot_be_written(tmp_path: Path) -> None:
+    log = lct.LineFile(tmp_path / "log")
+    log.close()
+    with pytest.raises(lct.UserError, match="log: cannot be written"):
+        log.append("line\n")
+
+
 def test_weights_that_lack_a_tensor_are_refused(straight: Path, interrupted: Path, start: Any) -> None:
     payload = lct.load_checkpoint(interrupted / "checkpoint_last.pth")
     payload["model"].pop("head.norm.running_mean")

@@ -294,6 +294,15 @@ def test_a_square_that_comes_after_the_disk_was_given_up_takes_no_room(
     assert (tmp_path / "second_name").stat().st_size == 0 and not writer.path.exists()
 
 
+def test_a_file_of_squares_that_cannot_be_deleted_takes_no_room(tmp_path: Path) -> None:
+    writer = lct.SquareFile(lct.FileMemory(tmp_path), 8, 10_000, 0)
+    assert writer.put("kind", "a.jpg", (1, 1), np.zeros((8, 8, 3), np.uint8)) == 0
+    writer.path.rename(tmp_path / "second_name")
+    writer.path.mkdir()
+    writer.give_up(OSError(28, "No space left on device"))
+    assert (tmp_path / "second_name").stat().st_size == 0
+
+
 def test_squares_are_used_again_unless_they_are_damaged_or_their_crop_or_mask_has_changed(data: Path) -> None:
     first = Run(data, crop_mode="mix")
     rows = first.rows("train", masked=True)
