@@ -1706,7 +1706,9 @@ class FileMemory:
         create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
         with SIGNALS.hold():
             rows = self._pending[:]
-            for is_last_try in (False, True) if rows else ():
+            if not rows:
+                return
+            for is_last_try in (False, True):
                 try:
                     if self._is_damaged:
                         self.path.unlink(missing_ok=True)
@@ -1775,20 +1777,20 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
     After a restart the store of torchrun still holds the addresses of dead ranks, to which gloo would connect: torch 2.14 does not
     give each start a new prefix, and machines may count restarts differently.
     """
-    token = os.urandom(8).hex()
     if rank:
+        token = os.urandom(8).hex()
         store.set(f"asks/{rank}", token)
         prefix = store.get(f"answers/{token}").decode()  # blocks; only a live rank 0 answers a new token
         store.set(f"{prefix}/{rank}", "known")
         return prefix
-    waiting = set(range(1, world_size))
+    prefix, waiting = os.urandom(8).hex(), set(range(1, world_size))
     while waiting:
         for other_rank in waiting:
             if store.check([f"asks/{other_rank}"]):
-                store.set(f"answers/{store.get(f'asks/{other_rank}').decode()}", token)
-        waiting = {other_rank for other_rank in waiting if not store.check([f"{token}/{other_rank}"])}
+                store.set(f"answers/{store.get(f'asks/{other_rank}').decode()}", prefix)
+        waiting = {other_rank for other_rank in waiting if not store.check([f"{prefix}/{other_rank}"])}
         time.sleep(0.02)
-    return token
+    return prefix
 
 
 def agree_on_failure(store: dist.Store | None, code: int) -> tuple[int, bool]:
@@ -1909,7 +1911,7 @@ class Runtime:
 
         Raises UserError for several GPUs in one process and for several ranks on CPUs, neither of which SyncBatchNorm supports.
         """
-        if backbone.keeps_statistics or not any(map(is_batchnorm, backbone.modules())):
+        if backbone.freezes_batchnorm or not any(map(is_batchnorm, backbone.modules())):
             return
         if self.num_gpus > 1:
             remedy = f"use torchrun --nproc_per_node {self.num_gpus} {SCRIPT_NAME} ... without --gpus"
@@ -2045,6 +2047,7 @@ def seed_torch(*entropy: int, rank: int = 0) -> None:
 
     def derive(device: int) -> int:
         stream = (rank, device) if rank or device else ()
+        # 63 bits: not needed by torch, but kept so that runs repeat
         return int(np.random.SeedSequence(entropy, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
     torch.manual_seed(derive(0))
@@ -3893,7 +3896,7 @@ class Backgrounds:
     max_ratio: float  # largest ratio of a canvas side to the side of the crop
     max_side: int  # px; larger crops are shrunk to it first: one of 2000 x 1500 px takes 180 ms
 
-    def draw(self, seed: int) -> np.random.Generator | None:
+    def generator_for(self, seed: int) -> np.random.Generator | None:
         """Return the random generator of a sample that gets a background, None for the others."""
         rng = np.random.default_rng((seed, 2))
         return rng if rng.random() < self.probability else None
@@ -4071,7 +4074,9 @@ class SquareFile:
         self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
 
     def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Store a square, record it in the memory as a kind of `name_squares`, and return its first byte; -1 if it is not stored.
+        """Store a square, record it in the memory under `kind`, which `name_squares` makes, and return its first byte.
+
+        Return -1 if it is not stored.
 
         `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask file.
         """
@@ -4136,12 +4141,12 @@ def find_squares(
     `crops` maps paths to size in bytes and mtime in ns, or None for a missing file. `masks`, uint64 (N,), holds the digest of each
     mask, 0 for plain crops.
     """
-    places, path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
-    if not path.is_file() or not path.stat().st_size:
+    places, squares_path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
+    if not squares_path.is_file() or not squares_path.stat().st_size:
         return places
-    pixels, known, squares = np.asarray(np.memmap(path, np.uint8, "r")), memory.recall(kind), []
-    for row, (crop, stamp) in enumerate(crops.items()):
-        size, mtime_ns, value = known.get(crop, (0, 0, b""))
+    pixels, known, squares = np.asarray(np.memmap(squares_path, np.uint8, "r")), memory.recall(kind), []
+    for row, (path, stamp) in enumerate(crops.items()):
+        size, mtime_ns, value = known.get(path, (0, 0, b""))
         if (size, mtime_ns) == stamp and len(value) == SQUARE_DTYPE.itemsize:
             squares.append((row, *np.frombuffer(value, dtype=SQUARE_DTYPE)[0].tolist()))
 
@@ -4193,15 +4198,16 @@ class CropDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray | None, SampleKey, str]:
         seed, is_masked = key.seed, bool(self.records.mask_of(key.row, key.view))
-        rng = self.backgrounds.draw(seed) if self.backgrounds else None
+        rng = self.backgrounds.generator_for(seed) if self.backgrounds else None
         problem = ""
         try:
             if self.store is not None and rng is None and self.transform.is_cacheable(is_masked):
                 square = self.store.get(key.row, is_masked)
                 if square is not None:
                     return self.transform.finish(square, seed, key.augmented), key, ""
+            view = key.view if rng is None else 1  # a background needs the object's mask in any view
             try:
-                image, mask, reason = load_crop(self.records, key.row, 1 if rng else key.view)
+                image, mask, reason = load_crop(self.records, key.row, view)
             except ImageError as error:
                 return None, key, f"cannot be read any more and is left out: {error}"
             if reason:
@@ -4235,6 +4241,11 @@ class CropDataset(Dataset):
         )
 
 
+# The second number of a seed separates random streams. In (config.seed, number, ...): 0 splits, 1 order of an epoch, 2 order within
+# a class, 3 augmentation of a sample, 4 images of logistic regression, 6 views of an epoch, 7 masked views of --cache_views,
+# 8 samples that are augmented, 9 mixing of a batch, also folds, order and enrolled crops of `measure_unseen`; of torch: 0 backbone,
+# 1 head and class vectors, 5 dropout. In (seed of a sample, number): 1 colour of a random fill, 2 background, 3 pre-transforms,
+# 4 a list of transforms, 5 post-transforms.
 class EpochSampler(Sampler):
     """Batches of sample keys for one epoch: a function of the epoch and the number of finished batches, both set by `start_at`.
 
@@ -4351,8 +4362,9 @@ def take_turns(
 
 
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
-    """Yield the batches of a loader; restart it if a worker is killed, e.g. for lack of memory or after LOADER_SECONDS idle.
+    """Yield the batches of a loader; restart it if a worker is killed.
 
+    That happens e.g. for lack of memory, or because no batch came for LOADER_SECONDS.
     `read(failed_loaders, yielded_batches)` starts a loader. Raises DeadWorker if a loader fails after LOADER_RESTARTS restarts.
     """
     num_yielded = 0
@@ -4449,7 +4461,7 @@ class Backbone(nn.Module):
         self.hashes: dict[str, str] = {}  # `hash_tensors` of the newly built model
         self.trained_keys: frozenset[str] | None = None  # of the model's state dict; None = all
         self._trained_modules: list[nn.Module] = []  # of a partly frozen model
-        self.keeps_statistics = False  # training leaves the running statistics of BatchNorm unchanged
+        self.freezes_batchnorm = False  # training leaves the running statistics of BatchNorm unchanged
         self.replicas: list[Backbone] = []  # copies of a frozen backbone on the GPUs of this process
         for name, values in (("mean", mean), ("std", std)):
             value = torch.tensor((*values, 0.5)[: max(in_channels, 3)], dtype=torch.float32).view(1, -1, 1, 1) * 255
@@ -4467,11 +4479,11 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode; frozen modules stay in eval mode, and so does BatchNorm under `keeps_statistics`."""
+        """Set training mode; frozen modules stay in eval mode, and so does BatchNorm under `freezes_batchnorm`."""
         super().train(mode and self.trained_keys is None)
         for module in self._trained_modules:
             module.training = mode
-        if self.keeps_statistics:
+        if self.freezes_batchnorm:
             for module in self.modules():
                 module.training &= not is_batchnorm(module)
         return self
@@ -4613,7 +4625,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
     backbone = Backbone(model.to(memory_format=torch.channels_last), info.mean, info.std, config.in_channels)
     backbone.hashes = hashes
     # Statistics of the large pre-training set belong to the weights; those of a few hundred augmented batches are no substitute.
-    backbone.keeps_statistics = source is not None
+    backbone.freezes_batchnorm = source is not None
     return backbone, info
 
 
@@ -5390,7 +5402,7 @@ def lr_factor(config: Config, step: int, total_steps: int) -> float:
         warmup_steps = max(1, int(total_steps * warmup_fraction + 1e-9))  # 0.29 * 100 is 28.999...
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
     peak_step = config.pct_start * total_steps - 1  # as in torch
     first_factor = 1 / config.div_factor
     if step <= peak_step:
@@ -5400,7 +5412,7 @@ def lr_factor(config: Config, step: int, total_steps: int) -> float:
     else:
         start = 1.0
         end = first_factor / config.final_div_factor
-        progress = (step - peak_step) / (last_step - peak_step) if last_step > peak_step else 1.0
+        progress = (step - peak_step) / (last_step - peak_step)
     if config.anneal_strategy == "linear":
         return start + (end - start) * progress
     return end + (start - end) / 2 * (1 + math.cos(math.pi * progress))
@@ -5839,7 +5851,7 @@ def save_checkpoint(path: Path, state: TrainState, identity: dict[str, Any]) -> 
     """Write the state, without a frozen backbone, in rank 0 only. Raises Diverged if a weight is not finite."""
     if get_rank():
         return
-    weights = state.model.trained_state() | FOREIGN_GUARD
+    weights = state.model.trained_state() | FOREIGN_GUARD  # makes programs that load with strict=False fail
     if not all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point()):
         raise Diverged(describe_divergence("a weight", state.step, state.epoch + 1, path.parent))
     payload = {
@@ -5892,7 +5904,8 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
         setattr(state, key, payload[key])
     state.tally = Tally(payload["tally"])
     if state.model.backbone.frozen:
-        # A run keeps its first dtype, also on a machine that would choose another.
+        # With a frozen backbone a run keeps its first dtype, in which its features were computed, also on a machine that would
+        # choose another.
         state.dtype = getattr(torch, payload["backbone_dtype"])
 
 

@@ -181,7 +181,7 @@ def test_batchnorm_is_trained_on_whole_batches_or_refused(monkeypatch: pytest.Mo
     dataclasses.replace(gpus, num_gpus=1).sync_batchnorm(backbone)
     assert isinstance(backbone.model[1], nn.SyncBatchNorm)
     backbone = lct.Backbone(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4)), (0.5,) * 3, (0.5,) * 3)
-    backbone.keeps_statistics = True
+    backbone.freezes_batchnorm = True
     gpus.sync_batchnorm(backbone)
     assert isinstance(backbone.model[1], BatchNormAct2d)
 

@@ -112,7 +112,7 @@ def test_backgrounds_are_a_function_of_the_sample_and_hit_their_share(masked_dat
     assert list(backgrounds.paths) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
     said = backgrounds.describe()
     assert "5 pictures" in said and "not used as a background: broken.jpg" in said
-    assert 0.25 < np.mean([backgrounds.draw(seed) is not None for seed in range(1000)]) < 0.35
+    assert 0.25 < np.mean([backgrounds.generator_for(seed) is not None for seed in range(1000)]) < 0.35
     transform = lct.build_transform(32, augment=False)
     own, plain = (lct.CropDataset(scan.records, transform, given) for given in (backgrounds, None))
     sampler = lct.EpochSampler(scan.records.rows("train"), scan.records.labels, config)
@@ -123,7 +123,7 @@ def test_backgrounds_are_a_function_of_the_sample_and_hit_their_share(masked_dat
     assert all(torch.equal(*pair) for images in loaded[1:] for pair in zip(loaded[0], images, strict=True))
     keys = [key for batch in sampler for key in batch]
     changed = [not np.array_equal(own[key][0], plain[key][0]) for key in keys]
-    assert changed == [backgrounds.draw(key.seed) is not None for key in keys] and 0 < sum(changed) < len(keys)
+    assert changed == [backgrounds.generator_for(key.seed) is not None for key in keys] and 0 < sum(changed) < len(keys)
 
 
 def test_a_large_crop_is_shrunk_before_it_is_put_on_a_picture(pictures: Path, masked_data: Path) -> None:
