@@ -2464,6 +2464,7 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
     row = np.zeros((), dtype=IMAGE_DTYPE)
     try:
         data = read_file(path)
+        row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
         with BIG_IMAGE_LOCK if is_big else contextlib.nullcontext():  # takes up to 1 GB, so only one thread at a time
@@ -2477,7 +2478,6 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
         row["broken"] = True
         return row, str(error)
     row["height"], row["width"] = pixels.shape[:2]
-    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     thumb = small.reshape(THUMB_SIDE, 32 // THUMB_SIDE, THUMB_SIDE, 32 // THUMB_SIDE, 3).mean(axis=(1, 3))
     row["thumb"] = np.rint(thumb).astype(np.uint8).ravel()
     # 64-bit pHash: which of the lowest frequencies exceed their median. imagehash takes five times as long: it resizes again.
@@ -2542,7 +2542,8 @@ def check_files(
             rows[index] = row
             if reason:
                 reasons[paths[index]] = reason
-            memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+            if row["digest"]:  # it could be read: a permission changes neither size nor mtime
+                memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
             if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
                 memory.save_early()
                 saved_at = time.monotonic()
@@ -3293,12 +3294,12 @@ def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarra
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
         data = read_file(path)
+        row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         mask = decode_mask(data, is_alpha_file(path, masks_dirname))
     except ImageError as error:
         row["broken"] = True
         return row, str(error)
     row["height"], row["width"], row["area"] = *mask.shape, mask.mean()
-    row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     if 0 < row["area"] < 1:
         return row, ""
     return row, f"{'every' if row['area'] else 'no'} pixel is above {MASK_LEVEL}"

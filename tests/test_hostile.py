@@ -178,12 +178,9 @@ def test_a_file_that_does_not_tell_its_size_is_read_whole() -> None:
     assert lct.read_file("/proc/version") == Path("/proc/version").read_bytes() != b""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
-def test_folders_and_files_without_permission(tmp_path: Path) -> None:
-    root = make_dataset(tmp_path / "data", {"a": 4, "b": 4, "locked": 4})
-    (root / "a" / "0000.png").chmod(0)
-    (root / "locked").chmod(0)
-    for path in (tmp_path, *tmp_path.parents):
+def holds_for_nobody(folder: Path, check: Callable[[], bool]) -> bool:
+    """Return what `check` says in a child without the rights of root, which can reach `folder`."""
+    for path in (folder, *folder.parents):
         if path != Path("/") and path.stat().st_uid == os.geteuid():
             path.chmod(path.stat().st_mode | 0o055)
     child = os.fork()
@@ -192,13 +189,51 @@ def test_folders_and_files_without_permission(tmp_path: Path) -> None:
         try:
             os.setgid(65534)
             os.setuid(65534)
-            listing = lct.list_images(root)
-            _, reason = lct.check_image(root / "a" / "0000.png")
-            says = [what for path, what in listing.problems if path == "locked"]
-            code = int(not (reason == "Permission denied" and says == ["the folder cannot be read: Permission denied"]))
+            code = int(not check())
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
+def test_folders_and_files_without_permission(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "data", {"a": 4, "b": 4, "locked": 4})
+    (root / "a" / "0000.png").chmod(0)
+    (root / "locked").chmod(0)
+
+    def check() -> bool:
+        listing = lct.list_images(root)
+        _, reason = lct.check_image(root / "a" / "0000.png")
+        says = [what for path, what in listing.problems if path == "locked"]
+        return reason == "Permission denied" and says == ["the folder cannot be read: Permission denied"]
+
+    assert holds_for_nobody(tmp_path, check)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
+@pytest.mark.parametrize("is_mask", [False, True])
+def test_a_file_that_could_not_be_read_is_read_again_and_a_broken_one_is_not(is_mask: bool, tmp_path: Path) -> None:
+    """A permission that comes back changes neither size nor mtime."""
+    mask_kind = lct.FileKind("mask", lct.MASK_DTYPE, lambda path, _: lct.check_mask(tmp_path.name, path))
+    kind, read = mask_kind if is_mask else lct.IMAGE_KIND, []
+    counting = kind._replace(check=lambda path, keep: (read.append(path.name), kind.check(path, keep))[1])
+    Image.fromarray(np.eye(24, dtype=np.uint8) * 255).save(tmp_path / "shut.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "shut.png").chmod(0)
+    (tmp_path / "run").mkdir()
+    for name in ("run", "shut.png"):
+        os.chown(tmp_path / name, 65534, 65534)
+    memory = lct.FileMemory(tmp_path / "run")
+
+    def check() -> bool:
+        first = lct.check_files(tmp_path, ["bad.png", "shut.png"], counting, memory).reasons
+        memory.save()
+        (tmp_path / "shut.png").chmod(0o644)
+        second = lct.check_files(tmp_path, ["bad.png", "shut.png"], counting, memory).reasons
+        is_read_again = sorted(read) == ["bad.png", "shut.png", "shut.png"]
+        return first["shut.png"] == "Permission denied" and [*second] == ["bad.png"] and is_read_again
+
+    assert holds_for_nobody(tmp_path, check)
 
 
 # --- contents
