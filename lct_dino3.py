@@ -2921,7 +2921,7 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.n
     for _ in range(2000):
         empty = [(label, split) for label in splittable for split in wanted if not present[label, split]]
         if not empty:
-            return
+            break
         label, split = empty[rng.integers(len(empty))]
         group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
         classes, _ = _group_counts(counts, group)
@@ -2931,6 +2931,15 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.n
         affected = np.ix_(np.intersect1d(classes, splittable), wanted)
         if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
             present[:], split_of[group] = moved, split
+    # A class that is not measured somewhere is better than one that is not trained on.
+    for label in range(len(present)):
+        members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
+        if len(members) and not present[label, 0]:
+            group = min(members, key=cost)
+            classes, _ = _group_counts(counts, group)
+            present[classes, split_of[group]] -= 1
+            present[classes, 0] += 1
+            split_of[group] = 0
 
 
 def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:

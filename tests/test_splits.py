@@ -124,6 +124,18 @@ def test_what_is_possible_with_few_shared_groups_is_found():
     assert num_possible > 30 and missed == []
 
 
+def test_each_class_is_trained_on_however_few_and_mixed_the_groups_are():
+    splits = lct.assign_splits(np.array([2, 0, 0, 2, 1]), np.array([0, 0, 0, 1, 1]), SHARES, 0)
+    assert splits.tolist() == [0] * 5, "class 1 shares its only group, and so does class 0"
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        size = rng.integers(4, 16)
+        labels, groups = rng.integers(0, 4, size), rng.integers(0, rng.integers(2, 6), size)  # a number may be no class
+        splits = lct.assign_splits(labels, groups, (SHARES, NO_TEST, (0.1, 0.3, 0.6))[seed % 3], seed)
+        assert set(labels[splits == 0].tolist()) == set(labels.tolist()), seed
+        assert all(len(found) == 1 for found in splits_of_groups(groups, splits))
+
+
 def test_a_very_rare_class_beside_very_common_ones():
     labels = np.repeat([0, 1, 2, 3], [20_000, 3, 2, 1])
     for seed in range(5):
