@@ -3025,7 +3025,8 @@ def count_classes(
         empty = " and ".join(split for split in wanted if not row[split])
         if empty and row["usable"]:
             images = f"{name}: {count_of(row['usable'], 'image')} in {count_of(row['groups'], 'group')}"
-            notes.append(f"{images}, so none in {empty} (its figures there are missing)")
+            so = "so " if config.splits == "random" else ""
+            notes.append(f"{images}, {so}none in {empty} (its figures there are missing)")
         if name.lower() in UNKNOWN_NAMES and config.unknown_dir is None:
             remedy = "if its images are of no class, move it out of data_root and give it as --unknown_dir"
             notes.append(f"a class is named {name}: {remedy}")
@@ -3065,6 +3066,10 @@ def check_trainable(scan: Scan, config: Config) -> None:
             problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
             regex = ", --group_regex" if config.group_regex else ""
             raise UserError(problem, where, f"add images, or change --val_split, --test_split{regex}")
+    untrained = [name for name, row in scan.report["classes"].items() if row["usable"] and not row["train"]]
+    if untrained and config.splits == "from_folders":
+        problem = f"{', '.join(untrained)} {'has' if len(untrained) == 1 else 'have'} no training image"
+        raise UserError(problem, where, "add images to train/, or leave it out with --class_map")
 
 
 def required_splits(classes: dict[str, dict[str, int]], config: Config) -> list[str]:

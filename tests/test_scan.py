@@ -662,6 +662,16 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
         lct.check_trainable(lct.scan_dataset(config), config)
 
 
+def test_with_given_splits_each_class_needs_training_images(tmp_path: Path) -> None:
+    root = split_tree(tmp_path / "data", "train", "val")
+    put_images(root, *(f"{split}/cap/{i}.png" for split in ("val", "test") for i in range(3)))
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", splits="from_folders")
+    found = lct.scan_dataset(config)
+    assert "cap: 6 images in 6 groups, none in train (its figures there are missing)" in found.report["warnings"]
+    with pytest.raises(lct.UserError, match="cap has no training image"):
+        lct.check_trainable(found, config)
+
+
 @pytest.mark.parametrize("inside", ["", "cropped/"])
 def test_a_folder_that_is_one_class_itself_names_its_parent(inside: str, tmp_path: Path) -> None:
     put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
