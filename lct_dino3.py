@@ -2225,7 +2225,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     is_given, singles = config.splits == "from_folders", np.arange(len(used.paths))
     # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
-    naive_splits = used.splits if is_given else choose_splits(list(used.paths), used.labels, singles, config)
+    is_fixed = is_given or not len(used.paths)  # a continued run may find none of its images
+    naive_splits = used.splits if is_fixed else choose_splits(list(used.paths), used.labels, singles, config)
     leaks = int(np.isin(used.groups[naive_splits != 0], used.groups[naive_splits == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),

@@ -371,3 +371,9 @@ def test_a_part_of_data_that_have_grown_is_what_it_was(tmp_path):
     assert list(lct.scan_dataset(config).records.paths) != list(part.paths)
     again, notes = lct.reuse_splits(path, lct.scan_dataset(config, path).records)
     assert list(again.paths) == list(part.paths) and np.array_equal(again.splits, part.splits) and notes == []
+    for folder in ("a", "b"):  # none of the run's images is where it was
+        (root / folder).rename(tmp_path / "cropped")
+        (root / folder).mkdir()
+        (tmp_path / "cropped").rename(root / folder / "cropped")
+    with pytest.raises(lct.UserError, match="a: 0 usable"):
+        lct.check_trainable(lct.scan_dataset(config, path), config)
