@@ -2260,7 +2260,8 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.describe("data_root")
     has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
-        parent = config.data_root.absolute().parents[1 if config.data_root.name == "cropped" else 0]
+        root = config.data_root.resolve()
+        parent = root.parent.parent if root.name == "cropped" else root.parent
         remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
     if not listing.all_folders:
@@ -2317,7 +2318,7 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
     pairs = [(new, old) for new, old_names in entries.items() for old in old_names]
     is_one_to_one = all(len(old_names) == 1 for old_names in entries.values())
-    if is_one_to_one and list(entries) == list(map(str, range(len(entries)))):
+    if is_one_to_one and "0" not in class_of and list(entries) == list(map(str, range(len(entries)))):
         raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
     if is_one_to_one and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
         pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]

@@ -673,12 +673,17 @@ def test_with_given_splits_each_class_needs_training_images(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("inside", ["", "cropped/"])
-def test_a_folder_that_is_one_class_itself_names_its_parent(inside: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_one_class_itself_names_its_parent(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
     (tmp_path / "data/nut/masks").mkdir()
     for folder in ("data/nut", f"data/nut/{inside}"):
         with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
             lct.scan_dataset(lct.Config(data_root=tmp_path / folder, out_dir=tmp_path / "run"))
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
+            lct.scan_dataset(lct.Config(data_root=Path(), out_dir=tmp_path / "run"))
 
 
 def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path) -> None:
@@ -716,6 +721,13 @@ def test_a_class_map_is_read_in_the_direction_that_makes_sense(text: str, classe
     (tmp_path / "map.yaml").write_bytes(text.encode())
     config = lct.Config(data_root=root, out_dir=tmp_path / "run", class_map=tmp_path / "map.yaml")
     assert lct.scan_dataset(config).report["class_map"] == classes
+
+
+def test_a_class_map_of_folders_that_are_numbers_is_read(tmp_path: Path) -> None:
+    root = put_images(tmp_path / "data", *(f"{name}/{i}.png" for name in "012" for i in range(2)))
+    (tmp_path / "map.yaml").write_text("0: zero\n1: one\n2: ~\n")
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", class_map=tmp_path / "map.yaml")
+    assert lct.scan_dataset(config).report["class_map"] == {"0": "zero", "1": "one", "2": None}
 
 
 # --- more than eight bits
