@@ -2257,8 +2257,12 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
     """Return the listing without excluded images, the class map, and the number of files per --exclude glob. Raises UserError."""
-    listing, where = list_images(config.data_root, config.masks_dirname, config.splits), config.describe("data_root")
-    has_images = listing.ignored["."] > 0 or "cropped" in listing.all_folders
+    where = config.describe("data_root")
+    try:
+        listing = list_images(config.data_root, config.masks_dirname, config.splits)
+    except OSError as error:
+        raise UserError(error.strerror, where, "check the permissions") from error
+    has_images = (config.splits == "random" and listing.ignored["."] > 0) or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         root = config.data_root.resolve()
         parent = root.parent.parent if root.name == "cropped" else root.parent
@@ -2268,23 +2272,33 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
         raise UserError(f"holds {problem}", where, DATA_TREE)
     class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
-    used, excluded, matched = [], [], Counter({glob: 0 for glob in config.exclude})
+    used, problems, excluded, matched = [], [], [], Counter({glob: 0 for glob in config.exclude})
     is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
-    for path in listing.paths:
+    for path, reason in (*((path, "") for path in listing.paths), *listing.problems):
         folder, name = listing.class_of(path), path.rsplit("/", 1)[-1]
         hits = [glob for glob in config.exclude if any(fnmatch.fnmatchcase(text, glob) for text in (path, name))]
         matched.update(hits)
         is_dropped[folder] = is_dropped.get(folder, True) and any("/" in glob for glob in hits)
-        (excluded if hits or class_of[folder] is None else used).append(path)
+        if hits or class_of.get(folder, "") is None:
+            excluded.append(path)
+        elif reason:
+            problems.append((path, reason))
+        else:
+            used.append(path)
     if excluded and not used:
         raise UserError(f"leave none of {len(excluded)} images", "--class_map, --exclude", "leave out less")
+    if not used and problems:
+        path, reason = problems[0]
+        problem = f"holds no usable images (the first: {path}: {reason})"
+        raise UserError(problem, where, "check names and permissions of its files and folders")
     if not used:
         ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
         hint = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
-    class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped}
-    return dataclasses.replace(listing, paths=used, excluded=excluded), class_of, matched
+    class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped and folder}
+    listing = dataclasses.replace(listing, paths=used, problems=problems, excluded=excluded)
+    return listing, class_of, matched
 
 
 def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str | None]:
@@ -2385,12 +2399,20 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
     for entry in visible_entries(data_root):
         if not is_folder(entry):
             listing.ignored[entry_type(entry)] += 1
-        elif splits == "random":
+            continue
+        if splits == "random":
             folders.append(("", entry))
-        elif entry.name.lower() in SPLIT_FOLDERS:
-            folders += ((f"{entry.name}/", folder) for folder in visible_entries(Path(entry.path)) if is_folder(folder))
-        else:
+            continue
+        if entry.name.lower() not in SPLIT_FOLDERS:
             listing.problems.append((entry.name, "is a folder beside train, val and test, and passed over"))
+            continue
+        try:
+            inside = visible_entries(Path(entry.path))
+        except OSError as error:
+            listing.problems.append((entry.name, f"the folder cannot be read: {error.strerror}"))
+            continue
+        folders += ((f"{entry.name}/", folder) for folder in inside if is_folder(folder))
+        listing.ignored.update(entry_type(file) for file in inside if not is_folder(file))
     for split_prefix, folder in folders:
         prefix = f"{split_prefix}{folder.name}"
         if not _is_plain(folder.name):

@@ -54,6 +54,8 @@ def test_class_folders_without_images(tmp_path, refuse):
         (tmp_path / "data" / name).mkdir(parents=True)
     draw_image(0, 0).save(tmp_path / "data/c/not_cropped/1.png")
     assert "holds no images" in refuse(tmp_path / "data")
+    (tmp_path / "data/b/9.png").mkdir()
+    assert "no usable images (the first: b/9.png: is not a regular file)" in refuse(tmp_path / "data")
 
 
 def test_everything_excluded(small_data, refuse):

@@ -211,6 +211,24 @@ def test_folders_and_files_without_permission(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
+def test_a_data_root_or_a_split_folder_without_permission(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        make_dataset(tmp_path / "data" / split, {"a": 4, "b": 4})
+    (tmp_path / "data" / "train").chmod(0)
+    (tmp_path / "shut").mkdir(mode=0)
+
+    def check() -> bool:
+        with pytest.raises(lct.UserError, match="shut: Permission denied"):
+            lct.scan_dataset(lct.Config(data_root=tmp_path / "shut", out_dir=tmp_path / "run"))
+        listing = lct.list_images(tmp_path / "data", splits="from_folders")
+        return (
+            listing.problems == [("train", "the folder cannot be read: Permission denied")] and len(listing.paths) == 8
+        )
+
+    assert holds_for_nobody(tmp_path, check)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root in a child")
 @pytest.mark.parametrize("is_mask", [False, True])
 def test_a_file_that_could_not_be_read_is_read_again_and_a_broken_one_is_not(is_mask: bool, tmp_path: Path) -> None:
     """A permission that comes back changes neither size nor mtime."""

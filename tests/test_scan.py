@@ -433,6 +433,12 @@ def test_exclude_leaves_out_by_path_or_name(tmp_path):
     report = scan(tmp_path / "data", tmp_path / "run", exclude=("0000.*", "b/0003*", "0001")).report
     assert report["excluded"] == {"0000.*": 2, "b/0003*": 1, "0001": 0}
     assert "--exclude 0001 matches no file" in report["warnings"]
+    for link in ("a/bad.png", "a/worse.png", "b/bad.png"):
+        (tmp_path / "data" / link).symlink_to("nowhere")
+    (tmp_path / "map.yaml").write_text("null: [b]\n")
+    options = {"exclude": ("a/bad.png",), "class_map": tmp_path / "map.yaml"}
+    half = scan(tmp_path / "data", tmp_path / "run", **options).report
+    assert half["excluded"] == {"a/bad.png": 1} and [row["path"] for row in half["quarantined"]] == ["a/worse.png"]
     whole = scan(tmp_path / "data", tmp_path / "run", exclude=("b/*",))
     assert whole.records.class_names == ("a",), "a folder that is left out by its name is no class"
     assert {name: row["usable"] for name, row in report["classes"].items()} == {"a": 3, "b": 2}
@@ -618,13 +624,14 @@ def test_train_valid_test_folders_are_the_splits(val: str, tmp_path: Path) -> No
     (root / "README.txt").write_text("roboflow")
     with pytest.raises(lct.UserError, match="give --splits from_folders"):
         lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run"))
+    put_images(root, "train/beside.png")
     (root / "test/saw/masks").mkdir()
     Image.fromarray(np.eye(24, dtype=np.uint8) * 255).save(root / "test/saw/masks/3.png")
     (root / "train/nut/1.png").write_bytes(b"broken")
     config = lct.Config(data_root=root, out_dir=tmp_path / "run", splits="from_folders")
     found = lct.attach_masks(lct.scan_dataset(config), config)
     assert found.records.class_names == ("nut", "saw") and found.report["warnings"] == [
-        "passed over: 1 file of other types (.txt)"
+        "passed over: 1 file of other types (.txt) and 1 image beside the class folders"
     ]
     assert all(
         lct.SPLIT_FOLDERS[path.split("/")[0].lower()] == split
