@@ -2230,13 +2230,14 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     leaks = int(np.isin(used.groups[naive_splits != 0], used.groups[naive_splits == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
-        "num_images": len(listing.paths) + len(listing.problems),
+        "num_images": len(listing.paths) + sum(path.lower().endswith(IMAGE_SUFFIXES) for path, _ in listing.problems),
         "num_usable": len(paths),
         "num_used": len(used.paths),
         "excluded": dict(excluded),
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         "image_bits": image_bits,
-        **describe_health(listing, health),
+        "splits": config.splits,
+        **describe_health(listing, health, class_of),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": 0 if is_given else leaks,
     }
@@ -2321,12 +2322,9 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         if not all(isinstance(name, str) for name in (key, *items)):
             raise UserError("holds something other than lists of names", where, CLASS_MAP_EXAMPLE)
         new_name, *old_names = (unicodedata.normalize("NFC", name).rstrip("/") for name in (key, *items))
-        if not _is_plain(new_name):
-            problem = f"gives a class the name {printable(new_name)}, with control characters"
-            raise UserError(problem, where, "rename it")
         new_name = None if new_name in NO_CLASS else new_name
         if new_name in entries:
-            raise UserError(f"has two lists for {new_name}", where, CLASS_MAP_EXAMPLE)
+            raise UserError(f"has two lists for {new_name or 'null'}", where, CLASS_MAP_EXAMPLE)
         entries[new_name] = old_names
     if not entries:
         raise UserError("holds no mapping", where, CLASS_MAP_EXAMPLE)
@@ -2336,6 +2334,9 @@ def read_class_map(path: Path | None, folders: Sequence[str]) -> dict[str, str |
         raise UserError("lists numbers and names of classes, which number themselves", where, "leave --class_map out")
     if is_one_to_one and all(new in class_of for new in entries) and any(old not in class_of for _, old in pairs):
         pairs = [(None if new in NO_CLASS else new, old) for old, new in pairs]
+    if odd := [new for new, _ in pairs if not _is_plain(new or "")]:
+        problem = f"gives a class the name {printable(odd[0])}, with control characters"
+        raise UserError(problem, where, "rename it")
     counts = Counter(old for _, old in pairs)
     if unknown := [name for name in counts if name not in class_of]:
         problem = f"names {unknown[0]}, and data_root has no such folder"
@@ -2730,6 +2731,8 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
             values = np.asarray(image.crop(box))
             if not np.isfinite(values).all():
                 raise ImageError("has values that are not finite")
+            if image.mode == "I" and (values.min(initial=0) < 0 or values.max(initial=0) > 65_535):
+                raise ImageError("has values outside 0 to 65,535")
             highest = max(highest, float(values.max(initial=0)))
         is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
         depth = fitting_bits(highest, bits if image.mode != "F" else ())
@@ -2972,7 +2975,7 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
     return counts.indices[span], counts.data[span]
 
 
-def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
+def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, str | None]) -> dict[str, Any]:
     """Return the entries of the data report on single images and folders: quarantine, sizes, modes, orientation, warnings."""
     rows = health.rows[~health.rows["broken"]]
     broken = [*listing.problems, *health.reasons.items()]
@@ -2986,15 +2989,14 @@ def describe_health(listing: Listing, health: FileHealth) -> dict[str, Any]:
         if count > 1:
             notes.append(f"{count} folders are all named {name} once their Unicode is normalised: one class")
     for names in by_case.values():
-        if len(names) > 1:
-            notes.append(f"the folders {', '.join(names)} differ only in case: {len(names)} classes")
+        if (num_classes := len({class_of[name] for name in names} - {None})) > 1:
+            notes.append(f"the folders {', '.join(names)} differ only in case: {num_classes} classes")
     with_cropped = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
     without = sorted({listing.class_of(path) for path in listing.paths} - with_cropped)
     if with_cropped and without:
         listed = ", ".join(without[:10]) + (f" and {len(without) - 10} more" if len(without) > 10 else "")
-        notes.append(
-            f"{len(with_cropped)} classes have cropped/, and {listed} not: images of these are used as they lie there"
-        )
+        has_cropped = f"{count_of(len(with_cropped), 'class')} {'has' if len(with_cropped) == 1 else 'have'} cropped/"
+        notes.append(f"{has_cropped}, and {listed} not: images of these are used as they lie there")
     if listing.ignored:
         notes.append(f"passed over: {describe_ignored(listing.ignored)}")
     if tiny := int((np.minimum(rows["width"], rows["height"]) < TINY_SIDE).sum()):
@@ -3083,13 +3085,15 @@ def check_trainable(scan: Scan, config: Config) -> None:
     if lines:
         problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
         remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
+        remedy += ", or raise --data_fraction" if config.data_fraction < 1 else ""
         raise UserError(problem + "".join(lines), where, remedy)
     for split in required_splits(scan.report["classes"], config):
         if not len(records.rows(split)):
             num_groups = len(np.unique(records.groups))
             problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
             regex = ", --group_regex" if config.group_regex else ""
-            raise UserError(problem, where, f"add images, or change --val_split, --test_split{regex}")
+            remedy = f"add images, or change --val_split, --test_split{regex}"
+            raise UserError(problem, where, remedy if config.splits == "random" else f"put images into {split}/")
     untrained = [name for name, row in scan.report["classes"].items() if row["usable"] and not row["train"]]
     if untrained and config.splits == "from_folders":
         problem = f"{', '.join(untrained)} {'has' if len(untrained) == 1 else 'have'} no training image"
@@ -3153,7 +3157,8 @@ def format_findings(report: dict[str, Any]) -> str:
         lines.append(f"classes of folders: {', '.join(changes)}")
     exact, near = (sum(len(group) - 1 for group in report["duplicates"][kind]) for kind in ("exact", "near"))
     if exact or near:
-        lines.append(f"duplicates: {exact} exact, {near} near; each set stays in one split")
+        stays = "; each set stays in one split" if report["splits"] == "random" else ""
+        lines.append(f"duplicates: {near} near, {exact} of them exact{stays}")
     conflicts, leaks = report["label_conflicts"], report["leaks_prevented"]
     if conflicts:
         example = " = ".join(conflicts[0][:3])
@@ -3199,8 +3204,9 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     if new := [item for item in scanned if item not in listed]:
         notes.append(f"{count_of(len(new), 'image')} new since this run was started, and out of it, e.g. {new[0]}")
     if table.get("masks_hash", "") != records.masks_hash:
-        notes.append("the masks are not those that this run was started with")
-    groups = [group_of.get(item, len(group_of) + index) for index, item in enumerate(paths)]
+        notes.append("the masks or the masked images are not those that this run was started with")
+    first_free = max(group_of.values(), default=-1) + 1  # with --data_fraction, groups have gaps
+    groups = [group_of.get(item, first_free + index) for index, item in enumerate(paths)]
     return dataclasses.replace(
         records,
         paths=PathTable(paths),
@@ -3265,7 +3271,7 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
     check = functools.partial(check_mask, config.masks_dirname)
-    kind = FileKind(f"object mask {config.masks_dirname}", MASK_DTYPE, check)
+    kind = FileKind(f"{config.masks_dirname}/ object mask", MASK_DTYPE, check)
     health = check_files(config.data_root, paths, kind, scan.memory)
     mask_rows, masks = dict(zip(paths, health.rows, strict=True)), []
     for path in records.paths:
@@ -3695,6 +3701,8 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
             continue
         import albumentations as A
 
+        if isinstance(arguments.get("always_apply"), bool):  # of albumentations 1
+            arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
         _check_arguments(where, A.Normalize, arguments)
         for key, supported in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
             if arguments.get(key, supported) != supported:

@@ -118,8 +118,9 @@ def test_twins_by_unicode_form_and_by_case(nursery: Nursery, tmp_path: Path) -> 
 
 def test_a_class_map_cannot_bring_in_control_characters(nursery: Nursery, tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "data", {"a": 4, "b": 4})
-    for escape in (r"\n", r"\e[31m", r"\u2028", r"\0"):
-        (tmp_path / "map.yaml").write_text(f'"new{escape}name": [a]\n', "utf-8")
+    lines = [f'"new{escape}name": [a]\n' for escape in (r"\n", r"\e[31m", r"\u2028", r"\0")]
+    for line in (*lines, 'a: "new\\tname"\n'):
+        (tmp_path / "map.yaml").write_text(line, "utf-8")
         code, text = nursery.run(
             "scan", "--data_root", root, "--out_dir", tmp_path / "x", "--class_map", tmp_path / "map.yaml"
         )

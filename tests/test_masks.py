@@ -280,7 +280,9 @@ def test_colour_hidden_under_alpha_0_is_never_seen(tree: Path, kind: str, view: 
 
 def test_a_second_scan_opens_no_mask_again(tmp_path: Path, patch_used: Callable) -> None:
     root, decoded = make_masked_dataset(tmp_path / "data", 3), patch_used(lct, "decode_mask")
+    bars = patch_used(lct, "progress")
     first = scan(root)
+    assert [label for _, _, label, *_ in bars.calls] == ["checking images", "checking masks/ object masks"]
     (tmp_path / "run").mkdir()
     first.memory.save()
     assert decoded.calls
@@ -456,7 +458,7 @@ def test_masks_that_changed_since_the_run_was_started_are_named_when_it_is_conti
     assert lct.reuse_splits(tmp_path / "splits.json", scan(root).records)[1] == []
     draw_object(0, 99)[1].save(root / "bolt/masks/00_mask.png")
     again, notes = lct.reuse_splits(tmp_path / "splits.json", scan(root).records)
-    assert notes == ["the masks are not those that this run was started with"]
+    assert notes == ["the masks or the masked images are not those that this run was started with"]
     assert again.has_mask.all() and [again.masks[i] for i in range(12)] == [first.masks[i] for i in range(12)]
 
 

@@ -210,6 +210,12 @@ def test_float_tiff_is_scaled_by_its_range(top, factor):
     assert np.abs(image - values[:, :, None] * factor).max() <= 1
 
 
+@pytest.mark.parametrize("value", [-5, 65_536])
+def test_gray_beyond_sixteen_bits_is_broken(value, tmp_path):
+    Image.fromarray(np.full((8, 8), value, np.int32)).save(tmp_path / "a.tif")
+    assert lct.check_image(tmp_path / "a.tif")[1] == "has values outside 0 to 65,535"
+
+
 def test_float_tiff_with_nan_is_broken():
     with pytest.raises(lct.ImageError, match="not finite"):
         lct.decode_image(image_bytes(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
@@ -411,6 +417,13 @@ def test_class_map_merges_renames_and_drops(tmp_path):
     assert not any(found.records.paths[i].startswith("hand/") for i in range(13))
 
 
+def test_twins_by_case_are_warned_of_only_if_they_stay_two_classes(tmp_path):
+    make_dataset(tmp_path / "data", {"Cat": 3, "cat": 3, "Dog": 3, "dog": 3})
+    (tmp_path / "map.yaml").write_text("feline: [Cat, cat]\n")
+    found = scan(tmp_path / "data", tmp_path / "run", class_map=tmp_path / "map.yaml")
+    assert found.report["warnings"] == ["the folders Dog, dog differ only in case: 2 classes"]
+
+
 def test_names_in_a_class_map_are_taken_as_they_are_written(tmp_path):
     """YAML reads an unquoted `on` as true and 010 as eight; folders are named otherwise."""
     make_dataset(tmp_path / "data", {"010": 3, "off": 3, "1.50": 3, "b": 3})
@@ -464,6 +477,7 @@ def test_copies_are_found_and_different_pictures_are_not(tmp_path):
         {"a/0003.png", "b/same.png"}, {"b/0005.png", "b/copy.png"},
     ]  # fmt: skip
     assert [set(group) for group in report["label_conflicts"]] == [family]
+    assert "duplicates: 5 near, 2 of them exact; each set stays in one split\n" in lct.format_findings(report)
     groups = {records.paths[i]: int(records.groups[i]) for i in range(len(records.paths))}
     assert len({groups[path] for path in family}) == 1 and len(set(groups.values())) == 24
 
@@ -652,10 +666,14 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
     assert any(
         text.startswith("1 val and test images, as the folders have them, are dup") for text in found.report["warnings"]
     )
+    findings = lct.format_findings(lct.attach_masks(found, config).report)
+    assert "duplicates: 1 near, 1 of them exact\n" in findings, "the folders parted them"
     drawn = "no folder val, valid or validation has images: val is drawn from train"
     assert drawn in found.report["warnings"]
     put_images(root, "vaild/nut/7.png")
-    (passed_over,) = lct.scan_dataset(config).report["quarantined"]
+    report = lct.scan_dataset(config).report
+    (passed_over,) = report["quarantined"]
+    assert report["num_images"] == 20, "a folder is no image"
     assert passed_over["path"] == "vaild" and "beside train, val and test" in passed_over["reason"]
     shutil.rmtree(root / "vaild")
     (root / "test").rename(root / "valid")
@@ -665,7 +683,7 @@ def test_given_splits_may_lack_val_or_test_and_leaks_are_named(tmp_path: Path) -
     lct.check_trainable(found, config)
     assert not any("none in" in text for text in found.report["warnings"])
     (root / "train").rename(root / "other")
-    with pytest.raises(lct.UserError, match="leave none for train"):
+    with pytest.raises(lct.UserError, match=r"leave none for train\b[\s\S]*put images into train/$"):
         lct.check_trainable(lct.scan_dataset(config), config)
 
 
@@ -700,6 +718,10 @@ def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path)
     (root / "b/2.gif").write_bytes(b"GIF89a")
     warnings = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).report["warnings"]
     assert any("2 classes have cropped/, and b, d not" in text for text in warnings)
+    config = lct.Config(data_root=root, out_dir=tmp_path / "run", exclude=("c/*",))
+    assert any(
+        text.startswith("1 class has cropped/, and b, d not") for text in lct.scan_dataset(config).report["warnings"]
+    )
     assert any("(.gif)" in text and "1 image beside the class folders" in text for text in warnings)
 
 
@@ -735,6 +757,12 @@ def test_a_class_map_of_folders_that_are_numbers_is_read(tmp_path: Path) -> None
     (tmp_path / "map.yaml").write_text("0: zero\n1: one\n2: ~\n")
     config = lct.Config(data_root=root, out_dir=tmp_path / "run", class_map=tmp_path / "map.yaml")
     assert lct.scan_dataset(config).report["class_map"] == {"0": "zero", "1": "one", "2": None}
+
+
+def test_two_lists_to_leave_out_are_named_as_yaml_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("null: [a]\n~: [b]\n")
+    with pytest.raises(lct.UserError, match="has two lists for null"):
+        lct.read_class_map(tmp_path / "map.yaml", "ab")
 
 
 # --- more than eight bits

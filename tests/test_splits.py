@@ -371,9 +371,23 @@ def test_a_part_of_data_that_have_grown_is_what_it_was(tmp_path):
     assert list(lct.scan_dataset(config).records.paths) != list(part.paths)
     again, notes = lct.reuse_splits(path, lct.scan_dataset(config, path).records)
     assert list(again.paths) == list(part.paths) and np.array_equal(again.splits, part.splits) and notes == []
+    for name in list(part.paths)[10:]:
+        (root / name).unlink()
+    draw_image(1, 99, side=24).save(root / "b" / "new.png")
+    groups = lct.reuse_splits(path, lct.scan_dataset(config, path).records)[0].groups
+    assert len(set(groups.tolist())) == len(groups), "missing images get groups of their own"
     for folder in ("a", "b"):  # none of the run's images is where it was
         (root / folder).rename(tmp_path / "cropped")
         (root / folder).mkdir()
         (tmp_path / "cropped").rename(root / folder / "cropped")
     with pytest.raises(lct.UserError, match="a: 0 usable"):
         lct.check_trainable(lct.scan_dataset(config, path), config)
+
+
+def test_too_few_images_of_a_part_of_the_data_are_no_reason_to_add_some(tmp_path):
+    root = make_dataset(tmp_path / "data", {"a": 8, "b": 8}, side=24)
+    for fraction, ending in ((0.5, "--class_map, or raise --data_fraction"), (1.0, "--class_map")):
+        config = lct.Config(data_root=root, out_dir=tmp_path / "run", data_fraction=fraction, min_per_class=9)
+        with pytest.raises(lct.UserError) as caught:
+            lct.check_trainable(lct.scan_dataset(config), config)
+        assert str(caught.value).endswith(ending)
