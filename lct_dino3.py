@@ -2102,6 +2102,8 @@ def progress(iterable: Iterable, total: int, label: str, unit: str = "batch") ->
 # Raises UserError for unusable data; a bad image is quarantined with path and reason. Deep images have more than 8 bits a channel.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
+IMAGE_ENTRY = "."  # results of `entry_type`
+FOLDER_ENTRY = "/"
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
 JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
@@ -2195,7 +2197,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         squares = None
     health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
-    deep = np.flatnonzero(health.rows["highest"])
+    deep = np.flatnonzero(health.rows["highest"])  # 0 unless deep
     if len(deep):  # checked again, now that the bit depth is known
         paths = [listing.paths[index] for index in deep]
         check = functools.partial(check_image, bits=image_bits)
@@ -2223,11 +2225,11 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     table = PathTable(paths)
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
-    is_given, singles = config.splits == "from_folders", np.arange(len(used.paths))
+    folders_are_splits, own_groups = config.splits == "from_folders", np.arange(len(used.paths))
     # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
-    is_fixed = is_given or not len(used.paths)  # a continued run may find none of its images
-    naive_splits = used.splits if is_fixed else choose_splits(list(used.paths), used.labels, singles, config)
-    leaks = int(np.isin(used.groups[naive_splits != 0], used.groups[naive_splits == 0]).sum())
+    is_fixed = folders_are_splits or not len(used.paths)  # a continued run may find none of its images
+    naive_splits = used.splits if is_fixed else choose_splits(list(used.paths), used.labels, own_groups, config)
+    num_leaks = int(np.isin(used.groups[naive_splits != 0], used.groups[naive_splits == 0]).sum())
     report = {
         "data_root": config.data_root.resolve(),
         "num_images": len(listing.paths) + sum(path.lower().endswith(IMAGE_SUFFIXES) for path, _ in listing.problems),
@@ -2239,12 +2241,12 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "splits": config.splits,
         **describe_health(listing, health, class_of),
         **describe_duplicates(records, duplicates),
-        "leaks_prevented": 0 if is_given else leaks,
+        "leaks_prevented": 0 if folders_are_splits else num_leaks,
     }
-    if is_given and not any(SPLIT_FOLDERS[path.split("/", 1)[0].lower()] == "val" for path in paths):
+    if folders_are_splits and not any(SPLIT_FOLDERS[path.split("/", 1)[0].lower()] == "val" for path in paths):
         report["warnings"].append("no folder val, valid or validation has images: val is drawn from train")
-    if is_given and leaks:
-        some = f"{leaks} val and test images, as the folders have them"
+    if folders_are_splits and num_leaks:
+        some = f"{num_leaks} val and test images, as the folders have them"
         report["warnings"].append(f"{some}, are duplicates of training images or of their group: figures flatter")
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
@@ -2263,7 +2265,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         listing = list_images(config.data_root, config.masks_dirname, config.splits)
     except OSError as error:
         raise UserError(error.strerror, where, "check the permissions") from error
-    has_images = (config.splits == "random" and listing.ignored["."] > 0) or "cropped" in listing.all_folders
+    has_images = (config.splits == "random" and listing.ignored[IMAGE_ENTRY] > 0) or "cropped" in listing.all_folders
     if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         root = config.data_root.resolve()
         parent = root.parent.parent if root.name == "cropped" else root.parent
@@ -2294,7 +2296,8 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(problem, where, "check names and permissions of its files and folders")
     if not used:
         ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        are_splits = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys() and listing.ignored["/"]
+        split_folders = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys()
+        are_splits = split_folders and listing.ignored[FOLDER_ENTRY]
         hint = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped and folder}
@@ -2372,9 +2375,9 @@ class Listing:
             return folders
         for entry in entries:
             path, kind = f"{prefix}{entry.name}", entry_type(entry)
-            if kind == "/":
+            if kind == FOLDER_ENTRY:
                 folders.append(entry.name)
-            elif kind != ".":
+            elif kind != IMAGE_ENTRY:
                 self.ignored[kind] += 1
             elif problem := entry_problem(entry):
                 self.problems.append((path, problem))
@@ -2421,10 +2424,12 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             continue
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
         class_name = unicodedata.normalize("NFC", folder.name)
-        listing.all_folders += [] if split_prefix and class_name in listing.all_folders else [class_name]
+        if not (split_prefix and class_name in listing.all_folders):
+            # Twins by Unicode form stay in twice: describe_health counts them.
+            listing.all_folders.append(class_name)
         listing.classes[prefix] = class_name
         if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
-            listing.ignored["/"] += len(subfolders)
+            listing.ignored[FOLDER_ENTRY] += len(subfolders)
     return listing
 
 
@@ -2435,10 +2440,10 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 
 def entry_type(entry: os.DirEntry) -> str:
-    """Return '.' for a name with an image suffix, '/' for any other folder, else the suffix, or the name if it has no suffix."""
+    """Return IMAGE_ENTRY for a name with an image suffix, FOLDER_ENTRY for another folder, else the suffix, or the name if none."""
     if entry.name.lower().endswith(IMAGE_SUFFIXES):
-        return "."
-    return "/" if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
+        return IMAGE_ENTRY
+    return FOLDER_ENTRY if is_folder(entry) else Path(entry.name).suffix.lower() or entry.name
 
 
 def is_folder(entry: os.DirEntry | Path) -> bool:
@@ -2734,6 +2739,7 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
             if image.mode == "I" and (values.min(initial=0) < 0 or values.max(initial=0) > 65_535):
                 raise ImageError("has values outside 0 to 65,535")
             highest = max(highest, float(values.max(initial=0)))
+        # Deep values are scaled by their bits; float gray up to 1 by 255; anything up to 255 is taken as it is.
         is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
         depth = fitting_bits(highest, bits if image.mode != "F" else ())
         factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
@@ -2767,10 +2773,11 @@ def read_file(path: str | Path) -> bytes:
 
 
 def find_near_duplicates(phashes: np.ndarray, thumbs: np.ndarray, max_bits: int) -> np.ndarray:
-    """Return the pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
+    """Return pairs (P, 2) of images whose hashes, uint64 (N,), differ in at most `max_bits` bits and whose thumbs (N, K) agree.
 
     By the pigeonhole principle two such hashes agree in one of `max_bits + 1` slices of their bits, so only images with an equal
-    slice are compared. The first of the images with the same hash and similar thumbs stands for all of them.
+    slice are compared. The first of the images with the same hash and similar thumbs stands for the others, which are not compared
+    themselves.
     """
 
     def thumb_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -2933,7 +2940,9 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.n
     for _ in range(3):  # a move may take the only group of another class; the next round repairs that
         for label, split in np.argwhere(present == 0):
             members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
-            donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]  # train comes first
+            # A class's last group may only move towards train.
+            donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]
+            # With k groups only the first k splits can be had.
             if split not in wanted[: len(members)] or present[label, split] or not donors:
                 continue
             group = min(donors, key=cost)
@@ -3012,11 +3021,11 @@ def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, st
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Describe the entries that a listing passed over: files of other types, folders inside classes, images beside them."""
-    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in ("/", "."))
-    files = ignored.total() - ignored["/"] - ignored["."]
+    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in (FOLDER_ENTRY, IMAGE_ENTRY))
+    files = ignored.total() - ignored[FOLDER_ENTRY] - ignored[IMAGE_ENTRY]
     phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
-    phrases += [f"{count_of(ignored['/'], 'folder')} inside class folders"] if ignored["/"] else []
-    phrases += [f"{count_of(ignored['.'], 'image')} beside the class folders"] if ignored["."] else []
+    phrases += [f"{count_of(ignored[FOLDER_ENTRY], 'folder')} inside class folders"] if ignored[FOLDER_ENTRY] else []
+    phrases += [f"{count_of(ignored[IMAGE_ENTRY], 'image')} beside the class folders"] if ignored[IMAGE_ENTRY] else []
     return " and ".join(phrases)
 
 
@@ -3130,7 +3139,7 @@ def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: in
 
 
 def format_findings(report: dict[str, Any]) -> str:
-    """Return the findings of a scan, one a line; long lists are cut here and complete in data_report.json."""
+    """Return the findings of a scan, one a line; long lists of files are cut here and complete in data_report.json."""
 
     def list_some(kind: str, items: list[dict[str, str]]) -> list[str]:
         shown = [f"  {kind}: {item['path']}: {item['reason']}" for item in items[:10]]
@@ -3247,6 +3256,7 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
 MASK_LEVEL = 127  # mask pixels that are brighter, and cutout pixels that are more opaque, are the object
 MASK_ASPECT_TOLERANCE = 0.01  # a mask of another size is resized if its aspect ratio differs by no more than this
 MAX_LABEL = 100  # class numbers in label maps are smaller: COCO has 91
+FILL_DRAW = 1  # second number of a sample's seed for its fill colour; section 07 has the others
 MASK_LOG_NAME = "masks.jsonl"
 MASK_RECORD_KEYS = ("path", "size", "mtime_ns", "score", "area", "reason", "settings")
 MASKS_REMEDY = (
@@ -3278,17 +3288,17 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         reasons = {mask: health.reasons.get(mask) or _misfit(mask_rows[mask], crops[path]) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
-    log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
+    mask_log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
     classes = {name: {"masks": 0, "made": 0, "not_made": 0} for name in records.class_names}
     for crop, mask, label in zip(records.paths, masks, records.labels.tolist(), strict=True):
-        record, counts = log.get(crop), classes[records.class_names[label]]
+        logged, counts = mask_log.get(crop), classes[records.class_names[label]]
         is_cutout = bool(mask) and is_alpha_file(mask, config.masks_dirname)
         kinds["none" if not mask else "own_alpha" if mask == crop else "cutouts" if is_cutout else "masks"] += 1
         counts["masks"] += bool(mask)
-        counts["made"] += bool(mask and record and not record["reason"])
-        if record and record["reason"] and not mask:
+        counts["made"] += bool(mask and logged and not logged["reason"])
+        if logged and logged["reason"] and not mask:
             counts["not_made"] += 1
-            not_made.append({key: record[key] for key in ("path", "score", "area", "reason")})
+            not_made.append({key: logged[key] for key in ("path", "score", "area", "reason")})
     report = dict(scan.report)
     report["masks"] = {
         "usable": len(masks) - kinds["none"],
@@ -3462,7 +3472,7 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
     else:
         colour = fill.colour
         if fill.kind == "random" and seed is not None:
-            colour = np.random.default_rng((seed, 1)).integers(0, 256, 3, dtype=np.uint8)
+            colour = np.random.default_rng((seed, FILL_DRAW)).integers(0, 256, 3, dtype=np.uint8)
         background = np.full_like(image, colour)
     return cv2.copyTo(image, is_object, background)  # 20 times as fast as indexing with a boolean array
 
@@ -3472,6 +3482,12 @@ def fill_background(image: np.ndarray, mask: np.ndarray, fill: Fill, seed: int |
 # ======================================================================================================================
 # Turns (image, mask, seed) into a uint8 model input, and mixes the images of a batch. No global state: all randomness follows
 # from seeds. Raises UserError for lists of transforms and folders of backgrounds that cannot be used.
+# Second numbers of a sample's seed, one for each purpose, beside FILL_DRAW; `Transform._apply` needs those of lists below 8.
+BACKGROUND_DRAW = 2
+PRE_DRAW = 3
+LIST_DRAW = 4  # of --train_augmentations and --val_augmentations
+POST_DRAW = 5
+MIXING_DRAW = 9  # second number of the run's seed, for the mixing of a batch
 TRANSFORM_LISTS = ("pre_transforms", "train_augmentations", "val_augmentations", "post_transforms")
 POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # torchvision's class names
 POLICY_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")  # operations that move the mask, too
@@ -3507,11 +3523,11 @@ class Transform:
         The mask, uint8 (H, W), is above MASK_LEVEL on the object and moves with the image; colours change last, on the object only.
         `augmented` False skips the augmentation, but not pre- and post-transforms. Raises ImageError if a listed transform fails.
         """
-        image, mask = self._apply(self.pre_steps, image, mask, (seed, 3))
+        image, mask = self._apply(self.pre_steps, image, mask, (seed, PRE_DRAW))
         if self.list_steps is None:
             return self.finish(self.make_square(image, mask, seed), seed, augmented)
         if augmented or not self.is_training:
-            image, mask = self._apply(self.list_steps, image, mask, (seed, 4))
+            image, mask = self._apply(self.list_steps, image, mask, (seed, LIST_DRAW))
         return self._complete(image, mask, seed)
 
     def is_cacheable(self, is_masked: bool) -> bool:
@@ -3546,7 +3562,7 @@ class Transform:
 
     def _complete(self, image: np.ndarray, mask: np.ndarray | None, seed: int) -> np.ndarray:
         """Apply the post-transforms, fit the image unless it has the input size, and append the mask if `shows_mask`."""
-        image, mask = self._apply(self.post_steps, image, mask, (seed, 5))
+        image, mask = self._apply(self.post_steps, image, mask, (seed, POST_DRAW))
         if image.shape != (self.img_size, self.img_size, 3):
             pixels = image if mask is None else np.dstack((image, mask))
             image, mask = self._split(fit_square(pixels, self.img_size), seed)
@@ -3648,7 +3664,8 @@ def draw_move(rng: np.random.Generator, side: int) -> np.ndarray | None:
         jitter = np.abs(rng.normal(0, rng.uniform(0.02, 0.08), (4, 2))) % 0.32  # corners stay in their quarter
         corners = np.abs(square - jitter)
         top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
-        zoom = np.array([max(top, bottom), max(right, left)])  # enlarges the view once more by what was cut off
+        # With keep_size albumentations enlarges twice: the quadrangle to the image, then by the part cut off.
+        zoom = np.array([max(top, bottom), max(right, left)])
         source, target = (corners * side).astype(np.float32), (square / zoom * side).astype(np.float32)
         moves.append(cv2.getPerspectiveTransform(source, target))
     return functools.reduce(lambda before, move: move @ before, moves) if moves else None  # one warp, as each blurs
@@ -3945,7 +3962,7 @@ class Backgrounds:
 
     def generator_for(self, seed: int) -> np.random.Generator | None:
         """Return the random generator of a sample that gets a background, None for the others."""
-        rng = np.random.default_rng((seed, 2))
+        rng = np.random.default_rng((seed, BACKGROUND_DRAW))
         return rng if rng.random() < self.probability else None
 
     def insert(self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -3968,7 +3985,7 @@ class Backgrounds:
         canvas_size = [round(length * rng.uniform(1, self.max_ratio)) for length in (height, width)]
         turned = np.rot90(picture, int(rng.integers(4)))
         turned = turned[:, ::-1] if rng.random() < 0.5 else turned
-        # At least half of the largest region with the aspect ratio of the canvas: large regions show a background best.
+        # At least half as long and wide as the largest region with the canvas's aspect ratio: large regions show a background best.
         scale = min(turned.shape[0] / canvas_size[0], turned.shape[1] / canvas_size[1]) * rng.uniform(0.5, 1.0)
         sides = [min(max(1, round(canvas_size[axis] * scale)), turned.shape[axis]) for axis in (0, 1)]
         top, left = (int(rng.integers(turned.shape[axis] - sides[axis] + 1)) for axis in (0, 1))
@@ -4016,17 +4033,17 @@ class Mixing(NamedTuple):
     """How a batch is mixed: each image with the image of its partner."""
 
     partners: torch.Tensor  # int64 (B,), a permutation
-    lam: float  # lambda, the weight of the image itself: at least a half, so its label outweighs the partner's
+    lam: float  # lambda, the weight of the image itself: at least a half, less the rounding of the box
     box: tuple[int, int, int, int] | None  # top, bottom, left, right of the region from the partner; None = MixUp
 
 
 def draw_mixing(config: Config, place: tuple[int, int], images: torch.Tensor, num_images: int) -> Mixing | None:
     """Draw how a batch of `num_images` over all ranks is mixed; None if it is not. `place` is its epoch and its batch number.
 
-    MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the clipped box. lambda is folded to a half or more,
-    which in MixUp only swaps the roles of image and partner. `images`, (b, C, H, W), are those of this rank.
+    MixUp: arXiv:1710.09412. CutMix: arXiv:1905.04899, with lambda measured on the clipped box. lambda is folded to at least a half,
+    less the rounding of the box; in MixUp that only swaps image and partner. `images`, (b, C, H, W), are those of this rank.
     """
-    rng = np.random.default_rng((config.seed, 9, *place))
+    rng = np.random.default_rng((config.seed, MIXING_DRAW, *place))
     if config.mixing == "none" or rng.random() >= config.mixing_p:
         return None
     lam = float(rng.beta(config.mixing_alpha, config.mixing_alpha))
