@@ -2197,7 +2197,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         squares = None
     health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
-    deep = np.flatnonzero(health.rows["highest"])  # 0 unless deep
+    deep = np.flatnonzero(health.rows["highest"])  # which is 0 for images of 8 bits
     if len(deep):  # checked again, now that the bit depth is known
         paths = [listing.paths[index] for index in deep]
         check = functools.partial(check_image, bits=image_bits)
@@ -4288,10 +4288,7 @@ class CropDataset(Dataset):
             return None, key, f"is left out: {error}"
 
     def collate(self, samples: list[tuple[np.ndarray | None, SampleKey, str]]) -> Batch:
-        """Stack the images that could be read; collect the reasons why files could not.
-
-        Those are also of masks and backgrounds that an image is used without.
-        """
+        """Stack the images that could be read; collect why files could not be, also masks and backgrounds that are left out."""
         images = [image for image, _, _ in samples if image is not None]
         stacked = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         keys = [key for image, key, _ in samples if image is not None]
@@ -4426,9 +4423,9 @@ def take_turns(
 
 
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
-    """Yield the batches of a loader; restart it if a worker is killed.
+    """Yield the batches of a loader; restart it if a worker is killed, e.g. for lack of memory.
 
-    That happens e.g. for lack of memory, or because no batch came for LOADER_SECONDS.
+    Workers are also killed if no batch comes for LOADER_SECONDS.
     `read(failed_loaders, yielded_batches)` starts a loader. Raises DeadWorker if a loader fails after LOADER_RESTARTS restarts.
     """
     num_yielded = 0
@@ -6045,9 +6042,8 @@ def find_resume_point(
     if point is None and damaged:
         lines = [f"{path.name} {reason}" for path, reason in damaged.items()]
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
-    if point is None and (
-        epochs := [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end" and "epoch" in row]
-    ):
+    epochs = [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end" and "epoch" in row]
+    if point is None and epochs:
         problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
         raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
     if point is None and resume == "last":
