@@ -4425,8 +4425,8 @@ def take_turns(
 def outlive_workers(read: Callable[[int, int], Iterable[Any]], say: Callable[[str], None]) -> Iterator[Any]:
     """Yield the batches of a loader; restart it if a worker is killed, e.g. for lack of memory.
 
-    Workers are also killed if no batch comes for LOADER_SECONDS.
-    `read(failed_loaders, yielded_batches)` starts a loader. Raises DeadWorker if a loader fails after LOADER_RESTARTS restarts.
+    Workers are also killed if no batch comes for LOADER_SECONDS. `read(failed_loaders, yielded_batches)` starts a loader. Raises
+    DeadWorker if a loader fails after LOADER_RESTARTS restarts.
     """
     num_yielded = 0
     is_stalled = threading.Event()
