@@ -3718,8 +3718,6 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
             continue
         import albumentations as A
 
-        if isinstance(arguments.get("always_apply"), bool):  # of albumentations 1
-            arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
         _check_arguments(where, A.Normalize, arguments)
         for key, supported in (("max_pixel_value", 255), ("normalization", "standard"), ("p", 1)):
             if arguments.get(key, supported) != supported:
@@ -3895,8 +3893,6 @@ def _build_transform(entry: ListEntry) -> Any:
             end = arguments.pop(high)
             start = arguments.pop(low, None)
             arguments[new] = [end if start is None else start, end]
-    if isinstance(arguments.get("always_apply"), bool) and "p" in parameters:  # of albumentations 1
-        arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
@@ -3926,6 +3922,8 @@ def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
         if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
             raise UserError("has no type", place, "write an entry such as {type: coarse_dropout, p: 0.5}")
         arguments = {key: value for key, value in entry.items() if key != "type"}
+        if isinstance(arguments.get("always_apply"), bool):  # of albumentations 1
+            arguments |= {"p": 1.0} if arguments.pop("always_apply") else {}
         parsed.append(ListEntry(place, entry["type"].replace("_", "").lower(), entry["type"], arguments))
     return parsed
 
