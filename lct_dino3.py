@@ -5429,7 +5429,9 @@ def check_optimizer(config: Config) -> None:
         raise UserError("draws random numbers that no checkpoint has, so that no run could be continued", where, remedy)
     try:
         group = build_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], config).param_groups[0]
-    except (TypeError, IndexError):  # the optimizer lacks a setting, or needs more betas
+    except IndexError as error:
+        raise UserError(f"{config.optimizer} has more than two", config.place("betas"), "leave it out") from error
+    except TypeError:  # the optimizer lacks a setting
         group = {}
     except (AssertionError, ImportError, RuntimeError) as error:  # raised by apex and bitsandbytes
         raise UserError(f"cannot be had here: {printable(str(error))[:200]}", where, remedy) from error
