@@ -65,7 +65,6 @@ import threading
 import time
 import traceback
 import unicodedata
-import urllib.parse
 import warnings
 import zipfile
 import zlib
@@ -1640,16 +1639,8 @@ class ReadOnlyRunDirectory(RunDirectory):
     event = forget_epochs_after = start_tracker = log
 
 
-class ToolFailed(Exception):
-    """A tool that this program started has failed, and has printed the reason."""
-
-    def __init__(self, command: str, code: int) -> None:
-        self.code = code
-        super().__init__(f"tools/{command}.py has ended with exit code {code}, as said above")
-
-
 def run_tool(command: str, argv: Sequence[str]) -> None:
-    """Run a tool and wait for it; pass a signal to stop on to it. Raises ToolFailed with its exit code."""
+    """Run a tool and wait for it; pass a signal to stop on to it. Raises CalledProcessError if it fails, which it explains."""
     process = subprocess.Popen([sys.executable, str(find_tool(command)), *argv], env=tool_environment())
     try:
         code = process.wait()
@@ -1658,7 +1649,7 @@ def run_tool(command: str, argv: Sequence[str]) -> None:
         process.wait()
         raise
     if code:
-        raise ToolFailed(command, code if code > 0 else 128 - code)
+        raise subprocess.CalledProcessError(code if code > 0 else 128 - code, f"tools/{command}.py")
 
 
 def tool_environment() -> dict[str, str]:
@@ -1734,7 +1725,7 @@ class FileMemory:
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
         """Open the file for one transaction, so that no fork and no other thread inherits a connection."""
-        address = f"file:{urllib.parse.quote(os.fsencode(self.path.absolute()))}?mode={mode}"
+        address = f"{self.path.absolute().as_uri()}?mode={mode}"
         with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as table, table:
             yield table
 
@@ -9315,8 +9306,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         again += " without --resume" if getattr(options, "resume", None) not in (None, "last") else ""
         again += " starts again" if options.command in COMMAND_OPTIONS else " continues where it stopped"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again}"
-    if isinstance(failure, ToolFailed):
-        return failure.code, f"error: {failure}"
+    if isinstance(failure, subprocess.CalledProcessError):  # of `run_tool`
+        return failure.returncode, f"error: {failure.cmd} has ended with exit code {failure.returncode}, as said above"
     explained = failure if isinstance(failure, UserError) else explain_failure(failure, options)
     if explained is not None:  # name an option of a config file by file and key
         places = {options.flag(name): options.place(name) for name in options.origins}
