@@ -937,12 +937,9 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        data = file.read(min(status.st_size, max_bytes) + 1)  # `read` allocates all that it is asked for
-        if len(data) > status.st_size:  # the file grows, or reports no size
-            data += file.read(max_bytes + 1 - len(data))
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
-    return data
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"the file is larger than {max_bytes // 1_000_000} MB", str(path))
+        return file.read()
 
 
 def check_config(config: Config) -> None:
