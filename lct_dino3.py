@@ -210,7 +210,8 @@ def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     `text` is its line in the help, `group` the heading above. `extra` takes `low`, `high`: inclusive bounds; `choices`, `metavar`,
     `nargs`, `const`, `action`: as in argparse; `needed`: must be given; `fixed`: must not change at resume; `key`: dotted key in a
     config file; `alias`: second flag; `spelled`: other spellings of values; `once`: for this start only, never from a config file;
-    `in_models`: a path that is also looked up below --models; `file`, `folder`: the path must exist; True, or the remedy to show.
+    `in_models`: a path that is also looked up below --models; `file`, `folder`: the path must exist; True, or the remedy to show;
+    `taken`: the value names one folder, none of these.
     """
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
 
@@ -255,7 +256,8 @@ class Config(Options):
     mask_fill: str = option("gray",
         "new background: gray, black, blur, mean (of the model), random (in training), keep (the old one)",
         "masks", choices=("gray", "black", "blur", "mean", "random", "keep"), metavar="NAME", fixed=True)
-    masks_dirname: str = option("masks", "folder of the masks inside a class folder", "masks", metavar="NAME", fixed=True)
+    masks_dirname: str = option("masks", "folder of the masks inside a class folder",
+        "masks", metavar="NAME", taken=("cropped", CUTOUTS_DIRNAME), fixed=True)
     masks_out: Path | None = option(None, "write new masks here, and look for masks here too: data_root may then be read-only",
         "masks", metavar="DIR")
     auto_generate_masks: bool = option(False, "draw the masks that are missing with SAM-2", "masks")
@@ -417,7 +419,7 @@ class Config(Options):
     resume: str | None = option(None, "continue from this checkpoint; without PATH from the last one in out_dir",
         "run", metavar="PATH", nargs="?", const="last", once=True)
     experiment_name: str | None = option(None, "name of the run: its folder below --models, and its ClearML task",
-        "run", metavar="NAME", key="experiment_name")
+        "run", metavar="NAME", key="experiment_name", taken=())
     models: Path | None = option(None, "folder of runs: out_dir is then models/experiment_name, and --load_from looks here too",
         "run", metavar="DIR", key="directories.models")
     overwrite: bool = option(False, "start afresh; the old run is moved aside, not deleted", "run", once=True)
@@ -588,15 +590,11 @@ def parse_command_line(argv: Sequence[str]) -> Options:
     config = parse_options(COMMAND_OPTIONS.get(command, Config), argv[command in argv[:1] :], command)
     if not isinstance(config, Config):
         return config
-    name = config.experiment_name
-    if name is not None and ("/" in name or name.strip() in ("", ".", "..")):
-        raise UserError(f"{name!r} is not the name of a folder", config.place("experiment_name"), "give a plain name")
-    if config.out_dir is None and name is not None and config.models is not None:
+    if config.out_dir is None and config.experiment_name is not None and config.models is not None:
         origins = {**config.origins, "out_dir": DERIVED_ORIGIN}
-        config = dataclasses.replace(config, out_dir=config.models / name, origins=origins)
-    is_typed = config.place("load_from") == config.flag("load_from")
-    if config.load_from and not (is_typed and config.load_from.exists()):
-        # Relative paths in a config file do not start from the current folder.
+        config = dataclasses.replace(config, out_dir=config.models / config.experiment_name, origins=origins)
+    if config.load_from:  # absolute if it exists where it was given
+        is_typed = config.place("load_from") == config.flag("load_from")
         folder = config.models or (Path() if is_typed else config.config.parent)
         config = dataclasses.replace(config, load_from=(folder / config.load_from).absolute())
     check_config(config)
@@ -614,8 +612,12 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
     if unknown:
         if unknown[0] in COMMANDS | TOOLS:
             raise UserError(f"{unknown[0]} is a command", "command line", "put the command first")
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        remedy = did_you_mean(unknown[0].split("=")[0], flags, f"{parser.prog} --help lists what there is")
+        actions = parser._option_string_actions
+        remedy = did_you_mean(unknown[0].split("=")[0], actions, f"{parser.prog} --help lists what there is")
+        before = actions.get(dict(zip(argv[1:], argv, strict=False)).get(unknown[0]))
+        if isinstance(before, argparse.BooleanOptionalAction):  # --freeze_backbone False
+            on, off = (options_class.flag(f"{prefix}{before.dest}") for prefix in ("", "no-"))
+            remedy = f"on is {on}, off is {off}, without a value"
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
     typed, from_file, places = vars(namespace), {}, {}
     if path := typed.get("config"):
@@ -645,13 +647,13 @@ def build_parser(options_class: type[Options], command: str) -> argparse.Argumen
     groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields:
         meta, kind = field.metadata, field_kind(field)
-        settings = {key: meta[key] for key in ("metavar", "choices", "nargs", "const", "action") if key in meta}
+        settings = {key: meta[key] for key in ("metavar", "nargs", "const", "action") if key in meta}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = functools.partial(_parse_word, field)
-            if "choices" not in meta:
-                settings.setdefault("metavar", "N" if kind is int else "X")
+            settings["type"] = functools.partial(_parse_word, field, options_class.flag(field.name))
+            choices = ",".join(map(str, meta.get("choices", ())))
+            settings.setdefault("metavar", f"{{{choices}}}" if choices else "N" if kind is int else "X")
         default = ("on" if field.default else "off") if kind is bool else field.default
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         settings["help"] = meta["help"] + (f" [{default}]" if default not in (None, "") else "")
@@ -674,23 +676,18 @@ def needed_flags(options_class: type[Options]) -> list[str]:
     return [f"{options_class.flag(field.name)} {field.metadata['metavar']}" for field in needed]
 
 
-def _parse_word(field: dataclasses.Field, text: str) -> Any:
+def _parse_word(field: dataclasses.Field, flag: str, text: str) -> Any:
     """Convert a command-line word to a value; `none` and `auto` mean None if that is the default, to override a config file."""
     kind = field_kind(field)
     if text in ("none", "auto") and field.default is None and "nargs" not in field.metadata:
         return None
-    if kind is Path and not text:  # an unset shell variable; Path("") would be the current folder
-        raise argparse.ArgumentTypeError("is empty")
-    try:
-        if kind is not dict:
-            return kind(field.metadata.get("spelled", {}).get(text, text))
-        entries = load_yaml(text)  # a `dict` option is a whole list of entries in one word; JSON is valid YAML
+    try:  # a `dict` option is a whole list of entries in one word; JSON is valid YAML
+        value = {int: int, float: float, dict: load_yaml}.get(kind, str)(text)
     except ValueError as error:
         problem = f"is no YAML: {error}" if kind is dict else f"{text!r} is not {EXPECTED[kind]}"
-        raise argparse.ArgumentTypeError(problem) from error
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise argparse.ArgumentTypeError("is no list such as [{type: median_blur, p: 0.1}]")
-    return entries
+        raise UserError(problem, flag, "correct the value") from error
+    convert = _convert_value if kind is dict else _convert_item
+    return convert(field, value, flag, Path())
 
 
 def field_kind(field: dataclasses.Field) -> type:
@@ -700,15 +697,18 @@ def field_kind(field: dataclasses.Field) -> type:
 
 
 def check_ranges(options: Options) -> None:
-    """Refuse values that are not finite or outside the bounds of their option."""
+    """Refuse numbers that are not finite or outside the bounds of their option, and what cannot name a folder."""
     for field in option_fields(type(options)):
-        value, low, high = getattr(options, field.name), field.metadata.get("low"), field.metadata.get("high")
+        value, meta, place = getattr(options, field.name), field.metadata, options.place(field.name)
+        low, high = meta.get("low"), meta.get("high")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{number} is not a finite number", options.place(field.name), "give a plain number")
+                raise UserError(f"{number} is not a finite number", place, "give a plain number")
             if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
-                raise UserError(f"{number} is out of range", options.place(field.name), f"give a value {allowed}")
+                raise UserError(f"{number} is out of range", place, f"give a value {allowed}")
+        if value is not None and "taken" in meta and ("/" in value or value.strip() in ("", ".", "..", *meta["taken"])):
+            raise UserError(f"{value!r} is not the name of a folder that is free for this", place, "give a plain name")
 
 
 def open_streams() -> None:
@@ -777,7 +777,7 @@ def _walk_keys(path: Path, tree: dict, known: Mapping[str, dataclasses.Field], p
 
 
 def _convert_value(field: dataclasses.Field, value: Any, where: str, folder: Path) -> Any:
-    """Convert a value of a config file to the type of its option; relative paths start from `folder`, that of the file."""
+    """Convert a parsed value to the type of its option; relative paths start from `folder`, that of the config file."""
     if not field.type.startswith("tuple["):
         return _convert_item(field, value, where, folder)
     count = field.metadata.get("nargs")
@@ -801,18 +801,24 @@ def _convert_item(field: dataclasses.Field, value: Any, where: str, folder: Path
     value = field.metadata.get("spelled", {}).get(value, value) if kind is str else value
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
-        raise UserError(f"{value!r} is none of {', '.join(names)}", where, did_you_mean(str(value), names))
+        remedy = did_you_mean(str(value), names, "correct the value")
+        raise UserError(f"{value!r} is none of {', '.join(names)}", where, remedy)
+    if kind is dict:
+        try:
+            json.dumps(value)
+        except TypeError as error:  # a date of TOML, !!binary of YAML
+            raise UserError(str(error), where, "give text, numbers and lists") from error
     if kind is not Path:
         return value
-    if not value:
-        raise UserError("is empty", where, "give a path, or leave the key out")
+    if not value:  # on the command line an unset shell variable; Path("") would be the current folder
+        raise UserError("is empty", where, "give a path, or leave it out")
     try:
         path = folder / Path(value).expanduser()
     except RuntimeError as error:
         raise UserError(f"{value!r} names a user that is not known here", where, "correct the path") from error
     if not field.metadata.get("in_models"):
         return path
-    return path.absolute() if path.exists() else Path(value)
+    return path.absolute() if os.path.lexists(path) else Path(value)
 
 
 def did_you_mean(
@@ -950,7 +956,6 @@ def check_config(config: Config) -> None:
     ways = [name for name in ("unfreeze_blocks", "lora_rank") if getattr(config, name)]
     ways += [] if config.freeze_backbone else ["freeze_backbone"]
     given_lrs = [name for name in ("backbone_lr", "fc_lr") if getattr(config, name) is not None]
-    is_folder_name = config.masks_dirname not in ("", ".", "..") and "/" not in config.masks_dirname
     give_one, drop_one, sees_masks = "give one of them", "leave one of them out", config.in_channels == 4
     # fmt: off
     # is_wrong, names of the options, problem, remedy
@@ -976,8 +981,8 @@ def check_config(config: Config) -> None:
             "is for one GPU a process", "leave it out, or start one process a GPU with torchrun"),
         (config.fsdp, ("fsdp",), "is gone: weights are not shared among processes any more",
             "leave it out; a frozen ViT-7B in bf16 fits one large GPU"),
-        (not is_folder_name, ("masks_dirname",), "is not the name of one folder", "give a name such as masks"),
-        (config.masks_dirname == CUTOUTS_DIRNAME, ("masks_dirname",), "is for RGBA cutouts", "give a name such as masks"),
+        (config.insert_background_p > 0 and config.backgrounds is None, ("insert_background_p",),
+            "needs pictures", "give their folder with --backgrounds DIR"),
         (bool(config.mean) != bool(config.std), ("mean", "std"),
             "come together", "give both, e.g. --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"),
     )
@@ -991,27 +996,27 @@ def check_paths(config: Config) -> None:
     """Check all named files and folders as far as that is possible without reading images; write nothing."""
     check_given(config)
     check_out_dir(config)
-    for name, path in (("load_from", locate_start(config)), ("backbone_weights", config.backbone_weights)):
-        if config.overwrite and path is not None and path.resolve().is_relative_to(config.out_dir.resolve()):
+    out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
+    read_later = {"backbone_weights", "unknown_dir", "backgrounds", "masks_out"}.difference(ineffective_options(config))
+    for name in ("load_from", *sorted(read_later)):
+        path = locate_start(config) if name == "load_from" else getattr(config, name)
+        if config.overwrite and path is not None and path.resolve().is_relative_to(out_dir):
             problem = "would be moved aside by --overwrite before the run has read it"
             raise UserError(problem, f"{config.place(name)} {path}", "choose a new --out_dir")
     if config.insert_background_p:
-        if config.backgrounds is None:
-            remedy = "give their folder with --backgrounds DIR"
-            raise UserError("needs pictures", config.place("insert_background_p"), remedy)
         backgrounds, where = config.backgrounds.resolve(), config.describe("backgrounds")
-        data_root, remedy = config.data_root.resolve(), "choose a folder of other pictures"
+        remedy = "choose a folder of other pictures"
         if backgrounds.is_relative_to(data_root) or data_root.is_relative_to(backgrounds):
             problem = "and data_root lie one inside the other: crops would be put on crops, also of val and test"
             raise UserError(problem, where, remedy)
-        if config.out_dir.resolve().is_relative_to(backgrounds):
+        if out_dir.is_relative_to(backgrounds):
             problem = "holds out_dir, whose own pictures would be taken for backgrounds"
             raise UserError(problem, where, f"{remedy}, or another --out_dir")
     if config.group_regex is not None:
         try:
             num_groups = re.compile(config.group_regex).groups
             problem = f"has {num_groups} capture groups, not one"
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             num_groups, problem = 0, f"is no regular expression: {error}"
         if num_groups != 1:
             raise UserError(problem, config.describe("group_regex"), r"for example '^(shot\d+)_'")
@@ -1026,9 +1031,12 @@ def check_given(options: Options) -> None:
             raise UserError("is missing", options.flag(field.name), remedy)
         try:
             if isinstance(value, Path):
-                value.exists()
-        except OSError as error:  # no permission on a parent folder, or too long a name
-            raise UserError(str(error.strerror), f"{options.place(field.name)} {value}", "check the path") from error
+                value.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # no permission on a parent folder, too long a name, a NUL in it
+            problem = getattr(error, "strerror", None) or str(error)
+            raise UserError(problem, options.describe(field.name), "check the path") from error
     check_predecessor(options)
     check_existing(options)
 

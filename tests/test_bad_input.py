@@ -190,6 +190,15 @@ def test_data_inside_out_dir_is_never_moved_aside(tmp_path, refuse, command):
         assert "--out_dir" in refuse(root, *flags, out=tmp_path / "project", command=command)
 
 
+@pytest.mark.parametrize("flag", ["masks_out", "unknown_dir"])
+def test_what_a_run_reads_is_not_moved_aside_with_the_old_one(tmp_path, small_data, refuse, flag):
+    path = tmp_path / "run" / "mine"
+    path.mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    text = refuse(small_data, "--overwrite", "--crop_mode", "mask", f"--{flag}", path, out=tmp_path / "run")
+    assert f"--{flag} {path}: would be moved aside by --overwrite" in text
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can create anything")
 @pytest.mark.parametrize("command", ["train", "scan"])
 def test_out_dir_where_nothing_can_be_created(small_data, refuse, command):

@@ -89,6 +89,8 @@ def test_values_arrive_with_their_types():
         (["--freeze-backbone"], "--freeze_backbone"),
         (["trian"], "train"),
         (["sacn"], "scan"),
+        (["--criterion", "arc"], "arcface"),
+        (["evaluate", "--split", "vla"], "val"),
     ],
 )
 def test_typos_get_the_closest_name(argv, hint):
@@ -136,11 +138,26 @@ def test_a_word_like_nothing_points_to_the_help():
         ("mean", "0.5 0.5"),
         ("std", "0 0.5 0.5"),
         ("exclude", ""),
+        ("samples_per_class", "9" * 30),
+        ("masks_dirname", "cropped"),
+        ("masks_dirname", "a/b"),
+        ("experiment_name", "  "),
     ],
 )
 def test_absurd_values_are_refused_by_name(flag, values):
     text = refusal(f"--{flag}", *values.split())
     assert f"--{flag}" in text and text.count("\n") <= 1
+
+
+@pytest.mark.parametrize("word", ["False", "true", "0"])
+def test_a_flag_that_is_on_or_off_takes_no_value(word):
+    assert "on is --freeze_backbone, off is --no-freeze_backbone" in refusal("--debug", "--freeze_backbone", word)
+    assert "without a value" not in refusal("--seed", 1, word)
+    assert "without a value" not in refusal("--nonsense", "--debug")
+
+
+def test_a_home_folder_that_the_shell_leaves_alone():
+    assert lct.parse_command_line(["--data_root=~/crops"]).data_root == lct.Path.home() / "crops"
 
 
 def test_splits_that_leave_nothing_to_train_on_are_refused():
@@ -168,7 +185,12 @@ def test_a_copy_of_the_script_without_its_tools_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     "pattern, complaint",
-    [(r"^src\d+_", "0 capture groups"), (r"^(a)(b)", "2 capture groups"), ("(", "no regular expression")],
+    [
+        (r"^src\d+_", "0 capture groups"),
+        (r"^(a)(b)", "2 capture groups"),
+        ("(", "no regular expression"),
+        ("(a{" + "9" * 30 + "})", "no regular expression"),
+    ],
 )
 def test_group_regex_needs_exactly_one_group(tmp_path, small_data, pattern, complaint):
     argv = ["--data_root", str(small_data), "--out_dir", str(tmp_path / "run"), "--group_regex", pattern]

@@ -29,6 +29,7 @@ BESIDE = {
     "mean": {"std": [0.5] * 3},
     "std": {"mean": [0.5] * 3},
     "in_channels": {"crop_mode": "mask"},
+    "insert_background_p": {"backgrounds": "pictures"},
 }  # what an option cannot stand without
 
 
@@ -178,6 +179,7 @@ def test_paths_of_a_file_start_from_its_folder(tmp_path):
         ("out_dir: ''", ["out_dir", "is empty"]),
         ("data_root: ~no-such-user/x", ["data_root", "not known here"]),
         ("? [a, b]\n: 1", ["run.yaml"]),
+        ("pre_transforms: [{type: median_blur, p: !!binary aaaa}]", ["pre_transforms[0]", "Object of type bytes"]),
     ],
 )
 def test_mistakes_name_file_key_and_remedy(tmp_path, text, parts):
@@ -211,6 +213,14 @@ def test_a_file_from_windows(tmp_path, name, text):
 def test_a_mistake_that_is_found_later_names_file_and_key_too(tmp_path):
     with pytest.raises(lct.UserError, match=r"run\.yaml: group_regex 5: has 0 capture groups"):
         lct.check_paths(resolve(tmp_path, "group_regex: 5\ndata_root: .\nout_dir: ../run"))
+
+
+@pytest.mark.parametrize("name", ["out_dir", "masks_out", "load_from", "class_map"])
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "x" * 300], ids=["nul", "surrogate", "long"])
+def test_a_path_that_no_file_can_have(tmp_path, small_data, name, text):
+    config = resolve(tmp_path, json.dumps({"data_root": str(small_data), "out_dir": "run", name: text}), name="a.json")
+    with pytest.raises(lct.UserError, match=rf"(?s)a\.json: {name} .*check the path"):
+        lct.check_paths(config)
 
 
 def test_names_stay_as_they_are_written(tmp_path):
@@ -276,7 +286,8 @@ def test_experiment_name_names_the_folder_unless_out_dir_does(tmp_path):
     text = "experiment_name: bench_a\ndirectories: {models: runs}"
     assert resolve(tmp_path, text).out_dir == tmp_path / "runs" / "bench_a"
     assert resolve(tmp_path, text, "--out_dir", "own").out_dir == Path("own")
-    assert "not the name of a folder" in refusal(tmp_path, "experiment_name: a/b")
+    for name in ("a/b", "''", ".."):
+        assert "not the name of a folder" in refusal(tmp_path, f"experiment_name: {name}")
 
 
 def test_config_json_of_a_run_says_where_each_value_comes_from_and_repeats_it(tmp_path, small_data, capsys):

@@ -240,7 +240,7 @@ def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
     ("words", "text"),
     [
         (("prototypes",), "--run"),
-        (("prototypes", "--run", "RUN", "--prototypes_per_class", "many"), "invalid choice: 'many'"),
+        (("prototypes", "--run", "RUN", "--prototypes_per_class", "many"), "'many' is none of auto, 1"),
         (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
         (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
         (("evaluate", "--run", "nowhere"), "does not exist"),
