@@ -712,12 +712,14 @@ def check_ranges(options: Options) -> None:
 
 
 def open_streams() -> None:
-    """Open closed standard streams on /dev/null; otherwise the next opened file gets their descriptors."""
+    """Open closed standard streams on /dev/null, else the next opened file gets their descriptors; let stdout escape letters."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one, which is that of the stream
             os.set_inheritable(descriptor, True)  # tools print too
             setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w"))  # noqa: SIM115  stays open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
 
 
 def find_tool(command: str) -> Path:
@@ -1158,7 +1160,6 @@ def check_replaceable(path: Path, where: str, mark: bytes = OUTPUT_MARK) -> None
 # on and wait for it until torchrun ends them.
 if __name__ == "__main__":
     open_streams()
-    sys.stdout.reconfigure(errors="backslashreplace")  # class names in Cyrillic on a Latin-1 terminal
     try:
         if sys.argv[1:2] and sys.argv[1] in TOOLS:
             os.execv(sys.executable, [sys.executable, str(find_tool(sys.argv[1])), *sys.argv[2:]])
@@ -1485,8 +1486,8 @@ class RunDirectory:
         records = read_events(self.path, self.events_path.name)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records if not is_outdated(record)]
         if len(lines) < len(records):
-            self._events.close()
             write_bytes(self.events_path, "".join(lines).encode("utf-8", "backslashreplace"))
+            self._events.close()
             self._events = LineFile(self.events_path)
 
     def __reduce__(self) -> tuple[type[ReadOnlyRunDirectory], tuple[Path]]:

@@ -350,6 +350,8 @@ def test_a_terminal_without_unicode_gets_the_message_too(tmp_path):
     env = {"PYTHONIOENCODING": "latin-1"}
     done = run_cli("scan", "--data_root", "data", "--out_dir", "run", cwd=tmp_path, env=env)
     assert done.returncode == 2 and "2 usable" in done.stderr and "Traceback" not in done.stderr
+    done = run_cli("masks", "--no-draw", "--data_root", "data", "--out_dir", "sheet", cwd=tmp_path, env=env)
+    assert done.returncode == 0 and r"\u043a\u043b\u044e\u0447" in done.stdout, done.stderr
 
 
 def test_a_run_directory_in_use_is_refused_and_stays(tmp_path, small_data, refuse):

@@ -575,6 +575,14 @@ def test_leftovers_in_a_folder_in_use_stay(tmp_path: Path) -> None:
 # --- full disks and other faults
 
 
+def test_events_that_cannot_be_written_anew_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(lct.UserError, match="cannot be written"), lct.RunDirectory(tmp_path) as run:
+        run.event("epoch_end", epoch=3)
+        (tmp_path / f".metrics.jsonl.{os.getpid()}.tmp").mkdir()
+        run.forget_epochs_after(1)
+    assert events_of(tmp_path) == ["epoch_end", "run_end"]
+
+
 @pytest.mark.parametrize(
     "at, nth, reason",
     [
