@@ -2032,8 +2032,10 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use, which can be fewer than a shared machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use: by its affinity, and by the quota of its container."""
+    import joblib
+
+    return joblib.cpu_count()
 
 
 def seed_torch(*entropy: int, rank: int = 0) -> None:

@@ -56,6 +56,11 @@ def test_by_default_there_is_a_worker_for_each_core_that_training_leaves(
         assert lct.make_loader(dataset, [], lct.Config(workers=asked), CPU).num_workers == expected
 
 
+def test_the_quota_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joblib.externals.loky.backend.context._cpu_count_cgroup", lambda _: 1)
+    assert lct.count_cores() == 1
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_do_not_change_what_is_loaded(records: lct.Records, workers: int, patch_used: Callable) -> None:
     patch_used(lct, "count_cores", lambda: 8)  # workers are capped at the cores there are
