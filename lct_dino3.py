@@ -621,7 +621,8 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
         raise UserError(f"unknown argument {unknown[0]}", "command line", remedy)
     typed, from_file, places = vars(namespace), {}, {}
     if path := typed.get("config"):
-        path = path / "config.json" if path.is_dir() else path
+        with contextlib.suppress(OSError):  # reading names the reason
+            path = path / "config.json" if path.is_dir() else path
         from_file, places = convert_options(path, _parse_config_file(path), options_class)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in (from_file | typed).items()}
     origins = places | dict.fromkeys(typed, COMMAND_LINE_ORIGIN)
@@ -1031,9 +1032,11 @@ def check_given(options: Options) -> None:
         if field.metadata.get("needed") and value in (None, ()):
             remedy = " ".join((program_name(options.command), *needed_flags(type(options))))
             raise UserError("is missing", options.flag(field.name), remedy)
+        if not isinstance(value, (Path, str) if field.name == "resume" else Path):
+            continue
         try:
-            if isinstance(value, Path):
-                value.stat()
+            if stat.S_ISDIR(os.stat(value).st_mode) and not os.access(value, os.R_OK | os.X_OK):  # noqa: PTH116  `resume` is text
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:  # no permission on a parent folder, too long a name, a NUL in it

@@ -212,6 +212,15 @@ def test_out_dir_without_permission(tmp_path, small_data, refuse):
     assert "can be written to" in refuse(small_data, out=tmp_path / "locked" / "run")
 
 
+@pytest.mark.parametrize("flag", ["data_root", "out_dir", "load_from", "resume"])
+def test_folders_of_somebody_else(tmp_path, small_data, call_main, capsys, monkeypatch, flag):
+    (tmp_path / "private").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("private"))  # root may read everywhere
+    paths = {"data_root": small_data, "out_dir": tmp_path / "run", flag: tmp_path / "private"}
+    assert call_main(*(word for name, path in paths.items() for word in (f"--{name}", path)), *TINY_RUN) == 2
+    assert f"--{flag} {tmp_path}/private: Permission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["data_root", "out_dir", "class_map", "backbone_weights"])
 def test_names_that_are_too_long_for_the_file_system(tmp_path, small_data, call_main, capsys, flag):
     paths = {"data_root": small_data, "out_dir": tmp_path / "run", flag: tmp_path / ("x" * 300)}
