@@ -2124,24 +2124,8 @@ THUMB_TOLERANCE = 6.0  # mean absolute difference of 8-bit values; re-encoded JP
 UNKNOWN_NAMES = tuple("unknown other others background none misc negative negatives".split())
 SCAN_SAVE_SECONDS = 300  # time between saves during a long scan
 NO_CLASS = ("null", "~", "")  # spellings of null in YAML
+STRINGS = np.dtypes.StringDType()  # a list of a million str costs each forked worker 200 MB, an array of these nothing
 CLASS_MAP_EXAMPLE = "write lines such as  pliers: [needle_nose_pliers, cutting_pliers]  and  null: [to_leave_out]"
-
-
-class PathTable:
-    """Immutable list of paths in two flat buffers: a list of a million str costs each forked worker 200 MB, the buffers nothing."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [path.encode("utf-8") for path in paths]
-        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self.data = b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.data[self.offsets[index] : self.offsets[index + 1]].decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -2150,20 +2134,20 @@ class Records:
 
     root: Path
     class_names: tuple[str, ...]
-    paths: PathTable  # relative to root, with '/'
+    paths: np.ndarray  # (N,) STRINGS, relative to root, with '/'
     labels: np.ndarray  # (N,) int32 into class_names
     groups: np.ndarray  # (N,) int32: images of one group never straddle splits
     splits: np.ndarray  # (N,) int8 into SPLIT_NAMES
     masks_dirname: str = "masks"
     image_bits: tuple[int, ...] = ()  # from `find_image_bits`
     # Mask or cutout of each record, or the crop itself if its alpha is the mask; relative to root or absolute; '' without a mask.
-    masks: PathTable | None = None  # None = not looked for
+    masks: np.ndarray | None = None  # (N,) STRINGS; None = not looked for
     masks_hash: str = ""  # over names and contents of all masks; '' without masks
 
     @property
     def has_mask(self) -> np.ndarray:
         """Whether each record has a usable mask, bool (N,)."""
-        return np.zeros(len(self.paths), dtype=bool) if self.masks is None else np.diff(self.masks.offsets) > 0
+        return np.zeros(len(self.paths), dtype=bool) if self.masks is None else self.masks != ""
 
     def mask_of(self, row: int, view: int) -> str:
         """Return the mask path of a record for a view, an index into VIEW_NAMES; '' for the bbox view or without a mask."""
@@ -2224,7 +2208,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = find_components(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
-    table = PathTable(paths)
+    table = np.array(paths, dtype=STRINGS)
     records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     folders_are_splits, own_groups = config.splits == "from_folders", np.arange(len(used.paths))
@@ -2877,9 +2861,8 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    paths = PathTable(list(itertools.compress(records.paths, is_used)))
-    arrays = {name: getattr(records, name)[is_used] for name in ("labels", "groups", "splits")}
-    return dataclasses.replace(records, paths=paths, **arrays)
+    arrays = {name: getattr(records, name)[is_used] for name in ("paths", "labels", "groups", "splits")}
+    return dataclasses.replace(records, **arrays)
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
@@ -3220,11 +3203,11 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     groups = [group_of.get(item, first_free + index) for index, item in enumerate(paths)]
     return dataclasses.replace(
         records,
-        paths=PathTable(paths),
+        paths=np.array(paths, dtype=STRINGS),
         labels=np.array(labels, dtype=np.int32),
         groups=np.array(groups, dtype=np.int32),
         splits=np.array(splits, dtype=np.int8),
-        masks=PathTable([mask_of.get(item, "") for item in paths]),
+        masks=np.array([mask_of.get(item, "") for item in paths], dtype=STRINGS),
     ), notes
 
 
@@ -3312,7 +3295,8 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     }
     report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
     digests = {path: mask_rows[path]["digest"] for path in masks if path}
-    records = dataclasses.replace(records, masks=PathTable(masks), masks_hash=fingerprint(digests) if digests else "")
+    masks_hash = fingerprint(digests) if digests else ""
+    records = dataclasses.replace(records, masks=np.array(masks, dtype=STRINGS), masks_hash=masks_hash)
     return dataclasses.replace(scan, records=records, report=report, mask_health=health)
 
 
@@ -3954,7 +3938,7 @@ class Backgrounds:
 
     health: FileHealth  # of all pictures in the folder
     root: Path
-    paths: PathTable  # usable pictures, relative to root
+    paths: np.ndarray  # STRINGS; usable pictures, relative to root
     identity: str  # must be equal for a run to resume
     probability: float  # that a sample gets a background
     max_ratio: float  # largest ratio of a canvas side to the side of the crop
@@ -4021,11 +4005,11 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
         reason = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
-    paths = [tree.paths[row] for row in usable.tolist()]
+    paths = np.array(tree.paths, dtype=STRINGS)[usable]
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    identity = f"{len(paths)} pictures of contents {fingerprint(paths, health.rows['digest'][usable])}"
+    identity = f"{len(paths)} pictures of contents {fingerprint(list(paths), health.rows['digest'][usable])}"
     identity += f", p {share}, max_ratio {max_ratio}"
-    return Backgrounds(health, root, PathTable(paths), identity, share, max_ratio, max_side=2 * config.img_size)
+    return Backgrounds(health, root, paths, identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing of the images of a batch, on the device. The draws are a function of seed, epoch and batch number.
@@ -7094,8 +7078,10 @@ def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str,
             raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
         zeros = np.zeros(len(paths), np.int32)
         groups = np.arange(len(paths), dtype=np.int32)
-        splits = zeros.astype(np.int8)
-        records[name] = Records(folder, ("unknown",), PathTable(paths), zeros, groups, splits, image_bits=image_bits)
+        table = np.array(paths, dtype=STRINGS)
+        records[name] = Records(
+            folder, ("unknown",), table, zeros, groups, zeros.astype(np.int8), image_bits=image_bits
+        )
     return records
 
 

@@ -27,7 +27,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> lct.Records:
         Image.fromarray(rng.integers(0, 255, (30, 24, 3), dtype=np.uint8)).save(root / name)
     labels = np.array([0] * 4 + [1] * 6 + [2] * 11, dtype=np.int32)
     rows = np.arange(21, dtype=np.int32)
-    return lct.Records(root, ("a", "b", "c"), lct.PathTable(names), labels, rows, np.zeros(21, np.int8))
+    return lct.Records(root, ("a", "b", "c"), np.array(names, dtype=lct.STRINGS), labels, rows, np.zeros(21, np.int8))
 
 
 def load_epoch(records: lct.Records, workers: int, epoch: int, **options: object) -> list[lct.Batch]:

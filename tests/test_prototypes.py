@@ -33,7 +33,9 @@ def make_embedded(per_class: int, seed: int, num_classes: int = 4, spread: float
 def make_records(num: int, num_classes: int = 4) -> lct.Records:
     zeros = np.zeros(num, np.int32)
     names = tuple(f"class {i}" for i in range(num_classes))
-    return lct.Records(Path(), names, lct.PathTable([f"p/{i}.jpg" for i in range(num)]), zeros, zeros, zeros)
+    return lct.Records(
+        Path(), names, np.array([f"p/{i}.jpg" for i in range(num)], dtype=lct.STRINGS), zeros, zeros, zeros
+    )
 
 
 def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:

@@ -55,7 +55,7 @@ def paste(root: Path, has_mask: bool, seed: int, max_ratio: float) -> tuple[np.n
     crop, mask = rng.integers(128, 256, (40, 60, 3), dtype=np.uint8), np.zeros((40, 60), np.uint8)
     mask[10:30, 15:45] = 255
     Image.fromarray(rng.integers(0, 100, (33, 77, 3), dtype=np.uint8)).save(root / "wall.png")
-    paths = lct.PathTable(["wall.png"])
+    paths = np.array(["wall.png"], dtype=lct.STRINGS)
     backgrounds = lct.Backgrounds(None, root, paths, "", probability=1.0, max_ratio=max_ratio, max_side=1000)
     return crop, mask, backgrounds.insert(crop, mask if has_mask else None, np.random.default_rng(seed))
 

@@ -832,7 +832,7 @@ def test_files_of_the_same_number_in_two_folders_are_two_files(tmp_path: Path) -
     """Those of --unknown_dir have numbers of their own."""
     config = lct.Config(data_root=tmp_path, out_dir=tmp_path / "run")
     records = [
-        lct.Records(tmp_path, ("a",), lct.PathTable([name]), *(np.zeros(1, np.int32) for _ in range(3)))
+        lct.Records(tmp_path, ("a",), np.array([name], dtype=lct.STRINGS), *(np.zeros(1, np.int32) for _ in range(3)))
         for name in ("a/1.png", "mug.png")
     ]
     with lct.RunDirectory(tmp_path / "run") as run:

@@ -537,17 +537,6 @@ def test_near_duplicates_of_almost_nothing(count):
 # --- paths of a million records
 
 
-def test_path_table_returns_what_it_was_given():
-    paths = ["a/1.png", "", "ключ на 10/ё.jpg", "锤子/🔨.png", "x" * 300]
-    table = lct.PathTable(paths)
-    assert len(table) == 5 and [table[i] for i in range(5)] == paths and list(table) == paths
-    assert table[np.int64(2)] == paths[2]
-    for index in (5, -1):
-        with pytest.raises(IndexError):
-            table[index]
-    assert len(lct.PathTable([])) == 0
-
-
 def private_mb() -> float:
     """Return the memory of this process that it shares with no other, MB."""
     text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
@@ -557,7 +546,7 @@ def private_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's smaps_rollup")
 def test_a_million_records_cost_a_forked_worker_less_than_20_mb():
     count = 1_000_000
-    paths = lct.PathTable([f"class{i % 97:03d}/cropped/image_{i:07d}.jpg" for i in range(count)])
+    paths = np.array([f"class{i % 97:03d}/cropped/image_{i:07d}.jpg" for i in range(count)], dtype=lct.STRINGS)
     labels = np.arange(count, dtype=np.int32) % 97
     records = lct.Records(Path("data"), tuple(map(str, range(97))), paths, labels, labels, labels.astype(np.int8))
     dataset = lct.CropDataset(records, lambda image, mask, seed, augmented: image)

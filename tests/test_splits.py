@@ -20,7 +20,7 @@ NO_TEST = (0.8, 0.2, 0.0)
 
 def make_records(labels: np.ndarray, groups: np.ndarray, splits: np.ndarray) -> lct.Records:
     names = tuple(f"class {i}" for i in range(int(labels.max()) + 1))
-    paths = lct.PathTable([f"{names[label]}/{i:06d}.png" for i, label in enumerate(labels.tolist())])
+    paths = np.array([f"{names[label]}/{i:06d}.png" for i, label in enumerate(labels.tolist())], dtype=lct.STRINGS)
     return lct.Records(Path("data"), names, paths, labels.astype(np.int32), groups.astype(np.int32), splits)
 
 
@@ -375,7 +375,9 @@ def test_a_part_of_data_that_have_grown_is_what_it_was(tmp_path):
     for gone in range(20):
         rows = np.delete(np.arange(20), gone)
         arrays = {name: getattr(grown, name)[rows] for name in ("labels", "groups", "splits")}
-        left = dataclasses.replace(grown, paths=lct.PathTable([grown.paths[row] for row in rows]), **arrays)
+        left = dataclasses.replace(
+            grown, paths=np.array([grown.paths[row] for row in rows], dtype=lct.STRINGS), **arrays
+        )
         groups = lct.reuse_splits(path, left)[0].groups
         assert len(set(groups.tolist())) == 20, "a missing image gets a group of its own"
     for folder in ("a", "b"):  # none of the run's images is where it was

@@ -255,7 +255,7 @@ def test_an_image_that_a_transform_cannot_take_is_left_out_by_name(tmp_path: Pat
         lct.Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / name)
     numbers = np.arange(2, dtype=np.int32)
     records = lct.Records(
-        tmp_path, ("a",), lct.PathTable(["0.png", "1.png"]), 0 * numbers, numbers, np.zeros(2, np.int8)
+        tmp_path, ("a",), np.array(["0.png", "1.png"], dtype=lct.STRINGS), 0 * numbers, numbers, np.zeros(2, np.int8)
     )
     dataset = lct.CropDataset(records, build(entry("random_crop", height=128, width=128)))
     batch = dataset.collate([dataset[lct.SampleKey(row, (), 0)] for row in (0, 1)])

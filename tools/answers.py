@@ -34,11 +34,11 @@ class Detections:
     """The images and the objects detected in them: image i has the objects `borders[i]:borders[i + 1]`."""
 
     root: Path
-    paths: lct.PathTable  # (M,) relative to root
+    paths: np.ndarray  # (M,) str, relative to root
     stamps: np.ndarray  # (M, 2) int64: size in bytes, mtime in ns
     image_ids: list[Any]  # (M,) from the COCO file, else 1, 2, ...
     sizes: np.ndarray  # (M, 2) int64 width and height that the file claims, 0 if it claims none
-    objects: lct.PathTable  # (N,) JSON for `geometry.to_pixels`: compact in memory, even with polygons
+    objects: np.ndarray  # (N,) JSON for `geometry.to_pixels`: compact in memory, even with polygons
     borders: np.ndarray  # (M + 1,) int64
     problems: list[Problem]  # known before any image is read
     notes: list[str]  # lines for the log

@@ -286,7 +286,7 @@ def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     paths = [gallery.stack_paths[position] for position in positions]
     files, _ = lct.list_mask_files(config, {lct.class_folder(path, config.splits) for path in paths})
     masks = [next((files[key] for key in lct.mask_names(config, path) if key in files), path) for path in paths]
-    tables = [lct.PathTable(column) for column in (paths, masks)]
+    tables = [np.array(column, dtype=lct.STRINGS) for column in (paths, masks)]
     zeros = np.zeros(len(paths), np.int32)
     records = lct.Records(
         data_root, ("reference",), tables[0], zeros, zeros, zeros, config.masks_dirname, config.image_bits, tables[1]

@@ -198,11 +198,11 @@ def read_detections(options: PrelabelOptions) -> Detections:
     order = np.argsort(image_indices, kind="stable")
     return Detections(
         root=options.images,
-        paths=lct.PathTable(paths),
+        paths=np.array(paths, dtype=lct.STRINGS),
         stamps=lct.stat_files(options.images, paths),
         image_ids=detected.image_ids,
         sizes=np.array(detected.sizes, dtype=np.int64).reshape(-1, 2),
-        objects=lct.PathTable([detected.objects[index][1] for index in order.tolist()]),
+        objects=np.array([detected.objects[index][1] for index in order.tolist()], dtype=lct.STRINGS),
         borders=np.concatenate([[0], np.cumsum(np.bincount(image_indices, minlength=len(paths)))]),
         problems=problems,
         notes=detected.notes + ([f"passed over: {lct.describe_ignored(tree.ignored)}"] if tree.ignored else []),

@@ -146,8 +146,8 @@ FAULTS = {
     ),
     # Data, masks, galleries
     "masks at the wrong crops": Fault(
-        'masks=PathTable([mask_of.get(item, "") for item in paths])',
-        'masks=PathTable([*map(records.masks.__getitem__, range(len(records.paths))), *[""] * len(rows)][: len(rows)])',
+        'masks=np.array([mask_of.get(item, "") for item in paths], dtype=STRINGS)',
+        'masks=np.array([*records.masks, *[""] * len(rows)][: len(rows)], dtype=STRINGS)',
         "test_figures.py -k masks_stay",
     ),
     "a new class takes every stranger": Fault(

@@ -295,7 +295,9 @@ def stored_case(settings: Settings, augment: bool) -> Case:
     """Compare batches of the squares that the scan has written with those of a memory map, and with decoding everything again."""
     photos, fresh = draw_photos(settings), item_case(settings, augment)
     count = np.zeros(len(photos), np.int32)
-    records = lct.Records(photos[0].parent, ("a",), lct.PathTable([path.name for path in photos]), count, count, count)
+    records = lct.Records(
+        photos[0].parent, ("a",), np.array([path.name for path in photos], dtype=lct.STRINGS), count, count, count
+    )
     writer = lct.SquareFile(lct.FileMemory(settings.scratch), IMG_SIZE, 10**9, 0)
     places = [writer.put("", path.name, (0, 0), lct.fit_square(lct.load_image(path), IMG_SIZE)) for path in photos]
     store = lct.SquareStore(writer.path, records, np.array([places, places]), IMG_SIZE)
@@ -453,7 +455,7 @@ def worker_memory(_: Settings) -> Case:
     """How much memory of its own a forked worker gets from reading each record once."""
     paths = [f"class{index % 100:03}/image{index:07}.jpg" for index in range(1_000_000)]
     listed = [(path, index % 100) for index, path in enumerate(paths)]
-    table, labels = lct.PathTable(paths), (np.arange(1_000_000) % 100).astype(np.int32)
+    table, labels = np.array(paths, dtype=lct.STRINGS), (np.arange(1_000_000) % 100).astype(np.int32)
     names = np.array(paths, dtype=bytes)  # as long as the longest, each
     state: dict[str, float] = {}  # the second call finds the pages that the first has copied
 
@@ -462,7 +464,7 @@ def worker_memory(_: Settings) -> Case:
         touch()
         return count_private_mb() - before
 
-    def read(column: np.ndarray | lct.PathTable) -> None:
+    def read(column: np.ndarray) -> None:
         for index in range(1_000_000):
             column[index], labels[index]
 

@@ -490,7 +490,7 @@ def measure_drawn(folder: Path) -> dict[str, Any]:
     records = lct.Records(
         folder,
         PLAIN,
-        lct.PathTable([str(i) for i in range(30)]),
+        np.array([str(i) for i in range(30)], dtype=lct.STRINGS),
         labels.astype(np.int32),
         np.arange(30),
         np.zeros(30, np.int8),

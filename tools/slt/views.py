@@ -119,7 +119,7 @@ class Images:
     """Images by index: decoded at each read, or already decoded to small squares in memory that workers share."""
 
     def __init__(self, paths: Sequence[str], pixels: np.ndarray | None = None) -> None:
-        self.paths = lct.PathTable(paths)
+        self.paths = np.array(paths, dtype=lct.STRINGS)
         self.pixels = pixels  # uint8 (N, S, S, 3)
 
     def __len__(self) -> int:
