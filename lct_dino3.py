@@ -2649,10 +2649,7 @@ def decode_image(data: bytes, bits: Sequence[int] = ()) -> tuple[np.ndarray, str
             image.load()  # turns a TIFF upright and drops its orientation
             turn = image.getexif().get(0x0112, 1)
             if deep_values is not None and deep_values.shape[:2] == (image.height, image.width):
-                factor = 255 / (2 ** fitting_bits(int(deep_values.max()), bits) - 1)
-                pixels = np.empty(deep_values.shape, dtype=np.uint8)
-                for row, line in enumerate(deep_values):  # the whole image in float64 would take eight times the memory
-                    pixels[row] = np.rint(line * factor).clip(0, 255)
+                pixels = scale_to_bytes(deep_values, 255 / (2 ** fitting_bits(int(deep_values.max()), bits) - 1))
             else:
                 pixels = to_rgb(image, bits)
     if turn in (5, 6, 7, 8):
@@ -2713,32 +2710,34 @@ def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> np.ndarray:
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
-    rows = max(1, STRIP_PIXELS // max(1, image.width))
-    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    factor = None
     if image.mode.startswith(("I", "F")):  # 16-bit or float gray, which Pillow's conversion clips to white
-        highest = 0.0
-        for box in boxes:
-            values = np.asarray(image.crop(box))
-            if not np.isfinite(values).all():
-                raise ImageError("has values that are not finite")
-            if image.mode == "I" and (values.min(initial=0) < 0 or values.max(initial=0) > 65_535):
-                raise ImageError("has values outside 0 to 65,535")
-            highest = max(highest, float(values.max(initial=0)))
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ImageError("has values that are not finite")
+        highest = float(values.max(initial=0))
+        if image.mode == "I" and (values.min(initial=0) < 0 or highest > 65_535):
+            raise ImageError("has values outside 0 to 65,535")
         # Deep values are scaled by their bits; float gray up to 1 by 255; anything up to 255 is taken as it is.
         is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
         depth = fitting_bits(highest, bits if image.mode != "F" else ())
         factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
+        return scale_to_bytes(values[:, :, None], factor)
     rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
-    for box in boxes:
-        strip = image.crop(box)
-        if factor is not None:
-            rgb[box[1] : box[3]] = np.rint(np.asarray(strip, dtype=np.float64) * factor).clip(0, 255)[:, :, None]
-            continue
+    num_rows = max(1, STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, num_rows):
+        strip = image.crop((0, top, image.width, min(top + num_rows, image.height)))
         if strip.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in strip.info:
             rgba = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (PADDING_GRAY,) * 3 + (255,)), rgba)
-        rgb[box[1] : box[3]] = np.asarray(strip.convert("RGB"))
+        rgb[top : top + num_rows] = np.asarray(strip.convert("RGB"))
+    return rgb
+
+
+def scale_to_bytes(values: np.ndarray, factor: float) -> np.ndarray:
+    """Return values (H, W, 3), or (H, W, 1) for gray, times a factor, uint8 (H, W, 3)."""
+    rgb = np.empty((*values.shape[:2], 3), dtype=np.uint8)
+    for row, line in enumerate(values):  # the whole image in float64 would take eight times the memory
+        rgb[row] = np.rint(line.astype(np.float64) * factor).clip(0, 255)
     return rgb
 
 
@@ -2914,6 +2913,7 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float
 def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.ndarray) -> None:
     """Move groups, in place, so that each class has one in every wanted split, train first, as far as its groups suffice."""
     by_class = counts.tocsc()
+    groups_of = np.split(by_class.indices, by_class.indptr[1:-1])  # by class
     # Number of groups, (num_classes, 3).
     present = np.stack([counts[split_of == split].getnnz(axis=0) for split in range(3)], axis=1)
 
@@ -2922,19 +2922,20 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.n
         classes, added = _group_counts(counts, group)
         return int((present[classes, split_of[group]] <= 1).sum()), float(split_of[group] != 0), int(added.sum())
 
+    def move(group: int, split: int) -> None:
+        classes, _ = _group_counts(counts, group)
+        present[classes, split_of[group]] -= 1
+        present[classes, split] += 1
+        split_of[group] = split
+
     for _ in range(3):  # a move may take the only group of another class; the next round repairs that
         for label, split in np.argwhere(present == 0):
-            members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
+            members = groups_of[label]
             # A class's last group may only move towards train.
             donors = [g for g in members if present[label, split_of[g]] > 1 or split_of[g] > split]
             # With k groups only the first k splits can be had.
-            if split not in wanted[: len(members)] or present[label, split] or not donors:
-                continue
-            group = min(donors, key=cost)
-            classes, _ = _group_counts(counts, group)
-            present[classes, split_of[group]] -= 1
-            present[classes, split] += 1
-            split_of[group] = split
+            if split in wanted[: len(members)] and not present[label, split] and donors:
+                move(min(donors, key=cost), split)
     # Random walk for the rare case that single moves get stuck, because classes share their few groups. A move that leaves the
     # group's classes with more empty splits than before is made one time in ten only.
     rng = np.random.default_rng(0)
@@ -2944,23 +2945,16 @@ def _give_every_class_its_splits(counts: Any, split_of: np.ndarray, wanted: np.n
         if not empty:
             break
         label, split = empty[rng.integers(len(empty))]
-        group = rng.choice(by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]])
-        classes, _ = _group_counts(counts, group)
-        moved = present.copy()
-        moved[classes, split_of[group]] -= 1
-        moved[classes, split] += 1
-        affected = np.ix_(np.intersect1d(classes, splittable), wanted)
-        if (moved[affected] == 0).sum() <= (present[affected] == 0).sum() + (rng.random() < 0.1):
-            present[:], split_of[group] = moved, split
+        group = rng.choice(groups_of[label])
+        affected = np.ix_(np.intersect1d(_group_counts(counts, group)[0], splittable), wanted)
+        old_split, num_empty = split_of[group], (present[affected] == 0).sum()
+        move(group, split)
+        if (present[affected] == 0).sum() > num_empty + (rng.random() < 0.1):
+            move(group, old_split)
     # A class that is not measured somewhere is better than one that is not trained on.
-    for label in range(len(present)):
-        members = by_class.indices[by_class.indptr[label] : by_class.indptr[label + 1]]
+    for label, members in enumerate(groups_of):
         if len(members) and not present[label, 0]:
-            group = min(members, key=cost)
-            classes, _ = _group_counts(counts, group)
-            present[classes, split_of[group]] -= 1
-            present[classes, 0] += 1
-            split_of[group] = 0
+            move(min(members, key=cost), 0)
 
 
 def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
