@@ -3791,7 +3791,7 @@ def build_transform(
     return Transform(img_size, fill, colours, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
-def _build_policy(entry: ListEntry) -> Any:
+def _build_policy(entry: ListEntry) -> Policy:
     from torchvision.transforms import v2
 
     policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
@@ -3799,48 +3799,43 @@ def _build_policy(entry: ListEntry) -> Any:
     if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
         raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
     _check_arguments(entry.where, policy_class, arguments)
-    _construct(entry.where, policy_class, arguments)  # raises UserError for a wrong value
-    defaults = {name: parameter.default for name, parameter in inspect.signature(policy_class).parameters.items()}
-    bins, magnitude = ((defaults | arguments).get(name, 0) for name in ("num_magnitude_bins", "magnitude"))
+    policy = _construct(entry.where, policy_class, {"fill": [PADDING_GRAY] * 3, **arguments})
+    bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
     if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
         remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
         raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return make_policy(entry.kind, arguments, float(probability))
+    return Policy(entry.kind, policy, probability)
 
 
-def make_policy(kind: str, arguments: dict[str, Any], probability: float) -> Any:
-    """Return torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158), applied with `probability`.
+class Policy:
+    """torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step of `Transform._apply`.
 
-    It is a step of `Transform._apply`: takes an image and a mask, and returns a dict of both.
+    It is applied with `probability`; its moves also move the mask, which torchvision refuses.
     """
-    from torchvision.transforms import v2
 
-    class Policy(getattr(v2, POLICIES[kind])):
-        def __reduce__(self) -> tuple[Any, ...]:  # pickle finds no local class
-            return make_policy, (kind, arguments, probability)
+    def __init__(self, kind: str, policy: nn.Module, probability: float) -> None:
+        self.kind = kind  # name in error messages
+        self._policy, self._probability = policy, probability
+        policy._apply_image_or_video_transform = self._apply_operation
 
-        def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
-            self.rng = rng
+    def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+        self._rng = rng
 
-        def forward(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
-            if self.rng.random() >= probability:
-                return {"image": image, "mask": mask}
-            self.mask = None if mask is None else torch.from_numpy(mask.copy())[None]
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, which training uses
-                torch.default_generator.manual_seed(int(self.rng.integers(2**62)))
-                moved = super().forward(torch.from_numpy(image.copy()).permute(2, 0, 1))
-            mask = None if mask is None else self.mask[0].numpy()
-            return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
+    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+        if self._rng.random() >= self._probability:
+            return {"image": image, "mask": mask}
+        self._mask = None if mask is None else torch.from_numpy(mask.copy())[None]
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, which training uses
+            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))
+            moved = self._policy(torch.from_numpy(image.copy()).permute(2, 0, 1))
+        mask = None if mask is None else self._mask[0].numpy()
+        return {"image": np.ascontiguousarray(moved.permute(1, 2, 0).numpy()), "mask": mask}
 
-        def _apply_image_or_video_transform(self, image: Any, transform_id: str, *args: Any, **kwargs: Any) -> Any:
-            apply = super()._apply_image_or_video_transform
-            if self.mask is not None and transform_id in POLICY_MOVES:
-                self.mask = apply(self.mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
-            return apply(image, transform_id, *args, **kwargs)
-
-    policy = Policy(**{"fill": [PADDING_GRAY] * 3, **arguments})
-    policy.kind = kind  # its name in error messages
-    return policy
+    def _apply_operation(self, image: torch.Tensor, transform_id: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        apply = functools.partial(type(self._policy)._apply_image_or_video_transform, self._policy)
+        if self._mask is not None and transform_id in POLICY_MOVES:
+            self._mask = apply(self._mask, transform_id, *args, **kwargs | {"fill": {torch.Tensor: [0]}})
+        return apply(image, transform_id, *args, **kwargs)
 
 
 # Lists of transforms: each entry is checked and becomes a step. A UserError names the place of the entry in its file.
