@@ -174,6 +174,16 @@ def test_exif_orientations_come_out_upright(picture, file_format, options):
         assert (mode, found) == ("RGB", orientation)
 
 
+@pytest.mark.parametrize("file_format, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {})])
+def test_damaged_exif_costs_no_image_and_no_mask(picture, file_format, options):
+    image = Image.fromarray(picture)
+    whole, damaged = (image_bytes(image, file_format, exif=exif, **options) for exif in (b"", b"Exif\0\0text, no tags"))
+    assert b"text, no tags" in damaged
+    assert np.array_equal(lct.decode_image(damaged)[0], lct.decode_image(whole)[0])
+    mask = image_bytes(Image.fromarray(np.tri(9, dtype=bool)), "PNG", exif=b"Exif\0\0text, no tags")
+    assert np.array_equal(lct.decode_mask(mask, is_alpha=False), np.tri(9, dtype=bool))
+
+
 def test_exif_orientation_of_a_jpeg_and_a_senseless_one(picture):
     smooth = np.asarray(Image.fromarray(picture[:3, :4]).resize((64, 48), Image.Resampling.BICUBIC))
     for orientation in (6, 8):

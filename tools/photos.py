@@ -46,4 +46,4 @@ def read_image_size(path: Path) -> tuple[int, int]:
     """
     with lct.opened_image(lct.read_file(path)) as image:
         # EXIF orientations 5 to 8 swap the sides.
-        return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+        return image.size[::-1] if lct.read_orientation(image) in (5, 6, 7, 8) else image.size

@@ -324,8 +324,11 @@ def load_thumbnail(path: Path, size: int) -> Image.Image:
             image = image.convert("RGB")  # palettes cannot be resized
         image.thumbnail((size, size))  # decodes a JPEG at down to an eighth of its size
         image = image.convert("RGB")
-        image.getexif()[ORIENTATION] = source.getexif().get(ORIENTATION, 1)  # read last: Pillow turns a TIFF upright
-        return ImageOps.exif_transpose(image)
+        with contextlib.suppress(SyntaxError):  # of damaged EXIF
+            # Read last: Pillow turns a TIFF upright.
+            image.getexif()[ORIENTATION] = source.getexif().get(ORIENTATION, 1)
+            return ImageOps.exif_transpose(image)
+        return image
 
 
 def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:

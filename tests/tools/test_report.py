@@ -690,6 +690,8 @@ def test_pictures_are_upright_and_of_any_mode(tmp_path: Path) -> None:
         assert shown.shape == (40, 20, 3) and shown[:18].min() > 200 and shown[22:].max() < 50, kind.mode
     image.save(run.data / "0/1.png", "JPEG", exif=exif)
     assert load_picture(run, "0/1.png", "bbox", 10).shape == (10, 5, 3)
+    image.save(run.data / "0/1.png", exif=b"Exif\0\0text, no tags")
+    assert load_picture(run, "0/1.png", "bbox", 10).shape == (5, 10, 3)
 
 
 def test_a_picture_that_is_a_pipe_or_a_bomb_is_only_missing(tmp_path: Path) -> None:
