@@ -3830,6 +3830,7 @@ class Policy:
         policy._apply_image_or_video_transform = self._apply_operation
 
     def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
+        """Take the generator of the sample, as transforms of albumentations do."""
         self._rng = rng
 
     def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
