@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 MESH_SUFFIXES = (".off", ".obj", ".ply", ".stl")
-VOXELS_VERSION = 1  # raise it when `voxelize` changes: voxels cached on disk by another version are not used
+VOXELS_VERSION = 2  # raise it when `voxelize` changes: voxels cached on disk by another version are not used
 SAMPLE_SPACING = 0.5  # voxels between samples of a surface; they can miss only voxels that it grazes at a corner
 MAX_SAMPLES = 2_000_000  # points on a surface at a time: 48 MB
 # Numbers of steps along an edge. Triangles with equal numbers are sampled together, each with at most 1.5 times the steps it needs.
@@ -56,19 +56,21 @@ def read_mesh(path: Path) -> Mesh:
 
     Raises MeshError if the file cannot be read or has no surface.
     """
-    if path.suffix.lower() == ".off":
-        mesh = parse_off(path.read_bytes().decode("latin-1"))
-    else:
-        import trimesh
+    import trimesh
 
-        try:
+    try:
+        if path.suffix.lower() == ".off":
+            mesh = parse_off(path.read_bytes().decode("utf-8-sig", errors="replace"))
+        else:
             loaded = trimesh.load_scene(path, process=False).to_geometry()
             faces = np.asarray(getattr(loaded, "faces", np.zeros((0, 3))), dtype=np.int64)
             mesh = Mesh(np.asarray(loaded.vertices, dtype=np.float64), faces)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # for damaged files, the parsers of trimesh raise many types
-            raise MeshError(f"cannot be read: {str(error)[:200] or type(error).__name__}") from error
+    except (OSError, MemoryError, MeshError):
+        raise
+    except Exception as error:  # for damaged files, the parsers of trimesh raise many types
+        raise MeshError(f"cannot be read: {str(error)[:200] or type(error).__name__}") from error
+    if ((mesh.faces < 0) | (mesh.faces >= len(mesh.vertices))).any():
+        raise MeshError("has faces with vertices that it does not have")
     if not len(mesh.faces) and (path.suffix.lower() != ".ply" or len(mesh.vertices) < MIN_POINTS):
         raise MeshError("has no faces")
     if not (np.abs(mesh.vertices) < MAX_COORDINATE).all():  # NaN fails the comparison too
@@ -230,10 +232,11 @@ def sample_surface(triangles: np.ndarray, spacing: float) -> Iterator[tuple[np.n
 
 
 def _close_gaps(grid: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Fill the gaps between neighbouring points of a point cloud."""
+    """Fill the gaps between neighbouring points (N, 3) of a point cloud, whose voxels are `grid`."""
     from scipy.ndimage import binary_closing
     from scipy.spatial import KDTree
 
+    points = np.unique(points, axis=0)  # between two equal points there is no gap
     spacing = np.percentile(KDTree(points).query(points, k=2)[0][:, 1], 90)
     radius = int(np.ceil(1.3 * spacing))  # on a slope, neighbours lie further apart in voxels
     # Padded, because closing erodes voxels at the border.
@@ -358,9 +361,9 @@ def draw_curves(panels: dict[str, dict[str, Sequence[float | None]]]) -> Image.I
     pen = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
         left = number * panel_width + left_margin
-        values = np.array([line for line in lines.values() if len(line)], dtype=np.float64).reshape(len(lines), -1)
+        values = np.array(list(lines.values()), dtype=np.float64)
         finite = values[np.isfinite(values)]
-        low, high = min(0.0, *finite, 0.0), max(1e-9, *finite, 1e-9)
+        low, high = finite.min(initial=0.0), finite.max(initial=1e-9)
         pen.text((left, 8), title, INK, font)
         for fraction in (0, 0.25, 0.5, 0.75, 1):
             y = top_margin + height * (1 - fraction)

@@ -108,6 +108,35 @@ def test_broken_off_files_are_named_by_line(text: str, said: str) -> None:
     assert str(caught.value).startswith(said)
 
 
+PLY = """ply
+format ascii 1.0
+element vertex 3
+property float x
+property float y
+property float z
+element face 1
+property list uchar int vertex_indices
+end_header
+0 0 0
+1 0 0
+0 1 0
+3 0 1 """
+
+
+def test_an_off_file_of_an_editor_in_cyrillic_is_read(tmp_path: Path) -> None:
+    """It has a byte order mark, and a letter whose second byte ends a line in Latin-1."""
+    (tmp_path / "chair.off").write_text("\ufeffOFF\n# хвост\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "utf-8")
+    assert meshes.read_mesh(tmp_path / "chair.off").faces.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("vertex", [3, -1, 10**20])
+@pytest.mark.parametrize("start", [PLY, "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 "])
+def test_a_face_with_a_vertex_that_is_not_there_is_a_broken_mesh(start: str, vertex: int, tmp_path: Path) -> None:
+    path = tmp_path / f"mesh.{start[:3].lower()}"
+    path.write_text(f"{start}{vertex}\n")
+    assert isinstance(meshes.voxelize_file(path, 8, False), str)
+
+
 def as_mesh(mesh: trimesh.Trimesh) -> meshes.Mesh:
     return meshes.Mesh(np.asarray(mesh.vertices, dtype=float), np.asarray(mesh.faces))
 
@@ -172,14 +201,15 @@ def test_other_files_give_the_same_voxels(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_cloud_of_points_becomes_a_shape_without_gaps(tmp_path: Path) -> None:
-    """Scanned points lie 1.7 voxels apart, on a plate and on a pole upon it."""
+    """Scanned points lie 1.7 voxels apart, on a plate and on a pole upon it; some scans hold each point twice."""
     steps = np.linspace(0, 1, 20)
     plate = np.stack([*np.meshgrid(steps, steps), np.zeros((20, 20))], axis=-1).reshape(-1, 3)
     pole = np.column_stack([np.full(20, steps[9]), np.full(20, steps[9]), steps])
-    trimesh.PointCloud(np.concatenate([plate, pole])).export(tmp_path / "cloud.ply")
-    grid = meshes.voxelize(meshes.read_mesh(tmp_path / "cloud.ply"), 32, is_solid=False)
-    assert grid[:, :, 0].all() and grid[15, 15].all()
-    assert grid.sum() < 1.1 * (32 * 32 + 32)
+    for count in (1, 2):
+        trimesh.PointCloud(np.concatenate([plate, pole] * count)).export(tmp_path / "cloud.ply")
+        grid = meshes.voxelize(meshes.read_mesh(tmp_path / "cloud.ply"), 32, is_solid=False)
+        assert grid[:, :, 0].all() and grid[15, 15].all()
+        assert grid.sum() < 1.1 * (32 * 32 + 32)
 
 
 # --- data
