@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import http.client
 import json
@@ -30,6 +31,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -191,8 +193,8 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
         except (http.client.HTTPException, ValueError) as error:  # cut off, or no HTTP
             last_error = error
         except OSError as error:  # no route, refused, reset, timed out, cut off
-            is_disk_error = isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == errno.ENOSPC
-            if is_disk_error:
+            is_disk_error = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+            if is_disk_error or isinstance(error, (PermissionError, IsADirectoryError)):
                 raise lct.write_error(part, error, 0) from error
             last_error = error
     else:
@@ -278,10 +280,7 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(info) as source, open(target, "xb") as copy:  # zipfile reads at most file_size bytes
                     shutil.copyfileobj(source, copy, CHUNK_BYTES)
-    except (
-        *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError),
-        *(EOFError, NotImplementedError, RuntimeError),
-    ) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         archive.unlink(missing_ok=True)
         remedy = "it is deleted; start again to fetch it anew"
@@ -493,15 +492,16 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
     seen = set()  # `modelnet10 chairs` lists each chair twice: it could be held out and trained on
     folders = [folder for source in options.dataset for folder in load_dataset(source, options.download_path)]
     for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            parts = path.relative_to(folder).parts
-            is_hidden = any(part.startswith(".") for part in parts)
-            if path.suffix.lower() not in MESH_SUFFIXES or is_hidden or path.resolve() in seen:
+        names = glob.iglob("**", root_dir=folder, recursive=True)  # noqa: PTH207  follows links to folders, skips what is hidden
+        for relative in sorted(map(Path, names)):
+            path = folder / relative
+            if path.suffix.lower() not in MESH_SUFFIXES or path.resolve() in seen:
                 continue
             seen.add(path.resolve())
             # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
-            names = [part for part in (folder.resolve().name, *parts[:-1]) if part not in ("train", "test")]
-            meshes.append((path, names[-1] if names else "shape", "test" in (folder.resolve().name, *parts[:-1])))
+            parents = (folder.resolve().name, *relative.parts[:-1])
+            class_names = [parent for parent in parents if parent not in ("train", "test")]
+            meshes.append((path, class_names[-1] if class_names else "shape", "test" in parents))
     if not meshes:
         remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"
         raise lct.UserError("holds no meshes", f"--dataset {' '.join(options.dataset)}", remedy)
@@ -527,6 +527,10 @@ def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             yield from lct.progress(pool.map(voxelize, paths, chunksize=8), len(paths), "voxels", unit="mesh")
+        except BrokenProcessPool as error:
+            remedy = "lower it if memory is short; the same command continues"
+            where = f"--num_workers {options.num_workers}"
+            raise lct.UserError("a process that voxelises was killed", where, remedy) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -155,6 +156,17 @@ def test_servers_that_end_early_or_speak_no_http_cost_one_sentence(
     assert said in caught.value.what and "\n" not in caught.value.what and not (tmp_path / "set.zip").exists()
 
 
+def test_a_full_disk_is_not_called_a_network_failure(server: Server, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
+    try:
+        with pytest.raises(lct.UserError, match="cannot be written: File too large"):
+            download_file(server.url, tmp_path / "set.zip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(server.asked) == 1
+
+
 def test_a_wrong_checksum_deletes_what_came(server: Server, tmp_path: Path) -> None:
     with pytest.raises(lct.UserError, match="SHA-256"):
         download_file(server.url, tmp_path / "set.zip", "0" * 64)
@@ -200,7 +212,8 @@ def test_links_bombs_doubles_and_damage_are_refused(tmp_path: Path) -> None:
         archive.writestr("fine.off", os.urandom(1000))
     packed = bytearray((tmp_path / "lzma.zip").read_bytes())
     packed[60] ^= 255
-    others = [("is damaged", bytes(flipped)), ("is damaged", bytes(packed))]
+    misspelt = make_zip({"стул.off": ""}).replace("стул".encode(), b"\xff" * 8)
+    others = [("is damaged", bytes(data)) for data in (flipped, packed, misspelt)]
     for members in ({"a": "", "a/b.off": ""}, {"a/b.off": "", "a": ""}, {"a" * 300: ""}, {".": ""}):
         others.append(("cannot be unpacked", make_zip(members)))
     for said, data in [*archives.items(), *others]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,6 +259,25 @@ def test_too_few_meshes_name_what_there_is_and_no_file_that_is_not(
 def test_a_mesh_that_two_sources_hold_counts_once(toys: Path, here: Path) -> None:
     shapes, _ = load(toys, "--dataset", toys / "chair", toys, toys)
     assert len(shapes.labels) == 24 and shapes.class_names == ["chair", "lamp", "monitor", "table"]
+
+
+def test_links_to_folders_are_followed(toys: Path, here: Path) -> None:
+    (here / "data" / ".hidden").mkdir(parents=True)
+    shutil.copy(toys / "lamp" / "lamp_0001.off", here / "data" / ".hidden")
+    (here / "data" / "chair").symlink_to(toys / "chair")
+    shapes, _ = load(here / "data")
+    assert len(shapes.labels) == 6 and shapes.class_names == ["chair"]
+
+
+def test_a_killed_process_that_voxelises_is_one_sentence(toys: Path, here: Path) -> None:
+    def kill_first() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    threading.Thread(target=kill_first, daemon=True).start()
+    with pytest.raises(lct.UserError, match="--num_workers 1: a process that voxelises was killed"):
+        load(toys, "--num_workers", 1)
 
 
 def test_voxels_are_computed_once(toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
