@@ -162,10 +162,11 @@ def make_latents(options: Any, latent_dim: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.latent_seed)
         return torch.randn(options.num_samples, latent_dim, generator=generator)
     try:
-        values = np.load(options.z, allow_pickle=False)
+        with open(options.z, "rb") as file:  # `numpy.load` takes archives too
+            values = np.lib.format.read_array(file, allow_pickle=False)
         with np.errstate(over="ignore"):  # infinity is refused below
             z = torch.from_numpy(np.atleast_2d(values).astype(np.float32, casting="same_kind"))
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = str(error).partition(". ")[0]
         raise lct.UserError(
             f"cannot be read: {reason}", options.describe("z"), "write numbers with numpy.save"

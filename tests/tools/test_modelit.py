@@ -765,7 +765,9 @@ def test_z_is_a_function_of_the_seed_or_of_a_file(
     np.save("object.npy", np.array([{}], dtype=object))
     np.save("complex.npy", np.zeros(8, complex))
     np.save("huge.npy", np.full(8, 1e300))
-    for name in ("wrong.npy", "object.npy", "complex.npy", "huge.npy"):
+    np.savez("archive.npz", np.zeros(8))
+    Path("half.npz").write_bytes(b"PK\3\4")
+    for name in ("wrong.npy", "object.npy", "complex.npy", "huge.npy", "archive.npz", "half.npz"):
         assert generate(trained, "--z", name) == 2
         assert f"--z {name}" in capsys.readouterr().err
 
