@@ -12,6 +12,7 @@ of an uninterrupted run. The checkpoint holds the architecture and the name of t
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -186,6 +187,8 @@ def check_options(options: ModelitOptions) -> None:
         raise lct.UserError("contradict each other", "--prompt, --prompts", "give one of them")
     if options.resume and options.overwrite:
         raise lct.UserError("contradict each other", "--resume, --overwrite", "give one of them")
+    if options.checkpoint.exists() and not options.checkpoint.is_file():
+        raise lct.UserError("is not a file", options.describe("checkpoint"), "give another")
     for name in ("num_encoder_layers", "num_decoder_layers", "disc_num_layers"):
         num_layers = getattr(options, name)
         divisor = 2**num_layers
@@ -196,6 +199,15 @@ def check_options(options: ModelitOptions) -> None:
             remedy = f"give --voxel_size {sizes}" + (f", or --{name} {max_layers} or fewer" if max_layers else "")
             problem = f"{num_layers} layers cannot halve {options.voxel_size} evenly"
             raise lct.UserError(problem, f"--{name} {num_layers}", remedy)
+
+
+def check_batches(options: ModelitOptions, num_shapes: int) -> None:
+    """Raise UserError if a step would give BatchNorm one value a channel, of which it can learn nothing."""
+    num_layers = max(options.num_encoder_layers, options.disc_num_layers)
+    if options.use_batch_norm and options.voxel_size == 2**num_layers and 1 in (num_shapes, options.batch_size):
+        where = f"{options.describe('batch_size')}, with {lct.count_of(num_shapes, 'shape')} to train on"
+        problem = "BatchNorm after a layer that leaves one voxel needs two shapes a step"
+        raise lct.UserError(problem, where, "give more, or --no-use_batch_norm")
 
 
 def choose_runtime(options: ModelitOptions) -> lct.Runtime:
@@ -264,6 +276,7 @@ def train(options: ModelitOptions) -> None:
     lct.create_out_dir(options.checkpoint.parent, "--checkpoint")
     runtime = choose_runtime(options)
     shapes, problems = load_shapes(options, lct.show)
+    check_batches(options, np.count_nonzero(~shapes.held_out))
     plain = options.as_plain()
     identity = {
         field.name: plain[field.name] for field in lct.option_fields(type(options)) if field.metadata.get("fixed")
@@ -300,8 +313,8 @@ def train(options: ModelitOptions) -> None:
 def read_state(path: Path, remedy: str) -> dict[str, Any]:
     """Read a checkpoint. Raises UserError, with `remedy`, if it is missing, damaged, or not of this program."""
     where = f"--checkpoint {path}"
-    if not path.is_file():
-        raise lct.UserError("is not a file" if path.exists() else "does not exist", where, remedy)
+    if not path.exists():
+        raise lct.UserError("does not exist", where, remedy)
     try:
         payload = lct.load_checkpoint(path, CHECKPOINT_FORM)
     except lct.UserError as error:
@@ -530,11 +543,14 @@ def copy_to_verdict(options: ModelitOptions, folder: Path) -> None:
     target = options.out_dir / verdict / folder.name
     with lct.SIGNALS.hold():
         lct.copy_checkpoint(options.checkpoint, folder / "weights" / options.checkpoint.name)
-        for old_verdict in ("good", "neutral", "bad"):
-            shutil.rmtree(options.out_dir / old_verdict / folder.name, ignore_errors=True)
         temporary = target.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(".*"))
+        try:
+            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(".*"))
+        except shutil.Error as error:  # lists (source, target, reason), without errno
+            raise lct.write_error(target, OSError(error.args[0][0][2]), 0) from error
+        for old_verdict in ("good", "neutral", "bad"):
+            shutil.rmtree(options.out_dir / old_verdict / folder.name, ignore_errors=True)
         temporary.rename(target)
     kind = "held-out" if name == "val_iou" else "training (nothing is held out)"
     lct.show(f"{verdict}: {kind} IoU {iou:.3f}; {target}")
@@ -547,6 +563,8 @@ def generate(options: ModelitOptions) -> None:
     """Write a mesh for each prompt and z. Raises UserError for an unknown file type, an empty shape, or an open surface."""
     if options.preview is not None and options.preview.suffix.lower() != ".png":
         raise lct.UserError("is no PNG", options.describe("preview"), "end it in .png")
+    if options.output.is_dir():
+        raise lct.UserError("is a folder", options.describe("output"), "give the name of a file in it")
     kind = options.format or options.output.suffix.lower().removeprefix(".")
     if kind not in MESH_KINDS:
         raise lct.UserError("is no kind of mesh", options.describe("output"), f"end it in .{', .'.join(MESH_KINDS)}")
@@ -642,17 +660,18 @@ def run_mode(options: ModelitOptions) -> None:
 def analyze(options: ModelitOptions) -> None:
     """Write the embeddings of prompts, their cosines, and their first two principal components."""
     prompts = read_prompts(options)
-    text = describe_encoder(options)
-    cond_dim = options.cond_dim
-    if options.checkpoint.exists():
+    if options.checkpoint.exists() or "checkpoint" in options.origins:
         payload = read_state(options.checkpoint, "name another --checkpoint")
-        text = payload["text"] if "text_encoder" not in options.origins else text
-        cond_dim = payload["architecture"]["cond_dim"] if "cond_dim" not in options.origins else cond_dim
+        text = payload["text"]
+        trained = {"text_encoder": text["encoder"], "clip_pretrained": text["pretrained"]}
+        trained["cond_dim"] = payload["architecture"]["cond_dim"]
+        untyped = {name: value for name, value in trained.items() if name not in options.origins}
+        options = dataclasses.replace(options, **untyped)
         prompts = prompts or [TEMPLATES[2].format(name.replace("_", " ")) for name in payload["class_names"]]
     if len(prompts) < 2:
-        problem = f"there are {len(prompts)} prompts to compare"
+        problem = f"needs two prompts to compare, not {len(prompts)}"
         raise lct.UserError(problem, "--prompts", "give a file with several, one a line")
-    vectors = embed_prompts(prompts, text, cond_dim).astype(np.float64)
+    vectors = embed_prompts(prompts, describe_encoder(options), options.cond_dim).astype(np.float64)
     cosines = vectors @ vectors.T
     centred = vectors - vectors.mean(axis=0)
     _, singular_values, axes = np.linalg.svd(centred, full_matrices=False)
@@ -662,7 +681,11 @@ def analyze(options: ModelitOptions) -> None:
     explained = (singular_values[:2] ** 2).sum() / max((singular_values**2).sum(), 1e-12)
     folder = options.out_dir / "analysis"
     lct.create_out_dir(folder)
-    tables = {"embeddings": (vectors, range(cond_dim)), "cosine": (cosines, prompts), "pca": (points, ("x", "y"))}
+    tables = {
+        "embeddings": (vectors, range(options.cond_dim)),
+        "cosine": (cosines, prompts),
+        "pca": (points, ("x", "y")),
+    }
     for name, (values, columns) in tables.items():
         text_file = io.StringIO()
         writer = csv.writer(text_file, lineterminator="\n")
@@ -673,7 +696,7 @@ def analyze(options: ModelitOptions) -> None:
         lct.write_bytes(folder / f"{name}.csv", text_file.getvalue().encode("utf-8", "backslashreplace"))
     save_picture(options, folder / "cosine.png", draw_matrix(cosines, prompts))
     save_picture(options, folder / "pca.png", draw_points(points, prompts))
-    encoder = ENCODER_NAMES[text["encoder"]]
+    encoder = ENCODER_NAMES[options.text_encoder]
     lct.show(f"{len(prompts)} prompts, text encoder: {encoder}; two components hold {explained:.0%} of the variance")
 
 

@@ -606,8 +606,21 @@ def test_checkpoints_that_do_not_fit_cost_one_sentence(
             assert run_main("modelit", *flags, "--checkpoint", path) == 2
             output = capsys.readouterr()
             assert f"--checkpoint {path}: " in output.err and "Traceback" not in output.err
-    assert train(toys, "--checkpoint", here) == 2
-    assert "is not a file" in capsys.readouterr().err
+    (here / "folder").mkdir()
+    for flags in ((), ("--overwrite",)):
+        assert train(toys, "--checkpoint", here / "folder", *flags) == 2
+        assert "folder: is not a file" in capsys.readouterr().err and (here / "folder").is_dir()
+
+
+def test_a_verdict_that_cannot_be_copied_is_said_and_the_last_one_stays(
+    toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(toys, "--epochs", 1) == 0
+    (run,) = here.glob("rez/run_*")
+    (run / "gone").symlink_to("nowhere")
+    assert train(toys, "--epochs", 2) == 2
+    assert "cannot be written: [Errno 2] No such file" in capsys.readouterr().err
+    assert [*here.glob("rez/*/run_*/weights/*.pth")]
 
 
 def test_nothing_is_called_held_out_where_nothing_is(
@@ -643,6 +656,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
             "give --voxel_size 16 or 24, or --num_encoder_layers 2 or fewer",
         ),
         (("--voxel_size", 5), "give --voxel_size 4 or 8"),
+        (("--use_batch_norm", "--batch_size", 1, "--disc_num_layers", 3), "needs two shapes a step"),
         (("--dataset", "nowhere"), "is neither a folder nor a known data set"),
         (("--dataset", "shapenetcore"), "needs a login"),
         (("--prompt", "a", "--prompts", __file__), "contradict each other"),
@@ -787,6 +801,7 @@ def test_blank_prompts_are_none_and_byte_order_marks_are_no_letters(trained: Pat
         (("--voxel_size", 16), "--voxel_size 16: vae_gan_test.pth was trained with 8"),
         (("--text_encoder", "openclip"), "--text_encoder openclip: vae_gan_test.pth was trained with hash"),
         (("--preview", "shape.obj", "--output", "shape.obj"), "--preview shape.obj: is no PNG"),
+        (("--output", ".", "--format", "obj"), "--output .: is a folder"),
     ],
 )
 def test_what_contradicts_the_checkpoint_or_itself(
@@ -847,6 +862,18 @@ def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
         with Image.open(here / "rez" / "analysis" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
     assert run_main(*command) == 0, "without prompts, the classes"
+
+
+def test_an_analysis_takes_what_is_typed_and_no_other_checkpoint(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("modelit", "--mode", "analyze", "--checkpoint", "clip.pth")
+    assert run_main(*command) == 2
+    assert "--checkpoint clip.pth: does not exist" in capsys.readouterr().err
+    payload = read_checkpoint(trained / "vae_gan_test.pth")
+    torch.save({**payload, "text": {"encoder": "openclip", "pretrained": "./old.pt"}}, "clip.pth")
+    assert run_main(*command, "--clip_pretrained", "./new.pt") == 2
+    assert "--clip_pretrained ./new.pt: is no file" in capsys.readouterr().err
 
 
 def test_pictures_of_many_prompts_stay_small_and_captions_have_cyrillic() -> None:
