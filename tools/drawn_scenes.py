@@ -218,17 +218,6 @@ def _tone(colour: Iterable[float], factor: float) -> tuple[int, ...]:
     return tuple(min(255, int(channel * factor)) for channel in colour)
 
 
-def _draw_scratches(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> None:
-    for _ in range(int(rng.integers(0, 9))):
-        start = rng.uniform(0, _BENCH_PX, 2)
-        angle = rng.uniform(0, 2 * math.pi)
-        end = start + rng.uniform(20, 160) * direction(angle)
-        tone = int(rng.choice([30, 60, 200, 235]))
-        ink = (tone, tone, tone, int(rng.integers(50, 130)))
-        width = int(rng.integers(1, 3))
-        draw.line([*start.tolist(), *end.tolist()], fill=ink, width=width)
-
-
 def _draw_fastener(rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float) -> None:
     """Draw a screw head, nut or washer with its shadow."""
     tone = int(rng.integers(95, 215))
@@ -285,7 +274,13 @@ def _make_bench(rng: np.random.Generator) -> tuple[Image.Image, bool]:
     zoom = rng.uniform(1.6, 2.0)  # at 1.6 a turned square stays inside the texture
     bench = _cut_out(texture, (_BENCH_PX, _BENCH_PX), centre, turn, zoom, Image.Resampling.NEAREST)  # smoothed later
     draw = ImageDraw.Draw(bench, "RGBA")
-    _draw_scratches(rng, draw)
+    for _ in range(int(rng.integers(0, 9))):  # scratches
+        start = rng.uniform(0, _BENCH_PX, 2)
+        angle = rng.uniform(0, 2 * math.pi)
+        end = start + rng.uniform(20, 160) * direction(angle)
+        tone = int(rng.choice([30, 60, 200, 235]))
+        ink = (tone, tone, tone, int(rng.integers(50, 130)))
+        draw.line([*start.tolist(), *end.tolist()], fill=ink, width=int(rng.integers(1, 3)))
     if not is_foam:
         for _ in range(int(rng.integers(0, 3))):
             _draw_clutter(rng, draw)
@@ -507,13 +502,6 @@ def _plan_shots(images_per_class: int) -> list[tuple[int, int]]:
     return list(itertools.islice(frames, images_per_class))
 
 
-def _choose_codec(class_name: str, position: int, num_frames: int) -> _Codec:
-    last_codec = _ODD_FILES.get(class_name) or _BROKEN_FILES.get(class_name)
-    if last_codec and position == num_frames - 1:
-        return last_codec
-    return (".png", functools.partial(_encode_png, compress_level=3)) if position % 9 == 4 else (".jpg", encode_jpeg)
-
-
 def _write_sample(folder: Path, stem: str, drawn: tuple[np.ndarray, np.ndarray], codec: _Codec) -> None:
     image, mask = drawn
     suffix, encode = codec
@@ -521,21 +509,6 @@ def _write_sample(folder: Path, stem: str, drawn: tuple[np.ndarray, np.ndarray],
     (folder / "cropped" / f"{stem}{suffix}").write_bytes(encode(Image.fromarray(image)))
     (folder / "masks" / f"{stem}_mask.png").write_bytes(_encode_png(Image.fromarray(mask), compress_level=3))
     (folder / "cutouts" / f"{stem}.png").write_bytes(_encode_png(cutout, compress_level=3))
-
-
-def _draw_class(folder: Path, class_name: str, frames: list[tuple[int, int]], seed: int) -> None:
-    class_index = CLASS_NAMES.index(class_name)
-    make_tool, stock = TOOLS[class_name]
-    for position, (shot, frame) in enumerate(frames):
-        if frame == 0:
-            shot_rng = np.random.default_rng((seed, class_index, shot))
-            parts = make_tool(shot_rng, stock)
-            scene = _make_scene(shot_rng)
-        drawn = _draw_frame(np.random.default_rng((seed, class_index, shot, frame)), parts, scene)
-        codec = _choose_codec(class_name, position, len(frames))
-        _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
-        if class_name == _DUPLICATED_CLASS and position == 0:
-            _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
 
 
 def draw_unknown_objects(root: Path, images_per_kind: int, seed: int) -> None:
@@ -564,5 +537,22 @@ def draw_dataset(root: Path, images_per_class: int, seed: int) -> None:
         frames = [(1 + class_index * shots_per_class + shot, frame) for shot, frame in plan]
         if class_name in _BROKEN_FILES:
             frames.append((frames[-1][0] + 1, 0))
-        _draw_class(folder, class_name, frames, seed)
+        make_tool, stock = TOOLS[class_name]
+        last_codec = _ODD_FILES.get(class_name) or _BROKEN_FILES.get(class_name)
+        for position, (shot, frame) in enumerate(frames):
+            if frame == 0:
+                shot_rng = np.random.default_rng((seed, class_index, shot))
+                parts = make_tool(shot_rng, stock)
+                scene = _make_scene(shot_rng)
+            drawn = _draw_frame(np.random.default_rng((seed, class_index, shot, frame)), parts, scene)
+            codec = (
+                (".png", functools.partial(_encode_png, compress_level=3))
+                if position % 9 == 4
+                else (".jpg", encode_jpeg)
+            )
+            if last_codec and position == len(frames) - 1:
+                codec = last_codec
+            _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
+            if class_name == _DUPLICATED_CLASS and position == 0:
+                _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
     (root / CLASS_NAMES[0] / "cropped" / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
