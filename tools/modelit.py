@@ -278,13 +278,9 @@ def train(options: ModelitOptions) -> None:
     shapes, problems = load_shapes(options, lct.show)
     check_batches(options, np.count_nonzero(~shapes.held_out))
     plain = options.as_plain()
-    identity = {
-        field.name: plain[field.name] for field in lct.option_fields(type(options)) if field.metadata.get("fixed")
-    }
-    identity |= {
-        "class_names": shapes.class_names,
-        "data": lct.fingerprint(shapes.packed, shapes.labels, shapes.held_out),
-    }
+    fixed = [field.name for field in lct.option_fields(type(options)) if field.metadata.get("fixed")]
+    identity = {name: plain[name] for name in fixed} | {"class_names": shapes.class_names}
+    identity["data"] = lct.fingerprint(shapes.packed, shapes.labels, shapes.held_out)
     if payload is not None:
         try:
             lct.check_identity(options.checkpoint, payload["identity"], identity)
@@ -298,9 +294,8 @@ def train(options: ModelitOptions) -> None:
     try:
         with lct.RunDirectory(folder / "logs") as run:
             (folder / "weights").mkdir(exist_ok=True)
-            lct.write_json(
-                run.path / "config.json", {"options": plain, "identity": identity, "device": runtime.describe()}
-            )
+            config = {"options": plain, "identity": identity, "device": runtime.describe()}
+            lct.write_json(run.path / "config.json", config)
             lct.write_json(run.path / "problems.json", [{"path": path, "reason": reason} for path, reason in problems])
             baselines = score_baselines(shapes, options.voxel_size)
             train_run(Job(options, runtime, shapes, prompts, baselines, run, folder, identity), payload)
@@ -461,8 +456,7 @@ def score_held_out(job: Job, state: TrainState) -> float:
         batch = rows[start : start + job.options.batch_size]
         voxels = torch.from_numpy(job.shapes.grids(batch, job.options.voxel_size)).to(job.runtime.device)
         prompts = job.prompts[torch.from_numpy(job.shapes.labels[batch]), 0].to(job.runtime.device)
-        logits, _, _ = state.model(voxels, prompts, torch.ones(len(batch), dtype=torch.bool, device=voxels.device))
-        ious.append(compute_iou(logits.float().sigmoid(), voxels))
+        ious.append(compute_iou(state.model.reconstruct(voxels, prompts), voxels))
     return torch.cat(ious).mean().item() if ious else math.nan
 
 
@@ -483,11 +477,9 @@ def write_pictures(job: Job, state: TrainState) -> None:
         example = (held_out if len(held_out) else np.flatnonzero(in_class))[:1]
         voxels = job.shapes.grids(example, job.options.voxel_size)
         prompt = job.prompts[label, :1].to(device)
-        logits, _, _ = state.model(
-            torch.from_numpy(voxels).to(device), prompt, torch.ones(1, dtype=torch.bool, device=device)
-        )
+        reconstruction = state.model.reconstruct(torch.from_numpy(voxels).to(device), prompt).cpu().numpy()
         samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
-        grids = [voxels[0, 0], logits.float().sigmoid().cpu().numpy()[0, 0], *samples[:, 0]]
+        grids = [voxels[0, 0], reconstruction[0, 0], *samples[:, 0]]
         captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
         pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
         rows.append(list(zip(captions, pictures, strict=True)))

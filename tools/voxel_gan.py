@@ -241,12 +241,17 @@ class CVAE_Conditional(nn.Module):  # noqa: N801  the name that users know
         z = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
         return self.decoder(z, condition), mean, log_variance
 
+    def reconstruct(self, voxels: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """Return probabilities (B, 1, size, size, size) of shapes and their embedded prompts; in evaluation, from mean z."""
+        logits, _, _ = self(voxels, prompts, torch.ones(len(voxels), dtype=torch.bool, device=voxels.device))
+        return logits.float().sigmoid()
+
     def generate(self, z: torch.Tensor, prompts: torch.Tensor | None, guidance: float = 1.0) -> torch.Tensor:
         """Return probabilities (B, 1, size, size, size) for z and embedded prompts; None = without prompt."""
         empty = self.empty.expand(len(z), -1)
         if prompts is None:
             return self.decoder(z, empty).float().sigmoid()
-        logits = self.decoder(z, self.make_condition(prompts, torch.ones(len(z), dtype=torch.bool, device=z.device)))
+        logits = self.decoder(z, prompts)
         if guidance != 1.0:  # classifier-free guidance, arXiv:2207.12598
             unconditional = self.decoder(z, empty)
             logits = unconditional + guidance * (logits - unconditional)

@@ -91,7 +91,7 @@ def draw_tools(words: list[str], checkpoint: Path) -> bytes:
         name = shapes.class_names[shapes.labels[row]].replace("_", " ")
         prompt = torch.from_numpy(voxel_gan.embed_prompts([f"a {name}"], payload["text"], options.cond_dim))
         voxels = torch.from_numpy(shapes.grids(np.array([row]), options.voxel_size))
-        made = model(voxels, prompt, torch.ones(1, dtype=torch.bool))[0].sigmoid(), model.generate(z, prompt)
+        made = model.reconstruct(voxels, prompt), model.generate(z, prompt)
         for caption, grid in zip((name, "reconstructed", "sample"), (voxels, *made), strict=True):
             cells.append((caption, meshes.draw_voxels(grid.numpy()[0, 0], modelit.SIGMA, 110)))
     return meshes.encode_png(meshes.draw_sheet([cells[start : start + 6] for start in range(0, len(cells), 6)], 110))
