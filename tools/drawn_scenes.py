@@ -545,13 +545,11 @@ def draw_dataset(root: Path, images_per_class: int, seed: int) -> None:
                 parts = make_tool(shot_rng, stock)
                 scene = _make_scene(shot_rng)
             drawn = _draw_frame(np.random.default_rng((seed, class_index, shot, frame)), parts, scene)
-            codec = (
-                (".png", functools.partial(_encode_png, compress_level=3))
-                if position % 9 == 4
-                else (".jpg", encode_jpeg)
-            )
+            codec = (".jpg", encode_jpeg)
             if last_codec and position == len(frames) - 1:
                 codec = last_codec
+            elif position % 9 == 4:
+                codec = (".png", functools.partial(_encode_png, compress_level=3))
             _write_sample(folder, f"shot{shot:03d}_f{frame}", drawn, codec)
             if class_name == _DUPLICATED_CLASS and position == 0:
                 _write_sample(folder, f"shot{frames[-1][0] + 1:03d}_f0", drawn, codec)
