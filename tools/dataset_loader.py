@@ -127,7 +127,8 @@ def fill_folder(folder: Path, link: Link) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process; this one has the lock
     if link.url:
         archive = folder.with_name(f"{folder.name}.zip")
-        download_file(link.url, archive, link.sha256)
+        if not archive.exists():  # else a start that could not unpack it has left it
+            download_file(link.url, archive, link.sha256)
         extract_archive(archive, temporary)
     else:
         draw_toy_set(temporary)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import dataset_loader
 import meshes
@@ -241,6 +243,9 @@ def test_a_known_set_is_fetched_once_and_filtered(
     }
     monkeypatch.setattr(dataset_loader, "DATASET_LINKS", links)
     server.content = make_zip(NET)
+    with monkeypatch.context() as patch, pytest.raises(lct.UserError, match="make room"):
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        load_dataset("chairs", tmp_path / "sets")
     (chairs,) = load_dataset("chairs", tmp_path / "sets")
     assert sorted(path.name for path in chairs.rglob("*.off")) == ["chair_0001.off", "chair_0002.off"]
     (whole,) = load_dataset("ModelNet10", tmp_path / "sets")
