@@ -291,6 +291,8 @@ def train(options: ModelitOptions) -> None:
     prompts = torch.from_numpy(embed_prompts(texts, describe_encoder(options), options.cond_dim))
     prompts = prompts.reshape(len(shapes.class_names), len(TEMPLATES), -1)
     folder = options.out_dir / (payload["run"] if payload else time.strftime("run_%Y-%m-%d_%H-%M-%S"))
+    while payload is None and folder.exists():  # a run that began in the same second
+        folder = folder.with_name(f"{folder.name}_")
     try:
         with lct.RunDirectory(folder / "logs") as run:
             (folder / "weights").mkdir(exist_ok=True)

@@ -623,6 +623,16 @@ def test_a_verdict_that_cannot_be_copied_is_said_and_the_last_one_stays(
     assert [*here.glob("rez/*/run_*/weights/*.pth")]
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "run_now")
+    for name in ("first.pth", "second.pth"):
+        assert train(toys, "--epochs", 1, "--checkpoint", name) == 0
+    copies = sorted(path.relative_to(here) for path in here.glob("rez/run_*/weights/*"))
+    assert copies == [Path("rez/run_now/weights/first.pth"), Path("rez/run_now_/weights/second.pth")]
+
+
 def test_nothing_is_called_held_out_where_nothing_is(
     toys: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
