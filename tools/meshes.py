@@ -123,10 +123,8 @@ def _parse_vertices(lines: Sequence[tuple[int, str]]) -> np.ndarray:
     except ValueError:
         for number, line in lines:
             try:
-                is_vertex = len([float(word) for word in line.split()[:3]]) == 3
+                _, _, _ = map(float, line.split()[:3])
             except ValueError:
-                is_vertex = False
-            if not is_vertex:
                 raise MeshError(f"line {number}: is not the three coordinates of a vertex") from None
         raise
 
