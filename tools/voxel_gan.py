@@ -176,7 +176,7 @@ def make_latents(options: Any, latent_dim: int) -> torch.Tensor:
         remedy = f"give finite numbers of shape ({latent_dim},) or (N, {latent_dim})"
         raise lct.UserError(problem, options.describe("z"), remedy)
     if "num_samples" in options.origins and options.num_samples != len(z):
-        raise lct.UserError(f"--z has {len(z)} rows", options.describe("num_samples"), "leave it out")
+        raise lct.UserError(f"--z has {lct.count_of(len(z), 'row')}", options.describe("num_samples"), "leave it out")
     return z
 
 
