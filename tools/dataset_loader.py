@@ -502,6 +502,9 @@ def list_meshes(options: Any) -> list[tuple[Path, str, bool]]:
             # ModelNet10/chair/train/chair_0001.off is of class chair; without class folders, the class is the name of `folder`.
             parents = (folder.resolve().name, *relative.parts[:-1])
             class_names = [parent for parent in parents if parent not in ("train", "test")]
+            if path.stem in ("model", "model_normalized"):  # ShapeNet: <class>/<id>/model.obj, or models/ below <id>
+                depth = 2 if class_names[-1:] == ["models"] else 1
+                class_names = class_names[:-depth] or class_names
             meshes.append((path, class_names[-1] if class_names else "shape", "test" in parents))
     if not meshes:
         remedy = f"give a folder with <class>/*.off ({' '.join(MESH_SUFFIXES)}), or --dataset toy, which is drawn"

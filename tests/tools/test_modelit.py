@@ -324,6 +324,17 @@ def test_folders_named_test_are_held_out_else_a_share_of_each_class(
     assert dataset_loader.list_meshes(options) == [(Path("lamp_0004.off"), "shape", True)]
 
 
+def test_classes_of_shapenet_are_those_of_its_folders(tmp_path: Path) -> None:
+    for name in ("v1/0300/a1/model.obj", "v1/0437/b2/model.obj", "v2/0300/a1/models/model_normalized.obj"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    found = []
+    for folder in ("v1", "v2", "v2/0300"):
+        options = lct.parse_options(modelit.ModelitOptions, ["--dataset", str(tmp_path / folder)], "modelit")
+        found.append([name for _, name, _ in dataset_loader.list_meshes(options)])
+    assert found == [["0300", "0437"], ["0300"], ["0300"]]
+
+
 def test_baselines_are_those_of_a_loop(toys: Path, here: Path) -> None:
     words = ["--dataset", str(toys), *TINY, "--val_split", "0.34"]
     options = lct.parse_options(modelit.ModelitOptions, words, "modelit")
