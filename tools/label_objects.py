@@ -132,9 +132,9 @@ class Rows:
         """Add the object that `read_shape` makes of `shape`, or a problem if it raises."""
         try:
             detection = {"id": detection_id, "category_id": class_name, **read_shape(*shape)}
-        except (BoxError, TypeError, ValueError, AttributeError, KeyError) as error:
+        except (BoxError, TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
             reason = str(error) if isinstance(error, BoxError) else "has a shape that is not of numbers"
-            self.problems.append(Problem(self.images[-1]["file_name"].lstrip("/"), detection_id, reason))
+            self.problems.append(Problem(str(self.images[-1]["file_name"]).lstrip("/"), detection_id, reason))
             return
         text = json.dumps(detection, separators=(",", ":"))
         self.annotations.append(Annotation(len(self.images), detection_id, text))

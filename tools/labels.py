@@ -252,7 +252,7 @@ def _read_region(region: dict[str, Any]) -> dict[str, Any]:
         sides = [int(region[key]) for key in ("original_width", "original_height")]
         return {"segmentation": encode_rle(decode_brush(value["rle"], *sides), 0, 0, *sides)}
     if "points" in value:
-        return {"yolo_polygon": [float(number) / 100 for point in value["points"] for number in point]}
+        return {"yolo_polygon": [float(number) / 100 for x, y in value["points"] for number in (x, y)]}
     if "radiusX" in value:
         sides = [float(region[key]) for key in ("original_width", "original_height")] * 2
         ellipse = [

@@ -139,6 +139,7 @@ def test_a_source_that_is_no_plain_file_is_said_to_be_none(tmp_path: Path) -> No
 
 CVAT = '<annotations><image id="0" name="a.jpg" width="20" height="{height}">{shapes}</image></annotations>'
 CSV = "image,x,y,width,height,class,more\n"
+PERCENT = {"x": 1, "y": 2, "width": 3, "height": 4}
 
 
 def task(*regions: dict, **more: object) -> str:
@@ -156,7 +157,7 @@ def task(*regions: dict, **more: object) -> str:
         ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
         (
             "a.json",
-            task({"type": "rectanglelabels", "value": {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 9}}),
+            task({"type": "rectanglelabels", "value": {**PERCENT, "rotation": 9}}),
             "not of numbers",  # without the photo's sides, a turn in percent is none in px
         ),
         (
@@ -165,6 +166,13 @@ def task(*regions: dict, **more: object) -> str:
             "of numbers",
         ),
         ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], 3]}}), "not of numbers"),
+        ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], [3], [4, 5]]}}), "not of numbers"),
+        ("a.json", task({"type": "polygonlabels", "value": {"points": [[1, 2], [3, 10**400]]}}), "not of numbers"),
+        (
+            "a.json",
+            task({"type": "rectangle", "original_width": 0, "original_height": 9, "value": {**PERCENT, "rotation": 9}}),
+            "not of numbers",
+        ),
         ("a.json", task({"type": "keypointlabels", "value": {"x": 1, "y": 2, "width": 3}}), "neither a rectangle"),
         ("a.json", task({"type": "rectanglelabels", "value": {"rectanglelabels": ["b", "c"]}}), "has 2 classes"),
         ("a.json", task({"type": "rectanglelabels", "image_rotation": 90, "value": {}}), "its image turned"),
@@ -196,6 +204,7 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
             "none of its images (1) is there: b.jpg is not in",
         ),
         ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes=""), "without file_name"),
+        ("a.xml", CVAT.replace("name=", "title=").format(height=10, shapes="<points/>"), "without file_name"),
         ("a.csv", "", "it has no column image"),
         ("a.csv", "annotation_id,annotator,id,image,label\n", "it is Label Studio's CSV"),
         ("a.csv", "image,x,y,width,height\n", "it has no column class"),
