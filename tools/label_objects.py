@@ -225,13 +225,14 @@ def _match_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[i
     candidates = [_find_candidates(name, index_of) for name in names]
     num_names = Counter(folder for by_folder in candidates for folder in by_folder)
     matches: list[set[int]] = []
-    names_by_index: dict[int, set[str]] = {}
+    names_by_index: dict[int, set[str]] = {}  # two at most: enough to tell one from another
     for name, by_folder in zip(names, candidates, strict=True):
         most_names = max((num_names[folder] for folder in by_folder), default=0)
         matches.append({index for folder, index in by_folder.items() if num_names[folder] == most_names})
         if None not in by_folder:
             for index in matches[-1]:
-                names_by_index.setdefault(index, set()).add(name)
+                if len(rivals := names_by_index.setdefault(index, set())) < 2:
+                    rivals.add(name)
     for name, by_folder, indices in zip(names, candidates, matches, strict=True):
         rivals = [other for index in indices for other in names_by_index.get(index, ()) if other != name]
         if not indices:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -577,6 +578,16 @@ def test_the_end_of_an_absolute_name_counts_and_one_that_two_have_does_not(tmp_p
     assert [reason.partition(",")[0] for reason in reasons] == [
         "ends like D:\\two\\b.jpg", "ends like /data/one/b.jpg", "is not in --images"
     ]  # fmt: skip
+
+
+def test_thousands_of_names_with_one_end_take_no_minute(tmp_path: Path) -> None:
+    """As of videos whose frames are numbered from 1 in a folder each, with the frames of one of them in --images."""
+    images = [{"id": number, "file_name": f"/videos/{number}/a.jpg"} for number in range(6000)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": []}))
+    start = time.process_time()
+    with pytest.raises(labels.LabelError, match="/videos/0/a.jpg ends like /videos/1/a.jpg"):
+        read(tmp_path / "coco.json")
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
