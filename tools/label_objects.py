@@ -231,8 +231,8 @@ def _match_names(names: Sequence[str], image_paths: Sequence[str]) -> Iterator[i
         matches.append({index for folder, index in by_folder.items() if num_names[folder] == most_names})
         if None not in by_folder:
             for index in matches[-1]:
-                if len(rivals := names_by_index.setdefault(index, set())) < 2:
-                    rivals.add(name)
+                if len(namesakes := names_by_index.setdefault(index, set())) < 2:
+                    namesakes.add(name)
     for name, by_folder, indices in zip(names, candidates, matches, strict=True):
         rivals = [other for index in indices for other in names_by_index.get(index, ()) if other != name]
         if not indices:

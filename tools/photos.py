@@ -39,11 +39,14 @@ def read_highest_value(path: Path) -> int:
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Return width and height of the upright image, without decoding it.
+    """Return width and height of the upright image, without decoding it, unless it is a TIFF on its side.
 
     Raises:
         ImageError: with the reason.
     """
     with lct.opened_image(lct.read_file(path)) as image:
-        # EXIF orientations 5 to 8 swap the sides.
-        return image.size[::-1] if lct.read_orientation(image) in (5, 6, 7, 8) else image.size
+        is_turned = lct.read_orientation(image) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+        if is_turned and image.format == "TIFF":
+            image.load()  # turns it upright; which size it has before depends on the version of Pillow
+            return image.size
+        return image.size[::-1] if is_turned else image.size

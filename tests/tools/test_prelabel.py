@@ -21,6 +21,7 @@ from urllib.parse import unquote
 import geometry
 import label_writers
 import numpy as np
+import photos
 import prelabel
 import pytest
 import torch
@@ -611,6 +612,17 @@ def test_boxes_lie_on_the_upright_image(
         (reason,) = [problem["reason"] for problem in problems if problem["image"] == "2.png"]
         assert words in reason
         assert any(row["image"] == "2.png" for row in read_rows(tmp_path / "two")) == (words == "are taken for")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_the_size_of_a_photo_without_objects_is_that_of_its_upright_pixels(tmp_path: Path, suffix: str) -> None:
+    for orientation in (1, 3, 5, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (40, 20)).save(tmp_path / f"a.{suffix}", exif=exif)
+        height, width, _ = lct.load_image(tmp_path / f"a.{suffix}").shape
+        assert photos.read_image_size(tmp_path / f"a.{suffix}") == (width, height)
+        assert (width, height) == ((20, 40) if orientation > 4 else (40, 20))
 
 
 def test_odd_yolo_folders_are_explained(
