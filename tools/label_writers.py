@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-from geometry import printable
 from label_objects import CSV_COLUMNS, Problem
 from label_yolo import flat_name
 from labels import FORMULA
 
 CVAT_ATTRIBUTES = ("best_class", "probability", "cosine", "runner_up", "margin", "detection_id")
+# What XML or a list of names, one a line, cannot hold. Names may need any other character: Persian and Hindi are written with
+# joiners, and macOS puts a narrow no-break space into the names of screenshots.
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 
 
 class LabelledObject(NamedTuple):
@@ -107,7 +110,7 @@ def write_yolo(labels: LabelSet) -> Iterator[LabelFile]:
     Each image has a link, because a link to the folder would be resolved and labels looked for beside the photos. Paths are flat,
     because labels of images in a second folder named images are looked for elsewhere.
     """
-    names = [printable(name) for name in labels.names]
+    names = list(map(_escape_controls, labels.names))
     yield "yolo/classes.txt", [f"{name}\n" for name in names]
     # A JSON string is valid YAML.
     lines = [f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(names)]
@@ -162,7 +165,7 @@ def _write_cvat_xml(labels: LabelSet) -> Iterator[str]:
         yield f'<image id="{image.image_index}" name="{_xml(image.path)}" width="{width}" height="{height}">\n'
         for item in image.objects:
             x, y, w, h = item.box
-            edges = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
+            edges = f'xtl="{x:.4f}" ytl="{y:.4f}" xbr="{x + w:.4f}" ybr="{y + h:.4f}"'
             yield f'<box label="{_xml(labels.names[item.label])}" source="auto" occluded="0" {edges} z_order="0">\n'
             for name in CVAT_ATTRIBUTES:
                 if item.details.get(name) is not None:
@@ -184,8 +187,12 @@ def write_labelstudio(labels: LabelSet) -> Iterator[LabelFile]:
 
 
 def _xml(text: Any) -> str:
-    """Escape text for XML; control characters, which XML cannot hold, become backslash escapes."""
-    return escape(printable(str(text)), {'"': "&quot;"})
+    return escape(_escape_controls(str(text)), {'"': "&quot;"})
+
+
+def _escape_controls(text: str) -> str:
+    """Return text with backslash escapes for the characters of UNWRITABLE."""
+    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def _json_array(items: Iterable[Any]) -> Iterator[str]:
@@ -227,7 +234,7 @@ def _labelstudio_task(labels: LabelSet, image: LabelledImage) -> dict[str, Any]:
                 "original_height": height,
                 "image_rotation": 0,
                 "score": item.score,
-                "value": {**percent, "rotation": 0, "rectanglelabels": [printable(labels.names[item.label])]},
+                "value": {**percent, "rotation": 0, "rectanglelabels": [_escape_controls(labels.names[item.label])]},
                 "meta": {"text": [f"{key}: {value}" for key, value in item.details.items()]},
             }
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import geometry
+import label_objects
 import label_writers
 import label_yolo
 import labels
@@ -806,6 +807,40 @@ def test_no_cell_is_a_formula_and_each_is_read_back(tmp_path: Path, text: str) -
     )
     found = read(tmp_path / "a.csv", ["other.jpg", f"{text}.jpg"])
     assert found.images == [1] and json.loads(found.objects[0][1])["category_id"] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("coco", "coco/annotations/instances_default.json"),
+        ("yolo", "yolo"),
+        ("cvat", "cvat/annotations.xml"),
+        ("labelstudio", "labelstudio/tasks.json"),
+        ("csv", "objects.csv"),
+    ],
+)
+def test_what_a_format_holds_is_read_back_with_its_names_and_pixels(tmp_path: Path, name: str, source: str) -> None:
+    paths = ["3.45\u202fPM.jpg", "deep 1/\u3000б & \"c\".png", "می\u200cخ.jpg", "क्\u200dष.jpg"]
+    classes = ["no\xa0break", "می\u200cخ", '<"&">', "क्\u200dष"]
+    boxes = [(10.5, 20.4996, 31.0004, 7.0009), (0.0, 0.0001, 640.0, 479.9999), (1.2345, 6.789, 0.3333, 0.6667), (1, 2, 3, 4)]
+
+    def images() -> Iterable[label_writers.LabelledImage]:
+        for number, (path, box) in enumerate(zip(paths, boxes, strict=True)):
+            item = label_writers.LabelledObject(number, box, number, 0.5, {"best_class": "b"})
+            yield label_writers.LabelledImage(number, number + 1, path, (640, 480), [item])
+
+    label_set = label_writers.LabelSet(tmp_path / "photos", classes, "model", "description", images)
+    for path, content in label_writers.WRITERS[name].write(label_set):
+        if not isinstance(content, Path):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes("".join(content).encode())
+    found = labels.read_labels(tmp_path / source, paths)
+    assert found.images == [0, 1, 2, 3] and not found.problems
+    for (index, text), box in zip(found.objects, boxes, strict=True):
+        detection = json.loads(text)
+        assert label_objects.find_class_name(found.class_names, detection["category_id"]) == classes[index]
+        cutting = geometry.cut_object(np.zeros((480, 640, 3), np.uint8), detection, 0, with_mask=False)
+        assert cutting.box == pytest.approx(box, abs=1e-9)
 
 
 CASES = REPO.parent / "shared" / "cases"
