@@ -144,7 +144,7 @@ def find_box(detection: dict[str, Any], width: int, height: int) -> tuple[float,
 def _find_bounds(segmentation: Any, width: int, height: int) -> list[float]:
     """Return the bounding box x, y, width, height of a segmentation."""
     if isinstance(segmentation, list):
-        points = np.concatenate(_read_polygons(segmentation))
+        points = np.concatenate(list_polygons(segmentation), dtype=np.float64).reshape(-1, 2)
         return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
     mask = read_segmentation(segmentation, (width, height), (0, 0, width, height))
     rows = np.flatnonzero(mask.any(axis=1))
@@ -177,10 +177,9 @@ def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[in
         counts = segmentation.get("counts")
         counts = unpack_rle(counts) if isinstance(counts, str) else counts
         return decode_rle(counts, width, height)[top:bottom, left:right]
-    if not isinstance(segmentation, list):
-        raise BoxError("has neither a box nor a mask")
     mask = np.zeros((bottom - top, right - left), dtype=bool)
-    for points in _read_polygons(segmentation):
+    for numbers in list_polygons(segmentation):
+        points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
         mask |= fill_polygon(points - (left, top), right - left, bottom - top)
     return mask
 
@@ -236,9 +235,12 @@ def plain_id(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
-    """Return each polygon x, y, x, y, ... of a mask as float64 (n, 2), without those of one or two points, which cover nothing."""
-    if not segmentation:
+def list_polygons(segmentation: Any) -> list[list[float]]:
+    """Return the polygons x, y, x, y, ... of a mask, without those of one or two points, which cover nothing.
+
+    Raises BoxError if it is no such mask, or has no polygon.
+    """
+    if not isinstance(segmentation, list) or not segmentation:
         raise BoxError("has neither a box nor a mask")
     is_flat = all(map(_is_number, segmentation))  # one polygon, not in a list
     polygons = []
@@ -247,7 +249,7 @@ def _read_polygons(segmentation: list[Any]) -> list[np.ndarray]:
         if not are_numbers or (len(numbers) % 2 and len(numbers) > 5):
             raise BoxError("has a polygon that is not pairs of numbers")
         if len(numbers) > 5:
-            polygons.append(np.array(numbers, dtype=np.float64).reshape(-1, 2))
+            polygons.append(numbers)
     if not polygons:
         raise BoxError("has a mask without three points")
     return polygons

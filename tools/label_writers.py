@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
+from geometry import BoxError, list_polygons
 from label_objects import CSV_COLUMNS, Problem
 from label_yolo import flat_name
 from labels import FORMULA
@@ -90,7 +91,7 @@ def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
             "id": next(annotation_ids),
             **_coco_result(image, item),
             "area": round(item.box[2] * item.box[3], 3),
-            "segmentation": item.segmentation or [],
+            "segmentation": _plain_segmentation(item.segmentation, image.size),
             "iscrowd": int(item.is_crowd),
             "attributes": {key: value for key, value in item.details.items() if value is not None},
         }
@@ -98,6 +99,16 @@ def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
         for item in image.objects
     )
     yield "}\n"
+
+
+def _plain_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
+    """Return a segmentation as pycocotools decodes it; [] if there is none, or the labels have one that does not fit the image."""
+    if isinstance(segmentation, dict):
+        return segmentation if segmentation.get("size") == [size[1], size[0]] else []
+    try:
+        return list_polygons(segmentation)
+    except BoxError:
+        return []
 
 
 def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:

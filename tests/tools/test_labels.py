@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
@@ -841,6 +842,31 @@ def test_what_a_format_holds_is_read_back_with_its_names_and_pixels(tmp_path: Pa
         assert label_objects.find_class_name(found.class_names, detection["category_id"]) == classes[index]
         cutting = geometry.cut_object(np.zeros((480, 640, 3), np.uint8), detection, 0, with_mask=False)
         assert cutting.box == pytest.approx(box, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
+@pytest.mark.parametrize(
+    ("segmentation", "num_pixels"),
+    [
+        ([[10, 10, 50, 10, 50, 50]], 780),
+        ([10, 10, 50, 10, 50, 50], 780),
+        ([[], [5, 5], [5, 5, 6, 6], [10, 10, 50, 10, 50, 50]], 780),
+        ({"size": [64, 60], "counts": [0, 780, 3060]}, 780),
+        ({"size": [60, 64], "counts": [0, 780, 3060]}, 0),  # of the photo before its EXIF rotation
+        ([[5, 5, 6, 6]], 0),
+        ([[1, 2, float("nan"), 4, 5, 6]], 0),
+        (None, 0),
+    ],
+)
+def test_pycocotools_decodes_whatever_mask_is_written(tmp_path: Path, segmentation: object, num_pixels: int) -> None:
+    item = label_writers.LabelledObject(0, (1, 2, 3, 4), 0, 0.5, {}, segmentation)
+    image = label_writers.LabelledImage(0, 1, "a.jpg", (60, 64), [item])
+    label_set = label_writers.LabelSet(tmp_path, ["b"], "model", "description", lambda: iter([image]))
+    _, (_, lines), _ = label_writers.write_coco(label_set)
+    (tmp_path / "coco.json").write_text("".join(lines))
+    coco = COCO(tmp_path / "coco.json")
+    mask = coco.annToMask(coco.anns[1]) if coco.anns[1]["segmentation"] else np.zeros(0)
+    assert mask.sum() == num_pixels
 
 
 CASES = REPO.parent / "shared" / "cases"
