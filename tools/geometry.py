@@ -6,6 +6,7 @@ An object is a dict in COCO's form, or as a reader of labels.py returns it. Rais
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,19 @@ def encode_rle(mask: np.ndarray, left: int, top: int, width: int, height: int) -
     columns[left : left + mask.shape[1], top : top + mask.shape[0]] = mask.T
     changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
     return {"size": [height, width], "counts": np.diff(changes, prepend=0, append=columns.size).tolist()}
+
+
+def rotate_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Rotate a box x, y, w, h clockwise about `pivot`, in fractions of its sides; return the corners x1, y1 ... y4 in px."""
+    x, y, width, height = bbox
+    cos = math.cos(math.radians(degrees))
+    sin = math.sin(math.radians(degrees))
+    corners = []
+    for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
+        right = (along - pivot[0]) * width
+        below = (down - pivot[1]) * height
+        corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
+    return corners
 
 
 class Cutting(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from geometry import BoxError, plain_id, printable
+from geometry import BoxError, plain_id, printable, rotate_box
 
 MAX_FILE_BYTES = 500_000_000
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
@@ -272,9 +273,15 @@ def _normalize_id(value: Any) -> Any:
 
 
 def make_annotation(item: dict[str, Any]) -> Annotation:
-    """Reduce a COCO annotation to the keys that are used."""
+    """Reduce a COCO annotation to the keys that are used; a box that CVAT has rotated becomes a polygon."""
     keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
     needed = {key: item[key] for key in keys if key in item}
+    attributes = item.get("attributes")
+    degrees = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if type(degrees) in (int, float) and degrees and not item.get("segmentation"):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # a bad box is reported later
+            needed["segmentation"] = [rotate_box(item.get("bbox"), degrees, (0.5, 0.5))]
+            del needed["bbox"]  # the one before the rotation
     if "category_id" in needed:
         needed["category_id"] = plain_id(needed["category_id"])
     ids = [plain_id(item.get(key)) for key in ("image_id", "id")]

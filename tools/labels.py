@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote
 from xml.etree import ElementTree
 
 import numpy as np
-from geometry import MAX_MASK_PIXELS, BoxError, decode_rle, encode_rle, printable
+from geometry import MAX_MASK_PIXELS, BoxError, decode_rle, encode_rle, printable, rotate_box
 from label_objects import (
     CSV_COLUMNS,
     READ_REMEDY,
@@ -303,19 +303,6 @@ def decode_brush(data: Sequence[int], width: int, height: int) -> np.ndarray:
     except (ValueError, OverflowError) as error:
         raise BoxError("has a brush mask that is cut off, or not of bytes") from error
     return values.reshape(height, width, 4)[..., 3] > 0
-
-
-def rotate_box(bbox: Sequence[float], degrees: float, pivot: tuple[float, float]) -> list[float]:
-    """Rotate a box x, y, w, h clockwise about `pivot`, in fractions of its sides; return the corners x1, y1 ... y4 in px."""
-    x, y, width, height = bbox
-    cos = math.cos(math.radians(degrees))
-    sin = math.sin(math.radians(degrees))
-    corners = []
-    for along, down in ((0, 0), (1, 0), (1, 1), (0, 1)):
-        right = (along - pivot[0]) * width
-        below = (down - pivot[1]) * height
-        corners += [x + pivot[0] * width + right * cos - below * sin, y + pivot[1] * height + right * sin + below * cos]
-    return corners
 
 
 def _list_via_photos(path: Path, content: Any) -> list[dict[str, Any]] | None:

@@ -225,13 +225,19 @@ def test_a_file_that_is_not_of_its_kind_costs_one_sentence(tmp_path: Path, name:
 
 
 def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path) -> None:
-    """CVAT turns a box about its centre, as OpenCV does; Label Studio about its first corner, in px and not in percent."""
+    """CVAT turns a box about its centre, as OpenCV does; Label Studio about its first corner, in px and not in percent.
+
+    CVAT's COCO export has the box before the turn, and the angle among its attributes (cvat-ai/cvat#4745).
+    """
     shapes = '<box label="b" xtl="6" ytl="2" xbr="14" ybr="6" rotation="30.5"/>'
     (tmp_path / "a.xml").write_text(CVAT.format(height=10, shapes=shapes))
     percent = {"x": 50, "y": 20, "width": 20, "height": 60, "rotation": 90, "rectanglelabels": ["b"]}  # of 20 by 10 px
     region = {"type": "rectanglelabels", "original_width": 20, "original_height": 10, "value": percent}
     (tmp_path / "a.json").write_text(task(region))
-    expected = {"a.xml": cv2.boxPoints(((10, 4), (8, 4), 30.5)).tolist(), "a.json": [[10, 2], [10, 6], [4, 6], [4, 2]]}
+    box = {"image_id": 1, "category_id": 1, "bbox": [6, 2, 8, 4], "segmentation": [], "attributes": {"rotation": 30.5}}
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [box]}))
+    turned = cv2.boxPoints(((10, 4), (8, 4), 30.5)).tolist()
+    expected = {"a.xml": turned, "coco.json": turned, "a.json": [[10, 2], [10, 6], [4, 6], [4, 2]]}
     for name, corners in expected.items():
         [(_, text)] = read(tmp_path / name).objects
         detection = geometry.to_pixels(json.loads(text), 20, 10)
@@ -497,6 +503,10 @@ def boxes_of(found: labels.FoundObjects, names: Sequence[str]) -> dict[str, list
 
 
 COCO_KINDS = {
+    "attributes of CVAT": (nothing, lambda o: o.update(attributes={"occluded": False, "rotation": 0.0}), {}),
+    "rotated box with its outline": (nothing, lambda o: o.update(attributes={"rotation": 30.0}), {}),
+    "rotation of another kind": (nothing, lambda o: o.update(segmentation=[], attributes={"rotation": "left"}), {}),
+    "attributes that are none": (nothing, lambda o: o.update(segmentation=[], attributes=["rotation"]), {}),
     "as it is": (nothing, nothing, {}),
     "image_id among an image's keys": (lambda i: i.update(image_id=i["id"]), nothing, {}),
     "image_id and category_id there": (lambda i: i.update(image_id=i["id"], category_id=1), nothing, {}),
