@@ -46,6 +46,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     """
     detections = list_images(image_paths)
     detections.class_names = read_yolo_names(folder)
+    detections.notes += [f"passed over: {text}" for text in read_descriptions(folder) if isinstance(text, str)]
     num_keypoint_values = read_keypoint_values(folder)
     num_empty = 0
     name_by_file: dict[Path, str] = {}
@@ -101,8 +102,8 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
 
 def read_yolo_names(folder: Path) -> dict[str, str]:
     """Return class names by `category_key`, from a .yaml or list of names in a folder of labels or up to two above; else {}."""
-    for content in _read_descriptions(folder):
-        names = content if isinstance(content, list) else content.get("names")
+    for content in read_descriptions(folder):
+        names = content.get("names") if isinstance(content, dict) else content
         if names and isinstance(names, (dict, list)):
             items = names.items() if isinstance(names, dict) else enumerate(names)
             return {category_key(number): name.strip() for number, name in items if isinstance(name, str)}
@@ -114,7 +115,7 @@ def read_keypoint_values(folder: Path) -> int | None:
 
     0 = a .yaml has names but no kpt_shape, None = no .yaml has either.
     """
-    descriptions = [content for content in _read_descriptions(folder) if isinstance(content, dict)]
+    descriptions = [content for content in read_descriptions(folder) if isinstance(content, dict)]
     for content in descriptions:
         shape = content.get("kpt_shape")
         if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
@@ -122,8 +123,11 @@ def read_keypoint_values(folder: Path) -> int | None:
     return 0 if any("names" in content for content in descriptions) else None
 
 
-def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
-    """Yield the files that may describe labels, the nearest first: a dict from YAML, or the lines of a list of names."""
+def read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str] | str]:
+    """Yield the files that may describe labels, the nearest first: a dict from YAML, or the lines of a list of names.
+
+    Of a file that cannot be read a sentence with the reason: Windows paths in "..." and tabs are no YAML.
+    """
     import yaml
 
     folder = folder.absolute()
@@ -137,7 +141,11 @@ def _read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str]]:
                 is_list = path.name in YOLO_NAMES_FILES
                 # BaseLoader leaves scalars as text: a class may be called `no`.
                 content = text.rstrip().splitlines() if is_list else yaml.load(text, yaml.BaseLoader)
-            except (OSError, yaml.YAMLError, RecursionError, ValueError):
+            except FileNotFoundError:
+                continue
+            except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                yield f"{path} cannot be read: {' '.join(str(reason).split())[:200]}"
                 continue
             if is_list or isinstance(content, dict):
                 yield content

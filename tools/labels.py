@@ -38,7 +38,7 @@ from label_objects import (
     match_images,
     read_file,
 )
-from label_yolo import find_uploads, read_yolo
+from label_yolo import find_uploads, read_descriptions, read_yolo
 
 LABELSTUDIO_SHAPES = ("rectangle", "polygon", "ellipse", "brush")
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # attributes that may hold the class
@@ -50,7 +50,9 @@ def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
     detections = read_objects(source, image_paths)
     if detections.class_names == {} and detections.objects:
         place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
-        raise LabelError("says nowhere what its classes are called", str(source), f"write their names {place}")
+        unread = [] if source.is_file() else [text for text in read_descriptions(source) if isinstance(text, str)]
+        what = "; ".join(["says nowhere what its classes are called", *unread])
+        raise LabelError(what, str(source), f"write their names {place}")
     return detections
 
 
@@ -64,13 +66,15 @@ def read_objects(source: Path | None, image_paths: Sequence[str]) -> FoundObject
     Raises:
         LabelError: `source` cannot be read, is not in its format, or names none of the images.
     """
-    if source is not None and source.is_file() and source.suffix.lower() == ".txt":
-        raise LabelError("is one file of a folder of YOLO", str(source), f"give the folder, {source.parent}")
     if source is None:
         detections = list_images(image_paths)
         detections.objects = [(index, '{"yolo":[0.5,0.5,1,1]}') for index in detections.images]
         return detections
     kind = "folder" if source.is_dir() else source.suffix.lower()
+    if kind in (".txt", ".yaml", ".yml"):
+        raise LabelError("is one file of a folder of YOLO", str(source), "give the folder of its .txt files")
+    if kind == ".zip":
+        raise LabelError("is a packed export", str(source), "unpack it, and give the file or folder of labels in it")
     return READERS.get(kind, read_json)(source, image_paths)
 
 

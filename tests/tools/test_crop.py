@@ -705,6 +705,16 @@ def no_names(folder: Path) -> Path:
     return source
 
 
+def no_names_but(description: str | bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        source = no_names(folder)
+        data = description if isinstance(description, bytes) else description.encode()
+        (source / "data.yaml").write_bytes(data)
+        return source
+
+    return write
+
+
 def collide(folder: Path) -> Path:
     names = [{"id": 7, "name": "a/b"}, {"id": 8, "name": "a_b"}, {"id": 9, "name": "c"}]
     return write_coco(folder, categories=names)
@@ -720,7 +730,12 @@ def write_text(text: str) -> Callable[[Path], Path]:
 
 
 MISTAKES = [
-    (no_names, "says nowhere what its classes are called"),
+    (no_names, "says nowhere what its classes are called\n"),
+    (no_names_but('path: "C:\\data\\tools"\nnames: [hammer]\n'), "data.yaml cannot be read: while scanning a double-quoted"),
+    (no_names_but("names: [молоток]\n".encode("cp1251")), "data.yaml cannot be read: 'utf-8' codec"),
+    (lambda folder: next(write_yolo(folder).rglob("*.txt")), "is one file of a folder of YOLO"),
+    (lambda folder: no_names_but("names: [hammer]\n")(folder) / "data.yaml", "is one file of a folder of YOLO"),
+    (lambda folder: shutil.make_archive(folder / "a", "zip", write_yolo(folder)), "is a packed export"),
     (lambda folder: write_coco(folder, categories=[]), "categor"),
     (collide, "has the classes 'a/b' and 'a_b', whose crops would go to one folder a_b"),
     (lambda folder: folder / "not there", "does not exist"),
