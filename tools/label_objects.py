@@ -73,7 +73,7 @@ def find_class_name(class_names: dict[str, str] | None, category: Any) -> str:
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not name.strip():
         raise BoxError(f"has a class {printable(str(category))[:40]} without a name")
-    return name
+    return name.strip()  # typed by hand in some tools: "nut " is "nut"
 
 
 def category_key(category: Any) -> str:

@@ -285,7 +285,7 @@ def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
 
 
 def _quote_formula(text: str) -> str:
-    """Quote text that a spreadsheet would compute; `unquote_formula` removes the quote."""
+    """Quote text that FORMULA matches; `unquote_formula` removes the quote."""
     return f"'{text}" if FORMULA.match(text) else text
 
 

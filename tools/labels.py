@@ -41,8 +41,10 @@ from label_objects import (
 from label_yolo import find_uploads, read_descriptions, read_yolo
 
 LABELSTUDIO_SHAPES = ("rectangle", "polygon", "ellipse", "brush")
+IMAGE_URL = re.compile(r"[/\\].*\.(?:jpe?g|png|bmp|webp|tiff?)\b", re.IGNORECASE | re.DOTALL)  # a query may follow
 VIA_CLASS_NAMES = ("class", "label", "name", "category", "type", "object")  # attributes that may hold the class
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # a cell that a spreadsheet computes, quoted or not
+# A cell that a spreadsheet computes, or that begins with a space, which `read_csv` skips; quoted or not.
+FORMULA = re.compile(r"'*[=+\-@\t\r ]")
 
 
 def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
@@ -130,13 +132,13 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
         text = decode_text(read_file(path))
         # The separator of Excel depends on the locale; where it is not ",", decimals may have a comma.
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
         lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
         missing = [name for name in CSV_COLUMNS if name not in lines.fieldnames]
         if missing:
             is_labelstudio = "annotation_id" in lines.fieldnames
             raise ValueError("it is Label Studio's CSV" if is_labelstudio else f"it has no column {missing[0]}")
-        for line in lines:
+        for line in filter(lambda line: any(line.values()), lines):  # spreadsheets leave empty rows at the end
             lines_by_image.setdefault(unquote_formula(line["image"] or ""), []).append((lines.line_num, line))
     except (OSError, ValueError, csv.Error) as error:
         raise make_read_error(path, error, f"a table of {', '.join(CSV_COLUMNS)}") from error
@@ -220,7 +222,7 @@ def _read_labelstudio(path: Path, tasks: list[dict[str, Any]], image_paths: Sequ
     rows = Rows()
     for task in tasks:
         urls = [value for value in task["data"].values() if isinstance(value, str)]
-        url = next((value for value in urls if "/" in value), urls[0] if urls else "")
+        url = next(filter(IMAGE_URL.search, urls), urls[0] if urls else "")
         path_of_url, _, query = url.partition("?")
         local_paths = parse_qs(query).get("d")  # /data/local-files/?d=PATH
         # With a leading '/', since it starts from the document root or a server: it is matched by its end.
@@ -410,7 +412,7 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
         candidates = [os.path.normpath(os.path.join(folder, spelling)) for spelling in (stated, base_name)]  # noqa: PTH118
         candidates += [by_stem.get(unicodedata.normalize("NFC", name.rpartition(".")[0])), by_name.get(base_name)]
         sides = {key: content.get(f"image{key.title()}") for key in ("width", "height")}
-        photo = next((candidate for candidate in candidates if candidate in image_names), candidates[0])
+        photo = next(filter(image_names.__contains__, candidates), candidates[0] if stated else name)
         rows.add_image(photo, **{key: side for key, side in sides.items() if isinstance(side, int)})
         for index, shape in enumerate(content["shapes"], 1):
             shape = shape if isinstance(shape, dict) else {}
@@ -422,7 +424,7 @@ def _read_labelme(path: Path, files: Iterable[tuple[str, dict[str, Any]]], image
 
 def _read_labelme_shape(shape: dict[str, Any], sides: dict[str, int]) -> dict[str, Any]:
     kind = shape.get("shape_type") or "polygon"
-    points = [[float(number) for number in point] for point in shape["points"]]
+    points = [[float(x), float(y)] for x, y in shape["points"]]
     if kind in ("polygon", "rotation", "oriented_rectangle"):  # "rotation" is X-AnyLabeling's
         return {"segmentation": [[number for point in points for number in point]]}
     if kind == "rectangle" and len(points) == 4:  # as X-AnyLabeling writes it
