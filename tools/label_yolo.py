@@ -118,8 +118,9 @@ def read_keypoint_values(folder: Path) -> int | None:
     descriptions = [content for content in read_descriptions(folder) if isinstance(content, dict)]
     for content in descriptions:
         shape = content.get("kpt_shape")
-        if isinstance(shape, list) and re.fullmatch("[1-9][0-9]{0,3} [23]", " ".join(map(str, shape))):
-            return int(shape[0]) * int(shape[1])
+        text = " ".join(map(str, shape)) if isinstance(shape, list) else ""  # as [17 3], without comma, is one entry
+        if match := re.fullmatch("([1-9][0-9]{0,3}) ([23])", text):
+            return int(match[1]) * int(match[2])
     return 0 if any("names" in content for content in descriptions) else None
 
 

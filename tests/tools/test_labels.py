@@ -728,6 +728,7 @@ def test_a_line_that_may_be_two_things_is_none(tmp_path: Path, line: str, reason
         ("[17, 3]", " 0.2 0.2 0.9" * 17),
         ("[1, 2]", " 0.2 0.2"),  # or three corners
         ("[2, 2]", " 0.2 0.2 0.4 0.4"),  # or four corners
+        ("[17 3]", " 0.2 0.2 0.9" * 17),
         ("[2, 3]", " 0.2 0.2 0.9 0.4 0.4 0.1 0.87 11"),  # as results are saved with confidence and track id
     ],
 )
