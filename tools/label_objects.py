@@ -162,7 +162,7 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
     detections = FoundObjects()
     images = _check_images(path, images)
     names = [unicodedata.normalize("NFC", item["file_name"]) for item in images]
-    index_of: dict[Any, int | None] = {}  # image id -> index into `detections.images`, None if the image is missing
+    index_of: dict[Any, int | None] = {}  # image id -> index into `detections.images`, None if the image is left out
     taken: set[int] = set()
     for item, name, index in zip(images, names, _match_names(names, image_paths), strict=True):
         image_id = plain_id(item["id"])
@@ -179,22 +179,20 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
         detections.sizes.append(tuple(side if isinstance(side, int) and 0 < side < 2**31 else 0 for side in claimed))
     num_equal = Counter(map(_normalize_id, index_of))
     by_value = {_normalize_id(key): index for key, index in index_of.items() if num_equal[_normalize_id(key)] == 1}
-    absent: Counter[Any] = Counter()
+    left_out: Counter[Any] = Counter()  # objects by their image
     for row, item in enumerate(annotations):
         item = make_annotation(item) if isinstance(item, dict) and "image_id" in item else item
         image_id = item.image_id if isinstance(item, Annotation) else None
         index = index_of.get(image_id, by_value.get(_normalize_id(image_id), -1))
         if index is None:
-            absent[image_id] += 1
+            left_out[image_id] += 1
         elif index < 0:
             reason = "its image is not in the list of images" if image_id is not None else "names no image"
             detections.problems.append(Problem("", getattr(item, "id", None) or f"annotation {row + 1}", reason))
         else:
             detections.objects.append((index, item.text))
-    if absent:
-        detections.notes.append(
-            f"objects in images that are not in --images: {absent.total():,}, images: {len(absent):,}"
-        )
+    if left_out:
+        detections.notes.append(f"objects of images that are left out: {left_out.total():,}, images: {len(left_out):,}")
     if not detections.images:
         first = f": {detections.problems[0]}" if images else ""
         reason = f"none of its images ({len(images):,}) is there{first}"

@@ -115,16 +115,20 @@ def test_names_are_compared_composed_and_objects_elsewhere_are_counted(tmp_path:
     images = [
         {"id": "x", "file_name": "./деи\u0306/b.png", "width": 30, "height": True},
         {"id": 2, "file_name": "no.png"},
+        {"id": 3, "file_name": "деи\u0306/b.png"},
     ]
-    objects = [{"image_id": key, "category_id": 7, "bbox": [1, 2, 3, 4], "comment": "left out"} for key in ("x", 2, 2)]
+    ids = ("x", 2, 2, 3)
+    objects = [{"image_id": key, "category_id": 7, "bbox": [1, 2, 3, 4], "comment": "left out"} for key in ids]
     (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": objects}))
     found = read(tmp_path / "coco.json", ["деи\u0306/b.png", "деи/b.png"])
     assert found.images == [0] and found.image_ids == ["x"]
     assert [(number, json.loads(text)) for number, text in found.objects] == [
         (0, {"category_id": 7, "bbox": [1, 2, 3, 4]})
     ]
-    assert found.notes == ["objects in images that are not in --images: 2, images: 1"]
-    assert found.problems == [labels.Problem("no.png", None, "is not in --images")]
+    assert found.notes == ["objects of images that are left out: 3, images: 2"]
+    assert [problem.reason for problem in found.problems] == [
+        "is not in --images", "is listed twice; the second time is left out"
+    ]  # fmt: skip
 
 
 def test_a_source_that_is_no_plain_file_is_said_to_be_none(tmp_path: Path) -> None:
