@@ -271,15 +271,21 @@ def _normalize_id(value: Any) -> Any:
 
 
 def make_annotation(item: dict[str, Any]) -> Annotation:
-    """Reduce a COCO annotation to the keys that are used; a box that CVAT has rotated becomes a polygon."""
+    """Reduce a COCO annotation to the keys that are used.
+
+    CVAT exports an object that is drawn as a mask as a crowd, and a rotated box as it was before, with its angle as an attribute:
+    the first is taken for one object, the second becomes a polygon.
+    """
     keys = ("id", "category_id", "score", "bbox", "segmentation", "iscrowd")
     needed = {key: item[key] for key in keys if key in item}
     attributes = item.get("attributes")
-    degrees = attributes.get("rotation") if isinstance(attributes, dict) else None
-    if type(degrees) in (int, float) and degrees and not item.get("segmentation"):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # a bad box is reported later
-            needed["segmentation"] = [rotate_box(item.get("bbox"), degrees, (0.5, 0.5))]
-            del needed["bbox"]  # the one before the rotation
+    if isinstance(attributes, dict) and "occluded" in attributes:  # CVAT alone has it
+        needed.pop("iscrowd", None)
+        degrees = attributes.get("rotation")
+        if type(degrees) in (int, float) and degrees and not item.get("segmentation"):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # a bad box is reported later
+                needed["segmentation"] = [rotate_box(item.get("bbox"), degrees, (0.5, 0.5))]
+                del needed["bbox"]
     if "category_id" in needed:
         needed["category_id"] = plain_id(needed["category_id"])
     ids = [plain_id(item.get(key)) for key in ("image_id", "id")]

@@ -241,7 +241,8 @@ def test_turned_boxes_have_their_corners_and_keep_them_as_a_mask(tmp_path: Path)
     percent = {"x": 50, "y": 20, "width": 20, "height": 60, "rotation": 90, "rectanglelabels": ["b"]}  # of 20 by 10 px
     region = {"type": "rectanglelabels", "original_width": 20, "original_height": 10, "value": percent}
     (tmp_path / "a.json").write_text(task(region))
-    box = {"image_id": 1, "category_id": 1, "bbox": [6, 2, 8, 4], "segmentation": [], "attributes": {"rotation": 30.5}}
+    box = {"image_id": 1, "category_id": 1, "bbox": [6, 2, 8, 4], "segmentation": []}
+    box["attributes"] = {"occluded": False, "rotation": 30.5}
     (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [box]}))
     turned = cv2.boxPoints(((10, 4), (8, 4), 30.5)).tolist()
     expected = {"a.xml": turned, "coco.json": turned, "a.json": [[10, 2], [10, 6], [4, 6], [4, 2]]}
@@ -528,9 +529,10 @@ def boxes_of(found: labels.FoundObjects, names: Sequence[str]) -> dict[str, list
 
 COCO_KINDS = {
     "attributes of CVAT": (nothing, lambda o: o.update(attributes={"occluded": False, "rotation": 0.0}), {}),
-    "rotated box with its outline": (nothing, lambda o: o.update(attributes={"rotation": 30.0}), {}),
-    "rotation of another kind": (nothing, lambda o: o.update(segmentation=[], attributes={"rotation": "left"}), {}),
-    "attributes that are none": (nothing, lambda o: o.update(segmentation=[], attributes=["rotation"]), {}),
+    "rotated box with its outline": (nothing, lambda o: o.update(attributes={"occluded": False, "rotation": 30.0}), {}),
+    "rotation of another kind": (nothing, lambda o: o.update(attributes={"occluded": 0, "rotation": "l"}, segmentation=[]), {}),
+    "rotation of others than CVAT": (nothing, lambda o: o.update(segmentation=[], attributes={"rotation": 30}), {}),
+    "attributes that are none": (nothing, lambda o: o.update(segmentation=[], attributes=["occluded", "rotation"]), {}),
     "as it is": (nothing, nothing, {}),
     "image_id among an image's keys": (lambda i: i.update(image_id=i["id"]), nothing, {}),
     "image_id and category_id there": (lambda i: i.update(image_id=i["id"], category_id=1), nothing, {}),
@@ -574,6 +576,14 @@ def test_coco_is_read_as_pycocotools_reads_it(tmp_path: Path, kind: str) -> None
     found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
     assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES and not found.problems
     assert all(type(number) is not float for number in found.image_ids)
+
+
+def test_an_object_that_is_drawn_as_a_mask_in_cvat_is_no_crowd(tmp_path: Path) -> None:
+    """CVAT's COCO export says so of all of them (ryouchinsa/Rectlabel-support#241)."""
+    content = make_coco(nothing, lambda o: o.update(iscrowd=1, attributes={"occluded": False} if o["id"] > 1 else {}))
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
+    assert [json.loads(text).get("iscrowd") for _, text in found.objects] == [1, None, None, None, None]
 
 
 def test_label_studio_exports_yolo_of_uploaded_photos_by_names_of_its_own(tmp_path: Path) -> None:
