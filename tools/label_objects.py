@@ -100,8 +100,12 @@ def read_file(path: Path) -> bytes:
 
 def make_read_error(path: Path, error: Exception, kind: str) -> LabelError:
     """Return the error for a file that cannot be read as `kind`."""
-    reason = str(getattr(error, "strerror", None) or error)[:200]
-    return LabelError(f"cannot be read as {kind}: {reason}", str(path), READ_REMEDY)
+    return LabelError(f"cannot be read as {kind}: {describe_error(error)}", str(path), READ_REMEDY)
+
+
+def describe_error(error: Exception) -> str:
+    """Return why a file cannot be read, on one line, without the path that messages of the system repeat."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 def decode_text(data: bytes, errors: str = "strict") -> str:

@@ -26,6 +26,7 @@ from label_objects import (
     Problem,
     category_key,
     decode_text,
+    describe_error,
     list_images,
     read_file,
 )
@@ -69,8 +70,7 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
         try:
             data = read_file(path)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            detections.problems.append(Problem(name, None, f"has a .txt that cannot be read: {reason}"))
+            detections.problems.append(Problem(name, None, f"has a .txt that cannot be read: {describe_error(error)}"))
             continue
         num_empty += not data
         for line_number, line in _number_lines(data):
@@ -145,8 +145,7 @@ def read_descriptions(folder: Path) -> Iterator[dict[str, Any] | list[str] | str
             except FileNotFoundError:
                 continue
             except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                yield f"{path} cannot be read: {' '.join(str(reason).split())[:200]}"
+                yield f"{path} cannot be read: {describe_error(error)}"
                 continue
             if is_list or isinstance(content, dict):
                 yield content

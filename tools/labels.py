@@ -32,6 +32,7 @@ from label_objects import (
     Rows,
     category_key,
     decode_text,
+    describe_error,
     list_images,
     make_annotation,
     make_read_error,
@@ -388,7 +389,7 @@ def _read_labelme_folder(folder: Path, paths: Sequence[Path], image_paths: Seque
                 if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                     raise ValueError("it has no list shapes")
             except (OSError, ValueError, RecursionError) as error:
-                problems.append(Problem(name, None, f"is no file of LabelMe: {error}"[:200]))
+                problems.append(Problem(name, None, f"is no file of LabelMe: {describe_error(error)}"))
                 continue
             yield name, content
 
