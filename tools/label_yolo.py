@@ -86,9 +86,10 @@ def read_yolo(folder: Path, image_paths: Sequence[str]) -> FoundObjects:
     _interpret_lines(lines, usual_readings, num_keypoint_values, image_paths, detections)
     for path in sorted(folder.rglob("*.txt")):
         name = path.relative_to(folder).as_posix()
-        is_list = path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES)
+        is_known = path in name_by_file or path.name in (*YOLO_NAMES_FILES, *YOLO_LIST_FILES)
         is_score = name.startswith("confidences/")  # from `write_yolo`
-        if path not in name_by_file and not is_list and not is_score:
+        is_hidden = "/." in f"/{name}"  # such as ._a.txt, which macOS packs with a.txt
+        if not (is_known or is_score or is_hidden):
             detections.problems.append(Problem(name, None, "has no image of its name in --images"))
     if num_empty:
         detections.notes.append(f"images without objects: {num_empty:,} of {len(image_paths):,}")

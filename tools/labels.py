@@ -94,7 +94,7 @@ def read_cvat(path: Path, image_paths: Sequence[str]) -> FoundObjects:
                 if shape.tag != "tag":  # a tag is of the whole image
                     rows.add_object(index, shape.get("label", ""), _read_cvat_shape, shape, sides)
             element.clear()
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # LookupError: no such encoding
         raise make_read_error(path, error, "XML") from error
     if not rows.images:
         raise LabelError("has no images: it is not of CVAT for images 1.1", str(path), READ_REMEDY)

@@ -205,6 +205,7 @@ def test_a_bad_object_of_any_format_is_named(tmp_path: Path, name: str, text: st
     ("name", "text", "reason"),
     [
         ("a.xml", "", "cannot be read as XML"),
+        ("a.xml", '<?xml version="1.0" encoding="none"?><annotations/>', "cannot be read as XML: unknown encoding"),
         ("a.xml", "<annotations><image", "cannot be read as XML"),
         ("a.xml", "<annotations><track/></annotations>", "has no images"),
         ("a.xml", CVAT.format(height="x", shapes=""), "cannot be read as XML"),
@@ -797,7 +798,12 @@ def test_one_odd_line_costs_itself(tmp_path: Path) -> None:
     ],
 )
 def test_images_and_labels_side_by_side(tmp_path: Path, image: str, text: str, source: str) -> None:
-    for name, content in ((text, f"0 {BOX}"), ("README.roboflow.txt", "words")):
+    for name, content in (
+        (text, f"0 {BOX}"),
+        ("README.roboflow.txt", "words"),
+        ("labels/._b.txt", "x"),
+        (".x/b.txt", ""),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     found = read(tmp_path / source, [image, "z.jpg"])
