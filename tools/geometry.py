@@ -185,17 +185,22 @@ def read_segmentation(segmentation: Any, size: tuple[int, int], window: tuple[in
     width, height = size
     left, top, right, bottom = window
     if isinstance(segmentation, dict):
-        if segmentation.get("size") != [height, width]:
-            claimed = printable(str(segmentation.get("size")))[:40]
-            raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
-        counts = segmentation.get("counts")
-        counts = unpack_rle(counts) if isinstance(counts, str) else counts
-        return decode_rle(counts, width, height)[top:bottom, left:right]
+        return decode_rle(read_counts(segmentation, size), width, height)[top:bottom, left:right]
     mask = np.zeros((bottom - top, right - left), dtype=bool)
     for numbers in list_polygons(segmentation):
         points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
         mask |= fill_polygon(points - (left, top), right - left, bottom - top)
     return mask
+
+
+def read_counts(segmentation: dict[str, Any], size: tuple[int, int]) -> list[int]:
+    """Return the run lengths of a mask for an image of `size` (width, height). Raises BoxError if they are not of such an image."""
+    width, height = size
+    if segmentation.get("size") != [height, width]:
+        claimed = printable(str(segmentation.get("size")))[:40]
+        raise BoxError(f"has a mask of size {claimed}, not {height} x {width} (rows x columns)")
+    counts = segmentation.get("counts")
+    return check_counts(unpack_rle(counts) if isinstance(counts, str) else counts, width * height)
 
 
 def printable(text: str) -> str:
@@ -229,17 +234,18 @@ def unpack_rle(text: str) -> list[int]:
     return counts
 
 
-def decode_rle(counts: Any, width: int, height: int) -> np.ndarray:
-    """Return the mask bool (H, W) of run lengths that go down the columns and start with background.
-
-    Raises BoxError if they are not whole numbers that add up to the image.
-    """
-    size = width * height
+def check_counts(counts: Any, num_pixels: int) -> list[int]:
+    """Return run lengths as integers. Raises BoxError if they are not whole numbers that add up to the image."""
     counts = [plain_id(count) for count in counts] if isinstance(counts, list) else None
-    if counts is None or not all(type(count) is int and 0 <= count <= size for count in counts):
+    if counts is None or not all(type(count) is int and 0 <= count <= num_pixels for count in counts):
         raise BoxError("has a mask whose run lengths are not whole numbers")
-    if sum(counts) != size:
+    if sum(counts) != num_pixels:
         raise BoxError("has a mask whose run lengths do not add up to the image")
+    return counts
+
+
+def decode_rle(counts: Sequence[int], width: int, height: int) -> np.ndarray:
+    """Return the mask bool (H, W) of run lengths that go down the columns and start with background."""
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-from geometry import BoxError, list_polygons
+import numpy as np
+from geometry import BoxError, list_polygons, read_counts
 from label_objects import CSV_COLUMNS, Problem
 from label_yolo import flat_name
 from labels import FORMULA
@@ -90,8 +91,7 @@ def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
         {
             "id": next(annotation_ids),
             **_coco_result(image, item),
-            "area": round(item.box[2] * item.box[3], 3),
-            "segmentation": _plain_segmentation(item.segmentation, image.size),
+            **_describe_mask(item, image.size),
             "iscrowd": int(item.is_crowd),
             "attributes": {key: value for key, value in item.details.items() if value is not None},
         }
@@ -101,14 +101,23 @@ def _write_coco_instances(labels: LabelSet) -> Iterator[str]:
     yield "}\n"
 
 
-def _plain_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
-    """Return a segmentation as pycocotools decodes it; [] if there is none, or the labels have one that does not fit the image."""
-    if isinstance(segmentation, dict):
-        return segmentation if segmentation.get("size") == [size[1], size[0]] else []
+def _describe_mask(item: LabelledObject, size: tuple[int, int]) -> dict[str, Any]:
+    """Return COCO's segmentation of an object, as pycocotools decodes it, and area in px.
+
+    Without a mask that fits the image, the segmentation is [], and the area that of the box.
+    """
+    mask = item.segmentation
     try:
-        return list_polygons(segmentation)
+        if isinstance(mask, dict):
+            return {"area": sum(read_counts(mask, size)[1::2]), "segmentation": mask}
+        polygons = list_polygons(mask)
     except BoxError:
-        return []
+        return {"area": round(item.box[2] * item.box[3], 3), "segmentation": []}
+    areas = []  # by the shoelace formula
+    for polygon in polygons:
+        x, y = np.array(polygon, float).reshape(-1, 2).T
+        areas.append(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+    return {"area": round(sum(areas), 3), "segmentation": polygons}
 
 
 def _coco_result(image: LabelledImage, item: LabelledObject) -> dict[str, Any]:

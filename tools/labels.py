@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote
 from xml.etree import ElementTree
 
 import numpy as np
-from geometry import MAX_MASK_PIXELS, BoxError, decode_rle, encode_rle, printable, rotate_box
+from geometry import MAX_MASK_PIXELS, BoxError, check_counts, decode_rle, encode_rle, printable, rotate_box
 from label_objects import (
     CSV_COLUMNS,
     READ_REMEDY,
@@ -121,7 +121,8 @@ def _read_cvat_mask(shape: ElementTree.Element, sides: dict[str, int]) -> dict[s
     """Decode a mask from run lengths along the rows of its box that start with background."""
     left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
     _check_mask(left, top, width, height, sides)
-    mask = decode_rle([int(count) for count in shape.get("rle").split(",")], height, width).T  # by rows, so transposed
+    counts = check_counts([int(count) for count in shape.get("rle").split(",")], height * width)
+    mask = decode_rle(counts, height, width).T  # by rows, so transposed
     return encode_rle(mask, left, top, sides["width"], sides["height"])
 
 

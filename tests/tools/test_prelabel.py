@@ -499,6 +499,7 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
     truth = COCO(str(tmp_path / "out" / "coco" / "annotations" / "instances_default.json"))
     for item in truth.loadAnns(truth.getAnnIds()):  # the detector's masks are handed on
         assert (truth.annToMask(item).astype(bool) == mask).mean() > 0.98
+        assert item["area"] == pytest.approx(mask.sum(), rel=0.02)
     capsys.readouterr()
     annotations[0]["segmentation"] = {"size": [128, 128], "counts": [128 * 128]}  # empty
     annotations[0]["bbox"], annotations[1]["segmentation"] = [20, 30, 90, 80], {"size": [5, 5], "counts": [25]}
