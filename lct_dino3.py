@@ -5587,8 +5587,8 @@ def compute_metrics(
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
 
-    It is the fraction of (positive, negative) pairs in the right order; a tie counts half. Sorting a float32 column is vectorised:
-    50,000 images of 1,000 classes, twice an epoch, take 2.4 s, where `roc_auc_score` takes 22 s and `rankdata` 11 s.
+    Sorting a float32 column is vectorised: 50,000 images of 1,000 classes, twice an epoch, take 2.4 s, where `roc_auc_score` takes
+    22 s and `rankdata` 11 s.
     """
     num_samples, num_classes = scores.shape
     num_positives = np.bincount(labels, minlength=num_classes)
@@ -5597,13 +5597,20 @@ def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for block in np.split(defined, range(64, len(defined), 64)):  # all columns at once would double the memory
         columns = np.ascontiguousarray(scores[:, block].T, dtype=np.float32)
         for label, column in zip(block.tolist(), columns, strict=True):
-            ranked = np.sort(column)
-            positives = np.sort(column[labels == label])
-            # Twice the pairs that positives win against all samples; the pairs of two positives contribute count**2.
-            won = ranked.searchsorted(positives, "left").sum() + ranked.searchsorted(positives, "right").sum()
-            count = len(positives)
-            areas[label] = (won - count**2) / 2 / count / (num_samples - count)
+            is_positive = labels == label
+            areas[label] = roc_area(np.sort(column[is_positive]), column[~is_positive])
     return areas
+
+
+def roc_area(positives: np.ndarray, negatives: np.ndarray, is_right: np.ndarray | bool = True) -> float:
+    """Return the share of (positive, negative) pairs in the right order, the area under the ROC curve; a tie counts half.
+
+    Pairs of a positive (P,) that is not right are not in order: the area under Dhamija's curve of correct classification against
+    false positives (arXiv:1811.04110). Sorted positives are fastest.
+    """
+    ranked = np.sort(negatives)
+    won = ranked.searchsorted(positives, "left") + ranked.searchsorted(positives, "right")  # doubled: a tie counts half
+    return float((is_right * won / 2).mean() / len(negatives))
 
 
 def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float:
@@ -5645,28 +5652,13 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
     """Return auroc, the probability that a known object scores above an unknown one, and fpr95; both NaN if either group is empty.
 
     fpr95 is the fraction of unknown objects that pass the threshold which 95 % of the known ones pass. `known` (N,) and `unknown`
-    (U,) are ranks of scores among all, from 0 for the lowest; equal scores share a rank. Counting ranks of 300 objects takes 16 us,
-    `roc_auc_score` and `roc_curve` take 2.3 ms, which adds up over 500 draws of ten folds.
+    (U,) are scores. 300 objects take 50 us, `roc_auc_score` and `roc_curve` 2.3 ms, which adds up over 500 draws of ten folds.
     """
     if not len(known) or not len(unknown):
         return {"auroc": math.nan, "fpr95": math.nan}
-    num_ranks = 1 + max(known.max(), unknown.max())
-    known_counts = np.bincount(known, minlength=num_ranks)
-    unknown_counts = np.bincount(unknown, minlength=num_ranks)
-    won = (known_counts * (unknown_counts.cumsum() - unknown_counts / 2)).sum()  # a tie counts half
-    threshold = (known_counts.cumsum() > math.floor(0.05 * len(known))).argmax()  # at least 95 % of the known reach it
-    fpr95 = unknown_counts[threshold:].sum() / len(unknown)
-    return {"auroc": float(won / len(known) / len(unknown)), "fpr95": float(fpr95)}
-
-
-def open_set_rate(known: np.ndarray, is_right: np.ndarray, unknown: np.ndarray) -> float:
-    """Return the probability that a known object (N,) is answered right and scores higher than an unknown one (U,).
-
-    It is the area under Dhamija's curve of correct classification against false positives (arXiv:1811.04110).
-    """
-    ranked = np.sort(unknown)
-    won = ranked.searchsorted(known, "left") + ranked.searchsorted(known, "right")  # doubled: a tie counts half
-    return float((is_right * won / 2).mean() / len(unknown))
+    known = np.sort(known)
+    threshold = known[len(known) // 20]  # at least 95 % of the known reach it
+    return {"auroc": roc_area(known, unknown), "fpr95": float((unknown >= threshold).mean())}
 
 
 def reliability(
@@ -6477,12 +6469,12 @@ def choose_references(embeddings: np.ndarray, limit: int) -> np.ndarray:
 
 
 def match_quality(score: Scorer, val: Embedded, strangers: np.ndarray | None) -> float:
-    """Return the accuracy on val; given vectors of strangers (U, D), objects of no class, return `open_set_rate` instead."""
+    """Return the accuracy on val; given vectors of strangers (U, D), objects of no class, return `roc_area` instead."""
     answers, scores = best_answers(score, val.values)
     is_right = answers == val.labels
     if strangers is None:
         return float(is_right.mean())
-    return open_set_rate(scores, is_right, best_answers(score, strangers)[1])
+    return roc_area(scores, best_answers(score, strangers)[1], is_right)
 
 
 def best_answers(score: Scorer, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -7452,13 +7444,11 @@ def measure_unknown(
     Each fold holds the confidences of all queries (n,), and the masks of the known and of the unknown ones, bool (n,) both.
     `images` (n,) is the image of each query: views of one image are drawn together.
     """
-    # Only the order of the confidences counts, and integer ranks compare faster in each bootstrap draw.
-    folds = [(np.unique(confidences, return_inverse=True)[1], *masks) for confidences, *masks in folds]
 
     def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
         per_fold = [
-            open_set_metrics(ranks[drawn[is_known[drawn]]], ranks[drawn[is_unknown[drawn]]])
-            for ranks, is_known, is_unknown in folds
+            open_set_metrics(confidences[drawn[is_known[drawn]]], confidences[drawn[is_unknown[drawn]]])
+            for confidences, is_known, is_unknown in folds
         ]
         return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 

@@ -139,14 +139,14 @@ def test_open_set_figures_equal_scikit_learn_and_the_definition() -> None:
         assert all(np.isnan(value) for value in lct.open_set_metrics(*pair).values())
 
 
-def test_open_set_rate_is_the_share_of_pairs_and_auroc_when_all_is_right() -> None:
+def test_roc_area_is_the_share_of_pairs_in_the_right_order_and_auroc_when_all_is_right() -> None:
     rng = np.random.default_rng(0)
     known, unknown, is_right = np.round(rng.random(40), 1), np.round(rng.random(30), 1), rng.random(40) < 0.7
     pairs = [(k > u) + (k == u) / 2 if right else 0 for k, right in zip(known, is_right, strict=True) for u in unknown]
-    assert lct.open_set_rate(known, is_right, unknown) == pytest.approx(np.mean(pairs))
+    assert lct.roc_area(known, unknown, is_right) == pytest.approx(np.mean(pairs))
     truth = np.r_[np.ones(40), np.zeros(30)]
     expected = metrics.roc_auc_score(truth, np.r_[known, unknown])
-    assert lct.open_set_rate(known, np.ones(40, bool), unknown) == pytest.approx(expected)
+    assert lct.roc_area(known, unknown) == pytest.approx(expected)
 
 
 def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
