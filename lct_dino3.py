@@ -1753,6 +1753,7 @@ def _is_damage(error: Exception) -> bool:
 # program on its part of each batch, and rank 0 writes. Raises UserError for devices that this machine lacks.
 # Models with larger activations: DINOv3 does not support fp16 (facebookresearch/dinov3, issue 181); EVA's blocks are similar.
 FP16_OVERFLOWS = ("dinov3", "eva")
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can(not|'t) allocate memory", re.IGNORECASE)
 
 
 def start_processes() -> dist.Store | None:
@@ -1946,6 +1947,12 @@ def is_batchnorm(module: nn.Module) -> bool:
 def name_dtype(dtype: torch.dtype) -> str:
     """Return the name of a dtype, e.g. float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, of a GPU or of the computer; torch raises RuntimeError for both."""
+    is_torchs = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return is_torchs or isinstance(error, MemoryError)
 
 
 def training_runtime(config: Config) -> Runtime:
@@ -4807,9 +4814,9 @@ def load_timm_model(
             log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
             return fetch(), "timm"
-    except MemoryError:  # `explain_failure` says which option to lower
-        raise
     except Exception as error:  # hub, network and file errors of several libraries
+        if is_out_of_memory(error):  # `explain_failure` says which option to lower
+            raise
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
         raise UserError(problem, config.describe("model_id"), WEIGHTS_REMEDY) from error
     finally:
@@ -4834,9 +4841,9 @@ def read_start(config: Config) -> StartWeights | None:
             identity, state = state["identity"], state.get("average", state["model"])  # the weights that val judged
             class_names = identity["class_names"]
         tensors = dict(walk_tensors(state))
-    except MemoryError:
-        raise
     except Exception as error:  # a wrong file raises pickle, zip, safetensors, key or I/O errors
+        if is_out_of_memory(error):
+            raise
         is_explained = isinstance(error, (OSError, zipfile.BadZipFile)) or path.suffix in (".safetensors", ".json")
         reason = (
             printable(str(error))[:200]
@@ -5810,7 +5817,6 @@ CHECKPOINT_FORM = {
     "tally": {str: torch.Tensor},
     "backbone_dtype": str,
 }
-OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)  # torch: RuntimeError
 RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
 
 
@@ -6037,10 +6043,8 @@ def load_checkpoint(path: Path, form: dict[str, Any] = CHECKPOINT_FORM) -> dict[
     try:
         check_zip(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # any zip, pickle or I/O error that a damaged or foreign file causes
-        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         problem = f"cannot be read as a checkpoint: {printable(str(error)).split('. ')[0][:200]}"
         remedy = "leave --resume out to continue from the newest sound checkpoint, or name another with --resume PATH"
@@ -9316,7 +9320,7 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
     text = printable(str(error))
     given = vars(options)
     cause = text.partition("\n")[0].split(". ")[0][:200]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
+    if is_out_of_memory(error):
         sizes = [name for name in ("batch", "batch_size", "img_size", "image_size") if name in given]
         where = " ".join(f"{options.flag(name)} {given[name]}" for name in (*sizes, "precision") if name in given)
         remedy = f"lower {' or '.join(map(options.flag, sizes)) or 'the sizes'}"

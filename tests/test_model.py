@@ -160,6 +160,20 @@ def test_one_image_on_a_replica_does_not_crash_the_head() -> None:
     assert head.norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("used", ["load", "create_model"])
+def test_want_of_memory_is_not_taken_for_weights_that_are_wrong_or_missing(
+    used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model(TINY, num_classes=0).state_dict(), path)
+    config = make_config(pretrained=True, backbone_weights=path if used == "load" else None)
+    settings = lct.probe_model(config)[0]
+    monkeypatch.setattr(torch if used == "load" else timm, used, lambda *_, **__: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError) as caught:
+        lct.load_timm_model(config, settings, print)
+    assert lct.explain_failure(caught.value, config).what.startswith("out of memory")
+
+
 def test_heads_share_nothing_but_their_input() -> None:
     head = lct.Head(6, 8, num_heads=4).eval()
     hidden = head.hidden.weight

@@ -733,6 +733,7 @@ GPU_FAILURES = [
     ),
     (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "lower --batch"),
     (RuntimeError, "NCCL error: unhandled cuda error, ... Cuda failure 2 'out of memory'", "lower --batch"),
+    (RuntimeError, "unable to mmap 86708771 bytes from file </a.pth>: Cannot allocate memory (12)", "lower --batch"),
     (
         RuntimeError,
         "NCCL error: Error while creating shared memory segment /dev/shm/nccl-1 (size 9637888)",

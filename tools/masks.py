@@ -357,7 +357,7 @@ def _raise_if_memory_is_short(error: Exception) -> None:
     """Raise the out-of-memory error behind `error`, if any, as on a GPU that others fill; Hydra wraps it in errors of its own."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(cause):
+        if lct.is_out_of_memory(cause):
             raise cause
         cause = cause.__cause__ or cause.__context__
 

@@ -71,9 +71,9 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
             lct.show(f"fetching the weights of {CLIP_MODEL} (once; they stay in the cache of huggingface_hub)")
             hub_constants.HF_HUB_OFFLINE = was_offline
             model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
-    except MemoryError:
-        raise
     except Exception as error:  # the hub, a damaged file and an unknown name raise many types
+        if lct.is_out_of_memory(error):
+            raise
         problem = f"the text encoder has no weights: {lct.printable(str(error)).split('. ')[0][:200]}"
         if Path(text["pretrained"]).is_file():
             problem = f"the file holds no weights of {CLIP_MODEL}"

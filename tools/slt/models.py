@@ -135,9 +135,9 @@ def read_backbone(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
     try:
         lct.check_zip(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # zip, pickle, I/O and other errors of damaged or foreign files
+        if lct.is_out_of_memory(error):
+            raise
         problem = f"cannot be read as an exported backbone: {str(error).split('. ')[0][:200]}"
         raise lct.UserError(problem, where, EXPORT_WANTED) from error
     geometry = {name: (int, float) if name == "mlp_ratio" else int for name in GEOMETRY}
