@@ -4777,12 +4777,11 @@ def load_timm_model(
     config: Config, settings: dict[str, Any], log: Callable[[str], None]
 ) -> tuple[nn.Module, str | None]:
     """Return the timm model with its weights, and their source in words; None = random weights drawn from the seed."""
-    import huggingface_hub.constants as hub_constants
     import timm
 
     seed_torch(config.seed, 0)
     start = read_start(config)
-    name, _ = split_model_id(config.model_id)  # `settings` contain the sizes
+    name, sizes = split_model_id(config.model_id)  # `settings` contain the sizes
     if start is not None:
         with _Unfilled():
             model = timm.create_model(name, **settings)
@@ -4790,13 +4789,13 @@ def load_timm_model(
         return model, str(start.path)
     if not config.pretrained:
         return timm.create_model(name, **settings), None
-    pretrained_cfg = timm.models.get_pretrained_cfg(config.model_id)
-    if not config.model_id.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
+    pretrained_cfg = None if sizes else timm.models.get_pretrained_cfg(name)
+    if not name.startswith(HUB_PREFIXES) and (pretrained_cfg is None or not pretrained_cfg.has_weights):
         raise UserError("timm has no weights for it", config.describe("model_id"), WEIGHTS_REMEDY)
 
     def fetch() -> nn.Module:
         with _Unfilled():
-            model = timm.create_model(config.model_id, pretrained=True, **settings)
+            model = timm.create_model(name, pretrained=True, **settings)
         # _Unfilled leaves NaN where timm would draw random numbers: a tensor that is not finite was not in the weights.
         tensors = (*model.named_parameters(), *model.named_buffers())
         missing = [key for key, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
@@ -4804,21 +4803,30 @@ def load_timm_model(
             raise ValueError(f"they lack {', '.join(missing[:4])}, or what they have there is not finite")
         return model
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    was_offline = hub_constants.HF_HUB_OFFLINE
     try:
-        try:  # cached weights need no network; without a network, asking the hub first costs a minute of retries
-            hub_constants.HF_HUB_OFFLINE = True
-            return fetch(), "timm"
-        except (OSError, ValueError):  # missing or incomplete in the cache: ask the hub
-            log(f"fetching the weights of {config.model_id} (once; they stay in the cache of huggingface_hub)")
-            hub_constants.HF_HUB_OFFLINE = was_offline
-            return fetch(), "timm"
+        return build_from_cache(fetch, name, log), "timm"
     except Exception as error:  # hub, network and file errors of several libraries
         if is_out_of_memory(error):  # `explain_failure` says which option to lower
             raise
         problem = f"its weights cannot be fetched: {printable(str(error)).split('. ')[0][:200]}"
         raise UserError(problem, config.describe("model_id"), WEIGHTS_REMEDY) from error
+
+
+def build_from_cache(build: Callable[[], Any], name: str, log: Callable[[str], None]) -> Any:
+    """Build a model from the hub's cache, or else from the hub: without a network, asking it first costs minutes of retries."""
+    import huggingface_hub.constants as hub_constants
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    was_offline = hub_constants.HF_HUB_OFFLINE
+    try:
+        hub_constants.HF_HUB_OFFLINE = True
+        return build()
+    except (OSError, RuntimeError, ValueError) as error:  # missing or incomplete in the cache
+        if is_out_of_memory(error):
+            raise
+        log(f"fetching the weights of {name} (once; they stay in the cache of huggingface_hub)")
+        hub_constants.HF_HUB_OFFLINE = was_offline
+        return build()
     finally:
         hub_constants.HF_HUB_OFFLINE = was_offline
 
@@ -4831,7 +4839,7 @@ def read_start(config: Config) -> StartWeights | None:
     where = config.describe("backbone_weights" if config.load_from is None else "load_from")
     if path.suffix == ".npz":
         raise UserError("holds prototypes, not weights", where, f"give the folder of its run, {path.parent}")
-    if shard := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+    if shard := re.fullmatch(r"(.+)-\d{5}-of-(?!00001)\d{5}(\.\w+)", path.name):
         index = path.with_name(f"{shard[1]}{shard[2]}.index.json")
         raise UserError("is one of several parts of a model", where, f"give {index}, with all of them beside it")
     identity = {}  # of a checkpoint of this script
@@ -4998,7 +5006,7 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
     try:
         with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(name, **settings)
+            model = build_from_cache(lambda: timm.create_model(name, **settings), name, lambda _: None)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
                 settings["img_size"] = config.img_size
             # All images have one size, so DINOv3 need not rebuild its position table on the CPU for each batch.
@@ -5006,7 +5014,7 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
                 settings["dynamic_img_size"] = False
             if config.pool or getattr(model, "cls_token", None) is not None:
                 settings["global_pool"] = config.pool or "token"
-            model = timm.create_model(name, **settings).eval()
+            model = build_from_cache(lambda: timm.create_model(name, **settings), name, lambda _: None).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
             has_patches = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
             if has_patches and config.img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
@@ -5018,7 +5026,8 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
         options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
         problem = f"timm cannot build it: {printable(str(error))[:300]}"
-        remedy = f"try another size or pooling{options_text}"
+        unread = "check the name, and that the hub or the folder can be reached"  # of `hf-hub:` and `local-dir:`
+        remedy = unread if isinstance(error, OSError) else f"try another size or pooling{options_text}"
         if "pretrained tag" in problem:  # what stands behind the dot
             remedy = did_you_mean(name, timm.list_pretrained(f"{base}.*"))
         raise UserError(problem, where, remedy) from error

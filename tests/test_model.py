@@ -73,7 +73,7 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
     assert build(seed=1)[1].weights_hash == first != build(seed=2)[1].weights_hash
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", "-00001-of-00001.safetensors"])  # the hub's name of a model in one part
 def test_weights_from_a_file_without_and_with_classifier(tmp_path: Path, suffix: str) -> None:
     torch.manual_seed(5)
     donor = timm.create_model(TINY, num_classes=10)
@@ -138,6 +138,10 @@ def test_unknown_models_and_sizes_are_refused_with_help() -> None:
         build(model_id="vit_tiny_patch16_224", img_size=33)
     with pytest.raises(lct.UserError, match="--pool"):
         build(model_id="vit_tiny_patch16_224", pool="no_such_pool", img_size=32)
+    with pytest.raises(lct.UserError, match="timm has no weights for it"):
+        build(model_id="test_vit.r160_in1k:depth=2", pretrained=True)
+    with pytest.raises(lct.UserError, match=r"none/config\.json(.|\n)*check the name, and that the hub or the folder"):
+        build(model_id="local-dir:none")
 
 
 def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
@@ -150,6 +154,33 @@ def test_weights_that_cannot_be_fetched_name_the_three_ways_out(
     with pytest.raises(lct.UserError) as caught:
         build(model_id="vit_tiny_patch16_224", pretrained=True, img_size=224)
     assert all(way in str(caught.value) for way in ("--backbone_weights", "cache", "--no-pretrained"))
+
+
+def test_a_model_in_the_cache_of_the_hub_is_built_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    donor = timm.create_model(TINY, num_classes=0)
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    settings = {"architecture": TINY, "num_classes": 0, "pretrained_cfg": donor.pretrained_cfg}
+    (snapshot / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    safetensors.torch.save_file(donor.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    create, is_offline = timm.create_model, []
+
+    def record(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        is_offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", record)
+    backbone, _ = build(model_id="hf-hub:me/tiny", pretrained=True)
+    assert torch.equal(backbone.model.conv1[0].weight, donor.conv1[0].weight)
+    assert len(is_offline) == 3 and all(is_offline) and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_one_image_on_a_replica_does_not_crash_the_head() -> None:

@@ -57,20 +57,10 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
         raise lct.UserError("open_clip is not installed", where, f"pip install open_clip_torch; {offline}") from error
     if os.sep in text["pretrained"] and not Path(text["pretrained"]).is_file():
         raise lct.UserError("is no file", where, f"check the path; {offline}")
-    import huggingface_hub.constants as hub_constants
-
-    was_offline = hub_constants.HF_HUB_OFFLINE
     logging.disable(logging.ERROR)  # the hub client logs each of ten retries; the UserError below says what matters
     try:
-        try:  # cached weights need no network; asking the hub first costs a minute of retries when offline
-            hub_constants.HF_HUB_OFFLINE = True
-            model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
-        except (OSError, RuntimeError, ValueError):
-            if Path(text["pretrained"]).is_file():
-                raise
-            lct.show(f"fetching the weights of {CLIP_MODEL} (once; they stay in the cache of huggingface_hub)")
-            hub_constants.HF_HUB_OFFLINE = was_offline
-            model = open_clip.create_model(CLIP_MODEL, pretrained=text["pretrained"])
+        build = functools.partial(open_clip.create_model, CLIP_MODEL, pretrained=text["pretrained"])
+        model = build() if Path(text["pretrained"]).is_file() else lct.build_from_cache(build, CLIP_MODEL, lct.show)
     except Exception as error:  # the hub, a damaged file and an unknown name raise many types
         if lct.is_out_of_memory(error):
             raise
@@ -80,7 +70,6 @@ def embed_prompts(prompts: Sequence[str], text: dict[str, Any], cond_dim: int) -
         remedy = f"give --clip_pretrained FILE with weights on this disk, or a network; {offline}"
         raise lct.UserError(problem, where, remedy) from error
     finally:
-        hub_constants.HF_HUB_OFFLINE = was_offline
         logging.disable(logging.NOTSET)
     with torch.inference_mode():
         vectors = model.eval().encode_text(open_clip.get_tokenizer(CLIP_MODEL)(list(prompts)), normalize=True)
