@@ -5338,32 +5338,28 @@ def build_recognizer(config: Config, num_classes: int, backbone: Backbone, info:
 def load_head(model: Recognizer, start: StartWeights, class_names: Sequence[str], log: Callable[[str], None]) -> None:
     """Load what fits from a checkpoint or export, and log it: head layers of equal shape, vectors of equally named classes."""
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-    common_keys = [key for key in state if key in start.head]
-    layers = [key for key in common_keys if key.startswith("head.") and start.head[key].shape == state[key].shape]
+    common = {key: (start.head[key], value) for key, value in state.items() if key in start.head}
+    layers = {key: old for key, (old, new) in common.items() if key.startswith("head.") and old.shape == new.shape}
     if "head.hidden.weight" not in layers:  # trained layers after a random one would be no better than random
-        layers = []
-    loaded = {key: start.head[key] for key in layers}
+        layers = {}
     old_row_of = {name: row for row, name in enumerate(start.class_names)}
-    common_classes = [name for name in class_names if name in old_row_of]
-    rows = [row for row, name in enumerate(class_names) if name in old_row_of]
-    old_rows = [old_row_of[name] for name in common_classes]
-    for key in common_keys:
-        if common_classes and key.startswith("criterion."):  # one or several rows a class
-            old = start.head[key]
-            new = state[key].clone()
+    old_rows = {row: old_row_of[name] for row, name in enumerate(class_names) if name in old_row_of}
+    vectors = {}
+    for key, (old, new) in common.items():
+        if old_rows and key.startswith("criterion."):  # one or several rows a class
             per_class = len(new) // len(class_names)
             if old.shape == (per_class * len(start.class_names), *new.shape[1:]):
-                new.unflatten(0, (-1, per_class))[rows] = old.unflatten(0, (-1, per_class))[old_rows].to(new)
-                loaded[key] = new
-    if "criterion.weight" not in loaded:  # biases mean nothing beside random vectors
-        loaded = {key: start.head[key] for key in layers}
-    model.load_state_dict(loaded, strict=False)
-    num_classes = len(common_classes) if len(loaded) > len(layers) else 0
+                vectors[key] = new.clone()
+                old_by_class = old.unflatten(0, (-1, per_class))
+                vectors[key].unflatten(0, (-1, per_class))[[*old_rows]] = old_by_class[[*old_rows.values()]].to(new)
+    if "criterion.weight" not in vectors:  # biases mean nothing beside random vectors
+        vectors = {}
+    model.load_state_dict(layers | vectors, strict=False)
     text = (
-        f"{start.where}: backbone, {len(layers)} tensors of the head and the vectors of {num_classes} of"
+        f"{start.where}: backbone, {len(layers)} tensors of the head and the vectors of {len(old_rows) if vectors else 0} of"
         f" {len(class_names)} classes are taken"
     )
-    random_keys = [key for key in state if key not in loaded]
+    random_keys = [key for key in state if key not in layers and key not in vectors]
     log(f"{text}; these start at random: {', '.join(random_keys)}" if random_keys else text)
 
 
@@ -5745,7 +5741,7 @@ def precision_threshold(
 
 
 def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the means of the scores (N,) that are not NaN, with intervals as in `with_intervals`.
+    """Return the means of the scores (N,), 0 to 1, that are not NaN, with intervals as in `with_intervals`.
 
     If all images have 0, or all have 1, all draws agree, and the interval is Wilson's (1927) for a proportion.
     """
@@ -5753,9 +5749,8 @@ def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[s
         lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
     )
     for name, values in scores.items():
-        is_defined = ~np.isnan(values)
-        if figures[name]["value"] in (0.0, 1.0) and len(np.unique(values[is_defined])) == 1:
-            width = 1.96**2 / (len(np.unique(images[is_defined])) + 1.96**2)
+        if figures[name]["value"] in (0.0, 1.0):
+            width = 1.96**2 / (len(np.unique(images[~np.isnan(values)])) + 1.96**2)
             figures[name]["interval"] = [1 - width, 1.0] if figures[name]["value"] else [0.0, width]
     return figures
 
@@ -5964,15 +5959,15 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
         state.dtype = getattr(torch, payload["backbone_dtype"])
 
 
-def check_weights(model: Recognizer, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Check that weights fit the model. Raises UserError, which names tensors that are missing, foreign, or of another shape."""
-    expected = {key: str(tuple(value.shape)) for key, value in model.trained_state().items()}
+def check_weights(expected: dict, weights: dict, where: str, remedy: str = RESTORE_OR_OVERWRITE) -> None:
+    """Check weights against a state dict. Raises UserError, which names tensors that are missing, foreign, or of another shape."""
+    wanted = {key: str(tuple(value.shape)) for key, value in expected.items()}
     shapes = {key: str(tuple(value.shape)) for key, value in weights.items() if key not in FOREIGN_GUARD}
-    unfit = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
+    unfit = [key for key in sorted(wanted.keys() | shapes.keys()) if wanted.get(key) != shapes.get(key)]
     if unfit:
-        named = [f"{key} {shapes.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in unfit[:4]]
+        named = [f"{key} {shapes.get(key, 'none')} instead of {wanted.get(key, 'none')}" for key in unfit[:4]]
         problem = f"{len(unfit)} of its tensors do not fit the model: {printable(', '.join(named))}"
-        raise UserError(problem, str(path), RESTORE_OR_OVERWRITE)
+        raise UserError(problem, where, remedy)
 
 
 def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -5980,7 +5975,9 @@ def deployed_weights(payload: dict[str, Any]) -> dict[str, torch.Tensor]:
     return payload.get("average", payload["model"])
 
 
-def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], ineffective: Sequence[str] = ()) -> None:
+def check_identity(
+    path: Path, saved: dict, current: dict, ineffective: Sequence[str] = (), elsewhere: str = "choose a new --out_dir"
+) -> None:
     """Check that `saved` equals `current` in all but the ineffective keys. Raises UserError, which lists each difference."""
     compared = current.keys() - ineffective
     changed = {key: (saved.get(key), current[key]) for key in compared if saved.get(key) != current[key]}
@@ -5989,7 +5986,7 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any], i
         lines.append(f"classes: {describe_change(*changed['class_names'])}")
     if lines:
         problem = "belongs to a run with other settings:\n    " + "\n    ".join(sorted(lines))
-        remedy = "use the settings of that run, choose a new --out_dir, or start afresh with --overwrite"
+        remedy = f"use the settings of that run, {elsewhere}, or start afresh with --overwrite"
         raise UserError(problem, str(path), remedy)
 
 
@@ -7018,7 +7015,7 @@ def load_model(path: Path, config: Config, runtime: Runtime, backbone_weights: P
         problem = f"its head was trained on other backbone weights: {saved}, here {info.weights_hash} ({info.weights})"
         raise UserError(problem, place, "give those weights with --backbone_weights FILE")
     model = build_recognizer(config, len(payload["identity"]["class_names"]), backbone, info)
-    check_weights(model, deployed_weights(payload), path / BEST_NAME)
+    check_weights(model.trained_state(), deployed_weights(payload), str(path / BEST_NAME))
     model.load_state_dict(deployed_weights(payload), strict=False)
     model.eval().to(runtime.device)
     model.backbone = model.backbone.with_dtype(runtime.inference_dtype)
@@ -9035,7 +9032,7 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
     bank = FeatureBank(job, model.backbone)
     if point:
         for weights in (point.payload["model"], deployed_weights(point.payload)):
-            check_weights(model, weights, point.path)
+            check_weights(model.trained_state(), weights, str(point.path))
         try:
             restore_state(state, point.payload)
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # from torch, e.g. other param groups

@@ -282,11 +282,7 @@ def train(options: ModelitOptions) -> None:
     identity = {name: plain[name] for name in fixed} | {"class_names": shapes.class_names}
     identity["data"] = lct.fingerprint(shapes.packed, shapes.labels, shapes.held_out)
     if payload is not None:
-        try:
-            lct.check_identity(options.checkpoint, payload["identity"], identity)
-        except lct.UserError as error:
-            remedy = "use the settings of that run, give another --checkpoint, or start afresh with --overwrite"
-            raise lct.UserError(error.what, error.where, remedy) from error
+        lct.check_identity(options.checkpoint, payload["identity"], identity, elsewhere="give another --checkpoint")
     texts = [template.format(name.replace("_", " ")) for name in shapes.class_names for template in TEMPLATES]
     prompts = torch.from_numpy(embed_prompts(texts, describe_encoder(options), options.cond_dim))
     prompts = prompts.reshape(len(shapes.class_names), len(TEMPLATES), -1)

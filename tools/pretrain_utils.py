@@ -571,7 +571,8 @@ def pretrain(options: PretrainOptions) -> None:
     data = read_data(options)
     identity = make_identity(options, data)
     if payload is not None:
-        check_same_run(payload["identity"], identity, options)
+        path = options.output_dir / options.checkpoint_last_name
+        lct.check_identity(path, payload["identity"], identity, elsewhere="choose a new --output-dir")
     batches = EpochBatches(len(data.train), options.batch_size, options.seed, options.dataset_shuffle)
     schedule = Schedule(options, batches.per_epoch)
     grid = options.image_size // options.patch_size
@@ -633,19 +634,6 @@ def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
     """Return the options, the data and the metric that must not change when a run is resumed."""
     fixed = {name: value for name, value in options.as_plain().items() if name not in FREE_OPTIONS}
     return {**fixed, "data": data.fingerprint, "chosen_by": "knn_class" if data.gallery else "retrieval"}
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], options: PretrainOptions) -> None:
-    """Check that a checkpoint is of a run with the current identity.
-
-    Raises:
-        UserError: lists the differences as old -> new.
-    """
-    try:
-        lct.check_identity(options.output_dir / options.checkpoint_last_name, saved, current)
-    except lct.UserError as error:
-        remedy = "use the settings of that run, choose a new --output-dir, or start afresh with --overwrite"
-        raise lct.UserError(error.what, error.where, remedy) from error
 
 
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:

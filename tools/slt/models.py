@@ -164,13 +164,8 @@ def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], where: str
     Raises:
         UserError: names the tensors that are missing, unexpected, or of another shape.
     """
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    keys = [key for key in sorted(expected.keys() | shapes.keys()) if expected.get(key) != shapes.get(key)]
-    if keys:
-        examples = ", ".join(f"{k} {shapes.get(k, 'none')} instead of {expected.get(k, 'none')}" for k in keys[:4])
-        raise lct.UserError(f"{len(keys)} of its tensors do not fit the model: {examples}", where, EXPORT_WANTED)
-    model.load_state_dict(weights)
+    lct.check_weights(model.state_dict(), weights, where, EXPORT_WANTED)
+    model.load_state_dict(weights, strict=False)
 
 
 class MultiStreamEncoder(nn.Module):
