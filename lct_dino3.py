@@ -5546,7 +5546,7 @@ def classify(
 
     answers, log_likelihoods, scores = reduce_scores(score, queries, reduce)
     figures, per_class = compute_metrics(answers, labels, class_names, scores if has_auc else None)
-    return float(-log_likelihoods.mean()), figures, per_class
+    return float(0.0 - log_likelihoods.mean()), figures, per_class  # not -0.0, which is shown as such
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -5575,13 +5575,7 @@ def compute_metrics(
     AUC (one class against the rest) needs scores (N, C) with columns that are comparable over rows (log-probabilities); without
     scores it is None. A class without images has None for undefined figures and no part in the means; every image counts.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, answers, labels=np.arange(len(class_names)), zero_division=np.nan
-    )
-    precision[np.isnan(precision) & (support > 0)] = 0.0  # the class has images but is never answered
-    f1[support == 0] = np.nan
+    precision, recall, f1, support = precision_recall_f1(answers, labels, len(class_names))
     auc = np.full(len(class_names), np.nan) if scores is None else one_vs_rest_auc(scores, labels)
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {}
@@ -5594,6 +5588,16 @@ def compute_metrics(
         "auc_macro": none_if_nan(mean_of_defined(auc)),
     }
     return figures, per_class
+
+
+def precision_recall_f1(answers: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
+    """Return precision, recall, F1 and support of each class, (C,); NaN where undefined. sklearn takes 30 times as long."""
+    support = np.bincount(labels, minlength=num_classes)
+    num_answers = np.bincount(answers, minlength=num_classes)
+    hits = np.bincount(labels[labels == answers], minlength=num_classes)
+    images = np.where(support, support, np.nan)
+    precision = hits / np.where(num_answers, num_answers, images)  # 0 for a class that has images but is never answered
+    return precision, hits / images, 2 * hits / (images + num_answers), support
 
 
 def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -5623,15 +5627,6 @@ def roc_area(positives: np.ndarray, negatives: np.ndarray, is_right: np.ndarray 
     ranked = np.sort(negatives)
     won = ranked.searchsorted(positives, "left") + ranked.searchsorted(positives, "right")  # doubled: a tie counts half
     return float((is_right * won / 2).mean() / len(negatives))
-
-
-def macro_f1(labels: np.ndarray, answers: np.ndarray, num_classes: int) -> float:
-    """Return the mean F1 of the classes that occur in the labels (N,), in 10 us for 300 images; `f1_score` takes 1.6 ms."""
-    support = np.bincount(labels, minlength=num_classes)
-    num_answers = np.bincount(answers, minlength=num_classes)
-    hits = np.bincount(labels[labels == answers], minlength=num_classes)
-    occurs = support > 0
-    return mean_of_defined(2 * hits[occurs] / (support + num_answers)[occurs])
 
 
 def retrieval_scores(
@@ -6650,9 +6645,12 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     def closed_set(matcher: str) -> dict[str, Any]:
         matched = dataclasses.replace(gallery, matcher=matcher).answer(test.values)[0]
         figures = mean_intervals(test.rows, acc=(matched == test.labels).astype(float))
-        figures |= with_intervals(
-            lambda drawn: {"f1_macro": macro_f1(test.labels[drawn], matched[drawn], num_classes)}, test.rows
-        )
+
+        def f1_macro(drawn: np.ndarray) -> dict[str, float]:
+            f1 = precision_recall_f1(matched[drawn], test.labels[drawn], num_classes)[2]
+            return {"f1_macro": mean_of_defined(f1)}
+
+        figures |= with_intervals(f1_macro, test.rows)
         return figures | ({"k": gallery.knn_k} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
