@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (LookupError, TypeError, AttributeError, ValueError) as error:  # valid JSON whose structure is wrong
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # valid JSON, wrong content
         place = traceback.extract_tb(error.__traceback__)[-1].name
         names = ", ".join(map(str, options.runs))
         print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)
@@ -72,19 +72,16 @@ def make_page(folders: list[Path], out: Path | None, data_root: Path | None) -> 
             return next((uri for source in pictures if (uri := source.uri(shot))), None)
 
         page = render(describe_comparison(runs), find_picture)
-    for run in runs:
-        run_data_root = Path(run.config["options"]["data_root"])
-        if path.resolve().is_relative_to(run_data_root.resolve()):
-            raise ReportError(f"--out {path} lies inside data_root {run_data_root}: give another --out")
-    for source in pictures if path.exists() else ():
-        if not source.root.is_dir():
+    for source in pictures:
+        if path.resolve().is_relative_to(source.root.resolve()):
+            raise ReportError(f"--out {path} lies inside data_root {source.root}: give another --out")
+        if path.exists() and not source.root.is_dir():
             problem = f"{source.root} is gone, and {path} with its pictures stays as it is"
             raise ReportError(f"{problem}: --data_root DIR says where they are now, --out FILE makes a page without")
     write_page(path, page, may_overwrite=out is None and len(runs) == 1)
-    if missing := sum(source.num_missing for source in pictures):
-        print(
-            f"note: pictures that cannot be read: {missing:,}; --data_root DIR says where they are now", file=sys.stderr
-        )
+    if missing := set.intersection(*(source.missing for source in pictures)):
+        remedy = "--data_root DIR says where they are now"
+        print(f"note: pictures that cannot be read: {len(missing):,}; {remedy}", file=sys.stderr)
     return path
 
 
@@ -136,4 +133,5 @@ def write_page(path: Path, page: bytes, *, may_overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
     sys.exit(main())

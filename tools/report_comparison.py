@@ -107,9 +107,9 @@ def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, st
 
 def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p-value of the sign test: how often a fair coin splits the throws at least as unevenly."""
-    count = wins + losses
-    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    from scipy.special import bdtr
+
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
@@ -133,10 +133,16 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
         else max((item[f"{key}_acc"] for key in BASELINE_NAMES if item.get(f"{key}_acc") is not None), default=None)
         for run, item in zip(runs, baselines, strict=True)
     ]
+    sources = [item["open_set"]["source"] if item else "–" for item in measured]
+    without_best = set(WITHOUT_BEST)
+    if len({*sources} - {"–"}) > 1:
+        without_best.add("Unknown objects, AUROC")
+    if len({run.figures.scored for run in runs}) > 1:  # val and test
+        without_best.update(scores)
     rows = []
     for name, values in scores.items():
         known = [value for value in values if value is not None]
-        best = max(known) if len(set(known)) > 1 and name not in WITHOUT_BEST else None
+        best = max(known) if len(set(known)) > 1 and name not in without_best else None
         rows.append({"name": name, "values": values, "best": best, "is_score": True})
     texts = {
         "Measured on": [f"{run.figures.scored}, {run.count(run.figures.scored):,} images" for run in runs],
@@ -148,6 +154,8 @@ def list_figures(runs: list[Run]) -> list[dict[str, Any]]:
         "Backbone": [name_training(run.config["options"]) for run in runs],
         "Images": [f"{sum(map(run.count, SPLIT_NAMES)):,} of {len(run.class_names):,} classes" for run in runs],
     }
+    if any(measured):
+        texts["Unknown objects"] = sources
     return rows + [{"name": name, "values": values, "best": None, "is_score": False} for name, values in texts.items()]
 
 

@@ -108,6 +108,7 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
     )
     split_sizes = {split: run.count(split) for split in SPLIT_NAMES}
     class_sizes = [sum(run.counts[split][name] for split in SPLIT_NAMES) for name in run.class_names]
+    size_range = " to ".join(f"{size:,}" for size in sorted({min(class_sizes), max(class_sizes)}))
     size_note = ", ".join(f"{count:,} {split}" for split, count in split_sizes.items() if count)
     scores = (
         ("Accuracy", "acc", f"prototypes, {split_sizes['test']:,} test images" if figures.test else "prototypes, val"),
@@ -120,7 +121,7 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
         *((label, format_number(figures.scores.get(key)), note) for label, key, note in scores),
         ("Best epoch", f"{best['epoch']}" if best else "–", best_note),
         ("Images", f"{sum(class_sizes):,}", size_note),
-        ("Classes", f"{len(run.class_names):,}", f"{min(class_sizes):,} to {max(class_sizes):,} images each"),
+        ("Classes", f"{len(run.class_names):,}", f"{size_range} images each"),
     ]
 
 

@@ -103,6 +103,7 @@ class Figures:
     measured: dict[str, Any] | None  # measured event
     unseen: dict[str, Any] | None  # unseen_classes event
     started: float | None  # seconds since 1970
+    ending: str  # of a run that has ended: completed, interrupted, diverged or failed
     scored: str  # the split of the scores below: test, else val
     scores: dict[str, Any]  # acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # by class name
@@ -139,7 +140,7 @@ class Run:
         """Whether training helped, in a few words."""
         if self.figures.test:
             return self.figures.test["verdict"]
-        return "no test split, no verdict" if self.figures.prototypes else "not finished, no verdict yet"
+        return "no test split, no verdict" if self.figures.prototypes else f"{self.figures.ending}, no verdict yet"
 
 
 def read_run(folder: Path) -> Run:
@@ -169,9 +170,9 @@ def read_run(folder: Path) -> Run:
         embeddings=read_file(folder / "embeddings.npz", read_embeddings),
         label_of={name: label for label, name in enumerate(names)},
     )
-    predicted = {name for item in run.predictions + run.view_predictions for name in (item.class_name, item.answer)}
-    if unknown := sorted(predicted - set(names)):
-        raise ReportError(f"{folder / 'predictions.csv'} names a class that the run does not have: {unknown[0]}")
+    for name, items in (("predictions.csv", run.predictions), ("predictions_by_view.csv", run.view_predictions)):
+        if unknown := {name for item in items for name in (item.class_name, item.answer)}.difference(names):
+            raise ReportError(f"{folder / name} names a class that the run does not have: {min(unknown)}")
     return run
 
 
@@ -202,9 +203,9 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
         scores = {**test["prototypes"], "classifier_acc": test["classifier"]["acc"]}
         per_class = test["per_class"]
     else:
-        epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}, "val_per_class": {}})
+        epoch = by_epoch.get(best["epoch"] if best else None, {"val": {}})
         scores = {**epoch["val"], "acc": epoch["val"].get("proto_acc"), "classifier_acc": epoch["val"].get("acc")}
-        per_class = epoch["val_per_class"]
+        per_class = epoch.get("val_per_class", {})  # left out with --no-save_metrics
     return Figures(
         epochs=[by_epoch[epoch] for epoch in sorted(by_epoch)],
         best=best,
@@ -215,6 +216,7 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
         measured=last.get("measured"),
         unseen=last.get("unseen_classes"),
         started=events[0]["time"] if events else None,
+        ending=events[-1].get("status", "not finished") if events else "not finished",
         scored="test" if test else "val",
         scores=scores,
         per_class=per_class,
@@ -238,20 +240,23 @@ def read_predictions(path: Path) -> list[Prediction]:
         reader = csv.DictReader(file, strict=True)
         if "mask" not in (reader.fieldnames or ()):
             raise ValueError("its header is not whole")
-        return [
-            Prediction(
-                shot=Shot(row["path"], row["view"]),
-                class_name=row["class"],
-                answer=row["answer"],
-                cosine=float(row["cosine"]),
-                probability=float(row["probability"]),
-                class_cosine=float(row["class_cosine"]),
-                nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
-                nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
-                mask=row["mask"],
-            )
-            for row in reader
-        ]
+        rows = list(reader)
+    if any(None in row.values() for row in rows):
+        raise ValueError("it has a row that is not whole")
+    return [
+        Prediction(
+            shot=Shot(row["path"], row["view"]),
+            class_name=row["class"],
+            answer=row["answer"],
+            cosine=float(row["cosine"]),
+            probability=float(row["probability"]),
+            class_cosine=float(row["class_cosine"]),
+            nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
+            nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
+            mask=row["mask"],
+        )
+        for row in rows
+    ]
 
 
 def read_embeddings(path: Path) -> Embeddings:
@@ -274,12 +279,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 class Pictures:
-    """Thumbnails of a run's crops. `num_missing` counts those that were deleted or damaged since training."""
+    """Thumbnails of a run's crops. `missing` has the paths of those that were deleted or damaged since training."""
 
     def __init__(self, run: Run, data_root: Path | None) -> None:
         options = run.config["options"]
         self.root = data_root or Path(options["data_root"])
-        self.num_missing = 0
+        self.missing: set[str] = set()
         self._masks_dirname = options.get("masks_dirname", "masks")
         self._masks = {item.shot.path: item.mask for item in run.predictions + run.view_predictions}
         if run.embeddings:
@@ -290,14 +295,14 @@ class Pictures:
         try:
             image = load_thumbnail(self.root / shot.path, size)
         except Exception:  # decoders raise anything from KeyError to struct.error on a damaged file
-            self.num_missing += 1
+            self.missing.add(shot.path)
             return None
         if shot.view == "mask" and (mask_path := self._masks.get(shot.path)):
             is_alpha = Path(mask_path).parent.name != self._masks_dirname  # a cutout, or a crop with an alpha channel
             try:
                 mask = load_mask(self.root / mask_path, is_alpha, image.size)
             except Exception:  # as above
-                self.num_missing += 1
+                self.missing.add(mask_path)
             else:
                 image = Image.composite(image, Image.new("RGB", image.size, (PADDING_GRAY,) * 3), mask)
         return image

@@ -210,13 +210,14 @@ def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
 
 
 def test_it_runs_as_a_program_without_torch_or_anything_of_ours(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path).write()
+    run = MadeRun(tmp_path / "ключи").write()
     (tmp_path / "torch.py").write_text("raise ImportError('torch')")
     (tmp_path / "lct_dino3.py").write_text("raise ImportError('lct_dino3')")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, TOOL, run], capture_output=True, text=True, env=env, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, f"written: {run / 'report.html'}\n"), done.stderr
-    assert "pictures that cannot be read: 11" in done.stderr and (run / "report.html").is_file()
+    shown = str(run / "report.html").encode("ascii", "backslashreplace").decode()
+    assert (done.returncode, done.stdout) == (0, f"written: {shown}\n"), done.stderr
+    assert "pictures that cannot be read: 8;" in done.stderr and (run / "report.html").is_file()
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
@@ -333,6 +334,8 @@ def test_a_long_class_name_breaks_between_its_words(tmp_path: Path) -> None:
     lines = probe(run.path / "report.html", script).split("|")
     assert len(lines) > 1 and all(line.endswith("_") for line in lines[:-1])
     assert "".join(lines) in run.names
+    is_line = "[...document.querySelectorAll('.chip')].every(chip => chip.offsetHeight < 30)"
+    assert probe(run.path / "report.html", is_line) == "true", "the legend of the map has one line a name"
 
 
 def test_single_epoch_is_a_visible_dot(tmp_path: Path) -> None:
@@ -353,6 +356,23 @@ def test_no_test_split_shows_val_and_says_so(tmp_path: Path) -> None:
     assert text.count("No test split") >= 4 and '<h1 class="plain">' in text
     tiles = read_tiles(text)
     assert tiles["Accuracy"] == "0.600" and tiles["Classifier accuracy"] == "0.602"
+
+
+def test_without_the_figures_of_each_class_there_are_dashes(tmp_path: Path) -> None:
+    """As with --no-save_metrics."""
+    run = MadeRun(tmp_path, has_test=False)
+    for event in run.events:
+        event.pop("val_per_class", None)
+    text = make_page(run.write())
+    assert section(text, "classes").count("<span>–</span>") == 4 * 3 and read_tiles(text)["Accuracy"] == "0.600"
+
+
+def test_a_run_that_has_diverged_says_so(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    run.events = [event for event in run.events if event["event"] not in ("proto_end", "test_end")]
+    assert "Not finished, no verdict yet" in make_page(run.write())
+    run.events.append({"event": "run_end", "status": "diverged"})
+    assert "Diverged, no verdict yet" in make_page(run.write())
 
 
 def test_lost_events_leave_dashes(tmp_path: Path) -> None:
@@ -407,6 +427,17 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path: Path, name: str, caps
     assert not (run / "report.html").exists()
 
 
+def test_rows_of_predictions_are_whole_and_of_known_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = MadeRun(tmp_path)
+    path = run.write() / "predictions.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path} cannot be read: it has a row that is not whole" in refuse(capsys, run.path)
+    run.write()
+    path = run.path / "predictions_by_view.csv"
+    write_rows(path, [run.rows[0] | {"answer": "spoon"}])
+    assert f"{path} names a class that the run does not have: spoon" in refuse(capsys, run.path)
+
+
 def test_a_mistyped_option_names_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for word, remedy in (
         ("--data-root=x", "; did you mean --data_root?\n"),
@@ -420,8 +451,8 @@ def test_a_mistyped_option_names_the_right_one(tmp_path: Path, capsys: pytest.Ca
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no folder of a run" in refuse(capsys, tmp_path)
     run = MadeRun(tmp_path)
-    run.rows[0]["answer"] = "spoon"
-    assert "spoon" in refuse(capsys, run.write())
+    run.events[2]["val"]["loss"] = float("inf")
+    assert "holds what no run writes" in refuse(capsys, run.write())
 
 
 def test_nothing_pickled_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,6 +481,23 @@ def test_unreadable_and_missing_pictures_become_placeholders(
     assert "data:image" not in section(make_page(run.path, out=tmp_path / "bare.html"), "errors")
     assert report.main([str(run.path), "--data_root", str(tmp_path / "moved")]) == 0
     assert section((run.path / "report.html").read_text("utf-8"), "errors") == errors
+    capsys.readouterr()
+    twin = MadeRun(tmp_path / "twin")
+    for row in twin.rows:
+        row["answer"] = row["class"]
+    text = make_page(run.path, twin.write(), out=tmp_path / "compare.html")
+    assert section(text, "disagreements").count("data:image") == 3
+    assert "cannot be read" not in capsys.readouterr().err, "the other run's folder has them"
+
+
+def test_a_page_does_not_lie_among_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = MadeRun(tmp_path)
+    out = tmp_path / "data" / "page.html"
+    folder = run.write()
+    assert f"lies inside data_root {run.data}" in refuse(capsys, folder, "--out", out)
+    run.data.rename(tmp_path / "moved")
+    run.options["data_root"] = str(tmp_path)  # where the run trained, in a container
+    assert report.main([str(run.write()), "--data_root", str(tmp_path / "moved")]) == 0
 
 
 def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
@@ -809,7 +857,7 @@ def test_a_run_that_is_ahead_is_named(tmp_path: Path) -> None:
 def test_the_sign_test_is_scipys() -> None:
     from scipy.stats import binomtest
 
-    for wins, losses in ((0, 0), (3, 0), (12, 5), (70, 70), (400, 300)):
+    for wins, losses in ((0, 0), (3, 0), (12, 5), (70, 70), (400, 300), (100_300, 100_000)):
         expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
         assert report_comparison.sign_test(wins, losses) == pytest.approx(expected)
 
@@ -876,6 +924,32 @@ def test_runs_with_other_classes_and_without_test_are_compared(tmp_path: Path) -
     text = make_page(first, second, out=tmp_path / "compare.html")
     assert "2 classes and 0" in text and "hammer, saw" in section(text, "classes") and "val, 9 images" in text
     assert "No test split, no verdict" in text
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_the_best_of_a_row_is_of_figures_of_one_split(pair: Callable[..., str], has_test: bool) -> None:
+    def change(run: MadeRun) -> None:
+        run.events[-1]["prototypes"]["acc"] = 0.9
+        run.events = run.events if has_test else run.events[:-1]
+
+    best = re.findall(r'class="best"><div class="score"><span>(.*?)<', section(pair(change), "figures"))
+    assert best == (["0.900"] if has_test else [])
+
+
+def test_the_best_detector_is_of_the_same_unknown_objects(tmp_path: Path) -> None:
+    measured = measure_drawn(tmp_path)
+    figures = measured["open_set"]
+    others = (
+        {**figures, "auroc": {"value": 0.5}},
+        {**figures, "auroc": {"value": 0.5}, "source": "images of no class"},
+    )
+    runs = [MadeRun(tmp_path / name) for name in "abc"]
+    for run, open_set in zip(runs, (figures, *others), strict=True):
+        run.events.append({"event": "measured", **measured, "open_set": open_set})
+        run.write()
+    for other, count in zip(runs[1:], (1, 0), strict=True):
+        text = section(make_page(runs[0].path, other.path, out=tmp_path / "compare.html"), "figures")
+        assert text.count('class="best"') == count and other.events[-1]["open_set"]["source"] in text
 
 
 def test_a_comparison_is_shown_without_a_console_message(pair: Callable[..., str], tmp_path: Path) -> None:
