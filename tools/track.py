@@ -15,9 +15,14 @@ import argparse
 import contextlib
 import csv
 import difflib
+import fcntl
+import functools
+import html
+import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -56,7 +61,7 @@ def say(text: str) -> None:
 
 
 def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the records of metrics.jsonl as they are written, until the last one is `run_end` or the process is gone.
+    """Yield the records of metrics.jsonl as they are written, until the last one is `run_end` or the process of the run is gone.
 
     A run that goes back to an earlier epoch replaces the file: it is then read from the first line, without the lines already seen.
     """
@@ -67,7 +72,7 @@ def follow(path: Path, pid: int | None) -> Iterator[dict[str, Any]]:
     last_event = ""
     while True:
         # Asked before reading, so that the last lines of the run are read.
-        is_gone = pid is not None and not is_running(pid, is_child)
+        is_gone = not (is_in_use(path.parent) if pid is None else is_running(pid, is_child))
         data = b""
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -103,6 +108,18 @@ def is_running(pid: int, is_child: bool) -> bool:
     except PermissionError:  # the process of another user
         return True
     return True
+
+
+def is_in_use(run: Path) -> bool:
+    """Whether a process holds the lock in the folder of a run. Where none does, this shares the lock for an instant."""
+    try:
+        with open(run / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is held, or the file system has no locks
+        return True
+    return False
 
 
 # Figures and where they are recorded.
@@ -173,6 +190,7 @@ class TensorBoard:
 
     def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
         """Write the test's confusion matrix as a table, or with many classes its most frequent confusions."""
+        names = [re.sub(r"([\\`*_|\[])", r"\\\1", html.escape(name)) for name in names]  # no Markdown, no HTML
         if len(names) <= MAX_TABLE_CLASSES:
             lines = ["| true \\ answered | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
             lines += [
@@ -232,6 +250,8 @@ class ClearML:
         os.environ.setdefault("CLEARML_LOG_LEVEL", "ERROR")
         os.environ["CLEARML_CACHE_DIR"] = str(self._folder)  # offline sessions go there too
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for what ClearML prints
+        if importlib.util.find_spec("clearml") is None:
+            raise ImportError("No module named 'clearml'")
 
     def start(self, options: dict[str, Any], when: float) -> None:
         """Open the task; continue the task of an earlier start unless offline."""
@@ -318,6 +338,8 @@ class ClearML:
             arguments = [*sys.argv[1:], "--offline"]
         else:
             say(f"ClearML: {reason}; recording to ClearML stops here")
+            if not self._options.tensorboard:
+                os._exit(2)
             arguments = [argument for argument in sys.argv[1:] if argument != "--clearml"]
         os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
@@ -406,7 +428,11 @@ class Recording:
 
     def _end(self, record: dict[str, Any]) -> None:
         self.status = record.get("status", "completed")
-        matrix = read_confusion(self._run, self._class_names) if self.status == "completed" else None
+        matrix = None
+        try:
+            matrix = read_confusion(self._run, self._class_names) if self.status == "completed" else None
+        except (OSError, ValueError, KeyError, csv.Error) as error:  # edited or damaged since the run
+            say(f"no confusion matrix: {self._run / 'predictions.csv'} cannot be read: {error!r}")
         for sink in self._sinks if matrix else ():
             sink.add_confusion(matrix, self._class_names, self._when)
 
@@ -433,22 +459,29 @@ def main() -> int:
     options = parse_options(parser)
     if not (options.clearml or options.tensorboard):
         parser.error("give --clearml, --tensorboard or both")
-    if not (options.run / "metrics.jsonl").exists():
+    if not (options.run / "metrics.jsonl").is_file():
         parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
-    with contextlib.suppress(OSError, ValueError):  # the run may not have written it yet
+    with contextlib.suppress(OSError, ValueError, TypeError):  # the run may not have written it yet
         if "num_devices" in json.loads((options.run / "config.json").read_text("utf-8")):
             parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sinks: list[TensorBoard | ClearML] = []
-    if options.tensorboard:
-        try:
-            sinks.append(TensorBoard(options.run))
-        except ImportError as error:
-            say(f"TensorBoard: {error}; pip install tensorboard")
-        except OSError as error:
-            say(f"TensorBoard: {options.run / 'tensorboard'} cannot be written: {error.strerror}")
-    if options.clearml:
-        sinks.append(ClearML(options.run, options))
+    sys.__stdout__.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
+    code = 2
+    try:
+        code = record_run(options)
+    except KeyboardInterrupt:  # while the sinks are opened or closed
+        code = 130
+    except OSError as error:  # the disk is full, or the folder is gone
+        say(f"recording stops here: {error}; the same command records the whole run again")
+    # Without waiting for ClearML's threads, which may wait for a silent server: everything that can be sent is sent.
+    os._exit(code)
+
+
+def record_run(options: argparse.Namespace) -> int:
+    """Follow the run until it ends or this program is interrupted; return the exit code."""
+    sinks = open_sinks(options)
+    if not sinks:
+        return 2
     recording = Recording(options.run, sinks)
     try:
         for record in follow(options.run / "metrics.jsonl", options.pid):
@@ -460,10 +493,23 @@ def main() -> int:
         timer.daemon = True
         timer.start()
     recording.close()
-    if sinks and options.pid is None:
+    if options.pid is None:
         say(f"recorded: {options.run}, {recording.status}")
-    # Without waiting for ClearML's threads, which may wait for a silent server: everything that can be sent is sent.
-    os._exit(0 if sinks else 2)
+    return 0
+
+
+def open_sinks(options: argparse.Namespace) -> list[TensorBoard | ClearML]:
+    """Return the sinks that are asked for, and say why one is missing."""
+    sinks: list[TensorBoard | ClearML] = []
+    makers = {"TensorBoard": TensorBoard, "ClearML": functools.partial(ClearML, options=options)}
+    for name, make in makers.items():
+        try:
+            sinks += [make(options.run)] if getattr(options, name.lower()) else []
+        except ImportError as error:
+            say(f"{name}: {error}; pip install {name.lower()}")
+        except OSError as error:
+            say(f"{name}: {options.run / name.lower()} cannot be written: {error.strerror}")
+    return sinks
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:

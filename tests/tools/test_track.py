@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import http.server
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import track
 from conftest import REPO, SCRIPT, make_dataset
@@ -150,6 +152,19 @@ def test_of_many_classes_the_confusions_are_listed(tmp_path: Path) -> None:
     assert lines[2:] == ["| class 7 | class 2 | 4 |", "| class 3 | class 5 | 1 |"]
 
 
+def test_names_in_a_table_are_no_markdown(tmp_path: Path) -> None:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    names = ["a|b", "<b>*c*</b> `d` __e__ [f](g) \\"]
+    board = track.TensorBoard(tmp_path)
+    board.add_confusion([[1, 2], [3, 4]], names, 0.0)
+    board.close("completed", 0.0)
+    shown = markdown_to_safe_html(read_text(read_board(tmp_path), "test confusion"))
+    cells = re.findall(r"<t[hd][^>]*>(?:<strong>)?(.*?)(?:</strong>)?</t[hd]>", shown)
+    heads = [html.escape(name, quote=False) for name in names]
+    assert cells == ["true \\ answered", *heads, heads[0], "1", "2", heads[1], "3", "4"]
+
+
 def test_nothing_is_kept_of_a_figure_that_is_not_defined_nor_by_class_of_too_many() -> None:
     rows = {f"{index}": {"f1": 1.0} for index in range(track.MAX_CLASSES + 1)}
     line = {
@@ -164,12 +179,14 @@ def test_nothing_is_kept_of_a_figure_that_is_not_defined_nor_by_class_of_too_man
 
 # --- following --------------------------------------------------------------------------------------------------------
 class Writer:
-    """Writes metrics.jsonl as a run does, while it is followed in a thread."""
+    """Writes metrics.jsonl as a run does, with the lock of its folder, while it is followed in a thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.taken: list[dict[str, Any]] = []
         self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._lock = filelock.FileLock(path.with_name(".lock"))
+        self._lock.acquire()
         path.touch()
         self._thread.start()
 
@@ -258,6 +275,40 @@ def test_it_ends_with_the_process_of_the_run_and_takes_its_last_line(run: Path) 
     board = read_board(run)
     assert [scalar.step for scalar in board.Scalars("acc/val")] == [1, 2]
     assert read_text(board, "status") == "the process of the run has gone"
+
+
+def test_a_killed_run_is_recorded_and_not_waited_for(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"run_end"' not in line), encoding="utf-8")
+    said = record(run, "--tensorboard", timeout=30)
+    assert said.endswith("the process of the run has gone\n") and read_board(run).Scalars("acc/val")
+
+
+def test_what_cannot_be_recorded_costs_a_sentence(run: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
+    def refuse(*flags: str, limit: str = "unlimited", **env: str) -> str:
+        command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", sys.executable, str(TOOL), str(run), *flags]
+        env = {**os.environ, **no_server, **env}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "usage" not in done.stderr, done.stderr
+        return done.stdout
+
+    (run / "clearml").write_text("")
+    assert "clearml cannot be written: File exists" in refuse("--clearml")
+    (run / "clearml").unlink()
+    assert "recording stops here: [Errno 27] File too large" in refuse("--tensorboard", limit="4")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['clearml'] = None")
+    assert "ClearML: No module named 'clearml'; pip install clearml" in refuse("--clearml", PYTHONPATH=str(tmp_path))
+    (tmp_path / "sitecustomize.py").unlink()
+    (tmp_path / "clearml.py").write_text("")
+    said = refuse("--clearml", PYTHONPATH=str(tmp_path))
+    assert said.count("cannot import name") == 2 and "recording to ClearML stops here" in said
+
+
+def test_a_damaged_file_of_answers_costs_the_confusion_matrix(run: Path) -> None:
+    (run / "predictions.csv").write_bytes("class,answer\nбита,бита\n".encode("cp1251"))
+    assert "no confusion matrix" in record(run, "--tensorboard")
+    board = read_board(run)
+    assert read_text(board, "status") == "completed" and "test confusion" not in board.Tags()["tensors"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
