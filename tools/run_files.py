@@ -285,6 +285,7 @@ class Pictures:
         options = run.config["options"]
         self.root = data_root or Path(options["data_root"])
         self.missing: set[str] = set()
+        self._image_bits = options.get("image_bits", ())
         self._masks_dirname = options.get("masks_dirname", "masks")
         self._masks = {item.shot.path: item.mask for item in run.predictions + run.view_predictions}
         if run.embeddings:
@@ -293,7 +294,7 @@ class Pictures:
     def load(self, shot: Shot, size: int) -> Image.Image | None:
         """Return a crop, its longer side at most `size` px, gray outside the mask; None if it cannot be read."""
         try:
-            image = load_thumbnail(self.root / shot.path, size)
+            image = load_thumbnail(self.root / shot.path, size, self._image_bits)
         except Exception:  # decoders raise anything from KeyError to struct.error on a damaged file
             self.missing.add(shot.path)
             return None
@@ -313,20 +314,10 @@ class Pictures:
         return jpeg_uri(image) if image else None
 
 
-def load_thumbnail(path: Path, size: int) -> Image.Image:
-    """Return an upright RGB image, its longer side at most `size` px; transparent pixels become gray."""
+def load_thumbnail(path: Path, size: int, bits: Sequence[int]) -> Image.Image:
+    """Return an upright RGB image, its longer side at most `size` px; `bits` are the --image_bits of the run."""
     with open_picture(path) as source:
-        image = source
-        if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's conversion clips to white
-            values = np.asarray(image, dtype=np.float64)
-            is_16_bit = image.mode.startswith("I;16") or values.max() > 255
-            factor = 1 / 257 if is_16_bit else 255 if image.mode == "F" and values.max() <= 1 else 1
-            image = Image.fromarray(np.clip(np.rint(values * factor), 0, 255).astype(np.uint8))
-        elif image.has_transparency_data:
-            image = Image.new("RGBA", source.size, (PADDING_GRAY, PADDING_GRAY, PADDING_GRAY, 255))
-            image.alpha_composite(source.convert("RGBA"))
-        if image.mode != "RGB" and image.format != "JPEG":
-            image = image.convert("RGB")  # palettes cannot be resized
+        image = source if source.format == "JPEG" else to_rgb(source, bits)
         image.thumbnail((size, size))  # decodes a JPEG at down to an eighth of its size
         image = image.convert("RGB")
         with contextlib.suppress(SyntaxError):  # of damaged EXIF
@@ -336,17 +327,37 @@ def load_thumbnail(path: Path, size: int) -> Image.Image:
         return image
 
 
+def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> Image.Image:
+    """Return an image of any mode as RGB: deep gray is scaled as in training, transparent pixels become gray."""
+    if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's conversion clips to white
+        values = np.asarray(image, dtype=np.float64)
+        highest = values.max()
+        is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
+        bits = [] if image.mode == "F" else sorted(bits)
+        depth = next((number for number in bits if highest < 2**number), max(bits, default=16))
+        factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
+        image = Image.fromarray(np.clip(np.rint(values * factor), 0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (PADDING_GRAY, PADDING_GRAY, PADDING_GRAY, 255))
+        ground.alpha_composite(image.convert("RGBA"))
+        image = ground
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def load_mask(path: Path, is_alpha: bool, size: tuple[int, int]) -> Image.Image:
-    """Return the mask of a thumbnail of `size` as 8-bit gray, 255 = object."""
+    """Return the mask of a thumbnail of `size` as 8-bit gray, 255 = object, which is what it is in training (`decode_mask`)."""
     with open_picture(path) as image:
         upright = ImageOps.exif_transpose(image)
-        if is_alpha:
-            mask = upright.convert("RGBA").getchannel("A")
-        elif upright.mode in ("1", "L"):
-            mask = upright.convert("L")
-        else:
-            mask = Image.fromarray(np.asarray(upright.convert("RGB")).max(axis=2))  # a mask in colours
-        return mask.point(lambda value: 255 if value > MASK_LEVEL else 0).resize(size, Image.Resampling.BOX)
+        levels = np.asarray(to_rgb(upright)).max(axis=2)
+        mask = levels > MASK_LEVEL
+        alpha = np.ones_like(mask)
+        if upright.has_transparency_data:
+            alpha = np.asarray(upright.convert("RGBA").getchannel("A")) > MASK_LEVEL
+        if is_alpha or (0 < alpha.mean() < 1 and mask[alpha].mean() in (0, 1)):  # an object on transparent ground
+            mask = alpha
+        elif mask.mean() in (0, 1):  # 0 and another value, e.g. 1
+            mask = (np.asarray(upright) if upright.mode[0] in "PIF" else levels) != 0
+        return Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
 
 
 def open_picture(path: Path) -> Image.Image:

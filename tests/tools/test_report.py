@@ -721,6 +721,27 @@ def test_a_masked_picture_is_gray_outside_its_mask(tmp_path: Path) -> None:
     assert (load_picture(run, "0/1.png", "mask") == (250, 0, 0)).all()
 
 
+def test_pictures_and_masks_are_those_of_training(tmp_path: Path) -> None:
+    gray = np.tile(np.arange(50, dtype=np.uint16) * 80, (30, 1))  # 12 bits
+    values = np.zeros((30, 50), np.uint8)
+    values[:, :25] = 1
+    zeros = np.zeros_like(values)
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([0, 0, 0, 90, 0, 0])
+    layers = ((values,), (values * 255,), (values * 100, zeros, zeros), (zeros, zeros, zeros, values * 255))
+    images = [Image.fromarray(np.dstack(layer).squeeze()) for layer in layers]
+    images += [palette, Image.fromarray(values > 0), Image.fromarray(values.astype(np.uint16))]
+    for index, image in enumerate(images):
+        path = tmp_path / f"{index}.png"
+        image.save(path)
+        mask = np.asarray(run_files.load_mask(path, False, (50, 30)))
+        assert (mask == 255 * lct.load_mask(path, False)).all() and 0 < mask.mean() < 255, (index, image.mode)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    for bits in ((), (12,), (10, 12), (10,)):
+        shown = np.asarray(run_files.load_thumbnail(tmp_path / "gray.png", 50, bits))
+        assert (shown == lct.load_image(tmp_path / "gray.png", bits)).all(), bits
+
+
 def test_pictures_are_upright_and_of_any_mode(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
     picture = np.zeros((20, 40, 3), np.uint8)
